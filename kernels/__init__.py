@@ -1,0 +1,17 @@
+"""Operators of the serving side, as `torch.ops.redpp.*`: one schema each, with a fake, a reference and GPU kernels.
+
+The modules of this package are copied as they are into archives that run without redpp-serve: they import nothing
+but the standard library, torch and, when a CUDA tensor comes in, triton.
+"""
+
+from .split import split_conv2d, split_linear
+from .split_counts import OperationCounts, register_flop_formulas, split_conv2d_counts, split_linear_counts
+
+__all__ = [
+    "OperationCounts",
+    "register_flop_formulas",
+    "split_conv2d",
+    "split_conv2d_counts",
+    "split_linear",
+    "split_linear_counts",
+]

@@ -1,0 +1,70 @@
+"""Scalar operations of the split operators, and the FLOP formulas for torch's counter."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+
+class OperationCounts(NamedTuple):
+    """Operations of one call. Their sum compares with torch's counter, which has 2 per multiply-accumulate."""
+
+    multiplications: int
+    additions: int
+
+
+def split_conv2d_counts(kernels: Tensor, index: Tensor, has_bias: bool, positions: int) -> OperationCounts:
+    """Operations of `split_conv2d` at `positions` output positions (images x out_h x out_w), padding included.
+
+    Multiplications: kh kw U per position. Additions per position: kh kw - 1 for each unique kernel, and for each
+    output its kept terms (and bias) minus one. Signs are free. Where `index` holds no values (fake and meta tensors),
+    every term counts as kept: an upper bound.
+    """
+    unique = kernels.shape[0]
+    area = kernels[0].numel() if unique else 0
+    if index.is_meta or isinstance(index, (FakeTensor, FunctionalTensor)):
+        sums = index.shape[0] * max(0, index.shape[1] + has_bias - 1)
+    else:
+        sums = int(((index >= 0).sum(1) + int(has_bias) - 1).clamp(min=0).sum())
+    return OperationCounts(positions * area * unique, positions * (max(0, area - 1) * unique + sums))
+
+
+def split_linear_counts(values: Tensor, index: Tensor, has_bias: bool, rows: int) -> OperationCounts:
+    """Operations of `split_linear` for `rows` input rows: a convolution with kernels of one value."""
+    return split_conv2d_counts(values, index, has_bias, rows)
+
+
+def register_flop_formulas() -> None:
+    """Teaches `torch.utils.flop_counter.FlopCounterMode` both operators: multiplications plus additions really done.
+
+    Call it before making the counter. A function, not a side effect of the import: torch's counter imports triton.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    formulas = {torch.ops.redpp.split_conv2d: _conv2d_flops, torch.ops.redpp.split_linear: _linear_flops}
+    for packet, formula in formulas.items():
+        if packet not in flop_registry:
+            register_flop_formula(packet, get_raw=True)(formula)
+
+
+def _conv2d_flops(
+    x: Tensor,
+    kernels: Tensor,
+    channel: Tensor,
+    index: Tensor,
+    sign: Tensor,
+    bias: Tensor | None,
+    *window: object,
+    out_val: Tensor,
+) -> int:
+    positions = out_val.shape[0] * out_val.shape[2] * out_val.shape[3]
+    return sum(split_conv2d_counts(kernels, index, bias is not None, positions))
+
+
+def _linear_flops(
+    x: Tensor, values: Tensor, channel: Tensor, index: Tensor, sign: Tensor, bias: Tensor | None, *, out_val: Tensor
+) -> int:
+    rows = out_val.numel() // max(1, out_val.shape[-1])
+    return sum(split_linear_counts(values, index, bias is not None, rows))

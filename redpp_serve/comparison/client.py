@@ -1,0 +1,177 @@
+"""One keep-alive HTTP connection to one endpoint, and what its replies mean."""
+
+import http.client
+import json
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import numpy
+
+from redpp_serve.errors import RedppError
+
+HANDLER_HEADER = "X-Redpp-Handler-Ms"
+TIMEOUT_S = 30.0
+ERROR_CHARACTERS = 2000
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One arm of the experiment: the URL that answers predictions (POST), its name and extra request headers."""
+
+    label: str
+    url: str
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Payload:
+    """One input as it goes over the wire, with its class where it is known."""
+
+    body: bytes
+    content_type: str
+    label: int | None = None
+
+
+@dataclass
+class Reply:
+    """What came back for one request.
+
+    Attributes:
+        arm: label of the endpoint.
+        payload: index of the input.
+        start_s: when the request was sent (open loop: was due), seconds since the run began.
+        latency_s: from ``start_s`` to the last byte of the reply, seconds.
+        handler_s: time the batch spent in the handler, seconds; None where the server does not say.
+        status: HTTP status; 0 where no reply came.
+        outputs: first output of the network, float64; None where the reply failed.
+        error: empty on success, else the text of the reply or of the connection's failure.
+    """
+
+    arm: str
+    payload: int
+    start_s: float
+    latency_s: float
+    handler_s: float | None
+    status: int
+    outputs: numpy.ndarray | None
+    error: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the request was answered with outputs."""
+        return self.status == 200 and not self.error
+
+
+class Exchange(NamedTuple):
+    """One request and its undecoded reply. ``start_s`` is on the clock of ``time.perf_counter``."""
+
+    start_s: float
+    latency_s: float
+    handler_s: float | None
+    status: int
+    body: bytes
+    error: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the status is 200; the body is not looked at."""
+        return self.status == 200
+
+
+class Connection:
+    """A keep-alive connection to ``endpoint``, used by one thread at a time.
+
+    Decoding is kept apart (``decode``), so that parsing one reply never holds the interpreter lock while another
+    thread's clock runs.
+    """
+
+    def __init__(self, endpoint: Endpoint, timeout_s: float = TIMEOUT_S) -> None:
+        parts = urlsplit(endpoint.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise RedppError(
+                f"endpoint {endpoint.label!r} has the URL {endpoint.url!r}",
+                "an absolute http:// or https:// URL",
+                "pass the prediction URL, such as http://127.0.0.1:8080/predictions/model/1.0",
+            )
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self.endpoint = endpoint
+        self._path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self._http = kind(parts.hostname, parts.port, timeout=timeout_s)
+
+    def send(self, payload: Payload) -> Exchange:
+        """POST one input and time it. A failed connection is an Exchange of status 0, never an exception."""
+        start = time.perf_counter()
+        try:
+            status, handler_s, body = self._post(payload)
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            return Exchange(start, time.perf_counter() - start, None, 0, b"", f"{type(error).__name__}: {error}")
+        return Exchange(start, time.perf_counter() - start, handler_s, status, body, "")
+
+    def _post(self, payload: Payload) -> tuple[int, float | None, bytes]:
+        reused = self._http.sock is not None
+        try:
+            return self._exchange(payload)
+        except (ConnectionResetError, BrokenPipeError):
+            # A server may close an idle connection at any moment. A fresh one that is dropped is a real failure.
+            # (RemoteDisconnected is a ConnectionResetError.)
+            if not reused:
+                raise
+        self.close()
+        return self._exchange(payload)
+
+    def _exchange(self, payload: Payload) -> tuple[int, float | None, bytes]:
+        headers = {**self.endpoint.headers, "Content-Type": payload.content_type}
+        self._http.request("POST", self._path, body=payload.body, headers=headers)
+        response = self._http.getresponse()
+        body = response.read()
+        return response.status, _seconds(response.getheader(HANDLER_HEADER)), body or response.reason.encode()
+
+    def close(self) -> None:
+        """Close the socket; the next ``send`` opens a new one."""
+        self._http.close()
+
+
+def _seconds(milliseconds: str | None) -> float | None:
+    try:
+        value = float(milliseconds) / 1000 if milliseconds else 0.0
+    except ValueError:
+        return None
+    return value if value > 0 and numpy.isfinite(value) else None
+
+
+class Decoder:
+    """Exchanges to replies; ``origin_s`` is the run's start on the clock of ``time.perf_counter``.
+
+    A network mostly repeats itself on a repeated input, so the last body and array of each arm and input are kept:
+    a long run then neither parses nor stores the same numbers twice.
+    """
+
+    def __init__(self, origin_s: float) -> None:
+        self._origin_s = origin_s
+        self._last: dict[tuple[str, int], tuple[bytes, numpy.ndarray]] = {}
+
+    def reply(self, arm: str, payload: int, exchange: Exchange) -> Reply:
+        """The reply of ``arm`` to the input of index ``payload``; an unreadable body is a reply with an ``error``."""
+        outputs, error = None, exchange.error
+        if not error and not exchange.ok:
+            error = exchange.body.decode(errors="replace")[:ERROR_CHARACTERS]
+        if not error:
+            try:
+                outputs = self._outputs((arm, payload), exchange.body)
+            except (ValueError, TypeError, KeyError, IndexError) as problem:
+                error = f'reply is not {{"outputs": [[numbers], ...]}} with finite numbers: {problem}'
+        start = exchange.start_s - self._origin_s
+        return Reply(arm, payload, start, exchange.latency_s, exchange.handler_s, exchange.status, outputs, error)
+
+    def _outputs(self, key: tuple[str, int], body: bytes) -> numpy.ndarray:
+        known = self._last.get(key)
+        if known and known[0] == body:
+            return known[1]
+        outputs = numpy.asarray(json.loads(body)["outputs"][0], dtype=numpy.float64)
+        if not numpy.isfinite(outputs).all():
+            raise ValueError("it holds NaN or infinity")
+        self._last[key] = (body, outputs)
+        return outputs

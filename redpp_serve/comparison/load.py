@@ -1,0 +1,273 @@
+"""Requests to one or two endpoints: paired rounds, closed-loop throughput, and an open loop on a schedule."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+
+import numpy
+
+from redpp_serve.comparison.client import Connection, Decoder, Endpoint, Exchange, Payload, Reply
+from redpp_serve.comparison.statistics import Estimate, mean_interval
+from redpp_serve.errors import RedppError
+
+Progress = Callable[[float], None]
+"""Called with the share of the run that is done, 0..1."""
+
+WARMUP_REQUESTS = 3
+PREFLIGHT_INPUTS = 4
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """A closed loop's count: ``completed`` answered with 200, ``failed`` the rest, ``rps`` completed per second."""
+
+    completed: int
+    failed: int
+    seconds: float
+    rps: float
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class BlockThroughput:
+    """Throughput of two arms over alternating blocks; ``ratio`` is b / a, None where an arm answered nothing."""
+
+    a: Throughput
+    b: Throughput
+    ratio: Estimate | None
+
+
+def run_paired(
+    a: Endpoint,
+    b: Endpoint,
+    payloads: Sequence[Payload],
+    concurrency: int,
+    pairs: int | None,
+    seconds: float | None,
+    seed: int,
+    progress: Progress = lambda share: None,
+) -> list[tuple[Reply, Reply]]:
+    """Send the same inputs to both arms until ``pairs`` or ``seconds`` are reached, whichever comes first.
+
+    In each round every worker takes an input (shuffled passes over all of them) and all send it to one arm, then all
+    to the other, in random order. Were the workers to run freely, most of them would stand in the queue of the slower
+    arm: it would be measured under more load than the faster one, and the ratio would come out too large. Here both
+    arms see bursts of ``concurrency`` requests, alone on the machine; a round is one independent observation.
+
+    Returns:
+        (reply of a, reply of b) per pair, in order of time; failed replies are kept, with their text.
+    """
+    _check(payloads, concurrency)
+    if not (pairs or seconds) or min(pairs or 1, seconds or 1) < 0:
+        raise RedppError(
+            f"paired load of {pairs} pairs in {seconds} seconds",
+            "a number of pairs above 0, a time above 0, or both",
+            "pass pairs or seconds",
+        )
+    rng = numpy.random.default_rng(seed)
+    inputs = _shuffled(len(payloads), rng)
+    results: list[tuple[Reply, Reply]] = []
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(concurrency))
+        arms = [stack.enter_context(_connections(arm, concurrency)) for arm in (a, b)]
+        for connections in arms:
+            _warm_up(pool, connections, payloads)
+        origin = time.perf_counter()
+        decoder = Decoder(origin)
+        done = 0.0
+        while done < 1:
+            size = concurrency if pairs is None else min(concurrency, pairs - len(results))
+            chosen = [next(inputs) for _ in range(size)]
+            sent = [payloads[index] for index in chosen]
+            exchanges: list[list[Exchange]] = [[], []]
+            for arm in rng.permutation(2):
+                exchanges[arm] = list(pool.map(Connection.send, arms[arm], sent))
+            for index, *both in zip(chosen, *exchanges, strict=True):
+                reply_a, reply_b = (decoder.reply(arm.label, index, x) for arm, x in zip((a, b), both, strict=True))
+                results.append((reply_a, reply_b))
+            by_count = len(results) / pairs if pairs else 0.0
+            done = max(by_count, (time.perf_counter() - origin) / seconds if seconds else 0.0)
+            progress(min(done, 1.0))
+    return results
+
+
+def run_throughput(
+    endpoint: Endpoint, payloads: Sequence[Payload], concurrency: int, seconds: float, seed: int
+) -> Throughput:
+    """Closed loop: each of ``concurrency`` workers sends its next request as soon as the last one is answered."""
+    _check(payloads, concurrency)
+    with ThreadPoolExecutor(concurrency) as pool, _connections(endpoint, concurrency) as connections:
+        _warm_up(pool, connections, payloads)
+        return _closed_loop(pool, connections, payloads, seconds, numpy.random.default_rng(seed))
+
+
+def run_blocks(
+    a: Endpoint,
+    b: Endpoint,
+    payloads: Sequence[Payload],
+    concurrency: int,
+    block_seconds: float,
+    blocks: int,
+    seed: int,
+    progress: Progress = lambda share: None,
+) -> BlockThroughput:
+    """Closed-loop throughput of both arms in alternating blocks, A B B A ..., which cancels a linear drift.
+
+    The interval of the ratio comes from the log-ratios of neighbouring blocks. ``blocks`` is even, at least 4.
+    """
+    _check(payloads, concurrency)
+    if blocks < 4 or blocks % 2:
+        raise RedppError(f"{blocks} throughput blocks", "an even number, at least 4", "pass another number of blocks")
+    rng = numpy.random.default_rng(seed)
+    counts: tuple[list[Throughput], list[Throughput]] = ([], [])
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(concurrency))
+        arms = [stack.enter_context(_connections(arm, concurrency)) for arm in (a, b)]
+        for connections in arms:
+            _warm_up(pool, connections, payloads)
+        for block in range(blocks):
+            arm = (0, 1, 1, 0)[block % 4]
+            counts[arm].append(_closed_loop(pool, arms[arm], payloads, block_seconds, rng))
+            progress((block + 1) / blocks)
+    logs = [numpy.log(y.rps / x.rps) for x, y in zip(*counts, strict=True) if x.completed and y.completed]
+    ratio = Estimate(*numpy.exp(mean_interval(logs, rng)).tolist()) if len(logs) > 1 else None
+    return BlockThroughput(_total(counts[0]), _total(counts[1]), ratio)
+
+
+def run_open_loop(
+    endpoint: Endpoint,
+    payloads: Sequence[Payload],
+    rate_rps: float,
+    seconds: float,
+    concurrency_limit: int,
+    seed: int,
+    progress: Progress = lambda share: None,
+) -> list[Reply]:
+    """Send Poisson arrivals of ``rate_rps`` for ``seconds``, whether or not earlier ones are answered.
+
+    Latency counts from the time a request was due, so a request that waits for a free connection (at most
+    ``concurrency_limit`` are in flight) is charged for it: no coordinated omission. What could not be sent within
+    twice the time is a reply of status 0, so an overloaded endpoint ends too.
+    """
+    _check(payloads, concurrency_limit)
+    if rate_rps <= 0 or seconds <= 0:
+        raise RedppError(f"a rate of {rate_rps:g}/s over {seconds:g} s", "positive numbers", "pass a rate and a time")
+    rng = numpy.random.default_rng(seed)
+    due = rng.uniform(0, seconds, rng.poisson(rate_rps * seconds))
+    due.sort()
+    inputs = _shuffled(len(payloads), rng)
+    chosen = [next(inputs) for _ in due]
+    exchanges: list[Exchange | None] = [None] * due.size
+    with ThreadPoolExecutor(concurrency_limit) as pool, _connections(endpoint, concurrency_limit) as connections:
+        _warm_up(pool, connections, payloads)
+        queue, lock, origin = iter(range(due.size)), threading.Lock(), time.perf_counter()
+
+        def work(connection: Connection) -> None:
+            while True:
+                with lock:
+                    turn = next(queue, None)
+                if turn is None:
+                    return
+                payload, moment = payloads[chosen[turn]], origin + float(due[turn])
+                exchanges[turn] = _send_when_due(connection, payload, moment, origin + 2 * seconds)
+                progress((turn + 1) / due.size)
+
+        list(pool.map(work, connections))
+    decoder = Decoder(origin)
+    return [decoder.reply(endpoint.label, i, x) for i, x in zip(chosen, exchanges, strict=True) if x is not None]
+
+
+def preflight(endpoint: Endpoint, payloads: Sequence[Payload]) -> None:
+    """Find a dead or refusing endpoint at once, not at the end of the measurement."""
+    _check(payloads, concurrency=1)
+    decoder, replies = Decoder(0.0), []
+    with closing(Connection(endpoint)) as connection:
+        for index, payload in enumerate(payloads[:PREFLIGHT_INPUTS]):
+            replies.append(decoder.reply(endpoint.label, index, connection.send(payload)))
+            if replies[-1].ok:
+                break
+    require_success(endpoint, replies)
+
+
+def require_success(endpoint: Endpoint, replies: Sequence[Reply]) -> None:
+    """Refuse an arm that answered nothing, with the first text it sent instead."""
+    if not any(reply.ok for reply in replies):
+        first = replies[0]
+        raise RedppError(
+            f"{endpoint.label} ({endpoint.url}) answered none of {len(replies)} requests: "
+            f"status {first.status}: {first.error}",
+            "status 200 with outputs",
+            "check that the model is loaded there and that the inputs fit it",
+        )
+
+
+def _send_when_due(connection: Connection, payload: Payload, due: float, end: float) -> Exchange:
+    """Times are on the clock of ``time.perf_counter``."""
+    time.sleep(max(0.0, due - time.perf_counter()))
+    now = time.perf_counter()
+    if now > end:
+        return Exchange(due, now - due, None, 0, b"", "not sent: every connection was busy for longer than the run")
+    exchange = connection.send(payload)
+    return exchange._replace(start_s=due, latency_s=exchange.start_s + exchange.latency_s - due)
+
+
+def _closed_loop(
+    pool: ThreadPoolExecutor,
+    connections: list[Connection],
+    payloads: Sequence[Payload],
+    seconds: float,
+    rng: numpy.random.Generator,
+) -> Throughput:
+    start = time.perf_counter()
+
+    def work(connection: Connection, seed: int) -> tuple[int, int, str]:
+        completed, failed, error = 0, 0, ""
+        inputs = _shuffled(len(payloads), numpy.random.default_rng(seed))
+        while time.perf_counter() - start < seconds:
+            exchange = connection.send(payloads[next(inputs)])
+            completed, failed = completed + exchange.ok, failed + (not exchange.ok)
+            if not exchange.ok and not error:
+                error = exchange.error or exchange.body.decode(errors="replace")
+        return completed, failed, error
+
+    seeds = rng.integers(0, 2**32, len(connections)).tolist()
+    done = list(pool.map(work, connections, seeds))
+    # Until the last answer, not until the deadline: a count of whole requests over a cut time would be biased.
+    elapsed = time.perf_counter() - start
+    completed, failed = sum(item[0] for item in done), sum(item[1] for item in done)
+    return Throughput(completed, failed, elapsed, completed / elapsed, next((e for *_, e in done if e), ""))
+
+
+def _total(blocks: list[Throughput]) -> Throughput:
+    completed, failed = sum(block.completed for block in blocks), sum(block.failed for block in blocks)
+    seconds = sum(block.seconds for block in blocks)
+    return Throughput(completed, failed, seconds, completed / seconds, next((x.error for x in blocks if x.error), ""))
+
+
+@contextmanager
+def _connections(endpoint: Endpoint, count: int) -> Iterator[list[Connection]]:
+    """One connection per worker, closed at the end."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(closing(Connection(endpoint))) for _ in range(count)]
+
+
+def _warm_up(pool: ThreadPoolExecutor, connections: list[Connection], payloads: Sequence[Payload]) -> None:
+    """Open every connection and let the server run each shape of batch before the clock starts."""
+    for turn in range(WARMUP_REQUESTS):
+        list(pool.map(Connection.send, connections, [payloads[turn % len(payloads)]] * len(connections)))
+
+
+def _shuffled(count: int, rng: numpy.random.Generator) -> Iterator[int]:
+    """Random passes over all indices: random order, yet every input gets its turn."""
+    while True:
+        yield from rng.permutation(count).tolist()
+
+
+def _check(payloads: Sequence[Payload], concurrency: int) -> None:
+    if not payloads:
+        raise RedppError("no inputs to send", "at least one payload", "pass inputs")
+    if concurrency < 1:
+        raise RedppError(f"a concurrency of {concurrency}", "1 or more", "pass another concurrency")

@@ -1,0 +1,130 @@
+"""Inner channels: those that one layer alone produces and whose every reader is known, so that they may go.
+
+The walk follows a layer's output through operators that treat each channel by itself, up to the layers that sum
+over the channels. Whatever else it meets (a residual add, a concat, an output) closes the channels, with a reason.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..runtime.batch_norm import is_inference_norm
+from ..runtime.graph import Graph, Node, Ref
+from .layers import Layer, find_layers, value_shapes
+
+ELEMENTWISE = frozenset(
+    f"aten.{op}.default"
+    for op in ("relu", "relu6", "hardtanh", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu",
+               "elu", "selu", "mish", "softplus", "clone", "contiguous")
+)  # fmt: skip
+POOLING = frozenset(f"aten.{op}.default" for op in ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"))
+_REASONS = {
+    "aten.add.Tensor": "joins a residual stream",
+    "aten.cat.default": "is concatenated with other channels",
+    "aten.mul.Tensor": "is multiplied with another stream",
+    "aten.layer_norm.default": "is normalised across channels",
+    "aten.group_norm.default": "is normalised across channels",
+}
+
+
+@dataclass(frozen=True)
+class InnerChannels:
+    """A set of channels with one producer and known consumers.
+
+    ``per_channel`` names the tensors whose dimension 0 is the channel (the producer's weight and bias, batch norms,
+    depthwise weights). ``consumers`` read ``value``s; each channel owns ``columns`` consecutive columns of a
+    consumer's weight (1, or H * W behind a flatten).
+    """
+
+    producer: Layer
+    depthwise: tuple[Layer, ...]
+    per_channel: tuple[str, ...]
+    consumers: tuple[tuple[Layer, int], ...]
+
+    @property
+    def channels(self) -> int:
+        return self.producer.shape[0]
+
+
+def find_inner_channels(
+    graph: Graph, exclude: Sequence[str] = ()
+) -> tuple[list[InnerChannels], dict[str, str]]:
+    """All inner channels in order of execution, and for each other layer the reason why its outputs stay.
+
+    Args:
+        graph: a captured network.
+        exclude: shell patterns of layer names that must not change.
+    """
+    layers = {layer.node.name: layer for layer in find_layers(graph)}
+    users, shapes = graph.users(), value_shapes(graph)
+    found, closed = [], {}
+    for layer in layers.values():
+        try:
+            inner = _walk(graph, layer, layers, users, shapes)
+            touched = (inner.producer, *inner.depthwise, *(c for c, _ in inner.consumers))
+            for other in touched:
+                if any(fnmatch.fnmatchcase(other.name, pattern) for pattern in exclude):
+                    raise _Closed("excluded" if other is layer else f"its reader {other.name} is excluded")
+            found.append(inner)
+        except _Closed as reason:
+            closed[layer.name] = str(reason)
+    return found, closed
+
+
+class _Closed(Exception):
+    """Why a walk ended: these channels are left alone."""
+
+
+def _walk(
+    graph: Graph, start: Layer, layers: dict[str, Layer], users: dict[str, list[Node]], shapes: dict[str, tuple[int, ...]]
+) -> InnerChannels:
+    if start.groups != 1:
+        depthwise = start.groups == start.shape[0]
+        raise _Closed("depthwise: its channels are those of its input" if depthwise else "grouped convolution")
+    per_channel = [start.weight, *([start.bias] if start.bias else [])]
+    depthwise, consumers = [], []
+    pending = [(start.node.name, 1)]  # (value, columns that one channel owns in it)
+    while pending:
+        value, columns = pending.pop(0)
+        if value in graph.outputs:
+            raise _Closed("is an output of the network")
+        if not users.get(value):
+            raise _Closed("is not read")
+        for node in users[value]:
+            layer = layers.get(node.name)
+            if layer and node.args[0] == Ref(value) and layer.groups == 1:
+                if layer.shape[1] != start.shape[0] * columns:
+                    raise _Closed(f"is read by {layer.name} along another axis")
+                consumers.append((layer, columns))
+            elif layer and node.args[0] == Ref(value) and layer.groups == layer.shape[0] == start.shape[0] and columns == 1:
+                depthwise.append(layer)
+                per_channel += [layer.weight, *([layer.bias] if layer.bias else [])]
+                pending.append((node.name, 1))
+            else:
+                per_channel += _channelwise_tensors(node, value, start, columns, users)
+                before, after = shapes[value], shapes[node.name]
+                flattened = len(before) == 4 and len(after) == 2 and node.op == "aten.flatten.using_ints"
+                pending.append((node.name, math.prod(before[2:]) if flattened else columns))
+    return InnerChannels(start, tuple(depthwise), tuple(per_channel), tuple(consumers))
+
+
+def _channelwise_tensors(node: Node, value: str, start: Layer, columns: int, users: dict[str, list[Node]]) -> list[str]:
+    """The per-channel tensors of a node that treats each channel by itself; raises `_Closed` for any other node."""
+    if node.args[0] == Ref(value):
+        if node.op in ELEMENTWISE:
+            return []
+        if is_inference_norm(node) and columns == 1:
+            names = [ref.name for ref in node.args[1:5] if ref]
+            if any(len(users[name]) > 1 for name in names):
+                raise _Closed("its batch norm is shared")
+            return names
+        spatial = start.is_conv and columns == 1
+        if spatial and (node.op in POOLING or node.op == "aten.flatten.using_ints" and list(node.args[1:]) in ([1], [1, -1])):
+            return []
+        if spatial and node.op == "aten.mean.dim" and sorted(d % 4 for d in node.args[1]) == [2, 3]:
+            return []
+    layer = node.args[1].name.removesuffix(".weight") if node.op.startswith("aten.conv") else node.name
+    raise _Closed(_REASONS.get(node.op, f"is read by {node.op.split('.')[1]} ({layer}), whose coupling is not known"))

@@ -1,0 +1,93 @@
+"""The layers that carry the weights: 2-D convolutions and Linear, with their attributes and their cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..runtime.graph import Graph, Node, Ref
+from ..runtime.program import Program
+
+CONV, LINEAR = "aten.conv2d.default", "aten.linear.default"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of a convolution or Linear whose weight is a parameter of the network.
+
+    ``weight`` names a tensor (n_out, n_in / groups, kh, kw) or (n_out, n_in); ``positions`` is how many output
+    positions one input gives (H * W, or the product of a Linear's extra dimensions).
+    """
+
+    name: str
+    node: Node
+    weight: str
+    bias: str | None
+    shape: tuple[int, ...]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    positions: int
+
+    @property
+    def is_conv(self) -> bool:
+        return self.node.op == CONV
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one input, dense."""
+        return self.positions * math.prod(self.shape)
+
+
+def find_layers(graph: Graph) -> list[Layer]:
+    """All layers in order of execution. A weight computed by other nodes, or used by two calls, is no layer."""
+    users, shapes = graph.users(), value_shapes(graph)
+    layers = []
+    for node in graph.nodes:
+        if node.op not in (CONV, LINEAR) or not isinstance(node.args[1], Ref):
+            continue
+        weight = node.args[1].name
+        if weight not in graph.tensors or len(users[weight]) > 1:
+            continue
+        args = list(node.args) + [None] * 7
+        bias = args[2].name if isinstance(args[2], Ref) else None
+        shape, out = tuple(graph.tensors[weight].shape), shapes[node.name]
+        if node.op == CONV:
+            stride, padding, dilation = (_pair(a, default) for a, default in zip(args[3:6], (1, 0, 1)))
+            layers.append(Layer(weight.removesuffix(".weight"), node, weight, bias, shape, stride, padding, dilation,
+                                args[6] or 1, math.prod(out[2:])))
+        else:
+            layers.append(Layer(weight.removesuffix(".weight"), node, weight, bias, shape, (1, 1), (0, 0), (1, 1), 1,
+                                math.prod(out[1:-1])))
+    return layers
+
+
+def value_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor-valued node at batch size 1, found without computing (meta device)."""
+    names = [node.name for node in graph.nodes]
+    program = Program(graph, wanted=names).to("meta")
+    inputs = (torch.empty(1, *i.shape, dtype=getattr(torch, i.dtype), device="meta") for i in graph.inputs)
+    values = program(*inputs)
+    return {name: tuple(v.shape) for name, v in zip(names, values) if isinstance(v, Tensor)}
+
+
+def parameter_count(graph: Graph) -> int:
+    """Number of floating-point values the graph holds."""
+    return sum(t.numel() for t in graph.tensors.values() if t.is_floating_point())
+
+
+def mac_count(graph: Graph) -> int:
+    """Multiply-accumulates of all layers for one input."""
+    return sum(layer.macs for layer in find_layers(graph))
+
+
+def _pair(value: int | list[int] | None, default: int) -> tuple[int, int]:
+    if value is None:
+        return default, default
+    if isinstance(value, int):
+        return value, value
+    return (value[0], value[-1])

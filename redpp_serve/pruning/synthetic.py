@@ -1,0 +1,195 @@
+"""Inputs without data: images whose batch-norm statistics match those the network has stored.
+
+After DeepInversion (Yin et al., arXiv 1912.08795) and ZeroQ (Cai et al., arXiv 2001.00281): smooth noise is
+optimised until the mean and variance that each batch norm sees are its running statistics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..graph.layers import mac_count
+from ..runtime.artifact import write_atomically
+from ..runtime.batch_norm import is_inference_norm
+from ..runtime.graph import Graph, InputSpec
+from ..runtime.program import Program
+
+# What one second is assumed to buy, in multiply-accumulates. A constant, not a measurement, so that the number of
+# inputs and steps, and with them the result, are the same on every machine of a kind.
+_MACS_PER_SECOND = {"cpu": 25e9, "cuda": 2e12}
+_FORWARD_AND_BACKWARD = 3
+_CHUNK_MACS = 400e9  # one step's batch is bounded, and so is its memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many inputs to make, in batches of ``batch``, with how many optimisation steps each."""
+
+    images: int
+    batch: int
+    steps: int
+
+
+def plan(graph: Graph, seconds: float, device: str = "cpu") -> Plan:
+    """The plan that fits into ``seconds``: a pure function of the network's cost, the budget and the kind of device."""
+    macs = max(mac_count(graph), 1)
+    affordable = seconds * _MACS_PER_SECOND[device] / (_FORWARD_AND_BACKWARD * macs)  # inputs times steps
+    images = int(min(256, max(16, 2 ** math.floor(math.log2(max(affordable / 60, 1))))))
+    batch = int(min(images, max(8, 2 ** math.floor(math.log2(max(_CHUNK_MACS / macs, 1))))))
+    return Plan(images, batch, int(min(200, max(4, affordable // images))))
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """``inputs``: one tensor (images, ...) for each network input. ``losses``: mismatch of the statistics before and
+    after. ``note`` is not empty where something other than the plan happened."""
+
+    inputs: tuple[Tensor, ...]
+    losses: tuple[float, float]
+    note: str
+
+
+def synthesize(
+    graph: Graph,
+    how: Plan,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    deadline: float = math.inf,
+    checkpoint: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Synthetic:
+    """Make inputs for a network. Deterministic for a seed, unless the ``deadline`` (time.monotonic) cuts it short.
+
+    Args:
+        checkpoint: a file that keeps finished batches, so that an interrupted run goes on from there.
+        progress: called with steps done and in all.
+    """
+    norms = [node for node in graph.nodes if is_inference_norm(node)]
+    floats = all(getattr(torch, spec.dtype).is_floating_point for spec in graph.inputs)
+    if not norms or not floats:
+        kind = "smooth noise" if floats else "random integers"
+        note = f"no batch norm to match: {kind} stands in for inputs, and the result rests on that"
+        return Synthetic(smooth_noise(graph.inputs, how.images, seed), (math.nan, math.nan), note)
+    matcher = _Matcher(graph, norms, device)
+    key = _key(graph, how, seed)
+    batches = _restore(checkpoint, key)
+    total, note, losses = how.images // how.batch * how.steps, "", []
+    for k in range(len(batches), how.images // how.batch):
+        start = tuple(x.to(device) for x in smooth_noise(graph.inputs, how.batch, seed * 7919 + k))
+        batch, loss, finished = matcher.optimise(start, how.steps, deadline, lambda done: progress(k * how.steps + done, total))
+        batches.append(batch)
+        losses.append(loss)
+        if not finished:
+            note = f"the time budget ended matching in batch {k + 1} of {how.images // how.batch}: not reproducible to the byte"
+            break
+        _keep(checkpoint, key, batches)
+    inputs = tuple(torch.cat(parts) for parts in zip(*batches))
+    first, last = (sum(values) / len(values) for values in zip(*losses)) if losses else (math.nan, math.nan)
+    return Synthetic(inputs, (first, last), note)
+
+
+def smooth_noise(inputs: tuple[InputSpec, ...], count: int, seed: int) -> tuple[Tensor, ...]:
+    """Unit-variance noise for each input (count, ...); images get several spatial scales, integers only 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for spec in inputs:
+        dtype = getattr(torch, spec.dtype)
+        if not dtype.is_floating_point:
+            made.append(torch.randint(0, 2, (count, *spec.shape), generator=generator).to(dtype))
+            continue
+        noise = torch.randn(count, *spec.shape, generator=generator)
+        if len(spec.shape) == 3:
+            height, width = spec.shape[1:]
+            for scale in (2, 4, 8):
+                coarse = torch.randn(count, spec.shape[0], -(-height // scale), -(-width // scale), generator=generator)
+                noise = noise * 0.5 + F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
+            noise = noise / noise.std(dim=(1, 2, 3), keepdim=True)
+        made.append(noise.to(dtype))
+    return tuple(made)
+
+
+class _Matcher:
+    """The loss between the statistics a batch gives and those stored, over all batch norms."""
+
+    def __init__(self, graph: Graph, norms: list, device: str) -> None:
+        self.program = Program(graph, wanted=[norm.args[0].name for norm in norms]).to(device)
+        self.targets = []
+        for norm in norms:
+            mean, variance = (graph.tensors[norm.args[k].name].to(device) for k in (3, 4))
+            self.targets.append((mean, (variance + norm.args[7]).sqrt()))
+
+    def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        total = torch.zeros((), device=batch[0].device)
+        for value, (mean, deviation) in zip(self.program(*batch), self.targets):
+            dims = [d for d in range(value.dim()) if d != 1]
+            variance, centre = torch.var_mean(value, dim=dims, correction=0)
+            total = total + (((centre - mean) / deviation) ** 2).mean()
+            total = total + (((variance + 1e-6).sqrt() / deviation - 1) ** 2).mean()
+        return total / len(self.targets)
+
+    def optimise(
+        self, start: tuple[Tensor, ...], steps: int, deadline: float, progress: Callable[[int], None]
+    ) -> tuple[tuple[Tensor, ...], tuple[float, float], bool]:
+        batch = [x.clone().requires_grad_() for x in start]
+        optimiser = torch.optim.Adam(batch, lr=0.1, betas=(0.8, 0.99))
+        first = last = math.nan
+        best, best_batch = math.inf, start
+        for step in range(steps):
+            for group in optimiser.param_groups:
+                group["lr"] = 0.1 * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            loss = self.loss(tuple(batch))
+            last = float(loss.detach())
+            first = last if step == 0 else first
+            if last < best:
+                best, best_batch = last, tuple(x.detach().clone() for x in batch)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            progress(step + 1)
+            if time.monotonic() > deadline:
+                return tuple(x.cpu() for x in best_batch), (first, best), False
+        return tuple(x.cpu() for x in best_batch), (first, best), True
+
+
+def _key(graph: Graph, how: Plan, seed: int) -> str:
+    digest = hashlib.sha256(f"{how} {seed} {graph.inputs}".encode())
+    for name, tensor in sorted(graph.tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else b"")
+    return digest.hexdigest()
+
+
+def _restore(checkpoint: Path | None, key: str) -> list[tuple[Tensor, ...]]:
+    from safetensors import SafetensorError, safe_open
+
+    if checkpoint is None or not checkpoint.exists():
+        return []
+    try:
+        with safe_open(checkpoint, "pt") as file:
+            meta = file.metadata() or {}
+            if meta.get("key") != key:
+                return []
+            parts = [file.get_tensor(f"input{k}").split(int(meta["batch"])) for k in range(int(meta["inputs"]))]
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return []  # a checkpoint only saves time: a damaged one is made again
+    return list(zip(*parts))
+
+
+def _keep(checkpoint: Path | None, key: str, batches: list[tuple[Tensor, ...]]) -> None:
+    from safetensors.torch import save
+
+    if checkpoint is None:
+        return
+    tensors = {f"input{k}": torch.cat(parts) for k, parts in enumerate(zip(*batches))}
+    meta = {"key": key, "batch": str(len(batches[0][0])), "inputs": str(len(tensors))}
+    write_atomically(checkpoint, save(tensors, metadata=meta))

@@ -1,0 +1,300 @@
+"""Numbers for people, and the terminal summary. The page (`report.html`) shows the same rows by the same helpers."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+DASH = "–"
+WIDTH = 110
+NAMES_SHOWN = 12  # names listed under one reason before "and N more"
+
+
+def printable(value: object) -> str:
+    """One safe line: white space collapsed; control, direction and surrogate characters replaced.
+
+    Layer and file names come from untrusted files; raw, they could move the cursor or break XML.
+    """
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(value).split()))
+
+
+def shorten(value: object, limit: int) -> str:
+    """`printable(value)` in at most `limit` characters: the middle goes first, both ends tell layers apart."""
+    line = printable(value)
+    if len(line) <= limit:
+        return line
+    tail = (limit - 1) // 2
+    return f"{line[: limit - 1 - tail]}…{line[len(line) - tail:]}"
+
+
+def dig(tree: Any, *keys: str) -> Any:
+    """`tree[k0][k1]...`, or None where a key is missing or a level is not a mapping."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def number(value: Any) -> float | None:
+    """A finite real number, else None (missing, NaN, infinite, text, bool)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _fixed(value: Any, template: str) -> str:
+    found = number(value)
+    return DASH if found is None else template.format(found)
+
+
+def _scaled(value: float, suffixes: Sequence[str], digits: Callable[[float], int]) -> str:
+    shown = f"{value:.{digits(value)}f}"
+    if abs(float(shown)) < 1000 or len(suffixes) == 1:
+        return f"{shown} {suffixes[0]}"
+    return _scaled(value / 1000, suffixes[1:], digits)
+
+
+def count(value: Any) -> str:
+    """Three significant digits: 512, 1.09 M, 2.31 G."""
+    found = number(value)
+    if found is None or abs(found) < 1000:
+        return _fixed(found, "{:.4g}")
+    return _scaled(found / 1000, ("k", "M", "G", "T", "P"), lambda v: 2 if abs(v) < 10 else 1 if abs(v) < 100 else 0)
+
+
+def size(value: Any) -> str:
+    """Bytes in decimal units: 512 B, 4.2 MB."""
+    found = number(value)
+    if found is None or abs(found) < 1000:
+        return _fixed(found, "{:.0f} B")
+    return _scaled(found / 1000, ("kB", "MB", "GB", "TB"), lambda v: 1)
+
+
+def percent(value: Any) -> str:
+    """A share as a percentage: 0.984 -> 98.40 %."""
+    found = number(value)
+    return DASH if found is None else f"{100 * found:.{2 if abs(found) < 10 else 0}f} %"
+
+
+def error(value: Any) -> str:
+    """A relative error: 2.10 %, or 3.1e-13 where a percentage would show only zeros."""
+    found = number(value)
+    if not found:
+        return DASH if found is None else "0"
+    return percent(found) if abs(found) >= 1e-3 else f"{found:.1e}"
+
+
+def milliseconds(value: Any) -> str:
+    found = number(value) or 0.0
+    return _fixed(value, "{:.3f} ms" if found < 1 else "{:.2f} ms" if found < 10 else "{:.1f} ms")
+
+
+def seconds(value: Any) -> str:
+    return _fixed(value, "{:.2f} s" if (number(value) or 0.0) < 10 else "{:.1f} s")
+
+
+def rate(value: Any) -> str:
+    return _fixed(value, "{:.1f} /s" if (number(value) or 0.0) < 100 else "{:.0f} /s")
+
+
+def bits(value: Any) -> str:
+    return _fixed(value, "{:.2f}")
+
+
+def times(value: Any) -> str:
+    return _fixed(value, "{:.2f}x")
+
+
+def shape(sides: Any) -> str:
+    """[16, 8, 3, 3] -> 16x8x3x3."""
+    return "x".join(count(side) for side in sides) if isinstance(sides, Sequence) and sides else DASH
+
+
+def of(part: Any, whole: Any) -> str:
+    """`part/whole` as two counts; a dash when both are unknown."""
+    return DASH if number(part) is None and number(whole) is None else f"{count(part)}/{count(whole)}"
+
+
+def quotient(top: Any, bottom: Any) -> float | None:
+    above, below = number(top), number(bottom)
+    return None if above is None or not below else above / below
+
+
+class Row(NamedTuple):
+    """One line of the summary: what, original, pruned, ratio (all formatted)."""
+
+    label: str
+    original: str
+    pruned: str
+    ratio: str
+
+
+class _Quantity(NamedTuple):
+    label: str
+    path: tuple[str, ...]
+    show: Callable[[Any], str]
+    always: bool = False  # shown with dashes even when nobody measured it
+    speedup: str = ""  # key of the interval in report["speedup"]
+
+
+_QUANTITIES = (
+    _Quantity("parameters", ("parameters",), count, always=True),
+    _Quantity("MACs", ("macs",), count, always=True),
+    _Quantity("multiplications", ("multiplications",), count, always=True),
+    _Quantity("additions", ("additions",), count, always=True),
+    _Quantity("stored bytes", ("bytes",), size, always=True),
+    _Quantity("accuracy", ("accuracy",), percent),
+    _Quantity("handler p50", ("handler_ms", "p50"), milliseconds, speedup="handler_p50"),
+    _Quantity("handler p99", ("handler_ms", "p99"), milliseconds, speedup="handler_p99"),
+    _Quantity("latency p50", ("latency_ms", "p50"), milliseconds, speedup="end_to_end_p50"),
+    _Quantity("latency p95", ("latency_ms", "p95"), milliseconds, speedup="end_to_end_p95"),
+    _Quantity("latency p99", ("latency_ms", "p99"), milliseconds, speedup="end_to_end_p99"),
+    _Quantity("throughput", ("throughput_rps",), rate, speedup="throughput"),
+)
+RATIO_NOTE = (
+    "Ratio: original / pruned for sizes, operations and times, pruned / original for throughput, so above 1 is better;"
+    " accuracy as a difference. [low, high] is the interval measured with the speed-up."
+)
+
+
+def _ratio(quantity: _Quantity, before: Any, after: Any, speedup: Any) -> str:
+    if number(dig(speedup, "ratio")) is not None:
+        low, high = number(dig(speedup, "low")), number(dig(speedup, "high"))
+        interval = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
+        return times(speedup["ratio"]) + interval
+    if quantity.label == "accuracy":
+        old, new = number(before), number(after)
+        return DASH if old is None or new is None else f"{100 * (new - old):+.2f} points"
+    return times(quotient(after, before) if quantity.label == "throughput" else quotient(before, after))
+
+
+def summary_rows(report: Mapping[str, Any]) -> list[Row]:
+    """Original | pruned | ratio. Costs always; accuracy and serving numbers only where the report has them."""
+    rows = []
+    for quantity in _QUANTITIES:
+        before, after = (dig(report, side, *quantity.path) for side in ("original", "pruned"))
+        speedup = dig(report, "speedup", quantity.speedup) if quantity.speedup else None
+        if quantity.always or any(number(v) is not None for v in (before, after, dig(speedup, "ratio"))):
+            ratio = _ratio(quantity, before, after, speedup)
+            rows.append(Row(quantity.label, quantity.show(before), quantity.show(after), ratio))
+    return rows
+
+
+def hash_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(quantity, predicted, predicted bound, measured) for the hashing stage."""
+    hashed = dig(report, "hash") or {}
+    return [
+        ("relative output error", error(dig(hashed, "predicted_error_typical")),
+         error(dig(hashed, "predicted_error_bound")), error(dig(hashed, "measured_error"))),
+        ("multiplications removed by splitting", percent(dig(hashed, "predicted_ratio")), DASH,
+         percent(dig(hashed, "measured_ratio"))),
+    ]  # fmt: skip
+
+
+def bound_note(report: Mapping[str, Any]) -> str:
+    """Whether the measured error respects the predicted bound; '' when either is unknown."""
+    bound, measured = (number(dig(report, "hash", key)) for key in ("predicted_error_bound", "measured_error"))
+    if bound is None or measured is None:
+        return ""
+    return "The measured error is " + ("within the bound." if measured <= bound else "ABOVE the predicted bound.")
+
+
+def verify_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(check, result) of the verification stage, and the agreement of the served answers where measured."""
+    verify = dig(report, "verify") or {}
+    rows = [
+        ("exact merging, relative error", error(dig(verify, "merge_exact"))),
+        ("exact splitting, relative error", error(dig(verify, "split_exact"))),
+        ("pruned against original, relative output error", error(dig(verify, "output_error"))),
+        ("same top-1 class", percent(dig(verify, "agreement"))),
+    ]
+    if number(dig(report, "agreement", "top1")) is not None:
+        rows.append(("same top-1 class, served answers", percent(dig(report, "agreement", "top1"))))
+    return rows
+
+
+def verify_title(report: Mapping[str, Any]) -> str:
+    images = number(dig(report, "verify", "images"))
+    return "verification" + ("" if images is None else f" ({images:.0f} held-out inputs)")
+
+
+def reasons(layers: Iterable[Any]) -> dict[str, list[str]]:
+    """Reason -> names of the layers whose channels were left alone for it, most frequent reason first."""
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        if reason := printable(dig(layer, "merge", "reason") or ""):
+            groups.setdefault(reason, []).append(shorten(dig(layer, "name") or DASH, 60))
+    return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
+
+
+def _columns(rows: Sequence[Sequence[str]], left: int = 1, indent: str = "") -> list[str]:
+    """Rows of equal length as aligned lines: the first `left` columns to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    cells = ((c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in rows)
+    return [(indent + "  ".join(row)).rstrip() for row in cells]
+
+
+def _left_alone(layers: Sequence[Any]) -> list[str]:
+    groups = reasons(layers)
+    if not groups:
+        return []
+    lines = ["", f"channels left alone: {sum(map(len, groups.values()))} of {len(layers)} layers"]
+    for reason, names in groups.items():
+        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+        lines += textwrap.wrap(f"{reason}:", WIDTH, initial_indent="  ", subsequent_indent="  ")
+        lines += textwrap.wrap(", ".join(names[:NAMES_SHOWN]) + more, WIDTH, initial_indent="    ",
+                               subsequent_indent="    ", break_on_hyphens=False)  # fmt: skip
+    return lines
+
+
+def package_summary(report: Mapping[str, Any]) -> str:
+    """What `package` prints at the end: sizes, hashing, verification, stages not done, layers left alone.
+
+    Args:
+        report: the content of report.json; any key may be missing or None.
+
+    Returns:
+        Lines of at most 110 columns, without a final newline.
+    """
+    by = f"redpp-serve {dig(report, 'tool', 'version') or DASH}"
+    lines = [shorten(f"{dig(report, 'name') or 'model'}: original and pruned by {by}", WIDTH), ""]
+    lines += _columns([("", "original", "pruned", "ratio"), *summary_rows(report)])
+    if dig(report, "hash"):
+        how = ", ".join(str(part) for key in ("method", "target") if (part := dig(report, "hash", key)))
+        lines += ["", shorten(f"hashing ({how or DASH})", WIDTH)]
+        lines += _columns([("", "predicted", "at most", "measured"), *hash_rows(report)], indent="  ")
+        lines += [f"  {note}"] if (note := bound_note(report)) else []
+    if dig(report, "verify") or dig(report, "agreement"):
+        lines += ["", verify_title(report), *_columns(verify_rows(report), indent="  ")]
+    for stage in dig(report, "stages") or []:
+        if dig(stage, "status") in ("skipped", "failed"):
+            line = printable(f"{stage['status']}: {dig(stage, 'name')} ({dig(stage, 'reason') or 'no reason given'})")
+            lines += ["", *textwrap.wrap(line, WIDTH, subsequent_indent="  ")]
+    lines += _left_alone(dig(report, "layers") or [])
+    if verdict := dig(report, "verdict"):
+        lines += ["", *textwrap.wrap(printable(f"verdict: {verdict}"), WIDTH, subsequent_indent="  ")]
+    return "\n".join(lines)
+
+
+def _layer_cells(layer: Any) -> tuple[str, ...]:
+    after = dig(layer, "pruned_shape")
+    return (
+        shorten(dig(layer, "name") or DASH, 24), shorten(dig(layer, "op") or DASH, 9), shape(dig(layer, "shape")),
+        shape(after) if after != dig(layer, "shape") else DASH,
+        count(dig(layer, "parameters")), count(dig(layer, "macs")), count(dig(layer, "hash", "values")),
+        bits(dig(layer, "hash", "entropy")), error(dig(layer, "hash", "error")),
+        of(dig(layer, "merge", "kept"), dig(layer, "merge", "channels")), error(dig(layer, "error")),
+    )  # fmt: skip
+
+
+def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
+    """One line per layer, at most 110 columns; columns nobody filled are left out. Then the layers left alone."""
+    if not layers:
+        return "no layers with weights"
+    head = ("layer", "op", "shape", "pruned to", "params", "MACs", "values", "bits", "RMS", "kept", "error")
+    body = [_layer_cells(layer) for layer in layers]
+    used = [i for i in range(len(head)) if any(row[i] != DASH for row in body)]
+    lines = _columns([[row[i] for i in used] for row in (head, *body)], left=sum(i < 2 for i in used))
+    return "\n".join([*(shorten(line, WIDTH) if len(line) > WIDTH else line for line in lines), *_left_alone(layers)])

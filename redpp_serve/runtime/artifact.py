@@ -1,0 +1,205 @@
+"""The artifact: one deterministic zip of a graph, its weights and a manifest. Loading runs no code from it.
+
+``manifest.json`` (format, description, SHA-256 of the rest), ``graph.json`` (operator calls over the allow-list
+of `ops`), ``weights.safetensors``. Entries are stored uncompressed with a fixed time stamp, so equal content
+gives equal bytes. A weight with few distinct values is stored as its codebook and packed indices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import tempfile
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RedppError
+from .codebook import decode, encode
+from .graph import Graph, InputSpec, Node, Ref
+from .ops import ALLOWED
+from .tensors import read_safetensors
+
+FORMAT = 1
+ENTRIES = ("manifest.json", "graph.json", "weights.safetensors")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A loaded artifact: the graph and the manifest's description of it."""
+
+    graph: Graph
+    description: dict[str, Any]
+
+
+def build(graph: Graph, description: dict[str, Any]) -> bytes:
+    """The artifact's bytes. ``description`` (JSON) gains ``bytes``: what the stored weights take."""
+    from safetensors.torch import save as save_safetensors
+
+    stored: dict[str, Tensor] = {}
+    encodings: dict[str, Any] = {}
+    for name, tensor in sorted(graph.tensors.items()):
+        packed = encode(tensor)
+        if packed is None:
+            stored[name] = tensor.detach().cpu().contiguous().clone()
+        else:
+            stored[f"{name}:codebook"], stored[f"{name}:indices"] = packed.codebook, packed.indices
+            encodings[name] = {"bits": packed.bits, "shape": list(tensor.shape)}
+    weights = save_safetensors(stored)
+    document = {
+        "inputs": [{**asdict(i), "shape": list(i.shape)} for i in graph.inputs],
+        "nodes": [
+            {"name": n.name, "op": n.op, "args": _to_json(n.args), "kwargs": _to_json_map(n.kwargs)} for n in graph.nodes
+        ],
+        "outputs": list(graph.outputs),
+        "encodings": encodings,
+    }
+    graph_bytes = _dump(document)
+    manifest = {
+        "format": FORMAT,
+        "description": {**description, "bytes": sum(t.numel() * t.element_size() for t in stored.values())},
+        "sha256": {"graph.json": _digest(graph_bytes), "weights.safetensors": _digest(weights)},
+    }
+    return deterministic_zip(dict(zip(ENTRIES, (_dump(manifest), graph_bytes, weights))))
+
+
+def load(source: Path | bytes) -> Artifact:
+    """Read and check an artifact.
+
+    Raises:
+        RedppError: not an artifact, damaged, or calling an operator that is not on the allow-list.
+    """
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            infos = archive.infolist()
+            if sorted(i.filename for i in infos) != sorted(ENTRIES):
+                raise ValueError(f"entries {[i.filename for i in infos][:6]}")
+            if any(i.compress_type != zipfile.ZIP_STORED for i in infos):
+                raise ValueError("compressed entries")
+            manifest_bytes, graph_bytes, weights = (archive.read(name) for name in ENTRIES)
+        manifest = json.loads(manifest_bytes)
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+        for name, content in (("graph.json", graph_bytes), ("weights.safetensors", weights)):
+            if manifest["sha256"][name] != _digest(content):
+                raise ValueError(f"{name} does not match its SHA-256")
+        graph = _parse(json.loads(graph_bytes), read_safetensors(weights))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile) as error:
+        detail = f"{error}" if not isinstance(error, KeyError) else f"missing or unknown {error}"
+        raise RedppError(
+            f"the artifact {source if isinstance(source, Path) else ''} cannot be read: {detail}",
+            "an unchanged model.redpp written by redpp-serve",
+            "package the model again, or fetch the file again if it was copied",
+        ) from error
+    return Artifact(graph, manifest["description"])
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that readers see the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def deterministic_zip(entries: dict[str, bytes]) -> bytes:
+    """A zip whose bytes depend on the entries alone: stored, fixed time stamps and permissions, given order."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in entries.items():
+            info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            info.create_system, info.external_attr = 3, 0o644 << 16
+            archive.writestr(info, content)
+    return buffer.getvalue()
+
+
+def _parse(document: dict[str, Any], stored: dict[str, Tensor]) -> Graph:
+    tensors = {name: t for name, t in stored.items() if ":" not in name}
+    for name, spec in document["encodings"].items():
+        tensors[name] = decode(stored[f"{name}:codebook"], stored[f"{name}:indices"], spec["bits"], spec["shape"])
+    inputs = tuple(InputSpec(i["name"], tuple(int(d) for d in i["shape"]), i["dtype"]) for i in document["inputs"])
+    for spec in inputs:
+        _dtype(spec.dtype)
+    known = {*tensors, *(i.name for i in inputs)}
+    nodes = []
+    for entry in document["nodes"]:
+        if entry["op"] not in ALLOWED:
+            raise ValueError(f"operator {str(entry['op'])[:60]!r} is not on the allow-list")
+        node = Node(entry["name"], entry["op"], tuple(_from_json(a) for a in entry["args"]),
+                    {k: _from_json(v) for k, v in entry["kwargs"].items()})
+        unknown = set(node.refs()) - known
+        if unknown or node.name in known:
+            raise ValueError(f"node {node.name!r} reads undefined values or is defined twice: {sorted(unknown)[:3]}")
+        known.add(node.name)
+        nodes.append(node)
+    if not document["outputs"] or set(document["outputs"]) - known:
+        raise ValueError("outputs that no node defines")
+    return Graph(inputs, tensors, tuple(nodes), tuple(document["outputs"]))
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Ref):
+        return {"ref": value.name}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.memory_format):
+        return {"memory_format": str(value).removeprefix("torch.")}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"an argument of type {type(value).__name__} has no place in an artifact")
+
+
+def _to_json_map(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: _to_json(v) for k, v in values.items()}
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "ref":
+        return Ref(str(content))
+    if kind == "float" and content in ("inf", "-inf", "nan"):
+        return float(content)
+    if kind == "dtype":
+        return _dtype(content)
+    if kind == "memory_format" and content in ("contiguous_format", "preserve_format", "channels_last"):
+        return getattr(torch, content)
+    raise ValueError(f"unknown constant {kind!r}")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"unknown dtype {str(name)[:40]!r}")
+    return dtype
+
+
+def _dump(document: Any) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,55 @@
+"""Batch norm in inference is an affine map for each channel; here it is read, and folded when a graph is to run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .graph import Graph, Node, Ref
+
+BATCH_NORM = "aten.batch_norm.default"
+LINEAR_OPS = ("aten.conv2d.default", "aten.linear.default")
+
+
+def is_inference_norm(node: Node) -> bool:
+    """Whether a node is a batch norm that normalises by stored statistics, not by those of the batch."""
+    return node.op == BATCH_NORM and node.args[3] is not None and node.args[5] is False
+
+
+def scale_and_shift(graph: Graph, norm: Node) -> tuple[Tensor, Tensor]:
+    """The float64 (channels,) scale and shift that an inference batch norm applies to its input."""
+    weight, bias, mean, variance = (graph.tensors[ref.name].double() if ref else None for ref in norm.args[1:5])
+    assert mean is not None and variance is not None  # `is_inference_norm`
+    scale = torch.rsqrt(variance + norm.args[7])
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+def fold_batch_norm(graph: Graph) -> Graph:
+    """The same function with each batch norm that alone reads a convolution or Linear folded into it.
+
+    Done when a graph is loaded to run, never before hashing or merging: folding scales each output channel by
+    its own factor, which destroys equality between channels and between a layer's weights.
+    """
+    users, producers = graph.users(), {node.name: node for node in graph.nodes}
+    tensors, changed, dropped = dict(graph.tensors), {}, set()
+    for norm in graph.nodes:
+        source = producers.get(norm.args[0].name) if is_inference_norm(norm) else None
+        if source is None or source.op not in LINEAR_OPS or len(users[source.name]) > 1 or source.name in graph.outputs:
+            continue
+        weight = tensors[source.args[1].name]
+        scale, shift = scale_and_shift(graph, norm)
+        bias = source.args[2] if len(source.args) > 2 else None
+        if bias is not None:
+            shift = shift + tensors[bias.name].double() * scale
+        folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+        names = f"{source.name}.folded_weight", f"{source.name}.folded_bias"
+        tensors.update(zip(names, (folded.to(weight.dtype), shift.to(weight.dtype))))
+        args = (source.args[0], Ref(names[0]), Ref(names[1]), *source.args[3:])
+        changed[norm.name] = Node(norm.name, source.op, args, source.kwargs)
+        dropped.add(source.name)
+    nodes = tuple(changed.get(node.name, node) for node in graph.nodes if node.name not in dropped)
+    return replace(graph, tensors=tensors, nodes=nodes).pruned_of_unused()

@@ -1,0 +1,117 @@
+"""The network as data: a list of operator calls over named tensors.
+
+Every pass of the project maps a `Graph` to a `Graph`; the artifact stores one; the server runs one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One network input: its name, its shape without the batch dimension, and a torch dtype's name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Ref:
+    """The value of an input, a tensor or an earlier node."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """One call ``op(*args, **kwargs)``; arguments are `Ref`s, constants, and lists of them."""
+
+    name: str
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def refs(self) -> Iterator[str]:
+        """Names of all values this call reads, in order of appearance."""
+        yield from _refs(self.args)
+        yield from _refs(tuple(self.kwargs.values()))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Inputs, parameters and buffers by name, nodes in an order of execution, and the outputs' names.
+
+    Treat as immutable: passes return a new graph (`with_tensors`, `dataclasses.replace`).
+    """
+
+    inputs: tuple[InputSpec, ...]
+    tensors: dict[str, Tensor]
+    nodes: tuple[Node, ...]
+    outputs: tuple[str, ...]
+
+    def node(self, name: str) -> Node:
+        """The node of that name; KeyError if there is none."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(name)
+
+    def users(self) -> dict[str, list[Node]]:
+        """For each value, the nodes that read it, each once per argument that does."""
+        users: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in node.refs():
+                users.setdefault(name, []).append(node)
+        return users
+
+    def with_tensors(self, changed: dict[str, Tensor]) -> Graph:
+        """The same graph with some tensors replaced or added."""
+        return replace(self, tensors={**self.tensors, **changed})
+
+    def with_nodes(self, changed: dict[str, Node]) -> Graph:
+        """The same graph with some nodes replaced by another call under the same name."""
+        return replace(self, nodes=tuple(changed.get(node.name, node) for node in self.nodes))
+
+    def to(self, dtype: torch.dtype) -> Graph:
+        """The same graph with its floating-point tensors and inputs in another precision."""
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
+        inputs = tuple(
+            replace(i, dtype=str(dtype).removeprefix("torch.")) if getattr(torch, i.dtype).is_floating_point else i
+            for i in self.inputs
+        )
+        return replace(self, tensors=tensors, inputs=inputs)
+
+    def pruned_of_unused(self) -> Graph:
+        """The same graph without nodes and tensors that no output depends on."""
+        live = set(self.outputs)
+        nodes = []
+        for node in reversed(self.nodes):
+            if node.name in live:
+                nodes.append(node)
+                live.update(node.refs())
+        tensors = {k: v for k, v in self.tensors.items() if k in live}
+        return replace(self, nodes=tuple(reversed(nodes)), tensors=tensors)
+
+
+def map_refs(value: Any, fn: Callable[[str], Any]) -> Any:
+    """``value`` with every `Ref` replaced by ``fn(name)``, through lists and tuples."""
+    if isinstance(value, Ref):
+        return fn(value.name)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_refs(v, fn) for v in value)
+    return value
+
+
+def _refs(value: Any) -> Iterator[str]:
+    if isinstance(value, Ref):
+        yield value.name
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _refs(item)

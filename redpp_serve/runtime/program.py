@@ -1,0 +1,80 @@
+"""Running a graph: one executor for the offline passes and for the server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .graph import Graph, map_refs
+from .ops import resolve
+
+
+class Program(nn.Module):
+    """A graph as a module: tensors (N, ...) in, a tuple of the values named by ``wanted`` out.
+
+    Args:
+        graph: what to run; its tensors become buffers, so ``.to(device)`` works.
+        wanted: names of the values to return; by default the graph's outputs. Nothing after the last one
+            runs, and each intermediate value is freed after its last use.
+    """
+
+    def __init__(self, graph: Graph, wanted: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.inputs = graph.inputs
+        self.wanted = tuple(graph.outputs if wanted is None else wanted)
+        live = _needed(graph, self.wanted)
+        slot: dict[str, int] = {}
+        for value in (*(i.name for i in graph.inputs), *graph.tensors):
+            slot[value] = len(slot)
+        self._constants: list[tuple[int, str]] = []
+        for k, (name, tensor) in enumerate(graph.tensors.items()):
+            if name in live:
+                self.register_buffer(f"t{k}", tensor, persistent=False)
+                self._constants.append((slot[name], f"t{k}"))
+        steps = [node for node in graph.nodes if node.name in live]
+        for node in steps:
+            slot[node.name] = len(slot)
+        last = {name: k for k, node in enumerate(steps) for name in node.refs()}
+        self._steps = []
+        for k, node in enumerate(steps):
+            dead = [slot[r] for r in set(node.refs()) if last[r] == k and r not in self.wanted]
+            args = map_refs(node.args, lambda name: _Slot(slot[name]))
+            kwargs = {key: map_refs(v, lambda name: _Slot(slot[name])) for key, v in node.kwargs.items()}
+            self._steps.append((resolve(node.op), args, kwargs, slot[node.name], dead))
+        self._returns = [slot[name] for name in self.wanted]
+        self._size = len(slot)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        values: list[Any] = [None] * self._size
+        values[: len(inputs)] = inputs
+        for index, buffer in self._constants:
+            values[index] = self._buffers[buffer]
+        for fn, args, kwargs, out, dead in self._steps:
+            filled = [_fill(a, values) for a in args]
+            values[out] = fn(*filled, **{k: _fill(v, values) for k, v in kwargs.items()}) if kwargs else fn(*filled)
+            for index in dead:
+                values[index] = None
+        return tuple(values[index] for index in self._returns)
+
+
+class _Slot(int):
+    """A position in the list of values; a type of its own, so that it differs from a constant integer."""
+
+
+def _fill(value: Any, values: list[Any]) -> Any:
+    kind = type(value)
+    if kind is _Slot:
+        return values[value]
+    if kind is list or kind is tuple:
+        return [_fill(v, values) for v in value]
+    return value
+
+
+def _needed(graph: Graph, wanted: Sequence[str]) -> set[str]:
+    live = set(wanted)
+    for node in reversed(graph.nodes):
+        if node.name in live:
+            live.update(node.refs())
+    return live
