@@ -165,14 +165,14 @@ def _gather_sum(
     for tile in tiles:
         if tile.last_row == tile.first_row:
             continue
-        rows = index[tile.outputs, tile.columns]
-        kept = rows >= 0
-        counts = kept.sum(1)
+        rows, factors = index[tile.outputs, tile.columns], sign[tile.outputs, tile.columns]
+        counts = (rows >= 0).sum(1)
+        kept = (rows >= 0).flatten().nonzero().squeeze(1)
         total[tile.outputs] += F.embedding_bag(
-            rows[kept].long() - tile.first_row,
+            rows.flatten()[kept].long() - tile.first_row,
             products(tile.first_row, tile.last_row),
             counts.cumsum(0) - counts,
             mode="sum",
-            per_sample_weights=sign[tile.outputs, tile.columns][kept].to(dtype),
+            per_sample_weights=factors.flatten()[kept].to(dtype),
         )
     return total

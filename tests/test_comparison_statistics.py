@@ -146,7 +146,7 @@ def test_verdict_faster() -> None:
 def test_verdict_slower_is_told_as_a_longer_time() -> None:
     result = verdict(sequence_of(0.8, 0.0), **NAMES)
     assert result.kind == "slower" and result.high < 1
-    assert result.text.startswith("redpp takes 1.25 times as long as original end to end (95 % confidence sequence 1.25")
+    assert result.text.startswith("redpp takes 1.25 times as long as original end to end (95 % confidence sequence 1.2")
 
 
 def test_verdict_equivalent_within_the_margin() -> None:

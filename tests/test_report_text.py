@@ -9,7 +9,47 @@ import pytest
 
 from redpp_serve.report import text
 
-GOLDEN_SUMMARY = ""
+GOLDEN_SUMMARY = """\
+digits: original and pruned by redpp-serve 0.1.0
+
+                 original    pruned               ratio
+parameters         1.09 M     512 k               2.13x
+MACs               2.31 G    1.10 G               2.10x
+multiplications    2.31 G     988 M               2.34x
+additions          2.31 G    1.10 G               2.10x
+stored bytes       4.4 MB  391.2 kB              11.14x
+accuracy          98.40 %   98.00 %        -0.40 points
+handler p50       12.3 ms   6.54 ms  1.88x [1.85, 1.91]
+handler p99       18.9 ms   10.2 ms               1.85x
+latency p50       15.2 ms   8.90 ms  1.71x [1.66, 1.75]
+latency p95       20.4 ms   12.6 ms               1.62x
+latency p99       26.1 ms   17.0 ms               1.54x
+throughput         131 /s    223 /s  1.70x [1.64, 1.76]
+
+hashing (kde, relative RMS 0.02)
+                                        predicted  at most  measured
+  relative output error                    4.12 %  18.34 %    4.37 %
+  multiplications removed by splitting    10.21 %        –   10.34 %
+  The measured error is within the bound.
+
+verification (256 held-out inputs)
+  exact merging, relative error                   3.1e-13
+  exact splitting, relative error                 8.4e-15
+  pruned against original, relative output error   6.11 %
+  same top-1 class                                99.20 %
+  same top-1 class, served answers                99.44 %
+
+skipped: distil (no time left in the budget)
+
+channels left alone: 8 of 11 layers
+  its channels feed a residual addition:
+    stem.conv, blocks.0.conv2, blocks.0.shortcut.projection.conv, blocks.1.conv2,
+    blocks.1.shortcut.projection.conv, blocks.2.conv2, blocks.2.shortcut.projection.conv
+  network output:
+    head.classifier
+
+verdict: Faster: the pruned version answers 1.71 times as fast at the median and agrees on 99.44 % of inputs
+  (interval 1.66 to 1.75)."""
 
 
 def _density(spread: float, values: int) -> dict[str, Any]:
@@ -113,7 +153,8 @@ def sample_report() -> dict[str, Any]:
         },
         "hash": {
             "method": "kde", "target": "relative RMS 0.02", "predicted_error_typical": 0.0412,
-            "predicted_error_bound": 0.1834, "measured_error": 0.0437, "predicted_ratio": 0.1021, "measured_ratio": 0.1034,
+            "predicted_error_bound": 0.1834, "measured_error": 0.0437, "predicted_ratio": 0.1021,
+            "measured_ratio": 0.1034,
         },
         "layers": sample_layers(),
         "verify": {"merge_exact": 3.1e-13, "split_exact": 8.4e-15, "output_error": 0.0611, "agreement": 0.992,
@@ -125,5 +166,101 @@ def sample_report() -> dict[str, Any]:
             "end_to_end_p50": {"ratio": 1.71, "low": 1.66, "high": 1.75},
             "throughput": {"ratio": 1.7, "low": 1.64, "high": 1.76},
         },
-        "verdict": "Faster: the pruned version answers 1.71 times as fast at the median and agrees on 99.44 % of inputs.",
+        "verdict": "Faster: the pruned version answers 1.71 times as fast at the median and agrees on 99.44 % of inputs"
+                   " (interval 1.66 to 1.75).",
     }  # fmt: skip
+
+
+def test_package_summary_golden() -> None:
+    assert text.package_summary(sample_report()) == GOLDEN_SUMMARY
+
+
+def test_summary_of_an_empty_report_shows_dashes() -> None:
+    lines = text.package_summary({}).splitlines()
+    assert lines[0] == "model: original and pruned by redpp-serve –"
+    assert [line.split() for line in lines if line.startswith("MACs")] == [["MACs", "–", "–", "–"]]
+    assert "hashing" not in "".join(lines) and "accuracy" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("show", "value", "expected"),
+    [
+        (text.count, 1_089_530, "1.09 M"),
+        (text.count, 2_314_000_000, "2.31 G"),
+        (text.count, 512, "512"),
+        (text.count, 999_999, "1.00 M"),
+        (text.count, 0, "0"),
+        (text.count, True, "–"),
+        (text.exact, 2048, "2048"),
+        (text.size, 4_200_000, "4.2 MB"),
+        (text.size, 999, "999 B"),
+        (text.size, 999_990, "1.0 MB"),
+        (text.percent, 0.984, "98.40 %"),
+        (text.percent, math.nan, "–"),
+        (text.error, 3.1e-13, "3.1e-13"),
+        (text.error, 0.0, "0"),
+        (text.error, 0.021, "2.10 %"),
+        (text.error, math.inf, "–"),
+        (text.milliseconds, 0.8312, "0.831 ms"),
+        (text.milliseconds, 12.31, "12.3 ms"),
+        (text.seconds, None, "–"),
+        (text.times, "2", "–"),
+        (text.shape, [2048, 1024, 1, 1], "2048x1024x1x1"),
+        (text.shape, [], "–"),
+    ],
+)
+def test_formats(show: Any, value: Any, expected: str) -> None:
+    assert show(value) == expected
+
+
+def test_ratio_is_above_one_when_pruned_is_better() -> None:
+    report = {
+        "original": {"macs": 300, "throughput_rps": 10.0, "bytes": 5},
+        "pruned": {"macs": 100, "throughput_rps": 20.0, "bytes": 0},
+    }
+    ratios = {row.label: row.ratio for row in text.summary_rows(report)}
+    assert (ratios["MACs"], ratios["throughput"], ratios["stored bytes"]) == ("3.00x", "2.00x", "–")
+
+
+def test_measured_error_above_the_bound_is_said() -> None:
+    report = sample_report()
+    report["hash"]["measured_error"] = 0.5
+    assert "ABOVE the predicted bound" in text.package_summary(report)
+
+
+def test_layer_table_names_every_layer_and_fits() -> None:
+    table = text.layer_table(sample_layers())
+    lines = table.splitlines()
+    assert lines[0].split() == "layer op shape pruned to params MACs values bits RMS kept error".split()
+    row = "blocks.0.conv1 conv2d 16x16x3x3 8x16x3x3 2.30 k 590 k 12 3.18 1.50 % 8/16 1.44 %"
+    assert lines[2].split() == row.split()
+    assert max(map(len, lines)) <= text.WIDTH
+
+
+def test_wide_tables_shorten_names_only() -> None:
+    layer = _layer("encoder." * 40 + "attention.out", [2048, 1024, 3, 3], [1024, 1024, 3, 3], "x" * 300, values=4096)
+    lines = text.layer_table([layer] * 30).splitlines()
+    assert max(map(len, lines)) <= text.WIDTH
+    assert "2048x1024x3x3  1024x1024x3x3" in lines[1] and "…" in lines[1]
+    assert max(map(len, text.package_summary({**sample_report(), "layers": [layer] * 30}).splitlines())) <= text.WIDTH
+
+
+def test_columns_nobody_filled_are_left_out() -> None:
+    bare = [{"name": "fc", "op": "linear", "shape": [10, 64], "parameters": 640, "hash": None, "merge": None}]
+    assert text.layer_table(bare).splitlines()[0].split() == ["layer", "op", "shape", "params"]
+    assert text.layer_table([]) == "no layers with weights"
+    assert text.layer_table([{}]).splitlines()  # type: ignore[typeddict-item]
+
+
+def test_reasons_group_and_count() -> None:
+    layers = [_layer(f"l{i}", [8, 8, 1, 1], [8, 8, 1, 1], "rare" if i == 3 else "common") for i in range(20)]
+    assert list(text.reasons(layers)) == ["common", "rare"]
+    listing = text.layer_table(layers).split("channels left alone: ")[1]
+    assert listing.startswith("20 of 20 layers\n  common:\n    l0, l1, l2, l4") and "and 7 more" in listing
+
+
+def test_terminal_control_characters_are_replaced() -> None:
+    layer = _layer("a\x1b[2J\u202eb\nc", [8, 8, 1, 1], [8, 8, 1, 1], "why\x07")
+    table = text.layer_table([layer])
+    assert "a\ufffd[2J\ufffdb c" in table
+    assert not any(c in table for c in "\x1b\u202e\x07")

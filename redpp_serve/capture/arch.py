@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from redpp_serve.capture.sniff import shorten
+from redpp_serve.capture.sniff import first_line, shorten
 from redpp_serve.errors import RedppError
 
 FORMS = "torchvision:NAME, timm:NAME or path/to/file.py:factory"
@@ -32,7 +33,7 @@ def build(arch: str, arch_args: Mapping[str, Any]) -> nn.Module:
         arch_args: keyword arguments of the builder, such as ``num_classes``.
 
     Raises:
-        RedppError: unknown form, name or factory; library missing; arguments that ask for weights; a builder that fails.
+        RedppError: unknown form, name or factory; library missing; arguments that ask for weights; failing builder.
     """
     library, colon, name = arch.partition(":")
     if colon and library in ("torchvision", "timm"):
@@ -47,7 +48,7 @@ def build(arch: str, arch_args: Mapping[str, Any]) -> nn.Module:
         factory = _from_file(Path(file), name)
     module = _run(f"--arch {arch}", lambda: factory(**arch_args))
     if not isinstance(module, nn.Module):
-        found = f"--arch {arch} gave a {type(module).__name__}"
+        found = f"--arch {arch} gave an object of type {type(module).__name__}"
         raise RedppError(found, "a torch.nn.Module", "return the module from the factory")
     return module
 
@@ -69,12 +70,11 @@ def load_into(module: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
         for key, value in state_dict.items()
         if isinstance(own.get(key), Tensor) and own[key].shape != value.shape
     ]
-    missing, unexpected = list[str](), list[str]()
-    if not shapes:
-        missing, unexpected = _copy(module, own, state_dict)
-        missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    if shapes:
+        missing, unexpected = [k for k in own if k not in state_dict], [k for k in state_dict if k not in own]
     else:
-        missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+        missing, unexpected = _copy(module, own, state_dict)
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
     parts = [
         f"{len(names)} {what}: {shorten(names)}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
@@ -82,7 +82,8 @@ def load_into(module: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
     ]
     if parts:
         do = "give the --arch and --arch-arg (num_classes, ...) that the weights were trained with"
-        raise RedppError("the weights do not fit the architecture; " + "; ".join(parts), "the same names and shapes", do)
+        found = f"the weights do not fit the architecture; {'; '.join(parts)}"
+        raise RedppError(found, "the same names and shapes", do)
     changed = sorted({f"{v.dtype} to {own[k].dtype}" for k, v in state_dict.items() if _differs(v, own.get(k))})
     return [f"converted weights from {change}".replace("torch.", "") for change in changed]
 
@@ -99,17 +100,17 @@ def preprocess_hints(module: nn.Module) -> dict[str, Any] | None:
     return {key: list(config[source]) for key, source in (("mean", "mean"), ("std", "std"), ("size", "input_size"))}
 
 
-def _copy(module: nn.Module, own: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+def _copy(module: nn.Module, own: dict[str, Any], state_dict: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
     """Missing and unexpected names after the modules' own renaming of old files has had its turn."""
-    content = dict(state_dict)
-    metadata = getattr(state_dict, "_metadata", None) or getattr(own, "_metadata", None)
-    holder = type(own)(content)
-    holder._metadata = metadata  # type: ignore[attr-defined]  # safetensors keeps none; some modules insist on it
+    holder = OrderedDict(state_dict)
+    # safetensors keeps no version numbers, and some modules insist on them
+    holder._metadata = getattr(state_dict, "_metadata", None) or own._metadata  # type: ignore[attr-defined]
     try:
         result = module.load_state_dict(holder, strict=False)
     except Exception as error:
         do = "give the --arch and --arch-arg that the weights were trained with"
-        raise RedppError(f"the module refuses the weights: {_first_line(error)}", "weights of this module", do) from error
+        found = f"the module refuses the weights: {first_line(error)}"
+        raise RedppError(found, "weights of this module", do) from error
     return list(result.missing_keys), list(result.unexpected_keys)
 
 
@@ -122,7 +123,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _torchvision(name: str) -> Callable[..., Any]:
-    models = _import("torchvision").models
+    models = import_library("torchvision").models
     names = models.list_models()
     if name not in names:
         raise _unknown("torchvision model", name, names)
@@ -132,14 +133,20 @@ def _torchvision(name: str) -> Callable[..., Any]:
 
 
 def _timm(name: str) -> Callable[..., Any]:
-    _import("torchvision")  # timm imports it too, and would meet the undefined operators
-    timm = _import("timm")
+    timm = import_library("timm")
     if not timm.is_model(name):
         raise _unknown("timm model", name, timm.list_models())
     return lambda **arguments: timm.create_model(name, pretrained=False, **arguments)
 
 
-def _import(library: str) -> ModuleType:
+def import_library(library: str) -> ModuleType:
+    """Import torchvision or timm, also beside a CPU-only torch.
+
+    Raises:
+        RedppError: not installed, or of a release that does not go with this torch.
+    """
+    if library == "timm":
+        import_library("torchvision")  # timm imports it too, and would meet the undefined operators
     try:
         try:
             return importlib.import_module(library)
@@ -149,11 +156,12 @@ def _import(library: str) -> ModuleType:
             _define_detection_operators()
             return importlib.import_module(library)
     except ModuleNotFoundError as error:
-        do = f"pip install {error.name or library}"
-        raise RedppError(f"{error.name or library} is not installed", f"{library}, for --arch {library}:NAME", do) from error
+        missing = error.name or library
+        expected = "the library that this network comes from"
+        raise RedppError(f"{missing} is not installed", expected, f"pip install {missing}") from error
     except Exception as error:
         do = f"install the {library} release that belongs to torch {torch.__version__}"
-        raise RedppError(f"{library} cannot be imported: {_first_line(error)}", f"a working {library}", do) from error
+        raise RedppError(f"{library} cannot be imported: {first_line(error)}", f"a working {library}", do) from error
 
 
 def _define_detection_operators() -> None:
@@ -197,15 +205,12 @@ def _run(what: str, call: Callable[[], Any]) -> Any:
             trace = trace.tb_next
         where = f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
         do = "correct it, or pass its arguments with --arch-arg name=value"
-        raise RedppError(f"{what} failed{where}: {_first_line(error)}", "code that gives a module", do) from error
+        raise RedppError(f"{what} failed{where}: {first_line(error)}", "code that gives a module", do) from error
 
 
 def _unknown(what: str, name: str, names: Iterable[str]) -> RedppError:
     names = sorted(names)
     close = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
     expected = f"one of {', '.join(close)}" if close else f"one of {len(names)}, such as {shorten(names)}"
-    return RedppError(f"no {what} is named {name!r}", expected if names else "a function or class", "check the spelling")
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"
+    expected = expected if names else "a function or class"
+    return RedppError(f"no {what} is named {name!r}", expected, "check the spelling")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,12 +15,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from redpp_serve.capture.arch import import_library
 from redpp_serve.capture.sniff import (
     BOMB_RATIO,
     BOMB_SLACK,
     EXPECTED,
     ZIP_ERRORS,
     FileKind,
+    first_line,
     is_zip,
     open_zip,
     refusal,
@@ -100,6 +103,9 @@ def _safely(path: Path) -> Callable[[], Any]:
 
 
 def _trusting(path: Path) -> Callable[[], Any]:
+    for library in ("torchvision", "timm"):
+        if any(name.startswith(f"{library}.") for name in scan(path).globals):
+            import_library(library)  # a bare import fails beside a CPU-only torch
     return lambda: torch.load(path, map_location="cpu", weights_only=False)
 
 
@@ -116,13 +122,15 @@ _READERS: dict[FileKind, Callable[[Path], Callable[[], Any]]] = {
 def _read(path: Path, kind: FileKind, reader: Callable[[], Any]) -> Any:
     """Whatever goes wrong inside a reader, as a refusal: its exceptions have no common class."""
     try:
-        return reader()
+        with warnings.catch_warnings():  # torch's notes to whoever wrote the file, such as that TorchScript ends
+            warnings.simplefilter("ignore")
+            return reader()
     except Exception as error:
         if kind.runs_code and isinstance(error, (ImportError, AttributeError)):
-            found = f"{path} is a {kind.value} whose code is not importable here: {_first_line(error)}"
+            found = f"{path} is a {kind.value} whose code is not importable here: {first_line(error)}"
             do = "put the folder of that code on PYTHONPATH, or save model.state_dict() where it works and give --arch"
             raise RedppError(found, "a module whose classes can be imported", do) from error
-        found = f"{path} is a {kind.value} that cannot be read: {_first_line(error)}"
+        found = f"{path} is a {kind.value} that cannot be read: {first_line(error)}"
         do = "fetch or save the file again; if it is whole, save model.state_dict() with this version of torch"
         raise RedppError(found, "a whole file", do) from error
 
@@ -259,10 +267,6 @@ def _is_finite(tensor: Tensor) -> bool:
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.device.type == "meta":
         return True
     if tensor.is_floating_point() and tensor.element_size() == 1:
-        tensor = tensor.float()  # the 8-bit types have no isfinite
+        tensor = tensor.float()  # isfinite lacks most 8-bit types
     # an additive attention mask is a buffer of 0 and -inf, and whole
     return bool(torch.isfinite(tensor).all()) or bool(((tensor == 0) | (tensor == -torch.inf)).all())
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"

@@ -12,7 +12,7 @@ import re
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -28,7 +28,6 @@ MODULE_STATE = {"_parameters", "_modules"}  # keys of every nn.Module's __dict__
 ARCHIVE_MAGICS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c")
 PICKLE_ERRORS = (ValueError, OverflowError, MemoryError)  # what damaged lengths in a pickle lead to
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, *PICKLE_ERRORS)
-
 EXPECTED = "a state_dict (.pt, .pth or .safetensors), a pickled module, TorchScript or a .pt2 exported program"
 
 
@@ -57,7 +56,7 @@ class FileKind(Enum):
     @property
     def loadable(self) -> bool:
         """Whether `load_file` reads this kind, with or without trust."""
-        return self in _SAFE or self in _RUNS_CODE
+        return self not in _DO
 
     @property
     def runs_code(self) -> bool:
@@ -65,11 +64,11 @@ class FileKind(Enum):
         return self in _RUNS_CODE
 
 
-_SAFE = {FileKind.STATE_DICT, FileKind.LEGACY_STATE_DICT, FileKind.SAFETENSORS}
 _RUNS_CODE = {FileKind.MODULE, FileKind.OBJECTS, FileKind.TORCHSCRIPT, FileKind.EXPORTED}
 
+_RESAVE = "write the weights with torch.save(model.state_dict(), 'model.pt') or with safetensors"
 _DO: dict[FileKind, str] = {
-    FileKind.PLAIN_PICKLE: "write the weights with torch.save(model.state_dict(), 'model.pt') or with safetensors",
+    FileKind.PLAIN_PICKLE: _RESAVE,
     FileKind.ONNX: "give the PyTorch weights that the ONNX file was exported from",
     FileKind.HTML: "the download saved a login or error page in place of the weights: fetch the file again",
     FileKind.LFS_POINTER: "run `git lfs pull` in the repository that holds it, then try again",
@@ -79,7 +78,7 @@ _DO: dict[FileKind, str] = {
     FileKind.OTHER_ZIP: "give the weights file itself; if it is packed in this archive, extract it first",
     FileKind.ARCHIVE: "extract it and give the weights file inside",
     FileKind.TEXT: "give the file that holds the weights, not a description of it",
-    FileKind.UNKNOWN: "write the weights with torch.save(model.state_dict(), 'model.pt') or with safetensors",
+    FileKind.UNKNOWN: _RESAVE,
 }
 
 
@@ -115,13 +114,15 @@ def sniff(path: Path) -> FileKind:
     if path.is_dir():
         return FileKind.DIRECTORY
     if not path.is_file():
-        found = f"{path} is not a regular file" if path.exists() else f"{path} does not exist"
-        raise RedppError(found, EXPECTED, "check the path")
+        state = "is not a regular file" if path.exists() else "does not exist"
+        raise RedppError(f"{path} {state}", EXPECTED, "check the path")
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
     except OSError as error:
         raise RedppError(f"{path} cannot be read: {error.strerror}", EXPECTED, "check its permissions") from error
+    if head[8:9] == b"{" and head[5:8] == bytes(3):  # asked first: a header of 640 bytes starts like a pickle
+        return FileKind.SAFETENSORS
     if head.startswith(ZIP_MAGIC):
         return _sniff_zip(path)
     if len(head) > 1 and head[0] == 0x80 and head[1] <= 5:
@@ -132,11 +133,11 @@ def sniff(path: Path) -> FileKind:
 def refusal(path: Path, kind: FileKind) -> RedppError:
     """The error for a file that is not `FileKind.loadable`: what it is and what to do about it."""
     article = "an" if kind in (FileKind.ONNX, FileKind.HTML, FileKind.EMPTY) else "a"
-    found, do = f"{path} is {article} {kind.value}", _DO[kind]
+    do = _DO[kind]
     if kind is FileKind.DIRECTORY:
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth", ".bin", ".pt2"))
         do += f": it holds {shorten(inside)}" if inside else ""
-    return RedppError(found, EXPECTED, do)
+    return RedppError(f"{path} is {article} {kind.value}", EXPECTED, do)
 
 
 def scan(path: Path) -> PickleScan:
@@ -149,12 +150,12 @@ def scan(path: Path) -> PickleScan:
     if is_zip(path):
         with open_zip(path) as archive:
             pickles = [read_entry(archive, info) for info in archive.infolist() if _inner(info.filename) == "data.pkl"]
-        return _scan(op for data in pickles for op in _ops(data))
+        return _scan(op for data in pickles for op in pickletools.genops(data))
     with path.open("rb") as file:
         legacy = _first_object(file) == LEGACY_MAGIC
         file.seek(0)
         # magic number, protocol version, machine's sizes, the object itself, names of the storages that follow
-        return _scan(op for _ in range(5 if legacy else 1) for op in _ops(file))
+        return _scan(op for _ in range(5 if legacy else 1) for op in pickletools.genops(file))
 
 
 def is_zip(path: Path) -> bool:
@@ -204,9 +205,14 @@ def shorten(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(name if len(name) <= 80 else name[:77] + "..." for name in names[:limit]) + more
 
 
+def first_line(error: BaseException) -> str:
+    """An exception's class and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"
+
+
 def _hostile(archive: zipfile.ZipFile, found: str) -> RedppError:
     archive.close()
-    return RedppError(found, "an archive as torch.save writes it", "do not use this file; fetch it again from its author")
+    return RedppError(found, "an archive as torch.save writes it", "do not use this file; fetch it from its author")
 
 
 def _inner(name: str) -> str:
@@ -253,7 +259,7 @@ def _sniff_head(head: bytes) -> FileKind:
         return FileKind.LFS_POINTER
     if _is_text(head):
         return FileKind.TEXT
-    if head[8:9] == b"{":  # after the header's length as a little-endian uint64
+    if head[8:9] == b"{":  # after a header length beyond all reason
         return FileKind.SAFETENSORS
     if head.startswith(ARCHIVE_MAGICS) or head[257:262] == b"ustar":
         return FileKind.ARCHIVE
@@ -271,28 +277,18 @@ def _is_text(head: bytes) -> bool:
     return all(char.isprintable() or char.isspace() for char in text)
 
 
-_Op = tuple[pickletools.OpcodeInfo, object]
-
-
-def _ops(data: bytes | IO[bytes]) -> Iterator[_Op]:
-    for op, arg, _ in pickletools.genops(data):
-        yield op, arg
-
-
 def _first_object(file: IO[bytes]) -> object:
-    """The argument of the second opcode: the value itself where the first pickle is one number."""
-    ops = _ops(file)
-    next(ops)
-    return next(ops)[1]
+    """What the first opcode with content pushes: the value itself where the first pickle is one number."""
+    return next(arg for op, arg, _ in pickletools.genops(file) if op.name not in ("PROTO", "FRAME"))
 
 
-def _scan(ops: Iterator[_Op]) -> PickleScan:
+def _scan(ops: Iterable[tuple[pickletools.OpcodeInfo, object, int | None]]) -> PickleScan:
     """Follow strings through stack and memo far enough to name what STACK_GLOBAL takes; the rest is '(computed)'."""
     found: dict[str, None] = {}
     state: set[str] = set()
     memo: dict[object, str | None] = {}
     top: deque[str | None] = deque([None, None], maxlen=2)
-    for op, arg in ops:
+    for op, arg, _ in ops:
         if op.name in ("GLOBAL", "INST"):
             found[str(arg).replace(" ", ".", 1)] = None
         elif op.name == "STACK_GLOBAL":

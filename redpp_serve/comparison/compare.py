@@ -1,6 +1,6 @@
 """Original against pruned on a live server: what was measured, and the verdict in words."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,15 +9,19 @@ import numpy
 from tqdm import tqdm
 
 from redpp_serve.comparison.client import Endpoint, Payload, Reply
-from redpp_serve.comparison.load import Progress, Throughput, preflight, require_success, run_blocks, run_paired
-from redpp_serve.comparison.statistics import ConfidenceSequence, Estimate, Verdict, verdict
-from redpp_serve.comparison.statistics import percentile_interval, ratio_interval
+from redpp_serve.comparison.load import Throughput, plan_blocks, preflight, require_success, run_blocks, run_paired
+from redpp_serve.comparison.statistics import (
+    ConfidenceSequence,
+    Estimate,
+    Verdict,
+    percentile_interval,
+    ratio_interval,
+    verdict,
+)
 from redpp_serve.errors import RedppError
 
 PAIRED_SHARE = 0.6
 LATENCY_PERCENTILES, HANDLER_PERCENTILES = (50, 95, 99), (50, 99)
-# A throughput block holds many requests per worker, and there are enough blocks for an interval.
-BLOCK_LATENCIES, SHORTEST_BLOCK_S, MOST_BLOCKS, FEWEST_BLOCKS = 20, 0.25, 16, 4
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Arm:
     def to_json(self) -> dict[str, Any]:
         """Percentiles as numbers, their intervals beside them under ``*_interval``."""
         handler = self.handler_ms
-        return {
+        data: dict[str, Any] = {
             "latency_ms": {name: x.value for name, x in self.latency_ms.items()},
             "latency_ms_interval": {name: [x.low, x.high] for name, x in self.latency_ms.items()},
             "handler_ms": handler and {name: x.value for name, x in handler.items()},
@@ -45,7 +49,8 @@ class Arm:
             "requests": self.requests,
             "errors": self.errors,
             "first_error": self.first_error,
-        } | ({} if self.accuracy is None else {"accuracy": self.accuracy})
+        }
+        return data if self.accuracy is None else {**data, "accuracy": self.accuracy}
 
 
 @dataclass(frozen=True)
@@ -104,9 +109,9 @@ class Comparison:
         table = [
             f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows
         ]
-        head = f"{self.pairs} pairs, {self.concurrency} requests at a time, {self.seconds:g} s"
         verdicts = [x.text + "." for x in (self.handler_verdict, self.verdict) if x]
         errors = [f"{x.label} failed first with: {x.first_error}" for x in (self.original, self.pruned) if x.errors]
+        head = f"{self.pairs} pairs, {self.concurrency} requests at a time, {self.seconds:g} s"
         return "\n".join([head, "", *table, "", *errors, self._agreement_line(), *verdicts])
 
     def _rows(self) -> Iterator[tuple[str, str, str, str]]:
@@ -120,9 +125,11 @@ class Comparison:
                 yield title, cells[0], cells[1], _ratio(self.speedup.get(ratios.get(title, "")))
         rates = [f"{arm.throughput_rps:.1f}" for arm in arms]
         yield "throughput (1/s)", rates[0], rates[1], _ratio(self.speedup["throughput"])
-        yield "failed requests", *(f"{arm.errors} of {arm.requests}" for arm in arms), ""
-        if any(arm.accuracy is not None for arm in arms):
-            yield "accuracy", *("-" if arm.accuracy is None else f"{arm.accuracy:.2%}" for arm in arms), ""
+        failed = [f"{arm.errors} of {arm.requests}" for arm in arms]
+        yield "failed requests", failed[0], failed[1], ""
+        shares = ["-" if arm.accuracy is None else f"{arm.accuracy:.2%}" for arm in arms]
+        if shares != ["-", "-"]:
+            yield "accuracy", shares[0], shares[1], ""
 
     def _agreement_line(self) -> str:
         same = self.agreement
@@ -172,41 +179,37 @@ def compare_endpoints(
     if not good:
         raise RedppError("no input was answered by both arms", "at least one", "send inputs that both versions accept")
     agreement = _agreement(good)
-    typical_s = float(numpy.median([reply.latency_s for pair in good for reply in pair]))
-    block_s, blocks = _block_plan(seconds - paired_s, typical_s)
+    latencies = numpy.array([(a.latency_s, b.latency_s) for a, b in good])
+    block_s, blocks = plan_blocks(seconds - paired_s, float(numpy.median(latencies)))
     with _bar("throughput", progress) as report:
         served = run_blocks(original, pruned, payloads, concurrency, block_s, blocks, seed + 1, report)
     rng, block = numpy.random.default_rng([seed, 2]), max(concurrency, round(len(good) ** (1 / 3)))
-    latencies = [(a.latency_s, b.latency_s) for a, b in good]
-    handlers = [(a.handler_s, b.handler_s) for a, b in good if a.handler_s and b.handler_s]
-    original_arm, pruned_arm = (
+    handlers = numpy.array([(a.handler_s, b.handler_s) for a, b in good if a.handler_s and b.handler_s])
+    arms = [
         _arm(endpoint, [pair[i] for pair in pairs], payloads, count, rng, block)
         for i, (endpoint, count) in enumerate(((original, served.a), (pruned, served.b)))
-    )
+    ]
     labels = (original.label, pruned.label)
+
+    def ratio(times: numpy.ndarray) -> Estimate:
+        return ratio_interval(times[:, 0], times[:, 1], 0.5, rng, block=block)
+
     return Comparison(
-        original=original_arm,
-        pruned=pruned_arm,
+        original=arms[0],
+        pruned=arms[1],
         agreement=agreement,
         speedup={
-            "handler_p50": ratio_interval(*_columns(handlers), 0.5, rng, block=block) if handlers else None,
-            "end_to_end_p50": ratio_interval(*_columns(latencies), 0.5, rng, block=block),
+            "handler_p50": ratio(handlers) if handlers.size else None,
+            "end_to_end_p50": ratio(latencies),
             "throughput": served.ratio,
         },
         verdict=_decide(latencies, labels, concurrency, margin, "end to end"),
-        handler_verdict=_decide(handlers, labels, concurrency, margin, "in the handler") if handlers else None,
+        handler_verdict=_decide(handlers, labels, concurrency, margin, "in the handler") if handlers.size else None,
         pairs=len(good),
         concurrency=concurrency,
         seconds=seconds,
         margin=margin,
     )
-
-
-def _block_plan(seconds: float, latency_s: float) -> tuple[float, int]:
-    """(seconds per block, number of blocks), an even number that fits into ``seconds``."""
-    shortest = max(SHORTEST_BLOCK_S, BLOCK_LATENCIES * latency_s)
-    blocks = min(MOST_BLOCKS, max(FEWEST_BLOCKS, int(seconds / shortest) // 2 * 2))
-    return seconds / blocks, blocks
 
 
 def _arm(
@@ -272,19 +275,11 @@ def _agreement(pairs: list[tuple[Reply, Reply]]) -> Agreement:
     return Agreement(float(numpy.mean(same)) if same else None, largest, float(numpy.mean(relative)), len(relative))
 
 
-def _decide(
-    times: list[tuple[float, float]], labels: tuple[str, str], concurrency: int, margin: float, measure: str
-) -> Verdict:
-    """``times``: (original, pruned) seconds per pair, in order of time; a block is about one round."""
+def _decide(times: numpy.ndarray, labels: tuple[str, str], concurrency: int, margin: float, measure: str) -> Verdict:
+    """``times`` (pairs, 2): seconds of original and pruned, in order of time; a block is about one round."""
     sequence = ConfidenceSequence(block=concurrency)
-    a, b = _columns(times)
-    sequence.update(numpy.log(a / b))
+    sequence.update(numpy.log(times[:, 0] / times[:, 1]))
     return verdict(sequence, margin, baseline=labels[0], candidate=labels[1], measure=measure)
-
-
-def _columns(pairs: list[tuple[float, float]]) -> tuple[numpy.ndarray, numpy.ndarray]:
-    a, b = numpy.asarray(pairs).T
-    return a, b
 
 
 def _ratio(estimate: Estimate | None) -> str:
@@ -292,7 +287,7 @@ def _ratio(estimate: Estimate | None) -> str:
 
 
 @contextmanager
-def _bar(title: str, shown: bool) -> Iterator[Progress]:
+def _bar(title: str, shown: bool) -> Iterator[Callable[[float], None]]:
     """A progress bar on stderr; ``disable=None`` lets tqdm hide it where stderr is no terminal."""
     layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
     with tqdm(total=1.0, desc=title, bar_format=layout, disable=None if shown else True) as bar:

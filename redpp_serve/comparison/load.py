@@ -18,6 +18,8 @@ Progress = Callable[[float], None]
 
 WARMUP_REQUESTS = 3
 PREFLIGHT_INPUTS = 4
+# A throughput block holds many requests per worker, and there are enough blocks for an interval.
+BLOCK_LATENCIES, SHORTEST_BLOCK_S, MOST_BLOCKS, FEWEST_BLOCKS = 20, 0.25, 16, 4
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,10 @@ def run_blocks(
     The interval of the ratio comes from the log-ratios of neighbouring blocks. ``blocks`` is even, at least 4.
     """
     _check(payloads, concurrency)
-    if blocks < 4 or blocks % 2:
-        raise RedppError(f"{blocks} throughput blocks", "an even number, at least 4", "pass another number of blocks")
+    if blocks < FEWEST_BLOCKS or blocks % 2:
+        raise RedppError(
+            f"{blocks} throughput blocks", f"an even number, at least {FEWEST_BLOCKS}", "pass another number of blocks"
+        )
     rng = numpy.random.default_rng(seed)
     counts: tuple[list[Throughput], list[Throughput]] = ([], [])
     with ExitStack() as stack:
@@ -135,6 +139,13 @@ def run_blocks(
     logs = [numpy.log(y.rps / x.rps) for x, y in zip(*counts, strict=True) if x.completed and y.completed]
     ratio = Estimate(*numpy.exp(mean_interval(logs, rng)).tolist()) if len(logs) > 1 else None
     return BlockThroughput(_total(counts[0]), _total(counts[1]), ratio)
+
+
+def plan_blocks(seconds: float, latency_s: float) -> tuple[float, int]:
+    """(seconds per block, number of blocks), an even number that fits into ``seconds``."""
+    shortest = max(SHORTEST_BLOCK_S, BLOCK_LATENCIES * latency_s)
+    blocks = min(MOST_BLOCKS, max(FEWEST_BLOCKS, int(seconds / shortest) // 2 * 2))
+    return seconds / blocks, blocks
 
 
 def run_open_loop(

@@ -31,7 +31,8 @@ section,.tiles li{background:var(--card);border:1px solid var(--rule);border-rad
 section{padding:18px 20px;margin:16px 0;min-width:0}
 header{margin:0 0 18px}
 .verdict{border-left:4px solid var(--accent);padding:8px 14px;background:var(--card);border-radius:4px}
-.tiles{display:flex;flex-wrap:wrap;gap:12px;margin:0;padding:0;list-style:none} .tiles li{flex:1 1 140px;padding:11px 13px}
+.tiles{display:flex;flex-wrap:wrap;gap:12px;margin:0;padding:0;list-style:none}
+.tiles li{flex:1 1 140px;padding:11px 13px}
 .tiles b{display:block;font-size:19px;line-height:1.4;font-weight:600;white-space:nowrap}
 .tiles span{display:block;color:var(--soft);font-size:12.5px;line-height:1.4}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px} .pair section{margin:0}
@@ -45,7 +46,8 @@ tbody th{font-weight:500} .n{text-align:right} td.n,.fixed{white-space:nowrap}
 th:last-child,td:last-child{padding-right:0}
 .dense{font-size:13px}
 .dense tbody th{font:12.5px/1.6 var(--mono);position:sticky;left:0;background:var(--card);min-width:150px;
-overflow-wrap:anywhere} .dense td.wide{min-width:140px} td.code,span.code{font:12.5px/1.6 var(--mono);overflow-wrap:anywhere}
+overflow-wrap:anywhere}
+.dense td.wide{min-width:140px} td.code,span.code{font:12.5px/1.6 var(--mono);overflow-wrap:anywhere}
 .done,.best{color:var(--good)} .failed,.worse{color:var(--bad)} .best,.failed,.worse{font-weight:600}
 .skipped{color:var(--warm)}
 figure{margin:0;min-width:0} figcaption{padding:0 0 10px;overflow-wrap:anywhere}
@@ -120,7 +122,7 @@ def kept_chart(identity: str, rows: Sequence[KeptRow]) -> str:
         _row(i, row.name, of(row.kept, row.total), _bar("kept", i, quotient(row.kept, row.total) or 0.0))
         for i, row in enumerate(rows)
     )
-    cut = sum(1 for row in rows if (quotient(row.kept, row.total) or 1.0) < 1)
+    cut = sum(1 for row in rows if quotient(row.kept, row.total) not in (None, 1.0))
     description = f"Kept channels of {len(rows)} layers as horizontal bars; {cut} layers lost channels."
     return _svg(identity, "Kept channels per layer", description, f'width="100%" height="{len(rows) * ROW}"', body)
 

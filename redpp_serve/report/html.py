@@ -13,6 +13,10 @@ from redpp_serve.report.charts import text_of
 from redpp_serve.report.text import DASH, count, dig, error, number, percent, shorten
 
 DENSITIES_SHOWN = 60
+RATIO_NOTE = (
+    "Ratio: original / pruned for sizes, operations and times, pruned / original for throughput, so above 1 is better;"
+    " accuracy as a difference. [low, high] is the interval measured with the speed-up."
+)
 
 # Sorting is an extra: without scripts the table stays in network order and loses nothing.
 _SCRIPT = """
@@ -161,7 +165,7 @@ def _layer_row(layer: Mapping[str, Any]) -> list[Cell]:
     unique, kernels = dig(layer, "split", "unique_kernels"), dig(layer, "split", "kernels")
     return [
         Cell(_name(layer), layer.get("name")), Cell(str(layer.get("op") or DASH), layer.get("op")),
-        Cell(before if after in (DASH, before) else f"{before} → {after}"), cell(count, "hash", "values"),
+        Cell(before if after in (DASH, before) else f"{before} → {after}"), cell(text.exact, "hash", "values"),
         cell(text.bits, "hash", "entropy"), cell(error, "hash", "error"), cell(percent, "hash", "zero_kernels"),
         Cell(text.of(kept, channels), text.quotient(kept, channels)),
         Cell(text.of(unique, kernels), text.quotient(unique, kernels)), cell(error, "error"),
@@ -204,7 +208,7 @@ def _alternatives(layers: Sequence[Mapping[str, Any]]) -> str:
         entropy = dig(layer, "hash", "entropy")
         row = [Cell(_name(layer), layer.get("name")), Cell(text.bits(entropy), number(entropy))]
         for key in methods:
-            shown = f"{error(dig(found, key, 'error'))} ({count(dig(found, key, 'values'))})"
+            shown = f"{error(dig(found, key, 'error'))} ({text.exact(dig(found, key, 'values'))})"
             row.append(Cell(shown, errors.get(key), "best" if key == best else ""))
         rows.append(row)
     if not rows:
@@ -221,7 +225,7 @@ def _densities(layers: Sequence[Mapping[str, Any]]) -> str:
     figures = []
     for index, layer in enumerate(hashed[:DENSITIES_SHOWN]):
         if svg := charts.density_chart(f"density{index}", _name(layer), dig(layer, "hash", "density")):
-            values, entropy = count(dig(layer, "hash", "values")), text.bits(dig(layer, "hash", "entropy"))
+            values, entropy = text.exact(dig(layer, "hash", "values")), text.bits(dig(layer, "hash", "entropy"))
             caption = f'<span class="code">{text_of(_name(layer))}</span><br>{values} values, {entropy} bits'
             figures.append(f"<figure><figcaption>{caption}</figcaption>{svg}</figure>")
     if not figures:
@@ -234,16 +238,20 @@ def _densities(layers: Sequence[Mapping[str, Any]]) -> str:
     return f"<section><details><summary>{title}</summary>{_note(note)}{grid}</details></section>"
 
 
+def _items(found: Any) -> list[tuple[str, str]]:
+    """Items as text, by key: the page is the same whether made from the live report or from report.json."""
+    pairs = sorted(found.items()) if isinstance(found, Mapping) else []
+    return [(str(key), DASH if value is None or value != value else str(value)) for key, value in pairs]
+
+
 def _pairs(title: str, found: Any) -> str:
-    rows = [(str(key), DASH if value is None else str(value)) for key, value in (found or {}).items()]
-    return _section(title, _table("", ("name", "value"), rows, "tc"))
+    return _section(title, _table("", (title.lower(), "value"), _items(found), "tc"))
 
 
 def _measured_where(report: Mapping[str, Any]) -> str:
-    env = dig(report, "environment") or {}
-    versions = (f"{key} {value}" for key, value in env.items() if key != "device" and value is not None)
-    device = ", ".join([str(env.get("device") or DASH), *versions])
-    images = count(dig(report, "verify", "images"))
+    env = dict(_items(report.get("environment")))
+    device = ", ".join([env.pop("device", DASH), *(f"{key} {value}" for key, value in env.items() if value != DASH)])
+    images = text.exact(dig(report, "verify", "images"))
     rows = [
         ("parameters, MACs, operations, bytes", "counted from shapes and stored arrays; the same on every device"),
         ("hashing errors, output error, agreement", f"{device}; {images} held-out inputs"),
@@ -274,7 +282,7 @@ def render(report: Mapping[str, Any]) -> str:
     parts = [
         _headline(report), _tiles(report),
         _section("Original and pruned", _table("", ("quantity", "original", "pruned", "ratio"), rows, "tnnn"),
-                 _note(text.RATIO_NOTE)),
+                 _note(RATIO_NOTE)),
         f'<div class="pair">{_stages(report)}{_verification(report)}{_hashing(report)}{_counting(report)}</div>',
     ]  # fmt: skip
     if layers:

@@ -64,6 +64,11 @@ def count(value: Any) -> str:
     return _scaled(found / 1000, ("k", "M", "G", "T", "P"), lambda v: 2 if abs(v) < 10 else 1 if abs(v) < 100 else 0)
 
 
+def exact(value: Any) -> str:
+    """All digits, for numbers people compare one by one: 2048."""
+    return _fixed(value, "{:.0f}")
+
+
 def size(value: Any) -> str:
     """Bytes in decimal units: 512 B, 4.2 MB."""
     found = number(value)
@@ -109,21 +114,22 @@ def times(value: Any) -> str:
 
 def shape(sides: Any) -> str:
     """[16, 8, 3, 3] -> 16x8x3x3."""
-    return "x".join(count(side) for side in sides) if isinstance(sides, Sequence) and sides else DASH
+    return "x".join(exact(side) for side in sides) if isinstance(sides, Sequence) and sides else DASH
 
 
 def of(part: Any, whole: Any) -> str:
-    """`part/whole` as two counts; a dash when both are unknown."""
-    return DASH if number(part) is None and number(whole) is None else f"{count(part)}/{count(whole)}"
+    """`part/whole` in full; a dash when both are unknown."""
+    return DASH if number(part) is None and number(whole) is None else f"{exact(part)}/{exact(whole)}"
 
 
 def quotient(top: Any, bottom: Any) -> float | None:
+    """`top / bottom`, or None where either is unknown or the bottom is zero."""
     above, below = number(top), number(bottom)
     return None if above is None or not below else above / below
 
 
 class Row(NamedTuple):
-    """One line of the summary: what, original, pruned, ratio (all formatted)."""
+    """One line of the summary, formatted."""
 
     label: str
     original: str
@@ -153,10 +159,6 @@ _QUANTITIES = (
     _Quantity("latency p99", ("latency_ms", "p99"), milliseconds, speedup="end_to_end_p99"),
     _Quantity("throughput", ("throughput_rps",), rate, speedup="throughput"),
 )
-RATIO_NOTE = (
-    "Ratio: original / pruned for sizes, operations and times, pruned / original for throughput, so above 1 is better;"
-    " accuracy as a difference. [low, high] is the interval measured with the speed-up."
-)
 
 
 def _ratio(quantity: _Quantity, before: Any, after: Any, speedup: Any) -> str:
@@ -184,13 +186,13 @@ def summary_rows(report: Mapping[str, Any]) -> list[Row]:
 
 def hash_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(quantity, predicted, predicted bound, measured) for the hashing stage."""
-    hashed = dig(report, "hash") or {}
+    keys = ("predicted_error_typical", "predicted_error_bound", "measured_error")
+    typical, bound, measured = (error(dig(report, "hash", key)) for key in keys)
+    predicted, found = (percent(dig(report, "hash", key)) for key in ("predicted_ratio", "measured_ratio"))
     return [
-        ("relative output error", error(dig(hashed, "predicted_error_typical")),
-         error(dig(hashed, "predicted_error_bound")), error(dig(hashed, "measured_error"))),
-        ("multiplications removed by splitting", percent(dig(hashed, "predicted_ratio")), DASH,
-         percent(dig(hashed, "measured_ratio"))),
-    ]  # fmt: skip
+        ("relative output error", typical, bound, measured),
+        ("multiplications removed by splitting", predicted, DASH, found),
+    ]
 
 
 def bound_note(report: Mapping[str, Any]) -> str:
@@ -203,12 +205,11 @@ def bound_note(report: Mapping[str, Any]) -> str:
 
 def verify_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(check, result) of the verification stage, and the agreement of the served answers where measured."""
-    verify = dig(report, "verify") or {}
     rows = [
-        ("exact merging, relative error", error(dig(verify, "merge_exact"))),
-        ("exact splitting, relative error", error(dig(verify, "split_exact"))),
-        ("pruned against original, relative output error", error(dig(verify, "output_error"))),
-        ("same top-1 class", percent(dig(verify, "agreement"))),
+        ("exact merging, relative error", error(dig(report, "verify", "merge_exact"))),
+        ("exact splitting, relative error", error(dig(report, "verify", "split_exact"))),
+        ("pruned against original, relative output error", error(dig(report, "verify", "output_error"))),
+        ("same top-1 class", percent(dig(report, "verify", "agreement"))),
     ]
     if number(dig(report, "agreement", "top1")) is not None:
         rows.append(("same top-1 class, served answers", percent(dig(report, "agreement", "top1"))))
@@ -221,7 +222,7 @@ def verify_title(report: Mapping[str, Any]) -> str:
 
 
 def reasons(layers: Iterable[Any]) -> dict[str, list[str]]:
-    """Reason -> names of the layers whose channels were left alone for it, most frequent reason first."""
+    """Reason -> names of the layers whose channels were left alone, most frequent reason first."""
     groups: dict[str, list[str]] = {}
     for layer in layers:
         if reason := printable(dig(layer, "merge", "reason") or ""):
@@ -237,8 +238,7 @@ def _columns(rows: Sequence[Sequence[str]], left: int = 1, indent: str = "") -> 
 
 
 def _left_alone(layers: Sequence[Any]) -> list[str]:
-    groups = reasons(layers)
-    if not groups:
+    if not (groups := reasons(layers)):
         return []
     lines = ["", f"channels left alone: {sum(map(len, groups.values()))} of {len(layers)} layers"]
     for reason, names in groups.items():
@@ -250,17 +250,14 @@ def _left_alone(layers: Sequence[Any]) -> list[str]:
 
 
 def package_summary(report: Mapping[str, Any]) -> str:
-    """What `package` prints at the end: sizes, hashing, verification, stages not done, layers left alone.
+    """What `package` prints at the end, in at most 110 columns and without a final newline.
 
     Args:
         report: the content of report.json; any key may be missing or None.
-
-    Returns:
-        Lines of at most 110 columns, without a final newline.
     """
     by = f"redpp-serve {dig(report, 'tool', 'version') or DASH}"
-    lines = [shorten(f"{dig(report, 'name') or 'model'}: original and pruned by {by}", WIDTH), ""]
-    lines += _columns([("", "original", "pruned", "ratio"), *summary_rows(report)])
+    table = _columns([("", "original", "pruned", "ratio"), *summary_rows(report)])
+    lines = [shorten(f"{dig(report, 'name') or 'model'}: original and pruned by {by}", WIDTH), "", *table]
     if dig(report, "hash"):
         how = ", ".join(str(part) for key in ("method", "target") if (part := dig(report, "hash", key)))
         lines += ["", shorten(f"hashing ({how or DASH})", WIDTH)]
@@ -281,9 +278,9 @@ def package_summary(report: Mapping[str, Any]) -> str:
 def _layer_cells(layer: Any) -> tuple[str, ...]:
     after = dig(layer, "pruned_shape")
     return (
-        shorten(dig(layer, "name") or DASH, 24), shorten(dig(layer, "op") or DASH, 9), shape(dig(layer, "shape")),
+        shorten(dig(layer, "name") or DASH, 40), shorten(dig(layer, "op") or DASH, 9), shape(dig(layer, "shape")),
         shape(after) if after != dig(layer, "shape") else DASH,
-        count(dig(layer, "parameters")), count(dig(layer, "macs")), count(dig(layer, "hash", "values")),
+        count(dig(layer, "parameters")), count(dig(layer, "macs")), exact(dig(layer, "hash", "values")),
         bits(dig(layer, "hash", "entropy")), error(dig(layer, "hash", "error")),
         of(dig(layer, "merge", "kept"), dig(layer, "merge", "channels")), error(dig(layer, "error")),
     )  # fmt: skip
@@ -296,5 +293,8 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
     head = ("layer", "op", "shape", "pruned to", "params", "MACs", "values", "bits", "RMS", "kept", "error")
     body = [_layer_cells(layer) for layer in layers]
     used = [i for i in range(len(head)) if any(row[i] != DASH for row in body)]
-    lines = _columns([[row[i] for i in used] for row in (head, *body)], left=sum(i < 2 for i in used))
-    return "\n".join([*(shorten(line, WIDTH) if len(line) > WIDTH else line for line in lines), *_left_alone(layers)])
+    rows, left = [[row[i] for i in used] for row in (head, *body)], sum(i < 2 for i in used)
+    if (excess := max(map(len, _columns(rows, left))) - WIDTH) > 0:
+        names = max(len(row[0]) for row in rows) - excess
+        rows = [[shorten(row[0], max(names, 12)), *row[1:]] for row in rows]
+    return "\n".join([*_columns(rows, left), *_left_alone(layers)])

@@ -1,0 +1,40 @@
+"""Serves the workers' metrics over HTTP: ``python -m redpp_serve.handlers.exporter --port 9400 --dir DIR``.
+
+Runs from an installation or from the folder of an unpacked archive, until SIGTERM or Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve ``/metrics``; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="redpp_serve.handlers.exporter", description="Prometheus exporter.")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--address", default="127.0.0.1", help="address to listen on (default: loopback only)")
+    parser.add_argument("--dir", required=True, help="the workers' PROMETHEUS_MULTIPROC_DIR")
+    options = parser.parse_args(argv)
+    from prometheus_client import CollectorRegistry, start_http_server
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    os.makedirs(options.dir, exist_ok=True)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=options.dir)
+    server, thread = start_http_server(options.port, options.address, registry)
+    stop.wait()
+    server.shutdown()
+    thread.join()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

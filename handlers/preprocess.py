@@ -1,0 +1,101 @@
+"""From PNG or JPEG bytes to the tensor a network was trained on, as the artifact declares it."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from ..errors import RedppError
+
+MAX_PIXELS = 50_000_000
+_CHANNELS = {"L": 1, "RGB": 3}
+
+
+class ImageRefused(ValueError):
+    """One image that cannot be used; the message says what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Decode, convert to ``mode``, resize bilinearly to ``height`` x ``width``, divide by 255, normalise.
+
+    Args:
+        mode: ``L`` (one channel) or ``RGB`` (three).
+        height, width: of the network's input, pixels.
+        mean, std: for each channel, on the scale 0 to 1.
+    """
+
+    mode: str
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        channels = _CHANNELS.get(self.mode)
+        valid = channels and len(self.mean) == len(self.std) == channels and min(self.height, self.width) > 0
+        if not valid or min(self.std) <= 0:
+            raise RedppError(
+                f"a preprocessing {asdict(self)} that cannot be applied",
+                "mode L or RGB, a positive size, and one mean and one positive std for each channel",
+                "correct the preprocessing options and package the model again",
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what `image` returns."""
+        return _CHANNELS[self.mode], self.height, self.width
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Preprocess:
+        """The inverse of `to_json`.
+
+        Raises:
+            RedppError: missing keys or values out of range.
+        """
+        try:
+            mean, std = (tuple(float(v) for v in document[key]) for key in ("mean", "std"))
+            return cls(str(document["mode"]), int(document["height"]), int(document["width"]), mean, std)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RedppError(
+                f"a preprocessing description that cannot be read: {error!r}",
+                "the keys mode, height, width, mean, std",
+                "package the model again",
+            ) from error
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    def image(self, data: bytes) -> Tensor:
+        """The image as a float32 tensor (channels, height, width).
+
+        Raises:
+            ImageRefused: undecodable, more than 8 bits a channel, or more than `MAX_PIXELS` pixels.
+        """
+        from PIL import Image
+
+        try:
+            # Opening reads the header alone; the size is checked before any pixel is decoded.
+            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as source:
+                if source.width * source.height > MAX_PIXELS:
+                    raise ImageRefused(
+                        f"an image of {source.width} x {source.height} pixels, expected at most {MAX_PIXELS} pixels"
+                    )
+                if source.mode.startswith(("I", "F")):  # converting would clip instead of scale
+                    raise ImageRefused("an image with more than 8 bits a channel, expected 8 bits a channel")
+                image = source.convert(self.mode)
+        except ImageRefused:
+            raise
+        except Exception as error:  # decoders raise a dozen unrelated types on damaged files
+            raise ImageRefused(f"an image that cannot be decoded ({error}), expected a whole PNG or JPEG") from error
+        if image.size != (self.width, self.height):
+            image = image.resize((self.width, self.height), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(numpy.array(image, dtype=numpy.float32)).reshape(self.height, self.width, -1)
+        mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (pixels.permute(2, 0, 1) / 255 - mean) / std

@@ -1,0 +1,160 @@
+"""The TorchServe handler. Original and pruned networks are served by this same code.
+
+A batch holds requests of unrelated clients: each is parsed, refused, run and answered so that one bad request
+costs its sender a 400 and nobody else anything.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RedppError
+from ..runtime.model import ServingModel
+from .metrics import Metrics, ModelLabels, open_metrics
+from .payload import BadRequest, parse
+from .preprocess import Preprocess
+
+log = logging.getLogger(__name__)
+
+HANDLER_MS_HEADER, VARIANT_HEADER = "X-Redpp-Handler-Ms", "X-Redpp-Variant"
+_OUTCOMES = {200: "ok", 400: "bad_request", 500: "error"}
+
+
+@dataclass
+class _Reply:
+    """One request on its way: its tensors, then its body or the reason it failed."""
+
+    tensors: tuple[Tensor, ...] | None = None
+    body: bytes = b""
+    status: int = 200
+    reason: str = ""
+
+    def fail(self, status: int, reason: str) -> None:
+        """The reason becomes part of the status line: one line of printable ASCII, or the protocol breaks."""
+        line = " ".join(reason.split()).encode("ascii", "replace").decode()
+        self.status, self.reason = status, "".join(c if c.isprintable() else "?" for c in line)[:300]
+        self.body = json.dumps({"error": self.reason}).encode()
+
+
+class RedppHandler:
+    """Loads one artifact and answers batches; TorchServe makes one object in each worker process."""
+
+    model: ServingModel
+    preprocess: Preprocess | None
+    metrics: Metrics | None
+    variant: str
+
+    def initialize(self, context: Any) -> None:
+        """Load the artifact named in the archive's manifest, warm it up, and open the metrics.
+
+        Raises:
+            RedppError: a damaged artifact, a preprocessing that does not fit it, or a wrong ``threads``.
+        """
+        # Bodies are parsed here. The server's own attempt would log a traceback for each bad one.
+        os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
+        _set_threads(context.model_yaml_config or {})
+        properties = context.system_properties
+        gpu = properties.get("gpu_id")
+        device = f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu"
+        self.model = ServingModel(Path(properties["model_dir"]) / context.manifest["model"]["serializedFile"], device)
+        description = self.model.description
+        self.variant = str(description["variant"])
+        self.preprocess = _preprocess(self.model)
+        self.model.warm_up(int(properties.get("batch_size") or 1))
+        self.metrics = open_metrics(ModelLabels(context.model_name, str(description["version"]), self.variant))
+        if self.metrics:
+            self.metrics.describe(**{k: description["info"][k] for k in ("parameters", "macs")},
+                                  bytes=description["bytes"])
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
+        """One JSON body for each request of the batch; statuses and headers go through ``context``."""
+        start = time.perf_counter()
+        replies = [self._parse(item) for item in data]
+        good = [reply for reply in replies if reply.tensors is not None]
+        if good:
+            self._answer(good)
+        seconds = time.perf_counter() - start
+        for index, reply in enumerate(replies):
+            if reply.status != 200:
+                context.set_response_status(reply.status, reply.reason, index)
+            context.set_response_content_type(index, "application/json")
+            context.set_response_header(index, HANDLER_MS_HEADER, f"{seconds * 1000:.3f}")
+            context.set_response_header(index, VARIANT_HEADER, self.variant)
+        if self.metrics:
+            self.metrics.batch(len(replies), seconds)
+            for reply in replies:
+                self.metrics.request(_OUTCOMES[reply.status])
+        return [reply.body for reply in replies]
+
+    def _parse(self, item: dict[str, Any]) -> _Reply:
+        reply = _Reply()
+        try:
+            reply.tensors = parse(item, self.model.inputs, self.preprocess)
+        except BadRequest as error:
+            reply.fail(400, f"Found {error}")
+        except Exception:
+            log.exception("a request could not be parsed")
+            reply.fail(500, "The server failed to parse this request")
+        return reply
+
+    def _answer(self, replies: list[_Reply]) -> None:
+        try:
+            outputs = self._run([reply.tensors for reply in replies])
+        except Exception:
+            log.exception("the network failed on a batch of %d", len(replies))
+            if len(replies) == 1:
+                replies[0].fail(500, "The network failed on this input")
+            else:  # one input may be to blame: the others still get their answers
+                for reply in replies:
+                    self._answer([reply])
+            return
+        for index, reply in enumerate(replies):
+            try:
+                rows = [output[index].tolist() for output in outputs]
+                reply.body = json.dumps({"outputs": rows}, separators=(",", ":"), allow_nan=False).encode()
+            except ValueError:  # JSON has no NaN
+                reply.fail(500, "The network's output for this input is not finite")
+
+    def _run(self, items: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        start = time.perf_counter()
+        outputs = self.model(*(torch.stack(column) for column in zip(*items)))
+        if any(output.dim() == 0 or output.shape[0] != len(items) for output in outputs):
+            raise RuntimeError(f"outputs of shapes {[tuple(o.shape) for o in outputs]} for a batch of {len(items)}")
+        if self.metrics:
+            self.metrics.inference(time.perf_counter() - start)
+        return outputs
+
+
+def _set_threads(config: dict[str, Any]) -> None:
+    threads = (config.get("handler") or {}).get("threads")
+    if threads is None:
+        return
+    if not isinstance(threads, int) or threads < 1:
+        raise RedppError(
+            f"handler.threads is {threads!r} in model-config.yaml", "a positive integer", "correct model-config.yaml"
+        )
+    torch.set_num_threads(threads)
+
+
+def _preprocess(model: ServingModel) -> Preprocess | None:
+    document = model.description.get("preprocess")
+    if document is None:
+        return None
+    preprocess = Preprocess.from_json(document)
+    shapes = [i.shape for i in model.inputs]
+    if shapes != [preprocess.shape]:
+        raise RedppError(
+            f"a preprocessing that yields {preprocess.shape} for inputs of shapes {shapes}",
+            "one input of the preprocessing's shape",
+            "package the model again with a matching preprocessing",
+        )
+    return preprocess

@@ -1,0 +1,82 @@
+"""The TCP ports of one local server: chosen free, or given and checked before anything starts."""
+
+from __future__ import annotations
+
+import random
+import socket
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+
+from redpp_serve.errors import RedppError
+
+ADDRESS = "127.0.0.1"
+# Below the range that systems hand out to outgoing connections, which could take a port between check and use.
+_CANDIDATES = range(20000, 32000)
+
+
+@dataclass(frozen=True)
+class Ports:
+    """One port for each listener; ``exporter`` serves this project's metrics. Defaults are the server's own."""
+
+    inference: int = 8080
+    management: int = 8081
+    metrics: int = 8082
+    grpc_inference: int = 7070
+    grpc_management: int = 7071
+    exporter: int = 9400
+
+    def check(self) -> None:
+        """Refuse ports that are in use, equal or out of range.
+
+        Raises:
+            RedppError: names the first offender and its purpose.
+        """
+        seen: dict[int, str] = {}
+        for purpose, port in asdict(self).items():
+            problem = f"also the port for {seen[port]}" if port in seen else _problem(port)
+            if problem:
+                raise RedppError(
+                    f"port {port} for {purpose.replace('_', ' ')}: {problem}",
+                    f"six different free ports on {ADDRESS}",
+                    "choose another port, or stop the program that holds it",
+                )
+            seen[port] = purpose.replace("_", " ")
+
+
+def free_ports() -> Ports:
+    """Ports that are free now.
+
+    Raises:
+        RedppError: hardly any port of this machine is free.
+    """
+    wanted = [field.name for field in fields(Ports)]
+    found: list[int] = []
+    with ExitStack() as held:  # all are held until the last is found, so that they differ
+        for port in random.SystemRandom().sample(_CANDIDATES, 500):
+            try:
+                found.append(_bound(held, port))
+            except OSError:
+                continue
+            if len(found) == len(wanted):
+                return Ports(**dict(zip(wanted, found)))
+    raise RedppError(
+        f"fewer than {len(wanted)} free ports among 500 tried on {ADDRESS}", "free ports", "stop other servers"
+    )
+
+
+def _problem(port: int) -> str:
+    if not 0 < port < 65536:
+        return "not a port number"
+    try:
+        with ExitStack() as held:
+            _bound(held, port)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _bound(held: ExitStack, port: int) -> int:
+    listener = held.enter_context(socket.socket())
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do: a closed one is not "in use"
+    listener.bind((ADDRESS, port))
+    return port
