@@ -1,1 +1,1 @@
-"""What runs inside a model server: request parsing, preprocessing, metrics. Needs `runtime`; copied into each archive."""
+"""What runs inside a model server: requests, preprocessing, metrics. Needs `runtime`; copied into each archive."""

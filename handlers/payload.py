@@ -177,7 +177,7 @@ def _checked(array: numpy.ndarray, spec: InputSpec) -> Tensor:
         converted = numpy.require(array, target, ["C", "A", "W"])
     tensor = torch.from_numpy(converted).to(dtype).reshape(spec.shape)
     if dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
-        raise BadRequest(f"input {spec.name!r} with NaN, infinity or values beyond {spec.dtype}, expected finite values")
+        raise BadRequest(f"input {spec.name!r} with NaN, infinity or values beyond {spec.dtype}, expected finite ones")
     return tensor
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 import zipfile
 
 import numpy
@@ -173,8 +174,12 @@ def test_a_decompression_bomb_is_cut_off() -> None:
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("x.npy", bytes(50_000_000))
     assert len(stream.getvalue()) < 100_000
+    tracemalloc.start()
     with pytest.raises(BadRequest, match="more than"):
         parse({"body": stream.getvalue()}, X, None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000
 
 
 def test_damaged_archives_never_raise_anything_else() -> None:

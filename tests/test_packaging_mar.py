@@ -18,16 +18,29 @@ from redpp_serve.packaging.server_config import model_config
 
 CONFIG = model_config(4, 20, 1)
 
-# Runs in a process that has torch and the standard library on its path, and this project nowhere but in the archive.
+# Runs in a process where this project cannot be imported, installed or not, but from the archive.
 STOCK = """
 import importlib, json, sys
+from importlib.machinery import PathFinder
 from pathlib import Path
-folder = Path(sys.argv[1])
-sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
-sys.path = [p for p in sys.path if p and not (Path(p) / "redpp_serve").exists()]
-sys.path_hooks[:] = [h for h in sys.path_hooks if "editable" not in repr(h).lower()]
-assert importlib.util.find_spec("redpp_serve") is None, "the project is importable without the archive"
-sys.path.append(str(folder))  # where TorchServe puts an unpacked archive; handler.py must move it to the front
+folder = Path(sys.argv[1]).resolve()
+
+class ArchiveOnly:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "redpp_serve":
+            spec = PathFinder.find_spec(name, [p for p in sys.path if p and Path(p).resolve() == folder])
+            if spec is None:
+                raise ModuleNotFoundError(name)
+            return spec
+
+sys.meta_path = [ArchiveOnly, *(finder for finder in sys.meta_path if "editable" not in repr(finder).lower())]
+try:
+    import redpp_serve
+    sys.exit("the project is importable without the archive")
+except ModuleNotFoundError:
+    pass
+sys.path.append(str(folder))  # where TorchServe puts an unpacked archive
 for blocked in ("safetensors", "triton", "prometheus_client", "psutil", "torchvision", "tqdm"):
     sys.modules[blocked] = None
 
@@ -75,12 +88,15 @@ def test_the_archive_serves_where_the_project_is_not_installed(tmp_path: Path) -
 
 
 def test_an_older_installation_does_not_win_over_the_archive(tmp_path: Path) -> None:
-    """Here the project is installed: importing handler.py must still take the archive's copy."""
+    old, unpacked = tmp_path / "old", tmp_path / "unpacked"
+    (old / "redpp_serve").mkdir(parents=True)
+    (old / "redpp_serve" / "__init__.py").write_text("raise SystemExit('the old installation was imported')")
     with zipfile.ZipFile(io.BytesIO(archive())) as file:
-        file.extractall(tmp_path)
-    code = f"import sys; sys.path.append({str(tmp_path)!r}); import handler, redpp_serve; print(redpp_serve.__file__)"
+        file.extractall(unpacked)
+    path = f"import sys; sys.path.insert(0, {str(old)!r}); sys.path.append({str(unpacked)!r}); "
+    code = f"{path} import handler, redpp_serve; print(redpp_serve.__file__)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd="/")
-    assert Path(result.stdout.strip()).parent.parent == tmp_path, result.stderr
+    assert Path(result.stdout.strip()).parent.parent == unpacked, result.stderr
 
 
 def test_equal_input_gives_equal_bytes() -> None:

@@ -66,12 +66,17 @@ def find_inner_channels(
             inner = _walk(graph, layer, layers, users, shapes)
             touched = (inner.producer, *inner.depthwise, *(c for c, _ in inner.consumers))
             for other in touched:
-                if any(fnmatch.fnmatchcase(other.name, pattern) for pattern in exclude):
+                if excluded(other, exclude):
                     raise _Closed("excluded" if other is layer else f"its reader {other.name} is excluded")
             found.append(inner)
         except _Closed as reason:
             closed[layer.name] = str(reason)
     return found, closed
+
+
+def excluded(layer: Layer, patterns: Sequence[str]) -> bool:
+    """Whether a shell pattern names the layer."""
+    return any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in patterns)
 
 
 class _Closed(Exception):

@@ -27,25 +27,29 @@ from ..runtime.program import Program
 # inputs and steps, and with them the result, are the same on every machine of a kind.
 _MACS_PER_SECOND = {"cpu": 25e9, "cuda": 2e12}
 _FORWARD_AND_BACKWARD = 3
-_CHUNK_MACS = 400e9  # one step's batch is bounded, and so is its memory
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many inputs to make, in batches of ``batch``, with how many optimisation steps each."""
+    """How many inputs to make, in batches of ``batch``, with ``steps`` of optimisation each. The last batch (a fifth
+    of the inputs where there are more than five) is held out from all fitting."""
 
     images: int
     batch: int
     steps: int
 
+    @property
+    def held_out(self) -> int:
+        return max(1, self.images // self.batch // 5) * self.batch
+
 
 def plan(graph: Graph, seconds: float, device: str = "cpu") -> Plan:
     """The plan that fits into ``seconds``: a pure function of the network's cost, the budget and the kind of device."""
     macs = max(mac_count(graph), 1)
-    affordable = seconds * _MACS_PER_SECOND[device] / (_FORWARD_AND_BACKWARD * macs)  # inputs times steps
-    images = int(min(256, max(16, 2 ** math.floor(math.log2(max(affordable / 60, 1))))))
-    batch = int(min(images, max(8, 2 ** math.floor(math.log2(max(_CHUNK_MACS / macs, 1))))))
-    return Plan(images, batch, int(min(200, max(4, affordable // images))))
+    affordable = seconds * _MACS_PER_SECOND[device.split(":")[0]] / (_FORWARD_AND_BACKWARD * macs)  # inputs times steps
+    batch = 32 if affordable >= 1280 and macs < 1e9 else 16 if affordable >= 640 and macs < 1e9 else 8
+    images = int(min(160, max(2 * batch, affordable / 40 // batch * batch)))
+    return Plan(images, batch, int(min(60, max(4, affordable // images))))
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,11 @@ class Synthetic:
     inputs: tuple[Tensor, ...]
     losses: tuple[float, float]
     note: str
+
+    def divide(self, held_out: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Inputs to fit on, and the last ``held_out`` (at most half) to measure on."""
+        held_out = min(held_out, len(self.inputs[0]) // 2)
+        return tuple(x[:-held_out] for x in self.inputs), tuple(x[-held_out:] for x in self.inputs)
 
 
 def synthesize(

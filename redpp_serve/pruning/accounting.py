@@ -1,0 +1,95 @@
+"""What a network costs, before and after, and the table of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..graph.layers import Layer, mac_count, parameter_count
+from ..runtime.graph import Graph
+from .density import density
+from .hashing import Codebook, Hashed
+from .splitting import Counts, Split, count_dense, count_kernels, count_scalars
+
+
+def totals(graph: Graph, counts: Iterable[Counts], stored_bytes: int) -> dict[str, int]:
+    """The report's figures of one network; ``bytes`` is what its artifact stores."""
+    every = list(counts)
+    return {
+        "parameters": parameter_count(graph),
+        "macs": mac_count(graph),
+        "multiplications": sum(c.multiplications for c in every),
+        "additions": sum(c.additions for c in every),
+        "bytes": stored_bytes,
+    }
+
+
+def both_readings(
+    before: dict[str, Layer], after: dict[str, Layer], graph: Graph, splits: dict[str, Split]
+) -> dict[str, dict[str, list[int]]]:
+    """Multiplications, additions and bytes of all layers, dense before against split after, for both units."""
+    dense = [count_dense(layer) for layer in before.values()]
+    readings = {
+        "kernel": [count_kernels(layer, splits[name]) if name in splits else count_dense(layer) for name, layer in after.items()],
+        "weight": [
+            count_scalars(layer, graph.tensors[layer.weight]) if name in splits else count_dense(layer)
+            for name, layer in after.items()
+        ],
+    }
+    return {
+        unit: {
+            figure: [sum(getattr(c, figure) for c in dense), sum(getattr(c, figure) for c in counts)]
+            for figure in ("multiplications", "additions", "bytes")
+        }
+        for unit, counts in readings.items()
+    }
+
+
+def hash_record(hashed: Hashed) -> dict[str, Any]:
+    """One layer's hashing for the report: codebook, alternatives at equal entropy, and the density with its cells."""
+    book = hashed.codebook
+    kernels = hashed.weight.reshape(*hashed.weight.shape[:2], -1).square().sum(-1)
+    near_zero = float((kernels <= 1e-4 * kernels.mean()).double().mean())  # 1 % of the RMS kernel
+    return {
+        "values": book.size,
+        "entropy": book.entropy,
+        "error": book.error,
+        "zero_kernels": near_zero,
+        "bandwidth": book.bandwidth,
+        "alternatives": {
+            name: {"values": b.size, "entropy": b.entropy, "error": b.error} for name, b in sorted(hashed.alternatives.items())
+        },
+        "density": _density_record(hashed, book),
+    }
+
+
+def _density_record(hashed: Hashed, book: Codebook) -> dict[str, list[float]]:
+    grid = hashed.grid
+    points = grid.points()
+    middle = np.searchsorted(grid.count, [0.001 * grid.weights, 0.999 * grid.weights])
+    shown = np.unique(np.linspace(max(middle[0] - 1, 0), min(middle[1] + 1, grid.bins), 200).astype(int))
+    low, high = points[shown[0]], points[shown[-1]]
+    curve = density(grid, book.bandwidth or 0.02 * grid.rms)
+    edges = [float(points[b]) for b in book.borders if low <= points[b] <= high]
+    modes = [float(v) for v in book.values if low <= v <= high]
+    return {
+        "x": _rounded(points[shown]), "y": _rounded(curve[shown]), "edges": _rounded(edges[:400]), "modes": _rounded(modes[:400]),
+    }  # fmt: skip
+
+
+def _rounded(values: Iterable[float]) -> list[float]:
+    return [float(f"{v:.4g}") for v in values]
+
+
+def split_record(layer: Layer, split: Split) -> dict[str, Any]:
+    """One layer's split for the report."""
+    dense, counts = count_dense(layer), count_kernels(layer, split)
+    return {
+        "unique_kernels": len(split.kernels),
+        "kernels": int(torch.tensor(layer.shape[:2]).prod()),
+        "multiplications": [dense.multiplications, counts.multiplications],
+        "additions": [dense.additions, counts.additions],
+    }

@@ -1,0 +1,305 @@
+"""The offline passes in order: hash, merge exactly, make inputs, reconstruct, hash again, split, verify."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import GateFailed
+from ..graph.channels import excluded, find_inner_channels
+from ..graph.layers import Layer, find_layers
+from ..runtime.graph import Graph
+from .accounting import both_readings, hash_record, split_record
+from .hashing import Hashed, hash_weight
+from .merging import merge_exact
+from .options import Options
+from .reconstruct import Reconstruction, Width, keep_ratio, reconstruct, within
+from .splitting import Split, count_dense, count_kernels, expected_kernels, split_weight
+from .stages import Stage, Stages
+from .synthetic import Synthetic, plan, smooth_noise, synthesize
+from .verify import EXACT, Difference, VerifyData, check_gate, compare_outputs, layer_errors, split_error
+
+_MATCHING_SHARE = 0.6  # of the time budget; the rest is for fitting
+_BUDGET_ROUNDS = 5
+
+
+@dataclass
+class Pruned:
+    """The result of a run: both graphs and everything the report says about them."""
+
+    original: Graph
+    pruned: Graph
+    layers: list[dict[str, Any]]
+    hash: dict[str, Any]
+    counting: dict[str, Any]
+    counts: dict[str, list[Any]]  # original and pruned: Counts of each layer
+    verify: dict[str, Any]
+    accuracy: tuple[float, float] | None
+
+
+@dataclass
+class _Run:
+    """State that the stages hand on."""
+
+    original: Graph
+    options: Options
+    stages: Stages
+    graph: Graph
+    hash_only: Graph
+    hashed: dict[str, Hashed] = field(default_factory=dict)
+    widths: dict[str, Reconstruction] = field(default_factory=dict)
+    splits: dict[str, Split] = field(default_factory=dict)
+    checks: dict[str, float] = field(default_factory=dict)
+    fit_inputs: tuple[Tensor, ...] = ()
+    held_out: tuple[Tensor, ...] = ()
+    inputs_note: str = ""
+
+
+def prune(
+    graph: Graph,
+    options: Options = Options(),
+    *,
+    stages: Stages | None = None,
+    data: VerifyData | None = None,
+    checkpoint: Path | None = None,
+) -> Pruned:
+    """Prune a captured network without data.
+
+    Args:
+        graph: from `redpp_serve.capture`.
+        options: what to do and how far to go.
+        stages: collects (and prints) the steps.
+        data: labelled inputs, only to measure accuracy with.
+        checkpoint: file that keeps synthetic inputs, so that an interrupted run goes on.
+
+    Raises:
+        GateFailed: an exact stage was not exact, or a number of the user's was missed.
+    """
+    run = _Run(graph, options, stages or Stages(quiet=True), graph, graph)
+    started = time.monotonic()
+    _hash(run)
+    _merge(run)
+    _make_inputs(run, started, checkpoint)
+    _reconstruct(run, started)
+    _split(run)
+    return _verify(run, data)
+
+
+def _hash_layers(run: _Run, layers: list[Layer], stage: Stage) -> None:
+    changed = {}
+    for k, layer in enumerate(layers):
+        hashed = hash_weight(run.graph.tensors[layer.weight], run.options.hash, run.options.hash_target)
+        run.hashed[layer.name], changed[layer.weight] = hashed, hashed.weight
+        stage.progress(k + 1, len(layers))
+    run.graph = run.graph.with_tensors(changed)
+
+
+def _hash(run: _Run) -> None:
+    with run.stages.run("hash") as stage:
+        layers = [layer for layer in find_layers(run.graph) if not excluded(layer, run.options.exclude)]
+        if not layers:
+            stage.skip("no convolution or Linear to hash" + (" that is not excluded" if run.options.exclude else ""))
+            return
+        _hash_layers(run, layers, stage)
+        run.hash_only = run.graph
+        sizes = sorted(h.codebook.size for h in run.hashed.values())
+        stage.reason = f"{len(layers)} layers, {sizes[0]} to {sizes[-1]} values each ({run.options.hash}, {run.options.hash_target})"
+
+
+def _merge(run: _Run) -> None:
+    """Exact merging, done and checked in float64, then back in the network's precision."""
+    with run.stages.run("merge") as stage:
+        precise = run.graph.to(torch.float64)
+        sets, _ = find_inner_channels(precise, run.options.exclude)
+        merged, removed = precise, 0
+        for k, inner in enumerate(sets):
+            merged, record = merge_exact(merged, inner, run.options.round_to)
+            removed += record.channels - record.kept
+            run.widths[record.layer] = Reconstruction(record.layer, record.channels, record.kept, 0.0)
+            stage.progress(k + 1, len(sets))
+        if not removed:
+            stage.reason = f"no two of the channels in {len(sets)} sets are equal" if sets else "no inner channels"
+            return
+        probe = tuple(x.double() if x.is_floating_point() else x for x in smooth_noise(run.graph.inputs, 2, run.options.seed))
+        error = compare_outputs(precise, merged, probe).error
+        run.checks["merge_exact"] = error
+        _require_exact("exact merging", error)
+        types = {name: t.dtype for name, t in run.graph.tensors.items()}
+        back = {name: t.to(types.get(name, t.dtype)) for name, t in merged.tensors.items()}
+        run.graph = replace(merged, tensors=back, inputs=run.graph.inputs)
+        stage.reason = f"{removed} duplicate channels merged; differs by {error:.1e} in float64"
+
+
+def _make_inputs(run: _Run, started: float, checkpoint: Path | None) -> None:
+    with run.stages.run("inputs") as stage:
+        options = run.options
+        if options.merge == "exact":
+            run.held_out = smooth_noise(run.original.inputs, 16, options.seed)
+            run.inputs_note = "smooth noise (inputs are matched to batch norm for reconstruction only)"
+            stage.reason = f"16 inputs of {run.inputs_note}"
+            return
+        how = plan(run.original, _MATCHING_SHARE * options.time_budget, options.device)
+        made: Synthetic = synthesize(run.original, how, seed=options.seed, device=options.device, checkpoint=checkpoint,
+                                     deadline=started + 0.8 * options.time_budget, progress=stage.progress)  # fmt: skip
+        run.fit_inputs, run.held_out = made.divide(how.held_out)
+        run.inputs_note = made.note or (
+            f"matched to batch-norm statistics in {how.steps} steps, mismatch {made.losses[0]:.3g} -> {made.losses[1]:.3g}"
+        )
+        stage.reason = f"{len(run.fit_inputs[0])} to fit and {len(run.held_out[0])} held out, {run.inputs_note}"
+
+
+def _reconstruct(run: _Run, started: float) -> None:
+    options = run.options
+    with run.stages.run("reconstruct") as stage:
+        sets, _ = find_inner_channels(run.graph, options.exclude)
+        if options.merge == "exact":
+            return stage.skip("--merge exact")
+        if not sets:
+            return stage.skip("no inner channels that may be narrowed")
+        inputs = tuple(x.to(options.device) for x in run.fit_inputs)
+        exact = run.graph
+
+        def narrow(width: Width) -> tuple[Graph, list[Reconstruction]]:
+            return reconstruct(exact, run.original, sets, inputs, width, options.round_to, stage.progress)
+
+        if options.keep is not None:
+            run.graph, done = narrow(keep_ratio(options.keep))
+        else:
+            run.graph, done = _within_budget(run, narrow, started)
+        for record in done:
+            before = run.widths[record.layer]
+            run.widths[record.layer] = replace(record, channels=before.channels)
+        kept, of = sum(d.kept for d in done), sum(d.channels for d in done)
+        stage.reason = f"{kept} of {of} channels kept in {len(done)} sets"
+        narrowed = {d.layer for d in done if d.kept < d.channels}
+        readers = {layer.name for inner in sets if inner.producer.name in narrowed for layer, _ in inner.consumers}
+    with run.stages.run("hash again") as stage:
+        # narrowing keeps rows of the producers, whose values stay in their codebooks; only the readers' changed
+        layers = [layer for layer in find_layers(run.graph) if layer.name in readers]
+        if not layers:
+            return stage.skip("no weight changed")
+        _hash_layers(run, layers, stage)
+        stage.reason = f"{len(layers)} layers whose weights were fitted"
+
+
+def _within_budget(run: _Run, narrow: Any, started: float) -> tuple[Graph, list[Reconstruction]]:
+    """The narrowest network whose held-out error stays within the budget, by bisection on the tolerance of each set."""
+    limit = run.options.error_budget
+    assert limit is not None
+    best: tuple[Graph, list[Reconstruction]] = (
+        run.graph, [replace(w, channels=w.kept) for w in run.widths.values()],
+    )  # fmt: skip
+    low, high = 0.0, None
+    tolerance = limit
+    for _ in range(_BUDGET_ROUNDS):
+        candidate, done = narrow(within(tolerance))
+        if compare_outputs(run.original, candidate, run.held_out).error <= 0.95 * limit:  # hashing again adds a little
+            low, best = tolerance, (candidate, done)
+        else:
+            high = tolerance
+        tolerance = 2 * tolerance if high is None else (low + high) / 2
+        if time.monotonic() - started > 0.9 * run.options.time_budget:
+            break
+    return best
+
+
+def _split(run: _Run) -> None:
+    with run.stages.run("split") as stage:
+        layers = [layer for layer in find_layers(run.graph) if layer.name in run.hashed]
+        worst = 0.0
+        for k, layer in enumerate(layers):
+            weight = run.graph.tensors[layer.weight]
+            split = split_weight(weight, layer.groups)
+            run.splits[layer.name] = split
+            worst = max(worst, split_error(layer, weight, split, run.options.seed))
+            stage.progress(k + 1, len(layers))
+        if not layers:
+            return stage.skip("no hashed layer")
+        run.checks["split_exact"] = worst
+        _require_exact("input-wise splitting", worst)
+        unique, kernels = sum(len(s.kernels) for s in run.splits.values()), sum(s.index.numel() for s in run.splits.values())
+        stage.reason = f"{unique} unique kernels of {kernels}; differs by {worst:.1e} in float64"
+
+
+def _require_exact(what: str, error: float) -> None:
+    if not error <= EXACT:
+        raise GateFailed(f"{what} changed the network's function by {error:.2e} (relative, float64)",
+                         f"at most {EXACT:g}, re-association error", "report this with the model; use --exclude meanwhile")  # fmt: skip
+
+
+def _verify(run: _Run, data: VerifyData | None) -> Pruned:
+    options = run.options
+    with run.stages.run("verify") as stage:
+        before = {layer.name: layer for layer in find_layers(run.original)}
+        after = {layer.name: layer for layer in find_layers(run.graph)}
+        difference = compare_outputs(run.original, run.graph, run.held_out)
+        hash_error = compare_outputs(run.original, run.hash_only, run.held_out).error
+        errors = layer_errors(run.original, run.graph, list(after.values()), run.held_out)
+        accuracy = (data.accuracy(run.original), data.accuracy(run.graph)) if data else None
+        check_gate(options, difference, accuracy)
+        stage.reason = _verdict(difference, accuracy)
+    _, closed = find_inner_channels(run.original, options.exclude)
+    layers = [_layer_record(run, layer, after[name], closed.get(name, ""), errors.get(name)) for name, layer in before.items()]
+    return Pruned(
+        run.original, run.graph, layers, _hash_summary(run, before, after, hash_error),
+        both_readings(before, after, run.graph, run.splits),
+        {"original": [count_dense(layer) for layer in before.values()],
+         "pruned": [count_kernels(layer, run.splits[n]) if n in run.splits else count_dense(layer) for n, layer in after.items()]},
+        {**{"merge_exact": None, "split_exact": None}, **run.checks, "output_error": difference.error,
+         "agreement": difference.agreement, "images": difference.images, "inputs": run.inputs_note}, accuracy,
+    )  # fmt: skip
+
+
+def _verdict(difference: Difference, accuracy: tuple[float, float] | None) -> str:
+    text = f"output error {difference.error:.4f}"
+    if difference.agreement is not None:
+        text += f", top-1 agreement {difference.agreement:.1%}"
+    text += f" on {difference.images} held-out inputs"
+    return text + (f"; accuracy {accuracy[0]:.2%} -> {accuracy[1]:.2%}" if accuracy else "")
+
+
+def _hash_summary(run: _Run, before: dict[str, Layer], after: dict[str, Layer], measured: float) -> dict[str, Any]:
+    errors = torch.tensor([h.codebook.error for h in run.hashed.values()], dtype=torch.float64)
+    dense = sum(count_dense(after[n]).multiplications for n in run.splits)
+    got = sum(count_kernels(after[n], s).multiplications for n, s in run.splits.items())
+    expected = 0.0
+    for name in run.splits:
+        layer, book = after[name], run.hashed[name].codebook
+        taps = layer.macs // max(1, layer.positions * layer.shape[0] * layer.shape[1])
+        expected += layer.positions * taps * expected_kernels(layer, torch.from_numpy(book.frequencies), torch.from_numpy(book.values))
+    return {
+        "method": run.options.hash,
+        "target": str(run.options.hash_target),
+        "predicted_error_typical": float(errors.square().sum().sqrt()),
+        "predicted_error_bound": float((1 + errors).prod() - 1),
+        "measured_error": measured,
+        "predicted_ratio": 1 - expected / dense if dense else 0.0,
+        "measured_ratio": 1 - got / dense if dense else 0.0,
+    }
+
+
+def _layer_record(run: _Run, before: Layer, after: Layer, closed: str, error: float | None) -> dict[str, Any]:
+    hashed, split, width = run.hashed.get(before.name), run.splits.get(before.name), run.widths.get(before.name)
+    reason = closed or ("" if width else "not narrowed")
+    return {
+        "name": before.name,
+        "op": before.node.op.split(".")[1],
+        "shape": list(before.shape),
+        "pruned_shape": list(after.shape),
+        "parameters": run.original.tensors[before.weight].numel() + (before.shape[0] if before.bias else 0),
+        "macs": before.macs,
+        "hash": hash_record(hashed) if hashed else None,
+        "merge": {
+            "channels": before.shape[0],
+            "kept": after.shape[0],
+            "error": width.error if width and width.kept < width.channels else None,
+            "reason": reason,
+        },
+        "split": split_record(after, split) if split else None,
+        "error": error,
+    }
