@@ -72,7 +72,7 @@ def test_bad_factories(source: Path, name: str, found: str) -> None:
 
 
 def test_bad_arguments_files_and_forms(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(RedppError, match="unexpected keyword argument 'depth'.*--arch-arg"):
+    with pytest.raises(RedppError, match="unexpected keyword argument 'depth'.*--arch-args"):
         build(f"{source}:Net", {"depth": 3})
     with pytest.raises(RedppError, match="missing.py does not exist"):
         build("missing.py:Net", {})

@@ -1,0 +1,72 @@
+"""From a file to a graph: sniff the bytes, load without running code, build the architecture, export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..runtime.graph import Graph, InputSpec
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured network: its graph, where it came from, and what the user should know about the way.
+
+    ``source`` has file, kind, sha256 and arch; ``hints`` the pre-processing the architecture declares, if any.
+    """
+
+    graph: Graph
+    source: dict[str, Any]
+    messages: list[str] = field(default_factory=list)
+    hints: dict[str, Any] | None = None
+
+
+def capture_file(
+    path: Path,
+    inputs: Sequence[InputSpec],
+    *,
+    arch: str | None = None,
+    arch_args: Mapping[str, Any] | None = None,
+    trust: bool = False,
+) -> Captured:
+    """Load a file and capture the network in it.
+
+    Args:
+        path: state_dict (.pt, .pth, .safetensors), pickled module, TorchScript or .pt2; told apart by its bytes.
+        inputs: one entry for each input of the network, without the batch dimension.
+        arch: ``torchvision:NAME``, ``timm:NAME`` or ``file.py:factory``; needed for a state_dict.
+        arch_args: keyword arguments of the architecture.
+        trust: load formats that can run code.
+
+    Raises:
+        RedppError: see `load.load_file`, `arch.build`, `arch.load_into`, `export.capture`.
+    """
+    from ..errors import RedppError
+    from .arch import build, load_into, preprocess_hints
+    from .export import capture
+    from .load import load_file
+
+    loaded = load_file(path, trust=trust)
+    messages, module = list(loaded.messages), loaded.exported or loaded.module
+    if loaded.state_dict is not None:
+        if arch is None:
+            raise RedppError(
+                f"{path} holds weights only ({loaded.kind.value})",
+                "the architecture that the weights belong to",
+                "add --arch torchvision:NAME, --arch timm:NAME or --arch path/to/file.py:factory",
+            )
+        module = build(arch, dict(arch_args or {}))
+        messages += load_into(module, loaded.state_dict)
+    elif arch is not None:
+        messages.append(f"--arch {arch} is not needed: the file brings its own ({loaded.kind.value})")
+    assert module is not None
+    if not inputs:
+        raise RedppError(
+            "no --input was given", "the shape of one input without its batch dimension",
+            "add --input 3x224x224 (repeat it for a network with several inputs)",
+        )  # fmt: skip
+    graph = capture(module, inputs, messages)
+    source = {"file": path.name, "kind": loaded.kind.value, "sha256": loaded.sha256, "arch": arch}
+    return Captured(graph, source, messages, preprocess_hints(module))

@@ -38,7 +38,7 @@ def build(arch: str, arch_args: Mapping[str, Any]) -> nn.Module:
     library, colon, name = arch.partition(":")
     if colon and library in ("torchvision", "timm"):
         if asked := [key for key in WEIGHT_ARGS if key in arch_args]:
-            found = f"--arch-arg {asked[0]} asks {library} for weights"
+            found = f"--arch-args {asked[0]} asks {library} for weights"
             raise RedppError(found, "arguments of the architecture", "leave it out: the weights come from your file")
         factory = (_torchvision if library == "torchvision" else _timm)(name)
     else:
@@ -81,7 +81,7 @@ def load_into(module: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
         if names
     ]
     if parts:
-        do = "give the --arch and --arch-arg (num_classes, ...) that the weights were trained with"
+        do = "give the --arch and --arch-args (num_classes, ...) that the weights were trained with"
         found = f"the weights do not fit the architecture; {'; '.join(parts)}"
         raise RedppError(found, "the same names and shapes", do)
     changed = sorted({f"{v.dtype} to {own[k].dtype}" for k, v in state_dict.items() if _differs(v, own.get(k))})
@@ -108,7 +108,7 @@ def _copy(module: nn.Module, own: dict[str, Any], state_dict: Mapping[str, Tenso
     try:
         result = module.load_state_dict(holder, strict=False)
     except Exception as error:
-        do = "give the --arch and --arch-arg that the weights were trained with"
+        do = "give the --arch and --arch-args that the weights were trained with"
         found = f"the module refuses the weights: {first_line(error)}"
         raise RedppError(found, "weights of this module", do) from error
     return list(result.missing_keys), list(result.unexpected_keys)
@@ -204,7 +204,7 @@ def _run(what: str, call: Callable[[], Any]) -> Any:
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
         where = f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
-        do = "correct it, or pass its arguments with --arch-arg name=value"
+        do = "correct it, or pass its arguments with --arch-args JSON"
         raise RedppError(f"{what} failed{where}: {first_line(error)}", "code that gives a module", do) from error
 
 

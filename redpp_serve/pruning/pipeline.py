@@ -26,6 +26,7 @@ from .verify import EXACT, Difference, VerifyData, check_gate, compare_outputs, 
 
 _MATCHING_SHARE = 0.6  # of the time budget; the rest is for fitting
 _BUDGET_ROUNDS = 5
+_SAMPLES = 16
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Pruned:
     counts: dict[str, list[Any]]  # original and pruned: Counts of each layer
     verify: dict[str, Any]
     accuracy: tuple[float, float] | None
+    samples: tuple[Tensor, ...]  # some held-out inputs, (n, ...) each
 
 
 @dataclass
@@ -252,6 +254,7 @@ def _verify(run: _Run, data: VerifyData | None) -> Pruned:
          "pruned": [count_kernels(layer, run.splits[n]) if n in run.splits else count_dense(layer) for n, layer in after.items()]},
         {**{"merge_exact": None, "split_exact": None}, **run.checks, "output_error": difference.error,
          "agreement": difference.agreement, "images": difference.images, "inputs": run.inputs_note}, accuracy,
+        tuple(x[:_SAMPLES].cpu() for x in run.held_out),
     )  # fmt: skip
 
 

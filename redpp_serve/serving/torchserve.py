@@ -147,6 +147,12 @@ class TorchServe:
                 shutil.rmtree(self.home, ignore_errors=True)
             self.home = self._server = self._exporter = None
 
+    def check_alive(self) -> None:
+        """Raise a RedppError with the end of the log when the server or the exporter has ended by itself."""
+        for process, what in ((self._server, "TorchServe"), (self._exporter, "the metrics exporter")):
+            if process is None or process.poll() is not None:
+                raise self._failure(f"{what} has ended")
+
     def _launch(self, java: Path) -> None:
         parent = tempfile.gettempdir()
         # A socket's path may not exceed about 100 bytes.

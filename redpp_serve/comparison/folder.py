@@ -1,0 +1,101 @@
+"""Compare the two versions in a packaged folder: requests from its inputs or the user's, on a server of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from redpp_serve.comparison.client import Endpoint, Payload
+from redpp_serve.comparison.compare import Comparison, compare_endpoints
+from redpp_serve.errors import RedppError
+from redpp_serve.packaging.package import VARIANTS, request_body
+from redpp_serve.serving.folder import model_name
+from redpp_serve.serving.ports import Ports
+from redpp_serve.serving.torchserve import TorchServe
+
+_BINARY = "application/octet-stream"
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".json")
+
+
+def compare(
+    folder: Path,
+    *,
+    inputs: Path | None = None,
+    concurrency: int = 4,
+    seconds: float = 20.0,
+    margin: float = 0.02,
+    seed: int = 0,
+    workers: int = 1,
+    ports: Ports | None = None,
+    auth: bool = True,
+    note: Callable[[str], None] = lambda line: None,
+) -> Comparison:
+    """Start a server for the folder, send the same inputs to both versions, stop it, and say what was measured.
+
+    Args:
+        folder: written by `package`.
+        inputs: an .npz with ``inputs`` and optionally ``labels``, or a folder of images, .npy or .json files; by
+            default the held-out synthetic inputs kept in the folder.
+        workers: worker processes for each version.
+        note: called with a line of text as the server starts.
+
+    See `compare_endpoints` for the rest and for what it raises.
+    """
+    payloads = read_payloads(inputs) if inputs else folder_payloads(folder)
+    with TorchServe(folder, name=model_name(folder), workers=workers, ports=ports, auth=auth, progress=note) as server:
+        arms = (Endpoint(variant, server.url(version), server.headers("inference")) for variant, version in VARIANTS.items())
+        original, pruned = arms
+        return compare_endpoints(original, pruned, payloads, concurrency=concurrency, seconds=seconds, margin=margin, seed=seed)
+
+
+def folder_payloads(folder: Path) -> list[Payload]:
+    """Requests from the synthetic inputs that `package` kept."""
+    import torch
+
+    with np.load(folder / "inputs.npz", allow_pickle=False) as file:
+        names = tuple(file.files)
+        arrays = tuple(torch.from_numpy(file[name]) for name in names)
+    return [Payload(request_body(arrays, k, names), _BINARY) for k in range(len(arrays[0]))]
+
+
+def read_payloads(path: Path) -> list[Payload]:
+    """Requests from the user's inputs.
+
+    Raises:
+        RedppError: nothing there that can be sent.
+    """
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+        payloads = [Payload(p.read_bytes(), "application/json" if p.suffix == ".json" else _BINARY) for p in files]
+    else:
+        payloads = _from_arrays(path)
+    if not payloads:
+        raise RedppError(f"{path} holds no inputs", f"files ending in {', '.join(_SUFFIXES)}", "point --inputs at some")
+    return payloads
+
+
+def _from_arrays(path: Path) -> list[Payload]:
+    import torch
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            inputs = torch.from_numpy(np.ascontiguousarray(file["inputs"]))
+            labels = file["labels"].tolist() if "labels" in file.files else [None] * len(inputs)
+    except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
+        raise RedppError(f"--inputs {path} cannot be read: {error}", "an .npz file with an array 'inputs', batch first",
+                         "write it with numpy.savez, or give a folder of images") from error  # fmt: skip
+    if inputs.dtype == torch.uint8:  # image bytes (N, channels, height, width) travel as what they are
+        return [Payload(_png(x.numpy()), _BINARY, label) for x, label in zip(inputs, labels)]
+    return [Payload(request_body((inputs,), k), _BINARY, label) for k, label in enumerate(labels)]
+
+
+def _png(image: np.ndarray) -> bytes:
+    import io
+
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)).save(stream, "PNG")
+    return stream.getvalue()

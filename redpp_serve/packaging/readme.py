@@ -1,0 +1,62 @@
+"""The README of a packaged model: the exact commands to serve it and to ask it something."""
+
+from __future__ import annotations
+
+from ..handlers.preprocess import Preprocess
+from ..runtime.graph import InputSpec
+
+_TEXT = """# {name}: original (1.0) and pruned (2.0)
+
+Written by redpp-serve. `report.html` says what was pruned and what it changed.
+
+## Serve both versions
+```
+redpp-serve serve .
+```
+Or with a TorchServe of your own (torch, numpy, pillow and a Java runtime installed; redpp-serve is not needed):
+```
+torchserve --start --foreground --ncs --ts-config config.properties --log-config log4j2.xml \\
+    --model-store . --models {name}=original.mar {name}=redpp.mar
+```
+The first one listed is the default; always ask for a version by its URL. TorchServe writes tokens to
+`key_file.json`; send the one under `inference` with each request.
+
+## Ask
+Inputs: {inputs}.
+```
+curl -H "Authorization: Bearer $TOKEN" -H "Content-Type: application/octet-stream" \\
+    --data-binary @{example} http://127.0.0.1:8080/predictions/{name}/2.0
+```
+{accepted}
+The answer is `{{"outputs": [...]}}`, one nested list for each output of the network. A request that cannot be served
+gets its own 400 with the reason; the others of its batch are not affected.
+
+## Compare and roll out
+```
+redpp-serve compare .
+```
+Version 1.0 stays what it was: rolling back is asking for 1.0 again.
+
+## Metrics
+Set `PROMETHEUS_MULTIPROC_DIR` to an empty folder before TorchServe starts, and run
+`python -m redpp_serve.handlers.exporter --port 9100 --dir "$PROMETHEUS_MULTIPROC_DIR"` (`redpp-serve serve` does both).
+Histograms `redpp_handler_seconds`, `redpp_inference_seconds`, `redpp_batch_size`, counter `redpp_requests_total` by
+outcome, gauges `redpp_model_parameters`, `redpp_model_macs`, `redpp_model_bytes`; labels model, version, variant.
+"""
+
+
+def readme(name: str, inputs: tuple[InputSpec, ...], preprocess: Preprocess | None) -> str:
+    """The text for a model of that name."""
+    shapes = "; ".join(f"`{i.name}` {'x'.join(map(str, i.shape))} {i.dtype}" for i in inputs)
+    accepted = (
+        "Accepted: `.npy` or JSON of that shape" if len(inputs) == 1 else "Accepted: `.npz` or JSON with the inputs by name"
+    )
+    if preprocess:
+        mean, std = (", ".join(f"{v:g}" for v in values) for values in (preprocess.mean, preprocess.std))
+        accepted += (
+            f"; PNG and JPEG, converted to mode {preprocess.mode}, resized to {preprocess.height}x{preprocess.width} and "
+            f"normalised with mean ({mean}) and std ({std})"
+        )
+    else:
+        accepted += "; images are refused, for no pre-processing was declared (`--preprocess`)"
+    return _TEXT.format(name=name, inputs=shapes, accepted=accepted + ".", example="input.npy" if len(inputs) == 1 else "input.npz")
