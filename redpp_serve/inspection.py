@@ -7,26 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from .capture import Captured
-from .capture.sniff import refusal, scan, sniff
+from .capture.sniff import FileKind, refusal, scan, shorten, sniff
 from .graph.channels import find_inner_channels
 from .graph.layers import find_layers, mac_count, parameter_count
-from .report.text import count, layer_table
+from .report.text import count, layer_table, printable, size
+
+_WEIGHTS = (FileKind.STATE_DICT, FileKind.LEGACY_STATE_DICT, FileKind.SAFETENSORS)
+_SHOW = {"bytes": size, "parameters": count, "MACs": count}
+_DIGEST_SHOWN = 16  # of 64 characters, enough to tell files apart by eye
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts by name, and a record for each layer where the network could be captured."""
+    """Facts by name, a record for each layer where the network could be captured, notes, and what to do next."""
 
     facts: dict[str, Any]
     layers: list[dict[str, Any]]
+    notes: list[str]
     next_step: str
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.facts, "layers": self.layers}
+        """Plain numbers and texts, keys in lower case without spaces."""
+        facts = {key.lower().replace(" ", "_"): value for key, value in self.facts.items()}
+        return {**facts, "notes": self.notes, "layers": self.layers}
 
     def to_text(self) -> str:
+        """Facts, the table of layers with reasons, and the next step, for the terminal."""
         width = max(map(len, self.facts))
-        lines = [f"{key:<{width}}  {value}" for key, value in self.facts.items() if value is not None]
+        lines = [f"{key:<{width}}  {_shown(key, value)}" for key, value in self.facts.items() if value is not None]
+        lines += [f"{'note':<{width}}  {printable(note)}" for note in self.notes]
         if self.layers:
             lines += ["", layer_table(self.layers)]
         return "\n".join([*lines, "", self.next_step])
@@ -43,32 +52,36 @@ def describe_file(path: Path) -> Inspection:
         raise refusal(path, kind)
     facts: dict[str, Any] = {"file": path.name, "kind": kind.value, "bytes": path.stat().st_size}
     if kind.runs_code:
-        unsafe = scan(path).unsafe if "pickle" in kind.value else ()
-        facts["runs code"] = f"when loaded{': ' + ', '.join(unsafe[:5]) if unsafe else ''}; needs --trust-file"
-    step = "add --input 3x224x224 (and --arch for a state_dict) to see its layers"
-    return Inspection(facts, [], step)
+        names = scan(path).unsafe if kind in (FileKind.MODULE, FileKind.OBJECTS) else ()
+        facts["runs code"] = "when loaded" + (f": {shorten(names)}" if names else "")
+    flags = "--arch torchvision:NAME " if kind in _WEIGHTS else "--trust-file " if kind.runs_code else ""
+    what = "the network that these weights belong to and its" if kind in _WEIGHTS else "its"
+    step = f"next: redpp-serve inspect {path} {flags}--input 3x224x224\n      (with {what} input shape) to see its layers"
+    return Inspection(facts, [], [], step)
 
 
 def describe_network(captured: Captured, exclude: tuple[str, ...]) -> Inspection:
     """The layers of a captured network: which could be narrowed, and why the others could not."""
     graph = captured.graph
     sets, closed = find_inner_channels(graph, exclude)
-    open_layers = {inner.producer.name: inner for inner in sets}
     layers = []
     for layer in find_layers(graph):
         layers.append({
             "name": layer.name, "op": layer.node.op.split(".")[1], "shape": list(layer.shape),
-            "parameters": graph.tensors[layer.weight].numel(), "macs": layer.macs,
+            "parameters": graph.tensors[layer.weight].numel() + (layer.shape[0] if layer.bias else 0), "macs": layer.macs,
             "merge": {"channels": layer.shape[0], "reason": closed.get(layer.name, "")},
         })  # fmt: skip
     touched = {reader.name for inner in sets for reader in (inner.producer, *inner.depthwise, *(c for c, _ in inner.consumers))}
     share = sum(r["macs"] for r in layers if r["name"] in touched) / max(1, sum(r["macs"] for r in layers))
     facts = {
         **captured.source, "inputs": ", ".join(f"{'x'.join(map(str, i.shape))} {i.dtype}" for i in graph.inputs),
-        "operations": len(graph.nodes), "parameters": count(parameter_count(graph)), "MACs": count(mac_count(graph)),
-        "can be narrowed": f"outputs of {len(open_layers)} of {len(layers)} layers; they and their readers are {share:.0%} of the MACs",
+        "operations": len(graph.nodes), "parameters": parameter_count(graph), "MACs": mac_count(graph),
+        "can be narrowed": f"outputs of {len(sets)} of {len(layers)} layers; they and their readers are {share:.0%} of the MACs",
     }  # fmt: skip
-    facts["sha256"] = facts["sha256"][:16]
-    for k, message in enumerate(captured.messages):
-        facts[f"note {k + 1}"] = message
-    return Inspection(facts, layers, "next: redpp-serve package with the same arguments")
+    return Inspection(facts, layers, captured.messages, "next: redpp-serve package with the same arguments")
+
+
+def _shown(key: str, value: Any) -> str:
+    if key == "sha256":
+        return str(value)[:_DIGEST_SHOWN]
+    return _SHOW[key](value) if key in _SHOW else printable(value)

@@ -125,7 +125,10 @@ def sample_report() -> dict[str, Any]:
             "arch": "reference:resnet20",
         },
         "options": {"target": "relative RMS 0.02", "method": "kde", "budget_seconds": 60, "verify_data": None},
-        "environment": {"device": "Intel Xeon, 2 cores", "torch": "2.13.0", "python": "3.11.7", "threads": 2},
+        "environment": {
+            "device": "Intel Xeon, 2 cores", "threads": 2,
+            "versions": {"redpp-serve": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "numpy": "2.3.1"},
+        },  # fmt: skip
         "stages": [
             {"name": "capture", "status": "done", "reason": "", "seconds": 1.24},
             {"name": "hash", "status": "done", "reason": "10 of 11 layers", "seconds": 0.41},

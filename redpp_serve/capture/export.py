@@ -11,18 +11,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from ..errors import RedppError
-from ..runtime.graph import Graph, InputSpec, Node, Ref, map_refs
+from ..runtime.batch_norm import BATCH_NORM
+from ..runtime.graph import Graph, InputSpec, Node, Ref
 from ..runtime.ops import ALLOWED
 from ..runtime.program import Program
+from ..runtime.tensors import DTYPES
+from .agreement import check_agreement, first_line, not_capturable
+from .aliasing import is_in_place, writes_to_views
 from .inputs import sample
 
 _IGNORED = ("_assert", "sym_constrain", "_check")
-_IDENTITY_IN_EVAL = {"aten.dropout.default", "aten.feature_dropout.default", "aten.alias.default", "aten.detach.default",
-                     "aten.detach_.default", "aten.dropout_.default"}  # fmt: skip
+_IDENTITY = ("aten.alias.default", "aten.detach.default", "aten.lift_fresh.default")
+_DROPOUT = ("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default",
+            "aten.feature_alpha_dropout.default")  # fmt: skip
+# A view of a tensor in channels-last layout is not always possible, and a server lays tensors out as it likes.
+_RENAMED = {"aten.view.default": "aten.reshape.default", "aten._unsafe_view.default": "aten.reshape.default",
+            "aten.view_as.default": "aten.reshape_as.default", "aten.empty.memory_format": "aten.zeros.default",
+            "aten.__and__.Tensor": "aten.bitwise_and.Tensor", "aten.__or__.Tensor": "aten.bitwise_or.Tensor"}  # fmt: skip
+_FUNCTIONAL_NORM = "aten._native_batch_norm_legit_no_training.default"
+_PLACEMENT = ("device", "pin_memory", "layout")  # the server decides
 
 
 def capture(source: nn.Module | ExportedProgram, inputs: Sequence[InputSpec], messages: list[str]) -> Graph:
@@ -40,6 +51,7 @@ def capture(source: nn.Module | ExportedProgram, inputs: Sequence[InputSpec], me
     generator = torch.Generator().manual_seed(0)
     example = sample(inputs, 2, generator)
     if isinstance(source, ExportedProgram):
+        _refuse_fixed_batch(source)
         exported, module = source, source.module()
     else:
         module = source
@@ -48,7 +60,7 @@ def capture(source: nn.Module | ExportedProgram, inputs: Sequence[InputSpec], me
             source.eval()
         exported = _export(source, example)
     graph = to_graph(exported, inputs)
-    _check(graph, module, inputs)
+    check_agreement(graph, module, inputs)
     return graph
 
 
@@ -59,63 +71,65 @@ def _export(module: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
     except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
         shapes = ", ".join(f"{'x'.join(map(str, x.shape[1:]))}:{str(x.dtype).removeprefix('torch.')}" for x in example)
         raise RedppError(
-            f"the network rejects a batch of inputs of shape {shapes}: {_first_line(error)}",
+            f"the network rejects a batch of inputs of shape {shapes}: {first_line(error)}",
             "the shape of one input without its batch dimension, one --input for each argument of forward",
             "pass the shape the network was trained on, e.g. --input 3x224x224",
         ) from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if isinstance(module, torch.jit.ScriptModule):
-            from torch._export.converter import TS2EPConverter
-
-            return TS2EPConverter(module, example).convert()
-        shapes = tuple({0: Dim.DYNAMIC} for _ in example)
         try:
-            return torch.export.export(module, example, dynamic_shapes=shapes)
-        except Exception:  # noqa: BLE001 - a forward that fixes its batch; the check at other batch sizes decides
+            if isinstance(module, torch.jit.ScriptModule):
+                from torch._export.converter import TS2EPConverter
+
+                return TS2EPConverter(module, example).convert()
+            shapes = ShapesCollection()
+            for x in example:
+                shapes[x] = {0: Dim.DYNAMIC}
             try:
-                return torch.export.export(module, example)
-            except Exception as error:  # noqa: BLE001
-                raise RedppError(
-                    f"torch.export cannot capture the network: {_first_line(error)}",
-                    "a forward without data-dependent control flow, tensors in and tensors out",
-                    "rewrite the part of forward that the message names, or export it yourself and pass the .pt2 file",
-                ) from error
+                return torch.export.export(module, example, dynamic_shapes=shapes)
+            except Exception:  # noqa: BLE001 - a forward that fixes its batch; the check at other batch sizes decides
+                return torch.export.export(module, tuple(x.clone() for x in example))  # the first try left marks
+        except Exception as error:  # noqa: BLE001
+            raise RedppError(
+                f"torch.export cannot capture the network: {first_line(error)}",
+                "a forward without data-dependent control flow, tensors in and tensors out",
+                "rewrite the part of forward that the message names, or export it yourself and pass the .pt2 file",
+            ) from error
 
 
 def to_graph(exported: ExportedProgram, inputs: Sequence[InputSpec]) -> Graph:
     """The graph of an exported program; in-place operators become their functional form."""
+    if writes_to_views(exported):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = exported.run_decompositions({})  # makes it functional; no operator is in the table
     signature = exported.graph_signature
-    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-        raise _not_capturable("it changes a buffer or an input in forward", "a forward without side effects")
-    tensors: dict[str, Tensor] = {}
-    names: dict[str, str | Any] = {}
-    specs: list[InputSpec] = []
-    for entry in signature.input_specs:
-        if entry.kind is InputKind.USER_INPUT:
-            if entry.arg.__class__.__name__ != "TensorArgument" or len(specs) == len(inputs):
-                raise _not_capturable(f"its argument {entry.arg.name!r} got no --input", "one --input for each tensor argument")
-            names[entry.arg.name] = entry.arg.name
-            specs.append(replace(inputs[len(specs)], name=entry.arg.name))
-        else:
-            stores = (exported.state_dict, exported.constants)
-            tensor = next(s[entry.target] for s in stores if entry.target in s)
-            tensors[entry.target] = tensor.detach().cpu()
-            names[entry.arg.name] = entry.target
+    if signature.buffers_to_mutate or getattr(signature, "parameters_to_mutate", None):
+        raise not_capturable("its forward changes a buffer or parameter, as batch norm does in train mode",
+                              "a network in eval mode, a forward that keeps no state")
+    tensors, names = _stored_tensors(exported)
+    specs = _input_specs(exported, inputs, taken=set(tensors))
+    names.update(zip(signature.user_inputs, (spec.name for spec in specs)))
     nodes: list[Node] = []
     taken = {*tensors, *(s.name for s in specs)}
     for fx in exported.graph.nodes:
         if fx.op != "call_function" or any(part in str(fx.target) for part in _IGNORED):
             continue
         op, in_place = _op_name(fx.target)
-        args = tuple(_constant(a, names) for a in fx.args)
-        kwargs = {k: _constant(v, names) for k, v in fx.kwargs.items() if k not in ("device", "pin_memory", "layout")}
-        if op in _IDENTITY_IN_EVAL:
-            names[fx.name] = args[0].name
+        if _is_identity(op, fx):
+            names[fx.name] = names[fx.args[0].name]
             continue
-        if op not in ALLOWED:
-            raise _not_capturable(f"operator {op} has no place in an artifact", "operators of the allow-list (runtime/ops.py)")
-        name = fx.name if fx.name not in taken else f"{fx.name}_value"
+        if op not in ALLOWED and op != _FUNCTIONAL_NORM:
+            raise not_capturable(f"operator {fx.target} has no place in an artifact",
+                                  "operators of the allow-list (runtime/ops.py)")
+        args = tuple(_constant(a, names) for a in fx.args)
+        dropped = _PLACEMENT if op != "aten.zeros.default" else (*_PLACEMENT, "memory_format")
+        kwargs = {k: _constant(v, names) for k, v in fx.kwargs.items() if k not in dropped}
+        if op == _FUNCTIONAL_NORM:
+            op, args = BATCH_NORM, (*args[:5], False, *args[5:], True)
+        name = fx.name
+        while name in taken:
+            name += "_value"
         taken.add(name)
         if in_place:  # whoever reads the changed value under its old name must see the new one
             old = args[0].name
@@ -124,54 +138,90 @@ def to_graph(exported: ExportedProgram, inputs: Sequence[InputSpec]) -> Graph:
         nodes.append(Node(name, op, args, kwargs))
     outputs = []
     for spec in signature.output_specs:
-        if spec.arg.__class__.__name__ != "TensorArgument":
-            raise _not_capturable("an output is not a tensor", "tensor outputs")
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            continue  # what a network writes into its input is nobody's concern
+        if not isinstance(spec.arg, TensorArgument):
+            raise not_capturable("an output is not a tensor", "tensor outputs")
         outputs.append(names[spec.arg.name])
     return Graph(tuple(specs), tensors, tuple(nodes), tuple(outputs)).pruned_of_unused()
 
 
-def _check(graph: Graph, module: nn.Module, inputs: Sequence[InputSpec]) -> None:
-    """The graph must agree with the network at batch sizes 1, 2 and 3, or it is not served."""
-    program = Program(graph)
-    for batch in (2, 1, 3):
-        x = sample(inputs, batch, torch.Generator().manual_seed(batch))
-        with torch.no_grad():
-            try:
-                got = program(*x)
-                expected = [t for t in torch.utils._pytree.tree_leaves(module(*x)) if isinstance(t, Tensor)]
-            except RuntimeError as error:
-                raise _not_capturable(f"at batch size {batch} it fails: {_first_line(error)}",
-                                      "a network that takes any batch size") from error
-        for mine, theirs in zip(got, expected):
-            scale = float(theirs.double().abs().max()) or 1.0
-            if mine.shape != theirs.shape or float((mine.double() - theirs.double()).abs().max()) > 1e-4 * scale:
-                raise _not_capturable(f"at batch size {batch} the captured graph gives another result than the network",
-                                      "a forward that is a pure function of its inputs")
+def _refuse_fixed_batch(exported: ExportedProgram) -> None:
+    values = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
+    for name in exported.graph_signature.user_inputs:
+        value = values.get(name)
+        if isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], int):
+            raise RedppError(
+                f"the program was exported for batches of {value.shape[0]} only (input {name})",
+                "a program that takes any batch size",
+                "export it again with torch.export.export(..., dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))",
+            )
+
+
+def _stored_tensors(exported: ExportedProgram) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Parameters, buffers and constants by name, and the names by placeholder."""
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    stores = (exported.state_dict, exported.constants)
+    for entry in exported.graph_signature.input_specs:
+        if entry.kind is InputKind.USER_INPUT:
+            continue
+        tensor = next((s[entry.target] for s in stores if entry.target in s), None)
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES.values():
+            kind = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise not_capturable(f"{entry.target} is of type {kind}", "tensors of real numbers, integers or booleans")
+        tensors[entry.target] = tensor.detach().cpu()
+        names[entry.arg.name] = entry.target
+    return tensors, names
+
+
+def _input_specs(exported: ExportedProgram, inputs: Sequence[InputSpec], taken: set[str]) -> list[InputSpec]:
+    """The inputs under the names of forward's arguments, compared with what the program was exported for."""
+    values = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
+    entries = [e for e in exported.graph_signature.input_specs if e.kind is InputKind.USER_INPUT]
+    if len(entries) != len(inputs) or not all(isinstance(e.arg, TensorArgument) for e in entries):
+        arguments = ", ".join(str(e.arg.name) for e in entries)
+        raise not_capturable(f"forward takes {arguments}; {len(inputs)} --input given", "one --input for each, all tensors")
+    specs = []
+    for entry, spec in zip(entries, inputs):
+        value, name = values[entry.arg.name], entry.arg.name
+        fits = len(value.shape) == 1 + len(spec.shape) and all(
+            not isinstance(size, int) or size == mine for size, mine in zip(value.shape[1:], spec.shape)
+        )
+        if not fits or value.dtype is not getattr(torch, spec.dtype):
+            shape = "x".join(str(size) for size in value.shape[1:])
+            raise RedppError(
+                f"input {name} was exported as {shape}:{str(value.dtype).removeprefix('torch.')}, without its batch",
+                "the --input that the program was exported for", f"pass --input {shape}",
+            )  # fmt: skip
+        while name in taken:
+            name += "_input"
+        taken.add(name)
+        specs.append(replace(spec, name=name))
+    return specs
 
 
 def _op_name(target: Any) -> tuple[str, bool]:
+    """An operator's name in a graph, that of its functional form if it is in-place, and whether it is."""
     if getattr(operator, getattr(target, "__name__", ""), None) is target:
         return f"py.{target.__name__}", False
-    name = str(target)
-    match = re.fullmatch(r"aten\.(\w+?[a-z0-9])_\.(\w+)", name)
-    if match and f"aten.{match[1]}.{match[2]}" in ALLOWED:
-        return f"aten.{match[1]}.{match[2]}", True
-    return name, False
+    name, in_place = str(target), is_in_place(target)
+    if in_place:
+        name = re.sub(r"_(\.\w+)$", r"\1", name)
+    return _RENAMED.get(name, name), in_place
 
 
-def _constant(value: Any, names: dict[str, Any]) -> Any:
+def _is_identity(op: str, fx: torch.fx.Node) -> bool:
+    if op == "py.getitem":  # batch norm returns its output and two statistics that nobody reads
+        return isinstance(fx.args[0], torch.fx.Node) and str(fx.args[0].target) == _FUNCTIONAL_NORM
+    return op in _IDENTITY or (op in _DROPOUT and fx.args[2] is False)
+
+
+def _constant(value: Any, names: dict[str, str]) -> Any:
     if isinstance(value, torch.fx.Node):
         return Ref(names[value.name])
     if isinstance(value, (list, tuple)):
         return [_constant(v, names) for v in value]
-    return value
-
-
-def _not_capturable(found: str, expected: str) -> RedppError:
-    return RedppError(f"the network cannot be captured: {found}", expected,
-                      "change forward accordingly, or package a part of the network that fits")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:300]
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.memory_format)):
+        return value
+    raise not_capturable(f"an operator takes a constant of type {type(value).__name__}", "numbers, texts, dtypes")

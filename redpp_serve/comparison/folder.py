@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from redpp_serve.serving.ports import Ports
 from redpp_serve.serving.torchserve import TorchServe
 
 _BINARY = "application/octet-stream"
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile)
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".json")
 
 
@@ -43,20 +45,30 @@ def compare(
 
     See `compare_endpoints` for the rest and for what it raises.
     """
+    name = model_name(folder)
     payloads = read_payloads(inputs) if inputs else folder_payloads(folder)
-    with TorchServe(folder, name=model_name(folder), workers=workers, ports=ports, auth=auth, progress=note) as server:
+    with TorchServe(folder, name=name, workers=workers, ports=ports, auth=auth, progress=note) as server:
         arms = (Endpoint(variant, server.url(version), server.headers("inference")) for variant, version in VARIANTS.items())
         original, pruned = arms
         return compare_endpoints(original, pruned, payloads, concurrency=concurrency, seconds=seconds, margin=margin, seed=seed)
 
 
 def folder_payloads(folder: Path) -> list[Payload]:
-    """Requests from the synthetic inputs that `package` kept."""
+    """Requests from the synthetic inputs that `package` kept.
+
+    Raises:
+        RedppError: they are missing or damaged.
+    """
     import torch
 
-    with np.load(folder / "inputs.npz", allow_pickle=False) as file:
-        names = tuple(file.files)
-        arrays = tuple(torch.from_numpy(file[name]) for name in names)
+    path = folder / "inputs.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = tuple(file.files)
+            arrays = tuple(torch.from_numpy(file[name]) for name in names)
+    except _UNREADABLE as error:
+        raise RedppError(f"{path} cannot be read: {error}", "the synthetic inputs that redpp-serve package keeps there",
+                         "give other inputs with --inputs, or package the model again") from error  # fmt: skip
     return [Payload(request_body(arrays, k, names), _BINARY) for k in range(len(arrays[0]))]
 
 
@@ -67,8 +79,8 @@ def read_payloads(path: Path) -> list[Payload]:
         RedppError: nothing there that can be sent.
     """
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
-        payloads = [Payload(p.read_bytes(), "application/json" if p.suffix == ".json" else _BINARY) for p in files]
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
+        payloads = [Payload(p.read_bytes(), "application/json" if p.suffix.lower() == ".json" else _BINARY) for p in files]
     else:
         payloads = _from_arrays(path)
     if not payloads:
@@ -82,11 +94,13 @@ def _from_arrays(path: Path) -> list[Payload]:
     try:
         with np.load(path, allow_pickle=False) as file:
             inputs = torch.from_numpy(np.ascontiguousarray(file["inputs"]))
-            labels = file["labels"].tolist() if "labels" in file.files else [None] * len(inputs)
-    except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
+            labels = file["labels"].tolist() if "labels" in file.files else [None] * len(file["inputs"])
+            if inputs.dim() == 0 or len(labels) != len(inputs):
+                raise ValueError(f"inputs of shape {tuple(inputs.shape)} with {len(labels)} labels")
+    except _UNREADABLE as error:
         raise RedppError(f"--inputs {path} cannot be read: {error}", "an .npz file with an array 'inputs', batch first",
                          "write it with numpy.savez, or give a folder of images") from error  # fmt: skip
-    if inputs.dtype == torch.uint8:  # image bytes (N, channels, height, width) travel as what they are
+    if inputs.dtype == torch.uint8 and inputs.dim() == 4 and inputs.shape[1] in (1, 3):  # images travel as images
         return [Payload(_png(x.numpy()), _BINARY, label) for x, label in zip(inputs, labels)]
     return [Payload(request_body((inputs,), k), _BINARY, label) for k, label in enumerate(labels)]
 

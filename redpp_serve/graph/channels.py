@@ -20,7 +20,7 @@ ELEMENTWISE = frozenset(
     for op in ("relu", "relu6", "hardtanh", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu",
                "elu", "selu", "mish", "softplus", "clone", "contiguous")
 )  # fmt: skip
-POOLING = frozenset(f"aten.{op}.default" for op in ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"))
+POOLING = frozenset(f"aten.{op}.default" for op in ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"))
 _REASONS = {
     "aten.add.Tensor": "joins a residual stream",
     "aten.cat.default": "is concatenated with other channels",
@@ -99,35 +99,43 @@ def _walk(
         if not users.get(value):
             raise _Closed("is not read")
         for node in users[value]:
-            layer = layers.get(node.name)
-            if layer and node.args[0] == Ref(value) and layer.groups == 1:
-                if layer.shape[1] != start.shape[0] * columns:
-                    raise _Closed(f"is read by {layer.name} along another axis")
+            layer = layers.get(node.name) if node.args[0] == Ref(value) else None
+            dims = len(shapes[value])
+            axis = 1 if start.is_conv else dims - 1
+            if layer and axis != (1 if layer.is_conv else dims - 1):
+                raise _Closed(f"is read by {layer.name} along another axis")
+            if layer and layer.groups == 1:
                 consumers.append((layer, columns))
-            elif layer and node.args[0] == Ref(value) and layer.groups == layer.shape[0] == start.shape[0] and columns == 1:
+            elif layer and layer.groups == layer.shape[0] == start.shape[0] and columns == 1:
                 depthwise.append(layer)
                 per_channel += [layer.weight, *([layer.bias] if layer.bias else [])]
                 pending.append((node.name, 1))
             else:
-                per_channel += _channelwise_tensors(node, value, start, columns, users)
-                before, after = shapes[value], shapes[node.name]
-                flattened = len(before) == 4 and len(after) == 2 and node.op == "aten.flatten.using_ints"
-                pending.append((node.name, math.prod(before[2:]) if flattened else columns))
+                per_channel += _channelwise_tensors(graph, node, value, axis == 1 and columns == 1, dims, users)
+                flattened = node.op == "aten.flatten.using_ints"
+                pending.append((node.name, math.prod(shapes[value][2:]) if flattened else columns))
     return InnerChannels(start, tuple(depthwise), tuple(per_channel), tuple(consumers))
 
 
-def _channelwise_tensors(node: Node, value: str, start: Layer, columns: int, users: dict[str, list[Node]]) -> list[str]:
-    """The per-channel tensors of a node that treats each channel by itself; raises `_Closed` for any other node."""
+def _channelwise_tensors(
+    graph: Graph, node: Node, value: str, second: bool, dims: int, users: dict[str, list[Node]]
+) -> list[str]:
+    """The per-channel tensors of a node that treats each channel by itself; raises `_Closed` for any other node.
+
+    ``second`` says whether dimension 1 of the ``dims`` of the value is the channel.
+    """
     if node.args[0] == Ref(value):
         if node.op in ELEMENTWISE:
             return []
-        if is_inference_norm(node) and columns == 1:
+        if is_inference_norm(node) and second:
             names = [ref.name for ref in node.args[1:5] if ref]
-            if any(len(users[name]) > 1 for name in names):
-                raise _Closed("its batch norm is shared")
+            if any(name not in graph.tensors or len(users[name]) > 1 for name in names):
+                raise _Closed("its batch norm is shared or computed")
             return names
-        spatial = start.is_conv and columns == 1
-        if spatial and (node.op in POOLING or node.op == "aten.flatten.using_ints" and list(node.args[1:]) in ([1], [1, -1])):
+        if second and node.op == "aten.flatten.using_ints" and list(node.args[1:]) in ([1], [1, -1]):
+            return []
+        spatial = second and dims == 4
+        if spatial and node.op in POOLING:
             return []
         if spatial and node.op == "aten.mean.dim" and sorted(d % 4 for d in node.args[1]) == [2, 3]:
             return []

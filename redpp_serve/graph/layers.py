@@ -44,17 +44,16 @@ class Layer:
 
 
 def find_layers(graph: Graph) -> list[Layer]:
-    """All layers in order of execution. A weight computed by other nodes, or used by two calls, is no layer."""
+    """All layers in order of execution. A weight or bias that other nodes compute, or that two calls use, is no layer's."""
     users, shapes = graph.users(), value_shapes(graph)
     layers = []
     for node in graph.nodes:
         if node.op not in (CONV, LINEAR) or not isinstance(node.args[1], Ref):
             continue
-        weight = node.args[1].name
-        if weight not in graph.tensors or len(users[weight]) > 1:
-            continue
         args = list(node.args) + [None] * 7
-        bias = args[2].name if isinstance(args[2], Ref) else None
+        weight, bias = args[1].name, args[2].name if isinstance(args[2], Ref) else None
+        if any(name not in graph.tensors or len(users[name]) > 1 for name in (weight, bias) if name):
+            continue
         shape, out = tuple(graph.tensors[weight].shape), shapes[node.name]
         if node.op == CONV:
             stride, padding, dilation = (_pair(a, default) for a, default in zip(args[3:6], (1, 0, 1)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +18,9 @@ def keep_channels(graph: Graph, inner: InnerChannels, kept: Tensor, consumer_wei
 
     ``consumer_weights`` gives each consumer's new weight by tensor name, already k channels wide.
     """
-    changed = {name: graph.tensors[name][kept].clone() for name in inner.per_channel}
+    bias = graph.node(inner.producer.node.name).args[2:3]  # reconstruction may have given the producer one meanwhile
+    names = {*inner.per_channel, *(ref.name for ref in bias if ref)}
+    changed = {name: graph.tensors[name][kept] for name in sorted(names)}
     nodes = {}
     for layer in inner.depthwise:
         args = list(layer.node.args)
@@ -35,6 +39,17 @@ def round_up(width: int, step: int, limit: int) -> int:
     return min(limit, -(-max(width, 1) // step) * step)
 
 
-def concatenate_rows(tensors: list[Tensor]) -> Tensor:
-    """Per-channel tensors side by side, (channels, everything), for comparing channels with each other."""
-    return torch.cat([t.reshape(t.shape[0], -1).double() for t in tensors], 1)
+def first_equal(tensors: Sequence[Tensor]) -> Tensor:
+    """For each channel (dimension 0 of every tensor) the first one with the same values in all tensors, (channels,) int64.
+
+    Compared by digest, so that a wide layer takes no memory beyond its weights.
+    """
+    seen: dict[bytes, int] = {}
+    rows = [t.detach().reshape(len(t), -1) for t in tensors]
+    first = []
+    for channel in range(len(rows[0])):
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update((row[channel] + 0.0).view(torch.uint8).numpy().tobytes())  # + 0.0 makes -0.0 equal to 0.0
+        first.append(seen.setdefault(digest.digest(), channel))
+    return torch.tensor(first)

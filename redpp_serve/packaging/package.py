@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import platform
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,10 @@ from .server_config import LOG4J2, config_properties, model_config
 from .smoke import run_archives
 
 VARIANTS = {"original": "1.0", "redpp": "2.0"}
+_WRITTEN = {
+    "original.mar", "redpp.mar", "config.properties", "log4j2.xml", "model-config.yaml", "README.md", "inputs.npz",
+    "report.json", "report.html", "key_file.json", "logs",  # the last two by TorchServe
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,30 +73,42 @@ def package(
         RedppError: a name or folder that cannot be used, no space.
         GateFailed: a verification number missed its limit; nothing is written.
     """
+    out = Path(os.path.abspath(out))  # '.' has no name of its own
     check_name(name)
-    _check_out(out)
+    check_out(out)
     _check_preprocess(preprocess, captured.graph.inputs)
     stages = stages or Stages(quiet=True)
     scale = (preprocess.mean, preprocess.std) if preprocess else None
     data = load_verify_data(verify_data, captured.graph, scale) if verify_data else None
     checkpoint = None if dry_run else out.parent / f".{out.name}.inputs.safetensors"
-    try:
+    with _all_or_nothing(out, checkpoint):
         result = prune(captured.graph, options, stages=stages, data=data, checkpoint=checkpoint)
         with stages.run("package") as stage:
             artifacts, archives = _build_archives(name, result, preprocess, serving)
             stage.reason = ", ".join(f"{variant}.mar {len(a) / 1e6:.2f} MB" for variant, a in archives.items())
-        report = _report(captured, name, options, result, artifacts)
+        report = _report(captured, name, {**options.to_json(), **asdict(serving)}, result, artifacts)
         if not dry_run:
             _write(out, name, captured.graph.inputs, archives, report, result, preprocess, serving, stages)
-    except OSError as error:
-        raise RedppError(f"{out} cannot be written: {error}", "a folder with enough free space and write permission",
-                         "free some space or choose another folder with --out") from error  # fmt: skip
-    except Exception:
-        _forget(checkpoint)
-        raise
-    _forget(checkpoint)  # only an interrupted run leaves its inputs behind, for the next one
     report["stages"] = stages.to_json()
     return report
+
+
+@contextmanager
+def _all_or_nothing(out: Path, checkpoint: Path | None) -> Iterator[None]:
+    """Only an interrupted run leaves its inputs behind, for the next one; a failed one not even an empty folder."""
+    made = [folder for folder in out.parents if not folder.exists()]
+    try:
+        yield
+    except Exception as error:
+        _forget(checkpoint)
+        for folder in filter(Path.is_dir, made):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise RedppError(f"{out} cannot be written: {error}", "a folder with enough free space and write permission",
+                             "free some space or choose another folder with --out") from error  # fmt: skip
+        raise
+    _forget(checkpoint)
 
 
 def _forget(checkpoint: Path | None) -> None:
@@ -114,7 +133,7 @@ def _write(
         }  # fmt: skip
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8")
-        np.savez(folder / "inputs.npz", **{spec.name: x.numpy() for spec, x in zip(inputs, result.samples)})
+        np.savez(folder / "inputs.npz", **{spec.name: _array(x) for spec, x in zip(inputs, result.samples)})
         with stages.run("try") as stage:
             request = request_body(result.samples, 0, tuple(spec.name for spec in inputs))
             expected = [_outputs(graph, result.samples) for graph in (result.original, result.pruned)]
@@ -129,10 +148,15 @@ def request_body(inputs: tuple[torch.Tensor, ...], index: int, names: tuple[str,
     """One input as a request: .npy for a network with one input, .npz with the inputs' names for several."""
     stream = io.BytesIO()
     if len(inputs) == 1:
-        np.save(stream, inputs[0][index].numpy())
+        np.save(stream, _array(inputs[0][index]))
     else:
-        np.savez(stream, **{name: x[index].numpy() for name, x in zip(names, inputs)})
+        np.savez(stream, **{name: _array(x[index]) for name, x in zip(names, inputs)})
     return stream.getvalue()
+
+
+def _array(x: torch.Tensor) -> np.ndarray:
+    """NumPy has no bfloat16; the handler takes float32 for it."""
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def describe_machine() -> dict[str, Any]:
@@ -154,14 +178,14 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _report(
-    captured: Captured, name: str, options: Options, result: Pruned, artifacts: dict[str, bytes]
+    captured: Captured, name: str, options: dict[str, Any], result: Pruned, artifacts: dict[str, bytes]
 ) -> dict[str, Any]:
     report = {
         "tool": {"name": "redpp-serve", "version": __version__},
         "name": name,
         "source": captured.source,
         "messages": captured.messages,
-        "options": options.to_json(),
+        "options": options,
         "environment": describe_machine(),
         "counting": result.counting,
         "hash": result.hash,
@@ -200,10 +224,24 @@ def _outputs(graph: Graph, samples: tuple[torch.Tensor, ...]) -> list[np.ndarray
         return [y[0].double().numpy() for y in Program(graph)(*(x[:1] for x in samples))]
 
 
-def _check_out(out: Path) -> None:
-    if out.exists() and not (out / "report.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RedppError(f"{out} exists and was not written by this tool", "a new or empty folder, or an earlier package",
-                         "choose another folder with --out, or empty it")  # fmt: skip
+def check_out(out: Path) -> None:
+    """Refuse to replace anything but an earlier package and what TorchServe writes when it is started in one.
+
+    Raises:
+        RedppError: names what would be lost.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    try:
+        entries = sorted(path.name for path in out.iterdir())
+        ours = not entries or json.loads((out / "report.json").read_text(encoding="utf-8"))["tool"]["name"] == "redpp-serve"
+    except (OSError, ValueError, KeyError, TypeError):
+        entries, ours = [], False
+    foreign = [name for name in entries if name not in _WRITTEN]
+    if not ours or foreign:
+        lost = f"holds {', '.join(foreign[:5])}, which" if ours else "exists and"
+        raise RedppError(f"{out} {lost} was not written by this tool", "a new or empty folder, or an earlier package",
+                         "choose another folder with --out, or move away what is there")  # fmt: skip
 
 
 def _check_preprocess(preprocess: Preprocess | None, inputs: tuple[InputSpec, ...]) -> None:
@@ -213,12 +251,12 @@ def _check_preprocess(preprocess: Preprocess | None, inputs: tuple[InputSpec, ..
 
 
 def _replace(new: Path, out: Path, aside: Path) -> None:
-    if out.exists():
-        os.replace(out, aside)
     try:
+        if out.exists():
+            os.replace(out, aside)
         os.replace(new, out)
-    except OSError:
-        if aside.exists():
+    except BaseException:  # also Ctrl-C between the two
+        if aside.exists() and not out.exists():
             os.replace(aside, out)
         raise
     shutil.rmtree(aside, ignore_errors=True)

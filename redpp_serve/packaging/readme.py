@@ -7,23 +7,27 @@ from ..runtime.graph import InputSpec
 
 _TEXT = """# {name}: original (1.0) and pruned (2.0)
 
-Written by redpp-serve. `report.html` says what was pruned and what it changed.
+Written by redpp-serve. `report.html` says what was pruned and what it changed. Run the commands below in this folder.
 
 ## Serve both versions
 ```
 redpp-serve serve .
 ```
-Or with a TorchServe of your own (torch, numpy, pillow and a Java runtime installed; redpp-serve is not needed):
+Or with a TorchServe of your own: torchserve, torch, numpy, pillow, PyYAML and a Java runtime (17) are needed,
+redpp-serve is not.
 ```
 torchserve --start --foreground --ncs --ts-config config.properties --log-config log4j2.xml \\
     --model-store . --models {name}=original.mar {name}=redpp.mar
 ```
 The first one listed is the default; always ask for a version by its URL. TorchServe writes tokens to
-`key_file.json`; send the one under `inference` with each request.
+`key_file.json` in the folder it was started in; send the one under `inference` with each request.
+(`redpp-serve serve` prints its token and URLs instead.)
 
 ## Ask
-Inputs: {inputs}.
+Inputs: {inputs}. One of the synthetic inputs that the pruning was checked with, as a request:
 ```
+{make}
+TOKEN=$(python -c "import json; print(json.load(open('key_file.json'))['inference']['key'])")
 curl -H "Authorization: Bearer $TOKEN" -H "Content-Type: application/octet-stream" \\
     --data-binary @{example} http://127.0.0.1:8080/predictions/{name}/2.0
 ```
@@ -39,18 +43,20 @@ Version 1.0 stays what it was: rolling back is asking for 1.0 again.
 
 ## Metrics
 Set `PROMETHEUS_MULTIPROC_DIR` to an empty folder before TorchServe starts, and run
-`python -m redpp_serve.handlers.exporter --port 9100 --dir "$PROMETHEUS_MULTIPROC_DIR"` (`redpp-serve serve` does both).
+`python -m redpp_serve.handlers.exporter --port 9400 --dir "$PROMETHEUS_MULTIPROC_DIR"` (`redpp-serve serve` does both).
 Histograms `redpp_handler_seconds`, `redpp_inference_seconds`, `redpp_batch_size`, counter `redpp_requests_total` by
 outcome, gauges `redpp_model_parameters`, `redpp_model_macs`, `redpp_model_bytes`; labels model, version, variant.
 """
+
+_ONE = "import numpy; numpy.save('input.npy', numpy.load('inputs.npz')['{name}'][0])"
+_SEVERAL = "import numpy; f = numpy.load('inputs.npz'); numpy.savez('input.npz', **{k: f[k][0] for k in f.files})"
 
 
 def readme(name: str, inputs: tuple[InputSpec, ...], preprocess: Preprocess | None) -> str:
     """The text for a model of that name."""
     shapes = "; ".join(f"`{i.name}` {'x'.join(map(str, i.shape))} {i.dtype}" for i in inputs)
-    accepted = (
-        "Accepted: `.npy` or JSON of that shape" if len(inputs) == 1 else "Accepted: `.npz` or JSON with the inputs by name"
-    )
+    one = len(inputs) == 1
+    accepted = "Accepted: `.npy` or JSON of that shape" if one else "Accepted: `.npz` or JSON with the inputs by name"
     if preprocess:
         mean, std = (", ".join(f"{v:g}" for v in values) for values in (preprocess.mean, preprocess.std))
         accepted += (
@@ -59,4 +65,6 @@ def readme(name: str, inputs: tuple[InputSpec, ...], preprocess: Preprocess | No
         )
     else:
         accepted += "; images are refused, for no pre-processing was declared (`--preprocess`)"
-    return _TEXT.format(name=name, inputs=shapes, accepted=accepted + ".", example="input.npy" if len(inputs) == 1 else "input.npz")
+    code = _ONE.replace("{name}", inputs[0].name) if one else _SEVERAL
+    return _TEXT.format(name=name, inputs=shapes, accepted=accepted + ".", make=f'python -c "{code}"',
+                        example="input.npy" if one else "input.npz")  # fmt: skip

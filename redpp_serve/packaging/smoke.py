@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import RedppError
 
+TIMEOUT_S = 300.0
 _CHILD = """
 import json, sys, time, types
 from pathlib import Path
@@ -64,23 +65,39 @@ def run_archives(archives: list[Path], request: bytes, expected: list[list[np.nd
     """
     results = []
     with tempfile.TemporaryDirectory(prefix="redpp-smoke-") as scratch:
-        children = [start(archive, request, Path(scratch) / str(k)) for k, archive in enumerate(archives)]
-        for archive, child, outputs in zip(archives, children, expected):
-            printed, errors = child.communicate(timeout=300)
-            try:
-                answer = json.loads(printed.splitlines()[-1])
-                got = [np.asarray(y, dtype=np.float64) for y in answer["reply"]["outputs"]]
-                close = all(_close(a, np.asarray(b, dtype=np.float64)) for a, b in zip(got, outputs, strict=True))
-            except (IndexError, KeyError, ValueError, TypeError):
-                close, errors = False, errors or printed
-            if not close:
-                raise RedppError(
-                    f"the handler of {archive.name} failed on one request: {_tail(errors)}",
-                    "the packaged handler gives the network's outputs",
-                    "report this with the model and the command",
-                )
-            results.append({"archive": archive.name, "milliseconds": round(answer["milliseconds"], 3)})
+        children: list[subprocess.Popen[str]] = []
+        try:
+            for k, archive in enumerate(archives):
+                children.append(start(archive, request, Path(scratch) / str(k)))
+            for archive, child, outputs in zip(archives, children, expected):
+                results.append({"archive": archive.name, "milliseconds": _answer(archive, child, outputs)})
+        finally:
+            for child in children:  # after a failure or Ctrl-C some still run
+                child.kill()
+                child.communicate()
     return results
+
+
+def _answer(archive: Path, child: subprocess.Popen[str], outputs: list[np.ndarray]) -> float:
+    """Milliseconds that the handler took for its answer, which must hold the outputs."""
+    try:
+        printed, errors = child.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise _failure(archive, f"no answer in {TIMEOUT_S:g} s") from None
+    try:
+        answer = json.loads(printed.splitlines()[-1])
+        got = [np.asarray(y, dtype=np.float64) for y in answer["reply"]["outputs"]]
+        close = all(_close(a, np.asarray(b, dtype=np.float64)) for a, b in zip(got, outputs, strict=True))
+    except (IndexError, KeyError, ValueError, TypeError):
+        raise _failure(archive, _tail(printed if "reply" in printed else errors or printed)) from None
+    if not close:
+        raise _failure(archive, "it gave other outputs than the network")
+    return round(float(answer["milliseconds"]), 3)
+
+
+def _failure(archive: Path, why: str) -> RedppError:
+    return RedppError(f"the handler of {archive.name} failed on one request: {why}",
+                      "the packaged handler gives the network's outputs", "report this with the model and the command")
 
 
 def _close(a: np.ndarray, b: np.ndarray) -> bool:
@@ -90,4 +107,4 @@ def _close(a: np.ndarray, b: np.ndarray) -> bool:
 
 def _tail(text: str) -> str:
     lines = [line for line in text.strip().splitlines() if line.strip()]
-    return " / ".join(lines[-3:])[-400:] or "it gave other outputs than the network"
+    return " / ".join(lines[-3:])[-400:] or "it ended without a word"

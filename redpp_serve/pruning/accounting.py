@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,8 @@ from ..graph.layers import Layer, mac_count, parameter_count
 from ..runtime.graph import Graph
 from .density import density
 from .hashing import Codebook, Hashed
-from .splitting import Counts, Split, count_dense, count_kernels, count_scalars
+from .reconstruct import Reconstruction
+from .splitting import Counts, Split, count_dense, count_kernels, count_scalars, expected_kernels
 
 
 def totals(graph: Graph, counts: Iterable[Counts], stored_bytes: int) -> dict[str, int]:
@@ -51,8 +53,9 @@ def both_readings(
 def hash_record(hashed: Hashed) -> dict[str, Any]:
     """One layer's hashing for the report: codebook, alternatives at equal entropy, and the density with its cells."""
     book = hashed.codebook
-    kernels = hashed.weight.reshape(*hashed.weight.shape[:2], -1).square().sum(-1)
-    near_zero = float((kernels <= 1e-4 * kernels.mean()).double().mean())  # 1 % of the RMS kernel
+    kernels = torch.linalg.vector_norm(hashed.weight.flatten(2) if hashed.weight.dim() == 4 else hashed.weight[..., None], dim=2,
+                                       dtype=torch.float64)  # fmt: skip
+    near_zero = float((kernels <= 0.01 * kernels.square().mean().sqrt()).double().mean())
     return {
         "values": book.size,
         "entropy": book.entropy,
@@ -89,7 +92,58 @@ def split_record(layer: Layer, split: Split) -> dict[str, Any]:
     dense, counts = count_dense(layer), count_kernels(layer, split)
     return {
         "unique_kernels": len(split.kernels),
-        "kernels": int(torch.tensor(layer.shape[:2]).prod()),
+        "kernels": split.index.numel(),
         "multiplications": [dense.multiplications, counts.multiplications],
         "additions": [dense.additions, counts.additions],
+    }
+
+
+def hash_summary(
+    after: dict[str, Layer], hashed: dict[str, Hashed], splits: dict[str, Split], method: str, target: str, measured: float
+) -> dict[str, Any]:
+    """The hashing of the whole network: what it was predicted to cost and to save, beside what it did.
+
+    ``measured`` is the relative output error of hashing alone. The ratios are shares of the multiplications of the
+    split layers: from the frequencies of values, and counted.
+    """
+    errors = torch.tensor([h.codebook.error for h in hashed.values()], dtype=torch.float64)
+    dense = sum(count_dense(after[n]).multiplications for n in splits)
+    got = sum(count_kernels(after[n], s).multiplications for n, s in splits.items())
+    expected = 0.0
+    for name in splits:
+        layer, book = after[name], hashed[name].codebook
+        unique = expected_kernels(layer, torch.from_numpy(book.frequencies), torch.from_numpy(book.values))
+        expected += layer.positions * math.prod(layer.shape[2:]) * unique
+    return {
+        "method": method,
+        "target": target,
+        "predicted_error_typical": float(errors.square().sum().sqrt()),
+        "predicted_error_bound": float((1 + errors).prod() - 1),
+        "measured_error": measured,
+        "predicted_ratio": 1 - expected / dense if dense else 0.0,
+        "measured_ratio": 1 - got / dense if dense else 0.0,
+    }
+
+
+def layer_record(
+    original: Graph, before: Layer, after: Layer, hashed: Hashed | None, split: Split | None, width: Reconstruction | None,
+    closed: str, error: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """One layer for the report. ``closed``: why its output channels stay; ``error``: of its output, relative."""
+    return {
+        "name": before.name,
+        "op": before.node.op.split(".")[1],
+        "shape": list(before.shape),
+        "pruned_shape": list(after.shape),
+        "parameters": original.tensors[before.weight].numel() + (before.shape[0] if before.bias else 0),
+        "macs": before.macs,
+        "hash": hash_record(hashed) if hashed else None,
+        "merge": {
+            "channels": before.shape[0],
+            "kept": after.shape[0],
+            "error": width.error if width and width.kept < width.channels else None,
+            "reason": closed or ("" if width else "not narrowed"),
+        },
+        "split": split_record(after, split) if split else None,
+        "error": error,
     }

@@ -6,6 +6,7 @@ codebook and error is computed on the grid, exactly for cells whose borders are 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,8 @@ Array = NDArray[np.float64]
 class Grid:
     """Weights in bins of width ``step`` from ``low``: prefix sums (bins + 1,) of count, w and w squared.
 
-    ``linear`` (bins + 1,) is the weights' mass at each grid point by linear binning.
+    ``linear`` (bins + 1,) is the weights' mass at each grid point by linear binning. ``zeros`` counts the weights
+    that are exactly zero, ``dtype`` is the weights'.
     """
 
     low: float
@@ -31,6 +33,8 @@ class Grid:
     total: Array
     square: Array
     linear: Array
+    zeros: int
+    dtype: torch.dtype
 
     @property
     def bins(self) -> int:
@@ -54,11 +58,17 @@ class Grid:
 
 
 def build_grid(weight: Tensor) -> Grid:
-    """Bin a weight tensor of any shape; about 0.1 s for 10^7 values."""
+    """Bin a weight tensor of any shape; about 0.1 s for 10^7 values.
+
+    The step is at most 1 / 2000 of the RMS weight, and finer for many weights, unless outliers stretch the grid.
+    """
     flat = weight.detach().reshape(-1)
     low, high = float(flat.min()), float(flat.max())
-    bins = 1 << (14 if len(flat) < 1 << 20 else 16)
-    step = max(high - low, 1e-12 + 1e-6 * abs(high)) / (bins * (1 - 1e-6))
+    span = max(high - low, 1e-6 * abs(high), 1e-290)
+    rms = float(torch.linalg.vector_norm(flat, dtype=torch.float64)) / len(flat) ** 0.5
+    wanted = span / max(rms, 1e-290) * (2000 if len(flat) < 1 << 20 else 8000)
+    bins = 1 << min(max(math.ceil(math.log2(wanted)), 14), 18)
+    step = span / (bins * (1 - 1e-6))
     count, total, square = (np.zeros(bins) for _ in range(3))
     for chunk in flat.split(_CHUNK):
         values = chunk.double().numpy()
@@ -70,7 +80,8 @@ def build_grid(weight: Tensor) -> Grid:
     linear = np.zeros(bins + 1)
     linear[:-1] += count - above
     linear[1:] += above
-    return Grid(low, step, *(np.concatenate([[0.0], np.cumsum(a)]) for a in (count, total, square)), linear)
+    prefixes = (np.concatenate([[0.0], np.cumsum(a)]) for a in (count, total, square))
+    return Grid(low, step, *prefixes, linear, int((flat == 0).sum()), flat.dtype)
 
 
 def _bin_index(values: Tensor, low: float, step: float, bins: int) -> Tensor:
@@ -92,6 +103,8 @@ def cells_of(curve: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     floor = 1e-12 * curve.max()
     slope = np.sign(np.where(np.abs(np.diff(curve)) > floor, np.diff(curve), 0))
     moving = np.flatnonzero(slope)
+    if not len(moving):  # so wide a kernel that the density is flat over all weights
+        return np.empty(0, np.int64), np.array([len(curve) // 2])
     turns = np.flatnonzero(np.diff(slope[moving]))
     places = (moving[turns] + 1 + moving[turns + 1]) // 2  # the middle of a flat stretch
     falls_after = slope[moving[turns]] > 0

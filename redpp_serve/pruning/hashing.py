@@ -19,7 +19,7 @@ from .density import Array, Grid, build_grid, cell_costs, cells_of, density, ent
 
 METHODS = ("kde", "kmeans", "uniform")
 _FEW = 256  # a weight with no more distinct values than this is a codebook already
-_MOST_CELLS = 4096
+_MOST_CELLS = 8192
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Codebook:
-    """Cells and their values. ``error`` is the weights' RMS error over their RMS, ``entropy`` in bits a weight;
-    ``frequencies`` (K,) sums to 1; ``bandwidth`` is that of the density, for ``kde``."""
+    """Cells and their values, representable in the weight's dtype; some cells may be empty or share a value.
+
+    ``error`` is the weights' RMS error over their RMS, ``entropy`` in bits a weight; ``frequencies`` (cells,) sums
+    to 1; ``bandwidth`` is that of the density, for ``kde``.
+    """
 
     method: str
     borders: NDArray[np.int64]
@@ -48,7 +51,8 @@ class Codebook:
 
     @property
     def size(self) -> int:
-        return int((self.frequencies > 0).sum())
+        """Number of distinct values in use."""
+        return len(np.unique(self.values[self.frequencies > 0]))
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,18 @@ class Hashed:
 def hash_weight(weight: Tensor, method: str, target: Target) -> Hashed:
     """Hash one layer's weight of any shape.
 
-    A weight that has at most 256 distinct values and meets the target's number is left as it is, so hashing is
-    idempotent and keeps quantised networks.
+    Left as it is: a weight that has at most 256 distinct values, some of them repeated, and meets the target's number
+    (so quantised networks stay, and hashing again changes nothing where the codebook has at most 256 values); and
+    one that no codebook of the method brings within the target's error, or whose every value would keep its own.
+    Exact zeros stay zero.
     """
     grid = build_grid(weight)
     existing = _existing_codebook(weight, target)
     if existing is not None:
         return Hashed(weight, existing, {}, grid)
     codebook = fit_codebook(grid, method, target)
+    if codebook.size == weight.numel() or (target.error is not None and codebook.error > target.error):
+        return Hashed(weight, _own_values(weight), {}, grid)
     table = torch.from_numpy(codebook.values).to(weight.dtype)
     cell_of_bin = torch.from_numpy(np.searchsorted(codebook.borders, np.arange(grid.bins), side="right"))
     value_of_bin = table[cell_of_bin]
@@ -82,7 +90,8 @@ def hash_weight(weight: Tensor, method: str, target: Target) -> Hashed:
 
 
 def fit_codebook(grid: Grid, method: str, target: Target) -> Codebook:
-    """The coarsest codebook of that method that meets an error target, or the finest that meets a number of values."""
+    """The coarsest codebook of that method that meets an error target (the finest, if none does), or the finest that
+    meets a number of values (the coarsest, if none does)."""
     family = _FAMILIES[method](grid)
     if target.error is not None:
         return family.finest_while(lambda book: book.error > target.error, accept_first_false=True)
@@ -119,7 +128,8 @@ class _Family:
 
 
 def _kde_family(grid: Grid) -> _Family:
-    coarse, fine = 2.0 * grid.rms, max(1e-4 * grid.rms, 1.5 * grid.step)
+    fine = max(1e-4 * grid.rms, 1.5 * grid.step)
+    coarse = max(2.0 * grid.rms, fine)
 
     def make(fineness: float) -> Codebook:
         bandwidth = coarse * (fine / coarse) ** fineness
@@ -150,7 +160,7 @@ def _kmeans_family(grid: Grid) -> _Family:
     most = _MOST_CELLS
 
     def make(fineness: float) -> Codebook:
-        return _lloyd_max(grid, int(round(2 * (most / 2) ** fineness)))
+        return _lloyd_max(grid, round(most**fineness))
 
     return _Family(make, 12)
 
@@ -177,18 +187,34 @@ def _lloyd_max(grid: Grid, cells: int, rounds: int = 60) -> Codebook:
 
 
 def _codebook(method: str, grid: Grid, borders: NDArray[np.int64], values: Array, bandwidth: float | None = None) -> Codebook:
+    if grid.zeros:
+        borders, values = _keep_zero(grid, borders, values)
+    values = torch.from_numpy(values).to(grid.dtype).double().numpy()
     count, error = cell_costs(grid, borders, values)
-    return Codebook(method, borders, values, count / count.sum(), error, entropy(count), bandwidth)
+    by_value = np.bincount(np.unique(values, return_inverse=True)[1].reshape(-1), count)
+    return Codebook(method, borders, values, count / count.sum(), error, entropy(by_value), bandwidth)
+
+
+def _keep_zero(grid: Grid, borders: NDArray[np.int64], values: Array) -> tuple[NDArray[np.int64], Array]:
+    """The same cells, with one around zero alone if its cell has another value: zeros cost nothing and must stay."""
+    place = int(grid.bin_of(torch.zeros(1, dtype=torch.float64)))
+    cell = int(np.searchsorted(borders, place, side="right"))
+    if values[cell] == 0.0:
+        return borders, values
+    return np.insert(borders, cell, [place, place + 1]), np.insert(values, cell + 1, [0.0, values[cell]])
 
 
 def _existing_codebook(weight: Tensor, target: Target) -> Codebook | None:
     flat = weight.detach().reshape(-1)
     most = min(_FEW, target.values or _FEW)
-    sample = flat[:: max(1, len(flat) // 8192)]
-    if len(torch.unique(sample)) > most or len(flat) <= most:
+    if len(torch.unique(flat[:: max(1, len(flat) // 8192)])) > most:
         return None
-    values, count = torch.unique(flat, return_counts=True)
-    if len(values) > most:
-        return None
-    frequencies = (count.double() / len(flat)).numpy()
+    book = _own_values(flat)
+    repeated = book.size == 1 or book.size < len(flat)
+    return book if book.size <= most and repeated else None
+
+
+def _own_values(weight: Tensor) -> Codebook:
+    values, count = torch.unique(weight.detach(), return_counts=True)
+    frequencies = (count.double() / weight.numel()).numpy()
     return Codebook("unchanged", np.empty(0, np.int64), values.double().numpy(), frequencies, 0.0, entropy(frequencies))

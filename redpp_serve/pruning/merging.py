@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..graph.channels import InnerChannels
-from ..graph.rewrite import columns_of, concatenate_rows, keep_channels, round_up
+from ..graph.rewrite import columns_of, first_equal, keep_channels, round_up
 from ..runtime.graph import Graph
 
 
@@ -26,13 +26,11 @@ def merge_exact(graph: Graph, inner: InnerChannels, round_to: int) -> tuple[Grap
     Channels whose readers ignore them (all columns zero) go as well. The width is kept at a multiple of
     ``round_to`` by leaving some duplicates in place. Exact up to re-association of the readers' sums.
     """
-    rows = concatenate_rows([graph.tensors[name] for name in inner.per_channel])
-    _, group = torch.unique(rows, dim=0, return_inverse=True)
     n = inner.channels
-    first = torch.full((n,), n, dtype=torch.int64).scatter_reduce(0, group, torch.arange(n), "amin")[group]
+    first = first_equal([graph.tensors[name] for name in inner.per_channel])
     ignored = torch.ones(n, dtype=torch.bool)
     for layer, _ in inner.consumers:
-        ignored &= (columns_of(graph.tensors[layer.weight], n) == 0).flatten(2).all(2).all(0)
+        ignored &= (columns_of(graph.tensors[layer.weight], n) == 0).all(2).all(0)
     stays = (first == torch.arange(n)) & ~_all_of_group(ignored, first)
     missing = round_up(int(stays.sum()), round_to, n) - int(stays.sum())
     extra = (~stays).nonzero().view(-1)[:missing]

@@ -1,8 +1,9 @@
-"""The offline passes in order: hash, merge exactly, make inputs, reconstruct, hash again, split, verify."""
+"""The offline passes in order: hash, merge exactly, make inputs, reconstruct, split, verify."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import GateFailed
+from ..errors import GateFailed, RedppError
 from ..graph.channels import excluded, find_inner_channels
 from ..graph.layers import Layer, find_layers
 from ..runtime.graph import Graph
-from .accounting import both_readings, hash_record, split_record
+from .accounting import both_readings, hash_summary, layer_record
 from .hashing import Hashed, hash_weight
 from .merging import merge_exact
 from .options import Options
 from .reconstruct import Reconstruction, Width, keep_ratio, reconstruct, within
-from .splitting import Split, count_dense, count_kernels, expected_kernels, split_weight
+from .splitting import Split, count_dense, count_kernels, split_weight
 from .stages import Stage, Stages
 from .synthetic import Synthetic, plan, smooth_noise, synthesize
 from .verify import EXACT, Difference, VerifyData, check_gate, compare_outputs, layer_errors, split_error
@@ -81,7 +82,11 @@ def prune(
 
     Raises:
         GateFailed: an exact stage was not exact, or a number of the user's was missed.
+        RedppError: an accuracy limit without data to measure the accuracy with.
     """
+    if options.max_accuracy_drop is not None and data is None:
+        raise RedppError(f"--max-accuracy-drop is {options.max_accuracy_drop:g}, but there is no data",
+                         "labelled inputs to measure accuracy with", "add --verify-data, or gate on --min-agreement")  # fmt: skip
     run = _Run(graph, options, stages or Stages(quiet=True), graph, graph)
     started = time.monotonic()
     _hash(run)
@@ -92,13 +97,13 @@ def prune(
     return _verify(run, data)
 
 
-def _hash_layers(run: _Run, layers: list[Layer], stage: Stage) -> None:
-    changed = {}
+def _hash_layers(graph: Graph, layers: list[Layer], options: Options, stage: Stage | None = None) -> tuple[Graph, dict[str, Hashed]]:
+    hashed = {}
     for k, layer in enumerate(layers):
-        hashed = hash_weight(run.graph.tensors[layer.weight], run.options.hash, run.options.hash_target)
-        run.hashed[layer.name], changed[layer.weight] = hashed, hashed.weight
-        stage.progress(k + 1, len(layers))
-    run.graph = run.graph.with_tensors(changed)
+        hashed[layer.name] = hash_weight(graph.tensors[layer.weight], options.hash, options.hash_target)
+        if stage:
+            stage.progress(k + 1, len(layers))
+    return graph.with_tensors({layer.weight: hashed[layer.name].weight for layer in layers}), hashed
 
 
 def _hash(run: _Run) -> None:
@@ -107,7 +112,7 @@ def _hash(run: _Run) -> None:
         if not layers:
             stage.skip("no convolution or Linear to hash" + (" that is not excluded" if run.options.exclude else ""))
             return
-        _hash_layers(run, layers, stage)
+        run.graph, run.hashed = _hash_layers(run.graph, layers, run.options, stage)
         run.hash_only = run.graph
         sizes = sorted(h.codebook.size for h in run.hashed.values())
         stage.reason = f"{len(layers)} layers, {sizes[0]} to {sizes[-1]} values each ({run.options.hash}, {run.options.hash_target})"
@@ -166,42 +171,43 @@ def _reconstruct(run: _Run, started: float) -> None:
         inputs = tuple(x.to(options.device) for x in run.fit_inputs)
         exact = run.graph
 
-        def narrow(width: Width) -> tuple[Graph, list[Reconstruction]]:
-            return reconstruct(exact, run.original, sets, inputs, width, options.round_to, stage.progress)
+        def narrow(width: Width) -> _Narrowed:
+            graph, records = reconstruct(exact, run.original, sets, inputs, width, options.round_to, stage.progress)
+            # the producers keep whole rows, whose values stay in their codebooks; only the fitted readers are hashed again
+            narrowed = {record.layer for record in records if record.kept < record.channels}
+            readers = {layer.name for inner in sets if inner.producer.name in narrowed for layer, _ in inner.consumers}
+            return _Narrowed(*_hash_layers(graph, [x for x in find_layers(graph) if x.name in readers], options), records)
 
-        if options.keep is not None:
-            run.graph, done = narrow(keep_ratio(options.keep))
-        else:
-            run.graph, done = _within_budget(run, narrow, started)
-        for record in done:
-            before = run.widths[record.layer]
-            run.widths[record.layer] = replace(record, channels=before.channels)
-        kept, of = sum(d.kept for d in done), sum(d.channels for d in done)
-        stage.reason = f"{kept} of {of} channels kept in {len(done)} sets"
-        narrowed = {d.layer for d in done if d.kept < d.channels}
-        readers = {layer.name for inner in sets if inner.producer.name in narrowed for layer, _ in inner.consumers}
-    with run.stages.run("hash again") as stage:
-        # narrowing keeps rows of the producers, whose values stay in their codebooks; only the readers' changed
-        layers = [layer for layer in find_layers(run.graph) if layer.name in readers]
-        if not layers:
-            return stage.skip("no weight changed")
-        _hash_layers(run, layers, stage)
-        stage.reason = f"{len(layers)} layers whose weights were fitted"
+        best = narrow(keep_ratio(options.keep)) if options.keep is not None else _within_budget(run, narrow, started)
+        if best is None:
+            stage.reason = f"no narrower network stays within the error budget of {options.error_budget:g}"
+            return
+        run.graph = best.graph
+        run.hashed.update(best.hashed)
+        for record in best.records:
+            run.widths[record.layer] = replace(record, channels=run.widths[record.layer].channels)
+        kept, of = sum(r.kept for r in best.records), sum(r.channels for r in best.records)
+        stage.reason = f"{kept} of {of} channels kept in {len(sets)} sets, {len(best.hashed)} fitted layers hashed again"
 
 
-def _within_budget(run: _Run, narrow: Any, started: float) -> tuple[Graph, list[Reconstruction]]:
+@dataclass(frozen=True)
+class _Narrowed:
+    """A narrowed graph, its fitted layers hashed again, and what was done to each set of channels."""
+
+    graph: Graph
+    hashed: dict[str, Hashed]
+    records: list[Reconstruction]
+
+
+def _within_budget(run: _Run, narrow: Callable[[Width], _Narrowed], started: float) -> _Narrowed | None:
     """The narrowest network whose held-out error stays within the budget, by bisection on the tolerance of each set."""
     limit = run.options.error_budget
     assert limit is not None
-    best: tuple[Graph, list[Reconstruction]] = (
-        run.graph, [replace(w, channels=w.kept) for w in run.widths.values()],
-    )  # fmt: skip
-    low, high = 0.0, None
-    tolerance = limit
+    best, low, high, tolerance = None, 0.0, None, limit
     for _ in range(_BUDGET_ROUNDS):
-        candidate, done = narrow(within(tolerance))
-        if compare_outputs(run.original, candidate, run.held_out).error <= 0.95 * limit:  # hashing again adds a little
-            low, best = tolerance, (candidate, done)
+        candidate = narrow(within(tolerance))
+        if compare_outputs(run.original, candidate.graph, run.held_out).error <= limit:
+            low, best = tolerance, candidate
         else:
             high = tolerance
         tolerance = 2 * tolerance if high is None else (low + high) / 2
@@ -246,13 +252,15 @@ def _verify(run: _Run, data: VerifyData | None) -> Pruned:
         check_gate(options, difference, accuracy)
         stage.reason = _verdict(difference, accuracy)
     _, closed = find_inner_channels(run.original, options.exclude)
-    layers = [_layer_record(run, layer, after[name], closed.get(name, ""), errors.get(name)) for name, layer in before.items()]
+    layers = [layer_record(run.original, layer, after[name], run.hashed.get(name), run.splits.get(name), run.widths.get(name),
+                           closed.get(name, ""), errors.get(name)) for name, layer in before.items()]  # fmt: skip
     return Pruned(
-        run.original, run.graph, layers, _hash_summary(run, before, after, hash_error),
+        run.original, run.graph, layers,
+        hash_summary(after, run.hashed, run.splits, options.hash, str(options.hash_target), hash_error),
         both_readings(before, after, run.graph, run.splits),
         {"original": [count_dense(layer) for layer in before.values()],
          "pruned": [count_kernels(layer, run.splits[n]) if n in run.splits else count_dense(layer) for n, layer in after.items()]},
-        {**{"merge_exact": None, "split_exact": None}, **run.checks, "output_error": difference.error,
+        {"merge_exact": None, "split_exact": None, **run.checks, "output_error": difference.error,
          "agreement": difference.agreement, "images": difference.images, "inputs": run.inputs_note}, accuracy,
         tuple(x[:_SAMPLES].cpu() for x in run.held_out),
     )  # fmt: skip
@@ -264,45 +272,3 @@ def _verdict(difference: Difference, accuracy: tuple[float, float] | None) -> st
         text += f", top-1 agreement {difference.agreement:.1%}"
     text += f" on {difference.images} held-out inputs"
     return text + (f"; accuracy {accuracy[0]:.2%} -> {accuracy[1]:.2%}" if accuracy else "")
-
-
-def _hash_summary(run: _Run, before: dict[str, Layer], after: dict[str, Layer], measured: float) -> dict[str, Any]:
-    errors = torch.tensor([h.codebook.error for h in run.hashed.values()], dtype=torch.float64)
-    dense = sum(count_dense(after[n]).multiplications for n in run.splits)
-    got = sum(count_kernels(after[n], s).multiplications for n, s in run.splits.items())
-    expected = 0.0
-    for name in run.splits:
-        layer, book = after[name], run.hashed[name].codebook
-        taps = layer.macs // max(1, layer.positions * layer.shape[0] * layer.shape[1])
-        expected += layer.positions * taps * expected_kernels(layer, torch.from_numpy(book.frequencies), torch.from_numpy(book.values))
-    return {
-        "method": run.options.hash,
-        "target": str(run.options.hash_target),
-        "predicted_error_typical": float(errors.square().sum().sqrt()),
-        "predicted_error_bound": float((1 + errors).prod() - 1),
-        "measured_error": measured,
-        "predicted_ratio": 1 - expected / dense if dense else 0.0,
-        "measured_ratio": 1 - got / dense if dense else 0.0,
-    }
-
-
-def _layer_record(run: _Run, before: Layer, after: Layer, closed: str, error: float | None) -> dict[str, Any]:
-    hashed, split, width = run.hashed.get(before.name), run.splits.get(before.name), run.widths.get(before.name)
-    reason = closed or ("" if width else "not narrowed")
-    return {
-        "name": before.name,
-        "op": before.node.op.split(".")[1],
-        "shape": list(before.shape),
-        "pruned_shape": list(after.shape),
-        "parameters": run.original.tensors[before.weight].numel() + (before.shape[0] if before.bias else 0),
-        "macs": before.macs,
-        "hash": hash_record(hashed) if hashed else None,
-        "merge": {
-            "channels": before.shape[0],
-            "kept": after.shape[0],
-            "error": width.error if width and width.kept < width.channels else None,
-            "reason": reason,
-        },
-        "split": split_record(after, split) if split else None,
-        "error": error,
-    }

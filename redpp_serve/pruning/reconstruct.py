@@ -45,8 +45,9 @@ class Reconstruction:
 class Moments:
     """Second moments of a reader's input features u, channel-major, and of its output y in the original network.
 
-    ``uu`` (d, d) and ``uy`` (d, n_out) are centred; ``u`` (d,) and ``y`` (n_out,) are means; ``yy`` is the total
-    variance of y. d is channels * taps. With ``per_tap`` False the taps are samples, d = channels.
+    ``uu`` (d, d) and ``uy`` (d, n_out) are centred; ``u`` (channels * taps,) and ``y`` (n_out,) are means; ``yy`` is
+    the total variance of y. d is channels * taps. With ``per_tap`` False the taps are samples: d is channels, and
+    ``uy`` is empty.
     """
 
     uu: Tensor
@@ -111,20 +112,24 @@ def gather_moments(
     chunk = max(1, min(32, _CHUNK_VALUES // (unknowns * layer.positions)))
     most_rows = max(2048, 4 * unknowns) * chunk // 8 + 1
     sums: list[Tensor] | None = None
-    count = y_count = 0
+    count = y_count = images = 0
     for part in zip(*(x.split(chunk) for x in inputs)):
         with torch.no_grad():
-            u = _features(mine(*part)[0], layer, channels, per_tap)
-            y = _output_rows(theirs(*part)[0], layer)
-        u, y = _thin(u, most_rows).double(), _thin(y, most_rows).double()
-        cross = u.T @ y if per_tap else torch.zeros(len(u.T), len(y.T), dtype=u.dtype, device=u.device)
-        parts = [u.T @ u, cross, u.sum(0), y.sum(0), (y**2).sum()]
+            value = mine(*part)[0]
+            u = _thin(_features(value, layer, channels, per_tap), most_rows).double()
+            y = _output_rows(theirs(*part)[0], layer).double()
+            columns = u if per_tap else _features(value.mean(0, keepdim=True), layer, channels, True).double()
+        if per_tap:
+            y = _thin(y, most_rows)  # the same rows as u
+        uy = u.T @ y if per_tap else u.new_zeros(0)
+        parts = [u.T @ u, uy, u.sum(0), columns.mean(0) * len(value), y.sum(0), (y**2).sum()]
         sums = parts if sums is None else [a.add_(b) for a, b in zip(sums, parts)]
-        count, y_count = count + len(u), y_count + len(y)
+        count, y_count, images = count + len(u), y_count + len(y), images + len(value)
     assert sums is not None
-    u, y = sums[2] / count, sums[3] / y_count
-    uy = sums[1] / count - torch.outer(u, y)
-    return Moments(sums[0] / count - torch.outer(u, u), uy, u, y, float(sums[4] / y_count - (y**2).sum()), per_tap)
+    u, y = sums[2] / count, sums[4] / y_count
+    uy = sums[1] / count - torch.outer(u, y) if per_tap else sums[1]
+    means = u if per_tap else sums[3] / images
+    return Moments(sums[0] / count - torch.outer(u, u), uy, means, y, float(sums[5] / y_count - (y**2).sum()), per_tap)
 
 
 def select_channels(readers: Sequence[tuple[Moments, Tensor]], channels: int) -> tuple[Tensor, Tensor]:
@@ -143,25 +148,26 @@ def select_channels(readers: Sequence[tuple[Moments, Tensor]], channels: int) ->
     gram = torch.zeros(channels, channels, dtype=torch.float64)
     use = torch.zeros_like(gram)
     for m, weight in readers:
-        blocks = m.uu.cpu().view(channels, len(m.u) // channels, channels, -1)
+        blocks = m.uu.cpu().view(channels, len(m.uu) // channels, channels, -1)
         gram += torch.diagonal(blocks, dim1=1, dim2=3).mean(-1)
         w = weight.double().transpose(0, 1).reshape(channels, -1)
         use += w @ w.T / max(m.yy, 1e-30)
     values, vectors = torch.linalg.eigh(use)
-    carried = gram @ (vectors * values.clamp_min(0).sqrt())
+    carried = gram @ (vectors * values.clamp_min(0).sqrt())  # (channels, rank): covariance with what the readers use
     total = float((use * gram).sum())
     floor = 1e-10 * float(gram.diagonal().max())
     residual, free = gram.clone(), torch.ones(channels, dtype=torch.bool)
     order, curve = [], [total]
     while True:
         diagonal = residual.diagonal().clamp_min(floor)
-        gain = torch.where(free & (residual.diagonal() > floor), carried.square().sum(1) / diagonal, -1.0)
+        usable = free & (residual.diagonal() > floor)
+        gain = torch.where(usable, torch.linalg.vector_norm(carried, dim=1).square() / diagonal, -1.0)
         pivot = int(gain.argmax())
         if gain[pivot] <= 0:
             break
         column = residual[:, pivot] / diagonal[pivot].sqrt()
-        carried = carried - torch.outer(column, carried[pivot] / diagonal[pivot].sqrt())
-        residual = residual - torch.outer(column, column)
+        carried.addr_(column, carried[pivot] / diagonal[pivot].sqrt(), alpha=-1)
+        residual.addr_(column, column, alpha=-1)
         free[pivot] = False
         order.append(pivot)
         curve.append(max(curve[-1] - float(gain[pivot]), 0.0))
@@ -188,9 +194,9 @@ def _narrow(
 
 def _fit(m: Moments, kept: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, float]:
     """A reader's new weight (n_out, k, columns), its new bias (n_out,), and its relative RMS error."""
-    n_out, channels, _ = weight.shape
-    taps = len(m.u) // channels
-    rows = (kept[:, None] * taps + torch.arange(taps, device=kept.device)).view(-1)
+    n_out, _, taps = weight.shape
+    columns = (kept[:, None] * taps + torch.arange(taps, device=kept.device)).view(-1)
+    rows = columns if m.per_tap else kept
     kept_uu = m.uu[rows][:, rows]
     ridge = RIDGE * kept_uu.diagonal().mean().clamp_min(1e-30)
     damped = kept_uu + ridge * torch.eye(len(rows), dtype=m.uu.dtype, device=m.uu.device)
@@ -204,7 +210,7 @@ def _fit(m: Moments, kept: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, floa
     gap = m.uu - mix.T @ m.uu[rows]
     lost = float(torch.einsum("oct,cd,odt->", weight, gap, weight))
     new = torch.einsum("kc,oct->okt", mix, weight)
-    return new, m.y - new.sum(2) @ m.u[rows], _relative(lost, m.yy)
+    return new, m.y - new.reshape(n_out, -1) @ m.u[columns], _relative(lost, m.yy)
 
 
 def _relative(lost: float, total: float) -> float:
@@ -215,9 +221,9 @@ def _add_constant(graph: Graph, layer: Layer, bias: Tensor) -> Graph:
     """Give a reader that bias: in its own, in the mean of the batch norm that alone reads it, or in a new one."""
     if layer.bias:
         return graph.with_tensors({layer.bias: bias.to(graph.tensors[layer.bias])})
-    users = graph.users()[layer.node.name]
-    if len(users) == 1 and is_inference_norm(users[0]):
-        mean = users[0].args[3].name
+    users = graph.users().get(layer.node.name, [])
+    mean = users[0].args[3].name if len(users) == 1 and is_inference_norm(users[0]) else None
+    if mean and len(graph.users()[mean]) == 1 and layer.node.name not in graph.outputs:
         return graph.with_tensors({mean: (graph.tensors[mean].double() - bias.cpu()).to(graph.tensors[mean])})
     name = f"{layer.node.name}.bias"
     node = graph.node(layer.node.name)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..graph.layers import Layer
 
 _CHUNK = 1 << 22
+_DRAWS = 1 << 14
 _INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -34,7 +35,7 @@ class Split:
 
     def rebuild(self) -> Tensor:
         """The weight again, bit by bit (a zero's sign apart)."""
-        padded = torch.cat([self.kernels, torch.zeros_like(self.kernels[:1].expand(1, *self.kernels.shape[1:]))])
+        padded = torch.cat([self.kernels, self.kernels.new_zeros(1, *self.kernels.shape[1:])])
         return padded[self.index.long()] * self.sign[..., None, None].to(padded.dtype)
 
 
@@ -104,8 +105,9 @@ def count_scalars(layer: Layer, weight: Tensor, element_size: int = 4) -> Counts
 def expected_kernels(layer: Layer, frequencies: Tensor, values: Tensor) -> float:
     """Unique kernels to expect in one layer when its weights are drawn independently with these frequencies (K,).
 
-    1 x 1: the sum over magnitudes of 1 - (1 - p)^n_out, zero left out. k x k: the same with as many equiprobable
-    kernels as the probability that two kernels agree (up to sign) stands for.
+    The sum over kernels k, up to sign and zero left out, of 1 - (1 - p_k)^n_out. Over scalars (1 x 1) it is taken as
+    it stands; there are too many k x k kernels, so it is the mean of (1 - (1 - p_k)^n_out) / p_k over kernels drawn
+    with a fixed seed.
     """
     n_out, taps = layer.shape[0] // layer.groups, math.prod(layer.shape[2:])
     inputs = layer.shape[1] * layer.groups
@@ -114,8 +116,11 @@ def expected_kernels(layer: Layer, frequencies: Tensor, values: Tensor) -> float
     if taps == 1:
         p = p[magnitudes != 0]
         return inputs * float((1 - (1 - p) ** n_out).sum())
-    agree = float(((frequencies**2).sum() ** taps).clamp(1e-300, 1 - 1e-12))
-    return inputs * -math.expm1(n_out * math.log1p(-agree)) / agree
+    drawn = torch.multinomial(frequencies, _DRAWS * taps, True, generator=torch.Generator().manual_seed(0)).view(_DRAWS, taps)
+    negative = torch.where(values[:, None] == -values, frequencies, 0.0).sum(1)  # how likely each value's negative is
+    p = (frequencies[drawn].prod(1) + negative[drawn].prod(1)).clamp_max(1.0)
+    seen = -torch.expm1(n_out * torch.log1p(-p)) / p
+    return inputs * float(torch.where((values[drawn] != 0).any(1), seen, 0.0).mean())
 
 
 def _split_block(block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ optimised until the mean and variance that each batch norm sees are its running 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable
@@ -91,8 +92,8 @@ def synthesize(
         return Synthetic(smooth_noise(graph.inputs, how.images, seed), (math.nan, math.nan), note)
     matcher = _Matcher(graph, norms, device)
     key = _key(graph, how, seed)
-    batches = _restore(checkpoint, key)
-    total, note, losses = how.images // how.batch * how.steps, "", []
+    batches, losses = _restore(checkpoint, key)
+    total, note = how.images // how.batch * how.steps, ""
     for k in range(len(batches), how.images // how.batch):
         start = tuple(x.to(device) for x in smooth_noise(graph.inputs, how.batch, seed * 7919 + k))
         batch, loss, finished = matcher.optimise(start, how.steps, deadline, lambda done: progress(k * how.steps + done, total))
@@ -101,9 +102,9 @@ def synthesize(
         if not finished:
             note = f"the time budget ended matching in batch {k + 1} of {how.images // how.batch}: not reproducible to the byte"
             break
-        _keep(checkpoint, key, batches)
+        _keep(checkpoint, key, batches, losses)
     inputs = tuple(torch.cat(parts) for parts in zip(*batches))
-    first, last = (sum(values) / len(values) for values in zip(*losses)) if losses else (math.nan, math.nan)
+    first, last = (sum(values) / len(values) for values in zip(*losses))
     return Synthetic(inputs, (first, last), note)
 
 
@@ -117,7 +118,7 @@ def smooth_noise(inputs: tuple[InputSpec, ...], count: int, seed: int) -> tuple[
             made.append(torch.randint(0, 2, (count, *spec.shape), generator=generator).to(dtype))
             continue
         noise = torch.randn(count, *spec.shape, generator=generator)
-        if len(spec.shape) == 3:
+        if len(spec.shape) == 3 and math.prod(spec.shape) > 1:
             height, width = spec.shape[1:]
             for scale in (2, 4, 8):
                 coarse = torch.randn(count, spec.shape[0], -(-height // scale), -(-width // scale), generator=generator)
@@ -171,34 +172,38 @@ class _Matcher:
 
 
 def _key(graph: Graph, how: Plan, seed: int) -> str:
-    digest = hashlib.sha256(f"{how} {seed} {graph.inputs}".encode())
+    digest = hashlib.sha256(f"{how} {seed} {graph.inputs} {graph.nodes}".encode())
     for name, tensor in sorted(graph.tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else b"")
     return digest.hexdigest()
 
 
-def _restore(checkpoint: Path | None, key: str) -> list[tuple[Tensor, ...]]:
+def _restore(checkpoint: Path | None, key: str) -> tuple[list[tuple[Tensor, ...]], list[tuple[float, float]]]:
+    """Finished batches and their losses, as `_keep` left them; none if the file is another run's or damaged."""
     from safetensors import SafetensorError, safe_open
 
     if checkpoint is None or not checkpoint.exists():
-        return []
+        return [], []
     try:
         with safe_open(checkpoint, "pt") as file:
             meta = file.metadata() or {}
             if meta.get("key") != key:
-                return []
+                return [], []
+            losses = [(first, last) for first, last in json.loads(meta["losses"])]
             parts = [file.get_tensor(f"input{k}").split(int(meta["batch"])) for k in range(int(meta["inputs"]))]
     except (SafetensorError, OSError, KeyError, ValueError):
-        return []  # a checkpoint only saves time: a damaged one is made again
-    return list(zip(*parts))
+        return [], []  # a checkpoint only saves time: a damaged one is made again
+    return list(zip(*parts)), losses
 
 
-def _keep(checkpoint: Path | None, key: str, batches: list[tuple[Tensor, ...]]) -> None:
+def _keep(
+    checkpoint: Path | None, key: str, batches: list[tuple[Tensor, ...]], losses: list[tuple[float, float]]
+) -> None:
     from safetensors.torch import save
 
     if checkpoint is None:
         return
     tensors = {f"input{k}": torch.cat(parts) for k, parts in enumerate(zip(*batches))}
-    meta = {"key": key, "batch": str(len(batches[0][0])), "inputs": str(len(tensors))}
+    meta = {"key": key, "batch": str(len(batches[0][0])), "inputs": str(len(tensors)), "losses": json.dumps(losses)}
     write_atomically(checkpoint, save(tensors, metadata=meta))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def compare_outputs(reference: Graph, other: Graph, inputs: Sequence[Tensor]) ->
 
 @torch.no_grad()
 def layer_errors(reference: Graph, other: Graph, layers: Sequence[Layer], inputs: Sequence[Tensor]) -> dict[str, float]:
-    """Relative error of each layer's output (folded to the same width only), over at most 16 inputs."""
+    """Relative error of each layer's output (of the same shape in both only), over at most 16 inputs."""
     names = [layer.node.name for layer in layers]
     lost, norm = torch.zeros(len(names), dtype=torch.float64), torch.zeros(len(names), dtype=torch.float64)
     a, b = Program(reference, names), Program(other, names)
@@ -78,8 +79,8 @@ def split_error(layer: Layer, weight: Tensor, split: Split, seed: int) -> float:
         return 1.0
     weight = weight.double() if weight.dim() == 4 else weight.double()[..., None, None]
     n_in = weight.shape[1] * layer.groups
-    size = [(k - 1) * d + 2 for k, d in zip(weight.shape[2:], layer.dilation)]
-    x = torch.randn(2, n_in, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    size = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], layer.dilation)]
+    x = torch.randn(1, n_in, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
     dense = F.conv2d(x, weight, None, *geometry)
     got = split_conv2d(x, split.kernels.double(), split.channel, split.index, split.sign, None, *geometry)
@@ -113,16 +114,22 @@ def load_verify_data(path: Path, graph: Graph, normalise: tuple[Sequence[float],
     try:
         with np.load(path, allow_pickle=False) as file:
             inputs, labels = file["inputs"], file["labels"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, BadZipFile) as error:
         raise RedppError(f"--verify-data {path} cannot be read: {error}", expected, "write it with numpy.savez") from error
     spec = graph.inputs[0]
-    if len(graph.inputs) != 1 or tuple(inputs.shape[1:]) != spec.shape or labels.shape != (len(inputs),) or not len(labels):
+    shaped = inputs.ndim > 0 and inputs.shape[1:] == spec.shape and labels.shape == inputs.shape[:1] and len(labels) > 0
+    if len(graph.inputs) != 1 or not shaped:
         raise RedppError(f"--verify-data {path} holds inputs {inputs.shape} and labels {labels.shape}",
                          f"inputs (N, {', '.join(map(str, spec.shape))}) and labels (N,)", "match the --input shape")
+    if inputs.dtype.kind not in "fiub" or labels.dtype.kind not in "iu":
+        raise RedppError(f"--verify-data {path} holds inputs of type {inputs.dtype} and labels of type {labels.dtype}",
+                         "numbers, and the integer class of each", "convert them before numpy.savez")  # fmt: skip
     x = torch.from_numpy(np.ascontiguousarray(inputs))
     if x.dtype == torch.uint8 and getattr(torch, spec.dtype).is_floating_point:
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (normalise or ([0.0], [1.0])))
-        x = (x.float() / 255 - mean) / std
+        x = x.float() / 255
+        if normalise is not None:
+            mean, std = (torch.tensor(v).view(-1, 1, 1) for v in normalise)
+            x = (x - mean) / std
     return VerifyData((x.to(getattr(torch, spec.dtype)),), torch.from_numpy(labels.astype(np.int64)))
 
 

@@ -241,7 +241,8 @@ def _densities(layers: Sequence[Mapping[str, Any]]) -> str:
 def _items(found: Any) -> list[tuple[str, str]]:
     """Items as text, by key: the page is the same whether made from the live report or from report.json."""
     pairs = sorted(found.items()) if isinstance(found, Mapping) else []
-    return [(str(key), DASH if value is None or value != value else str(value)) for key, value in pairs]
+    rows = (_items(v) if isinstance(v, Mapping) else [(str(k), DASH if v is None or v != v else str(v))] for k, v in pairs)
+    return [row for group in rows for row in group]  # versions give one row each
 
 
 def _pairs(title: str, found: Any) -> str:

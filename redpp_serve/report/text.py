@@ -276,13 +276,15 @@ def package_summary(report: Mapping[str, Any]) -> str:
 
 
 def _layer_cells(layer: Any) -> tuple[str, ...]:
-    after = dig(layer, "pruned_shape")
+    after, kept, channels = dig(layer, "pruned_shape"), dig(layer, "merge", "kept"), dig(layer, "merge", "channels")
+    inspected = number(kept) is None and number(channels) is not None  # and nothing has been narrowed
     return (
         shorten(dig(layer, "name") or DASH, 40), shorten(dig(layer, "op") or DASH, 9), shape(dig(layer, "shape")),
         shape(after) if after != dig(layer, "shape") else DASH,
         count(dig(layer, "parameters")), count(dig(layer, "macs")), exact(dig(layer, "hash", "values")),
         bits(dig(layer, "hash", "entropy")), error(dig(layer, "hash", "error")),
-        of(dig(layer, "merge", "kept"), dig(layer, "merge", "channels")), error(dig(layer, "error")),
+        *((DASH, DASH) if inspected else (of(kept, channels), error(dig(layer, "error")))),
+        *((exact(channels), "no" if dig(layer, "merge", "reason") else "yes") if inspected else (DASH, DASH)),
     )  # fmt: skip
 
 
@@ -290,7 +292,8 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
     """One line per layer, at most 110 columns; columns nobody filled are left out. Then the layers left alone."""
     if not layers:
         return "no layers with weights"
-    head = ("layer", "op", "shape", "pruned to", "params", "MACs", "values", "bits", "RMS", "kept", "error")
+    measured = ("values", "bits", "RMS", "kept", "error")
+    head = ("layer", "op", "shape", "pruned to", "params", "MACs", *measured, "channels", "narrowable")
     body = [_layer_cells(layer) for layer in layers]
     used = [i for i in range(len(head)) if any(row[i] != DASH for row in body)]
     rows, left = [[row[i] for i in used] for row in (head, *body)], sum(i < 2 for i in used)

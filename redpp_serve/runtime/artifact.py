@@ -24,10 +24,11 @@ from torch import Tensor
 from ..errors import RedppError
 from .codebook import decode, encode
 from .graph import Graph, InputSpec, Node, Ref
-from .ops import ALLOWED
+from .ops import ALLOWED, resolve
 from .tensors import read_safetensors
 
 FORMAT = 1
+_MEMORY_FORMATS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
 ENTRIES = ("manifest.json", "graph.json", "weights.safetensors")
 
 
@@ -74,10 +75,11 @@ def load(source: Path | bytes) -> Artifact:
     """Read and check an artifact.
 
     Raises:
-        RedppError: not an artifact, damaged, or calling an operator that is not on the allow-list.
+        RedppError: not an artifact, damaged, or calling an operator that is not on the allow-list or that this
+            release of torch lacks.
     """
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             infos = archive.infolist()
             if sorted(i.filename for i in infos) != sorted(ENTRIES):
@@ -92,14 +94,16 @@ def load(source: Path | bytes) -> Artifact:
             if manifest["sha256"][name] != _digest(content):
                 raise ValueError(f"{name} does not match its SHA-256")
         graph = _parse(json.loads(graph_bytes), read_safetensors(weights))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile) as error:
+        return Artifact(graph, {**manifest["description"]})
+    except RedppError:
+        raise
+    except Exception as error:  # damaged or hostile bytes: what the parsers raise has no common class
         detail = f"{error}" if not isinstance(error, KeyError) else f"missing or unknown {error}"
         raise RedppError(
-            f"the artifact {source if isinstance(source, Path) else ''} cannot be read: {detail}",
+            f"the artifact{'' if isinstance(source, bytes) else f' {source}'} cannot be read: {detail}",
             "an unchanged model.redpp written by redpp-serve",
             "package the model again, or fetch the file again if it was copied",
         ) from error
-    return Artifact(graph, manifest["description"])
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -130,27 +134,42 @@ def deterministic_zip(entries: dict[str, bytes]) -> bytes:
 
 
 def _parse(document: dict[str, Any], stored: dict[str, Tensor]) -> Graph:
-    tensors = {name: t for name, t in stored.items() if ":" not in name}
+    tensors = dict(stored)
     for name, spec in document["encodings"].items():
-        tensors[name] = decode(stored[f"{name}:codebook"], stored[f"{name}:indices"], spec["bits"], spec["shape"])
-    inputs = tuple(InputSpec(i["name"], tuple(int(d) for d in i["shape"]), i["dtype"]) for i in document["inputs"])
+        codebook, indices = tensors.pop(f"{name}:codebook"), tensors.pop(f"{name}:indices")
+        if name in tensors:
+            raise ValueError(f"tensor {name[:60]!r} is stored twice")
+        tensors[name] = decode(codebook, indices, spec["bits"], spec["shape"])
+    inputs = tuple(InputSpec(i["name"], tuple(i["shape"]), i["dtype"]) for i in document["inputs"])
     for spec in inputs:
+        if not all(type(size) is int and size > 0 for size in spec.shape):
+            raise ValueError(f"input {str(spec.name)[:60]!r} has a shape of other than sizes")
         _dtype(spec.dtype)
-    known = {*tensors, *(i.name for i in inputs)}
+    known: set[str] = set(tensors)
+    for spec in inputs:
+        _define(spec.name, known)
     nodes = []
     for entry in document["nodes"]:
         if entry["op"] not in ALLOWED:
             raise ValueError(f"operator {str(entry['op'])[:60]!r} is not on the allow-list")
         node = Node(entry["name"], entry["op"], tuple(_from_json(a) for a in entry["args"]),
                     {k: _from_json(v) for k, v in entry["kwargs"].items()})
-        unknown = set(node.refs()) - known
-        if unknown or node.name in known:
-            raise ValueError(f"node {node.name!r} reads undefined values or is defined twice: {sorted(unknown)[:3]}")
-        known.add(node.name)
+        if unknown := set(node.refs()) - known:
+            raise ValueError(f"node {str(node.name)[:60]!r} reads values that nothing defines: {sorted(unknown)[:3]}")
+        _define(node.name, known)
+        resolve(node.op)
         nodes.append(node)
-    if not document["outputs"] or set(document["outputs"]) - known:
-        raise ValueError("outputs that no node defines")
+    if not inputs or not isinstance(document["outputs"], list) or not document["outputs"]:
+        raise ValueError("a graph without inputs or outputs")
+    if set(document["outputs"]) - known:
+        raise ValueError("outputs that nothing defines")
     return Graph(inputs, tensors, tuple(nodes), tuple(document["outputs"]))
+
+
+def _define(name: Any, known: set[str]) -> None:
+    if not isinstance(name, str) or name in known:
+        raise ValueError(f"the name {str(name)[:60]!r} is not a text or is defined twice")
+    known.add(name)
 
 
 def _to_json(value: Any) -> Any:
@@ -185,7 +204,7 @@ def _from_json(value: Any) -> Any:
         return float(content)
     if kind == "dtype":
         return _dtype(content)
-    if kind == "memory_format" and content in ("contiguous_format", "preserve_format", "channels_last"):
+    if kind == "memory_format" and content in _MEMORY_FORMATS:
         return getattr(torch, content)
     raise ValueError(f"unknown constant {kind!r}")
 

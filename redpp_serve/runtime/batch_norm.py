@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .graph import Graph, Node, Ref
+from .program import Program
 
 BATCH_NORM = "aten.batch_norm.default"
 LINEAR_OPS = ("aten.conv2d.default", "aten.linear.default")
@@ -34,12 +35,8 @@ def fold_batch_norm(graph: Graph) -> Graph:
     Done when a graph is loaded to run, never before hashing or merging: folding scales each output channel by
     its own factor, which destroys equality between channels and between a layer's weights.
     """
-    users, producers = graph.users(), {node.name: node for node in graph.nodes}
     tensors, changed, dropped = dict(graph.tensors), {}, set()
-    for norm in graph.nodes:
-        source = producers.get(norm.args[0].name) if is_inference_norm(norm) else None
-        if source is None or source.op not in LINEAR_OPS or len(users[source.name]) > 1 or source.name in graph.outputs:
-            continue
+    for source, norm in _foldable(graph):
         weight = tensors[source.args[1].name]
         scale, shift = scale_and_shift(graph, norm)
         bias = source.args[2] if len(source.args) > 2 else None
@@ -53,3 +50,24 @@ def fold_batch_norm(graph: Graph) -> Graph:
         dropped.add(source.name)
     nodes = tuple(changed.get(node.name, node) for node in graph.nodes if node.name not in dropped)
     return replace(graph, tensors=tensors, nodes=nodes).pruned_of_unused()
+
+
+def _foldable(graph: Graph) -> list[tuple[Node, Node]]:
+    """Each convolution or Linear with the batch norm that alone reads it, where all their parameters are stored."""
+    users, producers = graph.users(), {node.name: node for node in graph.nodes}
+    pairs = []
+    for norm in graph.nodes:
+        source = producers.get(norm.args[0].name) if is_inference_norm(norm) else None
+        if source is None or source.op not in LINEAR_OPS or len(users[source.name]) > 1 or source.name in graph.outputs:
+            continue
+        parameters = [ref.name for ref in (*source.args[1:3], *norm.args[1:5]) if isinstance(ref, Ref)]
+        if all(name in graph.tensors for name in parameters):  # else computed, as by weight standardization
+            pairs.append((source, norm))
+    linears = [source.name for source, _ in pairs if source.op == "aten.linear.default"]
+    if not linears:
+        return pairs
+    # Linear puts its features last, batch norm normalises axis 1: the same axis in matrices alone
+    example = (torch.zeros(1, *i.shape, dtype=getattr(torch, i.dtype)) for i in graph.inputs)
+    with torch.no_grad():
+        axes = {name: value.dim() for name, value in zip(linears, Program(graph, wanted=linears)(*example))}
+    return [(source, norm) for source, norm in pairs if axes.get(source.name, 2) == 2]

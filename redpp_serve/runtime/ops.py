@@ -1,6 +1,7 @@
 """The operators an artifact may call. Anything else in a file is refused before it runs.
 
-All are pure functions of their arguments: none reads or writes a file, a device setting or a random state.
+None reads or writes a file, a device setting, a random state or memory that nobody wrote. None changes its arguments,
+except that `batch_norm` in training would update its statistics; `capture` lets no such call in.
 """
 
 import operator
@@ -9,21 +10,23 @@ from typing import Any
 
 import torch
 
+from ..errors import RedppError
+
 _ATEN = """
-_adaptive_avg_pool2d.default _softmax.default _log_softmax.default _unsafe_view.default
-_to_copy.default abs.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default
-adaptive_max_pool2d.default add.Scalar add.Tensor addmm.default alias.default amax.default amin.default
+_adaptive_avg_pool2d.default _softmax.default _log_softmax.default _to_copy.default _weight_norm.default
+ abs.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default
+adaptive_max_pool2d.default add.Scalar add.Tensor addmm.default amax.default amin.default
 any.default any.dim arange.default arange.start arange.start_step argmax.default argmin.default avg_pool1d.default
 avg_pool2d.default avg_pool3d.default baddbmm.default batch_norm.default bitwise_and.Tensor bitwise_not.default
 bmm.default bitwise_or.Tensor cat.default channel_shuffle.default chunk.default clamp.default clamp.Tensor clamp_max.default
-clamp_min.default clone.default concat.default constant_pad_nd.default contiguous.default conv1d.default
+clamp_min.default clone.default concat.default constant_pad_nd.default contiguous.default copy.default conv1d.default
 conv1d.padding conv2d.default conv2d.padding conv3d.default conv_transpose1d.default conv_transpose2d.input
-convolution.default cos.default cumsum.default detach.default detach_.default div.Scalar div.Tensor
-div.Tensor_mode dropout.default einsum.default elu.default embedding.default empty.memory_format eq.Scalar
-eq.Tensor erf.default exp.default expand.default expand_as.default expm1.default feature_dropout.default flatten.using_ints
+convolution.default cos.default cumsum.default div.Scalar div.Tensor
+div.Tensor_mode einsum.default elu.default embedding.default eq.Scalar
+eq.Tensor erf.default exp.default expand.default expand_as.default expm1.default fill.Scalar fill.Tensor flatten.using_ints
 flip.default floor.default floor_divide.default full.default full_like.default gather.default ge.Scalar
 ge.Tensor gelu.default glu.default group_norm.default gt.Scalar gt.Tensor hardsigmoid.default hardswish.default
-hardtanh.default index.Tensor index_select.default instance_norm.default item.default layer_norm.default
+hardtanh.default index.Tensor index_put.default index_select.default instance_norm.default item.default layer_norm.default
 le.Scalar le.Tensor leaky_relu.default lift_fresh_copy.default linalg_vector_norm.default linear.default
 log.default log1p.default log_softmax.int logical_and.default logical_not.default logical_or.default
 logsumexp.default lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor matmul.default max.default max.dim
@@ -33,13 +36,13 @@ mul.Tensor narrow.int native_group_norm.default native_layer_norm.default ne.Sca
 new_full.default new_ones.default new_zeros.default norm.ScalarOpt_dim ones.default ones_like.default pad.default permute.default
 pixel_shuffle.default pixel_unshuffle.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu.default
 reciprocal.default reflection_pad2d.default relu.default relu6.default remainder.Scalar repeat.default
-repeat_interleave.self_int replication_pad2d.default reshape.default rms_norm.default roll.default round.default rsqrt.default
-rsub.Scalar scaled_dot_product_attention.default select.int selu.default sigmoid.default sign.default
-silu.default sin.default slice.Tensor softmax.int softplus.default split.Tensor split.sizes split_with_sizes.default
+repeat_interleave.self_int replication_pad2d.default reshape.default reshape_as.default rms_norm.default roll.default round.default rsqrt.default
+rsub.Scalar scaled_dot_product_attention.default select.int select_scatter.default selu.default sigmoid.default sign.default
+silu.default sin.default slice.Tensor slice_scatter.default softmax.int softplus.default split.Tensor split.sizes split_with_sizes.default
 sqrt.default squeeze.default squeeze.dim squeeze.dims stack.default std.correction std.dim sub.Scalar sub.Tensor
 sum.default sum.dim_IntList sym_size.int t.default tan.default tanh.default topk.default transpose.int tril.default triu.default
 type_as.default to.dtype unbind.int unflatten.int unfold.default unsqueeze.default upsample_bicubic2d.vec
-upsample_bilinear2d.vec upsample_nearest2d.vec var.correction var.dim var_mean.correction view.default view_as.default
+upsample_bilinear2d.vec upsample_nearest2d.vec var.correction var.dim var_mean.correction
 where.ScalarOther where.ScalarSelf where.self zeros.default zeros_like.default
 """
 
@@ -56,6 +59,7 @@ def resolve(op: str) -> Callable[..., Any]:
 
     Raises:
         KeyError: the name is not on the allow-list.
+        RedppError: it is, but this release of torch lacks it.
     """
     if op not in ALLOWED:
         raise KeyError(op)
@@ -63,4 +67,11 @@ def resolve(op: str) -> Callable[..., Any]:
     if family == "py":
         return _PYTHON[rest]
     packet, _, overload = rest.partition(".")
-    return getattr(getattr(torch.ops.aten, packet), overload)
+    try:
+        return getattr(getattr(torch.ops.aten, packet), overload)
+    except AttributeError as error:
+        raise RedppError(
+            f"torch {torch.__version__} has no operator {op}",
+            "a release of torch with all operators that the network calls",
+            "install the release of torch that the model was packaged with",
+        ) from error

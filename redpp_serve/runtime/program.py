@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 from .graph import Graph, map_refs
 from .ops import resolve
@@ -42,13 +43,17 @@ class Program(nn.Module):
             dead = [slot[r] for r in set(node.refs()) if last[r] == k and r not in self.wanted]
             args = map_refs(node.args, lambda name: _Slot(slot[name]))
             kwargs = {key: map_refs(v, lambda name: _Slot(slot[name])) for key, v in node.kwargs.items()}
-            self._steps.append((resolve(node.op), args, kwargs, slot[node.name], dead))
+            fn = resolve(node.op)
+            if _makes_tensor(fn):
+                kwargs["device"] = _Slot(len(slot))
+            self._steps.append((fn, args, kwargs, slot[node.name], dead))
         self._returns = [slot[name] for name in self.wanted]
-        self._size = len(slot)
+        self._size = len(slot) + 1
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         values: list[Any] = [None] * self._size
         values[: len(inputs)] = inputs
+        values[-1] = inputs[0].device
         for index, buffer in self._constants:
             values[index] = self._buffers[buffer]
         for fn, args, kwargs, out, dead in self._steps:
@@ -61,6 +66,12 @@ class Program(nn.Module):
 
 class _Slot(int):
     """A position in the list of values; a type of its own, so that it differs from a constant integer."""
+
+
+def _makes_tensor(fn: Any) -> bool:
+    """Whether an operator makes a tensor from none, and so must be told on which device."""
+    names = [argument.name for argument in fn._schema.arguments] if isinstance(fn, OpOverload) else []
+    return "device" in names and not {"self", "input"} & set(names)
 
 
 def _fill(value: Any, values: list[Any]) -> Any:

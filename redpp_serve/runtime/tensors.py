@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
@@ -30,11 +30,14 @@ def read_safetensors(data: bytes) -> dict[str, Tensor]:
     header = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)
     body = memoryview(bytearray(data[8 + length :]))
-    tensors, end = {}, 0
+    tensors: dict[str, Tensor] = {}
+    end = 0
     for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
         start, stop = entry["data_offsets"]
-        dtype, shape = _DTYPES[entry["dtype"]], [int(d) for d in entry["shape"]]
-        if start != end or min(shape, default=1) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        if not all(type(size) is int and 0 <= size < 1 << 40 for size in (start, stop, *shape)):
+            raise ValueError(f"tensor {name[:60]!r} has a shape or data range of other than sizes")
+        if start != end or stop - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"tensor {name[:60]!r} has a data range that does not fit its shape or neighbours")
         end = stop
         if stop > len(body):

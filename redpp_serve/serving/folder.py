@@ -6,7 +6,8 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
@@ -32,23 +33,63 @@ def model_name(folder: Path) -> str:
 def serve(
     folder: Path, *, workers: int = 1, ports: Ports | None = None, auth: bool = True, say: Callable[[str], None] = print
 ) -> None:
-    """Serve both versions until Ctrl-C or SIGTERM, then stop every process that was started."""
-    name = model_name(folder)
+    """Serve both versions until Ctrl-C or SIGTERM, then stop every process that was started.
+
+    Raises:
+        RedppError: not a packaged folder, a server that does not come up, or one that ends by itself.
+    """
+    server = TorchServe(folder, name=model_name(folder), workers=workers, ports=ports, auth=auth, progress=_note)
+    with _stopped_by_signal() as stop:
+        try:
+            try:
+                server.start()
+                for line in _how_to_ask(server, auth):
+                    say(line)
+                while True:
+                    server.check_alive()
+                    stop.wait(1.0)
+            finally:
+                stop.set()
+        finally:
+            server.stop()
+    _note("stopped")
+
+
+def _how_to_ask(server: TorchServe, auth: bool) -> list[str]:
+    header = '-H "Authorization: Bearer TOKEN" ' if auth else ""
+    urls = [f"{variant:<9} {server.url(version)}" for version, variant in zip(server.versions, ("original", "redpp"))]
+    token = server.headers("inference")["Authorization"].removeprefix("Bearer ") if auth else None
+    return [
+        *urls, f"{'metrics':<9} {server.metrics_url}", *([f"{'token':<9} {token}"] if token else []),
+        f"{'try':<9} curl {header}-H 'Content-Type: application/octet-stream' --data-binary @FILE {server.url(server.versions[1])}",
+        "Ctrl-C stops the server.",
+    ]  # fmt: skip
+
+
+class _Stop(BaseException):
+    """A signal asked to stop; like KeyboardInterrupt no ``except Exception`` catches it."""
+
+
+@contextmanager
+def _stopped_by_signal() -> Iterator[threading.Event]:
+    """SIGINT or SIGTERM ends the body, also while it waits for the server to start. Once the event is set, or a
+    signal has come, further ones are ignored: stopping must not be interrupted half-way."""
     stop = threading.Event()
-    previous = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(*_: object) -> None:
+        if not stop.is_set():
+            stop.set()
+            raise _Stop
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        note = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-        with TorchServe(folder, name=name, workers=workers, ports=ports, auth=auth, progress=note) as server:
-            for version, variant in zip(server.versions, ("original", "redpp")):
-                say(f"{variant:<9} {server.url(version)}")
-            say(f"{'metrics':<9} {server.metrics_url}")
-            if auth:
-                say(f"{'token':<9} {server.headers('inference')['Authorization'].removeprefix('Bearer ')}")
-            header = '-H "Authorization: Bearer TOKEN" ' if auth else ""
-            say(f"try       curl {header}-H 'Content-Type: application/octet-stream' --data-binary @FILE {server.url(server.versions[1])}")
-            say("Ctrl-C stops the server.")
-            while not stop.wait(1.0):
-                server.check_alive()
+        yield stop
+    except _Stop:
+        pass
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,54 @@
+"""Which in-place operators of an exported program are more than a new value under an old name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+
+
+def is_in_place(target: Any) -> bool:
+    """Whether calling ``target`` changes its first argument, as ``aten.relu_.default`` does."""
+    if not isinstance(target, OpOverload) or not target._schema.arguments:
+        return False
+    alias = target._schema.arguments[0].alias_info
+    return alias is not None and alias.is_write
+
+
+def writes_to_views(exported: ExportedProgram) -> bool:
+    """Whether an in-place operator changes a parameter, a buffer, or memory that a later node reads as another view.
+
+    For all other programs, giving the in-place operator's result the old value's name keeps the meaning.
+    """
+    nodes = list(exported.graph.nodes)
+    order = {node: k for k, node in enumerate(nodes)}
+    stored = {spec.arg.name for spec in exported.graph_signature.input_specs}
+    stored -= set(exported.graph_signature.user_inputs)
+    memory: dict[torch.fx.Node, torch.fx.Node] = {}  # the node that made the memory a node's value lies in
+    value: dict[torch.fx.Node, torch.fx.Node] = {}  # the same for nodes that are one whole value, not a part of it
+    for node in nodes:
+        first = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else node
+        memory[node] = memory[first] if first is not node and _may_alias(node.target) else node
+        value[node] = value[first] if first is not node and is_in_place(node.target) else node
+    for write in nodes:
+        if not is_in_place(write.target):
+            continue
+        changed = write.args[0]
+        if memory[changed].name in stored:
+            return True
+        for node in nodes[: order[write]]:
+            shares = memory[node] is memory[changed] and value[node] is not value[changed]
+            if shares and any(order[user] > order[write] for user in node.users):
+                return True
+    return False
+
+
+def _may_alias(target: Any) -> bool:
+    """Whether the result may lie in the first argument's memory: views, in-place operators, items of a list."""
+    if not isinstance(target, OpOverload):
+        return getattr(target, "__name__", "") == "getitem"
+    if "dropout" in target._schema.name:  # in eval mode it returns its argument, which the schema does not say
+        return True
+    return any(result.alias_info is not None for result in target._schema.returns)

@@ -1,0 +1,94 @@
+"""Convolution epilogues on the CPU: activation and residual add inside oneDNN's convolution, weights packed once.
+
+The calls that torch.compile makes when it freezes a network (torch/_inductor/fx_passes/mkldnn_fusion.py), made here
+at load, without a compiler on the server. Original and pruned networks get the same treatment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .graph import Graph, Node, Ref
+from .ops import FUSED_CONV
+from .program import value_shapes
+
+_CONV, _ADD, _RELU = "aten.conv2d.default", "aten.add.Tensor", "aten.relu.default"
+_ACTIVATIONS: dict[str, tuple[str, list[float]]] = {
+    _RELU: ("relu", []),
+    "aten.relu6.default": ("hardtanh", [0.0, 6.0]),
+    "aten.silu.default": ("swish", []),
+    "aten.hardswish.default": ("hardswish", []),
+    "aten.hardsigmoid.default": ("hardsigmoid", []),
+}
+
+
+def available() -> bool:
+    """Whether this build of torch has oneDNN and its fused convolution."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+def fuse_epilogues(graph: Graph) -> Graph:
+    """The same function with each float32 convolution taking over the add and the activation that alone follow it.
+
+    The weights become packed tensors that only the CPU can read: call it last.
+    """
+    users, shapes = graph.users(), value_shapes(graph)
+    tensors, replaced, absorbed = dict(graph.tensors), {}, set()
+    for node in graph.nodes:
+        if node.op != _CONV or node.args[1].name not in tensors or tensors[node.args[1].name].dtype != torch.float32:
+            continue
+        last, other, activation = node, None, ("none", [])
+        follower = _only_reader(graph, users, last)
+        partner = _other_summand(follower, node.name)
+        if partner and follower.name not in {*absorbed, *replaced} and shapes.get(partner) == shapes[node.name]:
+            absorbed.add(last.name)
+            last, other = follower, Ref(partner)
+            follower = _only_reader(graph, users, last)
+        if follower and follower.op in (_ACTIVATIONS if other is None else (_RELU,)):
+            absorbed.add(last.name)
+            last, activation = follower, _ACTIVATIONS[follower.op]
+        packed, geometry = _pack(tensors[node.args[1].name], node)
+        tensors[f"{node.name}.packed"] = packed
+        bias = node.args[2] if len(node.args) > 2 else None
+        replaced[last.name] = Node(last.name, FUSED_CONV, (node.args[0], other, Ref(f"{node.name}.packed"), bias, *geometry, *activation))
+    nodes = tuple(replaced.get(n.name, n) for n in graph.nodes if n.name in replaced or n.name not in absorbed)
+    return replace(graph, nodes=nodes, tensors=tensors).pruned_of_unused()
+
+
+def fused_conv2d(
+    x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
+    dilation: list[int], groups: int, activation: str, scalars: list[float],
+) -> Tensor:  # fmt: skip
+    """``activation(conv2d(x, weight) + bias + other)``, (N, n_in, H, W) to (N, n_out, H', W'), float32 on the CPU."""
+    call = torch.ops.mkldnn._convolution_pointwise
+    if other is None:
+        return call.default(x, weight, bias, padding, stride, dilation, groups, activation, scalars, "")
+    after = None if activation == "none" else activation
+    return call.binary(x, other, weight, bias, padding, stride, dilation, groups, "add", None, after, scalars, None)
+
+
+def _pack(weight: Tensor, node: Node) -> tuple[Tensor, tuple[Any, ...]]:
+    given = [*node.args[3:], *[None] * 4]
+    stride, padding, dilation = (
+        [default] * 2 if value is None else [value] * 2 if isinstance(value, int) else [value[0], value[-1]]
+        for value, default in zip(given, (1, 0, 1))
+    )
+    groups = given[3] or 1
+    packed = torch.ops.mkldnn._reorder_convolution_weight(weight.contiguous(), padding, stride, dilation, groups, None)
+    return packed, (stride, padding, dilation, groups)
+
+
+def _only_reader(graph: Graph, users: dict[str, list[Node]], node: Node) -> Node | None:
+    readers = users.get(node.name, [])
+    return readers[0] if len(readers) == 1 and node.name not in graph.outputs else None
+
+
+def _other_summand(node: Node | None, name: str) -> str | None:
+    """What an unscaled add of two values adds to ``name``."""
+    if node is None or node.op != _ADD or node.kwargs or not all(isinstance(a, Ref) for a in node.args):
+        return None
+    return next((a.name for a in node.args if a.name != name), None)

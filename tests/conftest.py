@@ -1,0 +1,42 @@
+"""Options of the test run, and what several test modules share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--overwrite", action="store_true", help="rewrite the golden files of tests/golden")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare a text with ``golden/NAME.txt``; with ``--overwrite`` write it there instead."""
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / f"{name}.txt"
+        if request.config.getoption("--overwrite"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8", newline="\n")
+        assert path.is_file(), f"{path.name} is missing: run pytest with --overwrite and look at what it wrote"
+        assert text == path.read_text(encoding="utf-8")
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package of the small network, merged exactly, with pre-processing; read only."""
+    from small import SHIFT, captured, write_model
+
+    from redpp_serve.handlers.preprocess import Preprocess
+    from redpp_serve.packaging.package import Serving, package
+    from redpp_serve.pruning.options import Options
+
+    folder = tmp_path_factory.mktemp("packaged")
+    package(captured(write_model(folder)), folder / "dist" / "small", name="small", options=Options(merge="exact"),
+            serving=Serving(4, 1, 1), preprocess=Preprocess("L", 12, 12, (SHIFT,), (0.25,)))  # fmt: skip
+    return folder / "dist" / "small"
