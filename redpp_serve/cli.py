@@ -196,7 +196,7 @@ def _package(options: argparse.Namespace) -> None:
     from .pruning.stages import Stages
     from .report.text import package_summary
 
-    name = options.name or options.file.stem
+    name = options.file.stem if options.name is None else options.name
     check_name(name)  # all that the command line alone can decide comes before any work
     out = options.out or Path("dist") / name
     check_out(out)

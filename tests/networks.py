@@ -1,43 +1,154 @@
-"""Small networks; also what ``--arch tests/networks.py:Small`` builds."""
+"""Random small networks as graphs, built without torch.export, and what the tests of pruning do with them."""
 
-from torch import Tensor, nn
+from __future__ import annotations
 
+from collections.abc import Sequence
 
-class Small(nn.Module):
-    """Two convolutions with batch norms and a classifier."""
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-    def __init__(self, width: int = 8, classes: int = 5) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.body = nn.Sequential(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU())
-        self.head = nn.Linear(2 * width, classes)
+from redpp_serve.graph.channels import InnerChannels, find_inner_channels
+from redpp_serve.runtime.graph import Graph, InputSpec, Node, Ref
+from redpp_serve.runtime.program import Program
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(self.stem(x)).mean((2, 3)))
-
-
-class Two(nn.Module):
-    """An image and a vector; two outputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 8, 3)
-        self.norm = nn.BatchNorm2d(8)
-        self.join = nn.Linear(8, 8)
-        self.side = nn.Linear(4, 8)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, image: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.join(self.norm(self.conv(image)).relu().mean((2, 3)))
-        return self.head(hidden + self.side(vector)), hidden
+KINDS = ("chain", "residual", "depthwise", "flatten", "mlp", "tokens", "branches", "bare")
+few = settings(max_examples=12, deadline=None, derandomize=True, database=None)
+many = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+seeds = st.integers(0, 2**31)
 
 
-class Flat(nn.Module):
-    """One layer, which is the output: nothing to prune."""
+class Builder:
+    """Adds one operator at a time; each method returns the new value's name. Weights are random, scaled to keep
+    activations near 1."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.only = nn.Linear(6, 4)
+    def __init__(self, *shape: int, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.inputs = [InputSpec("x", shape)]
+        self.tensors: dict[str, Tensor] = {}
+        self.nodes: list[Node] = []
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.only(x)
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def tensor(self, name: str, value: Tensor) -> Ref:
+        self.tensors[name] = value
+        return Ref(name)
+
+    def op(self, name: str, op: str, *args: object) -> str:
+        self.nodes.append(Node(name, f"aten.{op}", args))
+        return name
+
+    def conv(self, x: str, name: str, n_in: int, n_out: int, k: int = 3, stride: int = 1, groups: int = 1, bias: bool = True) -> str:
+        per_group = n_in // groups
+        weight = self.tensor(f"{name}.weight", self.random(n_out, per_group, k, k) * (2 / (per_group * k * k)) ** 0.5)
+        add = self.tensor(f"{name}.bias", 0.1 * self.random(n_out)) if bias else None
+        return self.op(name, "conv2d.default", Ref(x), weight, add, [stride] * 2, [k // 2] * 2, [1, 1], groups)
+
+    def linear(self, x: str, name: str, n_in: int, n_out: int, bias: bool = True) -> str:
+        weight = self.tensor(f"{name}.weight", self.random(n_out, n_in) * (2 / n_in) ** 0.5)
+        return self.op(name, "linear.default", Ref(x), weight, *([self.tensor(f"{name}.bias", 0.1 * self.random(n_out))] if bias else []))
+
+    def norm(self, x: str, name: str, n: int) -> str:
+        spread = lambda: 0.5 + torch.rand(n, generator=self.generator)  # noqa: E731
+        values = {"weight": spread(), "bias": 0.2 * self.random(n), "running_mean": 0.2 * self.random(n), "running_var": spread()}
+        refs = [self.tensor(f"{name}.{key}", value) for key, value in values.items()]
+        return self.op(name, "batch_norm.default", Ref(x), *refs, False, 0.1, 1e-5, True)
+
+    def relu(self, x: str) -> str:
+        return self.op(f"{x}_relu", "relu.default", Ref(x))
+
+    def mean(self, x: str) -> str:
+        return self.op(f"{x}_mean", "mean.dim", Ref(x), [2, 3])
+
+    def flatten(self, x: str) -> str:
+        return self.op(f"{x}_flat", "flatten.using_ints", Ref(x), 1)
+
+    def add(self, a: str, b: str) -> str:
+        return self.op(f"{a}_{b}", "add.Tensor", Ref(a), Ref(b))
+
+    def graph(self, *outputs: str) -> Graph:
+        return Graph(tuple(self.inputs), dict(self.tensors), tuple(self.nodes), outputs)
+
+
+def network(kind: str, width: int = 8, seed: int = 0) -> Graph:
+    """A network of one kind. Its inner channels are those of ``inner`` (and more, for some)."""
+    if kind in ("mlp", "tokens"):
+        b = Builder(*([5] if kind == "mlp" else [6, 5]), seed=seed)
+        hidden = b.relu(b.linear("x", "inner", 5, width))
+        return b.graph(b.linear(b.relu(b.linear(hidden, "second", width, width + 1)), "head", width + 1, 3, bias=False))
+    b = Builder(3, 6, 5, seed=seed)
+    stem = b.relu(b.norm(b.conv("x", "stem", 3, 4, bias=False), "stem_bn", 4))
+    if kind == "bare":  # neither batch norm nor bias
+        hidden = b.relu(b.conv(stem, "inner", 4, width, bias=False))
+        second = b.relu(b.conv(hidden, "second", width, width, bias=False))
+        return b.graph(b.conv(second, "head", width, 3, 1, bias=False))
+    hidden = b.relu(b.norm(b.conv(stem, "inner", 4, width, bias=False), "inner_bn", width))
+    if kind == "depthwise":
+        hidden = b.relu(b.norm(b.conv(hidden, "spatial", width, width, groups=width), "spatial_bn", width))
+    if kind == "flatten":
+        pooled = b.op("pool", "max_pool2d.default", Ref(hidden), [2, 2])
+        return b.graph(b.linear(b.flatten(pooled), "head", width * 6, 3))
+    if kind == "branches":
+        left = b.conv(hidden, "left", width, 4, bias=False)
+        right = b.norm(b.conv(hidden, "right", width, 4, 1, bias=False), "right_bn", 4)
+        return b.graph(b.linear(b.mean(b.add(left, right)), "head", 4, 3), b.linear(b.mean(hidden), "aux", width, 2))
+    out = b.norm(b.conv(hidden, "second", width, 4, bias=kind == "chain"), "second_bn", 4)
+    out = b.relu(b.add(stem, out) if kind in ("residual", "depthwise") else out)
+    return b.graph(b.linear(b.mean(out), "head", 4, 3))
+
+
+@st.composite
+def networks(draw: st.DrawFn, kinds: Sequence[str] = KINDS) -> Graph:
+    """Any of the kinds, any width, any weights; half of them quantised to few values, so that kernels repeat."""
+    graph = network(draw(st.sampled_from(kinds)), draw(st.integers(2, 20)), draw(seeds))
+    return quantised(graph) if draw(st.booleans()) else graph
+
+
+def quantised(graph: Graph, step: float = 0.25) -> Graph:
+    """Weights of convolutions and Linear on a coarse grid."""
+    return graph.with_tensors({name: (t / step).round() * step for name, t in graph.tensors.items() if t.dim() > 1})
+
+
+def inner_of(graph: Graph, name: str = "inner") -> InnerChannels:
+    """The inner channels that the layer of that name produces."""
+    return next(inner for inner in find_inner_channels(graph)[0] if inner.producer.name == name)
+
+
+def plant(graph: Graph, copies: dict[int, int], name: str = "inner") -> Graph:
+    """Make channel ``a`` a copy of channel ``b`` for each item (a, b), in every per-channel tensor."""
+    changed = {}
+    for tensor in inner_of(graph, name).per_channel:
+        changed[tensor] = graph.tensors[tensor].clone()
+        for a, b in copies.items():
+            changed[tensor][a] = changed[tensor][b]
+    return graph.with_tensors(changed)
+
+
+def permuted(graph: Graph, order: Tensor, name: str = "inner") -> Graph:
+    """The same function with the hidden channels in another order."""
+    inner = inner_of(graph, name)
+    changed = {tensor: graph.tensors[tensor][order] for tensor in inner.per_channel}
+    for layer, columns in inner.consumers:
+        w = graph.tensors[layer.weight]
+        changed[layer.weight] = w.view(len(w), len(order), -1)[:, order].reshape(w.shape)
+    return graph.with_tensors(changed)
+
+
+def example(graph: Graph, count: int = 3, seed: int = 1) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(count, *i.shape, dtype=torch.float64, generator=generator) for i in graph.inputs)
+
+
+@torch.no_grad()
+def outputs(graph: Graph, count: int = 3) -> tuple[Tensor, ...]:
+    """What the graph gives in float64 for fixed random inputs."""
+    return Program(graph.to(torch.float64))(*example(graph, count))
+
+
+def difference(a: Graph, b: Graph) -> float:
+    """Relative difference of two graphs' outputs in float64."""
+    pairs = list(zip(outputs(a), outputs(b), strict=True))
+    lost, norm = (sum(float(t.square().sum()) for t in part) for part in ([x - y for x, y in pairs], [x for x, _ in pairs]))
+    return (lost / max(norm, 1e-300)) ** 0.5

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from networks import Small
+from small_networks import Small
 from torch import Tensor, nn
 
 from redpp_serve.capture import Captured, capture_file
@@ -15,7 +15,7 @@ from redpp_serve.runtime.program import Program
 
 SHAPE, CLASSES, SHIFT = (1, 12, 12), 5, 0.5
 INPUT = "1x12x12"
-ARCH = Path(__file__).parent / "networks.py"
+ARCH = Path(__file__).parent / "small_networks.py"
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:

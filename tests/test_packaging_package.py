@@ -14,14 +14,16 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from networks import Flat, Two
+from small_networks import Flat, Two
 from small import SHAPE, arguments, captured, network, outputs, randomise, write_data, write_model
 
 import redpp_serve.packaging.package as module
+import redpp_serve.pruning.pipeline as pipeline
 from redpp_serve.errors import GateFailed, RedppError
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.packaging.package import Serving, describe_machine, package, request_body
 from redpp_serve.pruning.options import Options
+from redpp_serve.pruning.synthetic import Plan
 from redpp_serve.runtime.graph import InputSpec
 
 FILES = {"original.mar", "redpp.mar", "config.properties", "log4j2.xml", "model-config.yaml", "README.md", "inputs.npz",
@@ -32,8 +34,9 @@ FAST = Options(keep=0.5, time_budget=1)
 
 @pytest.fixture
 def untried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the trial run of both archives, which takes seconds and has tests of its own."""
+    """Few inputs, and no trial run of both archives, which takes seconds and has tests of its own."""
     monkeypatch.setattr(module, "run_archives", lambda *_: [])
+    monkeypatch.setattr(pipeline, "plan", lambda *_: Plan(32, 8, 10))
 
 
 @pytest.fixture
@@ -110,8 +113,9 @@ def test_exact_merging_removes_the_twins_and_keeps_the_function(packaged: Path) 
 
 def test_equal_input_gives_equal_archives_in_every_process(model: Path, tmp_path: Path) -> None:
     words = ["package", *arguments(model), "--keep", "0.5", "--time-budget", "60", "--name", "same"]
-    code = ("import sys, redpp_serve.packaging.package as p, redpp_serve.cli as c\n"
-            "p.run_archives = lambda *_: []\nsys.exit(c.main(sys.argv[1:]))")  # fmt: skip
+    code = ("import sys, redpp_serve.packaging.package as p, redpp_serve.pruning.pipeline as q, redpp_serve.cli as c\n"
+            "from redpp_serve.pruning.synthetic import Plan\n"  # fewer inputs and no trial runs: faster
+            "p.run_archives, q.plan = lambda *_: [], lambda *_: Plan(32, 16, 4)\nsys.exit(c.main(sys.argv[1:]))")  # fmt: skip
     children = []
     for seed in ("1", "2"):
         command = [sys.executable, "-c", code, *words, "--out", str(tmp_path / seed)]
@@ -136,8 +140,8 @@ def test_a_dry_run_writes_nothing_at_all(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("choice", "number"), [
     ({"keep": 0.5, "max_error": 0.0001}, r"relative output error .* is 0\.\d+\. Expected: at most 0\.0001 \(--max-error\)"),
-    ({"keep": 0.5, "min_agreement": 1.0, "round_to": 1, "hash_error": 0.9}, r"top-1 agreement .* is 0\.\d+\. Expected: at least 1 \(--min-agreement\)"),
-    ({"keep": 0.5, "max_accuracy_drop": 0.01, "round_to": 1, "hash_error": 0.9}, r"accuracy falls by \d+\.\d\d points, from 100.00% to .*\(--max-accuracy-drop\)"),
+    ({"merge": "exact", "min_agreement": 1.0, "hash_error": 0.9}, r"top-1 agreement .* is 0\.\d+\. Expected: at least 1 \(--min-agreement\)"),
+    ({"merge": "exact", "max_accuracy_drop": 0.01, "hash_error": 0.9}, r"accuracy falls by \d+\.\d\d points, from 100.00% to .*\(--max-accuracy-drop\)"),
 ])  # fmt: skip
 def test_a_missed_gate_names_its_number_and_leaves_nothing(
     model: Path, tmp_path: Path, choice: dict[str, Any], number: str
@@ -218,8 +222,6 @@ def test_a_full_disk_leaves_the_earlier_package_as_it_was(
 def test_an_interrupt_leaves_the_inputs_for_the_next_run_and_nothing_else(
     model: Path, tmp_path: Path, untried: None, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    import redpp_serve.pruning.pipeline as pipeline
-
     owner, name = {"reconstruct": (pipeline, "_reconstruct"), "package": (module, "write_reports")}[stage]
     real = getattr(owner, name)
 

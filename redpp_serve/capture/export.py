@@ -31,7 +31,8 @@ _DROPOUT = ("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_
 # A view of a tensor in channels-last layout is not always possible, and a server lays tensors out as it likes.
 _RENAMED = {"aten.view.default": "aten.reshape.default", "aten._unsafe_view.default": "aten.reshape.default",
             "aten.view_as.default": "aten.reshape_as.default", "aten.empty.memory_format": "aten.zeros.default",
-            "aten.__and__.Tensor": "aten.bitwise_and.Tensor", "aten.__or__.Tensor": "aten.bitwise_or.Tensor"}  # fmt: skip
+            "aten.__and__.Tensor": "aten.bitwise_and.Tensor",
+            "aten.__or__.Tensor": "aten.bitwise_or.Tensor"}  # fmt: skip
 _FUNCTIONAL_NORM = "aten._native_batch_norm_legit_no_training.default"
 _PLACEMENT = ("device", "pin_memory", "layout")  # the server decides
 
@@ -56,7 +57,8 @@ def capture(source: nn.Module | ExportedProgram, inputs: Sequence[InputSpec], me
     else:
         module = source
         if source.training or any(m.training for m in source.modules()):
-            messages.append("the network was in train mode; switched to eval mode (dropout off, batch norm by statistics)")
+            messages.append("the network was in train mode; "
+                            "switched to eval mode (dropout off, batch norm by statistics)")
             source.eval()
         exported = _export(source, example)
     graph = to_graph(exported, inputs)
@@ -106,7 +108,7 @@ def to_graph(exported: ExportedProgram, inputs: Sequence[InputSpec]) -> Graph:
     signature = exported.graph_signature
     if signature.buffers_to_mutate or getattr(signature, "parameters_to_mutate", None):
         raise not_capturable("its forward changes a buffer or parameter, as batch norm does in train mode",
-                              "a network in eval mode, a forward that keeps no state")
+                             "a network in eval mode, a forward that keeps no state")
     tensors, names = _stored_tensors(exported)
     specs = _input_specs(exported, inputs, taken=set(tensors))
     names.update(zip(signature.user_inputs, (spec.name for spec in specs)))
@@ -121,7 +123,7 @@ def to_graph(exported: ExportedProgram, inputs: Sequence[InputSpec]) -> Graph:
             continue
         if op not in ALLOWED and op != _FUNCTIONAL_NORM:
             raise not_capturable(f"operator {fx.target} has no place in an artifact",
-                                  "operators of the allow-list (runtime/ops.py)")
+                                 "operators of the allow-list (runtime/ops.py)")
         args = tuple(_constant(a, names) for a in fx.args)
         dropped = _PLACEMENT if op != "aten.zeros.default" else (*_PLACEMENT, "memory_format")
         kwargs = {k: _constant(v, names) for k, v in fx.kwargs.items() if k not in dropped}
@@ -181,7 +183,8 @@ def _input_specs(exported: ExportedProgram, inputs: Sequence[InputSpec], taken: 
     entries = [e for e in exported.graph_signature.input_specs if e.kind is InputKind.USER_INPUT]
     if len(entries) != len(inputs) or not all(isinstance(e.arg, TensorArgument) for e in entries):
         arguments = ", ".join(str(e.arg.name) for e in entries)
-        raise not_capturable(f"forward takes {arguments}; {len(inputs)} --input given", "one --input for each, all tensors")
+        raise not_capturable(f"forward takes {arguments}; {len(inputs)} --input given",
+                             "one --input for each, all tensors")
     specs = []
     for entry, spec in zip(entries, inputs):
         value, name = values[entry.arg.name], entry.arg.name

@@ -89,8 +89,8 @@ def _bin_index(values: Tensor, low: float, step: float, bins: int) -> Tensor:
 
 
 def density(grid: Grid, bandwidth: float) -> Array:
-    """Gaussian kernel density at the grid points (bins + 1,), by FFT; integrates to 1."""
-    reach = min(grid.bins, int(np.ceil(5 * bandwidth / grid.step)) + 1)
+    """Gaussian kernel density at the grid points (bins + 1,), by FFT; for a bandwidth of at most the grid's width."""
+    reach = int(min(5 * grid.bins, np.ceil(5 * bandwidth / grid.step) + 1))
     length = 1 << int(np.ceil(np.log2(grid.bins + 1 + reach)))
     frequency = 2 * np.pi * np.fft.rfftfreq(length)
     smooth = np.exp(-0.5 * (frequency * bandwidth / grid.step) ** 2)

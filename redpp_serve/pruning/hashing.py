@@ -129,7 +129,7 @@ class _Family:
 
 def _kde_family(grid: Grid) -> _Family:
     fine = max(1e-4 * grid.rms, 1.5 * grid.step)
-    coarse = max(2.0 * grid.rms, fine)
+    coarse = max(min(2.0 * grid.rms, grid.bins * grid.step), fine)
 
     def make(fineness: float) -> Codebook:
         bandwidth = coarse * (fine / coarse) ** fineness
@@ -144,11 +144,12 @@ def _kde_family(grid: Grid) -> _Family:
 
 
 def _uniform_family(grid: Grid) -> _Family:
-    coarse, fine = grid.bins * grid.step, 2.0 * grid.step
+    high = grid.low + grid.bins * grid.step
+    coarse, fine = 4.0 * max(abs(grid.low), abs(high)), 2.0 * grid.step  # all at zero; two bins
 
     def make(fineness: float) -> Codebook:
         step = coarse * (fine / coarse) ** fineness
-        first, last = np.floor(grid.low / step), np.ceil((grid.low + grid.bins * grid.step) / step)
+        first, last = np.floor(grid.low / step), np.ceil(high / step)
         levels = step * np.arange(first, last + 1)
         borders = np.clip(np.round((levels[:-1] + step / 2 - grid.low) / grid.step), 0, grid.bins).astype(np.int64)
         return _codebook("uniform", grid, borders, levels)

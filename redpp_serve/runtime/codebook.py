@@ -54,7 +54,9 @@ def decode(codebook: Tensor, indices: Tensor, bits: int, shape: Sequence[int]) -
     if not all(type(size) is int and size >= 0 for size in shape) or codebook.dim() != 1:
         raise ValueError(f"a codebook of {codebook.dim()} dimensions for a weight of shape {shape}")
     count = math.prod(shape)
-    if type(bits) is not int or bits not in (1, 2, 4, 8, 16) or indices.dtype != torch.uint8 or indices.numel() != math.ceil(count * bits / 8):
+    if type(bits) is not int or bits not in (1, 2, 4, 8, 16):
+        raise ValueError(f"an index of {bits} bits")
+    if indices.dtype != torch.uint8 or indices.shape != (math.ceil(count * bits / 8),):
         raise ValueError(f"{indices.numel()} index bytes of {bits} bits for {count} weights")
     if bits == 16:
         pairs = indices.view(-1, 2).long()

@@ -1,0 +1,54 @@
+"""The README of a package: names, shapes and commands of this model, and the code in it works."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+
+from redpp_serve.handlers.preprocess import Preprocess
+from redpp_serve.packaging.readme import readme
+from redpp_serve.runtime.graph import InputSpec
+
+IMAGE = InputSpec("x", (3, 8, 9))
+TWO = (InputSpec("tokens", (5,), "int64"), InputSpec("image", (1, 4, 4)))
+
+
+def test_names_shapes_and_preprocessing() -> None:
+    text = readme("resnet-50.v2", (IMAGE,), Preprocess("RGB", 8, 9, (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)))
+    assert text.startswith("# resnet-50.v2: original (1.0) and pruned (2.0)\n")
+    assert "--models resnet-50.v2=original.mar resnet-50.v2=redpp.mar" in text
+    assert "/predictions/resnet-50.v2/2.0" in text and "`x` 3x8x9 float32" in text
+    assert "converted to mode RGB, resized to 8x9" in text and "mean (0.5, 0.4, 0.3) and std (0.25, 0.2, 0.1)" in text
+
+
+def test_without_preprocessing_images_are_said_to_be_refused() -> None:
+    assert "images are refused" in readme("m", (IMAGE,), None)
+    assert "images are refused" not in readme("m", (IMAGE,), Preprocess("RGB", 8, 9, (0.0,) * 3, (1.0,) * 3))
+
+
+def test_several_inputs_travel_as_npz_by_name() -> None:
+    text = readme("m", TWO, None)
+    assert "`tokens` 5 int64; `image` 1x4x4 float32" in text and "--data-binary @input.npz" in text
+    assert ".npz` or JSON with the inputs by name" in text
+
+
+@pytest.mark.parametrize("inputs", [(IMAGE,), TWO])
+def test_the_command_that_makes_a_request_works(tmp_path: Path, inputs: tuple[InputSpec, ...]) -> None:
+    arrays = {i.name: numpy.arange(3 * numpy.prod(i.shape)).reshape(3, *i.shape).astype(i.dtype) for i in inputs}
+    numpy.savez(tmp_path / "inputs.npz", **arrays)
+    command = next(line for line in readme("m", inputs, None).splitlines() if "import numpy" in line)
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=tmp_path, check=True, timeout=60)
+    if len(inputs) == 1:
+        assert (numpy.load(tmp_path / "input.npy") == arrays["x"][0]).all()
+    else:
+        with numpy.load(tmp_path / "input.npz") as file:
+            assert {k: file[k].tolist() for k in file.files} == {k: v[0].tolist() for k, v in arrays.items()}
+
+
+def test_no_place_holder_is_left() -> None:
+    for inputs in ((IMAGE,), TWO):
+        assert not re.search(r"\{\w*\}", readme("m", inputs, None).replace("{k: f[k][0]", ""))

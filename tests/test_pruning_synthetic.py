@@ -1,0 +1,182 @@
+"""Synthetic inputs: matched to batch norm, deterministic, resumable, and bounded by a deadline."""
+
+import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import Builder, many, network
+
+from redpp_serve.graph.layers import mac_count
+from redpp_serve.pruning import synthetic
+from redpp_serve.pruning.synthetic import Plan, plan, smooth_noise, synthesize
+from redpp_serve.runtime.graph import InputSpec, Ref
+
+SMALL = Plan(images=24, batch=8, steps=6)
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_matching_lowers_the_mismatch_and_leaves_unit_scale():
+    made = synthesize(network("residual"), Plan(32, 16, 40), seed=1)
+    assert made.note == "" and made.losses[1] < 0.25 * made.losses[0]
+    assert made.inputs[0].shape == (32, 3, 6, 5) and made.inputs[0].isfinite().all()
+    assert 0.3 < float(made.inputs[0].std()) < 3
+
+
+def test_the_statistics_of_each_batch_norm_are_approached():
+    graph = network("chain")
+    made = synthesize(graph, Plan(32, 32, 60))
+    before = synthetic._Matcher(graph, [n for n in graph.nodes if "batch_norm" in n.op], "cpu").loss(smooth_noise(graph.inputs, 32, 0))
+    after = synthetic._Matcher(graph, [n for n in graph.nodes if "batch_norm" in n.op], "cpu").loss(made.inputs)
+    assert float(after) == pytest.approx(made.losses[1], rel=1e-4) and float(after) < 0.2 * float(before)
+
+
+def test_one_seed_one_result():
+    graph = network("chain")
+    first, second, other = (synthesize(graph, SMALL, seed=s) for s in (3, 3, 4))
+    assert equal(first.inputs, second.inputs) and first == replace(second, inputs=first.inputs)
+    assert not equal(first.inputs, other.inputs)
+    batches = first.inputs[0].split(8)
+    assert not torch.equal(batches[0], batches[1])
+
+
+def test_another_process_makes_the_same_bytes():
+    code = ("import hashlib, networks; from redpp_serve.pruning.synthetic import Plan, synthesize; "
+            "made = synthesize(networks.network('chain'), Plan(16, 8, 4), seed=3); "
+            "print(hashlib.sha256(made.inputs[0].numpy().tobytes()).hexdigest(), made.losses)")  # fmt: skip
+    runs = {subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+            for _ in range(2)}  # fmt: skip
+    assert len(runs) == 1 and len(runs.pop()) > 64
+
+
+@pytest.mark.parametrize("finished", [1, 2, 3])
+def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, finished):
+    graph, checkpoint = network("chain"), tmp_path / "inputs.safetensors"
+    whole = synthesize(graph, SMALL, seed=5)
+
+    def interrupt(done, total):
+        assert total == 18
+        if done == finished * SMALL.steps + 1:
+            raise KeyboardInterrupt
+
+    if finished < 3:
+        with pytest.raises(KeyboardInterrupt):
+            synthesize(graph, SMALL, seed=5, checkpoint=checkpoint, progress=interrupt)
+    else:
+        synthesize(graph, SMALL, seed=5, checkpoint=checkpoint)
+    steps = []
+    resumed = synthesize(graph, SMALL, seed=5, checkpoint=checkpoint, progress=lambda done, total: steps.append(done))
+    assert len(steps) == (3 - finished) * SMALL.steps  # finished batches were not made again
+    assert equal(resumed.inputs, whole.inputs) and resumed.losses == whole.losses and resumed.note == whole.note
+
+
+def test_the_checkpoint_of_another_run_is_not_used(tmp_path):
+    graph, checkpoint = network("chain"), tmp_path / "inputs.safetensors"
+    synthesize(graph, SMALL, seed=5, checkpoint=checkpoint)
+    stem = graph.node("stem")
+    strided = graph.with_nodes({"stem": replace(stem, args=(*stem.args[:3], [2, 2], *stem.args[4:]))})
+    heavier = graph.with_tensors({"stem.weight": 2 * graph.tensors["stem.weight"]})
+    for other, how, seed in ((graph, SMALL, 6), (graph, replace(SMALL, steps=5), 5), (strided, SMALL, 5), (heavier, SMALL, 5)):
+        assert synthetic._restore(checkpoint, synthetic._key(other, how, seed)) == ([], [])
+    assert len(synthetic._restore(checkpoint, synthetic._key(graph, SMALL, 5))[0]) == 3
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "flipped", "folder"])
+def test_a_damaged_checkpoint_is_made_again(tmp_path, damage):
+    graph, checkpoint = network("chain"), tmp_path / "inputs.safetensors"
+    how = replace(SMALL, steps=4)
+    whole = synthesize(graph, how, checkpoint=checkpoint)
+    data = checkpoint.read_bytes()
+    checkpoint.unlink()
+    if damage == "folder":
+        checkpoint.mkdir()
+        assert synthetic._restore(checkpoint, synthetic._key(graph, how, 0)) == ([], [])
+        return
+    wrong = {"empty": b"", "cut": data[:-9], "text": b"not tensors at all", "flipped": b"\xff" * 16 + data[16:]}
+    checkpoint.write_bytes(wrong[damage])
+    assert equal(synthesize(graph, how, checkpoint=checkpoint).inputs, whole.inputs)
+    assert checkpoint.read_bytes() == data  # and written again
+
+
+def test_a_deadline_ends_the_run_with_a_note(tmp_path):
+    graph, checkpoint = network("chain"), tmp_path / "inputs.safetensors"
+    start = time.monotonic()
+    made = synthesize(graph, Plan(80, 8, 100000), deadline=start + 0.3, checkpoint=checkpoint)
+    assert time.monotonic() - start < 5
+    assert len(made.inputs[0]) == 8 and "time budget" in made.note and "batch 1 of 10" in made.note
+    assert made.losses[1] < made.losses[0] and not checkpoint.exists()  # an unfinished batch is not kept
+    fit, held_out = made.divide(16)
+    assert len(fit[0]) == len(held_out[0]) == 4
+
+
+def test_networks_without_batch_norm_get_noise_and_a_note():
+    graph = network("bare")
+    made = synthesize(graph, SMALL, seed=2)
+    assert "no batch norm" in made.note and "smooth noise" in made.note and all(math.isnan(loss) for loss in made.losses)
+    assert equal(made.inputs, smooth_noise(graph.inputs, 24, 2))
+
+
+def test_integer_inputs_are_random_and_noted():
+    b = Builder(4, seed=0)
+    b.inputs = [InputSpec("x", (4,), "int64")]
+    b.op("rows", "embedding.default", b.tensor("table", b.random(10, 6)), Ref("x"))
+    made = synthesize(b.graph(b.linear("rows", "head", 6, 2)), SMALL)
+    assert "random integers" in made.note and made.inputs[0].dtype == torch.int64
+    assert set(made.inputs[0].unique().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize(("mean", "variance"), [(0.0, 1.0), (0.0, 0.0), (50.0, 1e-12), (0.0, 1e12)])
+def test_batch_norms_that_never_saw_data_or_died(mean, variance):
+    graph = network("chain")
+    graph.tensors["inner_bn.running_mean"][:] = mean
+    graph.tensors["inner_bn.running_var"][:2] = variance
+    made = synthesize(graph, replace(SMALL, images=8))
+    assert made.inputs[0].isfinite().all() and made.losses[1] <= made.losses[0] < math.inf
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 1), (1, 1, 9), (3, 1, 1), (7,), (), (2, 3), (2, 3, 4, 5)])
+def test_noise_has_unit_variance_for_any_shape(shape):
+    (noise,) = smooth_noise((InputSpec("x", shape),), 400, 0)
+    assert noise.shape == (400, *shape) and noise.isfinite().all()
+    assert 0.8 < float(noise.std()) < 1.2
+
+
+def test_image_noise_has_low_spatial_frequencies():
+    (image,) = smooth_noise((InputSpec("x", (1, 32, 32)),), 50, 0)
+    neighbours = (image[..., 1:] * image[..., :-1]).mean() / image.square().mean()
+    assert 0.3 < float(neighbours) < 0.99
+
+
+@given(st.floats(1, 1e5), st.sampled_from(["cpu", "cuda", "cuda:1"]), st.integers(2, 400))
+@many
+def test_a_plan_fits_its_budget_and_depends_on_nothing_else(seconds, device, width):
+    graph = network("chain", width)
+    how = plan(graph, seconds, device)
+    assert how == plan(graph, seconds, device)
+    assert how.images % how.batch == 0 and how.images >= 2 * how.batch and 4 <= how.steps <= 60
+    assert how.batch <= how.held_out <= how.images // 2
+    spent = how.images * how.steps * synthetic._FORWARD_AND_BACKWARD * mac_count(graph) / synthetic._MACS_PER_SECOND[device[:4].strip(":")]
+    assert spent <= seconds or (how.batch == 8 and how.images == 16) or how.steps == 4
+
+
+def test_a_plan_for_a_huge_network_is_the_smallest_one(monkeypatch):
+    monkeypatch.setattr(synthetic, "mac_count", lambda graph: 10**12)
+    assert plan(network("chain"), 10.0) == Plan(16, 8, 4)
+    monkeypatch.setattr(synthetic, "mac_count", lambda graph: 4 * 10**9)
+    how = plan(network("chain"), 600.0)
+    assert how.images * how.steps * 3 * 4e9 <= 600 * 25e9 and how.images > 16
+
+
+def test_dividing_holds_the_last_inputs_out():
+    made = synthesize(network("bare"), Plan(40, 8, 4))
+    fit, held_out = made.divide(8)
+    assert torch.equal(torch.cat([fit[0], held_out[0]]), made.inputs[0]) and len(held_out[0]) == 8

@@ -1,0 +1,193 @@
+"""`serve`: what it prints, and that every way of stopping it leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import psutil
+import pytest
+import torch
+from small import SHAPE, outputs
+
+import redpp_serve.serving.folder as module
+from redpp_serve.comparison.folder import folder_payloads
+from redpp_serve.errors import RedppError
+from redpp_serve.serving.folder import model_name, serve
+from redpp_serve.serving.ports import Ports
+
+STOP_S = 30  # a few seconds on an idle machine
+READY = "Ctrl-C stops the server."
+
+
+class Standin:
+    """TorchServe's interface without a server; ``act`` is called at the named moment."""
+
+    versions = ("1.0", "2.0")
+    metrics_url = "http://127.0.0.1:9400/metrics"
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.options, self.log = options, Standin.log
+        self.log.append("made")
+
+    log: list[str] = []
+    act: dict[str, Callable[[], None]] = {}
+
+    def _reach(self, moment: str) -> None:
+        self.log.append(moment)
+        Standin.act.get(moment, lambda: None)()
+
+    def start(self) -> None:
+        self._reach("start")
+
+    def check_alive(self) -> None:
+        self._reach("alive")
+
+    def stop(self) -> None:
+        self._reach("stop")
+        self.log.append("stopped")
+
+    def url(self, version: str) -> str:
+        return f"http://127.0.0.1:8080/predictions/{self.options['name']}/{version}"
+
+    def headers(self, api: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer secret-of-{api}"}
+
+
+@pytest.fixture
+def standin(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Standin]]:
+    monkeypatch.setattr(module, "TorchServe", Standin)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    Standin.log, Standin.act = [], {}
+    yield Standin
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def send(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def test_urls_and_token_are_printed(packaged: Path, standin: type[Standin]) -> None:
+    lines: list[str] = []
+    standin.act["alive"] = send(signal.SIGINT)
+    serve(packaged, workers=3, ports=Ports(), say=lines.append)
+    assert lines[:4] == [
+        "original  http://127.0.0.1:8080/predictions/small/1.0", "redpp     http://127.0.0.1:8080/predictions/small/2.0",
+        "metrics   http://127.0.0.1:9400/metrics", "token     secret-of-inference",
+    ]  # fmt: skip
+    assert "curl -H \"Authorization: Bearer TOKEN\" " in lines[4] and lines[5] == READY
+
+
+def test_without_auth_no_token_is_mentioned(packaged: Path, standin: type[Standin]) -> None:
+    lines: list[str] = []
+    standin.act["alive"] = send(signal.SIGINT)
+    serve(packaged, auth=False, say=lines.append)
+    assert not any("oken" in line or "Bearer" in line for line in lines) and len(lines) == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["start", "alive"])
+def test_a_signal_stops_at_once_also_while_starting(
+    packaged: Path, standin: type[Standin], number: int, moment: str
+) -> None:
+    standin.act[moment] = send(number)
+    start = time.monotonic()
+    serve(packaged, say=lambda line: None)
+    assert standin.log[-3:] == [moment, "stop", "stopped"] and time.monotonic() - start < 5
+
+
+def test_a_signal_from_elsewhere_ends_the_wait(packaged: Path, standin: type[Standin]) -> None:
+    threading.Timer(0.3, send(signal.SIGTERM)).start()
+    serve(packaged, say=lambda line: None)
+    assert standin.log[-2:] == ["stop", "stopped"]
+
+
+def test_further_signals_do_not_disturb_stopping(packaged: Path, standin: type[Standin]) -> None:
+    def impatient() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+
+    standin.act = {"alive": send(signal.SIGINT), "stop": impatient}
+    serve(packaged, say=lambda line: None)
+    assert standin.log[-1] == "stopped"
+
+
+def test_a_server_that_ends_by_itself_is_an_error(packaged: Path, standin: type[Standin]) -> None:
+    def ended() -> None:
+        raise RedppError("TorchServe has ended", "a running server", "read the log")
+
+    standin.act["alive"] = ended
+    with pytest.raises(RedppError, match="has ended"):
+        serve(packaged, say=lambda line: None)
+    assert standin.log[-1] == "stopped"
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", "{\"tool\": 1}", "\x00"])
+def test_other_folders_are_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    with pytest.raises(RedppError, match="is not a packaged model.*redpp-serve package"):
+        model_name(tmp_path)
+    with pytest.raises(RedppError, match="is not a packaged model"):
+        serve(tmp_path / "absent")
+
+
+def ask(url: str, body: bytes, token: str | None) -> list[float]:
+    headers = {"Content-Type": "application/octet-stream", **({"Authorization": f"Bearer {token}"} if token else {})}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(urllib.request.Request(url, body, headers), timeout=60) as reply:
+        return json.load(reply)["outputs"][0]
+
+
+def test_live_servers_print_urls_answer_and_end_by_either_signal(packaged: Path, tmp_path: Path) -> None:
+    """Two at once, side by side: one is ended by SIGINT, the other by SIGTERM."""
+    payload = folder_payloads(packaged)[0]
+    x = torch.from_numpy(numpy.load(packaged / "inputs.npz")["x"][0])
+    before = {p.name for p in packaged.iterdir()}
+    flags: dict[int, list[str]] = {signal.SIGINT: [], signal.SIGTERM: ["--demo-auth-off"]}
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # where its private folders must not be left behind
+    servers = {}
+    try:
+        for number, extra in flags.items():
+            command = [sys.executable, "-m", "redpp_serve.cli", "serve", str(packaged), *extra]
+            with (tmp_path / f"{number}.err").open("w") as errors:
+                servers[number] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        for number, server in servers.items():
+            assert server.stdout
+            printed = {}
+            for line in server.stdout:
+                if line.strip() == READY:
+                    break
+                key, _, value = line.strip().partition(" ")
+                printed[key] = value.strip()
+            assert {"original", "redpp", "metrics", "try"} <= set(printed), (tmp_path / f"{number}.err").read_text()
+            token = printed.get("token")
+            assert (token is None) == (number == signal.SIGTERM) and SHAPE == tuple(x.shape)
+            for variant in ("original", "redpp"):
+                expected = outputs(packaged / f"{variant}.mar", x)[0]
+                assert ask(printed[variant], payload.body, token) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+            if token:
+                with pytest.raises(urllib.error.HTTPError):
+                    ask(printed["redpp"], payload.body, None)
+            processes = psutil.Process(server.pid).children(recursive=True)
+            assert len(processes) >= 5  # launcher, Java, two workers, exporter
+            server.send_signal(number)
+            assert server.wait(STOP_S) == 0
+            assert not psutil.wait_procs(processes, timeout=2)[1]
+            errors = (tmp_path / f"{number}.err").read_text()
+            assert "2 of 2 workers ready" in errors and errors.endswith("stopped\n") and "Traceback" not in errors
+    finally:
+        for server in servers.values():
+            server.terminate()
+            server.wait(STOP_S)
+    assert {p.name for p in packaged.iterdir()} == before
+    assert all(path.suffix == ".err" for path in tmp_path.iterdir())
