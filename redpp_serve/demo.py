@@ -25,10 +25,10 @@ from .report.text import package_summary
 from .runtime.graph import InputSpec
 
 NAME = "digits"
-KEEP, TIME_BUDGET, MAX_DROP = 0.5, 90.0, 0.5
+KEEP, MAX_DROP = 0.5, 0.5
 
 
-def demo(out: Path, duration: float, time_budget: float = TIME_BUDGET) -> dict[str, Any]:
+def demo(out: Path, duration: float, time_budget: float) -> dict[str, Any]:
     """Run everything and write ``out/report.json``, ``out/report.html`` and the package ``out/digits``.
 
     Args:

@@ -119,8 +119,8 @@ def test_equal_input_gives_equal_archives_in_every_process(model: Path, tmp_path
     children = []
     for seed in ("1", "2"):
         command = [sys.executable, "-c", code, *words, "--out", str(tmp_path / seed)]
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        children.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+        children.append(subprocess.Popen(command, env={**os.environ, "PYTHONHASHSEED": seed}, text=True,
+                                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))  # fmt: skip
     for child in children:
         _, printed = child.communicate(timeout=300)
         assert child.returncode == 0 and "not reproducible" not in printed, printed
@@ -140,8 +140,10 @@ def test_a_dry_run_writes_nothing_at_all(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("choice", "number"), [
     ({"keep": 0.5, "max_error": 0.0001}, r"relative output error .* is 0\.\d+\. Expected: at most 0\.0001 \(--max-error\)"),
-    ({"merge": "exact", "min_agreement": 1.0, "hash_error": 0.9}, r"top-1 agreement .* is 0\.\d+\. Expected: at least 1 \(--min-agreement\)"),
-    ({"merge": "exact", "max_accuracy_drop": 0.01, "hash_error": 0.9}, r"accuracy falls by \d+\.\d\d points, from 100.00% to .*\(--max-accuracy-drop\)"),
+    ({"merge": "exact", "min_agreement": 1.0, "hash_error": 0.9},
+     r"top-1 agreement .* is 0\.\d+\. Expected: at least 1 \(--min-agreement\)"),
+    ({"merge": "exact", "max_accuracy_drop": 0.01, "hash_error": 0.9},
+     r"accuracy falls by \d+\.\d\d points, from 100.00% to .*\(--max-accuracy-drop\)"),
 ])  # fmt: skip
 def test_a_missed_gate_names_its_number_and_leaves_nothing(
     model: Path, tmp_path: Path, choice: dict[str, Any], number: str
@@ -206,13 +208,13 @@ def test_a_full_disk_leaves_the_earlier_package_as_it_was(
     before = everything(tmp_path)
 
     def full(*args: Any, **_: Any) -> None:
-        if where != "replace" or args[0].name == "new":
+        if where != "replace" or Path(args[0]).name == "new":
             raise OSError(errno.ENOSPC, "No space left on device")
         real(*args)
 
-    owner, name = {"savez": (module.np, "savez"), "write_reports": (module, "write_reports"), "replace": (module.os, "replace")}[where]
-    real = getattr(owner, name)
-    monkeypatch.setattr(owner, name, full)
+    owner = {"savez": module.np, "write_reports": module, "replace": module.os}[where]
+    real = getattr(owner, where)
+    monkeypatch.setattr(owner, where, full)
     with pytest.raises(RedppError, match="No space left on device.*--out"):
         package(captured(model), out, name="other", options=FAST)
     assert everything(tmp_path) == before

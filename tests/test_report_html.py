@@ -75,6 +75,16 @@ def test_page_is_well_nested_and_has_every_section() -> None:
         assert number in titles
 
 
+def test_the_environment_lists_every_version_and_says_where_numbers_come_from() -> None:
+    cells = dict(re.findall(r"<tr><th[^>]*>([^<]*)</th><td[^>]*>([^<]*)</td></tr>", render(sample_report())))
+    expected = {"device": "Intel Xeon, 2 cores", "threads": "2", "redpp-serve": "0.1.0", "python": "3.11.7",
+                "torch": "2.13.0", "numpy": "2.3.1"}  # fmt: skip
+    assert {key: cells.get(key) for key in expected} == expected and "versions" not in cells
+    where = "Intel Xeon, 2 cores, threads 2, numpy 2.3.1, python 3.11.7, redpp-serve 0.1.0, torch 2.13.0"
+    assert cells["hashing errors, output error, agreement"] == f"{where}; 256 held-out inputs"
+    assert cells["handler times, latency, throughput"] == f"{where}; through the model server"
+
+
 def test_every_text_is_escaped() -> None:
     evil = _poison(sample_report())
     evil["options"] = evil["environment"] = {EVIL: EVIL}

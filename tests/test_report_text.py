@@ -255,6 +255,15 @@ def test_columns_nobody_filled_are_left_out() -> None:
     assert text.layer_table([{}]).splitlines()  # type: ignore[typeddict-item]
 
 
+def test_layers_that_were_only_inspected_show_channels_and_whether_they_may_go() -> None:
+    layers = [{"name": "a", "op": "conv2d", "shape": [8, 3, 3, 3], "merge": {"channels": 8, "reason": ""}},
+              {"name": "b", "op": "linear", "shape": [5, 8], "merge": {"channels": 5, "reason": "is an output"}}]  # fmt: skip
+    head, first, second, *rest = text.layer_table(layers).splitlines()
+    assert head.split() == ["layer", "op", "shape", "channels", "narrowable"]
+    assert (first.split()[3:], second.split()[3:]) == (["8", "yes"], ["5", "no"])
+    assert rest == ["", "channels left alone: 1 of 2 layers", "  is an output:", "    b"]
+
+
 def test_reasons_group_and_count() -> None:
     layers = [_layer(f"l{i}", [8, 8, 1, 1], [8, 8, 1, 1], "rare" if i == 3 else "common") for i in range(20)]
     assert list(text.reasons(layers)) == ["common", "rare"]

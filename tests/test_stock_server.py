@@ -36,7 +36,8 @@ def stock_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("stock") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True, timeout=120)
     python = home / "bin" / "python"
-    there = Path(subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip())
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    there = Path(subprocess.check_output([python, "-c", where], text=True).strip())
     for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
         for entry in Path(place).iterdir():
             if "redpp" not in entry.name.lower() and not (there / entry.name).exists():

@@ -31,7 +31,7 @@ def writes_to_views(exported: ExportedProgram) -> bool:
     for node in nodes:
         first = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else node
         memory[node] = memory[first] if first is not node and _may_alias(node.target) else node
-        value[node] = value[first] if first is not node and is_in_place(node.target) else node
+        value[node] = value[first] if first is not node and _keeps_all(node.target) else node
     for write in nodes:
         if not is_in_place(write.target):
             continue
@@ -45,10 +45,18 @@ def writes_to_views(exported: ExportedProgram) -> bool:
     return False
 
 
+def _keeps_all(target: Any) -> bool:
+    """Whether the result is all of the first argument's memory and is captured under the same name."""
+    return is_in_place(target) or _is_dropout(target) or str(target) in ("aten.detach.default", "aten.alias.default")
+
+
+def _is_dropout(target: Any) -> bool:
+    """In eval mode it returns its argument, which its schema does not say."""
+    return isinstance(target, OpOverload) and "dropout" in target._schema.name
+
+
 def _may_alias(target: Any) -> bool:
     """Whether the result may lie in the first argument's memory: views, in-place operators, items of a list."""
     if not isinstance(target, OpOverload):
         return getattr(target, "__name__", "") == "getitem"
-    if "dropout" in target._schema.name:  # in eval mode it returns its argument, which the schema does not say
-        return True
-    return any(result.alias_info is not None for result in target._schema.returns)
+    return _is_dropout(target) or any(result.alias_info is not None for result in target._schema.returns)

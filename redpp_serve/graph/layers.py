@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.graph import Graph, Node, Ref
-from ..runtime.program import Program
+from ..runtime.program import value_shapes
 
 CONV, LINEAR = "aten.conv2d.default", "aten.linear.default"
 
@@ -63,15 +63,6 @@ def find_layers(graph: Graph) -> list[Layer]:
             layers.append(Layer(weight.removesuffix(".weight"), node, weight, bias, shape, (1, 1), (0, 0), (1, 1), 1,
                                 math.prod(out[1:-1])))
     return layers
-
-
-def value_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor-valued node at batch size 1, found without computing (meta device)."""
-    names = [node.name for node in graph.nodes]
-    program = Program(graph, wanted=names).to("meta")
-    inputs = (torch.empty(1, *i.shape, dtype=getattr(torch, i.dtype), device="meta") for i in graph.inputs)
-    values = program(*inputs)
-    return {name: tuple(v.shape) for name, v in zip(names, values) if isinstance(v, Tensor)}
 
 
 def parameter_count(graph: Graph) -> int:

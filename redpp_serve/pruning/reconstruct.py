@@ -206,8 +206,10 @@ def _fit(m: Moments, kept: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, floa
         new = before + torch.linalg.solve(damped, m.uy[rows] - kept_uu @ before)  # damped towards the old weights
         lost = m.yy - float((new * (2 * m.uy[rows] - kept_uu @ new)).sum())
         return new.T.reshape(n_out, len(kept), taps), m.y - new.T @ m.u[rows], _relative(lost, m.yy)
-    mix = torch.linalg.solve(damped, m.uu[rows])  # (k, channels): each channel from the kept ones
-    gap = m.uu - mix.T @ m.uu[rows]
+    mix = torch.eye(len(m.uu), dtype=m.uu.dtype, device=m.uu.device)[rows]  # (k, channels): each channel from the kept ones
+    mix += torch.linalg.solve(damped, m.uu[rows] - kept_uu @ mix)  # those themselves stay as they are
+    explained = mix.T @ m.uu[rows]
+    gap = m.uu - explained - explained.T + mix.T @ kept_uu @ mix
     lost = float(torch.einsum("oct,cd,odt->", weight, gap, weight))
     new = torch.einsum("kc,oct->okt", mix, weight)
     return new, m.y - new.reshape(n_out, -1) @ m.u[columns], _relative(lost, m.yy)

@@ -109,7 +109,7 @@ def synthesize(
 
 
 def smooth_noise(inputs: tuple[InputSpec, ...], count: int, seed: int) -> tuple[Tensor, ...]:
-    """Unit-variance noise for each input (count, ...); images get several spatial scales, integers only 0 and 1."""
+    """Noise of unit power for each input (count, ...); images get several spatial scales, integers only 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for spec in inputs:
@@ -118,12 +118,12 @@ def smooth_noise(inputs: tuple[InputSpec, ...], count: int, seed: int) -> tuple[
             made.append(torch.randint(0, 2, (count, *spec.shape), generator=generator).to(dtype))
             continue
         noise = torch.randn(count, *spec.shape, generator=generator)
-        if len(spec.shape) == 3 and math.prod(spec.shape) > 1:
+        if len(spec.shape) == 3:
             height, width = spec.shape[1:]
             for scale in (2, 4, 8):
                 coarse = torch.randn(count, spec.shape[0], -(-height // scale), -(-width // scale), generator=generator)
                 noise = noise * 0.5 + F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
-            noise = noise / noise.std(dim=(1, 2, 3), keepdim=True)
+            noise = noise / noise.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
         made.append(noise.to(dtype))
     return tuple(made)
 

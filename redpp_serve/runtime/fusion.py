@@ -26,11 +26,6 @@ _ACTIVATIONS: dict[str, tuple[str, list[float]]] = {
 }
 
 
-def available() -> bool:
-    """Whether this build of torch has oneDNN and its fused convolution."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-
-
 def fuse_epilogues(graph: Graph) -> Graph:
     """The same function with each float32 convolution taking over the add and the activation that alone follow it.
 
@@ -57,18 +52,6 @@ def fuse_epilogues(graph: Graph) -> Graph:
         replaced[last.name] = Node(last.name, FUSED_CONV, (node.args[0], other, Ref(f"{node.name}.packed"), bias, *geometry, *activation))
     nodes = tuple(replaced.get(n.name, n) for n in graph.nodes if n.name in replaced or n.name not in absorbed)
     return replace(graph, nodes=nodes, tensors=tensors).pruned_of_unused()
-
-
-def fused_conv2d(
-    x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
-    dilation: list[int], groups: int, activation: str, scalars: list[float],
-) -> Tensor:  # fmt: skip
-    """``activation(conv2d(x, weight) + bias + other)``, (N, n_in, H, W) to (N, n_out, H', W'), float32 on the CPU."""
-    call = torch.ops.mkldnn._convolution_pointwise
-    if other is None:
-        return call.default(x, weight, bias, padding, stride, dilation, groups, activation, scalars, "")
-    after = None if activation == "none" else activation
-    return call.binary(x, other, weight, bias, padding, stride, dilation, groups, "add", None, after, scalars, None)
 
 
 def _pack(weight: Tensor, node: Node) -> tuple[Tensor, tuple[Any, ...]]:

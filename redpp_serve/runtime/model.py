@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .artifact import load
 from .batch_norm import fold_batch_norm
+from .fused_conv import available
+from .fusion import fuse_epilogues
 from .graph import Graph, InputSpec
 from .program import Program
 
@@ -26,12 +28,12 @@ class ServingModel:
         self.description = artifact.description
         self.inputs: tuple[InputSpec, ...] = artifact.graph.inputs
         self.device = torch.device(device)
-        self.program = serving_program(artifact.graph).to(self.device)
+        self.program = serving_program(artifact.graph, self.device).to(self.device)
 
     @torch.inference_mode()
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Batched inputs (N, ...) as the artifact declares them, to the network's outputs on the CPU."""
-        return tuple(y.cpu() for y in self.program(*(x.to(self.device) for x in inputs)))
+        return tuple(y.cpu() for y in self.program(*(_channels_last(x.to(self.device)) for x in inputs)))
 
     def warm_up(self, batch: int) -> None:
         """Run zeros at batch sizes 1 and ``batch``, so that no request pays for first-call set-up."""
@@ -39,10 +41,14 @@ class ServingModel:
             self(*(torch.zeros(size, *i.shape, dtype=getattr(torch, i.dtype)) for i in self.inputs))
 
 
-def serving_program(graph: Graph) -> Program:
-    """The graph with batch norm folded and convolution weights in channels-last layout (activations follow)."""
-    folded = fold_batch_norm(graph)
-    tensors = {
-        k: v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v for k, v in folded.tensors.items()
-    }
-    return Program(folded.with_tensors(tensors)).eval()
+def serving_program(graph: Graph, device: torch.device) -> Program:
+    """The graph with batch norm folded, images and kernels in channels-last layout, and epilogues fused on the CPU."""
+    graph = fold_batch_norm(graph)
+    if device.type == "cpu" and available():
+        graph = fuse_epilogues(graph)
+    tensors = {name: t if t.is_mkldnn else _channels_last(t) for name, t in graph.tensors.items()}
+    return Program(graph.with_tensors(tensors)).eval()
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

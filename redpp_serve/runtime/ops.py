@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import RedppError
+from .fused_conv import fused_conv2d
 
 _ATEN = """
 _adaptive_avg_pool2d.default _log_softmax.default _softmax.default _to_copy.default _weight_norm.default abs.default
@@ -53,6 +54,8 @@ _PYTHON: dict[str, Callable[..., Any]] = {
 
 ALLOWED = frozenset({f"aten.{name}" for name in _ATEN.split()} | {f"py.{name}" for name in _PYTHON})
 
+FUSED_CONV = "fused.conv2d"  # on no list: `fusion` puts it into graphs that are already loaded
+
 
 def resolve(op: str) -> Callable[..., Any]:
     """The callable behind an operator's name, e.g. ``aten.conv2d.default`` or ``py.mul``.
@@ -61,6 +64,8 @@ def resolve(op: str) -> Callable[..., Any]:
         KeyError: the name is not on the allow-list.
         RedppError: it is, but this release of torch lacks it.
     """
+    if op == FUSED_CONV:
+        return fused_conv2d
     if op not in ALLOWED:
         raise KeyError(op)
     family, _, rest = op.partition(".")

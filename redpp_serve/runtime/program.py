@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
@@ -62,6 +63,15 @@ class Program(nn.Module):
             for index in dead:
                 values[index] = None
         return tuple(values[index] for index in self._returns)
+
+
+def value_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor-valued node at batch size 1, found without computing (meta device)."""
+    names = [node.name for node in graph.nodes]
+    program = Program(graph, wanted=names).to("meta")
+    inputs = (torch.empty(1, *i.shape, dtype=getattr(torch, i.dtype), device="meta") for i in graph.inputs)
+    values = program(*inputs)
+    return {name: tuple(v.shape) for name, v in zip(names, values) if isinstance(v, Tensor)}
 
 
 class _Slot(int):

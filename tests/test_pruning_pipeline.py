@@ -1,0 +1,259 @@
+"""The whole run: each stage's promise, the budget, the gates, and the same result every time."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from networks import Builder, calibrated, inner_of, network, plant, quantised
+
+from redpp_serve.errors import GateFailed, RedppError
+from redpp_serve.graph.channels import find_inner_channels
+from redpp_serve.graph.layers import find_layers
+from redpp_serve.pruning import merging, pipeline
+from redpp_serve.pruning.options import Options
+from redpp_serve.pruning.pipeline import prune
+from redpp_serve.pruning.splitting import split_weight
+from redpp_serve.pruning.stages import Stages
+from redpp_serve.pruning.synthetic import Plan, smooth_noise
+from redpp_serve.pruning.verify import EXACT, VerifyData, compare_outputs
+from redpp_serve.runtime.graph import InputSpec, Node, Ref
+from redpp_serve.runtime.program import Program
+
+ALL = ["residual", "depthwise", "flatten", "branches", "mlp", "tokens", "bare"]
+
+
+def trained(kind="residual", width=16, seed=0):
+    graph = network(kind, width, seed)
+    return calibrated(graph, tuple(2 * x + 0.5 for x in smooth_noise(graph.inputs, 64, 77)))
+
+
+@pytest.fixture(autouse=True)
+def short_plan(monkeypatch):
+    monkeypatch.setattr(pipeline, "plan", lambda graph, seconds, device: Plan(48, 16, 10))
+
+
+def digest(graph):
+    state = hashlib.sha256()
+    for name, tensor in sorted(graph.tensors.items()):
+        state.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def statuses(stages):
+    return {s["name"]: s["status"] for s in stages.to_json()}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_run_gives_a_narrower_network_that_still_runs(kind):
+    graph, stages = trained(kind), Stages(quiet=True)
+    before = digest(graph)
+    result = prune(graph, Options(keep=0.5, round_to=4), stages=stages)
+    assert digest(graph) == before and result.original is graph
+    assert statuses(stages) == dict.fromkeys(["hash", "merge", "inputs", "reconstruct", "split", "verify"], "done")
+    kept = {inner.producer.name: inner.channels for inner in find_inner_channels(result.pruned)[0]}
+    assert kept["inner"] == 8
+    for record, layer in zip(result.layers, find_layers(result.pruned), strict=True):
+        assert record["name"] == layer.name and record["pruned_shape"] == list(layer.shape)
+        assert record["hash"] and record["split"] and record["merge"]["kept"] == layer.shape[0]
+        assert (record["merge"]["reason"] == "") == (layer.name in kept)
+    assert result.verify["output_error"] < 0.8 and result.verify["images"] == 16
+    assert result.verify["split_exact"] <= EXACT and result.verify["merge_exact"] is None
+    assert len(result.samples[0]) == 16
+    json.dumps([result.layers, result.hash, result.counting, result.verify])
+
+
+@pytest.mark.parametrize("merge", ["exact", "reconstruct"])
+def test_every_weight_of_the_result_is_in_its_codebook(merge):
+    options = Options(merge=merge, hash_error=0.05, **({"keep": 0.5} if merge == "reconstruct" else {}), round_to=2)
+    result = prune(trained("chain"), options)
+    for record, layer in zip(result.layers, find_layers(result.pruned)):
+        values = len(result.pruned.tensors[layer.weight].unique())
+        assert values <= record["hash"]["values"] and record["hash"]["error"] <= 0.05
+
+
+@pytest.mark.parametrize("options", [Options(keep=0.5, round_to=2), Options(max_error=0.3, round_to=2), Options(merge="exact")])
+def test_one_seed_one_result(options):
+    first, second = (prune(trained("residual"), options) for _ in range(2))
+    assert digest(first.pruned) == digest(second.pruned) and first.layers == second.layers and first.verify == second.verify
+
+
+def test_another_process_gives_the_same_tensors():
+    code = ("import test_pruning_pipeline as t; t.pipeline.plan = lambda *a: t.Plan(48, 16, 10); "
+            "print(t.digest(t.prune(t.trained('depthwise'), t.Options(keep=0.5, round_to=2)).pruned))")  # fmt: skip
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == digest(prune(trained("depthwise"), Options(keep=0.5, round_to=2)).pruned)
+
+
+def test_other_seeds_give_other_networks():
+    assert len({digest(prune(trained(), Options(keep=0.5, round_to=2, seed=s)).pruned) for s in (0, 1)}) == 2
+
+
+def test_the_search_for_widths_respects_its_budget():
+    graph, widths = trained("chain", 32), []
+    for limit in (0.05, 0.15, 0.6):
+        result = prune(graph, Options(max_error=limit, hash_error=0.005, round_to=1))
+        assert result.verify["output_error"] <= limit
+        widths.append(sum(inner.channels for inner in find_inner_channels(result.pruned)[0]))
+    assert widths[0] > widths[1] > widths[2] and widths[0] < 4 + 32 + 4 + 1
+
+
+def test_without_a_narrower_network_in_the_budget_the_hashed_one_stays():
+    graph, stages = quantised(trained("chain")), Stages(quiet=True)
+    result = prune(graph, Options(max_error=0.0), stages=stages)
+    assert digest(result.pruned) == digest(graph) and result.verify["output_error"] == 0
+    assert all(record["merge"]["kept"] == record["merge"]["channels"] for record in result.layers)
+    assert "stays within" in next(s for s in stages.to_json() if s["name"] == "reconstruct")["reason"]
+
+
+def test_the_search_ends_with_the_time_budget(monkeypatch):
+    rounds = []
+    monkeypatch.setattr(pipeline, "reconstruct", lambda *a: rounds.append(1) or (a[0], []))
+    now = iter(range(0, 10**6, 1000))
+    monkeypatch.setattr(pipeline.time, "monotonic", lambda: next(now))
+    prune(quantised(trained("chain")), Options())
+    assert len(rounds) == 1
+
+
+GATES = [
+    (Options(max_error=0.001, hash_error=0.3), "--max-error"), (Options(keep=0.1, max_error=1e-4, round_to=1), "--max-error"),
+    (Options(merge="exact", hash_error=0.5, max_error=0.01), "--max-error"),
+    (Options(keep=0.05, hash_error=0.9, min_agreement=1.0, round_to=1), "--min-agreement"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "flag"), GATES)
+def test_a_missed_number_fails_the_run(options, flag):
+    stages = Stages(quiet=True)
+    with pytest.raises(GateFailed) as failure:
+        prune(trained("residual"), options, stages=stages)
+    assert flag in failure.value.expected and statuses(stages)["verify"] == "failed"
+
+
+def test_an_accuracy_limit_needs_data_and_holds():
+    graph = trained("residual")
+    with pytest.raises(RedppError, match="--max-accuracy-drop.*--verify-data"):
+        prune(graph, Options(max_accuracy_drop=1.0))
+    x = torch.randn(64, 3, 6, 5)
+    with torch.no_grad():
+        data = VerifyData((x,), Program(graph)(x)[0].argmax(1))
+    assert prune(graph, Options(merge="exact", max_accuracy_drop=20.0), data=data).accuracy[0] == 1.0
+    with pytest.raises(GateFailed, match="--max-accuracy-drop"):
+        prune(graph, Options(keep=0.05, hash_error=0.9, round_to=1, max_accuracy_drop=0.0), data=data)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_exact_merging_takes_planted_copies_and_nothing_else(kind):
+    graph = quantised(plant(trained(kind, 12), {11: 3, 9: 3, 4: 0}))
+    result = prune(graph, Options(merge="exact", round_to=1))
+    assert inner_of(result.pruned).channels == 9 and result.verify["merge_exact"] <= EXACT
+    assert result.verify["output_error"] < 1e-5
+    assert all(t.dtype == graph.tensors[name].dtype for name, t in result.pruned.tensors.items())
+    assert result.pruned.inputs == graph.inputs
+
+
+def test_without_redundancy_a_quantised_network_comes_back_as_it_was():
+    graph = quantised(trained("chain"))
+    result = prune(graph, Options(merge="exact"))
+    assert result.pruned.nodes == graph.nodes and all(result.pruned.tensors[name] is t for name, t in graph.tensors.items())
+
+
+def test_excluded_layers_keep_their_bits():
+    graph = trained("residual")
+    result = prune(graph, Options(keep=0.5, round_to=2, exclude=("second*", "head")))
+    for name in ("second.weight", "head.weight", "inner_bn.running_mean"):
+        assert torch.equal(result.pruned.tensors[name], graph.tensors[name])
+    records = {record["name"]: record for record in result.layers}
+    assert records["head"]["hash"] is None and records["head"]["split"] is None and "excluded" in records["inner"]["merge"]["reason"]
+
+
+def test_all_excluded_or_no_layers_at_all_is_a_run_of_skipped_stages():
+    stages = Stages(quiet=True)
+    graph = trained("residual")
+    result = prune(graph, Options(exclude=("*",)), stages=stages)
+    assert digest(result.pruned) == digest(graph)
+    assert [statuses(stages)[s] for s in ("hash", "reconstruct", "split")] == ["skipped"] * 3
+    b = Builder(4)
+    empty = b.graph(b.relu("x"))
+    assert prune(empty).pruned is empty
+
+
+def test_half_precision_networks_stay_in_half_precision():
+    graph = plant(trained("residual"), {9: 3}).to(torch.float16)
+    result = prune(graph, Options(merge="exact", round_to=1, hash_values=32))
+    assert {t.dtype for t in result.pruned.tensors.values()} == {torch.float16} and inner_of(result.pruned).channels == 15
+
+
+def test_a_network_that_casts_its_input():
+    """The float64 check of merging must not trip over a cast to float32 in the network."""
+    graph = plant(trained("residual"), {9: 3})
+    nodes = (Node("cast", "aten.to.dtype", (Ref("x"), torch.float32)), *graph.nodes)
+    stem = graph.node("stem")
+    nodes = tuple(Node("stem", stem.op, (Ref("cast"), *stem.args[1:])) if n.name == "stem" else n for n in nodes)
+    result = prune(type(graph)((InputSpec("x", (3, 6, 5)),), graph.tensors, nodes, graph.outputs), Options(merge="exact", round_to=1))
+    assert inner_of(result.pruned).channels == 15
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    graph, options, checkpoint = trained(), Options(keep=0.5, round_to=2), tmp_path / "work" / "inputs"
+    whole = prune(graph, options)
+    monkeypatch.setattr(pipeline, "reconstruct", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prune(graph, options, checkpoint=checkpoint)
+    monkeypatch.undo()
+    monkeypatch.setattr(pipeline, "plan", lambda graph, seconds, device: Plan(48, 16, 10))
+    result = prune(graph, options, checkpoint=checkpoint)
+    assert digest(result.pruned) == digest(whole.pruned) and result.verify == whole.verify
+
+
+def test_counts_are_those_of_the_result():
+    result = prune(quantised(trained("chain")), Options(keep=0.5, round_to=2))
+    total = {who: sum(c.multiplications for c in counts) for who, counts in result.counts.items()}
+    assert result.counting["kernel"]["multiplications"] == [total["original"], total["pruned"]]
+    assert total["pruned"] == sum(record["split"]["multiplications"][1] for record in result.layers)
+    assert result.hash["predicted_ratio"] == pytest.approx(result.hash["measured_ratio"], abs=0.1)
+    assert result.hash["measured_error"] < 1e-6  # the weights were a codebook already
+
+
+def drop_a_column(columns_of):
+    def wrong(weight, channels):
+        columns = columns_of(weight, channels).clone()
+        columns[:, -1] = 0
+        return columns
+
+    return wrong
+
+
+def test_a_merge_that_is_not_exact_stops_the_run(monkeypatch):
+    graph = plant(trained("residual"), {9: 3})
+    monkeypatch.setattr(merging, "columns_of", drop_a_column(merging.columns_of))
+    with pytest.raises(GateFailed, match="exact merging changed"):
+        prune(graph, Options(merge="exact", round_to=1))
+
+
+def test_a_split_that_is_not_exact_stops_the_run(monkeypatch):
+    def wrong(weight, groups):
+        split = split_weight(weight, groups)
+        split.kernels[0] *= 1 + 1e-6
+        return split
+
+    monkeypatch.setattr(pipeline, "split_weight", wrong)
+    with pytest.raises(GateFailed, match="splitting changed"):
+        prune(trained("residual"), Options(merge="exact"))
+
+
+def test_reconstruction_pays():
+    """Half the inner channels: far closer to the original than the same network without fitted readers."""
+    graph = trained("residual", 32)
+    result = prune(graph, Options(keep=0.5, round_to=1, hash_error=0.005))
+    held_out = smooth_noise(graph.inputs, 32, 5)
+    cut = graph.tensors["second.weight"].clone()
+    kept = result.pruned.tensors["inner_bn.weight"]
+    gone = [k for k in range(32) if graph.tensors["inner_bn.weight"][k] not in kept]
+    assert len(gone) == 16
+    cut[:, gone] = 0
+    lost = compare_outputs(graph, graph.with_tensors({"second.weight": cut}), held_out).error
+    assert compare_outputs(graph, result.pruned, held_out).error < 0.7 * lost
