@@ -16,6 +16,7 @@ from redpp_serve.graph.layers import find_layers
 from redpp_serve.pruning import merging, pipeline
 from redpp_serve.pruning.options import Options
 from redpp_serve.pruning.pipeline import prune
+from redpp_serve.pruning.reconstruct import keep_ratio, within
 from redpp_serve.pruning.splitting import split_weight
 from redpp_serve.pruning.stages import Stages
 from redpp_serve.pruning.synthetic import Plan, smooth_noise
@@ -101,12 +102,15 @@ def test_the_search_for_widths_respects_its_budget():
     assert widths[0] > widths[1] > widths[2] and widths[0] < 4 + 32 + 4 + 1
 
 
-def test_without_a_narrower_network_in_the_budget_the_hashed_one_stays():
+@pytest.mark.parametrize("width", [within, lambda tolerance: keep_ratio(0.5)])
+def test_without_a_narrower_network_in_the_budget_the_hashed_one_stays(monkeypatch, width):
     graph, stages = quantised(trained("chain")), Stages(quiet=True)
+    monkeypatch.setattr(pipeline, "within", width)
     result = prune(graph, Options(max_error=0.0), stages=stages)
     assert digest(result.pruned) == digest(graph) and result.verify["output_error"] == 0
     assert all(record["merge"]["kept"] == record["merge"]["channels"] for record in result.layers)
-    assert "stays within" in next(s for s in stages.to_json() if s["name"] == "reconstruct")["reason"]
+    reason = next(s for s in stages.to_json() if s["name"] == "reconstruct")["reason"]
+    assert ("24 of 24" if width is within else "no narrower network stays within the error budget of 0") in reason
 
 
 def test_the_search_ends_with_the_time_budget(monkeypatch):

@@ -13,7 +13,7 @@ from redpp_serve.runtime.program import Program
 
 
 def network() -> Graph:
-    """A residual block (conv, batch norm, relu, depthwise conv, add, relu), then reshape and Linear; bias (N, 5)."""
+    """A residual block (conv, batch norm, relu, depthwise conv, two adds, relu), reshape, Linear; bias (N, 5)."""
     g = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
     tensors = {
@@ -26,7 +26,8 @@ def network() -> Graph:
         Node("n", "aten.batch_norm.default", norm),
         Node("r", "aten.relu.default", (Ref("n"),)),
         Node("d", "aten.conv2d.default", (Ref("r"), Ref("dw"), Ref("db"), [1, 1], [1, 1], [1, 1], 6)),
-        Node("s", "aten.add.Tensor", (Ref("d"), Ref("x"))),
+        Node("t", "aten.add.Tensor", (Ref("r"), Ref("d"))),
+        Node("s", "aten.add.Tensor", (Ref("t"), Ref("x"))),
         Node("a", "aten.relu.default", (Ref("s"),)),
         Node("size", "aten.sym_size.int", (Ref("a"), 0)),
         Node("f", "aten.reshape.default", (Ref("a"), [Ref("size"), -1])),

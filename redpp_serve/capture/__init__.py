@@ -59,6 +59,7 @@ def capture_file(
             )
         module = build(arch, dict(arch_args or {}))
         messages += load_into(module, loaded.state_dict)
+        module.eval()  # weights have no mode to be told about
     elif arch is not None:
         messages.append(f"--arch {arch} is not needed: the file brings its own ({loaded.kind.value})")
     assert module is not None

@@ -121,8 +121,8 @@ def _hash(run: _Run) -> None:
 def _merge(run: _Run) -> None:
     """Exact merging, done and checked in float64, then back in the network's precision."""
     with run.stages.run("merge") as stage:
+        sets, _ = find_inner_channels(run.graph, run.options.exclude)
         precise = run.graph.to(torch.float64)
-        sets, _ = find_inner_channels(precise, run.options.exclude)
         merged, removed = precise, 0
         for k, inner in enumerate(sets):
             merged, record = merge_exact(merged, inner, run.options.round_to)
@@ -133,13 +133,23 @@ def _merge(run: _Run) -> None:
             stage.reason = f"no two of the channels in {len(sets)} sets are equal" if sets else "no inner channels"
             return
         probe = tuple(x.double() if x.is_floating_point() else x for x in smooth_noise(run.graph.inputs, 2, run.options.seed))
-        error = compare_outputs(precise, merged, probe).error
+        error = compare_outputs(_casting_to_double(precise), _casting_to_double(merged), probe).error
         run.checks["merge_exact"] = error
         _require_exact("exact merging", error)
         types = {name: t.dtype for name, t in run.graph.tensors.items()}
         back = {name: t.to(types.get(name, t.dtype)) for name, t in merged.tensors.items()}
         run.graph = replace(merged, tensors=back, inputs=run.graph.inputs)
         stage.reason = f"{removed} duplicate channels merged; differs by {error:.1e} in float64"
+
+
+def _casting_to_double(graph: Graph) -> Graph:
+    """The same float64 network, also where it casts to a floating type of its own."""
+    def wide(value: Any) -> Any:
+        return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+    nodes = (replace(node, args=tuple(map(wide, node.args)), kwargs={k: wide(v) for k, v in node.kwargs.items()})
+             for node in graph.nodes)  # fmt: skip
+    return replace(graph, nodes=tuple(nodes))
 
 
 def _make_inputs(run: _Run, started: float, checkpoint: Path | None) -> None:

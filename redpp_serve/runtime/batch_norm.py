@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .graph import Graph, Node, Ref
-from .program import Program
+from .program import value_shapes
 
 BATCH_NORM = "aten.batch_norm.default"
-LINEAR_OPS = ("aten.conv2d.default", "aten.linear.default")
+CONV, LINEAR = "aten.conv2d.default", "aten.linear.default"
 
 
 def is_inference_norm(node: Node) -> bool:
@@ -58,16 +58,11 @@ def _foldable(graph: Graph) -> list[tuple[Node, Node]]:
     pairs = []
     for norm in graph.nodes:
         source = producers.get(norm.args[0].name) if is_inference_norm(norm) else None
-        if source is None or source.op not in LINEAR_OPS or len(users[source.name]) > 1 or source.name in graph.outputs:
+        if source is None or source.op not in (CONV, LINEAR) or len(users[source.name]) > 1 or source.name in graph.outputs:
             continue
         parameters = [ref.name for ref in (*source.args[1:3], *norm.args[1:5]) if isinstance(ref, Ref)]
         if all(name in graph.tensors for name in parameters):  # else computed, as by weight standardization
             pairs.append((source, norm))
-    linears = [source.name for source, _ in pairs if source.op == "aten.linear.default"]
-    if not linears:
-        return pairs
     # Linear puts its features last, batch norm normalises axis 1: the same axis in matrices alone
-    example = (torch.zeros(1, *i.shape, dtype=getattr(torch, i.dtype)) for i in graph.inputs)
-    with torch.no_grad():
-        axes = {name: value.dim() for name, value in zip(linears, Program(graph, wanted=linears)(*example))}
-    return [(source, norm) for source, norm in pairs if axes.get(source.name, 2) == 2]
+    shapes = value_shapes(graph) if any(source.op == LINEAR for source, _ in pairs) else {}
+    return [(source, norm) for source, norm in pairs if source.op != LINEAR or len(shapes[source.name]) == 2]

@@ -26,10 +26,10 @@ cumsum.default div.Scalar div.Tensor div.Tensor_mode einsum.default elu.default 
 erf.default exp.default expand.default expand_as.default expm1.default fill.Scalar fill.Tensor flatten.using_ints
 flip.default floor.default floor_divide.default full.default full_like.default gather.default ge.Scalar ge.Tensor
 gelu.default glu.default group_norm.default gt.Scalar gt.Tensor hardsigmoid.default hardswish.default hardtanh.default
-index.Tensor index_put.default index_select.default instance_norm.default item.default layer_norm.default le.Scalar
-le.Tensor leaky_relu.default lift_fresh_copy.default linalg_vector_norm.default linear.default log.default
-log1p.default log_softmax.int logical_and.default logical_not.default logical_or.default logsumexp.default lt.Scalar
-lt.Tensor masked_fill.Scalar masked_fill.Tensor matmul.default max.default max.dim max.other max_pool1d.default
+index.Tensor index_put.default index_select.default instance_norm.default layer_norm.default le.Scalar le.Tensor
+leaky_relu.default lift_fresh_copy.default linalg_vector_norm.default linear.default log.default log1p.default
+log_softmax.int logical_and.default logical_not.default logical_or.default logsumexp.default lt.Scalar lt.Tensor
+masked_fill.Scalar masked_fill.Tensor matmul.default max.default max.dim max.other max_pool1d.default
 max_pool2d.default max_pool2d_with_indices.default max_pool3d.default maximum.default mean.default mean.dim
 meshgrid.default meshgrid.indexing min.default min.dim min.other minimum.default mish.default mm.default mul.Scalar
 mul.Tensor narrow.default native_group_norm.default native_layer_norm.default ne.Scalar ne.Tensor neg.default
