@@ -131,6 +131,20 @@ def test_channels_that_no_reader_uses_go_too():
     assert merge_exact(graph, inner_of(graph), 1)[1].kept == 5
 
 
+def test_a_copy_is_used_even_where_its_first_is_not():
+    graph = plant(network("chain", 6), {4: 1})
+    graph.tensors["second.weight"][:, 1] = 0
+    merged, record = merge_exact(graph, inner_of(graph), 1)
+    assert record.kept == 5 and difference(graph, merged) < 1e-6
+
+
+def test_copies_kept_for_the_width_keep_their_own_columns():
+    graph = plant(network("chain", 8), {5: 1, 6: 1, 7: 1})
+    old, new = graph.tensors["second.weight"], merge_exact(graph, inner_of(graph), 3)[0].tensors["second.weight"]
+    assert new.shape[1] == 6 and torch.equal(new[:, 5], old[:, 5])
+    torch.testing.assert_close(new[:, 1], old[:, 1] + old[:, 6] + old[:, 7])
+
+
 def test_one_channel_stays_where_the_reader_uses_none():
     graph = network("chain", 5)
     graph.tensors["second.weight"].zero_()

@@ -56,7 +56,7 @@ def test_activations(op: str) -> None:
 
 @pytest.mark.parametrize(
     "rest",
-    [([2, 2], [0, 0]), ([1, 2], [1, 0], [2, 1]), ([2], [1]), (2, 1), ([1, 1], [1, 1], [1, 1], 1), ([1, 1],)],
+    [([2, 2], [0, 0]), ([1, 2], [1, 0], [2, 1]), ([2], [1]), ([1, 1], [1, 1], [1, 1], 1), ([1, 1],)],
     ids=str,
 )
 def test_geometries(rest: tuple[object, ...]) -> None:

@@ -106,7 +106,7 @@ def _walk(
                 raise _Closed(f"is read by {layer.name} along another axis")
             if layer and layer.groups == 1:
                 consumers.append((layer, columns))
-            elif layer and layer.groups == layer.shape[0] == start.shape[0] and columns == 1:
+            elif layer and layer.groups == layer.shape[0] == start.shape[0]:
                 depthwise.append(layer)
                 per_channel += [layer.weight, *([layer.bias] if layer.bias else [])]
                 pending.append((node.name, 1))

@@ -13,11 +13,15 @@ from ..runtime.graph import Graph
 
 @dataclass(frozen=True)
 class Merged:
-    """What merging did to one set of inner channels."""
+    """What merging did to one set of inner channels; ``rows`` (kept,) are the channels that stayed, in order."""
 
     layer: str
     channels: int
-    kept: int
+    rows: torch.Tensor
+
+    @property
+    def kept(self) -> int:
+        return len(self.rows)
 
 
 def merge_exact(graph: Graph, inner: InnerChannels, round_to: int) -> tuple[Graph, Merged]:
@@ -38,7 +42,7 @@ def merge_exact(graph: Graph, inner: InnerChannels, round_to: int) -> tuple[Grap
     first[extra] = extra
     kept = stays.nonzero().view(-1)
     if len(kept) == n:
-        return graph, Merged(inner.producer.name, n, n)
+        return graph, Merged(inner.producer.name, n, kept)
     position = torch.full((n,), -1, dtype=torch.int64)
     position[kept] = torch.arange(len(kept))
     target = position[first]  # -1: ignored by all readers
@@ -50,7 +54,7 @@ def merge_exact(graph: Graph, inner: InnerChannels, round_to: int) -> tuple[Grap
         summed = torch.zeros(old.shape[0], len(kept), columns.shape[2], dtype=torch.float64)
         summed.index_add_(1, target[used], columns.double())
         weights[layer.weight] = summed.to(old.dtype).reshape(old.shape[0], -1, *old.shape[2:])
-    return keep_channels(graph, inner, kept, weights), Merged(inner.producer.name, n, len(kept))
+    return keep_channels(graph, inner, kept, weights), Merged(inner.producer.name, n, kept)
 
 
 def _all_of_group(flags: torch.Tensor, first: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,7 @@ class _Run:
     hash_only: Graph
     hashed: dict[str, Hashed] = field(default_factory=dict)
     widths: dict[str, Reconstruction] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)  # by producer, the channels that exact merging left
     splits: dict[str, Split] = field(default_factory=dict)
     checks: dict[str, float] = field(default_factory=dict)
     fit_inputs: tuple[Tensor, ...] = ()
@@ -127,6 +128,7 @@ def _merge(run: _Run) -> None:
         for k, inner in enumerate(sets):
             merged, record = merge_exact(merged, inner, run.options.round_to)
             removed += record.channels - record.kept
+            run.rows[record.layer] = record.rows
             run.widths[record.layer] = Reconstruction(record.layer, record.channels, record.kept, 0.0)
             stage.progress(k + 1, len(sets))
         if not removed:
@@ -182,7 +184,7 @@ def _reconstruct(run: _Run, started: float) -> None:
         exact = run.graph
 
         def narrow(width: Width) -> _Narrowed:
-            graph, records = reconstruct(exact, run.original, sets, inputs, width, options.round_to, stage.progress)
+            graph, records = reconstruct(exact, run.original, sets, inputs, width, options.round_to, stage.progress, run.rows)
             # the producers keep whole rows, whose values stay in their codebooks; only the fitted readers are hashed again
             narrowed = {record.layer for record in records if record.kept < record.channels}
             readers = {layer.name for inner in sets if inner.producer.name in narrowed for layer, _ in inner.consumers}

@@ -10,7 +10,7 @@ from inputs matched to the network's own batch-norm statistics, so no data is ne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,6 +76,7 @@ def reconstruct(
     width: Width,
     round_to: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    rows: Mapping[str, Tensor] | None = None,
 ) -> tuple[Graph, list[Reconstruction]]:
     """Narrow each set of inner channels in order of execution.
 
@@ -86,11 +87,12 @@ def reconstruct(
         inputs: (images, ...) for each network input, on the device to compute on.
         width: how many channels to keep, given the error that remains after each number of kept channels.
         round_to: widths are multiples of this.
+        rows: by layer, which of the original's output channels ``graph`` still has, where exact merging took some.
     """
     done = []
     for position, inner in enumerate(sets):
         readers = [(layer, columns_of(graph.tensors[layer.weight], inner.channels)) for layer, _ in inner.consumers]
-        moments = [gather_moments(graph, original, layer, inner.channels, inputs) for layer, _ in readers]
+        moments = [gather_moments(graph, original, layer, inner.channels, inputs, (rows or {}).get(layer.name)) for layer, _ in readers]
         order, curve = select_channels([(m, w) for m, (_, w) in zip(moments, readers)], inner.channels)
         keep = round_up(width(curve), round_to, inner.channels)
         error = 0.0
@@ -102,7 +104,7 @@ def reconstruct(
 
 
 def gather_moments(
-    graph: Graph, original: Graph, layer: Layer, channels: int, inputs: tuple[Tensor, ...]
+    graph: Graph, original: Graph, layer: Layer, channels: int, inputs: tuple[Tensor, ...], rows: Tensor | None = None
 ) -> Moments:
     """Run both networks chunk by chunk and accumulate in float64; no activation of the whole set is kept."""
     per_tap = math.prod(graph.tensors[layer.weight].shape[1:]) <= _MAX_UNKNOWNS
@@ -118,6 +120,7 @@ def gather_moments(
             value = mine(*part)[0]
             u = _thin(_features(value, layer, channels, per_tap), most_rows).double()
             y = _output_rows(theirs(*part)[0], layer).double()
+            y = y if rows is None else y[:, rows.to(y.device)]
             columns = u if per_tap else _features(value.mean(0, keepdim=True), layer, channels, True).double()
         if per_tap:
             y = _thin(y, most_rows)  # the same rows as u

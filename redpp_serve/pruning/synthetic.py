@@ -28,6 +28,7 @@ from ..runtime.program import Program
 # inputs and steps, and with them the result, are the same on every machine of a kind.
 _MACS_PER_SECOND = {"cpu": 25e9, "cuda": 2e12}
 _FORWARD_AND_BACKWARD = 3
+_OVERHEAD_MACS = 10**7  # for one input: what a small network spends on everything but its layers
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Plan:
 
 def plan(graph: Graph, seconds: float, device: str = "cpu") -> Plan:
     """The plan that fits into ``seconds``: a pure function of the network's cost, the budget and the kind of device."""
-    macs = max(mac_count(graph), 1)
+    macs = mac_count(graph) + _OVERHEAD_MACS
     affordable = seconds * _MACS_PER_SECOND[device.split(":")[0]] / (_FORWARD_AND_BACKWARD * macs)  # inputs times steps
     batch = 32 if affordable >= 1280 and macs < 1e9 else 16 if affordable >= 640 and macs < 1e9 else 8
     images = int(min(160, max(2 * batch, affordable / 40 // batch * batch)))
