@@ -42,7 +42,9 @@ class Builder:
         self.nodes.append(Node(name, f"aten.{op}", args))
         return name
 
-    def conv(self, x: str, name: str, n_in: int, n_out: int, k: int = 3, stride: int = 1, groups: int = 1, bias: bool = True) -> str:
+    def conv(
+        self, x: str, name: str, n_in: int, n_out: int, k: int = 3, stride: int = 1, groups: int = 1, bias: bool = True
+    ) -> str:
         per_group = n_in // groups
         weight = self.tensor(f"{name}.weight", self.random(n_out, per_group, k, k) * (2 / (per_group * k * k)) ** 0.5)
         add = self.tensor(f"{name}.bias", 0.1 * self.random(n_out)) if bias else None
@@ -50,11 +52,22 @@ class Builder:
 
     def linear(self, x: str, name: str, n_in: int, n_out: int, bias: bool = True) -> str:
         weight = self.tensor(f"{name}.weight", self.random(n_out, n_in) * (2 / n_in) ** 0.5)
-        return self.op(name, "linear.default", Ref(x), weight, *([self.tensor(f"{name}.bias", 0.1 * self.random(n_out))] if bias else []))
+        return self.op(
+            name,
+            "linear.default",
+            Ref(x),
+            weight,
+            *([self.tensor(f"{name}.bias", 0.1 * self.random(n_out))] if bias else []),
+        )
 
     def norm(self, x: str, name: str, n: int) -> str:
         spread = lambda: 0.5 + torch.rand(n, generator=self.generator)  # noqa: E731
-        values = {"weight": spread(), "bias": 0.2 * self.random(n), "running_mean": 0.2 * self.random(n), "running_var": spread()}
+        values = {
+            "weight": spread(),
+            "bias": 0.2 * self.random(n),
+            "running_mean": 0.2 * self.random(n),
+            "running_var": spread(),
+        }
         refs = [self.tensor(f"{name}.{key}", value) for key, value in values.items()]
         return self.op(name, "batch_norm.default", Ref(x), *refs, False, 0.1, 1e-5, True)
 
@@ -153,7 +166,9 @@ def outputs(graph: Graph, count: int = 3) -> tuple[Tensor, ...]:
 def difference(a: Graph, b: Graph) -> float:
     """Relative difference of two graphs' outputs in float64."""
     pairs = list(zip(outputs(a), outputs(b), strict=True))
-    lost, norm = (sum(float(t.square().sum()) for t in part) for part in ([x - y for x, y in pairs], [x for x, _ in pairs]))
+    lost, norm = (
+        sum(float(t.square().sum()) for t in part) for part in ([x - y for x, y in pairs], [x for x, _ in pairs])
+    )
     return (lost / max(norm, 1e-300)) ** 0.5
 
 

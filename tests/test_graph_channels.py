@@ -53,7 +53,8 @@ def test_all_readers_are_found():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "reason"), [("inner", "excluded"), ("inn*", "excluded"), ("second", "second is excluded"), ("spat*", "spatial")]
+    ("pattern", "reason"),
+    [("inner", "excluded"), ("inn*", "excluded"), ("second", "second is excluded"), ("spat*", "spatial")],
 )
 def test_exclude_names_the_producer_or_any_other_layer_of_the_set(pattern, reason):
     found, closed = find_inner_channels(network("depthwise"), [pattern])
@@ -105,7 +106,10 @@ def test_what_cannot_be_proved_is_closed_with_a_reason(case):
 
 OPEN = {
     "pools": (nn.Sequential(nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(8, 4)),
-    "activations": (nn.Sequential(nn.ReLU6(), nn.SiLU(), nn.GELU(), nn.Hardswish(), nn.LeakyReLU(0.1)), nn.Conv2d(8, 4, 3)),
+    "activations": (
+        nn.Sequential(nn.ReLU6(), nn.SiLU(), nn.GELU(), nn.Hardswish(), nn.LeakyReLU(0.1)),
+        nn.Conv2d(8, 4, 3),
+    ),
     "dropout": (nn.Sequential(nn.Dropout(), nn.Dropout2d()), nn.Conv2d(8, 4, 1)),
     "norm after pooling": (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8)), nn.Linear(8, 4)),
     "mean": (Lambda(lambda x: x.mean((-2, -1)).relu()), nn.Linear(8, 4)),

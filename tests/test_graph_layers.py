@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from networks import KINDS, Builder, few, network, networks, outputs
 from hypothesis import given
+from networks import KINDS, Builder, few, network, networks, outputs
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from redpp_serve.capture.export import capture
-from redpp_serve.graph.layers import find_layers, mac_count, parameter_count, value_shapes
+from redpp_serve.graph.layers import find_layers, mac_count, parameter_count
 from redpp_serve.runtime.graph import InputSpec, Ref
-from redpp_serve.runtime.program import Program
+from redpp_serve.runtime.program import Program, value_shapes
 
 
 @given(networks())
@@ -34,7 +34,13 @@ def test_geometry_of_a_strided_grouped_dilated_convolution():
                            nn.Linear(8 * 5 * 5, 7, bias=False)).eval()  # fmt: skip
     conv, linear = find_layers(capture(module, [InputSpec("x", (4, 10, 9))], []))
     assert (conv.name, conv.weight, conv.bias) == ("0", "0.weight", "0.bias")
-    assert (conv.shape, conv.stride, conv.padding, conv.dilation, conv.groups) == ((8, 2, 3, 5), (2, 1), (1, 2), (1, 2), 2)
+    assert (conv.shape, conv.stride, conv.padding, conv.dilation, conv.groups) == (
+        (8, 2, 3, 5),
+        (2, 1),
+        (1, 2),
+        (1, 2),
+        2,
+    )
     assert conv.is_conv and conv.positions == 5 * 5 and conv.macs == 25 * 8 * 2 * 15
     assert not linear.is_conv and linear.bias is None and linear.positions == 1 and linear.macs == 7 * 200
 

@@ -25,7 +25,9 @@ def test_keeping_some_channels_is_zeroing_the_readers_columns_of_the_others(kind
     for mine, theirs in zip(outputs(small), outputs(graph.with_tensors(zeroed))):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
     assert all(len(small.tensors[name]) == 3 for name in inner.per_channel)
-    assert {k: v for k, v in graph.tensors.items() if k not in (*inner.per_channel, *narrow)}.items() <= small.tensors.items()
+    assert {
+        k: v for k, v in graph.tensors.items() if k not in (*inner.per_channel, *narrow)
+    }.items() <= small.tensors.items()
 
 
 @given(st.integers(0, 300), st.integers(1, 64), st.integers(1, 300))

@@ -40,9 +40,14 @@ def test_both_readings_compare_dense_before_with_split_after(kind):
     head = layers["head"]
     kernel = sum(count_kernels(layers[n], s).multiplications for n, s in splits.items()) + head.macs
     weight = sum(count_scalars(layers[n], after.tensors[layers[n].weight]).multiplications for n in splits) + head.macs
-    assert found["kernel"]["multiplications"] == [dense, kernel] and found["weight"]["multiplications"] == [dense, weight]
+    assert found["kernel"]["multiplications"] == [dense, kernel] and found["weight"]["multiplications"] == [
+        dense,
+        weight,
+    ]
     for unit in found.values():
-        assert set(unit) == {"multiplications", "additions", "bytes"} and all(b <= a for a, b in (unit["multiplications"], unit["additions"]))
+        assert set(unit) == {"multiplications", "additions", "bytes"} and all(
+            b <= a for a, b in (unit["multiplications"], unit["additions"])
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -60,7 +65,9 @@ def test_the_record_of_a_hash(method, shape):
         assert all(curve["x"][0] <= v <= curve["x"][-1] for v in curve[name]) and len(curve[name]) > 3
 
 
-@pytest.mark.parametrize("weight", [torch.zeros(20, 20), torch.full((9, 5, 3, 3), 2.0), torch.ones(1, 1), torch.zeros(2, 2, 1, 1)])
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(20, 20), torch.full((9, 5, 3, 3), 2.0), torch.ones(1, 1), torch.zeros(2, 2, 1, 1)]
+)
 def test_the_record_of_degenerate_weights_is_finite_json(weight):
     record = json.loads(json.dumps(hash_record(hash_weight(weight, "kde", Target(error=0.02))), allow_nan=False))
     assert record["values"] == 1 and record["error"] == 0 and record["zero_kernels"] == float(weight.flatten()[0] == 0)
@@ -92,7 +99,9 @@ def test_the_prediction_from_frequencies_is_close_to_the_count():
     splits = {name: splits[name] for name in ("inner", "second")}
     hashed = {name: hash_weight(graph.tensors[layers[name].weight], "kde", Target(error=0.02)) for name in layers}
     found = hash_summary(layers, hashed, splits, "kde", "t", 0.1)
-    assert found["predicted_ratio"] == pytest.approx(found["measured_ratio"], abs=0.01) and found["measured_error"] == 0.1
+    assert (
+        found["predicted_ratio"] == pytest.approx(found["measured_ratio"], abs=0.01) and found["measured_error"] == 0.1
+    )
     errors = np.array([h.codebook.error for h in hashed.values()])
     assert found["predicted_error_typical"] == pytest.approx(np.sqrt((errors**2).sum()))
     assert found["predicted_error_bound"] == pytest.approx(np.prod(1 + errors) - 1)
@@ -101,7 +110,13 @@ def test_the_prediction_from_frequencies_is_close_to_the_count():
 
 def test_nothing_hashed_is_no_error():
     found = hash_summary({}, {}, {}, "kde", "t", 0.0)
-    assert found["predicted_ratio"] == found["measured_ratio"] == found["predicted_error_typical"] == found["predicted_error_bound"] == 0
+    assert (
+        found["predicted_ratio"]
+        == found["measured_ratio"]
+        == found["predicted_error_typical"]
+        == found["predicted_error_bound"]
+        == 0
+    )
 
 
 def test_the_record_of_a_layer():

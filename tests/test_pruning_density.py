@@ -42,13 +42,17 @@ def test_wide_kernels_do_not_wrap_around(scale):
     """All mass at the left: nothing may come back in from the right."""
     x = torch.cat([torch.zeros(999), torch.tensor([10.0])])
     grid = build_grid(x)
-    expected = gaussian_kde(x.numpy(), bw_method=scale / x.numpy().std(ddof=1))(grid.points()[[0, grid.bins // 2, grid.bins]])
+    expected = gaussian_kde(x.numpy(), bw_method=scale / x.numpy().std(ddof=1))(
+        grid.points()[[0, grid.bins // 2, grid.bins]]
+    )
     np.testing.assert_allclose(density(grid, scale)[[0, grid.bins // 2, grid.bins]], expected, rtol=2e-3, atol=1e-6)
 
 
 def test_minima_and_modes_of_a_mixture():
     modes, widths = [-3.0, -0.5, 1.0, 4.0], 0.2
-    x = torch.cat([m + widths * torch.randn(20000, generator=torch.Generator().manual_seed(k)) for k, m in enumerate(modes)])
+    x = torch.cat(
+        [m + widths * torch.randn(20000, generator=torch.Generator().manual_seed(k)) for k, m in enumerate(modes)]
+    )
     grid = build_grid(x)
     borders, found = cells_of(density(grid, 0.15))
     np.testing.assert_allclose(grid.points()[found], modes, atol=0.03)
@@ -82,7 +86,11 @@ def test_every_mode_lies_in_its_cell(seed, bandwidth):
     assert len(modes) == len(borders) + 1 and all(a <= m <= b for a, m, b in zip(edges, modes, edges[1:]))
 
 
-@given(seeds, st.lists(st.integers(1, 16383), max_size=6, unique=True), st.sampled_from([torch.float16, torch.float32, torch.float64]))
+@given(
+    seeds,
+    st.lists(st.integers(1, 16383), max_size=6, unique=True),
+    st.sampled_from([torch.float16, torch.float32, torch.float64]),
+)
 @few
 def test_cell_costs_are_those_of_the_weights(seed, borders, dtype):
     x = sample("normal", 700, seed).to(dtype)
@@ -105,7 +113,9 @@ def test_a_grid_counts_everything_once(dtype):
     assert grid.dtype is dtype
 
 
-@pytest.mark.parametrize("x", [torch.zeros(7), torch.full((9,), -2.5), torch.tensor([3e-30]), torch.tensor([-1.0, 1.0])])
+@pytest.mark.parametrize(
+    "x", [torch.zeros(7), torch.full((9,), -2.5), torch.tensor([3e-30]), torch.tensor([-1.0, 1.0])]
+)
 def test_grids_of_degenerate_weights_hold_each_weight(x):
     grid = build_grid(x)
     index = grid.bin_of(x)

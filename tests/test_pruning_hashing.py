@@ -41,7 +41,9 @@ def test_a_number_of_values_is_met(method, values):
         assert hashed.codebook.size >= values - 1
 
 
-@pytest.mark.parametrize(("method", "values", "optimum"), [("kmeans", 4, 0.1175), ("kmeans", 8, 0.03454), ("kmeans", 16, 0.009497)])
+@pytest.mark.parametrize(
+    ("method", "values", "optimum"), [("kmeans", 4, 0.1175), ("kmeans", 8, 0.03454), ("kmeans", 16, 0.009497)]
+)
 def test_kmeans_is_the_quantiser_of_lloyd_and_max(method, values, optimum):
     """J. Max, Quantizing for minimum distortion, IRE Trans. IT-6 (1960), table I: relative mean squared errors."""
     w = gaussian(400_000)
@@ -74,12 +76,19 @@ def test_the_error_and_the_frequencies_are_those_measured(method, dtype, target)
     by_value = {}
     for v, f in zip(book.values.tolist(), book.frequencies.tolist()):
         by_value[v] = by_value.get(v, 0.0) + f
-    assert {v: n / len(w) for v, n in zip(values.tolist(), count.tolist())} == pytest.approx({v: f for v, f in by_value.items() if f})
+    assert {v: n / len(w) for v, n in zip(values.tolist(), count.tolist())} == pytest.approx(
+        {v: f for v, f in by_value.items() if f}
+    )
     p = count.double() / len(w)
     assert book.entropy == pytest.approx(float(-(p * p.log2()).sum()), abs=1e-9)
 
 
-@given(seeds, st.sampled_from(METHODS), st.sampled_from([Target(error=0.02), Target(error=0.2), Target(values=7)]), st.integers(1, 700))
+@given(
+    seeds,
+    st.sampled_from(METHODS),
+    st.sampled_from([Target(error=0.02), Target(error=0.2), Target(values=7)]),
+    st.integers(1, 700),
+)
 @many
 def test_hashing_again_changes_nothing(seed, method, target, n):
     once = hash_weight(gaussian(n, seed), method, target).weight
@@ -87,7 +96,9 @@ def test_hashing_again_changes_nothing(seed, method, target, n):
     assert torch.equal(twice.weight, once) and twice.codebook.error == 0
 
 
-@given(seeds, st.sampled_from(METHODS), st.floats(0.01, 0.3), st.sampled_from([1e-30, 1e-12, 1.0, 1e20]), st.floats(-3, 3))
+@given(
+    seeds, st.sampled_from(METHODS), st.floats(0.01, 0.3), st.sampled_from([1e-30, 1e-12, 1.0, 1e20]), st.floats(-3, 3)
+)
 @few
 def test_any_scale_and_offset_meets_the_target(seed, method, target, scale, offset):
     w = (gaussian(400, seed, torch.float64) + offset) * scale
@@ -192,4 +203,6 @@ def test_uniform_values_are_multiples_of_one_step():
 def test_the_layout_in_memory_changes_nothing():
     w = gaussian(40 * 30 * 9).view(40, 30, 3, 3)
     strided = w.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(hash_weight(w, "kde", Target(error=0.02)).weight, hash_weight(strided, "kde", Target(error=0.02)).weight)
+    assert torch.equal(
+        hash_weight(w, "kde", Target(error=0.02)).weight, hash_weight(strided, "kde", Target(error=0.02)).weight
+    )

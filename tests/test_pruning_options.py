@@ -42,7 +42,10 @@ def test_options_that_contradict_each_other():
 
 
 def test_the_hash_target():
-    assert str(Options().hash_target) == "relative RMS 0.02" and str(Options(hash_values=9).hash_target) == "at most 9 values"
+    assert (
+        str(Options().hash_target) == "relative RMS 0.02"
+        and str(Options(hash_values=9).hash_target) == "at most 9 values"
+    )
     assert Options(hash_error=0.1).hash_target.error == 0.1 and Options(hash_values=9).hash_target.error is None
 
 

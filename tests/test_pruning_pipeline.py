@@ -76,16 +76,24 @@ def test_every_weight_of_the_result_is_in_its_codebook(merge):
         assert values <= record["hash"]["values"] and record["hash"]["error"] <= 0.05
 
 
-@pytest.mark.parametrize("options", [Options(keep=0.5, round_to=2), Options(max_error=0.3, round_to=2), Options(merge="exact")])
+@pytest.mark.parametrize(
+    "options", [Options(keep=0.5, round_to=2), Options(max_error=0.3, round_to=2), Options(merge="exact")]
+)
 def test_one_seed_one_result(options):
     first, second = (prune(trained("residual"), options) for _ in range(2))
-    assert digest(first.pruned) == digest(second.pruned) and first.layers == second.layers and first.verify == second.verify
+    assert (
+        digest(first.pruned) == digest(second.pruned)
+        and first.layers == second.layers
+        and first.verify == second.verify
+    )
 
 
 def test_another_process_gives_the_same_tensors():
     code = ("import test_pruning_pipeline as t; t.pipeline.plan = lambda *a: t.Plan(48, 16, 10); "
             "print(t.digest(t.prune(t.trained('depthwise'), t.Options(keep=0.5, round_to=2)).pruned))")  # fmt: skip
-    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
     assert run.stdout.strip() == digest(prune(trained("depthwise"), Options(keep=0.5, round_to=2)).pruned)
 
 
@@ -159,10 +167,24 @@ def test_exact_merging_takes_planted_copies_and_nothing_else(kind):
     assert result.pruned.inputs == graph.inputs
 
 
+@pytest.mark.parametrize("kind", ["chain", "mlp", "bare"])
+def test_copies_in_two_sets_in_a_row_are_merged_before_the_rest_is_fitted(kind):
+    """The reader of the first set loses rows itself: its fit must aim at the original's outputs of the rows that stay."""
+    graph = plant(plant(trained(kind, 16), {15: 3, 9: 4}), {1: 0, 3: 2}, "second")
+    result = prune(graph, Options(keep=1.0, round_to=1, hash_error=0.002))
+    kept = {inner.producer.name: inner.channels for inner in find_inner_channels(result.pruned)[0]}
+    assert kept["inner"] == 14 and kept["second"] == find_layers(graph)[-2].shape[0] - 2
+    assert result.verify["output_error"] < 0.02
+    narrower = prune(graph, Options(keep=0.8, round_to=1, hash_error=0.002))
+    assert narrower.verify["output_error"] < 0.4
+
+
 def test_without_redundancy_a_quantised_network_comes_back_as_it_was():
     graph = quantised(trained("chain"))
     result = prune(graph, Options(merge="exact"))
-    assert result.pruned.nodes == graph.nodes and all(result.pruned.tensors[name] is t for name, t in graph.tensors.items())
+    assert result.pruned.nodes == graph.nodes and all(
+        result.pruned.tensors[name] is t for name, t in graph.tensors.items()
+    )
 
 
 def test_excluded_layers_keep_their_bits():
@@ -171,7 +193,11 @@ def test_excluded_layers_keep_their_bits():
     for name in ("second.weight", "head.weight", "inner_bn.running_mean"):
         assert torch.equal(result.pruned.tensors[name], graph.tensors[name])
     records = {record["name"]: record for record in result.layers}
-    assert records["head"]["hash"] is None and records["head"]["split"] is None and "excluded" in records["inner"]["merge"]["reason"]
+    assert (
+        records["head"]["hash"] is None
+        and records["head"]["split"] is None
+        and "excluded" in records["inner"]["merge"]["reason"]
+    )
 
 
 def test_all_excluded_or_no_layers_at_all_is_a_run_of_skipped_stages():
@@ -188,7 +214,9 @@ def test_all_excluded_or_no_layers_at_all_is_a_run_of_skipped_stages():
 def test_half_precision_networks_stay_in_half_precision():
     graph = plant(trained("residual"), {9: 3}).to(torch.float16)
     result = prune(graph, Options(merge="exact", round_to=1, hash_values=32))
-    assert {t.dtype for t in result.pruned.tensors.values()} == {torch.float16} and inner_of(result.pruned).channels == 15
+    assert {t.dtype for t in result.pruned.tensors.values()} == {torch.float16} and inner_of(
+        result.pruned
+    ).channels == 15
 
 
 def test_a_network_that_casts_its_input():
@@ -197,7 +225,10 @@ def test_a_network_that_casts_its_input():
     nodes = (Node("cast", "aten.to.dtype", (Ref("x"), torch.float32)), *graph.nodes)
     stem = graph.node("stem")
     nodes = tuple(Node("stem", stem.op, (Ref("cast"), *stem.args[1:])) if n.name == "stem" else n for n in nodes)
-    result = prune(type(graph)((InputSpec("x", (3, 6, 5)),), graph.tensors, nodes, graph.outputs), Options(merge="exact", round_to=1))
+    result = prune(
+        type(graph)((InputSpec("x", (3, 6, 5)),), graph.tensors, nodes, graph.outputs),
+        Options(merge="exact", round_to=1),
+    )
     assert inner_of(result.pruned).channels == 15
 
 

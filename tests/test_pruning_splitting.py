@@ -12,7 +12,14 @@ from networks import many, seeds
 
 from redpp_serve.graph.layers import CONV, LINEAR, Layer
 from redpp_serve.pruning import splitting, verify
-from redpp_serve.pruning.splitting import Counts, count_dense, count_kernels, count_scalars, expected_kernels, split_weight
+from redpp_serve.pruning.splitting import (
+    Counts,
+    count_dense,
+    count_kernels,
+    count_scalars,
+    expected_kernels,
+    split_weight,
+)
 from redpp_serve.runtime.graph import Node
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -20,7 +27,9 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 def layer_of(shape, groups=1, positions=7):
     op = CONV if len(shape) == 4 else LINEAR
-    return Layer("layer", Node("layer", op, ()), "layer.weight", None, tuple(shape), (1, 1), (0, 0), (1, 1), groups, positions)
+    return Layer(
+        "layer", Node("layer", op, ()), "layer.weight", None, tuple(shape), (1, 1), (0, 0), (1, 1), groups, positions
+    )
 
 
 @st.composite
@@ -95,11 +104,15 @@ def test_counts_of_scalars_by_hand(case, positions):
     layer = layer_of(w.shape, groups, positions)
     per_group, columns = len(w) // groups, w.reshape(len(w), -1).abs().double()
     distinct = [
-        len(set(columns[g * per_group : (g + 1) * per_group, c].tolist()) - {0.0}) for g in range(groups) for c in range(columns.shape[1])
+        len(set(columns[g * per_group : (g + 1) * per_group, c].tolist()) - {0.0})
+        for g in range(groups)
+        for c in range(columns.shape[1])
     ]
     additions = positions * sum(max(int(n) - 1, 0) for n in (columns != 0).sum(1))
     bits = per_group * sum(math.ceil(math.log2(n)) for n in distinct if n)
-    assert count_scalars(layer, w) == Counts(positions * sum(distinct), additions, 4 * sum(distinct) + math.ceil(bits / 8))
+    assert count_scalars(layer, w) == Counts(
+        positions * sum(distinct), additions, 4 * sum(distinct) + math.ceil(bits / 8)
+    )
 
 
 @given(weights(), st.integers(1, 50))
@@ -129,7 +142,9 @@ def test_a_kernel_shares_the_storage_of_its_negative():
 def test_a_weight_of_zeros_stores_nothing(shape):
     split = split_weight(torch.zeros(shape))
     assert len(split.kernels) == 0 and torch.equal(split.rebuild().view(shape), torch.zeros(shape))
-    assert count_kernels(layer_of(shape), split) == count_scalars(layer_of(shape), torch.zeros(shape)) == Counts(0, 0, 0)
+    assert (
+        count_kernels(layer_of(shape), split) == count_scalars(layer_of(shape), torch.zeros(shape)) == Counts(0, 0, 0)
+    )
 
 
 def test_blocks_of_inputs_make_no_difference(monkeypatch):
@@ -153,7 +168,9 @@ def test_colliding_fingerprints_are_noticed_and_made_again(monkeypatch):
 
 
 def draw(values, p, shape, seed=0):
-    index = torch.multinomial(torch.tensor(p, dtype=torch.float64), math.prod(shape), True, generator=torch.Generator().manual_seed(seed))
+    index = torch.multinomial(
+        torch.tensor(p, dtype=torch.float64), math.prod(shape), True, generator=torch.Generator().manual_seed(seed)
+    )
     return torch.tensor(values)[index].view(shape)
 
 
@@ -173,7 +190,11 @@ def test_expected_kernels_against_simulation(alphabet, kernel, tolerance, n_out)
     p = [q / sum(p) for q in p]
     inputs = 800 if kernel == (1, 1) else 100
     found = len(split_weight(draw(values, p, (n_out, inputs, *kernel))).kernels)
-    expected = expected_kernels(layer_of((n_out, inputs, *kernel)), torch.tensor(p, dtype=torch.float64), torch.tensor(values, dtype=torch.float64))
+    expected = expected_kernels(
+        layer_of((n_out, inputs, *kernel)),
+        torch.tensor(p, dtype=torch.float64),
+        torch.tensor(values, dtype=torch.float64),
+    )
     assert expected == pytest.approx(found, rel=tolerance)
 
 

@@ -15,14 +15,19 @@ def test_each_stage_has_a_status_a_reason_and_its_time(capsys):
     with stages.run("merge") as stage:
         stage.skip("nothing to do")
     first, second = stages.to_json()
-    assert first == {"name": "hash", "status": "done", "reason": "5 layers", "seconds": first["seconds"]} and first["seconds"] >= 0.02
+    assert (
+        first == {"name": "hash", "status": "done", "reason": "5 layers", "seconds": first["seconds"]}
+        and first["seconds"] >= 0.02
+    )
     assert (second["status"], second["reason"]) == ("skipped", "nothing to do")
     out, err = capsys.readouterr()
     assert out == "" and [line.split()[:2] for line in err.splitlines()] == [["hash", "done"], ["merge", "skipped"]]
     assert "nothing to do" in err
 
 
-@pytest.mark.parametrize(("error", "reason"), [(ValueError("bad shape"), "bad shape"), (KeyboardInterrupt(), "KeyboardInterrupt")])
+@pytest.mark.parametrize(
+    ("error", "reason"), [(ValueError("bad shape"), "bad shape"), (KeyboardInterrupt(), "KeyboardInterrupt")]
+)
 def test_a_failure_is_recorded_and_goes_on(error, reason, capsys):
     stages = Stages()
     with pytest.raises(type(error)), stages.run("split"):

@@ -42,7 +42,9 @@ def test_matching_lowers_the_mismatch_and_leaves_unit_scale():
 def test_the_statistics_of_each_batch_norm_are_approached():
     graph = trained("chain")
     made = synthesize(graph, Plan(32, 32, 60))
-    before = synthetic._Matcher(graph, [n for n in graph.nodes if "batch_norm" in n.op], "cpu").loss(smooth_noise(graph.inputs, 32, 0))
+    before = synthetic._Matcher(graph, [n for n in graph.nodes if "batch_norm" in n.op], "cpu").loss(
+        smooth_noise(graph.inputs, 32, 0)
+    )
     after = synthetic._Matcher(graph, [n for n in graph.nodes if "batch_norm" in n.op], "cpu").loss(made.inputs)
     assert float(after) == pytest.approx(made.losses[1], rel=1e-4) and float(after) < 0.1 * float(before)
 
@@ -60,7 +62,9 @@ def test_another_process_makes_the_same_bytes():
     code = ("import hashlib, networks; from redpp_serve.pruning.synthetic import Plan, synthesize; "
             "made = synthesize(networks.network('chain'), Plan(16, 8, 4), seed=3); "
             "print(hashlib.sha256(made.inputs[0].numpy().tobytes()).hexdigest(), made.losses)")  # fmt: skip
-    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
     here = synthesize(network("chain"), Plan(16, 8, 4), seed=3)
     assert run.stdout.strip() == f"{hashlib.sha256(here.inputs[0].numpy().tobytes()).hexdigest()} {here.losses}"
 
@@ -92,7 +96,12 @@ def test_the_checkpoint_of_another_run_is_not_used(tmp_path):
     stem = graph.node("stem")
     strided = graph.with_nodes({"stem": replace(stem, args=(*stem.args[:3], [2, 2], *stem.args[4:]))})
     heavier = graph.with_tensors({"stem.weight": 2 * graph.tensors["stem.weight"]})
-    for other, how, seed in ((graph, SMALL, 6), (graph, replace(SMALL, steps=5), 5), (strided, SMALL, 5), (heavier, SMALL, 5)):
+    for other, how, seed in (
+        (graph, SMALL, 6),
+        (graph, replace(SMALL, steps=5), 5),
+        (strided, SMALL, 5),
+        (heavier, SMALL, 5),
+    ):
         assert synthetic._restore(checkpoint, synthetic._key(other, how, seed)) == ([], [])
     assert len(synthetic._restore(checkpoint, synthetic._key(graph, SMALL, 5))[0]) == 3
 
@@ -129,7 +138,9 @@ def test_a_deadline_ends_the_run_with_a_note(tmp_path):
 def test_networks_without_batch_norm_get_noise_and_a_note():
     graph = network("bare")
     made = synthesize(graph, SMALL, seed=2)
-    assert "no batch norm" in made.note and "smooth noise" in made.note and all(math.isnan(loss) for loss in made.losses)
+    assert (
+        "no batch norm" in made.note and "smooth noise" in made.note and all(math.isnan(loss) for loss in made.losses)
+    )
     assert equal(made.inputs, smooth_noise(graph.inputs, 24, 2))
 
 
@@ -172,7 +183,13 @@ def test_a_plan_fits_its_budget_and_depends_on_nothing_else(seconds, device, wid
     assert how == plan(graph, seconds, device)
     assert how.images % how.batch == 0 and how.images >= 2 * how.batch and 4 <= how.steps <= 60
     assert how.batch <= how.held_out <= how.images // 2
-    spent = how.images * how.steps * synthetic._FORWARD_AND_BACKWARD * mac_count(graph) / synthetic._MACS_PER_SECOND[device[:4].strip(":")]
+    spent = (
+        how.images
+        * how.steps
+        * synthetic._FORWARD_AND_BACKWARD
+        * mac_count(graph)
+        / synthetic._MACS_PER_SECOND[device[:4].strip(":")]
+    )
     assert spent <= seconds or (how.batch == 8 and how.images == 16) or how.steps == 4
 
 

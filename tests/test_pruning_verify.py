@@ -55,7 +55,11 @@ def test_layer_errors_name_layers_and_skip_changed_shapes():
     narrow = graph.with_tensors({f"second_bn.{k}": graph.tensors[f"second_bn.{k}"][:2] for k in ("weight", "bias", "running_mean", "running_var")}
                                 | {"second.weight": graph.tensors["second.weight"][:2], "second.bias": graph.tensors["second.bias"][:2],
                                    "head.weight": graph.tensors["head.weight"][:, :2]})  # fmt: skip
-    assert set(layer_errors(graph, narrow, find_layers(narrow), smooth_noise(graph.inputs, 5, 0))) == {"stem", "inner", "head"}
+    assert set(layer_errors(graph, narrow, find_layers(narrow), smooth_noise(graph.inputs, 5, 0))) == {
+        "stem",
+        "inner",
+        "head",
+    }
 
 
 GATES = [

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from ..runtime.batch_norm import is_inference_norm
 from ..runtime.graph import Graph, Node, Ref
-from .layers import Layer, find_layers, value_shapes
+from ..runtime.program import value_shapes
+from .layers import Layer, find_layers
 
 ELEMENTWISE = frozenset(
     f"aten.{op}.default"
@@ -49,9 +50,7 @@ class InnerChannels:
         return self.producer.shape[0]
 
 
-def find_inner_channels(
-    graph: Graph, exclude: Sequence[str] = ()
-) -> tuple[list[InnerChannels], dict[str, str]]:
+def find_inner_channels(graph: Graph, exclude: Sequence[str] = ()) -> tuple[list[InnerChannels], dict[str, str]]:
     """All inner channels in order of execution, and for each other layer the reason why its outputs stay.
 
     Args:
@@ -84,7 +83,11 @@ class _Closed(Exception):
 
 
 def _walk(
-    graph: Graph, start: Layer, layers: dict[str, Layer], users: dict[str, list[Node]], shapes: dict[str, tuple[int, ...]]
+    graph: Graph,
+    start: Layer,
+    layers: dict[str, Layer],
+    users: dict[str, list[Node]],
+    shapes: dict[str, tuple[int, ...]],
 ) -> InnerChannels:
     if start.groups != 1:
         depthwise = start.groups == start.shape[0]

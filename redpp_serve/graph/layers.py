@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from ..runtime.graph import Graph, Node, Ref
 from ..runtime.program import value_shapes
 
@@ -57,11 +54,35 @@ def find_layers(graph: Graph) -> list[Layer]:
         shape, out = tuple(graph.tensors[weight].shape), shapes[node.name]
         if node.op == CONV:
             stride, padding, dilation = (_pair(a, default) for a, default in zip(args[3:6], (1, 0, 1)))
-            layers.append(Layer(weight.removesuffix(".weight"), node, weight, bias, shape, stride, padding, dilation,
-                                args[6] or 1, math.prod(out[2:])))
+            layers.append(
+                Layer(
+                    weight.removesuffix(".weight"),
+                    node,
+                    weight,
+                    bias,
+                    shape,
+                    stride,
+                    padding,
+                    dilation,
+                    args[6] or 1,
+                    math.prod(out[2:]),
+                )
+            )
         else:
-            layers.append(Layer(weight.removesuffix(".weight"), node, weight, bias, shape, (1, 1), (0, 0), (1, 1), 1,
-                                math.prod(out[1:-1])))
+            layers.append(
+                Layer(
+                    weight.removesuffix(".weight"),
+                    node,
+                    weight,
+                    bias,
+                    shape,
+                    (1, 1),
+                    (0, 0),
+                    (1, 1),
+                    1,
+                    math.prod(out[1:-1]),
+                )
+            )
     return layers
 
 

@@ -35,7 +35,10 @@ def both_readings(
     """Multiplications, additions and bytes of all layers, dense before against split after, for both units."""
     dense = [count_dense(layer) for layer in before.values()]
     readings = {
-        "kernel": [count_kernels(layer, splits[name]) if name in splits else count_dense(layer) for name, layer in after.items()],
+        "kernel": [
+            count_kernels(layer, splits[name]) if name in splits else count_dense(layer)
+            for name, layer in after.items()
+        ],
         "weight": [
             count_scalars(layer, graph.tensors[layer.weight]) if name in splits else count_dense(layer)
             for name, layer in after.items()
@@ -63,7 +66,8 @@ def hash_record(hashed: Hashed) -> dict[str, Any]:
         "zero_kernels": near_zero,
         "bandwidth": book.bandwidth,
         "alternatives": {
-            name: {"values": b.size, "entropy": b.entropy, "error": b.error} for name, b in sorted(hashed.alternatives.items())
+            name: {"values": b.size, "entropy": b.entropy, "error": b.error}
+            for name, b in sorted(hashed.alternatives.items())
         },
         "density": _density_record(hashed, book),
     }
@@ -99,7 +103,12 @@ def split_record(layer: Layer, split: Split) -> dict[str, Any]:
 
 
 def hash_summary(
-    after: dict[str, Layer], hashed: dict[str, Hashed], splits: dict[str, Split], method: str, target: str, measured: float
+    after: dict[str, Layer],
+    hashed: dict[str, Hashed],
+    splits: dict[str, Split],
+    method: str,
+    target: str,
+    measured: float,
 ) -> dict[str, Any]:
     """The hashing of the whole network: what it was predicted to cost and to save, beside what it did.
 

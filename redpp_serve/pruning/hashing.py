@@ -187,7 +187,9 @@ def _lloyd_max(grid: Grid, cells: int, rounds: int = 60) -> Codebook:
     return _codebook("kmeans", grid, borders, values)
 
 
-def _codebook(method: str, grid: Grid, borders: NDArray[np.int64], values: Array, bandwidth: float | None = None) -> Codebook:
+def _codebook(
+    method: str, grid: Grid, borders: NDArray[np.int64], values: Array, bandwidth: float | None = None
+) -> Codebook:
     if grid.zeros:
         borders, values = _keep_zero(grid, borders, values)
     values = torch.from_numpy(values).to(grid.dtype).double().numpy()

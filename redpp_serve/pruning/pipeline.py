@@ -98,7 +98,9 @@ def prune(
     return _verify(run, data)
 
 
-def _hash_layers(graph: Graph, layers: list[Layer], options: Options, stage: Stage | None = None) -> tuple[Graph, dict[str, Hashed]]:
+def _hash_layers(
+    graph: Graph, layers: list[Layer], options: Options, stage: Stage | None = None
+) -> tuple[Graph, dict[str, Hashed]]:
     hashed = {}
     for k, layer in enumerate(layers):
         hashed[layer.name] = hash_weight(graph.tensors[layer.weight], options.hash, options.hash_target)
@@ -134,7 +136,9 @@ def _merge(run: _Run) -> None:
         if not removed:
             stage.reason = f"no two of the channels in {len(sets)} sets are equal" if sets else "no inner channels"
             return
-        probe = tuple(x.double() if x.is_floating_point() else x for x in smooth_noise(run.graph.inputs, 2, run.options.seed))
+        probe = tuple(
+            x.double() if x.is_floating_point() else x for x in smooth_noise(run.graph.inputs, 2, run.options.seed)
+        )
         error = compare_outputs(_casting_to_double(precise), _casting_to_double(merged), probe).error
         run.checks["merge_exact"] = error
         _require_exact("exact merging", error)
@@ -146,6 +150,7 @@ def _merge(run: _Run) -> None:
 
 def _casting_to_double(graph: Graph) -> Graph:
     """The same float64 network, also where it casts to a floating type of its own."""
+
     def wide(value: Any) -> Any:
         return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
@@ -184,11 +189,15 @@ def _reconstruct(run: _Run, started: float) -> None:
         exact = run.graph
 
         def narrow(width: Width) -> _Narrowed:
-            graph, records = reconstruct(exact, run.original, sets, inputs, width, options.round_to, stage.progress, run.rows)
+            graph, records = reconstruct(
+                exact, run.original, sets, inputs, width, options.round_to, stage.progress, run.rows
+            )
             # the producers keep whole rows, whose values stay in their codebooks; only the fitted readers are hashed again
             narrowed = {record.layer for record in records if record.kept < record.channels}
             readers = {layer.name for inner in sets if inner.producer.name in narrowed for layer, _ in inner.consumers}
-            return _Narrowed(*_hash_layers(graph, [x for x in find_layers(graph) if x.name in readers], options), records)
+            return _Narrowed(
+                *_hash_layers(graph, [x for x in find_layers(graph) if x.name in readers], options), records
+            )
 
         best = narrow(keep_ratio(options.keep)) if options.keep is not None else _within_budget(run, narrow, started)
         if best is None:
@@ -199,7 +208,9 @@ def _reconstruct(run: _Run, started: float) -> None:
         for record in best.records:
             run.widths[record.layer] = replace(record, channels=run.widths[record.layer].channels)
         kept, of = sum(r.kept for r in best.records), sum(r.channels for r in best.records)
-        stage.reason = f"{kept} of {of} channels kept in {len(sets)} sets, {len(best.hashed)} fitted layers hashed again"
+        stage.reason = (
+            f"{kept} of {of} channels kept in {len(sets)} sets, {len(best.hashed)} fitted layers hashed again"
+        )
 
 
 @dataclass(frozen=True)
@@ -242,7 +253,10 @@ def _split(run: _Run) -> None:
             return stage.skip("no hashed layer")
         run.checks["split_exact"] = worst
         _require_exact("input-wise splitting", worst)
-        unique, kernels = sum(len(s.kernels) for s in run.splits.values()), sum(s.index.numel() for s in run.splits.values())
+        unique, kernels = (
+            sum(len(s.kernels) for s in run.splits.values()),
+            sum(s.index.numel() for s in run.splits.values()),
+        )
         stage.reason = f"{unique} unique kernels of {kernels}; differs by {worst:.1e} in float64"
 
 

@@ -92,7 +92,10 @@ def reconstruct(
     done = []
     for position, inner in enumerate(sets):
         readers = [(layer, columns_of(graph.tensors[layer.weight], inner.channels)) for layer, _ in inner.consumers]
-        moments = [gather_moments(graph, original, layer, inner.channels, inputs, (rows or {}).get(layer.name)) for layer, _ in readers]
+        moments = [
+            gather_moments(graph, original, layer, inner.channels, inputs, (rows or {}).get(layer.name))
+            for layer, _ in readers
+        ]
         order, curve = select_channels([(m, w) for m, (_, w) in zip(moments, readers)], inner.channels)
         keep = round_up(width(curve), round_to, inner.channels)
         error = 0.0
@@ -180,7 +183,11 @@ def select_channels(readers: Sequence[tuple[Moments, Tensor]], channels: int) ->
 
 
 def _narrow(
-    graph: Graph, inner: InnerChannels, kept: Tensor, moments: Sequence[Moments], readers: Sequence[tuple[Layer, Tensor]]
+    graph: Graph,
+    inner: InnerChannels,
+    kept: Tensor,
+    moments: Sequence[Moments],
+    readers: Sequence[tuple[Layer, Tensor]],
 ) -> tuple[Graph, float]:
     weights, constants, errors = {}, {}, []
     for m, (layer, weight) in zip(moments, readers):
@@ -209,7 +216,9 @@ def _fit(m: Moments, kept: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, floa
         new = before + torch.linalg.solve(damped, m.uy[rows] - kept_uu @ before)  # damped towards the old weights
         lost = m.yy - float((new * (2 * m.uy[rows] - kept_uu @ new)).sum())
         return new.T.reshape(n_out, len(kept), taps), m.y - new.T @ m.u[rows], _relative(lost, m.yy)
-    mix = torch.eye(len(m.uu), dtype=m.uu.dtype, device=m.uu.device)[rows]  # (k, channels): each channel from the kept ones
+    mix = torch.eye(len(m.uu), dtype=m.uu.dtype, device=m.uu.device)[
+        rows
+    ]  # (k, channels): each channel from the kept ones
     mix += torch.linalg.solve(damped, m.uu[rows] - kept_uu @ mix)  # those themselves stay as they are
     explained = mix.T @ m.uu[rows]
     gap = m.uu - explained - explained.T + mix.T @ kept_uu @ mix
@@ -233,7 +242,9 @@ def _add_constant(graph: Graph, layer: Layer, bias: Tensor) -> Graph:
     name = f"{layer.node.name}.bias"
     node = graph.node(layer.node.name)
     args = (*node.args[:2], Ref(name), *node.args[3:])
-    return graph.with_tensors({name: bias.to(graph.tensors[layer.weight])}).with_nodes({node.name: replace(node, args=args)})
+    return graph.with_tensors({name: bias.to(graph.tensors[layer.weight])}).with_nodes(
+        {node.name: replace(node, args=args)}
+    )
 
 
 def _features(value: Tensor, layer: Layer, channels: int, per_tap: bool) -> Tensor:

@@ -53,7 +53,11 @@ def split_weight(weight: Tensor, groups: int = 1) -> Split:
     if weight.dim() == 2:
         weight = weight[..., None, None]
     n_out, n_in, kh, kw = weight.shape
-    flat = weight.reshape(groups, n_out // groups, n_in, kh * kw).transpose(0, 1).reshape(n_out // groups, groups * n_in, -1)
+    flat = (
+        weight.reshape(groups, n_out // groups, n_in, kh * kw)
+        .transpose(0, 1)
+        .reshape(n_out // groups, groups * n_in, -1)
+    )
     parts, offset = [], 0
     for start in range(0, flat.shape[1], max(1, _CHUNK // flat[:, 0].numel())):
         block = flat[:, start : start + max(1, _CHUNK // flat[:, 0].numel())]
@@ -82,8 +86,11 @@ def count_kernels(layer: Layer, split: Split, element_size: int = 4) -> Counts:
     sums = int((used - 1).clamp_min(0).sum())
     for_channel = torch.bincount(split.channel, minlength=split.index.shape[1])
     bits = split.index.shape[0] // layer.groups * int(_bits(for_channel).sum())
-    return Counts(layer.positions * unique * taps, layer.positions * ((taps - 1) * unique + sums),
-                  unique * taps * element_size + -(-bits // 8))
+    return Counts(
+        layer.positions * unique * taps,
+        layer.positions * ((taps - 1) * unique + sums),
+        unique * taps * element_size + -(-bits // 8),
+    )
 
 
 def count_scalars(layer: Layer, weight: Tensor, element_size: int = 4) -> Counts:
@@ -116,7 +123,9 @@ def expected_kernels(layer: Layer, frequencies: Tensor, values: Tensor) -> float
     if taps == 1:
         p = p[magnitudes != 0]
         return inputs * float((1 - (1 - p) ** n_out).sum())
-    drawn = torch.multinomial(frequencies, _DRAWS * taps, True, generator=torch.Generator().manual_seed(0)).view(_DRAWS, taps)
+    drawn = torch.multinomial(frequencies, _DRAWS * taps, True, generator=torch.Generator().manual_seed(0)).view(
+        _DRAWS, taps
+    )
     negative = torch.where(values[:, None] == -values, frequencies, 0.0).sum(1)  # how likely each value's negative is
     p = (frequencies[drawn].prod(1) + negative[drawn].prod(1)).clamp_max(1.0)
     seen = -torch.expm1(n_out * torch.log1p(-p)) / p

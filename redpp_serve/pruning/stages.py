@@ -57,7 +57,11 @@ class Stages:
             if stage._bar is not None:
                 stage._bar.close()
             if not self.quiet and stage.status != "failed":
-                print(f"{stage.name:<12} {stage.status:<8} {stage.seconds:7.1f} s  {stage.reason}", file=sys.stderr, flush=True)
+                print(
+                    f"{stage.name:<12} {stage.status:<8} {stage.seconds:7.1f} s  {stage.reason}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def to_json(self) -> list[dict[str, Any]]:
         return [stage.to_json() for stage in self.stages]

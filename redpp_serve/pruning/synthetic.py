@@ -97,7 +97,9 @@ def synthesize(
     total, note = how.images // how.batch * how.steps, ""
     for k in range(len(batches), how.images // how.batch):
         start = tuple(x.to(device) for x in smooth_noise(graph.inputs, how.batch, seed * 7919 + k))
-        batch, loss, finished = matcher.optimise(start, how.steps, deadline, lambda done: progress(k * how.steps + done, total))
+        batch, loss, finished = matcher.optimise(
+            start, how.steps, deadline, lambda done: progress(k * how.steps + done, total)
+        )
         batches.append(batch)
         losses.append(loss)
         if not finished:

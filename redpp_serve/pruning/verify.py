@@ -115,12 +115,17 @@ def load_verify_data(path: Path, graph: Graph, normalise: tuple[Sequence[float],
         with np.load(path, allow_pickle=False) as file:
             inputs, labels = file["inputs"], file["labels"]
     except (OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, BadZipFile) as error:
-        raise RedppError(f"--verify-data {path} cannot be read: {error}", expected, "write it with numpy.savez") from error
+        raise RedppError(
+            f"--verify-data {path} cannot be read: {error}", expected, "write it with numpy.savez"
+        ) from error
     spec = graph.inputs[0]
     shaped = inputs.ndim > 0 and inputs.shape[1:] == spec.shape and labels.shape == inputs.shape[:1] and len(labels) > 0
     if len(graph.inputs) != 1 or not shaped:
-        raise RedppError(f"--verify-data {path} holds inputs {inputs.shape} and labels {labels.shape}",
-                         f"inputs (N, {', '.join(map(str, spec.shape))}) and labels (N,)", "match the --input shape")
+        raise RedppError(
+            f"--verify-data {path} holds inputs {inputs.shape} and labels {labels.shape}",
+            f"inputs (N, {', '.join(map(str, spec.shape))}) and labels (N,)",
+            "match the --input shape",
+        )
     if inputs.dtype.kind not in "fiub" or labels.dtype.kind not in "iu":
         raise RedppError(f"--verify-data {path} holds inputs of type {inputs.dtype} and labels of type {labels.dtype}",
                          "numbers, and the integer class of each", "convert them before numpy.savez")  # fmt: skip
