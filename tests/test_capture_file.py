@@ -64,7 +64,10 @@ WRITERS: dict[str, tuple[Callable[[nn.Module, Path], Any], FileKind]] = {
         FileKind.LEGACY_STATE_DICT,
     ),
     "safetensors": (lambda net, path: save_file(net.state_dict(), path), FileKind.SAFETENSORS),
-    "checkpoint": (lambda net, path: torch.save({"state_dict": net.state_dict(), "epoch": 3}, path), FileKind.STATE_DICT),
+    "checkpoint": (
+        lambda net, path: torch.save({"state_dict": net.state_dict(), "epoch": 3}, path),
+        FileKind.STATE_DICT,
+    ),
     "module": (torch.save, FileKind.MODULE),
     "TorchScript": (lambda net, path: torch.jit.save(scripted(net), path), FileKind.TORCHSCRIPT),
     "pt2": (pt2, FileKind.EXPORTED),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import KINDS, Builder, difference, few, inner_of, many, network, networks, permuted, plant, seeds
 
@@ -57,7 +57,7 @@ def test_merging_keeps_the_function_and_removes_what_was_planted(case, round_to)
 
 
 @given(networks())
-@few
+@settings(few, max_examples=6)
 def test_merging_a_hashed_network_keeps_its_function(graph):
     graph = hashed(graph, 2).to(torch.float64)
     merged, _ = merge_all(graph)
@@ -65,7 +65,7 @@ def test_merging_a_hashed_network_keeps_its_function(graph):
 
 
 @given(networks())
-@few
+@settings(few, max_examples=6)
 def test_merging_twice_is_merging_once(graph):
     once, first = merge_all(hashed(graph, 2), 2)
     twice, second = merge_all(once, 2)

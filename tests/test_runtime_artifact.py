@@ -20,7 +20,9 @@ from redpp_serve.runtime.artifact import ENTRIES, build, deterministic_zip, load
 from redpp_serve.runtime.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.runtime.program import Program
 
-GOLDEN = "e1c8295fa461fa7e4f4b7527b5551827747fcd6bf5027f4ac25c7af567152e14"  # of build(tiny(), {"name": "tiny"}), format 1
+GOLDEN = (  # of build(tiny(), {"name": "tiny"}), format 1
+    "e1c8295fa461fa7e4f4b7527b5551827747fcd6bf5027f4ac25c7af567152e14"
+)
 
 
 def raw(tensor: Tensor) -> bytes:
@@ -61,8 +63,9 @@ def test_nodes_with_every_kind_of_argument_round_trip() -> None:
     constants = (None, True, False, 0, -1, 1 << 40, 0.1, -0.0, 1e300, math.inf, -math.inf, "zeros", "ref",
                  torch.float16, torch.contiguous_format, torch.channels_last, torch.channels_last_3d,
                  [1, [2.5, None], []])  # fmt: skip
+    keywords = {"dtype": torch.int64, "t": Ref("w"), "k": [3]}
     nodes = (
-        Node("a", "aten.cat.default", ([Ref("x"), Ref("x")], *constants), {"dtype": torch.int64, "t": Ref("w"), "k": [3]}),
+        Node("a", "aten.cat.default", ([Ref("x"), Ref("x")], *constants), keywords),
         Node("b", "py.mul", (Ref("a"), math.nan)),
     )
     inputs = (InputSpec("x", (3, 4)), InputSpec("ids", (), "int64"))
@@ -115,7 +118,8 @@ from redpp_serve.capture.export import capture
 from redpp_serve.runtime.artifact import build
 from redpp_serve.runtime.graph import InputSpec
 torch.manual_seed(0)
-network = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(1152, 70))
+layers = nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(1152, 70)
+network = nn.Sequential(*layers)
 network[0].weight.data = (network[0].weight.data * 8).round() / 8  # few values: a codebook
 network[4].weight.data = (network[4].weight.data * 2000).round() / 2000
 data = build(capture(network.eval(), [InputSpec("input_0", (3, 8, 8))], []), {"names": sorted({"p", "q", "r", "s"})})
@@ -144,7 +148,9 @@ def test_the_zip_holds_no_time_and_no_compression() -> None:
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync", "chmod"])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -103,8 +103,8 @@ def test_computed_parameters_are_left_alone(computed: str) -> None:
     """As by weight standardization or spectral norm."""
     before = conv_norm()
     half = Node("half", "aten.mul.Tensor", (Ref(computed), 0.5))
-    swap = {n.name: replace(n, args=tuple(Ref("half") if a == Ref(computed) else a for a in n.args)) for n in before.nodes}
-    before = replace(before, nodes=(half, *swap.values()))
+    read = [replace(n, args=tuple(Ref("half") if a == Ref(computed) else a for a in n.args)) for n in before.nodes]
+    before = replace(before, nodes=(half, *read))
     assert_same(before, fold_batch_norm(before), norms=1)
 
 

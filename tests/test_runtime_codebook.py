@@ -8,6 +8,7 @@ from torch import Tensor
 
 from redpp_serve.runtime.codebook import decode, encode, index_bits
 
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BITS = {2: 1, 3: 2, 4: 2, 5: 4, 16: 4, 17: 8, 256: 8, 257: 16, 600: 16}
 
 
@@ -15,8 +16,8 @@ def of_values(values: int, count: int, dtype: torch.dtype = torch.float32, seed:
     """``count`` weights that take each of ``values`` random values at least once."""
     generator = torch.Generator().manual_seed(seed)
     codebook = torch.randperm(4 * values, generator=generator)[:values].sub(2 * values).to(dtype)
-    order = torch.randperm(count, generator=generator)
-    return codebook[torch.cat([torch.arange(values), torch.randint(values, (count - values,), generator=generator)])[order]]
+    indices = torch.cat([torch.arange(values), torch.randint(values, (count - values,), generator=generator)])
+    return codebook[indices[torch.randperm(count, generator=generator)]]
 
 
 def bits_of(tensor: Tensor) -> list[int]:
@@ -43,8 +44,7 @@ def test_layout_of_the_indices() -> None:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(st.integers(1, 300), st.integers(0, 500), st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
-       st.integers(0, 2**31))  # fmt: skip
+@given(st.integers(1, 300), st.integers(0, 500), st.sampled_from(FLOATS), st.integers(0, 2**31))
 def test_decoding_inverts_encoding_and_is_never_larger(values: int, extra: int, dtype: torch.dtype, seed: int) -> None:
     weight = of_values(values, values + extra, dtype, seed)
     packed = encode(weight)

@@ -53,7 +53,8 @@ def test_a_tensor_that_is_an_output_is_used() -> None:
 
 def test_changes_return_another_graph() -> None:
     before = graph()
-    after = before.with_tensors({"w": torch.zeros(4)}).with_nodes({"a": Node("a", "aten.sub.Tensor", before.nodes[0].args)})
+    sub = Node("a", "aten.sub.Tensor", before.nodes[0].args)
+    after = before.with_tensors({"w": torch.zeros(4)}).with_nodes({"a": sub})
     assert after.tensors["w"].sum() == 0 and before.tensors["w"].sum() == 4
     assert after.node("a").op == "aten.sub.Tensor" and before.node("a").op == "aten.add.Tensor"
     assert [n.name for n in after.nodes] == [n.name for n in before.nodes]

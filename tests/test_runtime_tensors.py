@@ -55,7 +55,7 @@ ODD: dict[str, bytes] = {name: safetensors_bytes(*case) for name, case in SAFETE
     "offsets not whole": safetensors_bytes(tensor(data_offsets=[0.0, 8.0]), bytes(8)),
     "offsets true": safetensors_bytes({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, True]}}, bytes(1)),
     "empty and huge": safetensors_bytes({"a": {"dtype": "F32", "shape": [0, 1 << 62], "data_offsets": [0, 0]}}),
-    "empty and beyond 64 bits": safetensors_bytes({"a": {"dtype": "F32", "shape": [0, 1 << 80], "data_offsets": [0, 0]}}),
+    "empty, beyond 64 bits": safetensors_bytes({"a": {"dtype": "F32", "shape": [0, 1 << 80], "data_offsets": [0, 0]}}),
     "infinite size": safetensors_bytes(b'{"a":{"dtype":"F32","shape":[Infinity],"data_offsets":[0,8]}}', bytes(8)),
     "size a text": safetensors_bytes(tensor(shape="2"), bytes(8)),
     "size not whole": safetensors_bytes(tensor(shape=[2.0]), bytes(8)),

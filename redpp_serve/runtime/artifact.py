@@ -57,7 +57,8 @@ def build(graph: Graph, description: dict[str, Any]) -> bytes:
     document = {
         "inputs": [{**asdict(i), "shape": list(i.shape)} for i in graph.inputs],
         "nodes": [
-            {"name": n.name, "op": n.op, "args": _to_json(n.args), "kwargs": _to_json_map(n.kwargs)} for n in graph.nodes
+            {"name": n.name, "op": n.op, "args": _to_json(n.args), "kwargs": _to_json_map(n.kwargs)}
+            for n in graph.nodes
         ],
         "outputs": list(graph.outputs),
         "encodings": encodings,

@@ -58,7 +58,9 @@ def _foldable(graph: Graph) -> list[tuple[Node, Node]]:
     pairs = []
     for norm in graph.nodes:
         source = producers.get(norm.args[0].name) if is_inference_norm(norm) else None
-        if source is None or source.op not in (CONV, LINEAR) or len(users[source.name]) > 1 or source.name in graph.outputs:
+        if source is None or source.op not in (CONV, LINEAR):
+            continue
+        if len(users[source.name]) > 1 or source.name in graph.outputs:
             continue
         parameters = [ref.name for ref in (*source.args[1:3], *norm.args[1:5]) if isinstance(ref, Ref)]
         if all(name in graph.tensors for name in parameters):  # else computed, as by weight standardization
