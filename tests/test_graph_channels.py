@@ -166,3 +166,26 @@ def test_depthwise_and_grouped_producers_say_so():
     x = b.conv(b.conv("x", "depthwise", 4, 4, groups=4), "grouped", 4, 4, groups=2)
     _, closed = find_inner_channels(b.graph(b.conv(x, "last", 4, 2)))
     assert closed["depthwise"].startswith("depthwise") and closed["grouped"] == "grouped convolution"
+
+
+class Viewed(nn.Module):
+    """The idiom x.view(x.size(0), -1) between a convolution and a Linear, or another shape that is no flatten."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.conv, self.shape = nn.Conv2d(3, 8, 3, padding=1), shape
+        self.fc = nn.Linear(8 * 16 if shape == (-1,) else 16, 5)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.conv(x)).view(x.size(0), *self.shape))
+
+
+def test_a_view_that_flattens_is_followed():
+    graph = capture(Viewed(-1).eval(), [InputSpec("x", (3, 4, 4))], [])
+    (inner,), closed = find_inner_channels(graph)
+    assert [(reader.name, columns) for reader, columns in inner.consumers] == [("fc", 16)] and set(closed) == {"fc"}
+
+
+def test_another_view_closes_the_channels():
+    _, closed = find_inner_channels(capture(Viewed(8, 16).eval(), [InputSpec("x", (3, 4, 4))], []))
+    assert "reshape" in closed["conv"]

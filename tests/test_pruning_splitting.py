@@ -83,16 +83,23 @@ def test_each_channel_stores_its_distinct_kernels_once(case):
             assert split.channel[split.index[o, i]] == o // per_group * w.shape[1] + i
 
 
+def index_bits(units: torch.Tensor, groups: int) -> int:
+    """Every output of a column spends log2 of how many different units, sign and zero included, the column holds."""
+    per_group = len(units) // groups
+    columns = (units[g * per_group : (g + 1) * per_group, c] for g in range(groups) for c in range(units.shape[1]))
+    return per_group * sum(math.ceil(math.log2(len({tuple((unit + 0.0).tolist()) for unit in column}))) for column in columns)
+
+
 @given(weights(), st.integers(1, 50))
 @many
 def test_counts_of_kernels_against_the_formulas(case, positions):
-    """k^2 HW sum(u) and HW [(k^2 - 1) sum(u) + sum over outputs of (used - 1)]; k^2 sum(u) values and log2(u) bits a pair."""
+    """k^2 HW sum(u) and HW [(k^2 - 1) sum(u) + sum over outputs of (used - 1)]; k^2 sum(u) values, log2 bits of signed choices a pair."""
     w, groups = case
     layer, found = layer_of(w.shape, groups, positions), kernels_by_hand(w, groups)
     taps, u = math.prod(w.shape[2:]), [len(k) for k in found.values()]
     used = (w.reshape(*w.shape[:2], -1) != 0).any(2).sum(1).tolist()
     additions = positions * ((taps - 1) * sum(u) + sum(max(n - 1, 0) for n in used))
-    bits = len(w) // groups * sum(math.ceil(math.log2(n)) for n in u)
+    bits = index_bits(w.reshape(len(w), w.shape[1], -1), groups)
     expected = Counts(positions * taps * sum(u), additions, 2 * taps * sum(u) + math.ceil(bits / 8))
     assert count_kernels(layer, split_weight(w, groups), element_size=2) == expected
 
@@ -109,7 +116,7 @@ def test_counts_of_scalars_by_hand(case, positions):
         for c in range(columns.shape[1])
     ]
     additions = positions * sum(max(int(n) - 1, 0) for n in (columns != 0).sum(1))
-    bits = per_group * sum(math.ceil(math.log2(n)) for n in distinct if n)
+    bits = index_bits(w.reshape(len(w), -1, 1), groups)
     assert count_scalars(layer, w) == Counts(
         positions * sum(distinct), additions, 4 * sum(distinct) + math.ceil(bits / 8)
     )

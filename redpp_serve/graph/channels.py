@@ -22,6 +22,7 @@ ELEMENTWISE = frozenset(
                "elu", "selu", "mish", "softplus", "clone", "contiguous")
 )  # fmt: skip
 POOLING = frozenset(f"aten.{op}.default" for op in ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"))
+FLATTENING = frozenset({"aten.flatten.using_ints", "aten.reshape.default"})
 _REASONS = {
     "aten.add.Tensor": "joins a residual stream",
     "aten.cat.default": "is concatenated with other channels",
@@ -114,10 +115,23 @@ def _walk(
                 per_channel += [layer.weight, *([layer.bias] if layer.bias else [])]
                 pending.append((node.name, 1))
             else:
-                per_channel += _channelwise_tensors(graph, node, value, axis == 1 and columns == 1, dims, users)
-                flattened = node.op == "aten.flatten.using_ints"
-                pending.append((node.name, math.prod(shapes[value][2:]) if flattened else columns))
+                second = axis == 1 and columns == 1
+                spread = math.prod(shapes[value][2:])
+                if second and _flattens(node, value, shapes):
+                    pending.append((node.name, spread))
+                    continue
+                per_channel += _channelwise_tensors(graph, node, value, second, dims, users)
+                pending.append((node.name, columns))
     return InnerChannels(start, tuple(depthwise), tuple(per_channel), tuple(consumers))
+
+
+def _flattens(node: Node, value: str, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether a node puts everything but the batch into one dimension, a channel's values side by side.
+
+    Capture has run the graph at several batch sizes, so a reshape that ends in (1, everything) keeps the batch.
+    """
+    flat = (1, math.prod(shapes[value][1:]))
+    return node.args[0] == Ref(value) and node.op in FLATTENING and len(shapes[value]) > 2 and shapes.get(node.name) == flat
 
 
 def _channelwise_tensors(
@@ -135,12 +149,12 @@ def _channelwise_tensors(
             if any(name not in graph.tensors or len(users[name]) > 1 for name in names):
                 raise _Closed("its batch norm is shared or computed")
             return names
-        if second and node.op == "aten.flatten.using_ints" and list(node.args[1:]) in ([1], [1, -1]):
-            return []
         spatial = second and dims == 4
         if spatial and node.op in POOLING:
             return []
         if spatial and node.op == "aten.mean.dim" and sorted(d % 4 for d in node.args[1]) == [2, 3]:
             return []
     layer = node.args[1].name.removesuffix(".weight") if node.op.startswith("aten.conv") else node.name
+    if node.op == "aten.conv2d.default":
+        raise _Closed(f"is read by a grouped convolution ({layer})")
     raise _Closed(_REASONS.get(node.op, f"is read by {node.op.split('.')[1]} ({layer}), whose coupling is not known"))

@@ -1,7 +1,7 @@
 """Exact input-wise splitting (RED++, arXiv 2110.01397) and what it costs.
 
 For each input channel the kernels that its outputs use are stored once; an output picks its kernel by index. All-zero
-kernels are dropped and a kernel shares the storage of its negative. Two readings of the method's unit are counted:
+kernels are dropped and a kernel shares the storage of its negative (stored indices name sign and zero too). Two readings of the method's unit are counted:
 the k x k kernel of one (output, input) pair, which `split_weight` builds, and the scalar weight.
 """
 
@@ -84,8 +84,9 @@ def count_kernels(layer: Layer, split: Split, element_size: int = 4) -> Counts:
     unique = len(split.kernels)
     used = (split.index >= 0).sum(1)
     sums = int((used - 1).clamp_min(0).sum())
-    for_channel = torch.bincount(split.channel, minlength=split.index.shape[1])
-    bits = split.index.shape[0] // layer.groups * int(_bits(for_channel).sum())
+    n_out = split.index.shape[0] // layer.groups
+    used_as = (split.index.long() * 2 + (split.sign < 0)).view(layer.groups, n_out, -1)
+    bits = n_out * sum(int(_bits(group).sum()) for group in used_as)
     return Counts(
         layer.positions * unique * taps,
         layer.positions * ((taps - 1) * unique + sums),
@@ -96,14 +97,14 @@ def count_kernels(layer: Layer, split: Split, element_size: int = 4) -> Counts:
 def count_scalars(layer: Layer, weight: Tensor, element_size: int = 4) -> Counts:
     """Cost of the split whose unit is the scalar weight: distinct magnitudes in each column of the im2col matrix."""
     n_out = layer.shape[0] // layer.groups
-    columns = weight.reshape(layer.groups, n_out, -1).transpose(0, 1).reshape(n_out, -1).abs()
+    columns = weight.reshape(layer.groups, n_out, -1).transpose(0, 1).reshape(n_out, -1)
     unique = 0
     bits = 0
     for block in columns.split(max(1, _CHUNK // n_out), 1):
-        ordered = block.sort(0).values
+        ordered = block.abs().sort(0).values
         fresh = torch.cat([ordered[:1] != 0, (ordered[1:] != ordered[:-1])]).sum(0)
         unique += int(fresh.sum())
-        bits += n_out * int(_bits(fresh).sum())
+        bits += n_out * int(_bits(block).sum())
     used = (weight.reshape(layer.shape[0], -1) != 0).sum(1)
     sums = int((used - 1).clamp_min(0).sum())
     return Counts(layer.positions * unique, layer.positions * sums, unique * element_size + -(-bits // 8))
@@ -169,6 +170,8 @@ def _fingerprint(values: Tensor, attempt: int) -> Tensor:
     return (mixed * factors).sum(-1)
 
 
-def _bits(unique: Tensor) -> Tensor:
-    """ceil(log2 u) of each count, 0 for 0 and 1."""
-    return torch.log2(unique.clamp_min(1).double()).ceil().long()
+def _bits(used: Tensor) -> Tensor:
+    """Bits (columns,) of an index into what each column of (n_out, columns) holds: sign and zero are told apart."""
+    ordered = used.sort(0).values
+    choices = 1 + (ordered[1:] != ordered[:-1]).sum(0)
+    return torch.log2(choices.double()).ceil().long()
