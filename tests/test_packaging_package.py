@@ -26,7 +26,7 @@ from redpp_serve.pruning.options import Options
 from redpp_serve.pruning.synthetic import Plan
 from redpp_serve.runtime.graph import InputSpec
 
-FILES = {"original.mar", "redpp.mar", "config.properties", "log4j2.xml", "model-config.yaml", "README.md", "inputs.npz",
+FILES = {"original.mar", "redpp.mar", "config.properties", "log4j2.xml", "model-config.yaml", "README.md", "inputs.npz", "sample.npy",
          "report.json", "report.html"}  # fmt: skip
 EXACT = Options(merge="exact")
 FAST = Options(keep=0.5, time_budget=1)
@@ -139,9 +139,9 @@ def test_a_dry_run_writes_nothing_at_all(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("choice", "number"), [
-    ({"keep": 0.5, "max_error": 0.0001}, r"relative output error .* is 0\.\d+\. Expected: at most 0\.0001 \(--max-error\)"),
+    ({"keep": 0.5, "max_error": 0.0001}, r"relative output error .* is 0\.\d+ \(measured: output error .*\)\. Expected: at most 0\.0001 \(--max-error\)"),
     ({"merge": "exact", "min_agreement": 1.0, "hash_error": 0.9},
-     r"top-1 agreement .* is 0\.\d+\. Expected: at least 1 \(--min-agreement\)"),
+     r"top-1 agreement .* is 0\.\d+ \(measured: .* agreement .*\)\. Expected: at least 1 \(--min-agreement\)"),
     ({"merge": "exact", "max_accuracy_drop": 0.01, "hash_error": 0.9},
      r"accuracy falls by \d+\.\d\d points, from 100.00% to .*\(--max-accuracy-drop\)"),
 ])  # fmt: skip
@@ -280,7 +280,9 @@ def test_several_inputs_and_outputs(tmp_path: Path) -> None:
     assert [len(y) for y in got] == [3, 8]
     for mine, theirs in zip(got, expected):
         assert mine == pytest.approx(theirs[0].tolist(), rel=1e-4, abs=1e-5)
-    assert "numpy.savez('input.npz'" in (tmp_path / "two" / "README.md").read_text()
+    with numpy.load(tmp_path / "two" / "sample.npz") as file, numpy.load(tmp_path / "two" / "inputs.npz") as kept:
+        assert set(file.files) == set(kept.files) and all((file[k] == kept[k][0]).all() for k in file.files)
+    assert "--data-binary @sample.npz" in (tmp_path / "two" / "README.md").read_text()
 
 
 def test_names_and_preprocessing_are_checked_first(model: Path, tmp_path: Path) -> None:

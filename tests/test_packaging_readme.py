@@ -1,13 +1,6 @@
-"""The README of a package: names, shapes and commands of this model, and the code in it works."""
+"""The README of a package: names, shapes and commands of this model."""
 
 import re
-import shlex
-import subprocess
-import sys
-from pathlib import Path
-
-import numpy
-import pytest
 
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.packaging.readme import readme
@@ -32,23 +25,10 @@ def test_without_preprocessing_images_are_said_to_be_refused() -> None:
 
 def test_several_inputs_travel_as_npz_by_name() -> None:
     text = readme("m", TWO, None)
-    assert "`tokens` 5 int64; `image` 1x4x4 float32" in text and "--data-binary @input.npz" in text
+    assert "`tokens` 5 int64; `image` 1x4x4 float32" in text and "--data-binary @sample.npz" in text
     assert ".npz` or JSON with the inputs by name" in text
-
-
-@pytest.mark.parametrize("inputs", [(IMAGE,), TWO])
-def test_the_command_that_makes_a_request_works(tmp_path: Path, inputs: tuple[InputSpec, ...]) -> None:
-    arrays = {i.name: numpy.arange(3 * numpy.prod(i.shape)).reshape(3, *i.shape).astype(i.dtype) for i in inputs}
-    numpy.savez(tmp_path / "inputs.npz", **arrays)
-    command = next(line for line in readme("m", inputs, None).splitlines() if "import numpy" in line)
-    subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=tmp_path, check=True, timeout=60)
-    if len(inputs) == 1:
-        assert (numpy.load(tmp_path / "input.npy") == arrays["x"][0]).all()
-    else:
-        with numpy.load(tmp_path / "input.npz") as file:
-            assert {k: file[k].tolist() for k in file.files} == {k: v[0].tolist() for k, v in arrays.items()}
 
 
 def test_no_place_holder_is_left() -> None:
     for inputs in ((IMAGE,), TWO):
-        assert not re.search(r"\{\w*\}", readme("m", inputs, None).replace("{k: f[k][0]", ""))
+        assert not re.search(r"\{\w*\}", readme("m", inputs, None))

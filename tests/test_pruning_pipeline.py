@@ -10,6 +10,9 @@ import pytest
 import torch
 from networks import Builder, calibrated, inner_of, network, plant, quantised
 
+from torch import nn
+
+from redpp_serve.capture.export import capture
 from redpp_serve.errors import GateFailed, RedppError
 from redpp_serve.graph.channels import find_inner_channels
 from redpp_serve.graph.layers import find_layers
@@ -294,3 +297,50 @@ def test_reconstruction_pays():
     cut[:, gone] = 0
     lost = compare_outputs(graph, graph.with_tensors({"second.weight": cut}), held_out).error
     assert compare_outputs(graph, result.pruned, held_out).error < 0.7 * lost
+
+
+class Constant(nn.Module):
+    """A forward that makes a float tensor without naming its type, behind two equal channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1)
+        with torch.no_grad():
+            self.a.weight[1], self.a.bias[1] = self.a.weight[0], self.a.bias[0]
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x))).mean((2, 3)) @ torch.ones(5, 6)
+
+
+def test_constants_of_the_default_type_join_the_check_in_float64():
+    graph = capture(Constant().eval(), [InputSpec("x", (3, 8, 8))], [])
+    result = prune(graph, Options(merge="exact", round_to=1))
+    assert result.verify["merge_exact"] < 1e-12 and torch.get_default_dtype() is torch.float32
+
+
+class Flags(nn.Module):
+    """A first output of booleans, which has no largest class."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.a(x) > 0
+
+
+def test_outputs_without_classes_have_no_agreement_and_no_accuracy(tmp_path):
+    graph = capture(Flags().eval(), [InputSpec("x", (4,))], [])
+    assert prune(graph, Options(merge="exact")).verify["agreement"] is None
+    with pytest.raises(GateFailed, match="no top-1 agreement"):
+        prune(graph, Options(merge="exact", min_agreement=0.0))
+
+
+def test_a_network_that_gives_no_numbers_is_refused():
+    """A negative running variance passes the check of the weights."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    net[1].running_var.fill_(-1e-3)
+    graph = capture(net, [InputSpec("x", (3, 8, 8))], [])
+    for merge in ("exact", "reconstruct"):
+        with pytest.raises(RedppError, match="own output is NaN"):
+            prune(graph, Options(merge=merge, time_budget=1))

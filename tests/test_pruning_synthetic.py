@@ -114,7 +114,7 @@ def test_a_deadline_ends_the_run_with_a_note(tmp_path):
     start = time.monotonic()
     made = synthesize(graph, Plan(80, 8, 100000), deadline=start + 0.3, checkpoint=checkpoint)
     assert time.monotonic() - start < 5
-    assert len(made.inputs[0]) == 8 and "time budget" in made.note and "batch 1 of 10" in made.note
+    assert len(made.inputs[0]) == 8 and "--time-budget" in made.note and "batch 1 of 10" in made.note
     assert made.losses[1] < made.losses[0] and not checkpoint.exists()  # an unfinished batch is not kept
     fit, held_out = made.divide(16)
     assert len(fit[0]) == len(held_out[0]) == 4

@@ -7,6 +7,9 @@ import pytest
 import torch
 from networks import Builder, network, outputs
 
+from torch import nn
+
+from redpp_serve.capture.export import capture
 from redpp_serve.errors import GateFailed, RedppError
 from redpp_serve.graph.layers import find_layers
 from redpp_serve.pruning.options import Options
@@ -68,7 +71,7 @@ GATES = [
     (Options(merge="exact", max_error=0.01), GOOD, None, "0.0500", "--max-error"),
     (Options(keep=0.5, max_error=0.01), GOOD, None, "0.0500", "--max-error"),
     (Options(min_agreement=0.99), GOOD, None, "0.98", "--min-agreement"),
-    (Options(min_agreement=0.5), Difference(0.0, None, 16), None, "None", "--min-agreement"),
+    (Options(min_agreement=0.5), Difference(0.0, None, 16), None, "no top-1 agreement", "--min-agreement"),
     (Options(max_accuracy_drop=0.5), GOOD, (0.93, 0.92), "1.00 points", "--max-accuracy-drop"),
 ]
 PASSES = [
@@ -181,3 +184,11 @@ def test_a_network_of_two_inputs_takes_no_verify_data(tmp_path):
     assert len(outputs(graph)) == 1
     with pytest.raises(RedppError):
         load_verify_data(save(tmp_path, inputs=np.zeros((4, 5), np.float32), labels=OK_Y), graph, None)
+
+
+def test_accuracy_needs_class_scores(tmp_path):
+    """One score map an image would count its pixels as right answers."""
+    graph = capture(nn.Conv2d(3, 4, 1).eval(), [InputSpec("x", (3, 2, 2))], [])
+    np.savez(tmp_path / "d.npz", inputs=np.zeros((8, 3, 2, 2), "float32"), labels=np.zeros(8, "int64"))
+    with pytest.raises(RedppError, match="class scores"):
+        load_verify_data(tmp_path / "d.npz", graph, None)

@@ -36,7 +36,7 @@ class Standin:
     metrics_url = "http://127.0.0.1:9400/metrics"
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        self.options, self.log = options, Standin.log
+        self.folder, self.options, self.log = folder, options, Standin.log
         self.log.append("made")
 
     log: list[str] = []
@@ -84,7 +84,8 @@ def test_urls_and_token_are_printed(packaged: Path, standin: type[Standin]) -> N
         "original  http://127.0.0.1:8080/predictions/small/1.0", "redpp     http://127.0.0.1:8080/predictions/small/2.0",
         "metrics   http://127.0.0.1:9400/metrics", "token     secret-of-inference",
     ]  # fmt: skip
-    assert "curl -H \"Authorization: Bearer TOKEN\" " in lines[4] and lines[5] == READY
+    assert "curl -H 'Authorization: Bearer secret-of-inference' " in lines[4] and lines[5] == READY
+    assert f"--data-binary @{packaged / 'sample.npy'} http" in lines[4]
 
 
 def test_without_auth_no_token_is_mentioned(packaged: Path, standin: type[Standin]) -> None:
@@ -94,7 +95,7 @@ def test_without_auth_no_token_is_mentioned(packaged: Path, standin: type[Standi
     assert not any("oken" in line or "Bearer" in line for line in lines) and len(lines) == 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("moment", ["start", "alive"])
 def test_a_signal_stops_at_once_also_while_starting(
     packaged: Path, standin: type[Standin], number: int, moment: str

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -12,6 +14,7 @@ from redpp_serve.comparison.client import Endpoint, Payload
 from redpp_serve.comparison.compare import Comparison, compare_endpoints
 from redpp_serve.errors import RedppError
 from redpp_serve.packaging.package import VARIANTS, request_body
+from redpp_serve.report import write_reports
 from redpp_serve.serving.folder import model_name
 from redpp_serve.serving.ports import Ports
 from redpp_serve.serving.torchserve import TorchServe
@@ -53,6 +56,23 @@ def compare(
         return compare_endpoints(original, pruned, payloads, concurrency=concurrency, seconds=seconds, margin=margin, seed=seed)
 
 
+def record(folder: Path, result: Comparison) -> bool:
+    """Put the comparison into the folder's report.json and report.html; False where they cannot be written."""
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        write_reports(with_comparison(report, result.to_json()), folder)
+    except (OSError, ValueError, RedppError):
+        return False
+    return True
+
+
+def with_comparison(report: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """The report with what was measured beside what was counted. An accuracy on verification data stays."""
+    arms = {arm: {**measured[arm], **report[arm], **{k: v for k, v in measured[arm].items() if k != "accuracy"}}
+            for arm in ("original", "pruned")}  # fmt: skip
+    return {**report, **measured, **arms}
+
+
 def folder_payloads(folder: Path) -> list[Payload]:
     """Requests from the synthetic inputs that `package` kept.
 
@@ -66,6 +86,8 @@ def folder_payloads(folder: Path) -> list[Payload]:
         with np.load(path, allow_pickle=False) as file:
             names = tuple(file.files)
             arrays = tuple(torch.from_numpy(file[name]) for name in names)
+        if not arrays or any(x.dim() == 0 for x in arrays):
+            raise ValueError("no arrays with a batch dimension")
     except _UNREADABLE as error:
         raise RedppError(f"{path} cannot be read: {error}", "the synthetic inputs that redpp-serve package keeps there",
                          "give other inputs with --inputs, or package the model again") from error  # fmt: skip
@@ -81,6 +103,8 @@ def read_payloads(path: Path) -> list[Payload]:
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
         payloads = [Payload(p.read_bytes(), "application/json" if p.suffix.lower() == ".json" else _BINARY) for p in files]
+    elif path.exists() and not path.is_file():
+        raise RedppError(f"--inputs {path} is neither a file nor a folder", "an .npz file or a folder", "point --inputs at one")
     else:
         payloads = _from_arrays(path)
     if not payloads:
@@ -95,6 +119,8 @@ def _from_arrays(path: Path) -> list[Payload]:
         with np.load(path, allow_pickle=False) as file:
             inputs = torch.from_numpy(np.ascontiguousarray(file["inputs"]))
             labels = file["labels"].tolist() if "labels" in file.files else [None] * len(file["inputs"])
+            if any(not isinstance(label, int | None) for label in labels):
+                raise ValueError("labels that are not one integer for each input")
             if inputs.dim() == 0 or len(labels) != len(inputs):
                 raise ValueError(f"inputs of shape {tuple(inputs.shape)} with {len(labels)} labels")
     except _UNREADABLE as error:

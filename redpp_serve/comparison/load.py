@@ -118,7 +118,7 @@ def run_blocks(
 ) -> BlockThroughput:
     """Closed-loop throughput of both arms in alternating blocks, A B B A ..., which cancels a linear drift.
 
-    The interval of the ratio comes from the log-ratios of neighbouring blocks. ``blocks`` is even, at least 4.
+    The ratio is that of the totals; its interval comes from the log-ratios of neighbouring blocks. ``blocks`` is even, at least 4.
     """
     _check(payloads, concurrency)
     if blocks < FEWEST_BLOCKS or blocks % 2:
@@ -137,8 +137,12 @@ def run_blocks(
             counts[arm].append(_closed_loop(pool, arms[arm], payloads, block_seconds, rng))
             progress((block + 1) / blocks)
     logs = [numpy.log(y.rps / x.rps) for x, y in zip(*counts, strict=True) if x.completed and y.completed]
-    ratio = Estimate(*numpy.exp(mean_interval(logs, rng)).tolist()) if len(logs) > 1 else None
-    return BlockThroughput(_total(counts[0]), _total(counts[1]), ratio)
+    totals = _total(counts[0]), _total(counts[1])
+    if len(logs) < 2:
+        return BlockThroughput(*totals, None)
+    _, low, high = numpy.exp(mean_interval(logs, rng)).tolist()
+    ratio = totals[1].rps / totals[0].rps
+    return BlockThroughput(*totals, Estimate(ratio, min(low, ratio), max(high, ratio)))
 
 
 def plan_blocks(seconds: float, latency_s: float) -> tuple[float, int]:

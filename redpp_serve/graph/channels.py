@@ -79,6 +79,12 @@ def excluded(layer: Layer, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in patterns)
 
 
+def unmatched(graph: Graph, patterns: Sequence[str]) -> list[str]:
+    """A line for each pattern that names no layer."""
+    names = [layer.name for layer in find_layers(graph)]
+    return [f"--exclude {p} names no layer" for p in patterns if not fnmatch.filter(names, p)]
+
+
 class _Closed(Exception):
     """Why a walk ended: these channels are left alone."""
 

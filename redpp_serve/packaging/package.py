@@ -9,7 +9,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,14 @@ from ..runtime.artifact import build, load
 from ..runtime.graph import Graph, InputSpec
 from ..runtime.program import Program
 from .mar import build_mar, check_name
-from .readme import readme
+from .readme import readme, sample_name
 from .server_config import LOG4J2, config_properties, model_config
 from .smoke import run_archives
 
 VARIANTS = {"original": "1.0", "redpp": "2.0"}
 _WRITTEN = {
     "original.mar", "redpp.mar", "config.properties", "log4j2.xml", "model-config.yaml", "README.md", "inputs.npz",
+    "sample.npy", "sample.npz",
     "report.json", "report.html", "key_file.json", "logs",  # the last two by TorchServe
 }  # fmt: skip
 
@@ -113,7 +114,8 @@ def _all_or_nothing(out: Path, checkpoint: Path | None) -> Iterator[None]:
 
 def _forget(checkpoint: Path | None) -> None:
     if checkpoint:
-        checkpoint.unlink(missing_ok=True)
+        with suppress(OSError):  # where it could not be written it cannot be removed either
+            checkpoint.unlink(missing_ok=True)
 
 
 def _write(
@@ -136,6 +138,7 @@ def _write(
         np.savez(folder / "inputs.npz", **{spec.name: _array(x) for spec, x in zip(inputs, result.samples)})
         with stages.run("try") as stage:
             request = request_body(result.samples, 0, tuple(spec.name for spec in inputs))
+            (folder / sample_name(inputs)).write_bytes(request)
             expected = [_outputs(graph, result.samples) for graph in (result.original, result.pruned)]
             report["smoke"] = run_archives([folder / f"{v}.mar" for v in VARIANTS], request, expected)
             stage.reason = "both archives' handlers answer one request as the networks do"

@@ -21,19 +21,19 @@ torchserve --start --foreground --ncs --ts-config config.properties --log-config
 ```
 The first one listed is the default; always ask for a version by its URL. TorchServe writes tokens to
 `key_file.json` in the folder it was started in; send the one under `inference` with each request.
-(`redpp-serve serve` prints its token and URLs instead.)
 
 ## Ask
-Inputs: {inputs}. One of the synthetic inputs that the pruning was checked with, as a request:
+Inputs: {inputs}. `{example}` is one of the synthetic inputs that the pruning was checked with.
+`redpp-serve serve` prints this command with its own port and token; with a TorchServe of your own:
 ```
-{make}
 TOKEN=$(python -c "import json; print(json.load(open('key_file.json'))['inference']['key'])")
 curl -H "Authorization: Bearer $TOKEN" -H "Content-Type: application/octet-stream" \\
     --data-binary @{example} http://127.0.0.1:8080/predictions/{name}/2.0
 ```
 {accepted}
 The answer is `{{"outputs": [...]}}`, one nested list for each output of the network. A request that cannot be served
-gets its own 400 with the reason; the others of its batch are not affected.
+gets its own 400 with the reason; the others of its batch are not affected. Always send a Content-Type: without one
+TorchServe takes the body for a web form.
 
 ## Compare and roll out
 ```
@@ -48,15 +48,16 @@ Histograms `redpp_handler_seconds`, `redpp_inference_seconds`, `redpp_batch_size
 outcome, gauges `redpp_model_parameters`, `redpp_model_macs`, `redpp_model_bytes`; labels model, version, variant.
 """
 
-_ONE = "import numpy; numpy.save('input.npy', numpy.load('inputs.npz')['{name}'][0])"
-_SEVERAL = "import numpy; f = numpy.load('inputs.npz'); numpy.savez('input.npz', **{k: f[k][0] for k in f.files})"
+
+def sample_name(inputs: tuple[InputSpec, ...]) -> str:
+    """The file in a package that holds one request."""
+    return "sample.npy" if len(inputs) == 1 else "sample.npz"
 
 
 def readme(name: str, inputs: tuple[InputSpec, ...], preprocess: Preprocess | None) -> str:
     """The text for a model of that name."""
     shapes = "; ".join(f"`{i.name}` {'x'.join(map(str, i.shape))} {i.dtype}" for i in inputs)
-    one = len(inputs) == 1
-    accepted = "Accepted: `.npy` or JSON of that shape" if one else "Accepted: `.npz` or JSON with the inputs by name"
+    accepted = "Accepted: `.npy` or JSON of that shape" if len(inputs) == 1 else "Accepted: `.npz` or JSON with the inputs by name"
     if preprocess:
         mean, std = (", ".join(f"{v:g}" for v in values) for values in (preprocess.mean, preprocess.std))
         accepted += (
@@ -65,6 +66,4 @@ def readme(name: str, inputs: tuple[InputSpec, ...], preprocess: Preprocess | No
         )
     else:
         accepted += "; images are refused, for no pre-processing was declared (`--preprocess`)"
-    code = _ONE.replace("{name}", inputs[0].name) if one else _SEVERAL
-    return _TEXT.format(name=name, inputs=shapes, accepted=accepted + ".", make=f'python -c "{code}"',
-                        example="input.npy" if one else "input.npz")  # fmt: skip
+    return _TEXT.format(name=name, inputs=shapes, accepted=accepted + ".", example=sample_name(inputs))

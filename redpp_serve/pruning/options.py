@@ -10,6 +10,7 @@ from .hashing import METHODS, Target
 
 MERGES = ("reconstruct", "exact")
 DEFAULT_MAX_ERROR = 0.1
+NO_HASH = "none"  # leave the weights as they are
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,13 @@ class Options:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        _one_of("hash", self.hash, METHODS)
+        _one_of("hash", self.hash, (*METHODS, NO_HASH))
         _one_of("merge", self.merge, MERGES)
         for name, low, high in (("hash_error", 1e-4, 1.0), ("keep", 0.0, 1.0), ("max_error", 0.0, 10.0),
                                 ("min_agreement", 0.0, 1.0), ("max_accuracy_drop", 0.0, 100.0)):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (low <= value <= high and (value or name != "keep")):
-                raise _bad(name, value, f"a number from {low:g} to {high:g}")
+                raise _bad(name, value, f"a number {'above' if name == 'keep' else 'from'} {low:g} {'and at most' if name == 'keep' else 'to'} {high:g}")
         for name, low in (("hash_values", 2), ("round_to", 1), ("time_budget", 1)):
             value = getattr(self, name)
             if value is not None and not value >= low:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from ..errors import GateFailed, RedppError
 from ..graph.channels import excluded, find_inner_channels
 from ..graph.layers import Layer, find_layers
 from ..runtime.graph import Graph
+from ..runtime.program import Program
 from .accounting import both_readings, hash_summary, layer_record
 from .hashing import Hashed, hash_weight
 from .merging import merge_exact
-from .options import Options
+from .options import NO_HASH, Options
 from .reconstruct import Reconstruction, Width, keep_ratio, reconstruct, within
 from .splitting import Split, count_dense, count_kernels, split_weight
 from .stages import Stage, Stages
@@ -93,6 +95,7 @@ def prune(
     _hash(run)
     _merge(run)
     _make_inputs(run, started, checkpoint)
+    _require_finite(run)
     _reconstruct(run, started)
     _split(run)
     return _verify(run, data)
@@ -102,6 +105,7 @@ def _hash_layers(
     graph: Graph, layers: list[Layer], options: Options, stage: Stage | None = None
 ) -> tuple[Graph, dict[str, Hashed]]:
     hashed = {}
+    layers = [] if options.hash == NO_HASH else layers
     for k, layer in enumerate(layers):
         hashed[layer.name] = hash_weight(graph.tensors[layer.weight], options.hash, options.hash_target)
         if stage:
@@ -111,6 +115,8 @@ def _hash_layers(
 
 def _hash(run: _Run) -> None:
     with run.stages.run("hash") as stage:
+        if run.options.hash == NO_HASH:
+            return stage.skip("--hash none")
         layers = [layer for layer in find_layers(run.graph) if not excluded(layer, run.options.exclude)]
         if not layers:
             stage.skip("no convolution or Linear to hash" + (" that is not excluded" if run.options.exclude else ""))
@@ -139,13 +145,24 @@ def _merge(run: _Run) -> None:
         probe = tuple(
             x.double() if x.is_floating_point() else x for x in smooth_noise(run.graph.inputs, 2, run.options.seed)
         )
-        error = compare_outputs(_casting_to_double(precise), _casting_to_double(merged), probe).error
+        with _default_dtype(torch.float64):  # also for tensors that forward makes without naming a type
+            error = compare_outputs(_casting_to_double(precise), _casting_to_double(merged), probe).error
         run.checks["merge_exact"] = error
         _require_exact("exact merging", error)
         types = {name: t.dtype for name, t in run.graph.tensors.items()}
         back = {name: t.to(types.get(name, t.dtype)) for name, t in merged.tensors.items()}
         run.graph = replace(merged, tensors=back, inputs=run.graph.inputs)
         stage.reason = f"{removed} duplicate channels merged; differs by {error:.1e} in float64"
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _casting_to_double(graph: Graph) -> Graph:
@@ -175,6 +192,15 @@ def _make_inputs(run: _Run, started: float, checkpoint: Path | None) -> None:
             f"matched to batch-norm statistics in {how.steps} steps, mismatch {made.losses[0]:.3g} -> {made.losses[1]:.3g}"
         )
         stage.reason = f"{len(run.fit_inputs[0])} to fit and {len(run.held_out[0])} held out, {run.inputs_note}"
+
+
+def _require_finite(run: _Run) -> None:
+    """Errors and fits mean nothing where the original network itself gives NaN or infinity."""
+    with torch.no_grad():
+        for y in Program(run.original)(*(x[:4].cpu() for x in run.held_out)):
+            if y.is_floating_point() and not bool(y.isfinite().all()):
+                raise RedppError("the network's own output is NaN or infinite on synthetic inputs", "finite outputs",
+                                 "check its weights and statistics; a negative running variance is one cause")  # fmt: skip
 
 
 def _reconstruct(run: _Run, started: float) -> None:
@@ -235,6 +261,7 @@ def _within_budget(run: _Run, narrow: Callable[[Width], _Narrowed], started: flo
             high = tolerance
         tolerance = 2 * tolerance if high is None else (low + high) / 2
         if time.monotonic() - started > 0.9 * run.options.time_budget:
+            run.inputs_note += "; the search for widths was cut short by --time-budget, so it is not reproducible to the byte"
             break
     return best
 
@@ -275,8 +302,11 @@ def _verify(run: _Run, data: VerifyData | None) -> Pruned:
         hash_error = compare_outputs(run.original, run.hash_only, run.held_out).error
         errors = layer_errors(run.original, run.graph, list(after.values()), run.held_out)
         accuracy = (data.accuracy(run.original), data.accuracy(run.graph)) if data else None
-        check_gate(options, difference, accuracy)
         stage.reason = _verdict(difference, accuracy)
+        try:
+            check_gate(options, difference, accuracy)
+        except GateFailed as missed:
+            raise GateFailed(f"{missed.found} (measured: {stage.reason})", missed.expected, missed.do) from None
     _, closed = find_inner_channels(run.original, options.exclude)
     layers = [layer_record(run.original, layer, after[name], run.hashed.get(name), run.splits.get(name), run.widths.get(name),
                            closed.get(name, ""), errors.get(name)) for name, layer in before.items()]  # fmt: skip

@@ -103,7 +103,8 @@ def synthesize(
         batches.append(batch)
         losses.append(loss)
         if not finished:
-            note = f"the time budget ended matching in batch {k + 1} of {how.images // how.batch}: not reproducible to the byte"
+            note = (f"cut short by --time-budget in batch {k + 1} of {how.images // how.batch}: a larger budget fits better, "
+                    "and only a finished plan is reproducible to the byte")  # fmt: skip
             break
         _keep(checkpoint, key, batches, losses)
     inputs = tuple(torch.cat(parts) for parts in zip(*batches))

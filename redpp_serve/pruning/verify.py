@@ -16,7 +16,7 @@ from ..errors import GateFailed, RedppError
 from ..graph.layers import Layer
 from ..kernels import split_conv2d
 from ..runtime.graph import Graph
-from ..runtime.program import Program
+from ..runtime.program import Program, value_shapes
 from .options import Options
 from .splitting import Split
 
@@ -44,7 +44,7 @@ def compare_outputs(reference: Graph, other: Graph, inputs: Sequence[Tensor]) ->
         for x, y in zip(left := a(*chunk), right := b(*chunk)):
             lost += float((x.double() - y.double()).square().sum())
             norm += float(x.double().square().sum())
-        if left[0].dim() == 2 and left[0].shape[1] > 1:
+        if left[0].dim() == 2 and left[0].shape[1] > 1 and left[0].is_floating_point():
             same.append(left[0].argmax(1) == right[0].argmax(1))
     agreement = float(torch.cat(same).double().mean()) if same else None
     return Difference((lost / max(norm, 1e-300)) ** 0.5, agreement, len(inputs[0]))
@@ -118,6 +118,10 @@ def load_verify_data(path: Path, graph: Graph, normalise: tuple[Sequence[float],
         raise RedppError(
             f"--verify-data {path} cannot be read: {error}", expected, "write it with numpy.savez"
         ) from error
+    out = value_shapes(graph).get(graph.outputs[0], ())
+    if len(out) != 2:
+        raise RedppError(f"--verify-data with a network whose first output has shape (N, {', '.join(map(str, out[1:]))})",
+                         "class scores of shape (N, classes)", "leave out --verify-data and gate on --max-error")  # fmt: skip
     spec = graph.inputs[0]
     shaped = inputs.ndim > 0 and inputs.shape[1:] == spec.shape and labels.shape == inputs.shape[:1] and len(labels) > 0
     if len(graph.inputs) != 1 or not shaped:
@@ -150,7 +154,10 @@ def check_gate(options: Options, difference: Difference, accuracy: tuple[float, 
                          f"at most {limit:g} (--max-error)", "keep more channels (--keep), hash more finely (--hash-error), "
                          "or raise --max-error if you accept this error")  # fmt: skip
     if options.min_agreement is not None:
-        if difference.agreement is None or difference.agreement < options.min_agreement:
+        if difference.agreement is None:
+            raise GateFailed("the first output of the network has no classes, so there is no top-1 agreement",
+                             f"at least {options.min_agreement:g} (--min-agreement)", "gate on --max-error instead")  # fmt: skip
+        if difference.agreement < options.min_agreement:
             raise GateFailed(f"the top-1 agreement on held-out synthetic inputs is {difference.agreement}",
                              f"at least {options.min_agreement:g} (--min-agreement)", "keep more channels (--keep) or "
                              "lower --min-agreement")  # fmt: skip

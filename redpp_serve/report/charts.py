@@ -37,7 +37,7 @@ header{margin:0 0 18px}
 .tiles span{display:block;color:var(--soft);font-size:12.5px;line-height:1.4}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px} .pair section{margin:0}
 .pair{margin:16px 0}
-.scroll{overflow:auto;max-width:100%} .tall{max-height:640px} .scroll:focus-visible{outline:2px solid var(--accent)}
+.scroll{overflow:auto;max-width:100%} .tall{max-height:1400px} .scroll:focus-visible{outline:2px solid var(--accent)}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums} caption{text-align:left;padding:0 0 8px}
 caption span{display:block;position:sticky;left:0;width:min(100%,100vw - 62px)} .scroll+p{margin:10px 0 0}
 th,td{padding:6px 12px 6px 0;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top;line-height:1.4}

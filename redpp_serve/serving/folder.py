@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 import threading
@@ -33,7 +34,7 @@ def model_name(folder: Path) -> str:
 def serve(
     folder: Path, *, workers: int = 1, ports: Ports | None = None, auth: bool = True, say: Callable[[str], None] = print
 ) -> None:
-    """Serve both versions until Ctrl-C or SIGTERM, then stop every process that was started.
+    """Serve both versions until Ctrl-C, SIGTERM or SIGHUP, then stop every process that was started.
 
     Raises:
         RedppError: not a packaged folder, a server that does not come up, or one that ends by itself.
@@ -56,10 +57,11 @@ def serve(
 
 
 def _how_to_ask(server: TorchServe, auth: bool) -> list[str]:
-    header = '-H "Authorization: Bearer TOKEN" ' if auth else ""
-    curl = f"curl {header}-H 'Content-Type: application/octet-stream' --data-binary @FILE"
-    urls = [f"{variant:<9} {server.url(version)}" for version, variant in zip(server.versions, ("original", "redpp"))]
     token = server.headers("inference")["Authorization"].removeprefix("Bearer ") if auth else None
+    header = f"-H 'Authorization: Bearer {token}' " if auth else ""
+    sample = next(iter(sorted(server.folder.glob("sample.np?"))), "FILE")
+    curl = f"curl {header}-H 'Content-Type: application/octet-stream' --data-binary @{shlex.quote(str(sample))}"
+    urls = [f"{variant:<9} {server.url(version)}" for version, variant in zip(server.versions, ("original", "redpp"))]
     return [
         *urls, f"{'metrics':<9} {server.metrics_url}", *([f"{'token':<9} {token}"] if token else []),
         f"{'try':<9} {curl} {server.url(server.versions[1])}",
@@ -73,7 +75,7 @@ class _Stop(BaseException):
 
 @contextmanager
 def _stopped_by_signal() -> Iterator[threading.Event]:
-    """SIGINT or SIGTERM ends the body, also while it waits for the server to start. Once the event is set, or a
+    """SIGINT, SIGTERM or SIGHUP ends the body, also while it waits for the server to start. Once the event is set, or a
     signal has come, further ones are ignored: stopping must not be interrupted half-way."""
     stop = threading.Event()
 
@@ -82,7 +84,7 @@ def _stopped_by_signal() -> Iterator[threading.Event]:
             stop.set()
             raise _Stop
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield stop
     except _Stop:

@@ -263,7 +263,7 @@ def _version(archive: Path) -> str:
     try:
         with zipfile.ZipFile(archive) as file:
             return str(json.loads(file.read("MAR-INF/MANIFEST.json"))["model"]["modelVersion"])
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
+    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
         raise RedppError(
             f"{archive} is no archive that can be served ({error})",
             f"a folder with {' and '.join(ARCHIVES)}",
