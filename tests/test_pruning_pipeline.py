@@ -344,3 +344,11 @@ def test_a_network_that_gives_no_numbers_is_refused():
     for merge in ("exact", "reconstruct"):
         with pytest.raises(RedppError, match="own output is NaN"):
             prune(graph, Options(merge=merge, time_budget=1))
+
+
+def test_without_hashing_exact_merging_is_all_that_happens():
+    graph = capture(Constant().eval(), [InputSpec("x", (3, 8, 8))], [])
+    stages = Stages(quiet=True)
+    result = prune(graph, Options(hash="none", merge="exact", round_to=1), stages=stages)
+    assert result.verify["output_error"] < 1e-6 and len(result.pruned.tensors["a.weight"]) == 3
+    assert {s.name: s.status for s in stages.stages}["hash"] == "skipped" and all(r["hash"] is None for r in result.layers)
