@@ -46,13 +46,16 @@ def demo(out: Path, duration: float, time_budget: float) -> dict[str, Any]:
     source = [str(model), "--arch", ARCH, "--input", "1x32x32"]
     preprocess = f'{{"mean": [{MEAN:g}], "std": [{STD:g}]}}'
     _say("inspect", *source)
-    captured = capture_file(model, [InputSpec("image", (1, 32, 32))], arch=ARCH)
+    stages = Stages()
+    with stages.run("capture") as stage:
+        captured = capture_file(model, [InputSpec("image", (1, 32, 32))], arch=ARCH)
+        stage.reason = f"{captured.source['kind']}, {len(captured.graph.nodes)} operations"
     print(describe_network(captured, ()).to_text())
     _say("package", *source, "--out", str(out / NAME), "--keep", f"{KEEP:g}", "--time-budget", f"{time_budget:g}",
          "--preprocess", preprocess, "--verify-data", str(HELD_OUT), "--max-accuracy-drop", f"{MAX_DROP:g}")  # fmt: skip
     report = package(
         captured, out / NAME, name=NAME, options=Options(keep=KEEP, time_budget=time_budget, max_accuracy_drop=MAX_DROP),
-        serving=Serving(), preprocess=Preprocess("L", 32, 32, (MEAN,), (STD,)), verify_data=HELD_OUT, stages=Stages(),
+        serving=Serving(), preprocess=Preprocess("L", 32, 32, (MEAN,), (STD,)), verify_data=HELD_OUT, stages=stages,
     )  # fmt: skip
     print(package_summary(report))
     _say("compare", str(out / NAME), "--inputs", str(HELD_OUT), "--duration", f"{duration:g}", "--demo-auth-off")
