@@ -92,8 +92,7 @@ def _package(options: argparse.Namespace) -> None:
     name = options.file.stem if options.name is None else options.name
     check_name(name)  # all that the command line alone can decide comes before any work
     out = options.out or Path("dist") / name
-    if not options.dry_run:
-        check_out(out)
+    check_out(out)
     _declared_preprocess(options.preprocess)
     fields = ("hash", "hash_error", "hash_values", "merge", "keep", "max_error", "min_agreement", "max_accuracy_drop",
               "round_to", "seed", "time_budget")  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..runtime.graph import Graph, Node, Ref
+from ..runtime.graph import Graph, Node, Ref, conv2d_geometry
 from ..runtime.program import value_shapes
 
 CONV, LINEAR = "aten.conv2d.default", "aten.linear.default"
@@ -52,37 +52,10 @@ def find_layers(graph: Graph) -> list[Layer]:
         if any(name not in graph.tensors or len(users[name]) > 1 for name in (weight, bias) if name):
             continue
         shape, out = tuple(graph.tensors[weight].shape), shapes[node.name]
-        if node.op == CONV:
-            stride, padding, dilation = (_pair(a, default) for a, default in zip(args[3:6], (1, 0, 1)))
-            layers.append(
-                Layer(
-                    weight.removesuffix(".weight"),
-                    node,
-                    weight,
-                    bias,
-                    shape,
-                    stride,
-                    padding,
-                    dilation,
-                    args[6] or 1,
-                    math.prod(out[2:]),
-                )
-            )
-        else:
-            layers.append(
-                Layer(
-                    weight.removesuffix(".weight"),
-                    node,
-                    weight,
-                    bias,
-                    shape,
-                    (1, 1),
-                    (0, 0),
-                    (1, 1),
-                    1,
-                    math.prod(out[1:-1]),
-                )
-            )
+        conv = node.op == CONV
+        geometry = conv2d_geometry(node) if conv else ((1, 1), (0, 0), (1, 1), 1)
+        positions = math.prod(out[2:] if conv else out[1:-1])
+        layers.append(Layer(weight.removesuffix(".weight"), node, weight, bias, shape, *geometry, positions))
     return layers
 
 
@@ -94,11 +67,3 @@ def parameter_count(graph: Graph) -> int:
 def mac_count(graph: Graph) -> int:
     """Multiply-accumulates of all layers for one input."""
     return sum(layer.macs for layer in find_layers(graph))
-
-
-def _pair(value: int | list[int] | None, default: int) -> tuple[int, int]:
-    if value is None:
-        return default, default
-    if isinstance(value, int):
-        return value, value
-    return (value[0], value[-1])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .graph import Graph, Node, Ref
+from .graph import Graph, Node, Ref, conv2d_geometry
 from .ops import FUSED_CONV
 from .program import value_shapes
 
@@ -55,14 +55,8 @@ def fuse_epilogues(graph: Graph) -> Graph:
 
 
 def _pack(weight: Tensor, node: Node) -> tuple[Tensor, tuple[Any, ...]]:
-    given = [*node.args[3:], *[None] * 4]
-    stride, padding, dilation = (
-        [default] * 2 if value is None else [value] * 2 if isinstance(value, int) else [value[0], value[-1]]
-        for value, default in zip(given, (1, 0, 1))
-    )
-    groups = given[3] or 1
-    packed = torch.ops.mkldnn._reorder_convolution_weight(weight.contiguous(), padding, stride, dilation, groups, None)
-    return packed, (stride, padding, dilation, groups)
+    stride, padding, dilation, groups = geometry = conv2d_geometry(node)
+    return torch.ops.mkldnn._reorder_convolution_weight(weight.contiguous(), padding, stride, dilation, groups, None), geometry
 
 
 def _only_reader(graph: Graph, users: dict[str, list[Node]], node: Node) -> Node | None:

@@ -100,6 +100,21 @@ class Graph:
         return replace(self, nodes=tuple(reversed(nodes)), tensors=tensors)
 
 
+def conv2d_geometry(node: Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+    """Stride, padding, dilation and groups of a call of ``aten.conv2d``, with those it leaves out."""
+    given = [*node.args[3:], *[None] * 4]
+    stride, padding, dilation = (_pair(value, default) for value, default in zip(given, (1, 0, 1)))
+    return stride, padding, dilation, given[3] or 1
+
+
+def _pair(value: int | list[int] | None, default: int) -> tuple[int, int]:
+    if value is None:
+        return default, default
+    if isinstance(value, int):
+        return value, value
+    return value[0], value[-1]
+
+
 def map_refs(value: Any, fn: Callable[[str], Any]) -> Any:
     """``value`` with every `Ref` replaced by ``fn(name)``, through lists and tuples."""
     if isinstance(value, Ref):
