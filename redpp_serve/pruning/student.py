@@ -1,0 +1,125 @@
+"""A network in training: which of its tensors move, and how; tensors with a codebook keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..runtime.graph import Graph, Ref
+from ..runtime.program import Program
+
+_DECAYS = 0.9, 0.99  # of Adam's first and second moments
+_NORM = 10.0  # longest gradient, with all tensors in units of their own size
+
+# For each operator the arguments that are trained where they are stored tensors
+_TRAINED = {
+    **dict.fromkeys(("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv2d.padding",
+                     "aten.conv1d.padding", "aten.conv_transpose1d.default", "aten.conv_transpose2d.input",
+                     "aten.convolution.default", "aten.linear.default", "aten.batch_norm.default"), (1, 2)),
+    **dict.fromkeys(("aten.layer_norm.default", "aten.group_norm.default"), (2, 3)),
+    **dict.fromkeys(("aten.native_layer_norm.default", "aten.native_group_norm.default"), (1, 2) ),
+}  # fmt: skip
+
+
+class Student:
+    """The network in training: its trained tensors as leaves, and Adam's state for each parameter.
+
+    A tensor with a codebook has its distinct values as the parameter; the leaf is filled from them after each step.
+    """
+
+    def __init__(self, graph: Graph, codebooks: frozenset[str], device: str) -> None:
+        self._graph = graph
+        self.names = trained_tensors(graph)
+        self.leaves = [graph.tensors[name].detach().clone().to(device).requires_grad_() for name in self.names]
+        self.tensors = {name: t.detach().to(device) for name, t in graph.tensors.items()}
+        self.tensors |= dict(zip(self.names, self.leaves))
+        self.indices: list[Tensor | None] = []
+        self.parameters: list[Tensor] = []
+        for name, leaf in zip(self.names, self.leaves):
+            values, index = leaf.detach(), None
+            if name in codebooks:
+                values, index = torch.unique(leaf.detach(), return_inverse=True)
+            self.parameters.append(values)
+            self.indices.append(index)
+        self.first = [torch.zeros_like(p) for p in self.parameters]
+        self.second = [torch.zeros_like(p) for p in self.parameters]
+        self.scales = [_scale(leaf.detach()) for leaf in self.leaves]
+
+    def program(self, wanted: Sequence[str]) -> Program:
+        """The network with gradients."""
+        return Program(self._graph.with_tensors(self.tensors), wanted)
+
+    def learn(self, loss: Tensor, rate: float, step: int) -> bool:
+        """One step of Adam; False, and nothing changed, where the loss or a gradient is not finite."""
+        gradients = torch.autograd.grad(loss, self.leaves, allow_unused=True)
+        found = [self._gradient(k, g) for k, g in enumerate(gradients)]
+        length = torch.stack([(g * s).square().sum() for g, s in zip(found, self.scales)]).sum().sqrt()
+        if not bool((loss.detach() + length).isfinite()):
+            return False
+        shrink = (_NORM / length).clamp_max(1.0)
+        b1, b2 = _DECAYS
+        for k, (p, g) in enumerate(zip(self.parameters, found)):
+            g = g * shrink
+            self.first[k].lerp_(g, 1 - b1)
+            self.second[k].lerp_(g.square(), 1 - b2)
+            size = (self.second[k] / (1 - b2 ** (step + 1))).sqrt_().add_(1e-8 / self.scales[k])
+            p.sub_(self.first[k] / (1 - b1 ** (step + 1)) / size * (rate * self.scales[k]))
+        self._fill()
+        return True
+
+    def _gradient(self, k: int, gradient: Tensor | None) -> Tensor:
+        index, values = self.indices[k], self.parameters[k]
+        if gradient is None:
+            return torch.zeros_like(values)
+        if index is None:
+            return gradient
+        order = index.view(-1).argsort(stable=True)
+        lengths = torch.bincount(index.view(-1), minlength=len(values))
+        summed = torch.segment_reduce(gradient.reshape(-1)[order].double(), "sum", lengths=lengths)
+        return summed.to(values) * (values != 0)
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        for leaf, index, values in zip(self.leaves, self.indices, self.parameters):
+            if index is not None:
+                leaf.copy_(values[index])
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a step depends on, by name."""
+        parts = {"value": self.parameters, "first": self.first, "second": self.second}
+        return {f"{part}{k}": tensor for part, tensors in parts.items() for k, tensor in enumerate(tensors)}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+        self._fill()
+
+    def copy(self) -> list[Tensor]:
+        """The trained tensors as they are now."""
+        return [leaf.detach().clone() for leaf in self.leaves]
+
+    def graph(self, leaves: Sequence[Tensor] | None = None) -> Graph:
+        """The network with those trained tensors (as they are now, by default), where the given one was."""
+        values = zip(self.names, self.leaves if leaves is None else leaves)
+        return self._graph.with_tensors({n: v.detach().clone().to(self._graph.tensors[n].device) for n, v in values})
+
+
+def trained_tensors(graph: Graph) -> list[str]:
+    """Stored floating-point tensors that convolutions, Linear and norms use as weight or bias, each once."""
+    found: dict[str, None] = {}
+    for node in graph.nodes:
+        for place in _TRAINED.get(node.op, ()):
+            ref = node.args[place] if place < len(node.args) else None
+            if isinstance(ref, Ref) and ref.name in graph.tensors and graph.tensors[ref.name].is_floating_point():
+                found[ref.name] = None
+    return list(found)
+
+
+def _scale(tensor: Tensor) -> float:
+    """The unit in which a tensor moves: its root mean square; biases may be zero, so vectors have at least 0.1."""
+    rms = float(tensor.double().square().mean().sqrt()) if tensor.numel() else 1.0
+    return max(rms, 0.1 if tensor.dim() < 2 else 1e-6)
