@@ -1,0 +1,101 @@
+"""Labels of channels: integers in a union-find, with the reasons why some of them must stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Labels:
+    """A union-find over labels, worked on in whole arrays. Label 0 marks what is no channel: it never joins others."""
+
+    NONE = 0
+
+    def __init__(self) -> None:
+        self._parent = np.zeros(1, np.int64)
+        self._notes: list[tuple[np.ndarray, str, bool]] = []  # labels, reason, whether it closes them
+
+    def fresh(self, count: int) -> Tensor:
+        """``count`` new labels, each alone, (count,) int64."""
+        start = len(self._parent)
+        self._parent = np.concatenate([self._parent, np.arange(start, start + count)])
+        return torch.arange(start, start + count)
+
+    def find(self, labels: Tensor) -> Tensor:
+        """The representative of each label, in the same shape."""
+        return torch.from_numpy(self._find(labels.numpy()))
+
+    def _find(self, labels: np.ndarray) -> np.ndarray:
+        roots = self._parent[labels]
+        while True:
+            higher = self._parent[roots]
+            if np.array_equal(higher, roots):
+                break
+            roots = higher
+        return roots
+
+    def union(self, a: Tensor, b: Tensor, reason: str = "") -> None:
+        """Join the labels pairwise (broadcast). A label that meets NONE is closed instead, with the reason."""
+        x, y = (t.numpy() for t in _pairs(a, b))
+        for one, other in ((x, y), (y, x)):
+            alone = one[(other == self.NONE) & (one != self.NONE)]
+            if len(alone):
+                self._notes.append((alone, reason or "meets values that are no channels", True))
+        both = (x != self.NONE) & (y != self.NONE)
+        x, y = x[both], y[both]
+        met = np.concatenate([x, y])
+        while len(x):
+            x, y = self._find(x), self._find(y)
+            apart = x != y
+            x, y = x[apart], y[apart]
+            np.minimum.at(self._parent, np.maximum(x, y), np.minimum(x, y))
+        self._parent[met] = self._find(met)
+
+    def tie(self, labels: Tensor, dim: int, reason: str) -> None:
+        """Join all labels along a dimension; the reason is kept for those whose class has nothing else left."""
+        if labels.shape[dim] > 1:
+            first = labels.narrow(dim, 0, 1)
+            moved = self.find(labels) != self.find(first)
+            if bool(moved.any()):
+                self._notes.append((np.unique(self.find(labels).numpy()), reason, False))
+                self.union(labels, first, reason)
+
+    def close(self, labels: Tensor, reason: str) -> None:
+        """These channels must stay."""
+        found = np.unique(self._find(_dense(labels).numpy()))
+        found = found[found != self.NONE]
+        if len(found):
+            self._notes.append((found, reason, True))
+
+    def reasons(self) -> tuple[dict[int, str], dict[int, str]]:
+        """By representative: why it must stay, and why it was tied to others; the first reason that was given."""
+        closed: dict[int, str] = {}
+        tied: dict[int, str] = {}
+        for labels, reason, closes in self._notes:
+            for root in np.unique(self._find(labels)).tolist():
+                (closed if closes else tied).setdefault(root, reason)
+        return closed, tied
+
+
+def _dense(labels: Tensor) -> Tensor:
+    """Without the repetitions of expanded dimensions."""
+    for dim, step in enumerate(labels.stride()):
+        if step == 0 and labels.shape[dim] > 1:
+            labels = labels.narrow(dim, 0, 1)
+    return labels
+
+
+def _pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct pairs of labels that meet when two arrays are broadcast together, without equal ones."""
+    a, b = torch.broadcast_tensors(a, b)
+    for dim in range(a.dim()):
+        if a.stride(dim) == 0 and b.stride(dim) == 0 and a.shape[dim] > 1:
+            a, b = a.narrow(dim, 0, 1), b.narrow(dim, 0, 1)
+    a, b = a.reshape(-1), b.reshape(-1)
+    differ = a != b
+    a, b = a[differ], b[differ]
+    if not len(a):
+        return a, b
+    both = torch.unique(torch.stack([a, b]), dim=1) if len(a) > 4096 else torch.stack([a, b])
+    return both[0], both[1]
