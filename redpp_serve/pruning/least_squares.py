@@ -1,0 +1,88 @@
+"""Ridge least squares from streamed second moments, in float64; the ridge is chosen on inputs that it was not fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1)  # of features scaled to unit variance
+_FEWER_RIDGES = (1e-6, 1e-4, 1e-2)
+_WIDE = 1500  # unknowns of one output beyond which fewer ridges are tried
+
+
+@dataclass
+class Sums:
+    """Uncentred sums over samples of features u (d,) and targets y (n_out,)."""
+
+    uu: Tensor
+    uy: Tensor
+    u: Tensor
+    y: Tensor
+    yy: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, u: Tensor, y: Tensor) -> Sums:
+        """Sums over the rows of u (samples, d) and y (samples, n_out)."""
+        u, y = u.double(), y.double()
+        return cls(u.T @ u, u.T @ y, u.sum(0), y.sum(0), y.square().sum(0), len(u))
+
+    def add(self, other: Sums) -> None:
+        for mine, more in zip((self.uu, self.uy, self.u, self.y, self.yy), (other.uu, other.uy, other.u, other.y, other.yy)):
+            mine.add_(more)
+        self.count += other.count
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means u (d,) and y (n_out,), centred second moments uu (d, d) and uy (d, n_out), and yy, y's total variance."""
+
+    uu: Tensor
+    uy: Tensor
+    u: Tensor
+    y: Tensor
+    yy: float
+
+    def lost(self, weight: Tensor) -> float:
+        """The variance of y that u @ weight, (d, n_out), leaves."""
+        return self.yy - float((weight * (2 * self.uy - self.uu @ weight)).sum())
+
+
+def moments(parts: Sequence[Sums]) -> Moments:
+    """The moments of all samples of the parts together."""
+    count = sum(part.count for part in parts)
+    uu, uy, u, y, yy = (sum(getattr(part, name) for part in parts) / count for name in ("uu", "uy", "u", "y", "yy"))
+    return Moments(uu - torch.outer(u, u), uy - torch.outer(u, y), u, y, float((yy - y.square()).sum().clamp_min(0)))
+
+
+def solve(parts: Sequence[Sums], start: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The least-squares weights from u to y, drawn towards ``start`` (d, n_out) where the samples say little.
+
+    Args:
+        parts: sums over disjoint sets of inputs; where there are two, the ridge is the one that predicts the second
+            best when fitted to the first.
+
+    Returns:
+        weights (d, n_out), constant (n_out,), and the share of y's variance that is left.
+    """
+    whole = moments(parts)
+    scale = whole.uu.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(scale > 1e-7 * scale.max(), 1 / scale.clamp_min(1e-300), 0.0)  # what is constant says nothing
+    ridges = RIDGES if len(whole.uu) <= _WIDE else _FEWER_RIDGES
+    best = ridges[len(ridges) // 2]
+    if len(parts) == 2:
+        first, second = (moments([part]) for part in parts)
+        losses = [second.lost(weight) for weight in _towards(first, start, scale, ridges)]
+        best = ridges[losses.index(min(losses))]
+    (weight,) = _towards(whole, start, scale, (best,))
+    return weight, whole.y - weight.T @ whole.u, max(whole.lost(weight), 0.0) / max(whole.yy, 1e-300)
+
+
+def _towards(m: Moments, start: Tensor, scale: Tensor, ridges: Sequence[float]) -> list[Tensor]:
+    gram = m.uu * scale * scale[:, None]
+    missing = scale[:, None] * (m.uy - m.uu @ start)
+    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return [start + scale[:, None] * torch.cholesky_solve(missing, torch.linalg.cholesky(gram + r * unit)) for r in ridges]
