@@ -1,0 +1,313 @@
+"""Latency on the device at hand: networks side by side, and a model of it over the widths of the layers.
+
+Everything runs through the runtime that serves, and with the threads that are set. Other work on the machine and its
+clock change all times alike, so what is compared is measured in turns.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..graph.layers import Layer, find_layers
+from ..runtime.batch_norm import is_inference_norm
+from ..runtime.graph import Graph, InputSpec, Node, Ref, map_refs
+from ..runtime.model import serving_program
+from ..runtime.program import Program, value_shapes
+
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 1000
+RESAMPLES = 1000
+# Calls between two synchronisations on a GPU: a network waits for the device once, not once for each of its layers.
+GPU_CALLS = 10
+EPILOGUES = frozenset(
+    f"aten.{name}"
+    for name in "relu.default relu6.default silu.default gelu.default hardswish.default hardsigmoid.default".split()
+)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds for one call of a network, and its ratio to the first network measured with it (95 % interval)."""
+
+    median: float
+    p10: float
+    p90: float
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Seconds of one layer: ``fixed + slope * (number of weights)``; weights are MACs for each output position."""
+
+    fixed: float
+    slope: float
+    shape: tuple[int, ...]
+
+    def at(self, shape: tuple[int, ...]) -> float:
+        """Seconds with a weight of another shape."""
+        return self.fixed + self.slope * math.prod(shape)
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Seconds of a network as the sum over its layers and a constant for all else.
+
+    ``layers`` goes by layer name; ``whole`` is the measured time of the network as it was, which `predict` gives back
+    for unchanged shapes.
+    """
+
+    constant: float
+    layers: Mapping[str, LayerTime]
+    whole: float
+
+    def predict(self, shapes: Mapping[str, tuple[int, ...]]) -> float:
+        """Seconds with the layers' weights in these shapes; a layer that is not named keeps its own.
+
+        Raises:
+            KeyError: a name that is no layer of the measured network.
+        """
+        change = sum(self.layers[name].at(shape) - self.layers[name].at(self.layers[name].shape)
+                     for name, shape in shapes.items())  # fmt: skip
+        return self.whole + change
+
+
+def paired_latency(
+    graphs: Sequence[Graph], batch: int = 1, device: torch.device | str = "cpu", seconds: float = 5.0
+) -> list[Latency]:
+    """Networks with the same inputs, timed in turns on random inputs of ``batch``; ratios are to the first.
+
+    A round calls each network twice, in a random order and then in the reverse, so that slow drift cancels. A ratio is
+    the median over the rounds, its interval a bootstrap over them. Copies to and from a GPU are not in it.
+
+    Args:
+        graphs: at least one; their tensors are not changed.
+        seconds: time for the rounds; at least `FEWEST_ROUNDS` are run, however long they take.
+    """
+    device = torch.device(device)
+    inputs = _inputs(graphs[0].inputs, batch, device)
+    calls = [_caller(serving_program(graph, device).to(device), inputs) for graph in graphs]
+    times = _measure(calls, device, seconds)
+    rng = np.random.default_rng(0)
+    picked = rng.integers(0, len(times), (RESAMPLES, len(times)))
+    found = []
+    for column in times.T:
+        ratios = column / times[:, 0]
+        low, high = np.quantile(np.median(ratios[picked], axis=1), (0.025, 0.975))
+        p10, median, p90 = (float(q) for q in np.quantile(column, (0.1, 0.5, 0.9)))
+        found.append(Latency(median, p10, p90, float(np.median(ratios)), float(low), float(high), len(times)))
+    return found
+
+
+def layer_model(
+    graph: Graph, device: torch.device | str = "cpu", seconds: float = 10.0, batch: int = 1
+) -> LatencyModel:
+    """Measure each layer with what runs in one call with it, at full and about half of its outputs and inputs.
+
+    Layers of equal geometry are measured once. What the layers do not explain of the whole network's time is a
+    constant.
+
+    Args:
+        seconds: time for the measurements; each is repeated at least `FEWEST_ROUNDS` times.
+        batch: inputs in one call.
+    """
+    device = torch.device(device)
+    patches = {layer.name: patch for layer, patch in _patches(graph)}
+    distinct = {patch.geometry: patch for patch in patches.values()}
+    inputs = _inputs(graph.inputs, batch, device)
+    calls, sizes = [_caller(serving_program(graph, device).to(device), inputs)], []
+    for geometry, patch in distinct.items():
+        for outputs, inputs_kept in patch.widths():
+            small = patch.narrowed(outputs, inputs_kept)
+            example = _inputs(small.inputs, batch * patch.rows, device)
+            calls.append(_caller(serving_program(small, device).to(device), example))
+            sizes.append((geometry, small.tensors[patch.layer.weight].numel()))
+    times = _measure(calls, device, seconds)
+    lines, means, typical = {}, dict.fromkeys(distinct, 0.0), np.median(times, axis=0)
+    for geometry in distinct:
+        columns = [k for k, (key, _) in enumerate(sizes, start=1) if key == geometry]
+        lines[geometry] = _line([sizes[k - 1][1] for k in columns], typical[columns])
+        means[geometry] = float(times[:, columns[0]].mean())  # the full width comes first
+    # A busy machine interrupts whole networks often and single layers seldom, and medians would drop the latter: the
+    # layers' share of the time comes from means, in which both have their part.
+    share = min(1.0, sum(means[patch.geometry] for patch in patches.values()) / float(times[:, 0].mean()))
+    found = {name: LayerTime(*lines[patch.geometry], patch.layer.shape) for name, patch in patches.items()}
+    return _scaled(found, float(typical[0]), share)
+
+
+def _scaled(layers: Mapping[str, LayerTime], whole: float, share: float) -> LatencyModel:
+    """The model in which the layers as they are take this share of the whole."""
+    total = sum(layer.at(layer.shape) for layer in layers.values())
+    scale = share * whole / total if total else 1.0
+    scaled = {name: LayerTime(scale * layer.fixed, scale * layer.slope, layer.shape) for name, layer in layers.items()}
+    return LatencyModel(max(0.0, whole - scale * total), scaled, whole)
+
+
+def _line(sizes: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
+    """Fixed and slope, neither negative, with the least sum of squared relative errors."""
+    x, y = np.asarray(sizes, dtype=np.float64), np.asarray(times, dtype=np.float64)
+    a, b = 1 / y, x / y  # fixed * a + slope * b = 1
+    determinant = (a @ a) * (b @ b) - (a @ b) ** 2
+    if determinant > 1e-9 * (a @ a) * (b @ b):
+        fixed = (a.sum() * (b @ b) - b.sum() * (a @ b)) / determinant
+        slope = (b.sum() * (a @ a) - a.sum() * (a @ b)) / determinant
+        if fixed >= 0 and slope >= 0:
+            return float(fixed), float(slope)
+        if slope < 0:  # the smaller is not faster: nothing is saved
+            return float(a.sum() / (a @ a)), 0.0
+    return 0.0, float(b.sum() / (b @ b))
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """A layer and the nodes that follow it position by position, cut out of the network.
+
+    ``rows`` is the length of axis 0 for one input of the network: 1, or the windows that attention cuts an image into.
+    """
+
+    layer: Layer
+    graph: Graph
+    rows: int
+    geometry: tuple[object, ...]
+
+    def widths(self) -> list[tuple[int, int]]:
+        """(outputs, inputs) to measure; the depthwise share one number, an image's few colours stay."""
+        n_out, n_in = self.layer.shape[:2]
+        if self.layer.groups > 1:
+            fewer = n_out // self.layer.groups * _half(self.layer.groups)
+            return list(dict.fromkeys([(n_out, n_in), (fewer, n_in)]))
+        return list(dict.fromkeys(itertools.product((n_out, _half(n_out)), (n_in, _half(n_in) if n_in >= 8 else n_in))))
+
+    def narrowed(self, outputs: int, inputs: int) -> Graph:
+        """The patch with the first of its output channels, and per group of its input channels."""
+        n_out = self.layer.shape[0]
+        groups = self.layer.groups * outputs // n_out if self.layer.groups > 1 else 1
+        weight = self.graph.tensors[self.layer.weight][:outputs, :inputs].contiguous()
+        tensors = {name: t[:outputs] if t.shape[:1] == (n_out,) else t for name, t in self.graph.tensors.items()}
+        source, *others = self.graph.inputs
+        axis = 0 if self.layer.is_conv else -1  # of shapes without the batch
+        specs = [_resized(source, axis, inputs * groups), *(_resized(other, axis, outputs) for other in others)]
+        tensors[self.layer.weight] = weight
+        small = Graph(tuple(specs), tensors, self.graph.nodes, self.graph.outputs)
+        call = self.layer.node
+        if groups == self.layer.groups:
+            return small
+        return small.with_nodes({call.name: Node(call.name, call.op, (*call.args[:6], groups), call.kwargs)})
+
+
+def _half(width: int) -> int:
+    """About half, on the multiples of 8 that pruning keeps where the width allows it."""
+    return -(-width // 16) * 8 if width >= 16 else -(-width // 2)
+
+
+def _resized(spec: InputSpec, axis: int, width: int) -> InputSpec:
+    shape = list(spec.shape)
+    shape[axis] = width
+    return InputSpec(spec.name, tuple(shape), spec.dtype)
+
+
+def _patches(graph: Graph) -> list[tuple[Layer, _Patch]]:
+    """Each layer with its patch; a node belongs to the first layer that reaches it, as in fusion."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in graph.tensors.items()}
+    shapes |= {i.name: (1, *i.shape) for i in graph.inputs} | value_shapes(graph)
+    users, taken, found = graph.users(), set(), []
+    for layer in find_layers(graph):
+        nodes, specs = _follow(graph, users, shapes, layer, taken)
+        taken.update(node.name for node in nodes)
+        tensors = {name: graph.tensors[name] for node in nodes for name in node.refs() if name in graph.tensors}
+        patch = Graph(tuple(specs), tensors, tuple(_computed(nodes, specs[1:])), (nodes[-1].name,))
+        rows = shapes[specs[0].name][0]
+        geometry = (layer.shape, layer.stride, layer.padding, layer.dilation, layer.groups, layer.bias is None, rows,
+                    tuple(node.op for node in nodes), tuple((spec.shape, spec.dtype) for spec in specs))  # fmt: skip
+        found.append((layer, _Patch(layer, patch, rows, geometry)))
+    return found
+
+
+def _follow(
+    graph: Graph, users: Mapping[str, list[Node]], shapes: Mapping[str, tuple[int, ...]], layer: Layer, taken: set[str]
+) -> tuple[list[Node], list[InputSpec]]:
+    """The layer, then batch norm, activation and addition of an equal shape while each alone reads the last."""
+    dtype = str(graph.tensors[layer.weight].dtype).removeprefix("torch.")
+    nodes, specs = [layer.node], [InputSpec(layer.node.args[0].name, shapes[layer.node.args[0].name][1:], dtype)]
+    while len(readers := users.get(nodes[-1].name, [])) == 1 and nodes[-1].name not in graph.outputs:
+        node = readers[0]
+        if node.op == "aten.add.Tensor" and node.name not in taken and all(isinstance(a, Ref) for a in node.args):
+            other = next(ref.name for ref in node.args if ref.name != nodes[-1].name)
+            if shapes.get(other) != shapes[node.name] or other in {spec.name for spec in specs}:
+                break
+            specs.append(InputSpec(other, shapes[other][1:], dtype))
+        elif is_inference_norm(node):
+            if not layer.is_conv and len(shapes[node.name]) != 2:
+                break  # it normalises axis 1, which holds positions
+        elif node.op not in EPILOGUES:
+            break
+        nodes.append(node)
+    return nodes, specs
+
+
+def _computed(nodes: Sequence[Node], others: Sequence[InputSpec]) -> list[Node]:
+    """The nodes with each other summand made by a node (a view of itself): fusion takes no network input for one."""
+    names = {spec.name: f"{spec.name}.summand" for spec in others}
+    views = [Node(view, "aten.expand.default", (Ref(spec.name), [-1] * (len(spec.shape) + 1)))
+             for spec, view in zip(others, names.values())]  # fmt: skip
+    first, *rest = nodes
+    renamed = [Node(n.name, n.op, map_refs(n.args, lambda name: Ref(names.get(name, name))), n.kwargs) for n in rest]
+    return [first, *views, *renamed]
+
+
+def _inputs(specs: Sequence[InputSpec], batch: int, device: torch.device) -> list[Tensor]:
+    """Random numbers; integers are zeros, which every table of embeddings has."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for spec in specs:
+        dtype = getattr(torch, spec.dtype)
+        shape = (batch, *spec.shape)
+        values = torch.randn(shape, generator=generator) if dtype.is_floating_point else torch.zeros(shape)
+        values = values.to(device, dtype)
+        found.append(values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values)
+    return found
+
+
+def _caller(program: Program, inputs: Sequence[Tensor]) -> Callable[[], object]:
+    return lambda: program(*inputs)
+
+
+def _measure(calls: Sequence[Callable[[], object]], device: torch.device, seconds: float) -> NDArray[np.float64]:
+    """Seconds of each call in each round (rounds, calls): the mean of two, in a random order and in its reverse.
+
+    A round of warm-up comes first and counts towards ``seconds``.
+    """
+    rng = np.random.default_rng(0)
+    deadline = time.perf_counter() + seconds
+    rounds: list[NDArray[np.float64]] = []
+    with torch.inference_mode():
+        while len(rounds) <= FEWEST_ROUNDS or (time.perf_counter() < deadline and len(rounds) <= MOST_ROUNDS):
+            row, order = np.zeros(len(calls)), rng.permutation(len(calls))
+            for index in (*order, *order[::-1]):
+                row[index] += _timed(calls[index], device) / 2
+            rounds.append(row)
+    return np.stack(rounds[1:])
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds for one call."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(GPU_CALLS):
+        call()
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / GPU_CALLS
