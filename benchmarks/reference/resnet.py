@@ -1,4 +1,4 @@
-"""The CIFAR-style residual network of He et al. (arXiv 1512.03385, section 4.2), with free widths."""
+"""Residual networks of basic blocks (arXiv 1512.03385, section 4.2): CIFAR-style stages with free widths."""
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,14 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three stages of ``blocks`` residual blocks: images (N, channels, H, W) to logits (N, classes)."""
+    """A stage of ``blocks`` residual blocks for each width: images (N, channels, H, W) to logits (N, classes)."""
 
-    def __init__(self, widths: tuple[int, int, int], blocks: int, channels: int, classes: int) -> None:
+    def __init__(
+        self, widths: tuple[int, ...], blocks: int, channels: int, classes: int, stem_stride: int = 1
+    ) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+            nn.Conv2d(channels, widths[0], 3, stem_stride, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
         )
         stages, n_in = [], widths[0]
         for stage, width in enumerate(widths):
@@ -46,3 +48,13 @@ class ResNet(nn.Module):
 def digits_resnet20() -> ResNet:
     """ResNet-20 of widths 32/64/128 for 1x32x32 digits, 10 classes, 1.1 million parameters."""
     return ResNet((32, 64, 128), blocks=3, channels=1, classes=10)
+
+
+def fonts_resnet20() -> ResNet:
+    """ResNet-20 of widths 24/48/96 behind a strided stem, for 1x32x32 letters and digits, 47 classes."""
+    return ResNet((24, 48, 96), blocks=3, channels=1, classes=47, stem_stride=2)
+
+
+def fonts_resnet18() -> ResNet:
+    """ResNet-18, four stages of widths 32/64/96/128, strided stem, for 1x32x32 letters and digits, 47 classes."""
+    return ResNet((32, 64, 96, 128), blocks=2, channels=1, classes=47, stem_stride=2)
