@@ -10,27 +10,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..runtime.batch_norm import is_inference_norm
-from ..runtime.graph import Graph, Node, Ref
+from ..runtime.graph import Graph, InputSpec, Node, Ref
 from ..runtime.program import Program, value_shapes
 
-_CHUNK_BYTES = 2**28  # of the norms' inputs held at once
+_CHUNK = 16  # inputs whose squares are summed at once
+_LIVE_BYTES = 2**30  # of all values that are held at once; what is beyond costs inputs
 _DEAD = 1e-3  # a deviation, in units of the stored one, that says nothing about a channel's scale
 _MOST_CHANGE = 4.0  # of a channel's scale, either way
 
 
 def repair_batch_norm(
-    graph: Graph,
-    original: Graph,
-    inputs: tuple[Tensor, ...],
-    kept: Callable[[str], dict[int, Tensor]],
-    passes: int = 3,
+    graph: Graph, original: Graph, inputs: tuple[Tensor, ...], kept: Callable[[str], dict[int, Tensor]]
 ) -> Graph:
     """Reset the running statistics of inference batch norms to what restores the original's normalised outputs.
+
+    One run of each network over the inputs: every norm is measured behind the repaired ones before it. Measuring all
+    of them at once and repeating does not do, as each then makes up for what the others make up for too.
 
     A channel that hardly varies in either network keeps its scale and has its mean repaired; one whose statistics are
     not finite keeps both; a scale changes at most 4 times either way. Norms whose statistics are computed, or shared
@@ -39,26 +41,58 @@ def repair_batch_norm(
     Args:
         graph: the network to repair; its nodes have the names of those of ``original``.
         original: the network whose statistics are the target.
-        inputs: (images, ...) for each network input, on the device to compute on.
+        inputs: (images, ...) for each network input, on the device to compute on; the first of them only where all
+            would take more than 1 GiB.
         kept: for a value's name the positions of the original's value that ``graph`` still has, by axis.
-        passes: runs of ``graph`` over the inputs. Each measures all norms at once and resets all of them, so that the
-            k-th norm in order of execution is exact after k passes, and in practice all are nearly so after few.
     """
     norms = _repairable(graph, original, kept)
     if not norms or not len(inputs[0]):
         return graph
-    targets = {}
-    for norm, (mean, deviation) in zip(norms, _normalised(original, [original.node(n.name) for n in norms], inputs)):
+    images = max(1, _LIVE_BYTES // max(_live_bytes(original), 1))
+    inputs = tuple(x[:images] for x in inputs)
+    targets: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def remember(norm: Node, value: Tensor) -> dict[str, Tensor]:
         where = kept(norm.args[0].name).get(1)
-        pick = (lambda t: t) if where is None else (lambda t, at=where: t[at.cpu()])
-        targets[norm.name] = pick(mean), pick(deviation)
-    first = graph  # changes are bounded against what came in, over all passes together
-    for _ in range(min(passes, len(norms))):
-        changed: dict[str, Tensor] = {}
-        for norm, measured in zip(norms, _normalised(graph, norms, inputs)):
-            changed |= _reset(graph, first, norm, measured, targets[norm.name])
-        graph = graph.with_tensors(changed)
-    return graph
+        mean, deviation = _normalised(original, original.node(norm.name), value)
+        targets[norm.name] = (mean, deviation) if where is None else (mean[where.cpu()], deviation[where.cpu()])
+        return {}
+
+    def reset(norm: Node, value: Tensor) -> dict[str, Tensor]:
+        return _reset(graph, norm, _normalised(graph, norm, value), targets[norm.name])
+
+    names = {norm.name for norm in norms}
+    _visit(original, [node for node in original.nodes if node.name in names], inputs, remember)
+    return graph.with_tensors(_visit(graph, norms, inputs, reset))
+
+
+@torch.no_grad()
+def _visit(
+    graph: Graph,
+    norms: Sequence[Node],
+    inputs: tuple[Tensor, ...],
+    see: Callable[[Node, Tensor], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Run a graph up to its last norm; before each, ``see`` its input and take over the tensors that it changes.
+
+    The stretches between norms run as programs of their own, each on the values that live across its beginning.
+    """
+    live: dict[str, Any] = dict(zip((spec.name for spec in graph.inputs), inputs))
+    places = {node.name: k for k, node in enumerate(graph.nodes)}
+    last = {name: k for k, node in enumerate(graph.nodes) for name in node.refs()}
+    changed: dict[str, Tensor] = {}
+    first, begin = graph.inputs[0].name, 0
+    for norm in norms:
+        end = places[norm.name]
+        nodes = graph.nodes[begin:end]
+        # the first input goes along: a program takes its device from it
+        made = [name for name in (*live, *(n.name for n in nodes)) if last.get(name, -1) >= end or name == first]
+        specs = tuple(InputSpec(name, ()) for name in live)
+        part = replace(graph, inputs=specs, nodes=nodes, tensors={**graph.tensors, **changed})
+        live = dict(zip(made, Program(part, made).to(inputs[0].device)(*live.values())))
+        changed |= see(norm, live[norm.args[0].name])
+        begin = end
+    return changed
 
 
 def _repairable(graph: Graph, original: Graph, kept: Callable[[str], dict[int, Tensor]]) -> list[Node]:
@@ -81,51 +115,52 @@ def _repairable(graph: Graph, original: Graph, kept: Callable[[str], dict[int, T
     return found
 
 
-@torch.no_grad()
-def _normalised(graph: Graph, norms: Sequence[Node], inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
-    """For each norm the float64 mean and deviation (channels,) of its output before the affine part, on the CPU."""
-    device = inputs[0].device
-    program = Program(graph, [norm.args[0].name for norm in norms]).to(device)
-    stored = [tuple(t.to(device) for t in _stored(graph, norm)) for norm in norms]
-    sizes = value_shapes(graph)
-    images = 4 * sum(math.prod(sizes[norm.args[0].name]) for norm in norms if norm.args[0].name in sizes)
-    chunk = max(1, min(32, _CHUNK_BYTES // max(images, 1)))
-    sums = [torch.zeros(2, len(mean), dtype=torch.float64, device=device) for mean, _ in stored]
-    counts = [0] * len(norms)
-    for part in zip(*(x.split(chunk) for x in inputs)):
-        for k, (value, (mean, _)) in enumerate(zip(program(*part), stored)):
-            dims = [d for d in range(value.dim()) if d != 1]
-            # about the stored mean, so that the squares of a channel far from zero do not cancel
-            centred = value - mean.to(value.dtype).view(-1, *[1] * (value.dim() - 2))
-            sums[k][0] += centred.sum(dims, dtype=torch.float64)
-            sums[k][1] += centred.square().sum(dims, dtype=torch.float64)
-            counts[k] += value.numel() // value.shape[1]
-    found = []
-    for (total, squares), count, (_, deviation) in zip(sums, counts, stored):
-        mean = total / count
-        spread = (squares / count - mean**2).clamp_min(0).sqrt()
-        found.append(((mean / deviation).cpu(), (spread / deviation).cpu()))
-    return found
+def _live_bytes(graph: Graph) -> int:
+    """The most that one input's values take at any time of a run, each held until its last use."""
+    sizes = {name: 4 * math.prod(shape) for name, shape in value_shapes(graph).items()}
+    last = {name: k for k, node in enumerate(graph.nodes) for name in node.refs()}
+    ends: dict[int, list[str]] = {}
+    for name, k in last.items():
+        ends.setdefault(k, []).append(name)
+    live = most = 0
+    for k, node in enumerate(graph.nodes):
+        live += sizes.get(node.name, 0)
+        most = max(most, live)
+        live -= sum(sizes.get(name, 0) for name in ends.get(k, ()))
+    return most
+
+
+def _normalised(graph: Graph, norm: Node, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The float64 mean and deviation (channels,) of a norm's output before its affine part, on the CPU."""
+    mean, deviation = _stored(graph, norm)
+    dims = [d for d in range(value.dim()) if d != 1]
+    count = value.numel() // value.shape[1]
+    total = torch.zeros(2, len(mean), dtype=torch.float64, device=value.device)
+    for part in value.split(_CHUNK):
+        # about the stored mean, so that the squares of a channel far from zero do not cancel
+        centred = part - mean.to(part).view(-1, *[1] * (value.dim() - 2))
+        total[0] += centred.sum(dims, dtype=torch.float64)
+        total[1] += centred.square_().sum(dims, dtype=torch.float64)
+    centre, squares = (total / count).cpu()
+    return centre / deviation, (squares - centre**2).clamp_min(0).sqrt() / deviation
 
 
 def _stored(graph: Graph, norm: Node) -> tuple[Tensor, Tensor]:
-    """The float64 mean and deviation that a norm normalises by."""
-    mean, variance = (graph.tensors[ref.name].double() for ref in norm.args[3:5])
+    """The float64 mean and deviation that a norm normalises by, on the CPU."""
+    mean, variance = (graph.tensors[ref.name].cpu().double() for ref in norm.args[3:5])
     return mean, (variance + norm.args[7]).sqrt()
 
 
 def _reset(
-    graph: Graph, first: Graph, norm: Node, measured: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]
+    graph: Graph, norm: Node, measured: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]
 ) -> dict[str, Tensor]:
     """The two statistics of a norm, by tensor name, that turn its ``measured`` output into the ``target``."""
-    mean, deviation = (t.cpu() for t in _stored(graph, norm))
-    base = _stored(first, norm)[1].cpu()
+    mean, deviation = _stored(graph, norm)
     (m, s), (c, d) = measured, target
-    telling = (s * deviation > _DEAD * base) & (d > _DEAD)
-    scale = torch.where(telling, deviation * s / d.clamp_min(_DEAD), base)
-    scale = scale.clamp(base / _MOST_CHANGE, base * _MOST_CHANGE)
+    telling = (s > _DEAD) & (d > _DEAD)
+    change = torch.where(telling, s / d.clamp_min(_DEAD), 1.0).clamp(1 / _MOST_CHANGE, _MOST_CHANGE)
     eps = norm.args[7]
-    new_variance = (scale**2 - eps).clamp_min(0)
+    new_variance = ((deviation * change) ** 2 - eps).clamp_min(0)
     new_mean = mean + m * deviation - c * (new_variance + eps).sqrt()
     usable = new_mean.isfinite() & new_variance.isfinite()
     changed = {}
