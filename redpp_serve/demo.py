@@ -19,7 +19,7 @@ from .packaging.package import Serving, package
 from .pruning.options import Options
 from .pruning.stages import Stages
 from .reference import ARCH, CHECKPOINT, HELD_OUT
-from .reference.train_digits import MEAN, STD
+from .reference.digits import MEAN, STD
 from .report import write_reports
 from .report.text import package_summary
 from .runtime.graph import InputSpec

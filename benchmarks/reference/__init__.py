@@ -1,4 +1,4 @@
-"""Reference networks with real accuracy, and the recipes that trained them.
+"""Reference networks with real accuracy, their tasks, and the recipes that trained them (`catalog`, `train`).
 
 Importable as ``redpp_serve.reference``; the checkpoint and the held-out images ship with the package,
 so ``redpp-serve demo`` needs no download.

@@ -14,9 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from redpp_serve.reference import convnext, densenet, digits, fonts, mobilenet, resnet, vgg, vit
-
-FOLDER = Path(__file__).parent
+from redpp_serve.reference import FOLDER, convnext, densenet, digits, fonts, mobilenet, resnet, vgg, vit
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,15 @@ training images.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from redpp_serve.reference import FOLDER
+
 MEAN, STD = 0.3, 0.35
 TRAINING, SAMPLE = 1297, 512
-FOLDER = Path(__file__).parent
 
 
 def load_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:

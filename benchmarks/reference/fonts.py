@@ -25,11 +25,12 @@ from typing import Any
 
 import numpy as np
 
+from redpp_serve.reference import FOLDER
+
 CLASSES = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt"
 MEAN, STD = 0.26, 0.22
 SIZE = 32
 TRAINING, HELD_OUT, SAMPLE = 40_000, 2_000, 512
-FOLDER = Path(__file__).parent
 TRAINING_FILE = FOLDER / "build" / "fonts_train.npz"
 PACKAGES = tuple(f"fonts-{name}" for name in """
     adf-accanthis adf-baskervald adf-berenis adf-gillius adf-ikarius adf-irianis adf-libris adf-mekanus adf-romande

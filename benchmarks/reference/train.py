@@ -137,12 +137,13 @@ def accuracy(net: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     return torch.cat(right).float().mean().item()
 
 
-def measure(network: Network) -> dict[str, float | int]:
-    """Of the checkpoint as it loads: parameters, multiply-accumulates of one image, held-out accuracy."""
+def measure(network: Network) -> dict[str, object]:
+    """Of the checkpoint as it loads: task, parameters, multiply-accumulates of one image, held-out accuracy."""
     net = catalog.load(network.name)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(1, *network.input_shape))
     return {
+        "task": network.task.name,
         "parameters": sum(p.numel() for p in net.parameters()),
         "macs": counter.get_total_flops() // 2,
         "held_out_accuracy": round(accuracy(net, *catalog.held_out(network.task.name)), 4),
@@ -159,16 +160,16 @@ def train(network: Network, device: torch.device) -> dict[str, object]:
     save_file(state, network.checkpoint)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {
-        "task": network.task.name, **measure(network), "epochs": recipe.epochs,
+        **measure(network), "epochs": recipe.epochs,
         "training_seconds": round(time.perf_counter() - start), "device": name,
         "torch": torch.__version__, "python": platform.python_version(),
     }  # fmt: skip
 
 
 def record(path: Path, name: str, entry: dict[str, object]) -> None:
-    """Put one network's entry into the file of results."""
+    """Put figures of one network into the file of results."""
     entries = json.loads(path.read_text()) if path.exists() else {}
-    entries[name] = entry
+    entries[name] = {**entries.get(name, {}), **entry}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({k: entries[k] for k in NETWORKS if k in entries}, indent=1) + "\n")
 
@@ -177,10 +178,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", metavar="NAME", choices=list(NETWORKS), help=", ".join(NETWORKS))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/reference.json"))
+    parser.add_argument("--evaluate", action="store_true", help="train nothing, measure the checkpoints that are there")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in options.names:
-        entry = train(NETWORKS[name], device)
+        entry = measure(NETWORKS[name]) if options.evaluate else train(NETWORKS[name], device)
         record(options.results, name, entry)
         print(f"{name}: {entry}", flush=True)
 
