@@ -34,10 +34,10 @@ _BATCH_BYTES = 2**31  # of all values of a batch together
 _FEWEST_STEPS = 10
 _MOST_VALUES = 16
 _EVALUATIONS = 8
+_SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
 _RATE = 0.02  # of the root mean square of a tensor's values, for one step of Adam
 _WARM_UP = 0.05  # of all steps
-_TEMPERATURE = 2.0
 
 _ACTIVATIONS = frozenset(
     f"aten.{name}.default"
@@ -119,37 +119,63 @@ def distil(
     lesson = _Lesson(student, original, names, len(pruned.outputs), kept, device)
     key = _key((pruned, original), (*inputs, *held_out), [kept(name) for name in names],
                names, plan, seed, device.split(":")[0], sorted(codebooks))  # fmt: skip
-    state = _restore(checkpoint, key, student) or _State(0, before, student.copy())
+    start = before if math.isfinite(before) else math.inf
+    state = _restore(checkpoint, key, student) or _State(0, start, student.copy())
     data = tuple(x.to(device) for x in inputs)
-    every = -(-plan.steps // _EVALUATIONS)
-    note, saved = "", time.monotonic()
+
+    def learn() -> bool:
+        loss = lesson.loss(mixed(data, plan.batch, seed * 1_000_003 + state.step))
+        return student.learn(loss, _RATE * share_of_rate((state.step + 1) / plan.steps), state.step)
+
+    def judge() -> None:
+        error = compare_outputs(original, student.graph(), held_out).error
+        if error < state.error:
+            state.error, state.best = error, student.copy()
+
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        while state.step < plan.steps:
-            rate = _RATE * shape_of_rate((state.step + 1) / plan.steps)
-            if not student.learn(lesson.loss(mixed(data, plan.batch, seed * 1_000_003 + state.step)), rate, state.step):
-                note = f"the loss became NaN or infinite at step {state.step + 1}: the best weights until then are kept"
-                break
-            state.step += 1
-            progress(state.step, plan.steps)
-            late = time.monotonic() > deadline and state.step < plan.steps
-            if state.step % every == 0 or state.step == plan.steps or late:
-                error = compare_outputs(original, student.graph(), held_out).error
-                if error < state.error:
-                    state.error, state.best = error, student.copy()
-            if late:
-                note = (f"cut short by the time budget after {state.step} of {plan.steps} steps: "
-                        "not reproducible to the byte")  # fmt: skip
-                break
-            if time.monotonic() - saved > 10 or state.step == plan.steps:
-                _keep(checkpoint, key, student, state)
-                saved = time.monotonic()
-    if not state.error < before:
-        note = "; ".join(filter(None, [note, "no better on held-out inputs: the earlier weights stay"]))
-        return Distilled(pruned, state.step, (before, before), note, not note.startswith("cut"))
-    return Distilled(student.graph(state.best), state.step, (before, state.error), note, not note.startswith("cut"))
+        end = _train(plan, state, learn, judge, lambda: _keep(checkpoint, key, student, state), deadline, progress)
+    notes = [_ENDS[end].format(done=state.step, total=plan.steps)]
+    if state.error < start:
+        return Distilled(student.graph(state.best), state.step, (before, state.error), notes[0], end != "late")
+    notes.append("no better on held-out inputs: the earlier weights stay")
+    return Distilled(pruned, state.step, (before, before), "; ".join(filter(None, notes)), end != "late")
 
 
-def shape_of_rate(progress: float) -> float:
+_ENDS = {
+    "done": "",
+    "late": "cut short by the time budget after {done} of {total} steps: not reproducible to the byte",
+    "diverged": "the loss became NaN or infinite after {done} of {total} steps: the best weights until then count",
+}
+
+
+def _train(
+    plan: Schedule,
+    state: _State,
+    learn: Callable[[], bool],
+    judge: Callable[[], None],
+    keep: Callable[[], None],
+    deadline: float,
+    progress: Callable[[int, int], None],
+) -> str:
+    """Take the steps that ``state`` lacks, look at the held-out inputs now and then; how it ended, of `_ENDS`."""
+    every, kept_at = -(-plan.steps // _EVALUATIONS), time.monotonic()
+    while state.step < plan.steps:
+        if not learn():
+            return "diverged"
+        state.step += 1
+        progress(state.step, plan.steps)
+        late = time.monotonic() > deadline and state.step < plan.steps
+        if state.step % every == 0 or state.step == plan.steps or late:
+            judge()
+        if late:
+            return "late"
+        if time.monotonic() - kept_at > _SECONDS_BETWEEN_CHECKPOINTS or state.step == plan.steps:
+            keep()
+            kept_at = time.monotonic()
+    return "done"
+
+
+def share_of_rate(progress: float) -> float:
     """The share of the full learning rate: a short linear rise, then half a cosine down to nothing."""
     if progress < _WARM_UP:
         return progress / _WARM_UP

@@ -35,14 +35,8 @@ class Student:
         self.leaves = [graph.tensors[name].detach().clone().to(device).requires_grad_() for name in self.names]
         self.tensors = {name: t.detach().to(device) for name, t in graph.tensors.items()}
         self.tensors |= dict(zip(self.names, self.leaves))
-        self.indices: list[Tensor | None] = []
-        self.parameters: list[Tensor] = []
-        for name, leaf in zip(self.names, self.leaves):
-            values, index = leaf.detach(), None
-            if name in codebooks:
-                values, index = torch.unique(leaf.detach(), return_inverse=True)
-            self.parameters.append(values)
-            self.indices.append(index)
+        self.shared = [_Shared(leaf.detach()) if n in codebooks else None for n, leaf in zip(self.names, self.leaves)]
+        self.parameters = [leaf.detach() if s is None else s.values for s, leaf in zip(self.shared, self.leaves)]
         self.first = [torch.zeros_like(p) for p in self.parameters]
         self.second = [torch.zeros_like(p) for p in self.parameters]
         self.scales = [_scale(leaf.detach()) for leaf in self.leaves]
@@ -70,21 +64,16 @@ class Student:
         return True
 
     def _gradient(self, k: int, gradient: Tensor | None) -> Tensor:
-        index, values = self.indices[k], self.parameters[k]
+        shared = self.shared[k]
         if gradient is None:
-            return torch.zeros_like(values)
-        if index is None:
-            return gradient
-        order = index.view(-1).argsort(stable=True)
-        lengths = torch.bincount(index.view(-1), minlength=len(values))
-        summed = torch.segment_reduce(gradient.reshape(-1)[order].double(), "sum", lengths=lengths)
-        return summed.to(values) * (values != 0)
+            return torch.zeros_like(self.parameters[k])
+        return gradient if shared is None else shared.sum(gradient)
 
     @torch.no_grad()
     def _fill(self) -> None:
-        for leaf, index, values in zip(self.leaves, self.indices, self.parameters):
-            if index is not None:
-                leaf.copy_(values[index])
+        for leaf, shared in zip(self.leaves, self.shared):
+            if shared is not None:
+                leaf.copy_(shared.values[shared.index])
 
     def state(self) -> dict[str, Tensor]:
         """All that a step depends on, by name."""
@@ -106,6 +95,21 @@ class Student:
         """The network with those trained tensors (as they are now, by default), where the given one was."""
         values = zip(self.names, self.leaves if leaves is None else leaves)
         return self._graph.with_tensors({n: v.detach().clone().to(self._graph.tensors[n].device) for n, v in values})
+
+
+class _Shared:
+    """A tensor with a codebook: its distinct ``values`` (K,) and their ``index``, of the tensor's shape."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.values, self.index = torch.unique(tensor, return_inverse=True)
+        self._order = self.index.view(-1).argsort(stable=True)
+        self._lengths = torch.bincount(self.index.view(-1), minlength=len(self.values))
+        self._moves = self.values != 0
+
+    def sum(self, gradient: Tensor) -> Tensor:
+        """The gradient of each value: over all its positions, in a fixed order; none for zero."""
+        sums = torch.segment_reduce(gradient.reshape(-1)[self._order].double(), "sum", lengths=self._lengths)
+        return sums.to(self.values) * self._moves
 
 
 def trained_tensors(graph: Graph) -> list[str]:
