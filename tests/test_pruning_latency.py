@@ -93,7 +93,8 @@ def test_a_patch_takes_norm_activation_and_addition_along_once() -> None:
     names = ["left", "right_bn.summand", "left_bn", "left_bn_right_bn", "left_bn_right_bn_relu"]
     assert [node.name for node in left_patch.graph.nodes] == names
     assert [spec.name for spec in left_patch.graph.inputs] == ["x", "right_bn"]
-    assert [node.name for node in right_patch.graph.nodes] == ["right", "right_bn"]  # the addition belongs to one of them
+    # the addition belongs to one of the two
+    assert [node.name for node in right_patch.graph.nodes] == ["right", "right_bn"]
     if not available():
         return
     for patch, steps in ((left_patch, ["fused_conv2d", "expand.default"]), (right_patch, ["fused_conv2d"])):
@@ -151,7 +152,9 @@ def test_windows_along_axis_0_are_kept() -> None:
         ([100], [5.0], (0.0, 0.05)),
     ],
 )
-def test_fixed_and_slope_are_never_negative(sizes: list[int], times: list[float], expected: tuple[float, float]) -> None:
+def test_fixed_and_slope_are_never_negative(
+    sizes: list[int], times: list[float], expected: tuple[float, float]
+) -> None:
     assert latency._line(sizes, times) == pytest.approx(expected, abs=1e-3)
 
 

@@ -69,7 +69,8 @@ def test_page_is_well_nested_and_has_every_section() -> None:
     for expected in ("digits", "Original and pruned", "Stages", "Verification (256 held-out inputs)",
                      "Hashing: predicted and measured", "Splitting: both readings of the count", "Kept channels",
                      "Error per layer", "Layers", "Other codebooks", "Weight densities and their cells", "Options",
-                     "Source", "Environment", "What was measured where"):  # fmt: skip
+                     "Source", "Environment", "What was measured where", "Frontier: error against cost",
+                     "What each stage changed"):  # fmt: skip
         assert expected in titles
     for number in ("1.09 M", "2.31 G", "4.4 MB", "98.40 %", "1.88x [1.85, 1.91]", "18.34 %", "63.52 %", "skipped"):
         assert number in titles
@@ -83,6 +84,7 @@ def test_the_environment_lists_every_version_and_says_where_numbers_come_from() 
     where = "Intel Xeon, 2 cores, threads 2, numpy 2.3.1, python 3.11.7, redpp-serve 0.1.0, torch 2.13.0"
     assert cells["hashing errors, output error, agreement"] == f"{where}; 256 held-out inputs"
     assert cells["handler times, latency, throughput"] == f"{where}; through the model server"
+    assert cells["latencies of the frontier"] == "Intel Xeon, 2 cores, batch 1; without server"
 
 
 def test_every_text_is_escaped() -> None:
@@ -103,7 +105,7 @@ def test_self_contained() -> None:
 def test_every_svg_is_valid_xml_and_ids_are_unique() -> None:
     page = render(_poison(sample_report()))
     pictures = re.findall(r"<svg.*?</svg>", page, flags=re.S)
-    assert len(pictures) == 2 + sum(1 for layer in sample_layers() if layer["hash"])
+    assert len(pictures) == 4 + sum(1 for layer in sample_layers() if layer["hash"])
     for picture in pictures:
         ET.fromstring(picture)
     ids = re.findall(r'\bid="([^"]*)"', page)
@@ -153,7 +155,7 @@ def test_any_single_missing_key_renders(gone: Any) -> None:
 def test_densities_are_limited_with_a_note() -> None:
     layers = [{**sample_layers()[0], "name": f"layer{i}"} for i in range(DENSITIES_SHOWN + 5)]
     page = render({**sample_report(), "layers": layers})
-    assert page.count("<svg") == DENSITIES_SHOWN + 2
+    assert page.count("<svg") == DENSITIES_SHOWN + 4
     assert f"The first {DENSITIES_SHOWN} of {DENSITIES_SHOWN + 5} layers" in page
     assert "The first" not in render(sample_report())
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from redpp_serve.report import text
+from redpp_serve.report import formats, text
 
 GOLDEN_SUMMARY = """\
 digits: original and pruned by redpp-serve 0.1.0
@@ -25,6 +25,11 @@ latency p50       15.2 ms   8.90 ms  1.71x [1.66, 1.75]
 latency p95       20.4 ms   12.6 ms               1.62x
 latency p99       26.1 ms   17.0 ms               1.54x
 throughput         131 /s    223 /s  1.70x [1.64, 1.76]
+
+frontier             MACs              latency    error  flag
+          1.85 G (80.0 %)  85.0 % [83.5, 87.0]   1.21 %  --target macs=0.8
+          1.10 G (47.6 %)  60.2 % [58.9, 61.7]   6.11 %  --target macs=0.48 (chosen)
+           578 M (25.0 %)                    –  29.00 %  --target macs=0.25
 
 hashing (kde, relative RMS 0.02)
                                         predicted  at most  measured
@@ -113,6 +118,13 @@ def sample_layers() -> list[dict[str, Any]]:
     return [*layers, {**head, "hash": None, "split": None, "error": None}]
 
 
+def _point(macs: int, share: float, error: float, flag: str, latency: tuple[float, float, float] | None = None,
+           chosen: bool = False) -> dict[str, Any]:  # fmt: skip
+    ratio, low, high = latency or (None, None, None)
+    return {"macs": macs, "macs_ratio": share, "error": error, "predicted_error": 0.9 * error, "latency_ratio": ratio,
+            "latency_low": low, "latency_high": high, "chosen": chosen, "flag": flag}  # fmt: skip
+
+
 def sample_report() -> dict[str, Any]:
     """A finished report of a small network, comparison included."""
     return {
@@ -160,6 +172,20 @@ def sample_report() -> dict[str, Any]:
             "measured_ratio": 0.1034,
         },
         "layers": sample_layers(),
+        "frontier": {
+            "axes": {"macs_ratio": "MACs kept", "error": "output error", "latency_ratio": "latency kept"},
+            "points": [
+                _point(578_500_000, 0.25, 0.29, "--target macs=0.25"),
+                _point(1_102_000_000, 0.476, 0.0611, "--target macs=0.48", (0.602, 0.589, 0.617), chosen=True),
+                _point(1_851_200_000, 0.8, 0.0121, "--target macs=0.8", (0.85, 0.835, 0.87)),
+            ],
+            "latency_on": "Intel Xeon, 2 cores, batch 1",
+        },
+        "stages_share": [
+            {"stage": "hash", "error": 0.021, "agreement": 0.9961, "macs": 2_314_000_000, "seconds": 0.41},
+            {"stage": "reconstruct", "error": 0.088, "agreement": 0.981, "macs": 1_102_000_000, "seconds": 21.3},
+            {"stage": "distil", "error": 0.0611, "agreement": 0.992, "macs": 1_102_000_000, "seconds": 75.0},
+        ],
         "verify": {"merge_exact": 3.1e-13, "split_exact": 8.4e-15, "output_error": 0.0611, "agreement": 0.992,
                    "images": 256},
         "smoke": [{"archive": "original.mar", "milliseconds": 14.2}, {"archive": "pruned.mar", "milliseconds": 8.1}],
@@ -188,28 +214,28 @@ def test_summary_of_an_empty_report_shows_dashes() -> None:
 @pytest.mark.parametrize(
     ("show", "value", "expected"),
     [
-        (text.count, 1_089_530, "1.09 M"),
-        (text.count, 2_314_000_000, "2.31 G"),
-        (text.count, 512, "512"),
-        (text.count, 999_999, "1.00 M"),
-        (text.count, 0, "0"),
-        (text.count, True, "–"),
-        (text.exact, 2048, "2048"),
-        (text.size, 4_200_000, "4.2 MB"),
-        (text.size, 999, "999 B"),
-        (text.size, 999_990, "1.0 MB"),
-        (text.percent, 0.984, "98.40 %"),
-        (text.percent, math.nan, "–"),
-        (text.error, 3.1e-13, "3.1e-13"),
-        (text.error, 0.0, "0"),
-        (text.error, 0.021, "2.10 %"),
-        (text.error, math.inf, "–"),
-        (text.milliseconds, 0.8312, "0.831 ms"),
-        (text.milliseconds, 12.31, "12.3 ms"),
-        (text.seconds, None, "–"),
-        (text.times, "2", "–"),
-        (text.shape, [2048, 1024, 1, 1], "2048x1024x1x1"),
-        (text.shape, [], "–"),
+        (formats.count, 1_089_530, "1.09 M"),
+        (formats.count, 2_314_000_000, "2.31 G"),
+        (formats.count, 512, "512"),
+        (formats.count, 999_999, "1.00 M"),
+        (formats.count, 0, "0"),
+        (formats.count, True, "–"),
+        (formats.exact, 2048, "2048"),
+        (formats.size, 4_200_000, "4.2 MB"),
+        (formats.size, 999, "999 B"),
+        (formats.size, 999_990, "1.0 MB"),
+        (formats.percent, 0.984, "98.40 %"),
+        (formats.percent, math.nan, "–"),
+        (formats.error, 3.1e-13, "3.1e-13"),
+        (formats.error, 0.0, "0"),
+        (formats.error, 0.021, "2.10 %"),
+        (formats.error, math.inf, "–"),
+        (formats.milliseconds, 0.8312, "0.831 ms"),
+        (formats.milliseconds, 12.31, "12.3 ms"),
+        (formats.seconds, None, "–"),
+        (formats.times, "2", "–"),
+        (formats.shape, [2048, 1024, 1, 1], "2048x1024x1x1"),
+        (formats.shape, [], "–"),
     ],
 )
 def test_formats(show: Any, value: Any, expected: str) -> None:
@@ -223,6 +249,31 @@ def test_ratio_is_above_one_when_pruned_is_better() -> None:
     }
     ratios = {row.label: row.ratio for row in text.summary_rows(report)}
     assert (ratios["MACs"], ratios["throughput"], ratios["stored bytes"]) == ("3.00x", "2.00x", "–")
+
+
+def _frontier_lines(points: list[dict[str, Any]]) -> list[str]:
+    report = {"frontier": {"points": points}}
+    lines = text.package_summary(report).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("frontier"))
+    return lines[start : next((i for i in range(start, len(lines)) if not lines[i]), len(lines))]
+
+
+def test_the_frontier_takes_six_lines_at_most_and_keeps_the_ends_and_the_chosen() -> None:
+    points = [
+        _point(10**9 - k, 1 - k / 100, k / 50, f"--target macs={1 - k / 100:g}", (1, 1, 1), k == 37) for k in range(90)
+    ]
+    lines = _frontier_lines(points)
+    assert len(lines) == 6 and lines[0].startswith("frontier (5 of 90 points)")
+    assert max(map(len, lines)) <= text.WIDTH
+    flags = [line.split("macs=")[1] for line in lines[1:]]
+    assert flags[0] == "1" and flags[-1] == "0.11" and "0.63 (chosen)" in flags
+
+
+def test_a_frontier_without_latencies_has_no_column_for_them() -> None:
+    head, row = _frontier_lines([_point(5, 0.5, 0.1, "--target macs=0.5")])
+    assert head.split() == ["frontier", "MACs", "error", "flag"]
+    assert row.split() == ["5", "(50.0", "%)", "10.00", "%", "--target", "macs=0.5"]
+    assert "frontier" not in text.package_summary({"frontier": {"points": []}})
 
 
 def test_measured_error_above_the_bound_is_said() -> None:

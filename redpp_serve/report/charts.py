@@ -7,10 +7,10 @@ percent, so bars stretch with the page while text keeps its size; the density pl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any, NamedTuple
 
-from redpp_serve.report.text import dig, error, number, of, printable, quotient, shorten
+from redpp_serve.report.formats import dig, error, number, of, quotient, shorten
+from redpp_serve.report.markup import text_of
 
 ROW = 30  # pixels per layer: one line of text over one bar
 NAME_LIMIT = 30  # characters of a layer name that fit beside its value on a narrow screen
@@ -65,6 +65,11 @@ svg .track{fill:var(--track)} svg .kept{fill:var(--accent)} svg .error{fill:var(
 svg .mark{fill:var(--text)} svg .area{fill:var(--accent);fill-opacity:.22}
 svg .line{fill:none;stroke:var(--accent);stroke-width:1.4} svg .cells{fill:none;stroke:var(--soft);stroke-width:.5}
 svg .axis{fill:none;stroke:var(--soft);stroke-width:.8} svg .modes{fill:none;stroke:var(--warm);stroke-width:1.6}
+svg .rule{stroke:var(--rule)} svg .join{stroke:var(--accent);stroke-width:1.6} svg .whisker{stroke:var(--accent)}
+svg .point{fill:var(--card);stroke:var(--accent);stroke-width:1.8} svg .chosen{fill:var(--warm);stroke:var(--card)}
+svg .guide{stroke:var(--warm);stroke-dasharray:3 3} svg .name{font-weight:700}
+.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:20px 36px;margin:0 0 14px}
+.panels svg{overflow:visible;max-width:640px}
 """
 
 
@@ -84,12 +89,8 @@ class ErrorRow(NamedTuple):
     weights: float | None
 
 
-def text_of(value: object) -> str:
-    """Untrusted text, made safe for HTML and XML, attributes included."""
-    return escape(printable(value))
-
-
-def _svg(identity: str, title: str, description: str, size: str, body: str) -> str:
+def svg(identity: str, title: str, description: str, size: str, body: str) -> str:
+    """A picture with an accessible title and description; `body` is markup, `size` its attributes of size."""
     return (
         f'<svg {size} role="img" aria-labelledby="{identity}-t {identity}-d">'
         f'<title id="{identity}-t">{text_of(title)}</title><desc id="{identity}-d">{text_of(description)}</desc>'
@@ -124,7 +125,7 @@ def kept_chart(identity: str, rows: Sequence[KeptRow]) -> str:
     )
     cut = sum(1 for row in rows if quotient(row.kept, row.total) not in (None, 1.0))
     description = f"Kept channels of {len(rows)} layers as horizontal bars; {cut} layers lost channels."
-    return _svg(identity, "Kept channels per layer", description, f'width="100%" height="{len(rows) * ROW}"', body)
+    return svg(identity, "Kept channels per layer", description, f'width="100%" height="{len(rows) * ROW}"', body)
 
 
 def error_chart(identity: str, rows: Sequence[ErrorRow]) -> str:
@@ -145,7 +146,7 @@ def error_chart(identity: str, rows: Sequence[ErrorRow]) -> str:
             bars += f'<rect class="mark" x="{x:.2f}%" y="{i * ROW + 14}" width="2" height="13"/>'
         parts.append(_row(i, row.name, f"{error(row.output)} | {error(row.weights)}", bars))
     description = f"Relative errors of {len(rows)} layers as horizontal bars; the full width is {error(top)}."
-    return _svg(identity, "Error per layer", description, f'width="100%" height="{len(rows) * ROW}"', "".join(parts))
+    return svg(identity, "Error per layer", description, f'width="100%" height="{len(rows) * ROW}"', "".join(parts))
 
 
 def _finite(values: Any) -> list[float]:
@@ -187,4 +188,4 @@ def density_chart(identity: str, name: str, density: Mapping[str, Any] | None) -
         f'<text class="soft" x="{width:.0f}" y="132" text-anchor="end">{high:.3g}</text>'
     )
     description = f"From {low:.3g} to {high:.3g}, with {len(modes)} codebook values and {len(edges)} borders of cells."
-    return _svg(identity, f"Weight density of {name}", description, f'viewBox="0 0 {width:.0f} 136"', body)
+    return svg(identity, f"Weight density of {name}", description, f'viewBox="0 0 {width:.0f} 136"', body)

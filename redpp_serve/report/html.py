@@ -1,16 +1,16 @@
 """The report as one self-contained HTML page: no network, readable without scripts, light and dark.
 
-All text from the report is escaped in one place: `_table` and the helpers here take plain strings, never markup.
+All text from the report is escaped in one place: `markup.table` and its like take plain strings, never markup.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from redpp_serve.report import charts, text
-from redpp_serve.report.charts import text_of
-from redpp_serve.report.text import DASH, count, dig, error, number, percent, shorten
+from redpp_serve.report import charts, formats, frontier, markup, text
+from redpp_serve.report.formats import DASH, count, dig, error, number, percent, shorten
+from redpp_serve.report.markup import text_of
 
 DENSITIES_SHOWN = 60
 RATIO_NOTE = (
@@ -36,55 +36,6 @@ for (const head of document.querySelectorAll("table.sortable thead th")) {
 """
 
 
-class Cell(NamedTuple):
-    """Plain text of one table cell, the number or text it sorts by, and its CSS class."""
-
-    text: str
-    sort: Any = None
-    css: str = ""
-
-
-def _cell(tag: str, cell: Cell | str, css: str) -> str:
-    cell = cell if isinstance(cell, Cell) else Cell(cell)
-    names = " ".join(part for part in (css, cell.css) if part)
-    sort = "" if cell.sort is None else f' data-v="{text_of(cell.sort)}"'
-    css = f' class="{names}"' if names else ""
-    return f"<{tag}{css}{sort}>{text_of(cell.text)}</{tag.split()[0]}>"
-
-
-def _scroll(label: str, content: str, css: str = "") -> str:
-    return f'<div class="scroll {css}" role="region" tabindex="0" aria-label="{text_of(label)}">{content}</div>'
-
-
-def _table(
-    caption: str, head: Sequence[str], rows: Sequence[Sequence[Cell | str]], kinds: str, css: str = "", scroll: str = ""
-) -> str:
-    """A table whose first column is a row header; without rows, one of dashes.
-
-    `kinds` has one letter a column: t(ext), n(umber), w(ide text), c(ode), f(ixed: never wrapped).
-    """
-    classes = [{"t": "", "n": "n", "w": "wide", "c": "code", "f": "fixed"}[kind] for kind in kinds]
-    columns = "".join(_cell('th scope="col"', title, kind) for title, kind in zip(head, classes))
-    body = ""
-    for row in rows or [[DASH] * len(head)]:
-        first, *rest = (_cell("td" if i else 'th scope="row"', cell, classes[i]) for i, cell in enumerate(row))
-        body += f"<tr>{first}{''.join(rest)}</tr>"
-    label = f"<caption><span>{text_of(caption)}</span></caption>" if caption else ""
-    return _scroll(
-        caption or ", ".join(head),
-        f'<table class="{css}">{label}<thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>',
-        scroll,
-    )
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{text_of(title)}</h2>{''.join(parts)}</section>"
-
-
-def _note(line: str, css: str = "soft") -> str:
-    return f'<p class="{css}">{text_of(line)}</p>' if line else ""
-
-
 def _layers(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [layer for layer in dig(report, "layers") or [] if isinstance(layer, Mapping)]
 
@@ -100,8 +51,8 @@ def _headline(report: Mapping[str, Any]) -> str:
         f" {count(dig(before, 'macs'))} → {count(dig(after, 'macs'))} multiply-accumulates (MACs) per input,"
         f" {count(dig(before, 'parameters'))} → {count(dig(after, 'parameters'))} parameters."
     )
-    verdict = _note(report["verdict"], "verdict") if report.get("verdict") else ""
-    return f"<header><h1>{text_of(report.get('name') or 'model')}</h1>{_note(sentence, '')}{verdict}</header>"
+    verdict = markup.note(report["verdict"], "verdict") if report.get("verdict") else ""
+    return f"<header><h1>{text_of(report.get('name') or 'model')}</h1>{markup.note(sentence, '')}{verdict}</header>"
 
 
 def _tiles(report: Mapping[str, Any]) -> str:
@@ -121,14 +72,15 @@ def _stages(report: Mapping[str, Any]) -> str:
     for stage in dig(report, "stages") or []:
         status = str(dig(stage, "status") or DASH)
         css = status if status in ("done", "skipped", "failed") else ""
-        rows.append((str(dig(stage, "name") or DASH), Cell(status, css=css), str(dig(stage, "reason") or DASH),
-                     text.seconds(dig(stage, "seconds"))))  # fmt: skip
-    return _section("Stages", _table("In the order they ran", ("stage", "status", "reason", "time"), rows, "ttwn"))
+        rows.append((str(dig(stage, "name") or DASH), markup.Cell(status, css=css), str(dig(stage, "reason") or DASH),
+                     formats.seconds(dig(stage, "seconds"))))  # fmt: skip
+    table = markup.table("In the order they ran", ("stage", "status", "reason", "time"), rows, "ttwn")
+    return markup.section("Stages", table)
 
 
 def _verification(report: Mapping[str, Any]) -> str:
     title = text.verify_title(report).capitalize()
-    return _section(title, _table("", ("check", "result"), text.verify_rows(report), "tn"))
+    return markup.section(title, markup.table("", ("check", "result"), text.verify_rows(report), "tn"))
 
 
 def _hashing(report: Mapping[str, Any]) -> str:
@@ -136,40 +88,41 @@ def _hashing(report: Mapping[str, Any]) -> str:
     how = f"Method {dig(found, 'method') or DASH}, target: {dig(found, 'target') or DASH}."
     head = ("quantity", "predicted", "at most (bound)", "measured")
     note = text.bound_note(report)
-    return _section("Hashing: predicted and measured", _table(how, head, text.hash_rows(report), "tnnn"),
-                    _note(note, "worse" if "ABOVE" in note else "soft"))  # fmt: skip
+    return markup.section("Hashing: predicted and measured", markup.table(how, head, text.hash_rows(report), "tnnn"),
+                    markup.note(note, "worse" if "ABOVE" in note else "soft"))  # fmt: skip
 
 
 def _counting(report: Mapping[str, Any]) -> str:
     rows = []
     for key, reading in (("kernel", "A"), ("weight", "B")):
-        for kind, show in (("multiplications", count), ("additions", count), ("bytes", text.size)):
+        for kind, show in (("multiplications", count), ("additions", count), ("bytes", formats.size)):
             pair = dig(report, "counting", key, kind)
             before, after = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (None, None)
-            left = text.quotient(after, before)
+            left = formats.quotient(after, before)
             rows.append((f"{reading}: {kind}", show(before), show(after), percent(None if left is None else 1 - left)))
     caption = (
         "Splitting computes equal units of an input channel once."
         " Reading A: the unit is a k x k kernel. Reading B: the unit is a scalar weight."
     )
-    table = _table(caption, ("reading", "before", "after", "removed"), rows, "tnnn")
-    return _section("Splitting: both readings of the count", table)
+    table = markup.table(caption, ("reading", "before", "after", "removed"), rows, "tnnn")
+    return markup.section("Splitting: both readings of the count", table)
 
 
-def _layer_row(layer: Mapping[str, Any]) -> list[Cell]:
-    def cell(show: Any, *path: str) -> Cell:
-        return Cell(show(dig(layer, *path)), number(dig(layer, *path)))
+def _layer_row(layer: Mapping[str, Any]) -> list[markup.Cell]:
+    def cell(show: Any, *path: str) -> markup.Cell:
+        return markup.Cell(show(dig(layer, *path)), number(dig(layer, *path)))
 
-    before, after = text.shape(layer.get("shape")), text.shape(layer.get("pruned_shape"))
+    before, after = formats.shape(layer.get("shape")), formats.shape(layer.get("pruned_shape"))
     kept, channels = dig(layer, "merge", "kept"), dig(layer, "merge", "channels")
     unique, kernels = dig(layer, "split", "unique_kernels"), dig(layer, "split", "kernels")
     return [
-        Cell(_name(layer), layer.get("name")), Cell(str(layer.get("op") or DASH), layer.get("op")),
-        Cell(before if after in (DASH, before) else f"{before} → {after}"), cell(text.exact, "hash", "values"),
-        cell(text.bits, "hash", "entropy"), cell(error, "hash", "error"), cell(percent, "hash", "zero_kernels"),
-        Cell(text.of(kept, channels), text.quotient(kept, channels)),
-        Cell(text.of(unique, kernels), text.quotient(unique, kernels)), cell(error, "error"),
-        Cell(shorten(dig(layer, "merge", "reason") or DASH, 200), dig(layer, "merge", "reason")),
+        markup.Cell(_name(layer), layer.get("name")), markup.Cell(str(layer.get("op") or DASH), layer.get("op")),
+        markup.Cell(before if after in (DASH, before) else f"{before} → {after}"),
+        cell(formats.exact, "hash", "values"),
+        cell(formats.bits, "hash", "entropy"), cell(error, "hash", "error"), cell(percent, "hash", "zero_kernels"),
+        markup.Cell(formats.of(kept, channels), formats.quotient(kept, channels)),
+        markup.Cell(formats.of(unique, kernels), formats.quotient(unique, kernels)), cell(error, "error"),
+        markup.Cell(shorten(dig(layer, "merge", "reason") or DASH, 200), dig(layer, "merge", "reason")),
     ]  # fmt: skip
 
 
@@ -182,8 +135,8 @@ def _charts(layers: Sequence[Mapping[str, Any]]) -> str:
          " hashed weights. Values in this order.", charts.error_chart("errors", errors)),
     )  # fmt: skip
     return '<div class="pair">' + "".join(
-        _section(title, f"<figure><figcaption>{text_of(caption)}</figcaption>"
-                 + _scroll(title, f'<div class="chart">{svg}</div>', "tall") + "</figure>")
+        markup.section(title, f"<figure><figcaption>{text_of(caption)}</figcaption>"
+                 + markup.scroll(title, f'<div class="chart">{svg}</div>', "tall") + "</figure>")
         for title, caption, svg in figures) + "</div>"  # fmt: skip
 
 
@@ -192,7 +145,7 @@ def _layer_section(layers: Sequence[Mapping[str, Any]]) -> str:
             "kept channels", "unique kernels", "output error", "channels left alone because")  # fmt: skip
     caption = "In network order. Shapes are outputs x inputs per group x kernel; errors are relative."
     rows = [_layer_row(layer) for layer in layers]
-    return _section("Layers", _table(caption, head, rows, "ctfnnnnnnnw", "dense sortable", "tall"))
+    return markup.section("Layers", markup.table(caption, head, rows, "ctfnnnnnnnw", "dense sortable", "tall"))
 
 
 def _alternatives(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -206,10 +159,10 @@ def _alternatives(layers: Sequence[Mapping[str, Any]]) -> str:
         best = min(errors, key=lambda key: errors[key])
         wins[best] += 1
         entropy = dig(layer, "hash", "entropy")
-        row = [Cell(_name(layer), layer.get("name")), Cell(text.bits(entropy), number(entropy))]
+        row = [markup.Cell(_name(layer), layer.get("name")), markup.Cell(formats.bits(entropy), number(entropy))]
         for key in methods:
-            shown = f"{error(dig(found, key, 'error'))} ({text.exact(dig(found, key, 'values'))})"
-            row.append(Cell(shown, errors.get(key), "best" if key == best else ""))
+            shown = f"{error(dig(found, key, 'error'))} ({formats.exact(dig(found, key, 'values'))})"
+            row.append(markup.Cell(shown, errors.get(key), "best" if key == best else ""))
         rows.append(row)
     if not rows:
         return ""
@@ -217,7 +170,8 @@ def _alternatives(layers: Sequence[Mapping[str, Any]]) -> str:
     note = f"Lowest error: {won} of {len(rows)} layers."
     caption = "Relative RMS error of the weights at equal entropy; in brackets, distinct values."
     head = ("layer", "entropy (bits)", *methods.values())
-    return _section("Other codebooks", _table(caption, head, rows, "cnnnn", "dense sortable", "tall"), _note(note))
+    table = markup.table(caption, head, rows, "cnnnn", "dense sortable", "tall")
+    return markup.section("Other codebooks", table, markup.note(note))
 
 
 def _densities(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -225,7 +179,7 @@ def _densities(layers: Sequence[Mapping[str, Any]]) -> str:
     figures = []
     for index, layer in enumerate(hashed[:DENSITIES_SHOWN]):
         if svg := charts.density_chart(f"density{index}", _name(layer), dig(layer, "hash", "density")):
-            values, entropy = text.exact(dig(layer, "hash", "values")), text.bits(dig(layer, "hash", "entropy"))
+            values, entropy = formats.exact(dig(layer, "hash", "values")), formats.bits(dig(layer, "hash", "entropy"))
             caption = f'<span class="code">{text_of(_name(layer))}</span><br>{values} values, {entropy} bits'
             figures.append(f"<figure><figcaption>{caption}</figcaption>{svg}</figure>")
     if not figures:
@@ -235,7 +189,7 @@ def _densities(layers: Sequence[Mapping[str, Any]]) -> str:
         note += f" The first {DENSITIES_SHOWN} of {len(hashed)} layers; report.json has all."
     grid = f'<div class="grid">{"".join(figures)}</div>'
     title = "Weight densities and their cells"
-    return f"<section><details><summary>{title}</summary>{_note(note)}{grid}</details></section>"
+    return f"<section><details><summary>{title}</summary>{markup.note(note)}{grid}</details></section>"
 
 
 def _items(found: Any) -> list[tuple[str, str]]:
@@ -246,13 +200,13 @@ def _items(found: Any) -> list[tuple[str, str]]:
 
 
 def _pairs(title: str, found: Any) -> str:
-    return _section(title, _table("", (title.lower(), "value"), _items(found), "tc"))
+    return markup.section(title, markup.table("", (title.lower(), "value"), _items(found), "tc"))
 
 
 def _measured_where(report: Mapping[str, Any]) -> str:
     env = dict(_items(report.get("environment")))
     device = ", ".join([env.pop("device", DASH), *(f"{key} {value}" for key, value in env.items() if value != DASH)])
-    images = text.exact(dig(report, "verify", "images"))
+    images = formats.exact(dig(report, "verify", "images"))
     rows = [
         ("parameters, MACs, operations, bytes", "counted from shapes and stored arrays; the same on every device"),
         ("hashing errors, output error, agreement", f"{device}; {images} held-out inputs"),
@@ -260,10 +214,12 @@ def _measured_where(report: Mapping[str, Any]) -> str:
     serving = ("handler_ms", "latency_ms", "throughput_rps")
     if any(dig(report, side, key) for side in ("original", "pruned") for key in serving):
         rows.append(("handler times, latency, throughput", f"{device}; through the model server"))
+    if where := dig(report, "frontier", "latency_on"):
+        rows.append(("latencies of the frontier", f"{where}; without server"))
     for smoke in dig(report, "smoke") or []:
-        took = text.milliseconds(dig(smoke, "milliseconds"))
+        took = formats.milliseconds(dig(smoke, "milliseconds"))
         rows.append((f"smoke test of {shorten(dig(smoke, 'archive') or DASH, 60)}", f"{took} on {device}"))
-    return _section("What was measured where", _table("", ("number", "where"), rows, "tt"))
+    return markup.section("What was measured where", markup.table("", ("number", "where"), rows, "tt"))
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -272,8 +228,9 @@ def render(report: Mapping[str, Any]) -> str:
     Args:
         report: the content of report.json: tool, name, source, options, environment, stages, original, pruned,
             counting, hash, layers, verify, smoke and, after a comparison, agreement, speedup, verdict. Any key may be
-            missing or None and shows as an en dash. Errors, shares and accuracies are fractions of 1; times are in
-            seconds (stages) or milliseconds (`*_ms`).
+            missing or None and shows as an en dash; frontier and stages_share (`points` lists their keys) then show
+            nothing. Errors, shares and accuracies are fractions of 1; times are in seconds (stages) or milliseconds
+            (`*_ms`).
 
     Returns:
         A complete HTML document without references to other files.
@@ -282,8 +239,12 @@ def render(report: Mapping[str, Any]) -> str:
     rows = [(row.label, row.original, row.pruned, row.ratio) for row in text.summary_rows(report)]
     parts = [
         _headline(report), _tiles(report),
-        _section("Original and pruned", _table("", ("quantity", "original", "pruned", "ratio"), rows, "tnnn"),
-                 _note(RATIO_NOTE)),
+        markup.section(
+            "Original and pruned",
+            markup.table("", ("quantity", "original", "pruned", "ratio"), rows, "tnnn"),
+            markup.note(RATIO_NOTE),
+        ),
+        frontier.frontier_section(report), frontier.share_section(report),
         f'<div class="pair">{_stages(report)}{_verification(report)}{_hashing(report)}{_counting(report)}</div>',
     ]  # fmt: skip
     if layers:
@@ -295,6 +256,6 @@ def render(report: Mapping[str, Any]) -> str:
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{charts.STYLE}</style></head>'
-        f"<body><main>{''.join(parts)}{_note(f'Written by {tool}.')}</main>"
+        f"<body><main>{''.join(parts)}{markup.note(f'Written by {tool}.')}</main>"
         f"<script>{_SCRIPT}</script></body></html>\n"
     )

@@ -1,131 +1,20 @@
-"""Numbers for people, and the terminal summary. The page (`report.html`) shows the same rows by the same helpers."""
+"""The terminal summary. The page (`report.html`) shows the same rows by the same helpers."""
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any, NamedTuple
 
-DASH = "–"
+from redpp_serve.report.formats import (
+    DASH, bits, count, dig, error, exact, milliseconds, number, of, percent, printable, quotient, rate, shape, shorten,
+    size, times,
+)  # fmt: skip
+from redpp_serve.report.points import frontier_points, thinned
+
 WIDTH = 110
 NAMES_SHOWN = 12  # names listed under one reason before "and N more"
-
-
-def printable(value: object) -> str:
-    """One safe line: white space collapsed; control, direction and surrogate characters replaced.
-
-    Layer and file names come from untrusted files; raw, they could move the cursor or break XML.
-    """
-    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(value).split()))
-
-
-def shorten(value: object, limit: int) -> str:
-    """`printable(value)` in at most `limit` characters: the middle goes first, both ends tell layers apart."""
-    line = printable(value)
-    if len(line) <= limit:
-        return line
-    tail = (limit - 1) // 2
-    return f"{line[: limit - 1 - tail]}…{line[len(line) - tail:]}"
-
-
-def dig(tree: Any, *keys: str) -> Any:
-    """`tree[k0][k1]...`, or None where a key is missing or a level is not a mapping."""
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree
-
-
-def number(value: Any) -> float | None:
-    """A finite real number, else None (missing, NaN, infinite, text, bool)."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def _fixed(value: Any, template: str) -> str:
-    found = number(value)
-    return DASH if found is None else template.format(found)
-
-
-def _scaled(value: float, suffixes: Sequence[str], digits: Callable[[float], int]) -> str:
-    shown = f"{value:.{digits(value)}f}"
-    if abs(float(shown)) < 1000 or len(suffixes) == 1:
-        return f"{shown} {suffixes[0]}"
-    return _scaled(value / 1000, suffixes[1:], digits)
-
-
-def count(value: Any) -> str:
-    """Three significant digits: 512, 1.09 M, 2.31 G."""
-    found = number(value)
-    if found is None or abs(found) < 1000:
-        return _fixed(found, "{:.4g}")
-    return _scaled(found / 1000, ("k", "M", "G", "T", "P"), lambda v: 2 if abs(v) < 10 else 1 if abs(v) < 100 else 0)
-
-
-def exact(value: Any) -> str:
-    """All digits, for numbers people compare one by one: 2048."""
-    return _fixed(value, "{:.0f}")
-
-
-def size(value: Any) -> str:
-    """Bytes in decimal units: 512 B, 4.2 MB."""
-    found = number(value)
-    if found is None or abs(found) < 1000:
-        return _fixed(found, "{:.0f} B")
-    return _scaled(found / 1000, ("kB", "MB", "GB", "TB"), lambda v: 1)
-
-
-def percent(value: Any) -> str:
-    """A share as a percentage: 0.984 -> 98.40 %."""
-    found = number(value)
-    return DASH if found is None else f"{100 * found:.{2 if abs(found) < 10 else 0}f} %"
-
-
-def error(value: Any) -> str:
-    """A relative error: 2.10 %, or 3.1e-13 where a percentage would show only zeros."""
-    found = number(value)
-    if not found:
-        return DASH if found is None else "0"
-    return percent(found) if abs(found) >= 1e-3 else f"{found:.1e}"
-
-
-def milliseconds(value: Any) -> str:
-    found = number(value) or 0.0
-    return _fixed(value, "{:.3f} ms" if found < 1 else "{:.2f} ms" if found < 10 else "{:.1f} ms")
-
-
-def seconds(value: Any) -> str:
-    return _fixed(value, "{:.2f} s" if (number(value) or 0.0) < 10 else "{:.1f} s")
-
-
-def rate(value: Any) -> str:
-    return _fixed(value, "{:.1f} /s" if (number(value) or 0.0) < 100 else "{:.0f} /s")
-
-
-def bits(value: Any) -> str:
-    return _fixed(value, "{:.2f}")
-
-
-def times(value: Any) -> str:
-    return _fixed(value, "{:.2f}x")
-
-
-def shape(sides: Any) -> str:
-    """[16, 8, 3, 3] -> 16x8x3x3."""
-    return "x".join(exact(side) for side in sides) if isinstance(sides, Sequence) and sides else DASH
-
-
-def of(part: Any, whole: Any) -> str:
-    """`part/whole` in full; a dash when both are unknown."""
-    return DASH if number(part) is None and number(whole) is None else f"{exact(part)}/{exact(whole)}"
-
-
-def quotient(top: Any, bottom: Any) -> float | None:
-    """`top / bottom`, or None where either is unknown or the bottom is zero."""
-    above, below = number(top), number(bottom)
-    return None if above is None or not below else above / below
+POINTS_SHOWN = 5  # of the frontier; report.html has all
 
 
 class Row(NamedTuple):
@@ -249,6 +138,19 @@ def _left_alone(layers: Sequence[Any]) -> list[str]:
     return lines
 
 
+def _frontier(report: Mapping[str, Any]) -> list[str]:
+    """At most six lines: a head, then points from the most expensive on."""
+    if not (points := frontier_points(report)):
+        return []
+    shown = thinned(points, POINTS_SHOWN)
+    head = "frontier" if len(shown) == len(points) else f"frontier ({len(shown)} of {len(points)} points)"
+    timed = any(point.latency is not None for point in points)
+    rows = [(head, "MACs", *(["latency"] if timed else []), "error")]
+    rows += [("", p.cost, *([p.time] if timed else []), error(p.error)) for p in shown]
+    labels = ["flag", *(point.label for point in shown)]
+    return ["", *(f"{line}  {shorten(label, 30)}" for line, label in zip(_columns(rows), labels))]
+
+
 def package_summary(report: Mapping[str, Any]) -> str:
     """What `package` prints at the end, in at most 110 columns and without a final newline.
 
@@ -257,7 +159,8 @@ def package_summary(report: Mapping[str, Any]) -> str:
     """
     by = f"redpp-serve {dig(report, 'tool', 'version') or DASH}"
     table = _columns([("", "original", "pruned", "ratio"), *summary_rows(report)])
-    lines = [shorten(f"{dig(report, 'name') or 'model'}: original and pruned by {by}", WIDTH), "", *table]
+    title = shorten(f"{dig(report, 'name') or 'model'}: original and pruned by {by}", WIDTH)
+    lines = [title, "", *table, *_frontier(report)]
     if dig(report, "hash"):
         how = ", ".join(str(part) for key in ("method", "target") if (part := dig(report, "hash", key)))
         lines += ["", shorten(f"hashing ({how or DASH})", WIDTH)]
