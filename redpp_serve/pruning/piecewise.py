@@ -72,7 +72,7 @@ class Piecewise:
             yield program(*chunk.values())
 
 
-def chunk_size(graph: Graph) -> int:
-    """How many inputs to run at once: 1 to 32, fewer for networks with wide values."""
+def chunk_size(graph: Graph, images: int) -> int:
+    """How many of the images to run at once: up to 32, at most a quarter, fewer for networks with wide values."""
     widest = max((math.prod(shape) for shape in value_shapes(graph).values()), default=1)
-    return max(1, min(32, _CHUNK_VALUES // max(widest, 1)))
+    return max(1, min(32, images // 4, _CHUNK_VALUES // max(widest, 1)))

@@ -24,7 +24,8 @@ from ..runtime.graph import Graph, Node, Ref
 from ..runtime.program import Program, value_shapes
 from .least_squares import Sums, solve
 from .piecewise import Piecewise, chunk_size
-from .selection import add_constant, samples, spread
+from .observation import samples, spread
+from .quick_fit import add_constant
 
 _MAX_UNKNOWNS = 6000  # for one output; beyond, the quick fit stays and each output gets a scale and a constant
 _SAMPLES = 128  # output positions of an input, unless a layer has many unknowns
@@ -69,7 +70,7 @@ def reconstruct(
         coupling: the network before narrowing (possibly already hashed and merged) and its classes.
         original: the network whose outputs are the target; same node names.
         kept: for each class the channels that stay, (k,) int64 ascending.
-        start: the network narrowed to them, `Observed.quick_fit`.
+        start: the network narrowed to them, `quick_fit`.
         inputs: (images, ...) for each network input, on the device to compute on.
         rows: by value, which of the original's entries ``coupling.graph`` still has, where exact merging took some.
         compensate: make up for the residual stream's error where a layer adds to it.
@@ -92,7 +93,7 @@ def reconstruct(
                 value = value.index_select(axis, index.to(value.device))
         return value
 
-    chunk = min(chunk_size(original), max(1, len(inputs[0]) // 4))
+    chunk = chunk_size(original, len(inputs[0]))
     mine, theirs = Piecewise(start, inputs, chunk), Piecewise(original, inputs, chunk)
     place = {node.name: k for k, node in enumerate(start.nodes)}
     shapes = value_shapes(start)
