@@ -97,5 +97,5 @@ def _pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     a, b = a[differ], b[differ]
     if not len(a):
         return a, b
-    both = torch.unique(torch.stack([a, b]), dim=1) if len(a) > 4096 else torch.stack([a, b])
-    return both[0], both[1]
+    both = torch.unique((a << 32) + b)
+    return both >> 32, both & 0xFFFFFFFF

@@ -116,8 +116,9 @@ class Walk:
 
     def along(self, labels: Tensor, axis: int) -> Tensor:
         """The labels along one axis, at index 0 of all others, (size,)."""
+        axis %= labels.dim()
         for d in reversed(range(labels.dim())):
-            if d != axis % labels.dim():
+            if d != axis:
                 labels = labels.select(d, 0)
         return labels.contiguous()
 

@@ -31,7 +31,7 @@ def fuse_epilogues(graph: Graph) -> Graph:
 
     The weights become packed tensors that only the CPU can read: call it last.
     """
-    users, shapes = graph.users(), value_shapes(graph)
+    users, shapes = graph.users(), {i.name: (1, *i.shape) for i in graph.inputs} | value_shapes(graph)
     tensors, replaced, absorbed = dict(graph.tensors), {}, set()
     for node in graph.nodes:
         if node.op != _CONV or node.args[1].name not in tensors or tensors[node.args[1].name].dtype != torch.float32:
@@ -46,7 +46,7 @@ def fuse_epilogues(graph: Graph) -> Graph:
         if follower and follower.op in (_ACTIVATIONS if other is None else (_RELU,)):
             absorbed.add(last.name)
             last, activation = follower, _ACTIVATIONS[follower.op]
-        packed, geometry = _pack(tensors[node.args[1].name], node)
+        packed, geometry = _pack(tensors[node.args[1].name], node, shapes[node.args[0].name])
         tensors[f"{node.name}.packed"] = packed
         bias = node.args[2] if len(node.args) > 2 else None
         replaced[last.name] = Node(last.name, FUSED_CONV, (node.args[0], other, Ref(f"{node.name}.packed"), bias, *geometry, *activation))
@@ -54,9 +54,11 @@ def fuse_epilogues(graph: Graph) -> Graph:
     return replace(graph, nodes=nodes, tensors=tensors).pruned_of_unused()
 
 
-def _pack(weight: Tensor, node: Node) -> tuple[Tensor, tuple[Any, ...]]:
+def _pack(weight: Tensor, node: Node, source: tuple[int, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+    """The weight in the layout that oneDNN wants for inputs of this shape; in another it is laid out anew at each call."""
     stride, padding, dilation, groups = geometry = conv2d_geometry(node)
-    return torch.ops.mkldnn._reorder_convolution_weight(weight.contiguous(), padding, stride, dilation, groups, None), geometry
+    pack = torch.ops.mkldnn._reorder_convolution_weight
+    return pack(weight.contiguous(), padding, stride, dilation, groups, list(source)), geometry
 
 
 def _only_reader(graph: Graph, users: dict[str, list[Node]], node: Node) -> Node | None:
