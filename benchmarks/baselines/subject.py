@@ -1,0 +1,112 @@
+"""One reference network, made ready for every method: module, graph, images, and what its open classes cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from redpp_serve.capture.export import capture
+from redpp_serve.graph.layers import mac_count
+from redpp_serve.pruning.synthetic import plan, synthesize
+from redpp_serve.reference import catalog
+from redpp_serve.runtime.graph import Graph, InputSpec
+from redpp_serve.runtime.model import serving_program
+from redpp_serve.runtime.program import Program
+
+from .coupled import CoupledNetwork
+from .widths import CostModel, cost_model
+
+_CHUNK = 125
+_TOLERANCE = 1e-3  # of the largest logit: float32 sums in another order
+_SYNTHESIS_SECONDS = 360.0  # the product's default share for making inputs
+
+
+@dataclass(frozen=True)
+class Subject:
+    """``inputs`` (N, ...) and ``labels`` (N,) are held out; ``real`` (n, ...) are of the training set, for the ceiling.
+
+    ``scratch`` keeps synthetic inputs between runs.
+    """
+
+    name: str
+    task: str
+    module: nn.Module
+    inputs: Tensor
+    labels: Tensor
+    real: Tensor
+    scratch: Path
+
+    @property
+    def example(self) -> Tensor:
+        """One batched input (1, ...)."""
+        return self.inputs[:1]
+
+    @cached_property
+    def graph(self) -> Graph:
+        return self.capture(self.module)
+
+    @cached_property
+    def cost(self) -> CostModel:
+        return cost_model(CoupledNetwork(self.module, self.example), self.example)
+
+    @cached_property
+    def synthetic(self) -> Tensor:
+        """Images (n, ...) that the product makes from the network's own statistics, without data."""
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        return synthesize(self.graph, plan(self.graph, _SYNTHESIS_SECONDS), checkpoint=self.scratch / f"{self.name}.inputs").inputs[0]
+
+    @cached_property
+    def macs(self) -> int:
+        return mac_count(self.graph)
+
+    def target_macs(self, ratio: float) -> int:
+        """Multiply-accumulates of the whole network when ``ratio`` of those of its open classes are gone."""
+        return round(self.macs - ratio * self.cost.open_macs)
+
+    def removed(self, macs: int) -> float:
+        """Which share of the open classes' multiply-accumulates is gone when the whole network has ``macs``."""
+        return (self.macs - macs) / self.cost.open_macs
+
+    def capture(self, module: nn.Module) -> Graph:
+        """The module's graph, which capture holds against the module."""
+        return capture(module, (InputSpec("x", tuple(self.inputs.shape[1:])),), [])
+
+    @torch.no_grad()
+    def module_accuracy(self, module: nn.Module) -> float:
+        """Percent right on the held-out inputs."""
+        return self._accuracy(torch.cat([module(chunk) for chunk in self.inputs.split(_CHUNK)]))
+
+    @torch.no_grad()
+    def accuracy(self, graph: Graph) -> float:
+        """Percent right on the held-out inputs, through the runtime that serves.
+
+        Raises:
+            SystemExit: the runtime does not compute what the graph says, so no figure of it would mean anything.
+        """
+        served, plain = serving_program(graph, torch.device("cpu")), Program(graph)
+        got, expected = served(self.inputs[:8])[0], plain(self.inputs[:8])[0]
+        if not bool((got - expected).abs().max() <= _TOLERANCE * expected.abs().max()):
+            raise SystemExit(f"{self.name}: the serving runtime differs from the graph by {float((got - expected).abs().max())}")
+        return self._accuracy(torch.cat([served(chunk)[0] for chunk in self.inputs.split(_CHUNK)]))
+
+    def _accuracy(self, logits: Tensor) -> float:
+        return 100 * float((logits.argmax(1) == self.labels).double().mean())
+
+
+def load_subject(name: str, scratch: Path) -> Subject:
+    """A reference network by its name in the catalog.
+
+    Raises:
+        SystemExit: its graph is not as accurate as the module, which would make every comparison void.
+    """
+    network = catalog.NETWORKS[name]
+    inputs, labels = catalog.held_out(network.task.name)
+    subject = Subject(name, network.task.name, catalog.load(name), inputs, labels, catalog.real_sample(network.task.name), scratch)
+    module, graph = subject.module_accuracy(subject.module), subject.accuracy(subject.graph)
+    if abs(module - graph) > 0.2:
+        raise SystemExit(f"{name}: the module has {module:.2f} % and its graph {graph:.2f} %")
+    return subject
