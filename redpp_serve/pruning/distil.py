@@ -20,23 +20,29 @@ from ..graph.layers import mac_count
 from ..runtime.artifact import write_atomically
 from ..runtime.graph import Graph, Node
 from ..runtime.program import Program, value_shapes
-from .student import Student
-from .verify import compare_outputs
+from .student import Student, update_macs
 
 Kept = Callable[[str], dict[int, Tensor]]  # from a value's name to the original's positions it still has, by axis
 
-# What one second is assumed to buy, in multiply-accumulates. A constant, not a measurement, so that the number of
-# steps, and with it the result, is the same on every machine of a kind.
+# What one second is assumed to buy, and what each input and each step cost beside their layers, in
+# multiply-accumulates. Constants, not measurements, so that the number of steps, and with it the result, is the same
+# on every machine of a kind.
 _MACS_PER_SECOND = {"cpu": 20e9, "cuda": 2e12}
-_OVERHEAD_MACS = 10**7  # for one input: what a small network spends on everything but its layers
-_BATCH = 64
+_INPUT_MACS = 10**7
+_STEP_MACS = {"cpu": 2e8, "cuda": 3e10}
+_BATCHES = (64, 32, 16)  # small ones learn more in the same time, down to what keeps a gradient steady
+_ENOUGH_STEPS = 1000  # from here on the time goes into larger batches
 _BATCH_BYTES = 2**31  # of all values of a batch together
 _FEWEST_STEPS = 10
 _MOST_VALUES = 16
 _EVALUATIONS = 8
+_EXAMINED_AT_ONCE = 16
 _SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
-_RATE = 0.02  # of the root mean square of a tensor's values, for one step of Adam
+# Of the root mean square of a tensor's values, for one step, where the output error is 1. It falls with that
+# error: the more there is to repair, the farther the weights have to go.
+_RATE = 0.01
+_LEAST_DAMAGE = 0.05
 _WARM_UP = 0.05  # of all steps
 
 _ACTIVATIONS = frozenset(
@@ -64,7 +70,7 @@ class Distilled:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many steps of Adam to take, each on ``batch`` inputs."""
+    """How many steps to take, each on ``batch`` inputs."""
 
     steps: int
     batch: int
@@ -72,12 +78,18 @@ class Schedule:
 
 def schedule(pruned: Graph, original: Graph, seconds: float, device: str = "cpu") -> Schedule:
     """What fits into ``seconds``: a pure function of both networks' cost, the budget and the kind of device."""
+    kind = device.split(":")[0]
+    macs = 3 * mac_count(pruned) + mac_count(original) + _INPUT_MACS
+    fixed = update_macs(pruned) + _STEP_MACS[kind]
+
+    def affordable(batch: int) -> int:
+        return int(seconds * _MACS_PER_SECOND[kind] / (macs * batch + fixed))
+
+    batch = next((batch for batch in _BATCHES if affordable(batch) >= _ENOUGH_STEPS), _BATCHES[-1])
     values = sum(math.prod(shape) for graph in (pruned, original) for shape in value_shapes(graph).values())
-    batch = _BATCH
     while batch > 4 and batch * values * 4 > _BATCH_BYTES:
         batch //= 2
-    macs = 3 * mac_count(pruned) + mac_count(original) + _OVERHEAD_MACS
-    return Schedule(int(seconds * _MACS_PER_SECOND[device.split(":")[0]] / (macs * batch)), batch)
+    return Schedule(affordable(batch), batch)
 
 
 def distil(
@@ -110,7 +122,8 @@ def distil(
         codebooks: tensors whose equal values stay equal and whose zeros stay zero; only the values move.
     """
     plan = schedule(pruned, original, seconds, device)
-    before = compare_outputs(original, pruned, held_out).error
+    examination = _Examination(original, held_out, device)
+    before = examination.error(Program(pruned).to(device))
     if plan.steps < _FEWEST_STEPS:
         note = f"{seconds:g} s buy {plan.steps} steps of at least {_FEWEST_STEPS}: the weights stay" if seconds else ""
         return Distilled(pruned, 0, (before, before), note, True)
@@ -119,16 +132,18 @@ def distil(
     lesson = _Lesson(student, original, names, len(pruned.outputs), kept, device)
     key = _key((pruned, original), (*inputs, *held_out), [kept(name) for name in names],
                names, plan, seed, device.split(":")[0], sorted(codebooks))  # fmt: skip
+    examined = student.program(pruned.outputs)
     start = before if math.isfinite(before) else math.inf
+    rate = _RATE * min(max(before, _LEAST_DAMAGE), 1.0) if math.isfinite(before) else _RATE
     state = _restore(checkpoint, key, student) or _State(0, start, student.copy())
     data = tuple(x.to(device) for x in inputs)
 
     def learn() -> bool:
         loss = lesson.loss(mixed(data, plan.batch, seed * 1_000_003 + state.step))
-        return student.learn(loss, _RATE * share_of_rate((state.step + 1) / plan.steps), state.step)
+        return student.learn(loss, rate * share_of_rate((state.step + 1) / plan.steps), state.step)
 
     def judge() -> None:
-        error = compare_outputs(original, student.graph(), held_out).error
+        error = examination.error(examined)
         if error < state.error:
             state.error, state.best = error, student.copy()
 
@@ -288,6 +303,25 @@ def _at(value: Tensor, kept: dict[int, Tensor]) -> Tensor:
 def _distance(value: Tensor, target: Tensor) -> Tensor:
     """Relative squared error, over the whole batch."""
     return (value - target).square().mean() / target.square().mean().clamp_min(1e-12)
+
+
+class _Examination:
+    """The relative output error on held-out inputs, as `verify.compare_outputs` defines it, on any device; the
+    original runs once."""
+
+    def __init__(self, original: Graph, held_out: tuple[Tensor, ...], device: str) -> None:
+        chunks = zip(*(x.to(device).split(_EXAMINED_AT_ONCE) for x in held_out))
+        program = Program(original).to(device)
+        with torch.no_grad():
+            self._cases = [(chunk, [y.double() for y in program(*chunk)]) for chunk in chunks]
+        self._norm = sum(float(y.square().sum()) for _, outputs in self._cases for y in outputs)
+
+    @torch.no_grad()
+    def error(self, program: Program) -> float:
+        lost = 0.0
+        for chunk, outputs in self._cases:
+            lost += sum(float((x.double() - y).square().sum()) for x, y in zip(program(*chunk), outputs))
+        return (lost / max(self._norm, 1e-300)) ** 0.5
 
 
 @dataclass
