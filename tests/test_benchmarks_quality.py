@@ -19,6 +19,8 @@ from benchmarks.baselines.coupled import CoupledNetwork
 from benchmarks.baselines.subject import Subject
 from benchmarks.baselines.widths import CostModel, cost_model, layer_macs, spreads, uniform_widths
 
+torch.set_num_threads(1)  # networks this small wait for threads longer than they compute
+
 EXAMPLE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(9))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from .coupled import Member
@@ -41,4 +42,6 @@ def cluster(features: Tensor, count: int, seed: int = 0) -> Tensor:
     rows = features.double()
     values, vectors = torch.linalg.eigh(rows @ rows.T)  # rows = vectors sqrt(values) times an orthogonal matrix
     points = vectors * values.clamp_min(0).sqrt()
-    return torch.from_numpy(KMeans(count, n_init=10, random_state=seed).fit(points.numpy()).labels_).long()
+    with threadpool_limits(1):  # many short parallel loops, which wait for one another on a busy machine
+        found = KMeans(count, n_init=10, random_state=seed).fit(points.numpy())
+    return torch.from_numpy(found.labels_).long()
