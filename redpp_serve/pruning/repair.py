@@ -103,9 +103,8 @@ def _repairable(graph: Graph, original: Graph, kept: Callable[[str], dict[int, T
         other = theirs.get(node.name)
         if not is_inference_norm(node) or other is None or not is_inference_norm(other):
             continue
-        stored = all(
-            isinstance(ref, Ref) and ref.name in of.tensors for n, of in ((node, graph), (other, original)) for ref in n.args[3:5]
-        )
+        calls = ((node, graph), (other, original))
+        stored = all(isinstance(ref, Ref) and ref.name in g.tensors for n, g in calls for ref in n.args[3:5])
         if not stored or any(len(users[ref.name]) > 1 for ref in node.args[3:5]):
             continue
         where = kept(node.args[0].name).get(1)
