@@ -41,7 +41,7 @@ _SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
 # Of the root mean square of a tensor's values, for one step, where the output error is 1. It falls with that
 # error: the more there is to repair, the farther the weights have to go.
-_RATE = 0.01
+_RATE = 0.02
 _LEAST_DAMAGE = 0.05
 _WARM_UP = 0.05  # of all steps
 
@@ -106,6 +106,7 @@ def distil(
     checkpoint: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     codebooks: frozenset[str] = frozenset(),
+    frozen: frozenset[str] = frozenset(),
 ) -> Distilled:
     """Train weights, biases and the affine part of norms. Deterministic for a seed, unless ``deadline`` cuts it short.
 
@@ -120,6 +121,7 @@ def distil(
         checkpoint: a file that keeps the state, so that an interrupted run goes on from there.
         progress: called with steps done and in all.
         codebooks: tensors whose equal values stay equal and whose zeros stay zero; only the values move.
+        frozen: tensors that stay as they are.
     """
     plan = schedule(pruned, original, seconds, device)
     examination = _Examination(original, held_out, device)
@@ -127,11 +129,11 @@ def distil(
     if plan.steps < _FEWEST_STEPS:
         note = f"{seconds:g} s buy {plan.steps} steps of at least {_FEWEST_STEPS}: the weights stay" if seconds else ""
         return Distilled(pruned, 0, (before, before), note, True)
-    student = Student(pruned, codebooks, device)
+    student = Student(pruned, codebooks, device, frozen)
     names = [*pruned.outputs, *matched_values(pruned, original, kept)]
     lesson = _Lesson(student, original, names, len(pruned.outputs), kept, device)
     key = _key((pruned, original), (*inputs, *held_out), [kept(name) for name in names],
-               names, plan, seed, device.split(":")[0], sorted(codebooks))  # fmt: skip
+               names, plan, seed, device.split(":")[0], sorted(codebooks), sorted(frozen))  # fmt: skip
     examined = student.program(pruned.outputs)
     start = before if math.isfinite(before) else math.inf
     rate = _RATE * min(max(before, _LEAST_DAMAGE), 1.0) if math.isfinite(before) else _RATE
