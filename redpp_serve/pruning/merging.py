@@ -2,63 +2,98 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..graph.channels import InnerChannels
-from ..graph.rewrite import columns_of, first_equal, keep_channels, round_up
+from ..graph.classes import ChannelClass, Part
+from ..graph.coupling import Coupling
 from ..runtime.graph import Graph
+from .widths import unit
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What merging did to one set of inner channels; ``rows`` (kept,) are the channels that stayed, in order."""
+    """The merged graph, and by class the channels that stayed, (k,) int64 ascending, where some went."""
 
-    layer: str
-    channels: int
-    rows: torch.Tensor
-
-    @property
-    def kept(self) -> int:
-        return len(self.rows)
+    graph: Graph
+    kept: dict[str, Tensor]
+    removed: int
 
 
-def merge_exact(graph: Graph, inner: InnerChannels, round_to: int) -> tuple[Graph, Merged]:
-    """Merge the channels of ``inner`` that are equal in every per-channel tensor.
+def merge_exact(coupling: Coupling, round_to: int) -> Merged:
+    """Merge the channels of every open class that are equal in all its tensors.
 
-    Channels whose readers ignore them (all columns zero) go as well. The width is kept at a multiple of
-    ``round_to`` by leaving some duplicates in place. Exact up to re-association of the readers' sums.
+    Channels that all readers ignore (columns of zeros) go as well. Widths of layers stay multiples of ``round_to`` by
+    leaving some duplicates in place. Exact up to re-association of the readers' sums.
     """
-    n = inner.channels
-    first = first_equal([graph.tensors[name] for name in inner.per_channel])
-    ignored = torch.ones(n, dtype=torch.bool)
-    for layer, _ in inner.consumers:
-        ignored &= (columns_of(graph.tensors[layer.weight], n) == 0).all(2).all(0)
-    stays = (first == torch.arange(n)) & ~_all_of_group(ignored, first)
-    missing = round_up(int(stays.sum()), round_to, n) - int(stays.sum())
+    tensors, kept, removed = dict(coupling.graph.tensors), {}, 0
+    for group in coupling.open:
+        first, stays = _survivors(group, tensors, round_to)
+        if bool(stays.all()):
+            continue
+        kept[group.name] = stays.nonzero().view(-1)
+        removed += group.channels - len(kept[group.name])
+        seen = set()
+        for reader in group.readers:
+            if (reader.tensor, reader.dim) not in seen:  # a weight that two calls share is summed once
+                seen.add((reader.tensor, reader.dim))
+                tensors[reader.tensor] = _summed(tensors[reader.tensor], reader.dim, reader.positions, first, stays)
+    if not kept:
+        return Merged(coupling.graph, {}, 0)
+    return Merged(coupling.with_tensors(tensors).narrow(kept), kept, removed)
+
+
+def _survivors(group: ChannelClass, tensors: dict[str, Tensor], round_to: int) -> tuple[Tensor, Tensor]:
+    """For each channel the one that stands for it, (channels,) int64, and which channels stay, (channels,) bool."""
+    first = first_equal([_rows(tensors, part) for part in group.parts])
+    ignored = torch.ones(group.channels, dtype=torch.bool)
+    for reader in group.readers:
+        columns = tensors[reader.tensor].movedim(reader.dim, 0)[reader.positions]
+        ignored &= (columns == 0).flatten(1).all(1)
+    stays = (first == torch.arange(group.channels)) & ~_all_of_group(ignored, first)
+    step = unit(group, round_to)
+    width = int(stays.sum())
+    missing = min(group.channels, -(-max(width, 1) // step) * step) - width
     extra = (~stays).nonzero().view(-1)[:missing]
     stays[extra] = True
     first[extra] = extra
-    kept = stays.nonzero().view(-1)
-    if len(kept) == n:
-        return graph, Merged(inner.producer.name, n, kept)
-    position = torch.full((n,), -1, dtype=torch.int64)
-    position[kept] = torch.arange(len(kept))
-    target = position[first]  # -1: ignored by all readers
-    used = target >= 0
-    weights = {}
-    for layer, _ in inner.consumers:
-        old = graph.tensors[layer.weight]
-        columns = columns_of(old, n)[:, used]
-        summed = torch.zeros(old.shape[0], len(kept), columns.shape[2], dtype=torch.float64)
-        summed.index_add_(1, target[used], columns.double())
-        weights[layer.weight] = summed.to(old.dtype).reshape(old.shape[0], -1, *old.shape[2:])
-    return keep_channels(graph, inner, kept, weights), Merged(inner.producer.name, n, kept)
+    return first, stays
 
 
-def _all_of_group(flags: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+def _rows(tensors: dict[str, Tensor], part: Part) -> Tensor:
+    return tensors[part.tensor].movedim(part.dim, 0)[part.positions].flatten(1)
+
+
+def _summed(weight: Tensor, dim: int, positions: Tensor, first: Tensor, stays: Tensor) -> Tensor:
+    """The weight with each channel's columns added to those of the channel that stands for it."""
+    moved = weight.movedim(dim, 0).double()
+    gone = (~stays).nonzero().view(-1)
+    gone = gone[stays[first[gone]]]  # the others are ignored by all readers
+    summed = moved.index_add(0, positions[first[gone]].flatten(), moved[positions[gone].flatten()])
+    return summed.movedim(0, dim).to(weight.dtype).contiguous()
+
+
+def first_equal(tensors: Sequence[Tensor]) -> Tensor:
+    """For each channel (dimension 0 of every tensor) the first one with the same values in all tensors, (channels,) int64.
+
+    Compared by digest, so that a wide layer takes no memory beyond its weights.
+    """
+    seen: dict[bytes, int] = {}
+    rows = [(t.detach().cpu().reshape(len(t), -1) + 0.0).contiguous() for t in tensors]  # + 0.0 makes -0.0 equal to 0.0
+    first = []
+    for channel in range(len(rows[0])):
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(row[channel].view(torch.uint8).numpy().tobytes())
+        first.append(seen.setdefault(digest.digest(), channel))
+    return torch.tensor(first)
+
+
+def _all_of_group(flags: Tensor, first: Tensor) -> Tensor:
     """For each channel, whether ``flags`` holds for every channel that is equal to it."""
-    n = len(flags)
-    held = torch.ones(n, dtype=torch.int64).scatter_reduce(0, first, flags.long(), "amin")
+    held = torch.ones(len(flags), dtype=torch.int64).scatter_reduce(0, first, flags.long(), "amin")
     return held[first].bool()

@@ -1,9 +1,9 @@
-"""The offline passes in order: hash, merge exactly, make inputs, reconstruct, split, verify."""
+"""The offline passes in order: hash, merge exactly, make inputs, narrow and fit, distil, final codebooks, split, verify."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,23 +13,30 @@ import torch
 from torch import Tensor
 
 from ..errors import GateFailed, RedppError
-from ..graph.channels import excluded, find_inner_channels
-from ..graph.layers import Layer, find_layers
+from ..graph.coupling import Coupling, couple, matches
+from ..graph.layers import Layer, find_layers, mac_count
 from ..runtime.graph import Graph
 from ..runtime.program import Program
 from .accounting import both_readings, hash_summary, layer_record
+from .codebooks import METHOD, hash_within
+from .distil import distil
 from .hashing import Hashed, hash_weight
+from .lossy import Choice, Narrower, choose, frontier_record, then
 from .merging import merge_exact
 from .options import NO_HASH, Options
-from .reconstruct import Reconstruction, Width, keep_ratio, reconstruct, within
+from .refit import Places, Reconstruction
+from .repair import repair_batch_norm
 from .splitting import Split, count_dense, count_kernels, split_weight
 from .stages import Stage, Stages
 from .synthetic import Synthetic, plan, smooth_noise, synthesize
 from .verify import EXACT, Difference, VerifyData, check_gate, compare_outputs, layer_errors, split_error
 
-_MATCHING_SHARE = 0.6  # of the time budget; the rest is for fitting
-_BUDGET_ROUNDS = 5
+_MATCHING_SHARE = 0.5  # of the time budget; the rest is for fitting
+_FIT_END, _FRONTIER_END = 0.8, 0.95  # of the time budget
 _SAMPLES = 16
+_CODEBOOK_SHARE = 0.45  # of the error so far, that final codebooks may add in squares, where no budget says
+_LEAST_CODEBOOK_ERROR = 0.02
+_CODEBOOK_DISTIL_SHARE = 0.25  # of the distillation's seconds, for the values of the final codebooks
 
 
 @dataclass
@@ -45,6 +52,12 @@ class Pruned:
     verify: dict[str, Any]
     accuracy: tuple[float, float] | None
     samples: tuple[Tensor, ...]  # some held-out inputs, (n, ...) each
+    shares: list[dict[str, Any]]  # for each stage the error, agreement and cost behind it
+    choice: Choice
+
+    def frontier(self, device: str, machine: str) -> dict[str, Any]:
+        """The frontier for the report; measures latencies, which takes some seconds."""
+        return frontier_record(self.choice.points, self.original, device, machine)
 
 
 @dataclass
@@ -56,14 +69,21 @@ class _Run:
     stages: Stages
     graph: Graph
     hash_only: Graph
+    data: VerifyData | None
     hashed: dict[str, Hashed] = field(default_factory=dict)
-    widths: dict[str, Reconstruction] = field(default_factory=dict)
-    rows: dict[str, Tensor] = field(default_factory=dict)  # by producer, the channels that exact merging left
+    widths: dict[str, Reconstruction] = field(default_factory=dict)  # by class
+    coupling: Coupling | None = None  # of the graph behind exact merging
+    merged: Places = lambda name: {}  # what that graph still has of the original's values
+    places: Places = lambda name: {}  # what the present graph still has of the original's values
+    producers: dict[str, str] = field(default_factory=dict)  # layer to class
+    closed: dict[str, str] = field(default_factory=dict)
     splits: dict[str, Split] = field(default_factory=dict)
     checks: dict[str, float] = field(default_factory=dict)
     fit_inputs: tuple[Tensor, ...] = ()
     held_out: tuple[Tensor, ...] = ()
     inputs_note: str = ""
+    shares: list[dict[str, Any]] = field(default_factory=list)
+    choice: Choice = field(default_factory=lambda: Choice(None, ""))
 
 
 def prune(
@@ -73,6 +93,7 @@ def prune(
     stages: Stages | None = None,
     data: VerifyData | None = None,
     checkpoint: Path | None = None,
+    fit_on: tuple[Tensor, ...] | None = None,
 ) -> Pruned:
     """Prune a captured network without data.
 
@@ -81,78 +102,109 @@ def prune(
         options: what to do and how far to go.
         stages: collects (and prints) the steps.
         data: labelled inputs, only to measure accuracy with.
-        checkpoint: file that keeps synthetic inputs, so that an interrupted run goes on.
+        checkpoint: file that keeps synthetic inputs, so that an interrupted run goes on; a second one beside it keeps
+            the state of the distillation.
+        fit_on: inputs (images, ...) to fit and measure on in the place of synthetic ones, to see what data would add.
 
     Raises:
-        GateFailed: an exact stage was not exact, or a number of the user's was missed.
+        GateFailed: an exact stage was not exact, or a number or target of the user's was missed.
         RedppError: an accuracy limit without data to measure the accuracy with.
     """
     if options.max_accuracy_drop is not None and data is None:
         raise RedppError(f"--max-accuracy-drop is {options.max_accuracy_drop:g}, but there is no data",
                          "labelled inputs to measure accuracy with", "add --verify-data, or gate on --min-agreement")  # fmt: skip
-    run = _Run(graph, options, stages or Stages(quiet=True), graph, graph)
+    run = _Run(graph, options, stages or Stages(quiet=True), graph, graph, data)
     started = time.monotonic()
     _hash(run)
     _merge(run)
-    _make_inputs(run, started, checkpoint)
+    _make_inputs(run, started, checkpoint, fit_on)
     _require_finite(run)
-    _reconstruct(run, started)
+    _record_exact_stages(run)
+    _narrow(run, started)
+    _distil(run, checkpoint)
+    _codebooks(run)
     _split(run)
-    return _verify(run, data)
-
-
-def _hash_layers(
-    graph: Graph, layers: list[Layer], options: Options, stage: Stage | None = None
-) -> tuple[Graph, dict[str, Hashed]]:
-    hashed = {}
-    layers = [] if options.hash == NO_HASH else layers
-    for k, layer in enumerate(layers):
-        hashed[layer.name] = hash_weight(graph.tensors[layer.weight], options.hash, options.hash_target)
-        if stage:
-            stage.progress(k + 1, len(layers))
-    return graph.with_tensors({layer.weight: hashed[layer.name].weight for layer in layers}), hashed
+    return _verify(run)
 
 
 def _hash(run: _Run) -> None:
     with run.stages.run("hash") as stage:
         if run.options.hash == NO_HASH:
             return stage.skip("--hash none")
-        layers = [layer for layer in find_layers(run.graph) if not excluded(layer, run.options.exclude)]
+        layers = _hashable(run)
         if not layers:
             stage.skip("no convolution or Linear to hash" + (" that is not excluded" if run.options.exclude else ""))
             return
         run.graph, run.hashed = _hash_layers(run.graph, layers, run.options, stage)
         run.hash_only = run.graph
-        sizes = sorted(h.codebook.size for h in run.hashed.values())
-        stage.reason = f"{len(layers)} layers, {sizes[0]} to {sizes[-1]} values each ({run.options.hash}, {run.options.hash_target})"
+        stage.reason = f"{_sizes(run.hashed)} ({run.options.hash}, {run.options.hash_target})"
+
+
+def _hashable(run: _Run) -> list[Layer]:
+    return [layer for layer in find_layers(run.graph) if not matches(layer.name, run.options.exclude)]
+
+
+def _hash_layers(graph: Graph, layers: list[Layer], options: Options, stage: Stage) -> tuple[Graph, dict[str, Hashed]]:
+    hashed = {}
+    for k, layer in enumerate(layers):
+        hashed[layer.name] = hash_weight(graph.tensors[layer.weight], options.hash, options.hash_target)
+        stage.progress(k + 1, len(layers))
+    return graph.with_tensors({layer.weight: hashed[layer.name].weight for layer in layers}), hashed
+
+
+def _sizes(hashed: Mapping[str, Hashed]) -> str:
+    sizes = sorted(h.codebook.size for h in hashed.values())
+    return f"{len(hashed)} layers, {sizes[0]} to {sizes[-1]} values each"
 
 
 def _merge(run: _Run) -> None:
     """Exact merging, done and checked in float64, then back in the network's precision."""
     with run.stages.run("merge") as stage:
-        sets, _ = find_inner_channels(run.graph, run.options.exclude)
-        precise = run.graph.to(torch.float64)
-        merged, removed = precise, 0
-        for k, inner in enumerate(sets):
-            merged, record = merge_exact(merged, inner, run.options.round_to)
-            removed += record.channels - record.kept
-            run.rows[record.layer] = record.rows
-            run.widths[record.layer] = Reconstruction(record.layer, record.channels, record.kept, 0.0)
-            stage.progress(k + 1, len(sets))
-        if not removed:
-            stage.reason = f"no two of the channels in {len(sets)} sets are equal" if sets else "no inner channels"
+        coupling = couple(run.graph, run.options.exclude)
+        run.closed, run.coupling = coupling.closed_layers, coupling
+        for group in coupling.classes:
+            run.producers.update({layer: group.name for layer in group.producers if not group.closed})
+        _check_narrowing(run, coupling)
+        precise = coupling.with_tensors(run.graph.to(torch.float64).tensors)
+        merged = merge_exact(precise, run.options.round_to)
+        for group in coupling.open:
+            kept = len(merged.kept.get(group.name, range(group.channels)))
+            run.widths[group.name] = Reconstruction(group.name, group.channels, kept, 0.0)
+        if not merged.removed:
+            sets = len(coupling.open)
+            stage.reason = f"no two of the channels in {sets} classes are equal" if sets else "no open class of channels"
             return
-        probe = tuple(
-            x.double() if x.is_floating_point() else x for x in smooth_noise(run.graph.inputs, 2, run.options.seed)
-        )
-        with _default_dtype(torch.float64):  # also for tensors that forward makes without naming a type
-            error = compare_outputs(_casting_to_double(precise), _casting_to_double(merged), probe).error
+        error = _precise_error(precise.graph, merged.graph, run.graph, run.options.seed)
         run.checks["merge_exact"] = error
         _require_exact("exact merging", error)
         types = {name: t.dtype for name, t in run.graph.tensors.items()}
-        back = {name: t.to(types.get(name, t.dtype)) for name, t in merged.tensors.items()}
-        run.graph = replace(merged, tensors=back, inputs=run.graph.inputs)
-        stage.reason = f"{removed} duplicate channels merged; differs by {error:.1e} in float64"
+        back = {name: t.to(types.get(name, t.dtype)) for name, t in merged.graph.tensors.items()}
+        run.graph = replace(merged.graph, tensors=back, inputs=run.graph.inputs)
+        run.merged = run.places = coupling.kept_positions(merged.kept)
+        run.coupling = couple(run.graph, run.options.exclude)
+        stage.reason = f"{merged.removed} duplicate channels merged; differs by {error:.1e} in float64"
+
+
+def _check_narrowing(run: _Run, coupling: Coupling) -> None:
+    """Leaving out channels must be the same as having nobody read them: checked for all classes at once, in float64."""
+    if not coupling.open:
+        return
+    kept = {group.name: torch.arange(group.channels)[::2] for group in coupling.open}
+    precise = coupling.with_tensors(run.graph.to(torch.float64).tensors)
+    unread = dict(precise.graph.tensors)
+    for group in coupling.open:
+        for reader in group.readers:
+            unread[reader.tensor] = unread[reader.tensor].index_fill(reader.dim, reader.positions[1::2].flatten(), 0.0)
+    error = _precise_error(precise.graph.with_tensors(unread), precise.narrow(kept), run.graph, run.options.seed)
+    run.checks["narrow_exact"] = error
+    _require_exact("taking out channels that nothing reads", error)
+
+
+def _precise_error(before: Graph, after: Graph, graph: Graph, seed: int) -> float:
+    """Relative difference of two float64 networks on two inputs of noise."""
+    probe = tuple(x.double() if x.is_floating_point() else x for x in smooth_noise(graph.inputs, 2, seed))
+    with _default_dtype(torch.float64):  # also for tensors that forward makes without naming a type
+        return compare_outputs(_casting_to_double(before), _casting_to_double(after), probe).error
 
 
 @contextmanager
@@ -176,18 +228,22 @@ def _casting_to_double(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(nodes))
 
 
-def _make_inputs(run: _Run, started: float, checkpoint: Path | None) -> None:
+def _make_inputs(run: _Run, started: float, checkpoint: Path | None, fit_on: tuple[Tensor, ...] | None) -> None:
     with run.stages.run("inputs") as stage:
         options = run.options
-        if options.merge == "exact":
+        if fit_on is not None:
+            made, held = Synthetic(fit_on, (0.0, 0.0), "inputs that were given"), max(1, len(fit_on[0]) // 5)
+        elif options.merge == "exact":
             run.held_out = smooth_noise(run.original.inputs, 16, options.seed)
             run.inputs_note = "smooth noise (inputs are matched to batch norm for reconstruction only)"
             stage.reason = f"16 inputs of {run.inputs_note}"
             return
-        how = plan(run.original, _MATCHING_SHARE * options.time_budget, options.device)
-        made: Synthetic = synthesize(run.original, how, seed=options.seed, device=options.device, checkpoint=checkpoint,
-                                     deadline=started + 0.8 * options.time_budget, progress=stage.progress)  # fmt: skip
-        run.fit_inputs, run.held_out = made.divide(how.held_out)
+        else:
+            how = plan(run.original, _MATCHING_SHARE * options.time_budget, options.device)
+            made = synthesize(run.original, how, seed=options.seed, device=options.device, checkpoint=checkpoint,
+                              deadline=started + 0.7 * options.time_budget, progress=stage.progress)  # fmt: skip
+            held = how.held_out
+        run.fit_inputs, run.held_out = made.divide(held)
         run.inputs_note = made.note or (
             f"matched to batch-norm statistics in {how.steps} steps, mismatch {made.losses[0]:.3g} -> {made.losses[1]:.3g}"
         )
@@ -203,67 +259,123 @@ def _require_finite(run: _Run) -> None:
                                  "check its weights and statistics; a negative running variance is one cause")  # fmt: skip
 
 
-def _reconstruct(run: _Run, started: float) -> None:
+def _share(run: _Run, stage: Stage, graph: Graph | None = None) -> Difference:
+    """Note what a stage has come to: output error and agreement on held-out inputs, cost, accuracy where there is data."""
+    graph = run.graph if graph is None else graph
+    difference = compare_outputs(run.original, graph, run.held_out)
+    record = {"stage": stage.name, "error": difference.error, "agreement": difference.agreement,
+              "macs": mac_count(graph), "seconds": stage.seconds}  # fmt: skip
+    if run.data:
+        record["accuracy"] = run.data.accuracy(graph)
+    run.shares.append(record)
+    return difference
+
+
+def _record_exact_stages(run: _Run) -> None:
+    """The shares of hashing and exact merging, which ran before there were inputs to measure on."""
+    done = {stage.name: stage for stage in run.stages.stages}
+    if done["hash"].status == "done":
+        _share(run, done["hash"], run.hash_only)
+    if "merge_exact" in run.checks:
+        _share(run, done["merge"])
+
+
+def _narrow(run: _Run, started: float) -> None:
+    """Choose widths, narrow and fit. Where exact merging took nothing, this starts from the unhashed weights."""
     options = run.options
     with run.stages.run("reconstruct") as stage:
-        sets, _ = find_inner_channels(run.graph, options.exclude)
+        coupling = run.coupling
+        assert coupling is not None
         if options.merge == "exact":
             return stage.skip("--merge exact")
-        if not sets:
-            return stage.skip("no inner channels that may be narrowed")
+        if not coupling.open:
+            return stage.skip("no open class of channels")
+        if "merge_exact" not in run.checks:
+            coupling = coupling.with_tensors(run.original.tensors)
         inputs = tuple(x.to(options.device) for x in run.fit_inputs)
-        exact = run.graph
-
-        def narrow(width: Width) -> _Narrowed:
-            graph, records = reconstruct(
-                exact, run.original, sets, inputs, width, options.round_to, stage.progress, run.rows
-            )
-            # the producers keep whole rows, whose values stay in their codebooks; only the fitted readers are hashed again
-            narrowed = {record.layer for record in records if record.kept < record.channels}
-            readers = {layer.name for inner in sets if inner.producer.name in narrowed for layer, _ in inner.consumers}
-            return _Narrowed(
-                *_hash_layers(graph, [x for x in find_layers(graph) if x.name in readers], options), records
-            )
-
-        best = narrow(keep_ratio(options.keep)) if options.keep is not None else _within_budget(run, narrow, started)
-        if best is None:
-            stage.reason = f"no narrower network stays within the error budget of {options.error_budget:g}"
-            return
-        run.graph = best.graph
-        run.hashed.update(best.hashed)
-        for record in best.records:
-            run.widths[record.layer] = replace(record, channels=run.widths[record.layer].channels)
-        kept, of = sum(r.kept for r in best.records), sum(r.channels for r in best.records)
-        stage.reason = (
-            f"{kept} of {of} channels kept in {len(sets)} sets, {len(best.hashed)} fitted layers hashed again"
-        )
-
-
-@dataclass(frozen=True)
-class _Narrowed:
-    """A narrowed graph, its fitted layers hashed again, and what was done to each set of channels."""
-
-    graph: Graph
-    hashed: dict[str, Hashed]
-    records: list[Reconstruction]
-
-
-def _within_budget(run: _Run, narrow: Callable[[Width], _Narrowed], started: float) -> _Narrowed | None:
-    """The narrowest network whose held-out error stays within the budget, by bisection on the tolerance of each set."""
-    limit = run.options.error_budget
-    assert limit is not None
-    best, low, high, tolerance = None, 0.0, None, limit
-    for _ in range(_BUDGET_ROUNDS):
-        candidate = narrow(within(tolerance))
-        if compare_outputs(run.original, candidate.graph, run.held_out).error <= limit:
-            low, best = tolerance, candidate
-        else:
-            high = tolerance
-        tolerance = 2 * tolerance if high is None else (low + high) / 2
-        if time.monotonic() - started > 0.9 * run.options.time_budget:
+        held_out = tuple(x.to(options.device) for x in run.held_out)
+        narrower = Narrower(run.original, coupling, run.merged, inputs, held_out, stage.progress)
+        budget = options.time_budget
+        run.choice = choose(narrower, options, started + _FIT_END * budget, started + _FRONTIER_END * budget)
+        if run.choice.cut_short:
             run.inputs_note += "; the search for widths was cut short by --time-budget, so it is not reproducible to the byte"
-            break
-    return best
+        narrowed = run.choice.narrowed
+        run.graph, run.hashed = coupling.graph, run.hashed if "merge_exact" in run.checks else {}
+        if narrowed is None:
+            stage.reason = run.choice.reason
+            return
+        run.graph, run.places = narrowed.graph, narrowed.places
+        for record in narrowed.records:
+            run.widths[record.layer] = replace(record, channels=run.widths[record.layer].channels)
+        kept = sum(run.widths[record.layer].kept for record in narrowed.records)
+        of = sum(record.channels for record in narrowed.records)
+        left = f"; {len(run.choice.left)} classes too small to narrow" if run.choice.left else ""
+        stage.reason = f"{run.choice.reason}: {kept} of {of} channels kept in {len(narrowed.records)} classes{left}"
+    if narrowed is not None:
+        _share(run, stage)
+
+
+def _distil(run: _Run, checkpoint: Path | None, codebooks: frozenset[str] = frozenset()) -> None:
+    options, name = run.options, "tune" if codebooks else "distil"
+    with run.stages.run(name) as stage:
+        if run.choice.narrowed is None:
+            return stage.skip("nothing was narrowed")
+        if not options.distil:
+            return stage.skip("--distil 0")
+        seconds = options.distil * (_CODEBOOK_DISTIL_SHARE if codebooks else 1 - _CODEBOOK_DISTIL_SHARE * (options.hash != NO_HASH))
+        state = checkpoint.with_name(f"{checkpoint.name}.{name}") if checkpoint else None
+        found = distil(
+            run.graph, run.original, run.fit_inputs, run.held_out, run.places, seconds=seconds, seed=options.seed,
+            device=options.device, deadline=time.monotonic() + 3 * seconds, checkpoint=state, progress=stage.progress,
+            codebooks=codebooks, frozen=_excluded_tensors(run),
+        )  # fmt: skip
+        run.graph = found.graph
+        if not found.reproducible:
+            run.inputs_note += f"; {name}: {found.note}"
+        stage.reason = f"{found.steps} steps, held-out error {found.error[0]:.4f} -> {found.error[1]:.4f}"
+        stage.reason += f"; {found.note}" if found.note else ""
+    _share(run, stage)
+
+
+def _excluded_tensors(run: _Run) -> frozenset[str]:
+    """Weights and biases of the layers that must not change."""
+    found = set()
+    for layer in find_layers(run.graph):
+        if matches(layer.name, run.options.exclude):
+            found |= {layer.weight, *([layer.bias] if layer.bias else [])}
+    return frozenset(found)
+
+
+def _codebooks(run: _Run) -> None:
+    """Hash the final weights: what was fitted and learnt lies outside the first codebooks."""
+    options = run.options
+    with run.stages.run("codebooks") as stage:
+        layers = _hashable(run)
+        if options.hash == NO_HASH or options.merge == "exact" or not layers:
+            return stage.skip("--hash none" if options.hash == NO_HASH else "the weights are those of the first hashing")
+        before = compare_outputs(run.original, run.graph, run.held_out).error
+        if options.hash_error is None and options.hash_values is None:
+            budget = _codebook_budget(options, before)
+            found = hash_within(run.graph, layers, run.held_out, budget, stage.progress)
+            run.graph, run.hashed = found.graph, found.hashed
+            how = f"{METHOD}, at most {budget:.3f} of output error; adds {found.added**0.5:.3f}"
+        else:
+            run.graph, run.hashed = _hash_layers(run.graph, layers, options, stage)
+            how = f"{options.hash}, {options.hash_target}"
+        run.graph = repair_batch_norm(run.graph, run.original, run.fit_inputs, run.places)
+        stage.reason = f"{_sizes(run.hashed)} ({how})"
+    _share(run, stage)
+    if run.choice.narrowed is not None and options.distil:
+        weights = {layer.name: layer.weight for layer in layers}
+        _distil(run, None, frozenset(weights[name] for name in run.hashed))
+        run.hashed = {name: replace(h, weight=run.graph.tensors[weights[name]]) for name, h in run.hashed.items()}
+
+
+def _codebook_budget(options: Options, before: float) -> float:
+    """How much relative output error final codebooks may add: what the user's budget leaves, or in proportion."""
+    if options.error_budget is not None:
+        return max(options.error_budget**2 - before**2, 0.0) ** 0.5
+    return max(_CODEBOOK_SHARE * before, _LEAST_CODEBOOK_ERROR)
 
 
 def _split(run: _Run) -> None:
@@ -293,8 +405,8 @@ def _require_exact(what: str, error: float) -> None:
                          f"at most {EXACT:g}, re-association error", "report this with the model; use --exclude meanwhile")  # fmt: skip
 
 
-def _verify(run: _Run, data: VerifyData | None) -> Pruned:
-    options = run.options
+def _verify(run: _Run) -> Pruned:
+    options, data = run.options, run.data
     with run.stages.run("verify") as stage:
         before = {layer.name: layer for layer in find_layers(run.original)}
         after = {layer.name: layer for layer in find_layers(run.graph)}
@@ -307,9 +419,10 @@ def _verify(run: _Run, data: VerifyData | None) -> Pruned:
             check_gate(options, difference, accuracy)
         except GateFailed as missed:
             raise GateFailed(f"{missed.found} (measured: {stage.reason})", missed.expected, missed.do) from None
-    _, closed = find_inner_channels(run.original, options.exclude)
-    layers = [layer_record(run.original, layer, after[name], run.hashed.get(name), run.splits.get(name), run.widths.get(name),
-                           closed.get(name, ""), errors.get(name)) for name, layer in before.items()]  # fmt: skip
+    widths = {layer: run.widths[name] for layer, name in run.producers.items() if name in run.widths}
+    reasons = {**{layer: run.choice.left[name] for layer, name in run.producers.items() if name in run.choice.left}, **run.closed}
+    layers = [layer_record(run.original, layer, after[name], run.hashed.get(name), run.splits.get(name), widths.get(name),
+                           reasons.get(name, ""), errors.get(name)) for name, layer in before.items()]  # fmt: skip
     return Pruned(
         run.original, run.graph, layers,
         hash_summary(after, run.hashed, run.splits, options.hash, str(options.hash_target), hash_error),
@@ -318,7 +431,7 @@ def _verify(run: _Run, data: VerifyData | None) -> Pruned:
          "pruned": [count_kernels(layer, run.splits[n]) if n in run.splits else count_dense(layer) for n, layer in after.items()]},
         {"merge_exact": None, "split_exact": None, **run.checks, "output_error": difference.error,
          "agreement": difference.agreement, "images": difference.images, "inputs": run.inputs_note}, accuracy,
-        tuple(x[:_SAMPLES].cpu() for x in run.held_out),
+        tuple(x[:_SAMPLES].cpu() for x in run.held_out), run.shares, run.choice,
     )  # fmt: skip
 
 

@@ -36,9 +36,11 @@ class Student:
     A tensor with a codebook has its distinct values as the parameter; the leaf is filled from them after each step.
     """
 
-    def __init__(self, graph: Graph, codebooks: frozenset[str], device: str) -> None:
+    def __init__(
+        self, graph: Graph, codebooks: frozenset[str], device: str, frozen: frozenset[str] = frozenset()
+    ) -> None:
         self._graph = graph
-        self.names = trained_tensors(graph)
+        self.names = [name for name in trained_tensors(graph) if name not in frozen]
         self.leaves = [graph.tensors[name].detach().clone().to(device).requires_grad_() for name in self.names]
         self.tensors = {name: t.detach().to(device) for name, t in graph.tensors.items()}
         self.tensors |= dict(zip(self.names, self.leaves))
