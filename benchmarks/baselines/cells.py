@@ -90,7 +90,9 @@ def cell_key(network: str, method: str, timing: Timing) -> str:
     return hashlib.sha256(repr((checkpoint, version, ROUND_TO, distil, asdict(timing))).encode()).hexdigest()[:12]
 
 
-def measure_cell(subject: Subject, method: str, ratio: float, timing: Timing, say: Callable[[str], None]) -> dict[str, Any]:
+def measure_cell(
+    subject: Subject, method: str, ratio: float, timing: Timing, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Run all settings of a method; the most accurate of those near the target is the cell's figure."""
     start = time.perf_counter()
     tried: list[tuple[dict[str, Any], nn.Module | Graph]] = []
@@ -106,9 +108,13 @@ def measure_cell(subject: Subject, method: str, ratio: float, timing: Timing, sa
             "setting": best["setting"], "macs": mac_count(graph), "removed": subject.removed(mac_count(graph)),
             "parameters": parameter_count(graph), "accuracy": subject.accuracy(graph), "seconds": round(seconds, 1),
             "settings": [row for row, _ in tried], "latency": _latency(subject.graph, graph, timing)}  # fmt: skip
-    if abs(cell["accuracy"] - best["accuracy"]) > 0.3:
-        raise SystemExit(f"{subject.name}, {method}: the module has {best['accuracy']:.2f} % and its graph {cell['accuracy']:.2f} %")
-    say(f"{subject.name:20} {method:14} {ratio:4.0%} -> {cell['removed']:6.1%} removed, {cell['accuracy']:6.2f} %, {seconds:5.1f} s")
+    accuracy = cell["accuracy"]
+    if abs(accuracy - best["accuracy"]) > 0.3:
+        raise SystemExit(
+            f"{subject.name}, {method}: the module has {best['accuracy']:.2f} %, its graph {accuracy:.2f} %"
+        )
+    removed = f"{cell['removed']:5.1%} removed"
+    say(f"{subject.name:20} {method:14} {ratio:4.0%}: {removed}, {accuracy:6.2f} %, {seconds:5.1f} s")
     return cell
 
 
@@ -131,5 +137,6 @@ def _latency(original: Graph, pruned: Graph, timing: Timing) -> dict[str, Any] |
     if not timing.seconds:
         return None
     before, after = paired_latency([original, pruned], timing.batch, seconds=timing.seconds)
-    return {"batch": timing.batch, "original_ms": round(1000 * before.median, 4), "ms": round(1000 * after.median, 4),
-            "ratio": round(after.ratio, 4), "low": round(after.low, 4), "high": round(after.high, 4), "rounds": after.rounds}  # fmt: skip
+    ratios = {name: round(getattr(after, name), 4) for name in ("ratio", "low", "high")}
+    times = {"original_ms": round(1000 * before.median, 4), "ms": round(1000 * after.median, 4)}
+    return {"batch": timing.batch, **times, **ratios, "rounds": after.rounds}

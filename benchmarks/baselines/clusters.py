@@ -13,7 +13,7 @@ from .coupled import Member
 
 
 def producer_rows(members: Sequence[Member]) -> Tensor:
-    """(channels, features): the weights that make each channel, over all of the class's producers, with their biases."""
+    """(channels, features): the weights and biases of all the class's producers, which make each channel."""
     blocks = []
     for member in members:
         if member.is_producer:

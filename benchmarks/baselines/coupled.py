@@ -24,8 +24,8 @@ _CLOSED_OPS = {OPTYPE.SPLIT: "split", OPTYPE.UNBIND: "unbind", OPTYPE.SLICE: "sl
 
 @dataclass(frozen=True)
 class Member:
-    """A layer that a class touches. ``spots`` (channels, n) int64: which of the layer's own output channels (``out``) or
-    input columns belong to each channel of the class; n is above 1 behind a flatten."""
+    """A layer that a class touches. ``spots`` (channels, n) int64: which of the layer's own output channels (``out``)
+    or input columns belong to each channel of the class; n is above 1 behind a flatten."""
 
     name: str
     module: nn.Module
@@ -113,7 +113,8 @@ class CoupledNetwork:
 
     def _group(self, cls: ChannelClass, channels: Sequence[int]) -> tp.Group:
         root = self.modules[cls.root]
-        return self.graph.get_pruning_group(root, self.graph.get_pruner_of_module(root).prune_out_channels, list(channels))
+        prune = self.graph.get_pruner_of_module(root).prune_out_channels
+        return self.graph.get_pruning_group(root, prune, list(channels))
 
     def _members(self, group: tp.Group) -> list[Member]:
         members = []

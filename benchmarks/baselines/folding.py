@@ -66,8 +66,11 @@ def fold(
 def _expect_variances(network: CoupledNetwork, labels: dict[str, Tensor]) -> None:
     """Give every norm, for all channels of a cluster, the variance that the cluster's mean is expected to have."""
     followers = {norm: layer for layer, norm in network.followers().items()}
-    found = [(member, _mean_variance(member, members, labels[cls.root], followers.get(member.module)))
-             for cls in network.classes for members in [network.members(cls)] for member in members if member.is_norm]  # fmt: skip
+    found = []  # all first: a norm behind a concatenation belongs to several classes
+    for cls in network.classes:
+        members = network.members(cls)
+        found += [(norm, _mean_variance(norm, members, labels[cls.root], followers.get(norm.module)))
+                  for norm in members if norm.is_norm]  # fmt: skip
     for member, variance in found:
         member.module.running_var.data[member.spots] = variance[:, None].expand_as(member.spots)
 

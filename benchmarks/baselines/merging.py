@@ -1,4 +1,4 @@
-"""Baselines that take whole classes of channels to given widths without looking at data: random, and means of clusters."""
+"""Baselines that bring classes of channels to given widths without data: by chance, and by means of clusters."""
 
 from __future__ import annotations
 

@@ -66,7 +66,8 @@ def _folded(subject: Subject, ratio: float) -> Iterator[tuple[str, bool, dict[st
     """Each setting's name, whether it normalises weights, and its labels."""
     for spread, widths in _spreads(subject, ratio):
         for name, normalise in (("weights as they are", False), ("normalised weights", True)):
-            yield f"{spread}, {name}", normalise, folding.fold_labels(subject.module, subject.example, widths, normalise)
+            labels = folding.fold_labels(subject.module, subject.example, widths, normalise)
+            yield f"{spread}, {name}", normalise, labels
 
 
 def _fold_ar(subject: Subject, ratio: float) -> Candidates:

@@ -1,4 +1,4 @@
-"""This project's own pruning, brought to a number of multiply-accumulates: the one place where the benchmark calls it."""
+"""This project's own pruning, brought to a given cost: the one place where the benchmark calls it."""
 
 from __future__ import annotations
 

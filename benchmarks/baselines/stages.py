@@ -31,7 +31,8 @@ def stage_rows(subject: Subject) -> list[dict[str, Any]]:
     rows = [_dense_row(name, graph, subject) for name, graph in zip(STAGES, (subject.graph, hash_only, pruned.pruned))]
     counting = pruned.counting["kernel"]
     split = {name: counting[name][1] for name in ("multiplications", "additions", "bytes")}
-    rows.append({"stage": STAGES[3], **split, "accuracy": rows[2]["accuracy"]})  # splitting is exact, the pipeline checks it
+    # splitting is exact, and the pipeline checks that it is
+    rows.append({"stage": STAGES[3], **split, "accuracy": rows[2]["accuracy"]})
     return rows
 
 

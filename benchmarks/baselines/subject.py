@@ -57,7 +57,8 @@ class Subject:
     def synthetic(self) -> Tensor:
         """Images (n, ...) that the product makes from the network's own statistics, without data."""
         self.scratch.mkdir(parents=True, exist_ok=True)
-        return synthesize(self.graph, plan(self.graph, _SYNTHESIS_SECONDS), checkpoint=self.scratch / f"{self.name}.inputs").inputs[0]
+        how = plan(self.graph, _SYNTHESIS_SECONDS)
+        return synthesize(self.graph, how, checkpoint=self.scratch / f"{self.name}.inputs").inputs[0]
 
     @cached_property
     def macs(self) -> int:
@@ -89,8 +90,9 @@ class Subject:
         """
         served, plain = serving_program(graph, torch.device("cpu")), Program(graph)
         got, expected = served(self.inputs[:8])[0], plain(self.inputs[:8])[0]
-        if not bool((got - expected).abs().max() <= _TOLERANCE * expected.abs().max()):
-            raise SystemExit(f"{self.name}: the serving runtime differs from the graph by {float((got - expected).abs().max())}")
+        difference = float((got - expected).abs().max())
+        if not difference <= _TOLERANCE * float(expected.abs().max()):
+            raise SystemExit(f"{self.name}: the serving runtime differs from the graph by {difference}")
         return self._accuracy(torch.cat([served(chunk)[0] for chunk in self.inputs.split(_CHUNK)]))
 
     def _accuracy(self, logits: Tensor) -> float:
@@ -104,8 +106,9 @@ def load_subject(name: str, scratch: Path) -> Subject:
         SystemExit: its graph is not as accurate as the module, which would make every comparison void.
     """
     network = catalog.NETWORKS[name]
-    inputs, labels = catalog.held_out(network.task.name)
-    subject = Subject(name, network.task.name, catalog.load(name), inputs, labels, catalog.real_sample(network.task.name), scratch)
+    task = network.task.name
+    inputs, labels = catalog.held_out(task)
+    subject = Subject(name, task, catalog.load(name), inputs, labels, catalog.real_sample(task), scratch)
     module, graph = subject.module_accuracy(subject.module), subject.accuracy(subject.graph)
     if abs(module - graph) > 0.2:
         raise SystemExit(f"{name}: the module has {module:.2f} % and its graph {graph:.2f} %")

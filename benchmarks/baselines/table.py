@@ -10,6 +10,7 @@ from .methods import METHODS, NEAR
 HEADLINE = "distilled"  # the method that the targets are about
 DROPS = {"digits": 0.5, "fonts": 1.0}  # points, with half of the open classes' multiply-accumulates removed
 SMALL_DROP = 0.3  # with 30 % removed
+WANTED = {"baseline": "ahead of every data-free baseline", "ceiling": "at or above least squares on real images"}
 Cells = dict[tuple[str, float], dict[str, Any]]  # of one network, by method and ratio
 
 
@@ -30,8 +31,8 @@ def markdown(data: dict[str, Any]) -> str:
         "Accuracy in percent on held-out images, by the share of multiply-accumulates (of layers that touch an open "
         "class of coupled channels) that is removed. All methods prune the same classes to multiples of 8 and are "
         "counted the same way. Where a method has several settings, its most accurate one is shown. A figure in "
-        f"brackets missed its target cost by more than {NEAR:.0%}; the share it did remove stands beside it. Model folding is this "
-        "project's implementation from its paper. The ceiling alone sees real training images.",
+        f"brackets missed its target cost by more than {NEAR:.0%}; the share it did remove stands beside it. Model "
+        "folding is this project's implementation from its paper. The ceiling alone sees real training images.",
         f"Measured on {machine['device']}, {machine['threads']} threads; {versions}.",
     ]
     for name, network in data["networks"].items():
@@ -74,8 +75,10 @@ def _cost_table(cells: Cells) -> str:
     for ratio in ratios_of(cells):
         cell = cells.get((shown, ratio))
         if cell:
-            rows.append([f"{ratio:.0%}", f"{cell['macs']:,}", f"{cell['parameters']:,}", _latency(cell), f"{cell['seconds']:.0f}"])
-    return _table([f"{METHODS[shown].title}, removed", "MACs", "parameters", "time, share of the original's", "seconds"], rows)
+            sizes = [f"{cell[name]:,}" for name in ("macs", "parameters")]
+            rows.append([f"{ratio:.0%}", *sizes, _latency(cell), f"{cell['seconds']:.0f}"])
+    head = [f"{METHODS[shown].title}, removed", "MACs", "parameters", "time, share of the original's", "seconds"]
+    return _table(head, rows)
 
 
 def _latency(cell: dict[str, Any]) -> str:
@@ -84,7 +87,8 @@ def _latency(cell: dict[str, Any]) -> str:
 
 
 def _stage_table(rows: list[dict[str, Any]]) -> str:
-    body = [[r["stage"], f"{r['multiplications']:,}", f"{r['additions']:,}", f"{r['bytes']:,}", f"{r['accuracy']:.2f}"] for r in rows]
+    figures = ("multiplications", "additions", "bytes")
+    body = [[row["stage"], *(f"{row[name]:,}" for name in figures), f"{row['accuracy']:.2f}"] for row in rows]
     return _table(["RED++'s stages", "multiplications", "additions", "bytes of weights", "accuracy"], body)
 
 
@@ -99,25 +103,26 @@ def targets(data: dict[str, Any]) -> list[str]:
             if cell:
                 lost = network["accuracy"] - cell["accuracy"]
                 reached = cell["removed"] >= ratio - NEAR
-                lines.append(_verdict(reached and lost <= allowed + 1e-9,
-                                      f"{name}: {ratio:.0%} removed ({cell['removed']:.1%} reached) costs {lost:.2f} points, "
-                                      f"at most {allowed:.1f} wanted"))  # fmt: skip
+                text = f"{name}: {ratio:.0%} removed ({cell['removed']:.1%} reached) costs {lost:.2f} points"
+                lines.append(_verdict(reached and lost <= allowed + 1e-9, f"{text}, at most {allowed:.1f} wanted"))
         lines += _comparisons(name, cells)
     return lines
 
 
 def _comparisons(name: str, cells: Cells) -> Iterator[str]:
-    ours = {ratio: cell for (method, ratio), cell in cells.items() if method == HEADLINE}
-    for kind, wanted in (("baseline", "ahead of every data-free baseline"), ("ceiling", "at or above least squares on real images")):
-        rivals = [(method, ratio, cell) for (method, ratio), cell in cells.items() if METHODS[method].kind == kind and ratio in ours]
-        rivals = [r for r in rivals if r[2]["removed"] <= ours[r[1]]["removed"] + NEAR]  # one that removed more proves nothing
-        if not rivals:
-            continue
-        behind = [f"{ratio:.0%} {method} by {cell['accuracy'] - ours[ratio]['accuracy']:.2f}" for method, ratio, cell in rivals
-                  if cell["accuracy"] > ours[ratio]["accuracy"] + 1e-9]  # fmt: skip
-        level = sum(abs(cell["accuracy"] - ours[ratio]["accuracy"]) <= 1e-9 for _, ratio, cell in rivals)
-        text = f"{name}: {wanted}: ahead {len(rivals) - level - len(behind)}, level {level}, behind {len(behind)} of {len(rivals)}"
-        yield _verdict(not behind, text + (f" ({', '.join(behind)})" if behind else ""))
+    for kind, wanted in WANTED.items():
+        gaps = []  # accuracy of ours less the rival's
+        for (method, ratio), rival in cells.items():
+            ours = cells.get((HEADLINE, ratio))
+            if ours is None or method not in METHODS or METHODS[method].kind != kind:
+                continue
+            if rival["removed"] <= ours["removed"] + NEAR:  # one that removed more proves nothing
+                gaps.append((ours["accuracy"] - rival["accuracy"], f"{ratio:.0%} {method}"))
+        if gaps:
+            behind = [f"{place} by {-gap:.2f}" for gap, place in gaps if gap < -1e-9]
+            level = sum(abs(gap) <= 1e-9 for gap, _ in gaps)
+            text = f"{name}: {wanted}: ahead {len(gaps) - level - len(behind)}, level {level}, behind {len(behind)}"
+            yield _verdict(not behind, text + (f" ({', '.join(behind)})" if behind else ""))
 
 
 def _verdict(met: bool, text: str) -> str:

@@ -85,7 +85,8 @@ def cost_model(network: CoupledNetwork, example: Tensor) -> CostModel:
 
 def _producers(members: Sequence[Member], macs: dict[str, int]) -> int:
     """How many layers write a class's channels; gates, which have one position, count only where nothing else does."""
-    positions = [macs[m.name] // m.module.weight.numel() for m in members if m.is_producer and not is_depthwise(m.module)]
+    writers = [m for m in members if m.is_producer and not is_depthwise(m.module)]
+    positions = [macs[m.name] // m.module.weight.numel() for m in writers]
     return sum(p == max(positions) for p in positions) if max(positions) == 1 else sum(p > 1 for p in positions)
 
 
@@ -112,7 +113,8 @@ def uniform_widths(
     """
     changing = [cls for cls in model.classes if roots is None or cls.root in roots]
     whole = {cls.root: cls.channels for cls in model.classes}
-    shares = sorted({step / cls.channels for cls in changing for step in range(round_to, cls.channels, round_to)} | {1.0})
+    steps = {step / cls.channels for cls in changing for step in range(round_to, cls.channels, round_to)}
+    shares = sorted(steps | {1.0})
     at = [{**whole, **{cls.root: _width(cls, share, round_to) for cls in changing}} for share in shares]
     low = max((k for k in range(len(at)) if model.removed(at[k]) >= removed), default=0)
     if low + 1 == len(at):
@@ -120,16 +122,13 @@ def uniform_widths(
     narrow, widths = at[low], dict(at[low + 1])
     if model.removed(narrow) <= removed:
         return narrow
-    steps = sorted((cls.root for cls in model.classes if narrow[cls.root] < widths[cls.root]),
-                   key=lambda root: -model.removed({**widths, root: narrow[root]}))  # fmt: skip
-    over: list[dict[str, int]] = []
-    for root in steps:
+    left = sorted((cls.root for cls in changing if narrow[cls.root] < widths[cls.root]),
+                  key=lambda root: -model.removed({**widths, root: narrow[root]}))  # fmt: skip
+    for root in left:
         tried = {**widths, root: narrow[root]}
         if model.removed(tried) <= removed:
             widths = tried
-    for root in steps:
-        if widths[root] > narrow[root]:
-            over.append({**widths, root: narrow[root]})
+    over = [{**widths, root: narrow[root]} for root in left if widths[root] > narrow[root]]
     return min([widths, *over], key=lambda w: abs(model.removed(w) - removed))
 
 
