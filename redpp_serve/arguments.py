@@ -35,6 +35,23 @@ def _positive(text: str) -> float:
     return value
 
 
+def _seconds(text: str) -> float:
+    """For argparse: 0 or a finite number above it."""
+    return 0.0 if text.strip() in ("0", "0.0") else _positive(text)
+
+
+def _target(text: str) -> dict[str, float]:
+    """For argparse: ``macs=0.5`` or ``latency=0.6`` as the option of that name."""
+    what, _, share = text.partition("=")
+    try:
+        value = float(share)
+    except ValueError:
+        value = math.nan
+    if what not in ("macs", "latency") or not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not macs=R or latency=R with a share R above 0 and at most 1")
+    return {f"target_{what}": value}
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line instead of below twenty lines of usage."""
 
@@ -51,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="say what a file is and what could be pruned; writes nothing")
     _add_source(inspect)
     inspect.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layers to leave alone")
+    inspect.add_argument("--channels", action="store_true",
+                         help="list every class of coupled channels, and why the closed ones are closed")  # fmt: skip
     inspect.add_argument("--json", action="store_true", help="print JSON")
     package = commands.add_parser("package",
                                   help="prune, verify, and write a folder that both versions are served from")  # fmt: skip
@@ -95,14 +114,19 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
     add("--name", help="the model's name in URLs (default: the file's name without its ending)")
     add("--hash", default=default.hash, choices=("kde", "kmeans", "uniform", "none"),
         help="how weights become codebooks (default: %(default)s)")  # fmt: skip
-    add("--hash-error", type=float, metavar="E", help="relative RMS error of each layer's weights (default: 0.02)")
+    add("--hash-error", type=float, metavar="E", help="relative RMS error of each layer's weights (default: "
+        "0.02 before merging; behind it the fewest values a layer, from 16 on, that the error budget allows)")  # fmt: skip
     add("--hash-values", type=int, metavar="N", help="instead: at most N values a layer")
     add("--merge", default=default.merge, choices=("reconstruct", "exact"),
         help="which channels may go (default: %(default)s)")  # fmt: skip
-    add("--keep", type=float, metavar="R", help="share of inner channels to keep, e.g. 0.5")
+    add("--target", type=_target, default={}, metavar="macs=R|latency=R",
+        help="share of the multiply-accumulates, or of the latency measured on this device at batch 1, to keep")  # fmt: skip
+    add("--keep", type=float, metavar="R", help="instead: share of every class of channels to keep, e.g. 0.5")
     add("--max-error", type=float, metavar="E",
-        help="relative output error on held-out synthetic inputs; without --keep it "
+        help="relative output error on held-out synthetic inputs; without --target and --keep it "
         "decides how much is pruned (default then: 0.1)")  # fmt: skip
+    add("--distil", type=_seconds, default=default.distil, metavar="S",
+        help="seconds of distillation on synthetic inputs, 0 for none (default: %(default)g)")  # fmt: skip
     add("--min-agreement", type=float, metavar="A",
         help="gate: top-1 agreement with the original on those inputs, 0 to 1")  # fmt: skip
     add("--max-accuracy-drop", type=float, metavar="P", help="gate: points of accuracy lost on --verify-data")
@@ -121,7 +145,7 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=_whole(0), default=default.seed, metavar="N",
         help="of the synthetic inputs (default: %(default)s)")  # fmt: skip
     add("--time-budget", type=_positive, default=default.time_budget, metavar="S",
-        help="seconds for making inputs and fitting (default: %(default)g)")  # fmt: skip
+        help="seconds for making inputs and fitting, before distillation (default: %(default)g)")  # fmt: skip
     add("--device", default=None, help="where to make inputs and fit (default: cuda when there is one, else cpu)")
     add("--dry-run", action="store_true", help="do everything but write")
 

@@ -75,14 +75,16 @@ def _inspect(options: argparse.Namespace) -> None:
     from .inspection import describe_file, describe_network
 
     if not options.input:
+        if options.channels:
+            raise RedppError("--channels without --input", "the shape of one input, to capture the network", "add --input 3x224x224")
         report = describe_file(options.file)
     else:
-        report = describe_network(_captured(options), tuple(options.exclude))
+        report = describe_network(_captured(options), tuple(options.exclude), options.channels)
     print(json.dumps(report.to_json(), indent=1) if options.json else report.to_text())
 
 
 def _package(options: argparse.Namespace) -> None:
-    from .graph.channels import unmatched
+    from .graph.coupling import unmatched
     from .packaging.mar import check_name
     from .packaging.package import Serving, check_out, package
     from .pruning.options import Options
@@ -95,8 +97,8 @@ def _package(options: argparse.Namespace) -> None:
     check_out(out)
     _declared_preprocess(options.preprocess)
     fields = ("hash", "hash_error", "hash_values", "merge", "keep", "max_error", "min_agreement", "max_accuracy_drop",
-              "round_to", "seed", "time_budget")  # fmt: skip
-    choice = Options(**{f: getattr(options, f) for f in fields}, exclude=tuple(options.exclude), device=_device(options.device))
+              "round_to", "seed", "time_budget", "distil")  # fmt: skip
+    choice = Options(**{f: getattr(options, f) for f in fields}, **options.target, exclude=tuple(options.exclude), device=_device(options.device))
     serving = Serving(options.batch_size, options.max_batch_delay, options.threads)
     stages = Stages()
     with stages.run("capture") as stage:

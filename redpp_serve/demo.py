@@ -25,7 +25,7 @@ from .report.text import package_summary
 from .runtime.graph import InputSpec
 
 NAME = "digits"
-KEEP, MAX_DROP = 0.5, 0.5
+TARGET, DISTIL, MAX_DROP = 0.5, 15.0, 0.5
 
 
 def demo(out: Path, duration: float, time_budget: float) -> dict[str, Any]:
@@ -51,10 +51,10 @@ def demo(out: Path, duration: float, time_budget: float) -> dict[str, Any]:
         captured = capture_file(model, [InputSpec("image", (1, 32, 32))], arch=ARCH)
         stage.reason = f"{captured.source['kind']}, {len(captured.graph.nodes)} operations"
     print(describe_network(captured, ()).to_text())
-    _say("package", *source, "--out", str(out / NAME), "--keep", f"{KEEP:g}", "--time-budget", f"{time_budget:g}",
+    _say("package", *source, "--out", str(out / NAME), "--target", f"macs={TARGET:g}", "--distil", f"{DISTIL:g}", "--time-budget", f"{time_budget:g}",
          "--preprocess", preprocess, "--verify-data", str(HELD_OUT), "--max-accuracy-drop", f"{MAX_DROP:g}")  # fmt: skip
     report = package(
-        captured, out / NAME, name=NAME, options=Options(keep=KEEP, time_budget=time_budget, max_accuracy_drop=MAX_DROP),
+        captured, out / NAME, name=NAME, options=Options(target_macs=TARGET, distil=DISTIL, time_budget=time_budget, max_accuracy_drop=MAX_DROP),
         serving=Serving(), preprocess=Preprocess("L", 32, 32, (MEAN,), (STD,)), verify_data=HELD_OUT, stages=stages,
     )  # fmt: skip
     print(package_summary(report))

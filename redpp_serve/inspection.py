@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .capture import Captured
 from .capture.sniff import FileKind, refusal, scan, shorten, sniff
-from .graph.channels import find_inner_channels
+from .graph.classes import ChannelClass
+from .graph.coupling import Coupling, couple
 from .graph.layers import find_layers, mac_count, parameter_count
 from .report.text import count, layer_table, printable, size
 
 _WEIGHTS = (FileKind.STATE_DICT, FileKind.LEGACY_STATE_DICT, FileKind.SAFETENSORS)
 _SHOW = {"bytes": size, "parameters": count, "MACs": count}
+_WIDTH = 110
 _DIGEST_SHOWN = 16  # of 64 characters, enough to tell files apart by eye
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts by name, a record for each layer where the network could be captured, notes, and what to do next."""
+    """Facts by name, a record for each layer where the network could be captured, notes, what to do next, and the
+    classes of coupled channels where they were asked for."""
 
     facts: dict[str, Any]
     layers: list[dict[str, Any]]
     notes: list[str]
     next_step: str
+    classes: list[dict[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and texts, keys in lower case without spaces."""
         facts = {key.lower().replace(" ", "_"): value for key, value in self.facts.items()}
-        return {**facts, "notes": self.notes, "layers": self.layers}
+        found = {**facts, "notes": self.notes, "layers": self.layers}
+        return found if self.classes is None else {**found, "classes": self.classes}
 
     def to_text(self) -> str:
         """Facts, the table of layers with reasons, and the next step, for the terminal."""
         width = max(map(len, self.facts))
         lines = [f"{key:<{width}}  {_shown(key, value)}" for key, value in self.facts.items() if value is not None]
         lines += [f"{'note':<{width}}  {printable(note)}" for note in self.notes]
-        if self.layers:
+        if self.classes is not None:
+            lines += ["", *_class_lines(self.classes)]
+        elif self.layers:
             lines += ["", layer_table(self.layers)]
         return "\n".join([*lines, "", self.next_step])
 
@@ -60,25 +68,60 @@ def describe_file(path: Path) -> Inspection:
     return Inspection(facts, [], [], step)
 
 
-def describe_network(captured: Captured, exclude: tuple[str, ...]) -> Inspection:
-    """The layers of a captured network: which could be narrowed, and why the others could not."""
+def describe_network(captured: Captured, exclude: tuple[str, ...], channels: bool = False) -> Inspection:
+    """The layers of a captured network: which could be narrowed, and why the others could not.
+
+    Args:
+        captured: the network.
+        exclude: shell patterns of layer names that must not change.
+        channels: also list every class of coupled channels.
+    """
     graph = captured.graph
-    sets, closed = find_inner_channels(graph, exclude)
+    coupling = couple(graph, exclude)
     layers = []
     for layer in find_layers(graph):
         layers.append({
             "name": layer.name, "op": layer.node.op.split(".")[1], "shape": list(layer.shape),
             "parameters": graph.tensors[layer.weight].numel() + (layer.shape[0] if layer.bias else 0), "macs": layer.macs,
-            "merge": {"channels": layer.shape[0], "reason": closed.get(layer.name, "")},
+            "merge": {"channels": layer.shape[0], "reason": coupling.closed_layers.get(layer.name, "")},
         })  # fmt: skip
-    touched = {reader.name for inner in sets for reader in (inner.producer, *inner.depthwise, *(c for c, _ in inner.consumers))}
+    touched = touched_layers(coupling)
     share = sum(r["macs"] for r in layers if r["name"] in touched) / max(1, sum(r["macs"] for r in layers))
     facts = {
         **captured.source, "inputs": ", ".join(f"{'x'.join(map(str, i.shape))} {i.dtype}" for i in graph.inputs),
         "operations": len(graph.nodes), "parameters": parameter_count(graph), "MACs": mac_count(graph),
-        "can be narrowed": f"outputs of {len(sets)} of {len(layers)} layers; they and their readers are {share:.0%} of the MACs",
+        "can be narrowed": f"{len(coupling.open)} of {len(coupling.classes)} classes of coupled channels; "
+                           f"the layers that they touch are {share:.0%} of the MACs",
     }  # fmt: skip
-    return Inspection(facts, layers, captured.messages, "next: redpp-serve package with the same arguments")
+    classes = [_class_record(c) for c in coupling.classes] if channels else None
+    return Inspection(facts, layers, captured.messages, "next: redpp-serve package with the same arguments", classes)
+
+
+def touched_layers(coupling: Coupling) -> set[str]:
+    """Names of the layers whose cost falls when open classes are narrowed."""
+    tensors = {part.tensor for c in coupling.open for part in (*c.parts, *c.readers)}
+    return {layer.name for layer in find_layers(coupling.graph) if layer.weight in tensors}
+
+
+def _class_record(found: ChannelClass) -> dict[str, Any]:
+    readers = dict.fromkeys(reader.tensor.removesuffix(".weight") for reader in found.readers)
+    producers = set(found.producers)
+    others = dict.fromkeys(part.tensor.rpartition(".")[0] for part in found.parts)
+    return {"name": found.name, "channels": found.channels, "producers": list(found.producers), "readers": list(readers),
+            "with": [name for name in others if name not in producers], "closed": found.closed}  # fmt: skip
+
+
+def _class_lines(classes: list[dict[str, Any]]) -> list[str]:
+    """One block for each class: its channels, who writes and who reads them, or why they stay."""
+    lines = []
+    for found in classes:
+        state = f"closed: {found['closed']}" if found["closed"] else "open"
+        lines.append(f"{printable(found['name'])}: {found['channels']} channels, {state}")
+        for key, word in (("producers", "written by"), ("with", "with"), ("readers", "read by")):
+            if found[key]:
+                text = printable(f"{word} {', '.join(found[key])}")
+                lines += textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+    return lines
 
 
 def _shown(key: str, value: Any) -> str:

@@ -88,6 +88,10 @@ def package(
             artifacts, archives = _build_archives(name, result, preprocess, serving)
             stage.reason = ", ".join(f"{variant}.mar {len(a) / 1e6:.2f} MB" for variant, a in archives.items())
         report = _report(captured, name, {**options.to_json(), **asdict(serving)}, result, artifacts)
+        if result.choice.points:
+            with stages.run("frontier") as stage:
+                report["frontier"] = result.frontier(options.device, report["environment"]["device"])
+                stage.reason = f"{len(result.choice.points)} networks timed in turns"
         if not dry_run:
             _write(out, name, captured.graph.inputs, archives, report, result, preprocess, serving, stages)
     report["stages"] = stages.to_json()
@@ -113,9 +117,9 @@ def _all_or_nothing(out: Path, checkpoint: Path | None) -> Iterator[None]:
 
 
 def _forget(checkpoint: Path | None) -> None:
-    if checkpoint:
+    for path in (checkpoint, *(checkpoint.with_name(f"{checkpoint.name}.{x}") for x in ("distil", "tune"))) if checkpoint else ():
         with suppress(OSError):  # where it could not be written it cannot be removed either
-            checkpoint.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def _write(
@@ -194,6 +198,7 @@ def _report(
         "hash": result.hash,
         "layers": result.layers,
         "verify": result.verify,
+        "stages_share": result.shares,
     }
     for key, variant, graph in (("original", "original", result.original), ("pruned", "redpp", result.pruned)):
         stored = int(load(artifacts[variant]).description["bytes"])

@@ -104,6 +104,7 @@ def split_record(layer: Layer, split: Split) -> dict[str, Any]:
 
 def hash_summary(
     after: dict[str, Layer],
+    first: dict[str, Hashed],
     hashed: dict[str, Hashed],
     splits: dict[str, Split],
     method: str,
@@ -112,10 +113,11 @@ def hash_summary(
 ) -> dict[str, Any]:
     """The hashing of the whole network: what it was predicted to cost and to save, beside what it did.
 
-    ``measured`` is the relative output error of hashing alone. The ratios are shares of the multiplications of the
+    ``first`` is the hashing of the network as it came, ``measured`` the relative output error of that alone; ``hashed``
+    the final codebooks. The ratios are shares of the multiplications of the
     split layers: from the frequencies of values, and counted.
     """
-    errors = torch.tensor([h.codebook.error for h in hashed.values()], dtype=torch.float64)
+    errors = torch.tensor([h.codebook.error for h in first.values()], dtype=torch.float64)
     dense = sum(count_dense(after[n]).multiplications for n in splits)
     got = sum(count_kernels(after[n], s).multiplications for n, s in splits.items())
     expected = 0.0

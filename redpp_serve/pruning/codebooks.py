@@ -10,17 +10,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..graph.layers import Layer, mac_count
 from ..runtime.graph import Graph
-from .hashing import Hashed, Target, hash_weight
+from .density import build_grid
+from .hashing import Hashed, Target, fit_codebook, hash_weight, quantise
 from .piecewise import Piecewise, chunk_size
+from .verify import squared_error
 
 LEVELS = (16, 32, 64, 128, 256)
 METHOD = "kmeans"  # the lowest error of the three at a given number of values
-_PROBE_MACS = 2e12  # what all measurements together may cost
+_PROBE_MACS = 1e12  # what all measurements together may cost
 _ROUNDS = 3
 
 
@@ -44,71 +45,69 @@ def hash_within(
 
     Args:
         graph: the network; its layers' weights are hashed with `METHOD`.
-        inputs: (images, ...) for each network input, on the CPU; a big network uses the first few.
-        budget: relative error of the outputs, hashed against not hashed. Where even `LEVELS` at their finest exceed it,
+        inputs: (images, ...) for each network input; a big network uses the first few.
+        budget: relative error of the outputs, hashed against not hashed. Where even the finest of `LEVELS` exceed it,
             they are what is used.
     """
-    if not layers:
-        return Codebooks(graph, {}, 0.0)
     few = max(2, int(_PROBE_MACS // max(1, len(layers) * mac_count(graph))))
-    run = Piecewise(graph, [x[:few] for x in inputs], chunk_size(graph, min(few, len(inputs[0]))))
+    inputs = tuple(x[:few] for x in inputs)
+    run = Piecewise(graph, inputs, chunk_size(graph, len(inputs[0])))
     expected = list(run.outputs())
     place = {node.name: k for k, node in enumerate(graph.nodes)}
-    hashed = {(layer.name, LEVELS[0]): _hash(graph, layer, LEVELS[0]) for layer in layers}
+    books = {layer.name: _Levels(graph.tensors[layer.weight]) for layer in layers}
     alone: dict[str, float] = {}
     for done, layer in enumerate(sorted(layers, key=lambda x: place[x.node.name])):
         run.use(graph)
         run.advance(place[layer.node.name])
-        run.use(graph.with_tensors({layer.weight: hashed[layer.name, LEVELS[0]].weight}))
-        alone[layer.name] = _added(expected, run)
+        run.use(graph.with_tensors({layer.weight: books[layer.name].coarsest()}))
+        alone[layer.name] = squared_error(zip(expected, run.outputs()))
         progress(done + 1, len(layers))
     allowed = budget
     for _ in range(_ROUNDS):
-        levels = _levels(graph, layers, hashed, alone, allowed)
-        chosen = {layer.name: hashed[layer.name, levels[layer.name]] for layer in layers}
-        result = graph.with_tensors({layer.weight: chosen[layer.name].weight for layer in layers})
-        whole = Piecewise(result, [x[:few] for x in inputs], chunk_size(graph, min(few, len(inputs[0]))))
-        added = _added(expected, whole)
+        levels = _choose(books, alone, allowed)
+        hashed = {x.name: hash_weight(graph.tensors[x.weight], METHOD, Target(values=levels[x.name])) for x in layers}
+        result = graph.with_tensors({layer.weight: hashed[layer.name].weight for layer in layers})
+        whole = Piecewise(result, inputs, chunk_size(graph, len(inputs[0])))
+        added = squared_error(zip(expected, whole.outputs()))
         if math.sqrt(added) <= budget or all(level == LEVELS[-1] for level in levels.values()):
             break
         allowed *= 0.9 * budget / math.sqrt(added)
-    return Codebooks(result, chosen, added)
+    return Codebooks(result, hashed, added)
 
 
-def _levels(
-    graph: Graph, layers: Sequence[Layer], hashed: dict[tuple[str, int], Hashed], alone: dict[str, float], budget: float
-) -> dict[str, int]:
-    """For each layer a number of values: from the coarsest on, the step that saves the most error for its bytes."""
+class _Levels:
+    """One layer's codebooks of different sizes, made when asked for."""
 
-    def error(layer: Layer, level: int) -> float:
-        if (layer.name, level) not in hashed:
-            hashed[layer.name, level] = _hash(graph, layer, level)
-        coarse = hashed[layer.name, LEVELS[0]].codebook.error
-        return alone[layer.name] * (hashed[layer.name, level].codebook.error / coarse) ** 2 if coarse else 0.0
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.grid = weight, build_grid(weight)
+        self._errors: dict[int, float] = {}
 
-    at = dict.fromkeys((layer.name for layer in layers), 0)
-    while sum(error(x, LEVELS[at[x.name]]) for x in layers) > budget * budget:
-        steps = [x for x in layers if at[x.name] + 1 < len(LEVELS)]
-        if not steps:
+    def coarsest(self) -> Tensor:
+        """The weight with the fewest values."""
+        return quantise(self.weight, self.grid, fit_codebook(self.grid, METHOD, Target(values=LEVELS[0])))
+
+    def error(self, values: int) -> float:
+        """Squared relative error of the weight."""
+        if values not in self._errors:
+            self._errors[values] = fit_codebook(self.grid, METHOD, Target(values=values)).error ** 2
+        return self._errors[values]
+
+
+def _choose(books: dict[str, _Levels], alone: dict[str, float], budget: float) -> dict[str, int]:
+    """For each layer a number of values: from the coarsest on, the step that takes the most error off for its bytes.
+
+    A layer's share of the outputs' squared error is taken to be in proportion to that of its weights.
+    """
+
+    def error(name: str, level: int) -> float:
+        coarse = books[name].error(LEVELS[0])
+        return alone[name] * books[name].error(LEVELS[level]) / coarse if coarse else 0.0
+
+    at = dict.fromkeys(books, 0)
+    while sum(error(name, level) for name, level in at.items()) > budget * budget:
+        gains = {name: (error(name, k) - error(name, k + 1)) / books[name].weight.numel()
+                 for name, k in at.items() if k + 1 < len(LEVELS)}  # fmt: skip
+        if not gains:
             break
-
-        def gain(layer: Layer) -> float:
-            now, then = (error(layer, LEVELS[at[layer.name] + k]) for k in (0, 1))
-            return (now - then) / graph.tensors[layer.weight].numel()
-
-        at[max(steps, key=gain).name] += 1
+        at[max(gains, key=lambda name: gains[name])] += 1
     return {name: LEVELS[k] for name, k in at.items()}
-
-
-def _hash(graph: Graph, layer: Layer, values: int) -> Hashed:
-    return hash_weight(graph.tensors[layer.weight], METHOD, Target(values=values))
-
-
-def _added(expected: Sequence[tuple[Tensor, ...]], run: Piecewise) -> float:
-    lost = norm = 0.0
-    with torch.no_grad():
-        for left, right in zip(expected, run.outputs()):
-            for x, y in zip(left, right):
-                lost += float((x.double() - y.double()).square().sum())
-                norm += float(x.double().square().sum())
-    return lost / max(norm, 1e-300)

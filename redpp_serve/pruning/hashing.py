@@ -8,7 +8,7 @@ bisection to a target error or number of values. Borders lie on the density grid
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -80,19 +80,35 @@ def hash_weight(weight: Tensor, method: str, target: Target) -> Hashed:
     codebook = fit_codebook(grid, method, target)
     if codebook.size == weight.numel() or (target.error is not None and codebook.error > target.error):
         return Hashed(weight, _own_values(weight), {}, grid)
+    others = {m: at_entropy(grid, m, codebook.entropy) for m in METHODS if m != method}
+    return Hashed(quantise(weight, grid, codebook), codebook, {method: codebook, **others}, grid)
+
+
+def quantise(weight: Tensor, grid: Grid, codebook: Codebook) -> Tensor:
+    """The weight with each value replaced by that of its cell."""
     table = torch.from_numpy(codebook.values).to(weight.dtype)
     cell_of_bin = torch.from_numpy(np.searchsorted(codebook.borders, np.arange(grid.bins), side="right"))
     value_of_bin = table[cell_of_bin]
-    flat = weight.reshape(-1)
-    hashed = torch.cat([value_of_bin[grid.bin_of(chunk)] for chunk in flat.split(1 << 20)])
-    others = {m: at_entropy(grid, m, codebook.entropy) for m in METHODS if m != method}
-    return Hashed(hashed.view(weight.shape), codebook, {method: codebook, **others}, grid)
+    hashed = torch.cat([value_of_bin[grid.bin_of(chunk)] for chunk in weight.reshape(-1).split(1 << 20)])
+    return hashed.view(weight.shape)
+
+
+def retuned(hashed: Hashed, weight: Tensor) -> Hashed:
+    """The same cells with other values: ``weight`` has one value wherever the hashed weight has one."""
+    old, place = np.unique(hashed.weight.flatten().double().numpy(), return_index=True)
+    new = weight.flatten().double().numpy()[place]
+    book = hashed.codebook
+    at = np.searchsorted(old, book.values).clip(max=len(old) - 1)
+    values = np.where(old[at] == book.values, new[at], book.values)
+    return replace(hashed, weight=weight, codebook=replace(book, values=values))
 
 
 def fit_codebook(grid: Grid, method: str, target: Target) -> Codebook:
     """The coarsest codebook of that method that meets an error target (the finest, if none does), or the finest that
     meets a number of values (the coarsest, if none does)."""
     family = _FAMILIES[method](grid)
+    if method == "kmeans" and target.values is not None:
+        return _lloyd_max(grid, target.values - bool(grid.zeros))  # zeros have a value of their own
     if target.error is not None:
         return family.finest_while(lambda book: book.error > target.error, accept_first_false=True)
     assert target.values is not None

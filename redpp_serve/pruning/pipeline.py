@@ -20,7 +20,7 @@ from ..runtime.program import Program
 from .accounting import both_readings, hash_summary, layer_record
 from .codebooks import METHOD, hash_within
 from .distil import distil
-from .hashing import Hashed, hash_weight
+from .hashing import Hashed, hash_weight, retuned
 from .lossy import Choice, Narrower, choose, frontier_record, then
 from .merging import merge_exact
 from .options import NO_HASH, Options
@@ -70,7 +70,8 @@ class _Run:
     graph: Graph
     hash_only: Graph
     data: VerifyData | None
-    hashed: dict[str, Hashed] = field(default_factory=dict)
+    first_hashed: dict[str, Hashed] = field(default_factory=dict)  # of the network as it came
+    hashed: dict[str, Hashed] = field(default_factory=dict)  # of the present graph
     widths: dict[str, Reconstruction] = field(default_factory=dict)  # by class
     coupling: Coupling | None = None  # of the graph behind exact merging
     merged: Places = lambda name: {}  # what that graph still has of the original's values
@@ -122,7 +123,7 @@ def prune(
     _record_exact_stages(run)
     _narrow(run, started)
     _distil(run, checkpoint)
-    _codebooks(run)
+    _codebooks(run, checkpoint)
     _split(run)
     return _verify(run)
 
@@ -136,7 +137,7 @@ def _hash(run: _Run) -> None:
             stage.skip("no convolution or Linear to hash" + (" that is not excluded" if run.options.exclude else ""))
             return
         run.graph, run.hashed = _hash_layers(run.graph, layers, run.options, stage)
-        run.hash_only = run.graph
+        run.hash_only, run.first_hashed = run.graph, run.hashed
         stage.reason = f"{_sizes(run.hashed)} ({run.options.hash}, {run.options.hash_target})"
 
 
@@ -346,7 +347,7 @@ def _excluded_tensors(run: _Run) -> frozenset[str]:
     return frozenset(found)
 
 
-def _codebooks(run: _Run) -> None:
+def _codebooks(run: _Run, checkpoint: Path | None) -> None:
     """Hash the final weights: what was fitted and learnt lies outside the first codebooks."""
     options = run.options
     with run.stages.run("codebooks") as stage:
@@ -367,8 +368,8 @@ def _codebooks(run: _Run) -> None:
     _share(run, stage)
     if run.choice.narrowed is not None and options.distil:
         weights = {layer.name: layer.weight for layer in layers}
-        _distil(run, None, frozenset(weights[name] for name in run.hashed))
-        run.hashed = {name: replace(h, weight=run.graph.tensors[weights[name]]) for name, h in run.hashed.items()}
+        _distil(run, checkpoint, frozenset(weights[name] for name in run.hashed))
+        run.hashed = {name: retuned(h, run.graph.tensors[weights[name]]) for name, h in run.hashed.items()}
 
 
 def _codebook_budget(options: Options, before: float) -> float:
@@ -425,7 +426,7 @@ def _verify(run: _Run) -> Pruned:
                            reasons.get(name, ""), errors.get(name)) for name, layer in before.items()]  # fmt: skip
     return Pruned(
         run.original, run.graph, layers,
-        hash_summary(after, run.hashed, run.splits, options.hash, str(options.hash_target), hash_error),
+        hash_summary(after, run.first_hashed, run.hashed, run.splits, options.hash, str(options.hash_target), hash_error),
         both_readings(before, after, run.graph, run.splits),
         {"original": [count_dense(layer) for layer in before.values()],
          "pruned": [count_kernels(layer, run.splits[n]) if n in run.splits else count_dense(layer) for n, layer in after.items()]},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -38,16 +38,28 @@ class Difference:
 def compare_outputs(reference: Graph, other: Graph, inputs: Sequence[Tensor]) -> Difference:
     """Run both networks over the inputs (images, ...), chunk by chunk."""
     a, b = Program(reference), Program(other)
-    lost = norm = 0.0
     same: list[Tensor] = []
-    for chunk in zip(*(x.cpu().split(_CHUNK) for x in inputs)):
-        for x, y in zip(left := a(*chunk), right := b(*chunk)):
+
+    def pairs() -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+        for chunk in zip(*(x.cpu().split(_CHUNK) for x in inputs)):
+            left, right = a(*chunk), b(*chunk)
+            if left[0].dim() == 2 and left[0].shape[1] > 1 and left[0].is_floating_point():
+                same.append(left[0].argmax(1) == right[0].argmax(1))
+            yield left, right
+
+    error = squared_error(pairs()) ** 0.5
+    agreement = float(torch.cat(same).double().mean()) if same else None
+    return Difference(error, agreement, len(inputs[0]))
+
+
+def squared_error(pairs: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> float:
+    """Squared difference over the first's squared norm, of all outputs; chunk by chunk, expected and got."""
+    lost = norm = 0.0
+    for left, right in pairs:
+        for x, y in zip(left, right):
             lost += float((x.double() - y.double()).square().sum())
             norm += float(x.double().square().sum())
-        if left[0].dim() == 2 and left[0].shape[1] > 1 and left[0].is_floating_point():
-            same.append(left[0].argmax(1) == right[0].argmax(1))
-    agreement = float(torch.cat(same).double().mean()) if same else None
-    return Difference((lost / max(norm, 1e-300)) ** 0.5, agreement, len(inputs[0]))
+    return lost / max(norm, 1e-300)
 
 
 @torch.no_grad()
