@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from redpp_serve.reference import FOLDER, convnext, densenet, digits, fonts, mobilenet, resnet, vgg, vit
+from redpp_serve.reference import FOLDER, convnext, densenet, digits, fonts, mobilenet, resnet, vgg
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,6 @@ NETWORKS = {
         Network(convnext.fonts_convnext, FONTS),
         Network(mobilenet.fonts_mobilenetv2, FONTS),
         Network(resnet.fonts_resnet18, FONTS),
-        Network(vit.fonts_vit, FONTS),
     )
 }
 

@@ -2,9 +2,9 @@
 
 ``python -m redpp_serve.reference.fonts`` draws 40,000 training images (``build/fonts_train.npz``, not kept), 2,000
 held-out ones and a sample of 512 training images (both kept, so that benchmarks need no font). Rotation, shear,
-scale, shift, a blur of the glyph's edges, fragments of other glyphs at the border, unequal grey values and noise.
-Fonts are split by family: a family of the held-out images has no font in the training set. Image i depends on the
-seed, on i and on the installed font files alone.
+scale, shift, fragments of other glyphs at the border, unequal grey values and noise. Fonts are split by family: a
+family of the held-out images has no font in the training set (``fonts.json`` lists both sides). An image depends on
+the seed, on its index and on the font files alone. `PACKAGES` are the Debian packages to install.
 
 Classes: the ten digits, the capitals, and the lower-case letters that do not look like their capitals.
 """
@@ -45,7 +45,8 @@ PACKAGES = tuple(f"fonts-{name}" for name in """
 # Clones of the same few designs (Helvetica, Times, Courier, Lato, ...) under many names; never held out.
 _CLONED = ("arim", "c059", "cala", "carl", "cous", "free", "lato", "libe", "lm", "nimb", "p052", "switz", "tex", "tino",
            "urw")  # fmt: skip
-_UNFIT = ("math", "symbol", "dingbat", "d050000l", "caps", "smcp", " sc", "-sc", "outline", "shadow", "initial", "unslanted")
+_UNFIT = ("math", "symbol", "dingbat", "d050000l", "caps", "smcp", " sc", "-sc", "outline", "shadow", "initial",
+          "unslanted")  # fmt: skip
 _DRAWN_AT = 56  # pixels of an em, before the glyph is scaled down
 
 

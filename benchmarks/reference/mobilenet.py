@@ -25,8 +25,9 @@ class ConvNorm(nn.Sequential):
     """Convolution, batch norm and, where given, an activation; padded so that stride 1 keeps the size."""
 
     def __init__(
-        self, n_in: int, n_out: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: type[nn.Module] | None = None
-    ) -> None:
+        self, n_in: int, n_out: int, kernel: int = 1, stride: int = 1, groups: int = 1,
+        act: type[nn.Module] | None = None,
+    ) -> None:  # fmt: skip
         conv = nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, groups=groups, bias=False)
         super().__init__(conv, nn.BatchNorm2d(n_out), *([act()] if act else []))
 
