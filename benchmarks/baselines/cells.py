@@ -86,7 +86,7 @@ def cell_key(network: str, method: str, timing: Timing) -> str:
     """Changes with whatever changes a cell's figures: the checkpoint, the method's version, and how it is measured."""
     checkpoint = hashlib.sha256(catalog.NETWORKS[network].checkpoint.read_bytes()).hexdigest()
     version = METHODS[method].version if method in METHODS else 1
-    distil = DISTIL_SECONDS if method == "distilled" else 0
+    distil = DISTIL_SECONDS if method in ("distilled", "codebooks") else 0
     return hashlib.sha256(repr((checkpoint, version, ROUND_TO, distil, asdict(timing))).encode()).hexdigest()[:12]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor, nn
 
@@ -62,12 +63,15 @@ def _cluster_mean(subject: Subject, ratio: float) -> Candidates:
         yield f"{spread}, norms in the rows", merging.cluster_mean(subject.module, subject.example, widths, absorb=True)
 
 
-def _folded(subject: Subject, ratio: float) -> Iterator[tuple[str, bool, dict[str, Tensor]]]:
-    """Each setting's name, whether it normalises weights, and its labels."""
+@lru_cache(maxsize=32)
+def _folded(subject: Subject, ratio: float) -> list[tuple[str, bool, dict[str, Tensor]]]:
+    """Each setting's name, whether it normalises weights, and its labels; both repairs start from the same ones."""
+    found = []
     for spread, widths in _spreads(subject, ratio):
         for name, normalise in (("weights as they are", False), ("normalised weights", True)):
             labels = folding.fold_labels(subject.module, subject.example, widths, normalise)
-            yield f"{spread}, {name}", normalise, labels
+            found.append((f"{spread}, {name}", normalise, labels))
+    return found
 
 
 def _fold_ar(subject: Subject, ratio: float) -> Candidates:
@@ -86,11 +90,16 @@ def _least_squares(subject: Subject, ratio: float) -> Candidates:
 
 
 def _ceiling(subject: Subject, ratio: float) -> Candidates:
-    yield "", ours.least_squares(subject, subject.target_macs(ratio), ROUND_TO, subject.real)
+    yield "", ours.least_squares(subject, subject.target_macs(ratio), ROUND_TO, real=True)
 
 
 def _distilled(subject: Subject, ratio: float) -> Candidates:
     yield "", ours.distilled(subject, subject.target_macs(ratio), ROUND_TO, DISTIL_SECONDS)
+
+
+def _with_codebooks(subject: Subject, ratio: float) -> Candidates:
+    graph, storage = ours.with_codebooks(subject, subject.target_macs(ratio), ROUND_TO, DISTIL_SECONDS)
+    yield storage, graph
 
 
 METHODS = {
@@ -103,4 +112,5 @@ METHODS = {
     "ceiling": Method("least squares on real images", "ceiling", 1, _ceiling),
     "least_squares": Method("redpp-serve, least squares", "ours", 1, _least_squares),
     "distilled": Method("redpp-serve, + distillation", "ours", 1, _distilled),
+    "codebooks": Method("redpp-serve, + final codebooks", "ours", 1, _with_codebooks),
 }

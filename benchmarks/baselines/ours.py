@@ -2,36 +2,74 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from functools import lru_cache
 
-from redpp_serve.graph.channels import find_inner_channels
-from redpp_serve.graph.rewrite import round_up
+from redpp_serve.graph.coupling import couple
+from redpp_serve.graph.layers import find_layers
+from redpp_serve.pruning.codebooks import hash_within
 from redpp_serve.pruning.distil import distil
-from redpp_serve.pruning.reconstruct import keep_ratio, reconstruct
+from redpp_serve.pruning.lossy import Narrowed, Narrower
+from redpp_serve.pruning.pipeline import CODEBOOK_DISTIL_SHARE, CODEBOOK_SHARE, LEAST_CODEBOOK_ERROR
+from redpp_serve.pruning.repair import repair_batch_norm
+from redpp_serve.pruning.verify import compare_outputs
+from redpp_serve.pruning.widths import Plan, measure_errors, plan_widths
 from redpp_serve.runtime.graph import Graph
 
 from .subject import Subject
 
-_HELD_OUT = 32  # synthetic images that decide which weights distillation keeps
-_KEEPS = [k / 100 for k in range(1, 101)]
+_HELD_OUT = 32  # images of the synthetic ones on which widths are chosen and distillation is judged
 
 
-def least_squares(subject: Subject, target_macs: int, round_to: int, images: Tensor | None = None) -> Graph:
-    """Selection and least squares on synthetic images, or on ``images`` (n, ...) where those are given."""
-    graph = subject.graph
-    sets, _ = find_inner_channels(graph)
-    inputs = subject.synthetic[:-_HELD_OUT] if images is None else images
+@dataclass(frozen=True)
+class _Ready:
+    """A network observed on a set of images, and the order in which its classes give up channels."""
 
-    def macs(keep: float) -> float:
-        widths = {s.producer.name: round_up(max(1, round(keep * s.channels)), round_to, s.channels) for s in sets}
-        return subject.macs - subject.cost.removed(widths)
-
-    keep = min(_KEEPS, key=lambda k: abs(macs(k) - target_macs))
-    return reconstruct(graph, graph, sets, (inputs,), keep_ratio(keep), round_to)[0]
+    narrower: Narrower
+    plan: Plan
 
 
+@lru_cache(maxsize=4)
+def _ready(subject: Subject, real: bool, round_to: int) -> _Ready:
+    images = subject.real if real else subject.synthetic
+    narrower = Narrower(
+        subject.graph, couple(subject.graph), lambda name: {}, (images[:-_HELD_OUT],), (images[-_HELD_OUT:],),
+        lambda done, total: None,
+    )  # fmt: skip
+    errors = measure_errors(narrower.observed, narrower.selections, narrower.held_out)
+    return _Ready(narrower, plan_widths(narrower.coupling, errors, round_to))
+
+
+@lru_cache(maxsize=4)
+def _narrowed(subject: Subject, target_macs: int, round_to: int, real: bool) -> Narrowed:
+    ready = _ready(subject, real, round_to)
+    point = min(ready.plan.points, key=lambda p: abs(p.cost - target_macs))
+    return ready.narrower.build(point.widths)
+
+
+def least_squares(subject: Subject, target_macs: int, round_to: int, real: bool = False) -> Graph:
+    """Selection, widths and least squares on synthetic images, or on real ones of the training set."""
+    return _narrowed(subject, target_macs, round_to, real).graph
+
+
+@lru_cache(maxsize=2)
 def distilled(subject: Subject, target_macs: int, round_to: int, seconds: float) -> Graph:
     """Least squares, then distillation on the same synthetic images with a budget in seconds."""
-    pruned = least_squares(subject, target_macs, round_to)
-    learn, held_out = subject.synthetic[:-_HELD_OUT], subject.synthetic[-_HELD_OUT:]
-    return distil(pruned, subject.graph, (learn,), (held_out,), lambda name: {}, seconds=seconds).graph
+    narrowed, narrower = _narrowed(subject, target_macs, round_to, False), _ready(subject, False, round_to).narrower
+    return distil(narrowed.graph, subject.graph, narrower.inputs, narrower.held_out, narrowed.places, seconds=seconds).graph
+
+
+def with_codebooks(subject: Subject, target_macs: int, round_to: int, seconds: float) -> tuple[Graph, str]:
+    """The distilled network with the final codebooks that the product gives it, and how many bits an index takes."""
+    graph = distilled(subject, target_macs, round_to, seconds)
+    narrowed, narrower = _narrowed(subject, target_macs, round_to, False), _ready(subject, False, round_to).narrower
+    before = compare_outputs(subject.graph, graph, narrower.held_out).error
+    budget = max(CODEBOOK_SHARE * before, LEAST_CODEBOOK_ERROR)
+    found = hash_within(graph, find_layers(graph), narrower.held_out, budget)
+    graph = repair_batch_norm(found.graph, subject.graph, narrower.inputs, narrowed.places)
+    books = frozenset(layer.weight for layer in find_layers(graph))
+    tuned = distil(graph, subject.graph, narrower.inputs, narrower.held_out, narrowed.places,
+                   seconds=seconds * CODEBOOK_DISTIL_SHARE, codebooks=books).graph  # fmt: skip
+    four = sum(h.weight.numel() for h in found.hashed.values() if h.codebook.size <= 16)
+    return tuned, f"{four / sum(h.weight.numel() for h in found.hashed.values()):.0%} of the weights in 4 bits"
+

@@ -25,7 +25,7 @@ _TOLERANCE = 1e-3  # of the largest logit: float32 sums in another order
 _SYNTHESIS_SECONDS = 360.0  # the product's default share for making inputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """``inputs`` (N, ...) and ``labels`` (N,) are held out; ``real`` (n, ...) are of the training set, for the ceiling.
 
