@@ -34,9 +34,9 @@ from .verify import EXACT, Difference, VerifyData, check_gate, compare_outputs, 
 _MATCHING_SHARE = 0.5  # of the time budget; the rest is for fitting
 _FIT_END, _FRONTIER_END = 0.8, 0.95  # of the time budget
 _SAMPLES = 16
-_CODEBOOK_SHARE = 0.45  # of the error so far, that final codebooks may add in squares, where no budget says
-_LEAST_CODEBOOK_ERROR = 0.02
-_CODEBOOK_DISTIL_SHARE = 0.25  # of the distillation's seconds, for the values of the final codebooks
+CODEBOOK_SHARE = 0.45  # of the error so far, that final codebooks may add in squares, where no budget says
+LEAST_CODEBOOK_ERROR = 0.02
+CODEBOOK_DISTIL_SHARE = 0.25  # of the distillation's seconds, for the values of the final codebooks
 
 
 @dataclass
@@ -323,7 +323,7 @@ def _distil(run: _Run, checkpoint: Path | None, codebooks: frozenset[str] = froz
             return stage.skip("nothing was narrowed")
         if not options.distil:
             return stage.skip("--distil 0")
-        seconds = options.distil * (_CODEBOOK_DISTIL_SHARE if codebooks else 1 - _CODEBOOK_DISTIL_SHARE * (options.hash != NO_HASH))
+        seconds = options.distil * (CODEBOOK_DISTIL_SHARE if codebooks else 1 - CODEBOOK_DISTIL_SHARE * (options.hash != NO_HASH))
         state = checkpoint.with_name(f"{checkpoint.name}.{name}") if checkpoint else None
         found = distil(
             run.graph, run.original, run.fit_inputs, run.held_out, run.places, seconds=seconds, seed=options.seed,
@@ -376,7 +376,7 @@ def _codebook_budget(options: Options, before: float) -> float:
     """How much relative output error final codebooks may add: what the user's budget leaves, or in proportion."""
     if options.error_budget is not None:
         return max(options.error_budget**2 - before**2, 0.0) ** 0.5
-    return max(_CODEBOOK_SHARE * before, _LEAST_CODEBOOK_ERROR)
+    return max(CODEBOOK_SHARE * before, LEAST_CODEBOOK_ERROR)
 
 
 def _split(run: _Run) -> None:
