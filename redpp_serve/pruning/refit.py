@@ -61,7 +61,7 @@ def reconstruct(
     *,
     rows: Places = lambda name: {},
     compensate: bool = True,
-    every_layer: bool = False,
+    every_layer: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Graph, list[Reconstruction]]:
     """Fit the readers of narrowed channels, in order of execution.

@@ -1,0 +1,56 @@
+"""A network run piece by piece gives what it gives at once, however little is kept between the pieces."""
+
+import pytest
+import torch
+from networks import KINDS, network
+
+from redpp_serve.pruning import piecewise as module
+from redpp_serve.pruning.piecewise import Piecewise, chunk_size
+from redpp_serve.pruning.synthetic import smooth_noise
+from redpp_serve.runtime.program import Program
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kept", [10**9, 400, 0])
+def test_every_place_gives_the_same_values(monkeypatch, kind, kept):
+    monkeypatch.setattr(module, "_KEPT_VALUES", kept)
+    graph = network(kind, 4)
+    inputs = smooth_noise(graph.inputs, 7, 0)
+    names = [node.name for node in graph.nodes]
+    expected = dict(zip(names, Program(graph, names)(*inputs)))
+    run = Piecewise(graph, inputs, 3)
+    for k, name in enumerate(names):
+        run.advance(k)
+        (value,) = zip(*run.values([name]))
+        assert torch.allclose(torch.cat(value), expected[name], atol=1e-6)
+    got = [torch.cat(parts) for parts in zip(*run.outputs())]
+    assert all(torch.allclose(a, expected[b], atol=1e-6) for a, b in zip(got, graph.outputs))
+
+
+def test_tensors_behind_the_place_may_change():
+    graph = network("chain", 4)
+    inputs = smooth_noise(graph.inputs, 5, 0)
+    place = [node.name for node in graph.nodes].index("second")
+    changed = graph.with_tensors({"second.weight": 2 * graph.tensors["second.weight"]})
+    run = Piecewise(graph, inputs, 2)
+    run.advance(place)
+    run.use(changed)
+    got = torch.cat([part[0] for part in run.outputs()])
+    assert torch.allclose(got, Program(changed)(*inputs)[0], atol=1e-6)
+    assert not torch.allclose(got, Program(graph)(*inputs)[0], atol=1e-3)
+
+
+def test_nothing_before_the_place_runs_again(monkeypatch):
+    graph = network("chain", 4)
+    run = Piecewise(graph, smooth_noise(graph.inputs, 4, 0), 2)
+    run.advance(5)
+    damaged = graph.with_tensors({"stem.weight": graph.tensors["stem.weight"] * float("nan")})
+    run.use(damaged)
+    assert all(part[0].isfinite().all() for part in run.outputs())
+
+
+def test_chunks_are_small_for_few_images_and_wide_networks(monkeypatch):
+    graph = network("chain", 8)
+    assert [chunk_size(graph, images) for images in (1, 8, 1000)] == [1, 2, 32]
+    monkeypatch.setattr(module, "_CHUNK_VALUES", 600)
+    assert chunk_size(graph, 1000) == 600 // (8 * 30)
