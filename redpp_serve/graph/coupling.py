@@ -8,18 +8,21 @@ A class is open where every operator that its channels pass has a rule; what clo
 from __future__ import annotations
 
 import fnmatch
+import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..runtime.graph import Graph
 from ..runtime.program import Program
 from .classes import ChannelClass, Part, Reader
+from .labels import Labels
 from .layers import find_layers
 from .narrowing import narrow
+from .places import Places
 from .walk import Walk
 
 
@@ -42,6 +45,10 @@ class Coupling:
         """The classes that may be narrowed, in order of execution."""
         return tuple(c for c in self.classes if not c.closed)
 
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Coupling:
+        """The same coupling over other values of the same tensors."""
+        return replace(self, graph=self.graph.with_tensors(tensors))
+
     def narrow(self, kept: Mapping[str, Tensor]) -> Graph:
         """The graph with only the kept channels, (k,) ascending int64 by class name; classes not named stay whole.
 
@@ -51,16 +58,16 @@ class Coupling:
 
     def kept_positions(self, kept: Mapping[str, Tensor]) -> Callable[[str], dict[int, Tensor]]:
         """For a value's or tensor's name the positions that stay along each axis that loses some, ascending."""
-        gone = [self._roots[name][_complement(stay, len(self._roots[name]))] for name, stay in kept.items()]
-        removed = torch.cat(gone) if gone else torch.empty(0, dtype=torch.int64)
+        highest = max((int(roots.max()) for axes in self._axes.values() for roots in axes.values()), default=0)
+        stays = torch.ones(highest + 1, dtype=torch.bool)
+        for name, stay in kept.items():
+            stays[self._roots[name]] = False
+            stays[self._roots[name][stay]] = True
 
+        @functools.cache
         def positions(name: str) -> dict[int, Tensor]:
-            found = {}
-            for axis, roots in self._axes.get(name, {}).items():
-                stays = ~torch.isin(roots, removed)
-                if not bool(stays.all()):
-                    found[axis] = stays.nonzero().view(-1)
-            return found
+            found = {axis: stays[roots] for axis, roots in self._axes.get(name, {}).items()}
+            return {axis: stay.nonzero().view(-1) for axis, stay in found.items() if not bool(stay.all())}
 
         return positions
 
@@ -73,13 +80,14 @@ def couple(graph: Graph, exclude: Sequence[str] = ()) -> Coupling:
         exclude: shell patterns of layer names that must not change.
     """
     walk = Walk(graph).run()
-    axes = walk.axes()
     closed, tied = walk.labels.reasons()
+    for root, value in walk.alone().items():
+        closed.setdefault(root, tied.get(root, f"is all that {value} consists of"))
     classes, roots = _build(walk, closed, tied)
-    classes = [_excluded(graph, c, exclude) for c in classes]
-    coupling = Coupling(graph, tuple(classes), {}, axes, roots, walk)
+    classes = [_excluded(c, exclude) for c in classes]
+    coupling = Coupling(graph, tuple(classes), {}, walk.axes(), roots, walk)
     classes = _tried(coupling)
-    return replace(coupling, classes=classes, closed_layers=_closed_layers(walk, classes, closed))
+    return replace(coupling, classes=classes, closed_layers=_closed_layers(walk, classes))
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -93,66 +101,32 @@ def unmatched(graph: Graph, patterns: Sequence[str]) -> list[str]:
     return [f"--exclude {p} names no layer" for p in patterns if not fnmatch.filter(names, p)]
 
 
-def _complement(kept: Tensor, count: int) -> Tensor:
-    gone = torch.ones(count, dtype=torch.bool)
-    gone[kept] = False
-    return gone
-
-
-def _positions(labels: np.ndarray) -> dict[int, np.ndarray]:
-    """Where each label stands, ascending."""
-    order = np.argsort(labels, kind="stable")
-    values, starts = np.unique(labels[order], return_index=True)
-    return dict(zip(values.tolist(), np.split(order, starts[1:])))
-
-
 def _build(walk: Walk, closed: dict[int, str], tied: dict[int, str]) -> tuple[list[ChannelClass], dict[str, Tensor]]:
     """Channels that share a producer, and have as many entries in each tensor, are one class."""
-    find = walk.labels.find
-    produced = [(p, find(p.labels).numpy()) for p in walk.produced]
-    group_of: dict[int, int] = {}  # root -> a producer that its component is known by
-    leader = list(range(len(produced)))
-
-    def lead(k: int) -> int:
-        while leader[k] != k:
-            k = leader[k]
-        return k
-
-    for k, (_, labels) in enumerate(produced):
-        for root in np.unique(labels).tolist():
-            if root in group_of:
-                first, second = sorted((lead(group_of[root]), lead(k)))
-                leader[second] = first
-            group_of.setdefault(root, k)
-    uses = [(use, _positions(find(use.labels).numpy())) for use in walk.uses]
-    reads = [(read, _positions(find(read.labels).numpy())) for read in walk.reads]
-    places: dict[int, list[tuple[int, int]]] = {}
-    for slot, (_, where) in enumerate((*uses, *reads)):
-        for root, found in where.items():
-            places.setdefault(root, []).append((slot, len(found)))
+    produced = [(p, torch.unique(walk.labels.find(p.labels)).tolist()) for p in walk.produced]
+    leaders = _leaders([roots for _, roots in produced])
+    group_of = {root: leaders[k] for k, (_, roots) in reversed(list(enumerate(produced))) for root in roots}
+    places = Places([walk.labels.find(source.labels) for source in (*walk.uses, *walk.reads)])
     members: dict[tuple, list[int]] = {}
-    order: dict[int, None] = {}
-    for _, labels in produced:
-        order.update(dict.fromkeys(labels.tolist()))
-    order.pop(0, None)
-    for root in order:
-        key = (lead(group_of[root]), tuple(places.get(root, ())), root in closed)
-        members.setdefault(key, []).append(root)
-    read_tensors = {(r.tensor, r.dim) for r, _ in reads}
-    classes, roots, taken = [], {}, {}
-    for (group, slots, _), channels in members.items():
-        name = produced[group][0].layer
-        taken[name] = taken.get(name, 0) + 1
-        name = name if taken[name] == 1 else f"{name}[{taken[name]}]"
+    for p in walk.produced:
+        for root in dict.fromkeys(walk.labels.find(p.labels).tolist()):
+            if root in group_of and root != Labels.NONE:
+                members.setdefault((group_of.pop(root), places.signature(root), root in closed), []).append(root)
+    read_tensors = {(read.tensor, read.dim) for read in walk.reads}
+    classes, roots, taken = [], {}, Counter()
+    for (leader, _, _), channels in members.items():
+        layer = produced[leader][0].layer
+        taken[layer] += 1
+        name = layer if taken[layer] == 1 else f"{layer}[{taken[layer]}]"
         parts, readers = [], []
-        for slot, _count in slots:
-            source, where = (*uses, *reads)[slot]
-            positions = torch.from_numpy(np.stack([where[root] for root in channels]))
-            if slot >= len(uses):
-                readers.append(Reader(source.node, source.tensor, source.dim, source.value, source.axis, positions))
-            elif (source.tensor, source.dim) not in read_tensors:
-                parts.append(Part(source.tensor, source.dim, positions))
-        makers = dict.fromkeys(p.layer for p, labels in produced if np.isin(channels, labels).any())
+        for slot, positions in places.of(channels):
+            if slot >= len(walk.uses):
+                read = walk.reads[slot - len(walk.uses)]
+                readers.append(Reader(read.node, read.tensor, read.dim, read.value, read.axis, positions))
+            elif (use := walk.uses[slot]) and (use.tensor, use.dim) not in read_tensors:
+                parts.append(Part(use.tensor, use.dim, positions))
+        held = set(channels)
+        makers = dict.fromkeys(p.layer for k, (p, r) in enumerate(produced) if leaders[k] == leader and held & set(r))
         reason = next((closed[r] for r in channels if r in closed), "")
         if not reason and len(channels) < 2:
             reason = tied.get(channels[0], "has a single channel")
@@ -163,7 +137,24 @@ def _build(walk: Walk, closed: dict[int, str], tied: dict[int, str]) -> tuple[li
     return classes, roots
 
 
-def _excluded(graph: Graph, found: ChannelClass, patterns: Sequence[str]) -> ChannelClass:
+def _leaders(groups: Sequence[Sequence[int]]) -> list[int]:
+    """For each group of roots the first one that it is linked to by common members, through others if need be."""
+    leader, first = list(range(len(groups))), {}
+
+    def lead(k: int) -> int:
+        while leader[k] != k:
+            leader[k] = k = leader[leader[k]]
+        return k
+
+    for k, roots in enumerate(groups):
+        for root in roots:
+            if root != Labels.NONE:
+                low, high = sorted((lead(first.setdefault(root, k)), lead(k)))
+                leader[high] = low
+    return [lead(k) for k in range(len(groups))]
+
+
+def _excluded(found: ChannelClass, patterns: Sequence[str]) -> ChannelClass:
     if found.closed or not patterns:
         return found
     names = [t.removesuffix(".weight") for t in (*(p.tensor for p in found.parts), *(r.tensor for r in found.readers))]
@@ -187,16 +178,18 @@ def _tried(coupling: Coupling) -> tuple[ChannelClass, ...]:
 
 def _fails(coupling: Coupling, kept: Mapping[str, Tensor]) -> str:
     """Why the narrowed graph cannot run, on shapes alone, at another batch size than the walk's; '' if it can."""
+    graph, shapes = coupling.graph, coupling._walk.shapes
     try:
         with torch.device("meta"):
-            inputs = [torch.empty(3, *i.shape, dtype=getattr(torch, i.dtype)) for i in coupling.graph.inputs]
-        before, after = (Program(g).to("meta")(*inputs) for g in (coupling.graph, coupling.narrow(kept)))
-        return "" if [x.shape for x in before] == [x.shape for x in after] else "its outputs change shape"
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            inputs = [torch.empty(3, *i.shape, dtype=getattr(torch, i.dtype)) for i in graph.inputs]
+        after = Program(coupling.narrow(kept)).to("meta")(*inputs)
+    except Exception as error:  # noqa: BLE001 - whatever an operator raises for sizes that do not fit
         return str(error).split("\n")[0] or type(error).__name__
+    same = all(tuple(x.shape[1:]) == shapes.get(name, x.shape)[1:] for name, x in zip(graph.outputs, after))
+    return "" if same else "its outputs change shape"
 
 
-def _closed_layers(walk: Walk, classes: Sequence[ChannelClass], closed: dict[int, str]) -> dict[str, str]:
+def _closed_layers(walk: Walk, classes: Sequence[ChannelClass]) -> dict[str, str]:
     reasons = dict(walk.refused)
     opened = {layer for c in classes if not c.closed for layer in c.producers}
     for found in classes:

@@ -13,18 +13,21 @@ class Labels:
     NONE = 0
 
     def __init__(self) -> None:
-        self._parent = np.zeros(1, np.int64)
+        self._parent = np.zeros(1024, np.int64)  # grows by doubling
+        self._count = 1
         self._notes: list[tuple[np.ndarray, str, bool]] = []  # labels, reason, whether it closes them
 
     def fresh(self, count: int) -> Tensor:
         """``count`` new labels, each alone, (count,) int64."""
-        start = len(self._parent)
-        self._parent = np.concatenate([self._parent, np.arange(start, start + count)])
-        return torch.arange(start, start + count)
+        start, self._count = self._count, self._count + count
+        if self._count > len(self._parent):
+            self._parent = np.concatenate([self._parent, np.zeros(max(count, len(self._parent)), np.int64)])
+        self._parent[start : self._count] = np.arange(start, self._count)
+        return torch.arange(start, self._count)
 
     def find(self, labels: Tensor) -> Tensor:
-        """The representative of each label, in the same shape."""
-        return torch.from_numpy(self._find(labels.numpy()))
+        """The representative of each label, in the same shape; repetitions stay views."""
+        return torch.from_numpy(self._find(once(labels).numpy())).expand(labels.shape)
 
     def _find(self, labels: np.ndarray) -> np.ndarray:
         roots = self._parent[labels]
@@ -35,13 +38,13 @@ class Labels:
             roots = higher
         return roots
 
-    def union(self, a: Tensor, b: Tensor, reason: str = "") -> None:
+    def union(self, a: Tensor, b: Tensor, reason: str = "meets values that are no channels") -> None:
         """Join the labels pairwise (broadcast). A label that meets NONE is closed instead, with the reason."""
         x, y = (t.numpy() for t in _pairs(a, b))
         for one, other in ((x, y), (y, x)):
             alone = one[(other == self.NONE) & (one != self.NONE)]
             if len(alone):
-                self._notes.append((alone, reason or "meets values that are no channels", True))
+                self._notes.append((alone, reason, True))
         both = (x != self.NONE) & (y != self.NONE)
         x, y = x[both], y[both]
         met = np.concatenate([x, y])
@@ -54,16 +57,18 @@ class Labels:
 
     def tie(self, labels: Tensor, dim: int, reason: str) -> None:
         """Join all labels along a dimension; the reason is kept for those whose class has nothing else left."""
-        if labels.shape[dim] > 1:
-            first = labels.narrow(dim, 0, 1)
-            moved = self.find(labels) != self.find(first)
-            if bool(moved.any()):
-                self._notes.append((np.unique(self.find(labels).numpy()), reason, False))
-                self.union(labels, first, reason)
+        labels = once(labels)
+        if labels.shape[dim] < 2:
+            return
+        roots = self.find(labels)
+        moved = (roots != roots.narrow(dim, 0, 1)).any(dim).unsqueeze(dim).expand(labels.shape)
+        if bool(moved.any()):
+            self._notes.append((np.unique(roots[moved].numpy()), reason, False))
+            self.union(labels, labels.narrow(dim, 0, 1), reason)
 
     def close(self, labels: Tensor, reason: str) -> None:
         """These channels must stay."""
-        found = np.unique(self._find(_dense(labels).numpy()))
+        found = np.unique(self._find(once(labels).numpy()))
         found = found[found != self.NONE]
         if len(found):
             self._notes.append((found, reason, True))
@@ -78,8 +83,8 @@ class Labels:
         return closed, tied
 
 
-def _dense(labels: Tensor) -> Tensor:
-    """Without the repetitions of expanded dimensions."""
+def once(labels: Tensor) -> Tensor:
+    """Without the repetitions of expanded dimensions, which become 1 long."""
     for dim, step in enumerate(labels.stride()):
         if step == 0 and labels.shape[dim] > 1:
             labels = labels.narrow(dim, 0, 1)

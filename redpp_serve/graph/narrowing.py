@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..runtime.graph import Graph, Node, Ref
-
-if TYPE_CHECKING:
-    from .walk import Walk
+from .moving import shuffled
+from .reading import conv_groups
+from .walk import Walk
 
 Kept = Callable[[str], dict[int, Tensor]]  # a value's or tensor's name to the positions that stay, by axis
 
@@ -30,22 +30,36 @@ def narrow(graph: Graph, walk: Walk, kept: Kept) -> Graph:
         tensors[name] = tensor
     nodes = []
     for node in graph.nodes:
-        chain = walk.permutes.get(node.name)
-        if chain is not None and kept(node.name):
-            nodes.append(_permute(tensors, node, chain, kept))
-        else:
-            nodes.append(_REWRITES[node.op](walk, node, kept) if node.op in _REWRITES else node)
+        order = _order(walk, node) if kept(node.name) else None
+        if order is not None:
+            source, axis, entries = order
+            tensors[f"{node.name}.order"] = _reordered(entries, axis, kept(source.name), kept(node.name))
+            node = Node(node.name, "aten.index_select.default", (source, axis, Ref(f"{node.name}.order")))
+        elif node.op in _REWRITES:
+            node = _REWRITES[node.op](walk, node, kept)
+        nodes.append(node)
     return replace(graph, tensors=tensors, nodes=tuple(nodes)).pruned_of_unused()
 
 
-def _permute(tensors: dict[str, Tensor], node: Node, chain: Any, kept: Kept) -> Node:
-    """A channel shuffle of fewer channels as one indexing."""
-    stays = kept(chain.source)[chain.axis]
-    rank = torch.full((len(chain.order),), -1, dtype=torch.int64)
-    rank[stays] = torch.arange(len(stays))
-    index = f"{node.name}.order"
-    tensors[index] = rank[chain.order][rank[chain.order] >= 0]
-    return Node(node.name, "aten.index_select.default", (Ref(chain.source), chain.axis, Ref(index)))
+def _order(walk: Walk, node: Node) -> tuple[Ref, int, Tensor] | None:
+    """For a call that puts the entries of an axis in another order: its source, the axis, and where each comes from."""
+    shuffle = walk.shuffles.get(node.name)
+    if shuffle:
+        return Ref(shuffle.source), shuffle.axis, shuffle.order
+    if node.op == "aten.channel_shuffle.default":
+        return node.args[0], 1, shuffled(_shape(node.name, walk)[1], node.args[1])
+    if node.op == "aten.index_select.default":
+        return node.args[0], node.args[1] % len(_shape(node.name, walk)), walk.constant(node.args[2].name)
+    return None
+
+
+def _reordered(entries: Tensor, axis: int, source: dict[int, Tensor], result: dict[int, Tensor]) -> Tensor:
+    """The order of what is left, (k,) int64: where each entry that stays lies among those of the source that stay."""
+    if axis not in result:
+        return entries
+    rank = torch.zeros(int(max(entries.max(), source[axis].max())) + 1, dtype=torch.int64)
+    rank[source[axis]] = torch.arange(len(source[axis]))
+    return rank[entries[result[axis]]]
 
 
 def _shape(name: str, walk: Walk) -> tuple[int, ...]:
@@ -96,10 +110,12 @@ def _bound(value: Any, size: int) -> int:
 
 
 def _narrow(walk: Walk, node: Node, kept: Kept) -> Node:
-    axis = node.args[1] % len(_shape(node.args[0].name, walk))
-    positions, start, length = kept(node.args[0].name).get(axis), node.args[2], node.args[3]
+    shape = _shape(node.args[0].name, walk)
+    axis, start, length = node.args[1] % len(shape), node.args[2], node.args[3]
+    positions = kept(node.args[0].name).get(axis)
     if positions is None:
         return node
+    start = _bound(start, shape[axis])
     before, through = (int((positions < bound).sum()) for bound in (start, start + length))
     return _with(node, {2: before, 3: through - before})
 
@@ -116,11 +132,11 @@ def _split(walk: Walk, node: Node, kept: Kept) -> Node:
 
 
 def _conv(walk: Walk, node: Node, kept: Kept) -> Node:
-    groups = node.args[6] if len(node.args) > 6 else 1
-    positions = kept(node.args[0].name).get(1)
+    groups, positions = conv_groups(node), kept(node.args[0].name).get(1)
     if groups == 1 or positions is None:
         return node
-    return _with(node, {6: len(positions) // (_shape(node.args[0].name, walk)[1] // groups)})
+    at = 8 if node.op == "aten.convolution.default" else 6
+    return _with(node, {at: len(positions) // (_shape(node.args[0].name, walk)[1] // groups)})
 
 
 def _group_norm(walk: Walk, node: Node, kept: Kept) -> Node:
@@ -128,12 +144,6 @@ def _group_norm(walk: Walk, node: Node, kept: Kept) -> Node:
     if positions is None:
         return node
     return _with(node, {1: len(positions) // (_shape(node.args[0].name, walk)[1] // node.args[1])})
-
-
-def _channel_shuffle(walk: Walk, node: Node, kept: Kept) -> Node:
-    if kept(node.name):
-        raise ValueError("a channel shuffle of fewer channels")
-    return node
 
 
 def _pad(walk: Walk, node: Node, kept: Kept) -> Node:
@@ -154,8 +164,9 @@ def _with(node: Node, changed: dict[int, Any]) -> Node:
 _REWRITES: dict[str, Callable[[Walk, Node, Kept], Node]] = {
     "aten.reshape.default": _sizes(1), "aten.expand.default": _sizes(1), "aten.unflatten.int": _unflatten,
     "aten.slice.Tensor": _slice, "aten.narrow.default": _narrow, "aten.pad.default": _pad, "aten.constant_pad_nd.default": _pad,
-    "aten.channel_shuffle.default": _channel_shuffle, "aten.group_norm.default": _group_norm,
+    "aten.group_norm.default": _group_norm,
     **dict.fromkeys(("aten.split.Tensor", "aten.split.sizes", "aten.split_with_sizes.default", "aten.chunk.default"), _split),
     **dict.fromkeys(("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv1d.padding",
-                     "aten.conv2d.padding", "aten.conv_transpose2d.input"), _conv),
+                     "aten.conv2d.padding", "aten.conv_transpose1d.default", "aten.conv_transpose2d.input",
+                     "aten.convolution.default"), _conv),
 }  # fmt: skip

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..runtime.graph import Graph, Node, Ref, map_refs
 from ..runtime.ops import resolve
 from ..runtime.program import value_shapes
-from .labels import Labels
+from .labels import Labels, once
+from .shuffles import find_shuffles
 
 _MOST_ENTRIES = 1 << 21  # of a parameter that takes part in elementwise operators; a larger one carries no channels
 
@@ -58,26 +59,30 @@ class Walk:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.labels = Labels()
-        self.shapes = value_shapes(graph)
+        self.shapes = {**{spec.name: (1, *spec.shape) for spec in graph.inputs}, **value_shapes(graph)}
         self.values: dict[str, Any] = {spec.name: self.none(1, *spec.shape) for spec in graph.inputs}
         self.uses: list[Use] = []
         self.reads: list[Read] = []
         self.produced: list[Produced] = []
         self.refused: dict[str, str] = {}  # layers that take no part, with reasons
-        self.permutes = _permuting_chains(graph, self.shapes)  # last node of a chain to its first node's input and axis
-        self._inside = {name for chain in self.permutes.values() for name in chain.inside}
+        self.shuffles = find_shuffles(graph, self.shapes)
+        self._inside = {name for shuffle in self.shuffles.values() for name in shuffle.inside}
         self._rows: dict[tuple[str, int], Tensor] = {}
         self._later: list[tuple[Tensor, int, str]] = []
+        self._joins: list[tuple[Tensor, Tensor, str]] = []
         self._roles = _weight_roles(graph)
+        self._nodes = {node.name: node for node in graph.nodes}
+        self._constants: dict[str, Tensor | None] = dict(graph.tensors)
 
     def run(self) -> Walk:
         """Walk the whole graph."""
-        from .rules import RULES, unknown
+        from .joining import unknown
+        from .rules import RULES
 
         for node in self.graph.nodes:
             self.values[node.name] = RULES.get(node.op, unknown)(self, node)
         for name in self.graph.outputs:
-            self.labels.close(self.values[name], "is an output of the network")
+            self.labels.close(self._named(name), "is an output of the network")
         self._finish()
         return self
 
@@ -107,20 +112,13 @@ class Walk:
 
     def varying(self, labels: Tensor) -> list[int]:
         """The axes along which the channel changes."""
-        found = []
-        axes = [d for d in range(labels.dim()) if labels.shape[d] > 1 and labels.stride(d) != 0]
-        if axes:
-            roots = self.labels.find(_squeezed(labels))
-            found = [d for d in axes if bool((roots != roots.narrow(d, 0, 1)).any())]
-        return found
+        roots = self.labels.find(once(labels))
+        return [d for d in range(roots.dim()) if roots.shape[d] > 1 and bool((roots != roots.narrow(d, 0, 1)).any())]
 
     def along(self, labels: Tensor, axis: int) -> Tensor:
         """The labels along one axis, at index 0 of all others, (size,)."""
         axis %= labels.dim()
-        for d in reversed(range(labels.dim())):
-            if d != axis:
-                labels = labels.select(d, 0)
-        return labels.contiguous()
+        return labels[tuple(slice(None) if d == axis else 0 for d in range(labels.dim()))].contiguous()
 
     def flat_over(self, labels: Tensor, axis: int) -> bool:
         """Whether the channel changes along no other axis than this one."""
@@ -154,108 +152,93 @@ class Walk:
         """Join the labels along a dimension at the end, unless rules that come later make them one anyway."""
         self._later.append((labels, dim, reason))
 
-    def has_role(self, tensor: Any) -> bool:
-        """Whether an argument is a stored tensor that is only ever used as a layer's own."""
-        return isinstance(tensor, Ref) and tensor.name in self._roles
+    def join_later(self, one: Tensor, many: Tensor, node: str) -> None:
+        """Join ``one`` with ``many``, which it is broadcast over: at the end, when it shows which channels of ``many`` go
+        by themselves (the heads of an attention, say, while ``one`` is the same for each head)."""
+        self._joins.append((one, many, node))
+
+    def is_own(self, tensor: Any) -> bool:
+        """Whether an argument is absent, or a stored tensor that is only ever used as a layer's own."""
+        return tensor is None or isinstance(tensor, Ref) and tensor.name in self._roles
+
+    def constant(self, name: str) -> Tensor | None:
+        """The value of a stored tensor, or of a call that only stored tensors lead to; None for other values."""
+        if name not in self._constants:
+            node = self._nodes.get(name)
+            known = {ref: self.constant(ref) for ref in node.refs()} if node else {}
+            value = None
+            if node and all(t is not None for t in known.values()):
+                value = resolve(node.op)(*map_refs(node.args, known.get), **node.kwargs)
+            self._constants[name] = value if isinstance(value, Tensor) else None
+        return self._constants[name]
 
     # The end of the walk
 
     def _finish(self) -> None:
-        """Tie what was put off, and make every value a product: along each axis alone its channels come and go."""
+        """Tie what was put off, and make every value a product: along one axis alone its channels come and go."""
         for labels, dim, reason in self._later:
             self.labels.tie(labels, dim, reason)
-        for _ in range(8):
-            loose = False
-            for name, labels in self.values.items():
-                if not isinstance(labels, Tensor) or name in self._inside:
-                    continue
-                axes = self.varying(labels)
-                if len(axes) > 1:
-                    loose = True
-                    free = max(axes, key=lambda d: labels.shape[d])
-                    for d in axes:
-                        if d != free:
-                            self.labels.tie(labels, d, f"its channels are laid out over several dimensions ({name})")
-            if not loose:
-                return
+        for one, many, node in self._joins:
+            self._join(one, many, node)
+        for name, labels in self._tracked():
+            axes = self.varying(labels)
+            for d in axes:
+                if d != max(axes, key=lambda d: labels.shape[d]):
+                    self.labels.tie(labels, d, f"its channels are laid out over several dimensions ({name})")
+        for name, labels in self._tracked():
+            if name in self.graph.tensors:
+                self.uses += [Use(name, dim, along) for dim, along in self._own_axes(labels).items()]
+
+    def _join(self, one: Tensor, many: Tensor, node: str) -> None:
+        moves = self.varying(many)
+        over = [d for d in moves if one.shape[d] == 1]
+        if over == moves:  # whichever channels of many go, all of one stays
+            self.labels.close(one, f"is broadcast over other channels ({node})")
+            return
+        for d in over:
+            self.labels.tie(many, d, f"is multiplied or added along other channels ({node})")
+        self.labels.union(one, many, f"meets values that are no channels ({node})")
+
+    def _tracked(self) -> list[tuple[str, Tensor]]:
+        """Values and stored tensors with labels for each entry."""
+        return [(k, v) for k, v in self.values.items() if isinstance(v, Tensor) and k not in self._inside]
+
+    def alone(self) -> dict[int, str]:
+        """Channels that some value consists of, by representative, with the value's name: it would be left empty."""
+        found: dict[int, str] = {}
+        for name, labels in self._tracked():
+            if labels.numel() and not self.varying(labels):
+                found.setdefault(int(self.labels.find(labels.reshape(-1)[:1])), name)
+        found.pop(Labels.NONE, None)
+        return found
 
     def axes(self) -> dict[str, dict[int, Tensor]]:
         """For each value and stored tensor the axes along which channels lie, with their representatives (size,)."""
-        found: dict[str, dict[int, Tensor]] = {}
-        for name, labels in self.values.items():
-            if isinstance(labels, Tensor) and name not in self._inside:
-                for axis in self.varying(labels):
-                    found.setdefault(name, {})[axis] = self.labels.find(self.along(labels, axis))
+        found = {name: self._own_axes(labels) for name, labels in self._tracked()}
         for (tensor, dim), labels in self._rows.items():
             found.setdefault(tensor, {})[dim] = self.labels.find(labels)
-        return found
+        return {name: axes for name, axes in found.items() if axes}
 
-
-def _squeezed(labels: Tensor) -> Tensor:
-    for d in range(labels.dim()):
-        if labels.stride(d) == 0 and labels.shape[d] > 1:
-            labels = labels.narrow(d, 0, 1)
-    return labels
+    def _own_axes(self, labels: Tensor) -> dict[int, Tensor]:
+        return {d: self.labels.find(self.along(labels, d)) for d in self.varying(labels)}
 
 
 # Positions of the arguments that are a layer's own tensors, by operator.
-_OWN = {
+OWN = {
     **dict.fromkeys(
         ("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv1d.padding", "aten.conv2d.padding",
-         "aten.conv_transpose2d.input", "aten.linear.default", "aten.prelu.default"), (1, 2)),
-    "aten.batch_norm.default": (1, 2, 3, 4), "aten.instance_norm.default": (1, 2, 3, 4),
+         "aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.convolution.default",
+         "aten.linear.default"), (1, 2)),
+    "aten.batch_norm.default": (1, 2, 3, 4), "aten.instance_norm.default": (1, 2, 3, 4), "aten.prelu.default": (1,),
     "aten.group_norm.default": (2, 3), "aten.layer_norm.default": (2, 3), "aten.rms_norm.default": (2,),
 }  # fmt: skip
 
 
 def _weight_roles(graph: Graph) -> set[str]:
     """Stored tensors that every reader uses as its own weight, bias or statistic, at the same place."""
-    places: dict[str, set[int | None]] = {}
+    places: dict[str, set[int | None]] = {name: {None} for name in graph.outputs}
     for node in graph.nodes:
-        own = {node.args[k].name: k for k in _OWN.get(node.op, ()) if k < len(node.args) and isinstance(node.args[k], Ref)}
+        own = {node.args[k].name: k for k in OWN.get(node.op, ()) if k < len(node.args) and isinstance(node.args[k], Ref)}
         for name, times in Counter(node.refs()).items():
             places.setdefault(name, set()).add(own.get(name) if times == 1 else None)
     return {name for name in graph.tensors if len(places.get(name, {None})) == 1 and None not in places[name]}
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Reshape, swap, reshape back: a permutation of one axis. ``order`` (size,): entry j comes from ``order[j]``."""
-
-    source: str
-    axis: int
-    order: Tensor
-    inside: tuple[str, ...]
-
-
-_COPIES = ("aten.contiguous.default", "aten.clone.default")
-_SWAPS = ("aten.transpose.int", "aten.permute.default", "aten.swapaxes.default")
-
-
-def _permuting_chains(graph: Graph, shapes: dict[str, tuple[int, ...]]) -> dict[str, Chain]:
-    """Channel shuffles written as view, transpose, view, by the name of their last node."""
-    nodes, users, found = {n.name: n for n in graph.nodes}, graph.users(), {}
-    shapes = {**{i.name: (1, *i.shape) for i in graph.inputs}, **shapes}
-    for last in graph.nodes:
-        if last.op != "aten.reshape.default":
-            continue
-        path, node = [], nodes.get(last.args[0].name)
-        while node and node.op in (*_COPIES, *_SWAPS) and len(users[node.name]) == 1 and node.name not in graph.outputs:
-            path.append(node)
-            node = nodes.get(node.args[0].name)
-        swaps = [n for n in path if n.op in _SWAPS]
-        if not node or node.op != "aten.reshape.default" or len(swaps) != 1 or len(users[node.name]) != 1:
-            continue
-        source, split, whole = node.args[0].name, shapes[node.name], shapes.get(node.args[0].name, ())
-        axis = next((d for d in range(len(whole)) if whole[d] != split[d]), None)
-        if shapes[last.name] != whole or len(split) != len(whole) + 1 or not axis or node.name in graph.outputs:
-            continue
-        if (*split[:axis], split[axis] * split[axis + 1], *split[axis + 2:]) != whole:
-            continue
-        probe = torch.arange(whole[axis]).view([-1 if d == axis else 1 for d in range(len(whole))]).expand(whole)
-        moved = resolve(swaps[0].op)(probe.reshape(split), *swaps[0].args[1:])
-        expected = probe.reshape(split).transpose(axis, axis + 1)
-        if moved.shape == expected.shape and torch.equal(moved, expected):
-            order = torch.arange(whole[axis]).view(split[axis], split[axis + 1]).t().reshape(-1)
-            found[last.name] = Chain(source, axis, order, (node.name, *(n.name for n in path)))
-    return found

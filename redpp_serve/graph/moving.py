@@ -1,0 +1,126 @@
+"""Rules of operators that only move entries: they do the same to the labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime.graph import Node, Ref
+from ..runtime.ops import resolve
+from .joining import Rule, join, unknown
+from .walk import Walk
+
+
+def move(walk: Walk, node: Node) -> Any:
+    """Run the operator on the labels."""
+    return resolve(node.op)(*(walk.value(a) for a in node.args))
+
+
+def reshape(walk: Walk, node: Node) -> Any:
+    """A reshape; at the end of a channel shuffle the channels are those of its start, in another order."""
+    shuffle = walk.shuffles.get(node.name)
+    return walk.value(Ref(shuffle.source)).index_select(shuffle.axis, shuffle.order) if shuffle else move(walk, node)
+
+
+def reshape_as(walk: Walk, node: Node) -> Any:
+    """The second argument gives the sizes, so its channels must be those of the first."""
+    labels, model = (walk.value(a) for a in node.args[:2])
+    return join(walk, labels.reshape(model.shape), model, node)
+
+
+def cat(walk: Walk, node: Node) -> Any:
+    """Side by side; only one copy of what all of them repeat is put together."""
+    parts, axis = walk.value(node.args[0]), node.args[1] if len(node.args) > 1 else 0
+    shape = walk.shapes[node.name]
+    parts = [p for p in parts if p.dim() == len(shape)]  # the old form of an empty tensor has one dimension
+    for d in range(len(shape)):
+        if d != axis % len(shape) and all(p.stride(d) == 0 or p.shape[d] == 1 for p in parts):
+            parts = [p.narrow(d, 0, 1) for p in parts]
+    return torch.cat(parts, axis).expand(shape)
+
+
+def pick(axis_at: int, default: int) -> Rule:
+    """Taking entries of one axis by number: along it all channels stay or go together."""
+
+    def rule(walk: Walk, node: Node) -> Any:
+        labels = walk.value(node.args[0])
+        axis = node.args[axis_at] if len(node.args) > axis_at else default
+        walk.tie_later(labels, axis % labels.dim(), f"is taken apart by {node.op.split('.')[1]} ({node.name})")
+        return move(walk, node)
+
+    return rule
+
+
+def cut(walk: Walk, node: Node) -> Any:
+    """A slice; one in steps is no run of channels."""
+    if len(node.args) > 4 and node.args[4] != 1:
+        labels = walk.value(node.args[0])
+        walk.tie_later(labels, node.args[1] % labels.dim(), f"is read in steps ({node.name})")
+    return move(walk, node)
+
+
+def whole(dims_at: int) -> Rule:
+    """Moving entries along an axis (roll, flip): the channels there are tied."""
+
+    def rule(walk: Walk, node: Node) -> Any:
+        labels = walk.value(node.args[0])
+        for axis in (node.args[dims_at] if len(node.args) > dims_at else None) or range(labels.dim()):
+            walk.labels.tie(labels, axis % labels.dim(), f"is moved among channels by {node.op.split('.')[1]} ({node.name})")
+        return labels
+
+    return rule
+
+
+def index(walk: Walk, node: Node) -> Any:
+    """Indexing by fixed indices; along the indexed axes the channels are tied."""
+    labels, indices = walk.value(node.args[0]), node.args[1]
+    indices = [None if i is None else walk.constant(i.name) for i in indices]
+    if any(i is not None and fixed is None for i, fixed in zip(node.args[1], indices)):
+        return unknown(walk, node)
+    axis = 0
+    for fixed in indices:
+        steps = fixed.dim() if fixed is not None and fixed.dtype == torch.bool else 1
+        for _ in range(steps if fixed is not None else 0):
+            walk.labels.tie(labels, axis, f"is indexed ({node.name})")
+            axis += 1
+        axis += fixed is None
+    return resolve(node.op)(labels, indices)
+
+
+def index_select(walk: Walk, node: Node) -> Any:
+    """Entries of one axis in a fixed order."""
+    order = walk.constant(node.args[2].name)
+    return unknown(walk, node) if order is None else walk.value(node.args[0]).index_select(node.args[1], order)
+
+
+def channel_shuffle(walk: Walk, node: Node) -> Any:
+    """The channels in the order that reading them group by group, one of each, gives."""
+    labels = walk.value(node.args[0])
+    return labels.index_select(1, shuffled(labels.shape[1], node.args[1]))
+
+
+def shuffled(size: int, groups: int) -> Tensor:
+    """Where each output channel of a channel shuffle comes from, (size,) int64."""
+    return torch.arange(size).view(groups, -1).t().reshape(-1)
+
+
+def pad(walk: Walk, node: Node) -> Any:
+    """Constants around the entries: beside channels they are channels of their own, which can go with what they meet."""
+    labels, amounts = walk.value(node.args[0]), walk.value(node.args[1])
+    moves = walk.varying(labels)
+    padded = [labels.dim() - 1 - k for k in range(len(amounts) // 2) if amounts[2 * k] or amounts[2 * k + 1]]
+    beside = [d for d in padded if d in moves]
+    mode = node.args[2] if node.op == "aten.pad.default" and len(node.args) > 2 else "constant"
+    if beside and (moves != beside or mode != "constant" or min(amounts) < 0):
+        return unknown(walk, node)
+    for d in padded:
+        front, back = amounts[2 * (labels.dim() - 1 - d) :][:2]
+        shape = (*labels.shape[:d], labels.shape[d] + front + back, *labels.shape[d + 1 :])
+        if d in moves:
+            row = torch.cat([walk.labels.fresh(front), walk.along(labels, d), walk.labels.fresh(back)])
+            labels = walk.spread(row, d, shape)
+        else:
+            labels = labels.narrow(d, 0, 1).expand(shape)
+    return labels
