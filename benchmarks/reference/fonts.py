@@ -38,13 +38,12 @@ PACKAGES = tuple(f"fonts-{name}" for name in """
     averia-serif-gwf b612 cabin cantarell cardo century-catalogue clear-sans comfortaa comic-neue courier-prime
     croscore crosextra-caladea crosextra-carlito dejavu-core dejavu-extra dosis ebgaramond essays1743 fantasque-sans
     fanwood firacode freefont-ttf georgewilliams go goudybookletter hack inconsolata inter jetbrains-mono junction
-    junicode jura karla lato league-mono league-spartan liberation lindenhill linuxlibertine lmodern lobstertwo manrope
+    junicode jura karla lato league-mono league-spartan liberation lindenhill linuxlibertine lobstertwo manrope
     monofur mononoki national-park oldstandard open-sans opendyslexic oxygen paratype play prociono quattrocento
-    quicksand roboto-slab roboto-unhinted routed-gothic sil-andika sil-charis sil-gentiumplus sora stix texgyre tuffy
+    quicksand roboto-slab roboto-unhinted routed-gothic sil-andika sil-charis sil-gentiumplus sora stix tuffy
     urw-base35 vollkorn yanone-kaffeesatz""".split())  # fmt: skip
 # Clones of the same few designs (Helvetica, Times, Courier, Lato, ...) under many names; never held out.
-_CLONED = ("arim", "c059", "cala", "carl", "cous", "free", "lato", "libe", "lm", "nimb", "p052", "switz", "tex", "tino",
-           "urw")  # fmt: skip
+_CLONED = ("arim", "c059", "cala", "carl", "cous", "free", "lato", "libe", "nimb", "p052", "switz", "tino", "urw")
 _UNFIT = ("math", "symbol", "dingbat", "d050000l", "caps", "smcp", " sc", "-sc", "outline", "shadow", "initial",
           "unslanted")  # fmt: skip
 _DRAWN_AT = 56  # pixels of an em, before the glyph is scaled down
