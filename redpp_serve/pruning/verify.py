@@ -160,7 +160,7 @@ def check_gate(options: Options, difference: Difference, accuracy: tuple[float, 
     Raises:
         GateFailed: naming the first number that missed its limit.
     """
-    limit = options.max_error if options.keep is not None or options.merge == "exact" else options.error_budget
+    limit = options.max_error if options.error_budget is None else options.error_budget
     if limit is not None and not difference.error <= limit:
         raise GateFailed(f"the relative output error on held-out synthetic inputs is {difference.error:.4f}",
                          f"at most {limit:g} (--max-error)", "keep more channels (--keep), hash more finely (--hash-error), "
