@@ -12,7 +12,7 @@ from networks import Builder, calibrated, many, network
 
 from redpp_serve.graph.layers import mac_count
 from redpp_serve.pruning import synthetic
-from redpp_serve.pruning.synthetic import Plan, plan, smooth_noise, synthesize
+from redpp_serve.pruning.synthetic import Plan, plan, smooth_noise, synthesize, trained_norms
 from redpp_serve.runtime.graph import InputSpec, Ref
 
 SMALL = Plan(images=24, batch=8, steps=6)
@@ -127,6 +127,46 @@ def test_networks_without_batch_norm_get_noise_and_a_note():
         "no batch norm" in made.note and "smooth noise" in made.note and all(math.isnan(loss) for loss in made.losses)
     )
     assert equal(made.inputs, smooth_noise(graph.inputs, 24, 2))
+
+
+UNTRAINED, BROKEN = (0.0, 1.0), (math.nan, 1.0)
+
+
+def with_statistics(graph, statistics):
+    """Each named norm with that mean and variance in all channels."""
+    changed = {}
+    for name, (mean, variance) in statistics.items():
+        changed[f"{name}.running_mean"] = torch.full_like(graph.tensors[f"{name}.running_mean"], mean)
+        changed[f"{name}.running_var"] = torch.full_like(graph.tensors[f"{name}.running_var"], variance)
+    return graph.with_tensors(changed)
+
+
+@pytest.mark.parametrize(("statistics", "words"), [(UNTRAINED, "look untrained (mean 0, variance 1)"), (BROKEN, "are NaN or infinite"), ((0.0, math.inf), "are NaN or infinite")])
+def test_statistics_that_say_nothing_are_not_matched_and_noted(statistics, words):
+    graph = trained("chain")
+    norms = [n.name for n in graph.nodes if "batch_norm" in n.op]
+    doubtful = with_statistics(graph, {norms[-1]: statistics})
+    kept, doubt = trained_norms(doubtful)
+    assert [n.name for n in kept] == norms[:-1] and doubt == f"the statistics of 1 of {len(norms)} batch norms {words}"
+    made = synthesize(doubtful, SMALL, seed=1)
+    assert doubt in made.note and "not matched" in made.note and math.isfinite(made.losses[1])
+    others = synthesize(with_statistics(graph, {norms[-1]: UNTRAINED}), SMALL, seed=1)
+    assert equal(made.inputs, others.inputs)  # nothing of what they hold takes part
+
+
+@pytest.mark.parametrize("statistics", [UNTRAINED, BROKEN])
+def test_without_any_trained_statistics_there_is_noise_and_a_note(statistics):
+    graph = network("chain")
+    norms = [n.name for n in graph.nodes if "batch_norm" in n.op]
+    made = synthesize(with_statistics(graph, dict.fromkeys(norms, statistics)), SMALL, seed=2)
+    assert f"{len(norms)} of {len(norms)} batch norms" in made.note and "smooth noise stands in" in made.note
+    assert "rests on that" in made.note and equal(made.inputs, smooth_noise(graph.inputs, 24, 2))
+
+
+def test_one_channel_at_mean_0_and_variance_1_is_no_doubt():
+    graph = trained("chain")
+    graph.tensors["inner_bn.running_mean"][0], graph.tensors["inner_bn.running_var"][0] = 0.0, 1.0
+    assert trained_norms(graph)[1] == ""
 
 
 def test_integer_inputs_are_random_and_noted():

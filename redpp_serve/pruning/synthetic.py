@@ -21,7 +21,7 @@ from torch import Tensor
 from ..graph.layers import mac_count
 from ..runtime.artifact import write_atomically
 from ..runtime.batch_norm import is_inference_norm
-from ..runtime.graph import Graph, InputSpec
+from ..runtime.graph import Graph, InputSpec, Node
 from ..runtime.program import Program
 
 # What one second is assumed to buy, in multiply-accumulates. A constant, not a measurement, so that the number of
@@ -85,16 +85,16 @@ def synthesize(
         checkpoint: a file that keeps finished batches, so that an interrupted run goes on from there.
         progress: called with steps done and in all.
     """
-    norms = [node for node in graph.nodes if is_inference_norm(node)]
+    norms, doubt = trained_norms(graph)
     floats = all(getattr(torch, spec.dtype).is_floating_point for spec in graph.inputs)
     if not norms or not floats:
         kind = "smooth noise" if floats else "random integers"
-        note = f"no batch norm to match: {kind} stands in for inputs, and the result rests on that"
+        note = f"{doubt or 'no batch norm to match'}: {kind} stands in for inputs, and the result rests on that"
         return Synthetic(smooth_noise(graph.inputs, how.images, seed), (math.nan, math.nan), note)
     matcher = _Matcher(graph, norms, device)
     key = _key(graph, how, seed)
     batches, losses = _restore(checkpoint, key)
-    total, note = how.images // how.batch * how.steps, ""
+    total, notes = how.images // how.batch * how.steps, [f"{doubt}: they are not matched"] if doubt else []
     for k in range(len(batches), how.images // how.batch):
         start = tuple(x.to(device) for x in smooth_noise(graph.inputs, how.batch, seed * 7919 + k))
         batch, loss, finished = matcher.optimise(
@@ -103,13 +103,28 @@ def synthesize(
         batches.append(batch)
         losses.append(loss)
         if not finished:
-            note = (f"cut short by --time-budget in batch {k + 1} of {how.images // how.batch}: a larger budget fits better, "
-                    "and only a finished plan is reproducible to the byte")  # fmt: skip
+            notes.append(f"cut short by --time-budget in batch {k + 1} of {how.images // how.batch}: a larger budget fits "
+                         "better, and only a finished plan is reproducible to the byte")  # fmt: skip
             break
         _keep(checkpoint, key, batches, losses)
     inputs = tuple(torch.cat(parts) for parts in zip(*batches))
     first, last = (sum(values) / len(values) for values in zip(*losses))
-    return Synthetic(inputs, (first, last), note)
+    return Synthetic(inputs, (first, last), "; ".join(notes))
+
+
+def trained_norms(graph: Graph) -> tuple[list[Node], str]:
+    """The batch norms whose stored statistics say something about the inputs, and what is wrong with the others.
+
+    Left out are those that still have the mean 0 and variance 1 they were made with, and those with NaN or infinity:
+    inputs matched to these would be inputs of no network.
+    """
+    norms = [node for node in graph.nodes if is_inference_norm(node)]
+    statistics = {node.name: [graph.tensors[node.args[k].name] for k in (3, 4)] for node in norms}
+    broken = {name for name, pair in statistics.items() if not all(bool(t.isfinite().all()) for t in pair)}
+    untrained = {name for name, (mean, var) in statistics.items() if bool((mean == 0).all() & (var == 1).all())}
+    found = [(untrained, "look untrained (mean 0, variance 1)"), (broken, "are NaN or infinite")]
+    doubts = [f"the statistics of {len(names)} of {len(norms)} batch norms {what}" for names, what in found if names]
+    return [node for node in norms if node.name not in broken | untrained], " and ".join(doubts)
 
 
 def smooth_noise(inputs: tuple[InputSpec, ...], count: int, seed: int) -> tuple[Tensor, ...]:
