@@ -311,3 +311,19 @@ def test_targets_are_judged() -> None:
 def test_the_table_marks_points_that_missed_their_cost() -> None:
     text = table.markdown(report(example_cell("l1", 0.5, 61.25), example_cell("l1", 0.3, 71.5, removed=0.2)))
     assert "| L1 (Torch-Pruning) | (71.50 at 20%) | 61.25 |" in text
+
+
+@pytest.mark.parametrize("method", ["random", "fpgm", "fold_ar", "fold_dir"])
+def test_every_baseline_gives_a_cell(subject: Subject, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.baselines.subject._SYNTHESIS_SECONDS", 0.05)
+    with torch.enable_grad():
+        cell = cells.measure_cell(subject, method, 0.2, cells.Timing(2, 0), lambda line: None)
+    assert cell["macs"] < subject.macs and cell["latency"] is None and 0 <= cell["accuracy"] <= 100
+
+
+def test_the_stages_go_from_dense_to_split(subject: Subject) -> None:
+    with torch.enable_grad():
+        original, hashed, merged, split = cells.measure_stages(subject, cells.Timing(2, 0))["rows"]
+    assert original["multiplications"] == hashed["multiplications"] == merged["multiplications"] == subject.macs
+    assert split["multiplications"] < subject.macs and hashed["bytes"] < original["bytes"]
+    assert split["accuracy"] == merged["accuracy"]
