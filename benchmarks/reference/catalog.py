@@ -78,7 +78,6 @@ NETWORKS = {
         Network(mobilenet.fonts_efficientnet, FONTS),
         Network(densenet.fonts_densenet, FONTS),
         Network(convnext.fonts_convnext, FONTS),
-        Network(mobilenet.fonts_mobilenetv2, FONTS),
         Network(resnet.fonts_resnet18, FONTS),
     )
 }

@@ -87,17 +87,11 @@ class InvertedResidualNet(nn.Module):
         return self.head(self.features(self.blocks(self.stem(x))).mean((2, 3)))
 
 
-_MOBILE = (Stage(1, 16, 1, 1), Stage(6, 24, 2, 2), Stage(6, 32, 3, 1), Stage(6, 64, 3, 2), Stage(6, 96, 2, 1))
-
-
 def digits_mobilenetv2() -> InvertedResidualNet:
     """MobileNetV2 for 1x32x32 digits, 10 classes."""
-    return InvertedResidualNet(16, 2, _MOBILE, 256, 10)
-
-
-def fonts_mobilenetv2() -> InvertedResidualNet:
-    """MobileNetV2 for 1x32x32 letters and digits, 47 classes."""
-    return InvertedResidualNet(16, 2, _MOBILE, 256, 47)
+    stages = (Stage(1, 16, 1, 1), Stage(6, 24, 2, 2), Stage(6, 32, 3, 1), Stage(6, 64, 3, 2),
+              Stage(6, 96, 2, 1))  # fmt: skip
+    return InvertedResidualNet(16, 2, stages, 256, 10)
 
 
 def fonts_efficientnet() -> InvertedResidualNet:

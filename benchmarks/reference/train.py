@@ -45,7 +45,6 @@ RECIPES = {
     "digits_vgg": Recipe(16, 64, rate=0.05),
     "fonts_resnet20": Recipe(10, 128),
     "fonts_resnet18": Recipe(7, 128),
-    "fonts_mobilenetv2": Recipe(7, 128, decay=1e-4, half=False),
     "fonts_efficientnet": Recipe(8, 128, decay=1e-4, half=False),
     "fonts_densenet": Recipe(8, 128),
     "fonts_convnext": Recipe(8, 128, rate=2e-3, decay=0.05, adam=True),
