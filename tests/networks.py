@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from redpp_serve.graph.channels import InnerChannels, find_inner_channels
+from redpp_serve.graph.classes import ChannelClass
+from redpp_serve.graph.coupling import couple
 from redpp_serve.runtime.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.runtime.program import Program
 
@@ -88,7 +89,7 @@ class Builder:
 
 
 def network(kind: str, width: int = 8, seed: int = 0) -> Graph:
-    """A network of one kind. Its inner channels are those of ``inner`` (and more, for some)."""
+    """A network of one kind. Each has the open class ``inner`` (and more, for some)."""
     if kind in ("mlp", "tokens"):
         b = Builder(*([5] if kind == "mlp" else [6, 5]), seed=seed)
         hidden = b.relu(b.linear("x", "inner", 5, width))
@@ -127,28 +128,34 @@ def quantised(graph: Graph, step: float = 0.25) -> Graph:
     return graph.with_tensors({name: (t / step).round() * step for name, t in graph.tensors.items() if t.dim() > 1})
 
 
-def inner_of(graph: Graph, name: str = "inner") -> InnerChannels:
-    """The inner channels that the layer of that name produces."""
-    return next(inner for inner in find_inner_channels(graph)[0] if inner.producer.name == name)
+def inner_of(graph: Graph, name: str = "inner") -> ChannelClass:
+    """The open class of that name: the channels that the layer produces, alone or first."""
+    return next(group for group in couple(graph).open if group.name == name)
+
+
+def widths_of(graph: Graph) -> dict[str, int]:
+    """The number of channels of each open class."""
+    return {group.name: group.channels for group in couple(graph).open}
 
 
 def plant(graph: Graph, copies: dict[int, int], name: str = "inner") -> Graph:
-    """Make channel ``a`` a copy of channel ``b`` for each item (a, b), in every per-channel tensor."""
-    changed = {}
-    for tensor in inner_of(graph, name).per_channel:
-        changed[tensor] = graph.tensors[tensor].clone()
+    """Make channel ``a`` a copy of channel ``b`` for each item (a, b), in every part of the class."""
+    changed = dict(graph.tensors)
+    for part in inner_of(graph, name).parts:
+        order = torch.arange(changed[part.tensor].shape[part.dim])
         for a, b in copies.items():
-            changed[tensor][a] = changed[tensor][b]
+            order[part.positions[a]] = part.positions[b]
+        changed[part.tensor] = changed[part.tensor].index_select(part.dim, order)
     return graph.with_tensors(changed)
 
 
 def permuted(graph: Graph, order: Tensor, name: str = "inner") -> Graph:
-    """The same function with the hidden channels in another order."""
-    inner = inner_of(graph, name)
-    changed = {tensor: graph.tensors[tensor][order] for tensor in inner.per_channel}
-    for layer, columns in inner.consumers:
-        w = graph.tensors[layer.weight]
-        changed[layer.weight] = w.view(len(w), len(order), -1)[:, order].reshape(w.shape)
+    """The same function with the channels of a class in another order."""
+    group, changed = inner_of(graph, name), dict(graph.tensors)
+    for place in (*group.parts, *group.readers):
+        index = torch.arange(changed[place.tensor].shape[place.dim])
+        index[place.positions.flatten()] = place.positions[order].flatten()
+        changed[place.tensor] = changed[place.tensor].index_select(place.dim, index)
     return graph.with_tensors(changed)
 
 

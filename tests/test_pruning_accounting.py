@@ -10,7 +10,7 @@ from networks import KINDS, network, quantised
 from redpp_serve.graph.layers import find_layers, mac_count, parameter_count
 from redpp_serve.pruning.accounting import both_readings, hash_record, hash_summary, layer_record, split_record, totals
 from redpp_serve.pruning.hashing import METHODS, Target, hash_weight
-from redpp_serve.pruning.reconstruct import Reconstruction
+from redpp_serve.pruning.refit import Reconstruction
 from redpp_serve.pruning.splitting import count_dense, count_kernels, count_scalars, split_weight
 
 

@@ -13,7 +13,7 @@ from ..graph.layers import Layer, mac_count, parameter_count
 from ..runtime.graph import Graph
 from .density import density
 from .hashing import Codebook, Hashed
-from .reconstruct import Reconstruction
+from .refit import Reconstruction
 from .splitting import Counts, Split, count_dense, count_kernels, count_scalars, expected_kernels
 
 
