@@ -210,7 +210,7 @@ def resized(b):
     return head(b, b.op("pad2", "constant_pad_nd.default", R(x), [1, 0, 0, 1], 0.5), 6)
 
 
-@opens(stem=4, **{"stem[2]": 4})
+@opens(stem=4, wide=4)
 def padded_shortcut(b):  # option A of the CIFAR residual networks
     x = b.relu(b.conv("x", "stem", 4, 4))
     y = b.norm(b.conv(x, "wide", 4, 8, stride=2), "bn", 8)

@@ -80,10 +80,7 @@ def couple(graph: Graph, exclude: Sequence[str] = ()) -> Coupling:
         exclude: shell patterns of layer names that must not change.
     """
     walk = Walk(graph).run()
-    closed, tied = walk.labels.reasons()
-    for root, value in walk.alone().items():
-        closed.setdefault(root, tied.get(root, f"is all that {value} consists of"))
-    classes, roots = _build(walk, closed, tied)
+    classes, roots = _build(walk)
     classes = [_excluded(c, exclude) for c in classes]
     coupling = Coupling(graph, tuple(classes), {}, walk.axes(), roots, walk)
     classes = _tried(coupling)
@@ -101,9 +98,10 @@ def unmatched(graph: Graph, patterns: Sequence[str]) -> list[str]:
     return [f"--exclude {p} names no layer" for p in patterns if not fnmatch.filter(names, p)]
 
 
-def _build(walk: Walk, closed: dict[int, str], tied: dict[int, str]) -> tuple[list[ChannelClass], dict[str, Tensor]]:
+def _build(walk: Walk) -> tuple[list[ChannelClass], dict[str, Tensor]]:
     """Channels that share a producer, and have as many entries in each tensor, are one class."""
-    produced = [(p, torch.unique(walk.labels.find(p.labels)).tolist()) for p in walk.produced]
+    (closed, tied), alone = walk.labels.reasons(), walk.alone()
+    produced = [(p, set(walk.labels.find(p.labels).tolist())) for p in walk.produced]
     leaders = _leaders([roots for _, roots in produced])
     group_of = {root: leaders[k] for k, (_, roots) in reversed(list(enumerate(produced))) for root in roots}
     places = Places([walk.labels.find(source.labels) for source in (*walk.uses, *walk.reads)])
@@ -111,11 +109,13 @@ def _build(walk: Walk, closed: dict[int, str], tied: dict[int, str]) -> tuple[li
     for p in walk.produced:
         for root in dict.fromkeys(walk.labels.find(p.labels).tolist()):
             if root in group_of and root != Labels.NONE:
-                members.setdefault((group_of.pop(root), places.signature(root), root in closed), []).append(root)
+                members.setdefault((group_of.pop(root), places.signature(root), root in closed, root in alone), []).append(root)
     read_tensors = {(read.tensor, read.dim) for read in walk.reads}
     classes, roots, taken = [], {}, Counter()
-    for (leader, _, _), channels in members.items():
-        layer = produced[leader][0].layer
+    for (leader, *_), channels in members.items():
+        held = set(channels)
+        makers = dict.fromkeys(p.layer for k, (p, r) in enumerate(produced) if leaders[k] == leader and not held.isdisjoint(r))
+        layer = next(iter(makers))
         taken[layer] += 1
         name = layer if taken[layer] == 1 else f"{layer}[{taken[layer]}]"
         parts, readers = [], []
@@ -125,19 +125,18 @@ def _build(walk: Walk, closed: dict[int, str], tied: dict[int, str]) -> tuple[li
                 readers.append(Reader(read.node, read.tensor, read.dim, read.value, read.axis, positions))
             elif (use := walk.uses[slot]) and (use.tensor, use.dim) not in read_tensors:
                 parts.append(Part(use.tensor, use.dim, positions))
-        held = set(channels)
-        makers = dict.fromkeys(p.layer for k, (p, r) in enumerate(produced) if leaders[k] == leader and held & set(r))
         reason = next((closed[r] for r in channels if r in closed), "")
-        if not reason and len(channels) < 2:
-            reason = tied.get(channels[0], "has a single channel")
-        if not reason and not readers:
-            reason = "is not read by a layer"
+        if not reason and (len(channels) < 2 or channels[0] in alone):
+            single = "has a single channel" if len(channels) < 2 else f"is all that {alone[channels[0]]} consists of"
+            reason = tied.get(channels[0], single)
+        if not reason and not (parts and readers):
+            reason = "is not read by a layer" if parts else "its weights are read along the same channels"
         roots[name] = torch.tensor(channels)
         classes.append(ChannelClass(name, len(channels), tuple(makers), tuple(parts), tuple(readers), reason))
     return classes, roots
 
 
-def _leaders(groups: Sequence[Sequence[int]]) -> list[int]:
+def _leaders(groups: Sequence[set[int]]) -> list[int]:
     """For each group of roots the first one that it is linked to by common members, through others if need be."""
     leader, first = list(range(len(groups))), {}
 

@@ -74,18 +74,14 @@ def whole(dims_at: int) -> Rule:
 
 
 def index(walk: Walk, node: Node) -> Any:
-    """Indexing by fixed indices; along the indexed axes the channels are tied."""
-    labels, indices = walk.value(node.args[0]), node.args[1]
-    indices = [None if i is None else walk.constant(i.name) for i in indices]
-    if any(i is not None and fixed is None for i, fixed in zip(node.args[1], indices)):
-        return unknown(walk, node)
-    axis = 0
-    for fixed in indices:
-        steps = fixed.dim() if fixed is not None and fixed.dtype == torch.bool else 1
-        for _ in range(steps if fixed is not None else 0):
+    """Indexing by fixed positions; along the indexed axes the channels are tied."""
+    labels = walk.value(node.args[0])
+    indices = [None if i is None else walk.constant(i.name) for i in node.args[1]]
+    for axis, (given, fixed) in enumerate(zip(node.args[1], indices)):
+        if given is not None and (fixed is None or fixed.dtype == torch.bool):
+            return unknown(walk, node)
+        if given is not None:
             walk.labels.tie(labels, axis, f"is indexed ({node.name})")
-            axis += 1
-        axis += fixed is None
     return resolve(node.op)(labels, indices)
 
 
