@@ -27,6 +27,17 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     return check
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short pruning runs: few inputs, few networks around the chosen one, and their latencies measured in an instant."""
+    from redpp_serve.pruning import lossy, pipeline
+    from redpp_serve.pruning.synthetic import Plan
+
+    monkeypatch.setattr(pipeline, "plan", lambda *_: Plan(32, 16, 4))
+    monkeypatch.setattr(lossy, "_FRONTIER_POINTS", 3)
+    monkeypatch.setattr(lossy, "_LATENCY_SECONDS", 0.01)
+
+
 @pytest.fixture(scope="session")
 def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package of the small network, merged exactly, with pre-processing; read only."""

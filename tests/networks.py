@@ -11,6 +11,7 @@ from torch import Tensor
 
 from redpp_serve.graph.classes import ChannelClass
 from redpp_serve.graph.coupling import couple
+from redpp_serve.pruning.synthetic import smooth_noise
 from redpp_serve.runtime.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.runtime.program import Program
 
@@ -187,3 +188,14 @@ def calibrated(graph: Graph, inputs: tuple[Tensor, ...]) -> Graph:
         variance, mean = torch.var_mean(value, dim=[d for d in range(value.dim()) if d != 1], correction=0)
         graph = graph.with_tensors({norm.args[3].name: mean, norm.args[4].name: variance})
     return graph
+
+
+def natural(graph: Graph, count: int, seed: int = 77) -> tuple[Tensor, ...]:
+    """The inputs that `trained` networks are for: (count, ...) for each."""
+    return tuple(2 * x + 0.5 for x in smooth_noise(graph.inputs, count, seed))
+
+
+def trained(kind: str = "residual", width: int = 16, seed: int = 0) -> Graph:
+    """A network whose batch norms hold the statistics of `natural` inputs."""
+    graph = network(kind, width, seed)
+    return calibrated(graph, natural(graph, 64))

@@ -19,11 +19,9 @@ from safetensors.torch import save_file
 from small import ARCH, INPUT, arguments, network, write_data, write_model
 
 import redpp_serve.packaging.package as packaging
-import redpp_serve.pruning.pipeline as pipeline
 from attacks.files import Net
 from redpp_serve import __version__
 from redpp_serve.cli import main
-from redpp_serve.pruning.synthetic import Plan
 from redpp_serve.serving.ports import free_ports
 
 Run = Callable[..., tuple[int, str, str]]
@@ -50,11 +48,10 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     return command
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few inputs and no trial runs of the archives."""
+@pytest.fixture(autouse=True)
+def untried(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short runs, and no trial runs of the archives."""
     monkeypatch.setattr(packaging, "run_archives", lambda *_: [])
-    monkeypatch.setattr(pipeline, "plan", lambda *_: Plan(32, 16, 4))
 
 
 @pytest.fixture
@@ -110,33 +107,51 @@ def test_inspect_a_network(run: Run, golden: Callable[[str, str], None], form: s
     assert files(Path.cwd()) == {"small.safetensors"}
 
 
+def test_inspect_the_classes_of_channels(run: Run, golden: Callable[[str, str], None]) -> None:
+    save_file(network().state_dict(), "small.safetensors")
+    words = ["inspect", "small.safetensors", "--arch", f"{ARCH}:Small", "--input", INPUT, "--channels", "--exclude", "stem.*"]
+    code, out, err = run(*words)
+    assert (code, err) == (0, "")
+    golden("inspect_channels", steady(out))
+    classes = json.loads(run(*words, "--json")[1])["classes"]
+    assert [(c["name"], c["channels"], c["closed"]) for c in classes] == [
+        ("stem.0", 8, "excluded"), ("body.0", 16, ""), ("head", 5, "is an output of the network")]  # fmt: skip
+    assert (classes[1]["producers"], classes[1]["with"], classes[1]["readers"]) == (["body.0"], ["body.1"], ["head"])
+
+
+def test_the_classes_need_a_captured_network(run: Run, model: Path) -> None:
+    code, out, err = run("inspect", model, "--channels")
+    assert (code, out) == (2, "")
+    one_paragraph("inspect", err, "--channels without --input.*add --input")
+
+
 def test_package_prints_results_to_stdout_and_stages_to_stderr(
-    run: Run, quick: None, golden: Callable[[str, str], None], tmp_path: Path
+    run: Run, golden: Callable[[str, str], None], tmp_path: Path
 ) -> None:
     save_file(network().state_dict(), "small.safetensors")
     data = write_data(tmp_path / "data.npz")
-    code, out, err = run("package", "small.safetensors", "--arch", f"{ARCH}:Small", "--input", INPUT, "--keep", "0.5",
+    code, out, err = run("package", "small.safetensors", "--arch", f"{ARCH}:Small", "--input", INPUT, "--keep", "0.5", "--distil", "0",
                          "--verify-data", data, "--preprocess", '{"mean": [0.5], "std": [0.25]}')  # fmt: skip
     assert code == 0
     golden("package", without_digits(out))
     stages = [line.split()[:2] for line in err.splitlines() if not line.startswith("note: ")]
-    names = "capture hash merge inputs reconstruct split verify package try".split()
+    names = "capture hash merge inputs reconstruct distil codebooks split verify package frontier try".split()
     assert [first for first, _ in stages] == names
     report = json.loads(Path("dist/small/report.json").read_text())
     assert [s["name"] for s in report["stages"]][:2] == ["capture", "hash"]
     assert "mean (0.5) and std (0.25)" in Path("dist/small/README.md").read_text()
 
 
-def test_dry_run_says_so_and_writes_nothing(run: Run, quick: None, model: Path, tmp_path: Path) -> None:
+def test_dry_run_says_so_and_writes_nothing(run: Run, model: Path, tmp_path: Path) -> None:
     before = files(tmp_path)
-    code, out, _ = run("package", *arguments(model), "--dry-run", "--keep", "0.5")
+    code, out, _ = run("package", *arguments(model), "--dry-run", "--keep", "0.5", "--distil", "0")
     assert code == 0 and out.endswith("\ndry run: nothing was written\n") and "wrote" not in out
     assert files(tmp_path) == before
 
 
-def test_a_missed_gate_is_exit_code_3(run: Run, quick: None, model: Path, tmp_path: Path) -> None:
+def test_a_missed_gate_is_exit_code_3(run: Run, model: Path, tmp_path: Path) -> None:
     before = files(tmp_path)
-    code, out, err = run("package", *arguments(model), "--keep", "0.5", "--max-error", "0.00001")
+    code, out, err = run("package", *arguments(model), "--keep", "0.5", "--distil", "0", "--max-error", "0.00001")
     assert (code, out) == (3, "") and files(tmp_path) == before
     assert re.search(r"redpp-serve package: the relative output error .* is 0\.\d+ \(measured: .*\)\. Expected: at most 1e-05", err)
 
@@ -150,7 +165,7 @@ def test_an_interrupt_is_exit_code_130(run: Run, model: Path, monkeypatch: pytes
     assert (code, out) == (130, "") and err.endswith("redpp-serve package: interrupted\n")
 
 
-def test_nothing_to_prune_is_exit_code_0_with_the_reason(run: Run, quick: None, tmp_path: Path) -> None:
+def test_nothing_to_prune_is_exit_code_0_with_the_reason(run: Run, tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(6, 4).state_dict(), "flat.pt")
     torch.save({f"only.{k}": v for k, v in torch.load("flat.pt").items()}, "flat.pt")
     code, out, _ = run("package", "flat.pt", "--arch", f"{ARCH}:Flat", "--input", "6")
@@ -244,6 +259,18 @@ def test_words_about_the_network(run: Run, model: Path, tmp_path: Path, kind: st
     (["--keep", "nan"], "--keep is nan"),
     (["--keep", "half"], "--keep"),
     (["--keep", "0.5", "--merge", "exact"], "--keep"),
+    (["--target", "macs"], "--target: 'macs' is not macs=R or latency=R with a share R above 0 and at most 1"),
+    (["--target", "0.5"], "--target: '0.5' is not macs=R or latency=R"),
+    (["--target", "bytes=0.5"], "--target: 'bytes=0.5' is not macs=R or latency=R"),
+    (["--target", "macs=half"], "--target: 'macs=half' is not"),
+    (["--target", "macs=nan"], "--target: 'macs=nan' is not"),
+    (["--target", "macs=0"], "--target: 'macs=0' is not"),
+    (["--target", "latency=1.01"], "--target: 'latency=1.01' is not"),
+    (["--target", "macs=0.5", "--keep", "0.5"], "--target macs=0.5. Expected: not together with --keep"),
+    (["--target", "latency=0.5", "--merge", "exact"], "--target latency=0.5. Expected: no ratio with --merge exact"),
+    (["--distil", "-1"], "--distil: '-1' is not a number above 0"),
+    (["--distil", "inf"], "--distil: 'inf' is not a number above 0"),
+    (["--distil", "2e6"], "--distil is 2000000.0. Expected: a number from 0 to 1e\\+06"),
     (["--hash-error", "0.1", "--hash-values", "4"], "either --hash-error or --hash-values"),
     (["--hash-values", "1"], "--hash-values is 1"),
     (["--min-agreement", "90"], "--min-agreement is 90.0"),

@@ -18,25 +18,26 @@ from small_networks import Flat, Two
 from small import SHAPE, arguments, captured, network, outputs, randomise, write_data, write_model
 
 import redpp_serve.packaging.package as module
-import redpp_serve.pruning.pipeline as pipeline
 from redpp_serve.errors import GateFailed, RedppError
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.packaging.package import Serving, describe_machine, package, request_body
+from redpp_serve.pruning import lossy, pipeline
 from redpp_serve.pruning.options import Options
-from redpp_serve.pruning.synthetic import Plan
+from redpp_serve.pruning.stages import Stages
 from redpp_serve.runtime.graph import InputSpec
 
 FILES = {"original.mar", "redpp.mar", "config.properties", "log4j2.xml", "model-config.yaml", "README.md", "inputs.npz", "sample.npy",
          "report.json", "report.html"}  # fmt: skip
 EXACT = Options(merge="exact")
-FAST = Options(keep=0.5, time_budget=1)
+FAST = Options(keep=0.5, distil=0, time_budget=1)
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture
 def untried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few inputs, and no trial run of both archives, which takes seconds and has tests of its own."""
+    """No trial run of both archives, which takes seconds and has tests of its own."""
     monkeypatch.setattr(module, "run_archives", lambda *_: [])
-    monkeypatch.setattr(pipeline, "plan", lambda *_: Plan(32, 8, 10))
 
 
 @pytest.fixture
@@ -67,7 +68,13 @@ def check_report(report: dict[str, Any], accuracy: bool) -> None:
         assert {"channels", "kept", "error", "reason"} == set(layer["merge"])
         if layer["hash"]:
             assert {"values", "entropy", "error", "zero_kernels", "bandwidth", "alternatives", "density"} == set(layer["hash"])
-    assert {"merge_exact", "split_exact", "output_error", "agreement", "images"} <= set(report["verify"])
+    assert {"merge_exact", "narrow_exact", "split_exact", "output_error", "agreement", "images"} <= set(report["verify"])
+    shares = {"stage", "error", "agreement", "macs", "seconds"} | ({"accuracy"} if accuracy else set())
+    assert [share["stage"] for share in report["stages_share"]][0] == "hash"
+    assert all(set(share) == shares for share in report["stages_share"])
+    point = {"macs", "macs_ratio", "error", "predicted_error", "latency_ratio", "latency_low", "latency_high", "chosen", "flag"}
+    assert report["frontier"]["latency_on"] and sum(p["chosen"] for p in report["frontier"]["points"]) == 1
+    assert all(set(p) == point for p in report["frontier"]["points"])
     assert {"device", "threads", "versions"} == set(report["environment"])
     assert {"redpp-serve", "python", "torch", "numpy"} == set(report["environment"]["versions"])
 
@@ -78,7 +85,7 @@ def test_a_whole_package_with_every_file_and_key(model: Path, tmp_path: Path) ->
     assert {p.name for p in out.iterdir()} == FILES and list(out.parent.iterdir()) == [out]
     on_disk = json.loads((out / "report.json").read_text())
     check_report(on_disk, accuracy=True)
-    assert report["original"] == on_disk["original"] and [s["name"] for s in report["stages"]][-1] == "try"
+    assert report["original"] == on_disk["original"] and [s["name"] for s in report["stages"]][-2:] == ["frontier", "try"]
     original, pruned = on_disk["original"], on_disk["pruned"]
     assert original["parameters"] == sum(t.numel() for k, t in network().state_dict().items() if "num_batches" not in k)
     # convolutions at 12x12 and 6x6 positions, then the classifier
@@ -112,10 +119,12 @@ def test_exact_merging_removes_the_twins_and_keeps_the_function(packaged: Path) 
 
 
 def test_equal_input_gives_equal_archives_in_every_process(model: Path, tmp_path: Path) -> None:
-    words = ["package", *arguments(model), "--keep", "0.5", "--time-budget", "60", "--name", "same"]
+    words = ["package", *arguments(model), "--keep", "0.5", "--distil", "1", "--time-budget", "60", "--name", "same"]
     code = ("import sys, redpp_serve.packaging.package as p, redpp_serve.pruning.pipeline as q, redpp_serve.cli as c\n"
+            "from redpp_serve.pruning import lossy\n"
             "from redpp_serve.pruning.synthetic import Plan\n"  # fewer inputs and no trial runs: faster
-            "p.run_archives, q.plan = lambda *_: [], lambda *_: Plan(32, 16, 4)\nsys.exit(c.main(sys.argv[1:]))")  # fmt: skip
+            "p.run_archives, q.plan = lambda *_: [], lambda *_: Plan(32, 16, 4)\n"
+            "lossy._LATENCY_SECONDS = 0.01\nsys.exit(c.main(sys.argv[1:]))")  # fmt: skip
     children = []
     for seed in ("1", "2"):
         command = [sys.executable, "-c", code, *words, "--out", str(tmp_path / seed)]
@@ -139,7 +148,7 @@ def test_a_dry_run_writes_nothing_at_all(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("choice", "number"), [
-    ({"keep": 0.5, "max_error": 0.0001}, r"relative output error .* is 0\.\d+ \(measured: output error .*\)\. Expected: at most 0\.0001 \(--max-error\)"),
+    ({"keep": 0.5, "distil": 0, "max_error": 0.0001}, r"relative output error .* is 0\.\d+ \(measured: output error .*\)\. Expected: at most 0\.0001 \(--max-error\)"),
     ({"merge": "exact", "min_agreement": 1.0, "hash_error": 0.9},
      r"top-1 agreement .* is 0\.\d+ \(measured: .* agreement .*\)\. Expected: at least 1 \(--min-agreement\)"),
     ({"merge": "exact", "max_accuracy_drop": 0.01, "hash_error": 0.9},
@@ -220,26 +229,28 @@ def test_a_full_disk_leaves_the_earlier_package_as_it_was(
     assert everything(tmp_path) == before
 
 
-@pytest.mark.parametrize("stage", ["reconstruct", "package"])
-def test_an_interrupt_leaves_the_inputs_for_the_next_run_and_nothing_else(
+@pytest.mark.parametrize("stage", ["reconstruct", "codebooks", "package"])
+def test_an_interrupt_leaves_what_was_made_for_the_next_run_and_nothing_else(
     model: Path, tmp_path: Path, untried: None, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    owner, name = {"reconstruct": (pipeline, "_reconstruct"), "package": (module, "write_reports")}[stage]
+    owner, name = {"reconstruct": (lossy, "reconstruct"), "codebooks": (pipeline, "hash_within"),
+                   "package": (module, "write_reports")}[stage]  # fmt: skip
     real = getattr(owner, name)
 
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     before, network = everything(tmp_path), captured(model)
-    options = Options(keep=0.5, time_budget=30)  # enough to finish a batch of inputs, which is what is kept
+    options = Options(keep=0.5, distil=1, time_budget=30)  # enough to finish a batch of inputs, which is what is kept
     monkeypatch.setattr(owner, name, interrupt)
     with pytest.raises(KeyboardInterrupt):
         package(network, tmp_path / "small", name="small", options=options)
-    left = everything(tmp_path)
-    assert set(left) - set(before) == {".small.inputs.safetensors"}
+    kept = {"reconstruct": ("",), "codebooks": ("", ".distil"), "package": ("", ".distil", ".tune")}[stage]
+    assert set(everything(tmp_path)) - set(before) == {f".small.inputs.safetensors{part}" for part in kept}
     monkeypatch.setattr(owner, name, real)
-    report = package(network, tmp_path / "small", name="small", options=options)
-    seconds = {s["name"]: s["seconds"] for s in report["stages"]}
+    stages = Stages(quiet=True)
+    package(network, tmp_path / "small", name="small", options=options, stages=stages)
+    seconds = {s.name: s.seconds for s in stages.stages}
     assert seconds["inputs"] < 0.3  # read back, not made again
     assert {p.name for p in tmp_path.iterdir()} == {"in", "small"}
 
@@ -250,14 +261,14 @@ def test_excluded_layers_keep_their_weights(model: Path, tmp_path: Path, untried
     layers = {layer["name"]: layer for layer in report["layers"]}
     assert layers["body.0"]["hash"] is None and layers["body.0"]["pruned_shape"] == [16, 8, 3, 3]
     assert layers["body.0"]["merge"]["reason"] == "excluded"
-    assert layers["stem.0"]["merge"]["reason"] == "its reader body.0 is excluded" and layers["stem.0"]["hash"]
+    assert layers["stem.0"]["merge"]["reason"] == "body.0, which goes with it, is excluded" and layers["stem.0"]["hash"]
     assert report["options"]["exclude"] == ["body.*"]
 
 
 def test_nothing_to_prune_is_a_good_outcome_with_reasons(tmp_path: Path) -> None:
     model = write_model(tmp_path / "in", randomise(Flat()))
     network = captured(model, "Flat", (InputSpec("x", (6,)),))
-    report = package(network, tmp_path / "flat", name="flat", options=Options(time_budget=1, exclude=("*",)))
+    report = package(network, tmp_path / "flat", name="flat", options=Options(time_budget=1, distil=0, exclude=("*",)))
     assert {p.name for p in (tmp_path / "flat").iterdir()} == FILES
     assert report["original"]["parameters"] == report["pruned"]["parameters"] == 28
     assert report["verify"]["output_error"] == 0

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from networks import few, many, seeds
 
 from redpp_serve.pruning.density import build_grid
-from redpp_serve.pruning.hashing import METHODS, Target, at_entropy, fit_codebook, hash_weight
+from redpp_serve.pruning.hashing import METHODS, Target, at_entropy, fit_codebook, hash_weight, quantise, retuned
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -206,3 +206,53 @@ def test_the_layout_in_memory_changes_nothing():
     assert torch.equal(
         hash_weight(w, "kde", Target(error=0.02)).weight, hash_weight(strided, "kde", Target(error=0.02)).weight
     )
+
+
+@pytest.mark.parametrize("values", [2, 16, 256])
+@pytest.mark.parametrize("zeros", [0, 500])
+def test_kmeans_uses_as_many_values_as_it_may(values, zeros):
+    w = gaussian(20_000)
+    w[:zeros] = 0
+    book = fit_codebook(build_grid(w), "kmeans", Target(values=values))
+    assert book.size == values and (not zeros or 0.0 in book.values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantising_takes_each_weight_to_the_value_of_its_cell(method, dtype):
+    w = gaussian(3000, dtype=dtype).view(30, 100)
+    grid = build_grid(w)
+    book = fit_codebook(grid, method, Target(values=12))
+    got = quantise(w, grid, book)
+    assert got.dtype == w.dtype and got.shape == w.shape and measured(w, got) == pytest.approx(book.error, rel=1e-6)
+    assert set(got.double().unique().tolist()) <= set(book.values.tolist())
+    order = w.flatten().double().argsort()
+    assert (got.flatten().double()[order].diff() >= 0).all()  # cells are intervals
+
+
+def test_a_retuned_codebook_has_the_same_cells_and_the_weights_new_values():
+    w = gaussian(5000).view(50, 100)
+    hashed = hash_weight(w, "kmeans", Target(values=16))
+    old = hashed.weight.unique()
+    new = old * 1.25 + 0.01
+    weight = new[torch.searchsorted(old, hashed.weight.contiguous())]
+    got = retuned(hashed, weight)
+    assert got.weight is weight and got.codebook.size == 16 and (got.codebook.borders == hashed.codebook.borders).all()
+    assert set(got.codebook.values[got.codebook.frequencies > 0].tolist()) == set(weight.double().unique().tolist())
+    assert (got.codebook.frequencies == hashed.codebook.frequencies).all() and got.codebook.entropy == hashed.codebook.entropy
+    same = retuned(hashed, hashed.weight)
+    assert (same.codebook.values == hashed.codebook.values).all()
+
+
+def test_a_retuned_codebook_tells_its_own_error():
+    w = gaussian(5000).view(50, 100)
+    hashed = hash_weight(w, "kmeans", Target(values=16))
+    got = retuned(hashed, hashed.weight)
+    assert got.codebook.error == hashed.codebook.error == pytest.approx(measured(w, got.weight), rel=1e-6)
+
+
+def test_retuning_an_unchanged_weight():
+    w = (gaussian(900) * 4).round() / 4
+    hashed = hash_weight(w, "kmeans", Target(values=64))
+    got = retuned(hashed, w * 2)
+    assert got.codebook.size == hashed.codebook.size and set(got.codebook.values) == set((w * 2).double().unique().tolist())

@@ -12,7 +12,7 @@ BAD = [
     ("hash", "median"), ("merge", "all"), ("hash_error", 0.0), ("hash_error", 1.5), ("hash_error", -0.1), ("hash_error", NAN),
     ("hash_values", 1), ("keep", 0.0), ("keep", 1.01), ("keep", NAN), ("max_error", -1.0), ("max_error", NAN),
     ("min_agreement", 1.1), ("min_agreement", -0.1), ("max_accuracy_drop", 101.0), ("round_to", 0), ("time_budget", 0.5),
-    ("time_budget", NAN),
+    ("time_budget", NAN), ("distil", -1.0), ("distil", NAN), ("distil", 2e6),
 ]  # fmt: skip
 
 
@@ -27,7 +27,8 @@ def test_a_bad_value_is_refused_with_its_flag(name, value):
 @pytest.mark.parametrize(
     "values",
     [{"hash_error": 1e-4}, {"hash_error": 1.0}, {"keep": 1e-9}, {"keep": 1.0}, {"max_error": 0.0}, {"min_agreement": 1.0},
-     {"min_agreement": 0.0}, {"hash_values": 2}, {"round_to": 1}, {"time_budget": 1}, {"merge": "exact", "max_error": 0.1}],
+     {"min_agreement": 0.0}, {"hash_values": 2}, {"round_to": 1}, {"time_budget": 1}, {"merge": "exact", "max_error": 0.1},
+     {"distil": 0.0}, {"target_macs": 1.0}, {"target_latency": 1e-9}, {"target_macs": 0.5, "max_error": 0.1}],
 )  # fmt: skip
 def test_the_limits_themselves_are_allowed(values):
     options = Options(**values)
@@ -39,6 +40,19 @@ def test_options_that_contradict_each_other():
         Options(hash_error=0.1, hash_values=4)
     with pytest.raises(RedppError, match="--keep is 0.5.*--merge exact"):
         Options(merge="exact", keep=0.5)
+    with pytest.raises(RedppError, match="--target latency=0.5.*--merge exact"):
+        Options(merge="exact", target_latency=0.5)
+
+
+@pytest.mark.parametrize(("values", "text"), [
+    ({"target_macs": 0.0}, "--target macs=0.0. Expected: a number above 0"), ({"target_latency": 1.5}, "--target latency=1.5. Expected:"),
+    ({"target_macs": NAN}, "--target macs=nan"), ({"keep": 0.5, "target_macs": 0.5}, "--target macs=0.5. Expected: not together with --keep"),
+    ({"target_macs": 0.5, "target_latency": 0.6}, "--target latency=0.6. Expected: not together with --target macs"),
+])  # fmt: skip
+def test_one_target_at_a_time_and_in_range(values, text):
+    with pytest.raises(RedppError) as refusal:
+        Options(**values)
+    assert text in str(refusal.value)
 
 
 def test_the_hash_target():
@@ -52,6 +66,7 @@ def test_the_hash_target():
 @pytest.mark.parametrize(
     ("values", "budget"),
     [({}, DEFAULT_MAX_ERROR), ({"max_error": 0.0}, 0.0), ({"max_error": 0.3}, 0.3), ({"keep": 0.5, "max_error": 0.3}, None),
+     ({"target_macs": 0.5, "max_error": 0.3}, None), ({"target_latency": 0.5}, None),
      ({"merge": "exact", "max_error": 0.3}, None)],
 )  # fmt: skip
 def test_only_the_search_for_widths_has_a_budget(values, budget):

@@ -70,12 +70,15 @@ GATES = [
     (Options(), Difference(0.11, None, 16), None, "0.1100", "--max-error"),
     (Options(merge="exact", max_error=0.01), GOOD, None, "0.0500", "--max-error"),
     (Options(keep=0.5, max_error=0.01), GOOD, None, "0.0500", "--max-error"),
+    (Options(target_macs=0.5, max_error=0.01), GOOD, None, "0.0500", "--max-error"),
+    (Options(target_latency=0.5, max_error=0.01), GOOD, None, "0.0500", "--max-error"),
     (Options(min_agreement=0.99), GOOD, None, "0.98", "--min-agreement"),
     (Options(min_agreement=0.5), Difference(0.0, None, 16), None, "no top-1 agreement", "--min-agreement"),
     (Options(max_accuracy_drop=0.5), GOOD, (0.93, 0.92), "1.00 points", "--max-accuracy-drop"),
 ]
 PASSES = [
     (Options(), GOOD, None), (Options(max_error=0.05), GOOD, None), (Options(keep=0.5), Difference(3.0, 0.1, 16), None),
+    (Options(target_macs=0.5), Difference(3.0, 0.1, 16), None), (Options(target_macs=0.5, max_error=0.05), GOOD, None),
     (Options(merge="exact"), Difference(3.0, None, 16), None), (Options(min_agreement=0.98), GOOD, None),
     (Options(max_accuracy_drop=1.0), GOOD, (0.75, 0.75)), (Options(max_accuracy_drop=0.0), GOOD, (0.75, 0.8)),
 ]  # fmt: skip

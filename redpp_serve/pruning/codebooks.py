@@ -63,7 +63,7 @@ def hash_within(
         alone[layer.name] = squared_error(zip(expected, run.outputs()))
         progress(done + 1, len(layers))
     allowed = budget
-    for _ in range(_ROUNDS):
+    for left in reversed(range(_ROUNDS)):
         levels = _choose(books, alone, allowed)
         hashed = {x.name: hash_weight(graph.tensors[x.weight], METHOD, Target(values=levels[x.name])) for x in layers}
         result = graph.with_tensors({layer.weight: hashed[layer.name].weight for layer in layers})
@@ -71,7 +71,7 @@ def hash_within(
         added = squared_error(zip(expected, whole.outputs()))
         if math.sqrt(added) <= budget or all(level == LEVELS[-1] for level in levels.values()):
             break
-        allowed *= 0.9 * budget / math.sqrt(added)
+        allowed = allowed * 0.9 * budget / math.sqrt(added) if left > 1 else 0.0  # the last round is sure to stay within
     return Codebooks(result, hashed, added)
 
 
