@@ -14,6 +14,7 @@ from redpp_serve.graph.layers import mac_count
 from redpp_serve.pruning import synthetic
 from redpp_serve.pruning.synthetic import Plan, plan, smooth_noise, synthesize, trained_norms
 from redpp_serve.runtime.graph import InputSpec, Ref
+from redpp_serve.runtime.program import Program
 
 SMALL = Plan(images=24, batch=8, steps=6)
 
@@ -35,14 +36,39 @@ def test_matching_lowers_the_mismatch_and_leaves_unit_scale():
     assert 0.3 < float(made.inputs[0].std()) < 3
 
 
+def matcher(graph):
+    return synthetic._Matcher(graph, [n for n in graph.nodes if "batch_norm" in n.op], "cpu")
+
+
 def test_the_statistics_of_each_batch_norm_are_approached():
     graph = trained("chain")
     made = synthesize(graph, Plan(32, 32, 60))
-    before = synthetic._Matcher(graph, [n for n in graph.nodes if "batch_norm" in n.op], "cpu").loss(
-        smooth_noise(graph.inputs, 32, 0)
+    before, after = (
+        float(matcher(graph).losses(x, torch.zeros(32, dtype=torch.int64))[0].detach())
+        for x in (smooth_noise(graph.inputs, 32, 0), made.inputs)
     )
-    after = synthetic._Matcher(graph, [n for n in graph.nodes if "batch_norm" in n.op], "cpu").loss(made.inputs)
-    assert float(after) == pytest.approx(made.losses[1], rel=1e-4) and float(after) < 0.1 * float(before)
+    assert after == pytest.approx(made.losses[1], rel=1e-4) and after < 0.1 * before
+
+
+def test_the_network_takes_each_input_for_a_class_drawn_for_it(monkeypatch):
+    graph = trained("chain")
+    drawn = matcher(graph).draw(32, 5 * 7919)
+    classes = Program(graph)(*smooth_noise(graph.inputs, 1, 0))[0].shape[1]
+    assert matcher(graph).classes == classes and set(drawn.tolist()) == set(range(classes))
+
+    def surprise():
+        scores = Program(graph)(*synthesize(graph, Plan(32, 32, 60), seed=5).inputs)[0]
+        return float(torch.nn.functional.cross_entropy(scores, drawn))
+
+    with_classes = surprise()
+    monkeypatch.setattr(synthetic, "_CLASS_WEIGHT", 0.0)
+    assert with_classes < 0.8 * surprise()
+
+
+def test_classes_are_drawn_evenly():
+    m = matcher(network("chain"))
+    m.classes = 5
+    assert torch.bincount(m.draw(15, 0)).tolist() == [3] * 5 and not m.draw(15, 0).equal(m.draw(15, 1))
 
 
 def test_one_seed_one_result():
@@ -141,7 +167,14 @@ def with_statistics(graph, statistics):
     return graph.with_tensors(changed)
 
 
-@pytest.mark.parametrize(("statistics", "words"), [(UNTRAINED, "look untrained (mean 0, variance 1)"), (BROKEN, "are NaN or infinite"), ((0.0, math.inf), "are NaN or infinite")])
+@pytest.mark.parametrize(
+    ("statistics", "words"),
+    [
+        (UNTRAINED, "look untrained (mean 0, variance 1)"),
+        (BROKEN, "are NaN or infinite"),
+        ((0.0, math.inf), "are NaN or infinite"),
+    ],
+)
 def test_statistics_that_say_nothing_are_not_matched_and_noted(statistics, words):
     graph = trained("chain")
     norms = [n.name for n in graph.nodes if "batch_norm" in n.op]

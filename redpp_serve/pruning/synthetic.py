@@ -1,7 +1,8 @@
 """Inputs without data: images whose batch-norm statistics match those the network has stored.
 
 After DeepInversion (Yin et al., arXiv 1912.08795) and ZeroQ (Cai et al., arXiv 2001.00281): smooth noise is
-optimised until the mean and variance that each batch norm sees are its running statistics.
+optimised until the mean and variance that each batch norm sees are its running statistics, and, where the network
+gives scores of classes, until it takes each input for a class drawn for it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from ..graph.layers import mac_count
 from ..runtime.artifact import write_atomically
 from ..runtime.batch_norm import is_inference_norm
 from ..runtime.graph import Graph, InputSpec, Node
-from ..runtime.program import Program
+from ..runtime.program import Program, value_shapes
 
 # What one second is assumed to buy, in multiply-accumulates. A constant, not a measurement, so that the number of
 # inputs and steps, and with them the result, are the same on every machine of a kind.
 _MACS_PER_SECOND = {"cpu": 25e9, "cuda": 2e12}
 _FORWARD_AND_BACKWARD = 3
 _OVERHEAD_MACS = 10**7  # for one input: what a small network spends on everything but its layers
+_MOST_IMAGES, _MOST_STEPS = 512, 24  # more inputs buy more than more steps
+_STEPS_AN_IMAGE = 40  # those of its optimisation, and what fitting to it later takes
+_CLASS_WEIGHT = 0.1  # of the cross-entropy of the drawn classes, beside the mismatch of the statistics
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ def plan(graph: Graph, seconds: float, device: str = "cpu") -> Plan:
     macs = mac_count(graph) + _OVERHEAD_MACS
     affordable = seconds * _MACS_PER_SECOND[device.split(":")[0]] / (_FORWARD_AND_BACKWARD * macs)  # inputs times steps
     batch = 32 if affordable >= 1280 and macs < 1e9 else 16 if affordable >= 640 and macs < 1e9 else 8
-    images = int(min(160, max(2 * batch, affordable / 40 // batch * batch)))
-    return Plan(images, batch, int(min(60, max(4, affordable // images))))
+    images = int(min(_MOST_IMAGES, max(2 * batch, affordable / _STEPS_AN_IMAGE // batch * batch)))
+    return Plan(images, batch, int(min(_MOST_STEPS, max(4, affordable // images))))
 
 
 @dataclass(frozen=True)
@@ -91,20 +95,22 @@ def synthesize(
         kind = "smooth noise" if floats else "random integers"
         note = f"{doubt or 'no batch norm to match'}: {kind} stands in for inputs, and the result rests on that"
         return Synthetic(smooth_noise(graph.inputs, how.images, seed), (math.nan, math.nan), note)
-    matcher = _Matcher(graph, norms, device)
+    matcher = _Matcher(graph, norms, device, sure=not doubt)
     key = _key(graph, how, seed)
     batches, losses = _restore(checkpoint, key)
     total, notes = how.images // how.batch * how.steps, [f"{doubt}: they are not matched"] if doubt else []
     for k in range(len(batches), how.images // how.batch):
-        start = tuple(x.to(device) for x in smooth_noise(graph.inputs, how.batch, seed * 7919 + k))
+        batch_seed = seed * 7919 + k
+        start = tuple(x.to(device) for x in smooth_noise(graph.inputs, how.batch, batch_seed))
         batch, loss, finished = matcher.optimise(
-            start, how.steps, deadline, lambda done: progress(k * how.steps + done, total)
+            start, batch_seed, how.steps, deadline, lambda done: progress(k * how.steps + done, total)
         )
         batches.append(batch)
         losses.append(loss)
         if not finished:
-            notes.append(f"cut short by --time-budget in batch {k + 1} of {how.images // how.batch}: a larger budget fits "
-                         "better, and only a finished plan is reproducible to the byte")  # fmt: skip
+            place = f"batch {k + 1} of {how.images // how.batch}"
+            notes.append(f"cut short by --time-budget in {place}: a larger budget fits better, "
+                         "and only a finished plan is reproducible to the byte")  # fmt: skip
             break
         _keep(checkpoint, key, batches, losses)
     inputs = tuple(torch.cat(parts) for parts in zip(*batches))
@@ -148,46 +154,64 @@ def smooth_noise(inputs: tuple[InputSpec, ...], count: int, seed: int) -> tuple[
 
 
 class _Matcher:
-    """The loss between the statistics a batch gives and those stored, over all batch norms."""
+    """The loss of a batch: how far its statistics are from those stored, over all batch norms, and its scores from
+    the classes drawn for it. Scores of a network with norms that are left out say nothing: not ``sure``."""
 
-    def __init__(self, graph: Graph, norms: list, device: str) -> None:
-        self.program = Program(graph, wanted=[norm.args[0].name for norm in norms]).to(device)
+    def __init__(self, graph: Graph, norms: list[Node], device: str, sure: bool = True) -> None:
+        scores = value_shapes(graph).get(graph.outputs[0], ())
+        self.classes = scores[1] if len(scores) == 2 and sure else 0  # fewer than two are none
+        wanted = [norm.args[0].name for norm in norms]
+        self.program = Program(graph, wanted + list(graph.outputs[:1]) * (self.classes > 1)).to(device)
         self.targets = []
         for norm in norms:
             mean, variance = (graph.tensors[norm.args[k].name].to(device) for k in (3, 4))
             self.targets.append((mean, (variance + norm.args[7]).sqrt()))
 
-    def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+    def draw(self, count: int, seed: int) -> Tensor:
+        """Classes (count,), each as often as another where there are enough inputs."""
+        generator = torch.Generator().manual_seed(seed)
+        order = [torch.randperm(self.classes, generator=generator) for _ in range(-(-count // max(self.classes, 1)))]
+        return torch.cat(order)[:count] if self.classes > 1 else torch.zeros(count, dtype=torch.int64)
+
+    def losses(self, batch: tuple[Tensor, ...], classes: Tensor) -> tuple[Tensor, Tensor]:
+        """The mismatch of the statistics, and what is to be lowered: it and the classes' cross-entropy."""
+        values = self.program(*batch)
         total = torch.zeros((), device=batch[0].device)
-        for value, (mean, deviation) in zip(self.program(*batch), self.targets):
+        for value, (mean, deviation) in zip(values, self.targets):
             dims = [d for d in range(value.dim()) if d != 1]
             variance, centre = torch.var_mean(value, dim=dims, correction=0)
             total = total + (((centre - mean) / deviation) ** 2).mean()
             total = total + (((variance + 1e-6).sqrt() / deviation - 1) ** 2).mean()
-        return total / len(self.targets)
+        mismatch = total / len(self.targets)
+        if self.classes < 2:
+            return mismatch, mismatch
+        return mismatch, mismatch + _CLASS_WEIGHT * F.cross_entropy(values[-1], classes)
 
     def optimise(
-        self, start: tuple[Tensor, ...], steps: int, deadline: float, progress: Callable[[int], None]
+        self, start: tuple[Tensor, ...], seed: int, steps: int, deadline: float, progress: Callable[[int], None]
     ) -> tuple[tuple[Tensor, ...], tuple[float, float], bool]:
         batch = [x.clone().requires_grad_() for x in start]
+        classes = self.draw(len(batch[0]), seed).to(batch[0].device)
         optimiser = torch.optim.Adam(batch, lr=0.1, betas=(0.8, 0.99))
         first = last = math.nan
         best, best_batch = math.inf, start
         for step in range(steps):
             for group in optimiser.param_groups:
                 group["lr"] = 0.1 * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-            loss = self.loss(tuple(batch))
-            last = float(loss.detach())
-            first = last if step == 0 else first
-            if last < best:
-                best, best_batch = last, tuple(x.detach().clone() for x in batch)
+            mismatch, loss = self.losses(tuple(batch), classes)
+            value = float(loss.detach())
+            if step == 0:
+                first = last = float(mismatch.detach())
+            if value < best:
+                best, best_batch = value, tuple(x.detach().clone() for x in batch)
+                last = float(mismatch.detach())
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             progress(step + 1)
             if time.monotonic() > deadline:
-                return tuple(x.cpu() for x in best_batch), (first, best), False
-        return tuple(x.cpu() for x in best_batch), (first, best), True
+                return tuple(x.cpu() for x in best_batch), (first, last), False
+        return tuple(x.cpu() for x in best_batch), (first, last), True
 
 
 def _key(graph: Graph, how: Plan, seed: int) -> str:
