@@ -35,7 +35,9 @@ def test_the_budget_is_kept_and_the_error_is_the_one_measured(kind, budget):
 
 
 def test_sixteen_values_are_enough_where_the_budget_allows_them():
-    assert set(sizes(hashed(trained("residual", 32), 1.0)).values()) == {LEVELS[0]}
+    found = sizes(hashed(trained("residual", 32), 1.0))
+    assert found.pop("head") == 12  # that is all of its weights
+    assert set(found.values()) == {LEVELS[0]}
 
 
 def test_a_smaller_budget_takes_more_values():
@@ -57,7 +59,7 @@ def test_the_layer_that_moves_the_outputs_keeps_more():
 def test_without_a_budget_all_get_the_finest():
     graph = trained("chain", 32)
     found = hashed(graph, 0.0)
-    assert sizes(found)["inner"] == sizes(found)["second"] == LEVELS[-1] and 0 < found.added < 1e-3
+    assert min(sizes(found)[name] for name in ("inner", "second")) > LEVELS[-2] and 0 < found.added < 1e-3
 
 
 def test_zeros_stay_zeros():

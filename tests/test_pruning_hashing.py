@@ -208,7 +208,7 @@ def test_the_layout_in_memory_changes_nothing():
     )
 
 
-@pytest.mark.parametrize("values", [2, 16, 256])
+@pytest.mark.parametrize("values", [2, 16, 61])
 @pytest.mark.parametrize("zeros", [0, 500])
 def test_kmeans_uses_as_many_values_as_it_may(values, zeros):
     w = gaussian(20_000)
@@ -256,3 +256,23 @@ def test_retuning_an_unchanged_weight():
     hashed = hash_weight(w, "kmeans", Target(values=64))
     got = retuned(hashed, w * 2)
     assert got.codebook.size == hashed.codebook.size and set(got.codebook.values) == set((w * 2).double().unique().tolist())
+
+
+@pytest.mark.parametrize("values", [16, 64, 256])
+@pytest.mark.parametrize("n", [600, 9000])
+@pytest.mark.parametrize("tails", ["gaussian", "long"])
+def test_kmeans_is_good_where_weights_are_few_for_their_values_and_tails_are_long(values, n, tails):
+    """At most a little above Lloyd's algorithm, in float64 on the weights themselves, from levels after Panter and Dite."""
+    w = gaussian(n, dtype=torch.float64)
+    w = w * w * w.sign() if tails == "long" else w
+    ordered = w.sort().values
+    place = (ordered.sign() * ordered.abs() ** (0.5 if tails == "long" else 1)) / 3**0.5  # the cube root of a normal density
+    share = torch.special.ndtr(place)
+    centres = torch.stack([part.mean() for k in range(values)
+                           if len(part := ordered[(share >= k / values) & (share < (k + 1) / values)])])  # fmt: skip
+    for _ in range(60):
+        nearest = torch.bucketize(ordered, (centres[1:] + centres[:-1]) / 2)
+        centres = torch.stack([ordered[nearest == k].mean() for k in nearest.unique()])
+    best = measured(ordered, centres[torch.bucketize(ordered, (centres[1:] + centres[:-1]) / 2)])
+    book = fit_codebook(build_grid(w), "kmeans", Target(values=values))
+    assert book.error <= 1.25 * best

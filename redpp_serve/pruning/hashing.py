@@ -20,6 +20,7 @@ from .density import Array, Grid, build_grid, cell_costs, cells_of, density, ent
 METHODS = ("kde", "kmeans", "uniform")
 _FEW = 256  # a weight with no more distinct values than this is a codebook already
 _MOST_CELLS = 8192
+_SMOOTHING = 0.5  # bandwidth, in units of RMS / weights^0.2, of the density that k-means starts from
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,10 @@ _FAMILIES: dict[str, Callable[[Grid], _Family]] = {
 
 def _lloyd_max(grid: Grid, cells: int, rounds: int = 60) -> Codebook:
     """Lloyd's algorithm on the grid: borders half-way between values, values at their cells' means."""
-    cube = np.cumsum(np.cbrt(np.diff(grid.count)))  # the optimal density of levels is the cube root (Panter-Dite)
+    # The optimal density of levels is the cube root of the weights' (Panter-Dite). It must be a smooth one: single counts
+    # would give the many bins of the tails, most of them with one weight or none, a share of the levels that is far off.
+    width = max(_SMOOTHING * grid.rms * grid.weights**-0.2, 2 * grid.step)
+    cube = np.cumsum(np.cbrt(np.maximum(density(grid, width), 0.0)))
     borders = np.searchsorted(cube, cube[-1] * np.arange(1, cells) / cells).astype(np.int64)
     for _ in range(rounds):
         edges = np.concatenate([[0], borders, [grid.bins]])
