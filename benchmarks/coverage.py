@@ -34,6 +34,7 @@ from redpp_serve.graph.coupling import Coupling, couple
 from redpp_serve.graph.layers import find_layers, parameter_count
 from redpp_serve.packaging.package import describe_machine
 from redpp_serve.pruning.merging import merge_exact
+from redpp_serve.runtime.folding import fold_constants
 from redpp_serve.runtime.graph import Graph, InputSpec
 from redpp_serve.runtime.program import Program
 
@@ -137,7 +138,7 @@ def measure(arch: str) -> dict[str, Any]:
     randomise(module)
     start = time.perf_counter()
     try:
-        graph = capture(module, [InputSpec("x", (3, side, side))], [])
+        graph = fold_constants(capture(module, [InputSpec("x", (3, side, side))], []))
     except RedppError as error:
         return {"refused": str(error), "side": side}
     captured = time.perf_counter()

@@ -136,6 +136,16 @@ def _halves_normed(b, x):
     return b.op("cat", "cat.default", [R(y) for y in normed], 1)
 
 
+def _cut_inside_groups(b, x):
+    x = b.conv(x, "groups", 8, 8, groups=4)
+    return b.op("cut", "slice.Tensor", R(x), 1, 1, 7)
+
+
+def _shuffled_groups(b, x):
+    order = b.tensor("order", torch.tensor([1, 0, 2, 3, 4, 5, 6, 7]))
+    return b.op("mixed", "index_select.default", R(b.conv(x, "groups", 8, 8, groups=4)), 1, order)
+
+
 CLOSED = {  # the whole list of reasons, word for word
     "an output": (then(), {"head": "is an output of the network"}),
     "unknown operator": (then(op("pixel_unshuffle.default", 1)), {"first": "is read by pixel_unshuffle (y), whose coupling is not known"}),
@@ -160,6 +170,8 @@ CLOSED = {  # the whole list of reasons, word for word
     "product of channels": (then(_one_of_two_products), {"first": "is contracted with another value (gram)"}),
     "channel alone": (then(_taken_alone), {"first[2]": "has a single channel"}, 9),
     "channels alone": (then(_taken_apart), {"first": "is all that one0 consists of"}),
+    "cut inside its groups": (then(_cut_inside_groups), {"first": "is taken apart or reordered inside (cut)"}, 6),
+    "groups reordered inside": (then(_shuffled_groups), {"first": "is taken apart or reordered inside (mixed)"}),
     "one group each": (then(_halves_normed), {"first": "is normalised across channels (gn0)"}),
     "reflected beside channels": (then(lambda b, x: b.op("y", "pad.default", R(b.op("last", "permute.default", R(x), [0, 2, 3, 1])), [1, 1, 0, 0], "reflect")),
                                   {"first": "is read by pad (y), whose coupling is not known"}, 6),

@@ -21,7 +21,9 @@ def move(walk: Walk, node: Node) -> Any:
 def reshape(walk: Walk, node: Node) -> Any:
     """A reshape; at the end of a channel shuffle the channels are those of its start, in another order."""
     shuffle = walk.shuffles.get(node.name)
-    return walk.value(Ref(shuffle.source)).index_select(shuffle.axis, shuffle.order) if shuffle else move(walk, node)
+    if shuffle is None:
+        return move(walk, node)
+    return _ordered(walk, node, walk.value(Ref(shuffle.source)), shuffle.axis, shuffle.order)
 
 
 def reshape_as(walk: Walk, node: Node) -> Any:
@@ -53,12 +55,21 @@ def pick(axis_at: int, default: int) -> Rule:
     return rule
 
 
-def cut(walk: Walk, node: Node) -> Any:
-    """A slice; one in steps is no run of channels."""
-    if len(node.args) > 4 and node.args[4] != 1:
-        labels = walk.value(node.args[0])
-        walk.tie_later(labels, node.args[1] % labels.dim(), f"is read in steps ({node.name})")
-    return move(walk, node)
+def part(axis_at: int) -> Rule:
+    """Taking runs of entries of one axis (slice, split). In steps they are no runs: all channels are tied."""
+
+    def rule(walk: Walk, node: Node) -> Any:
+        args = [walk.value(a) for a in node.args]
+        axis = (args[axis_at] if len(args) > axis_at else 0) % args[0].dim()
+        if node.op == "aten.slice.Tensor" and len(args) > 4 and args[4] != 1:
+            walk.tie_later(args[0], axis, f"is read in steps ({node.name})")
+        places = [0 if k == axis_at else a for k, a in enumerate(args[1:], 1)]
+        taken = resolve(node.op)(torch.arange(args[0].shape[axis]), *places)
+        for positions in [taken] if isinstance(taken, Tensor) else taken:
+            walk.take(args[0], axis, positions, node.name)
+        return resolve(node.op)(*args)
+
+    return rule
 
 
 def whole(dims_at: int) -> Rule:
@@ -88,13 +99,18 @@ def index(walk: Walk, node: Node) -> Any:
 def index_select(walk: Walk, node: Node) -> Any:
     """Entries of one axis in a fixed order."""
     order = walk.constant(node.args[2].name)
-    return unknown(walk, node) if order is None else walk.value(node.args[0]).index_select(node.args[1], order)
+    return unknown(walk, node) if order is None else _ordered(walk, node, walk.value(node.args[0]), node.args[1], order)
 
 
 def channel_shuffle(walk: Walk, node: Node) -> Any:
     """The channels in the order that reading them group by group, one of each, gives."""
     labels = walk.value(node.args[0])
-    return labels.index_select(1, shuffled(labels.shape[1], node.args[1]))
+    return _ordered(walk, node, labels, 1, shuffled(labels.shape[1], node.args[1]))
+
+
+def _ordered(walk: Walk, node: Node, labels: Tensor, axis: int, order: Tensor) -> Tensor:
+    walk.take(labels, axis, order, node.name)
+    return labels.index_select(axis, order)
 
 
 def shuffled(size: int, groups: int) -> Tensor:

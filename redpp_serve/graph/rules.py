@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .joining import Rule, elementwise, getitem, made, number, same
 from .mixing import along_axis, channel_norm, group_norm, layer_norm, prelu, reduce, spatial, spatial_with_indices
-from .moving import cat, channel_shuffle, cut, index, index_select, move, pad, pick, reshape, reshape_as, whole
+from .moving import cat, channel_shuffle, index, index_select, move, pad, part, pick, reshape, reshape_as, whole
 from .reading import attention, conv, glu, linear, matmul
 
 
@@ -32,9 +32,10 @@ RULES: dict[str, Rule] = {
     """),
     **_aten(move, """
         permute.default transpose.int swapaxes.default t.default unsqueeze.default squeeze.dim squeeze.dims
-        expand.default stack.default split.Tensor split.sizes split_with_sizes.default chunk.default repeat.default
-        narrow.default
+        expand.default stack.default repeat.default
     """),
+    **_aten(part(1), "slice.Tensor narrow.default"),
+    **_aten(part(2), "split.Tensor split.sizes split_with_sizes.default chunk.default"),
     **_aten(reshape, "reshape.default flatten.using_ints unflatten.int"),
     **_aten(pick(1, 0), "select.int unbind.int"),
     **_aten(whole(2), "roll.default"), **_aten(whole(1), "flip.default"),
@@ -67,7 +68,7 @@ RULES: dict[str, Rule] = {
     **_aten(matmul, "matmul.default bmm.default mm.default"),
     "aten.linear.default": linear, "aten.scaled_dot_product_attention.default": attention, "aten.glu.default": glu,
     "aten.group_norm.default": group_norm, "aten.prelu.default": prelu, "aten.channel_shuffle.default": channel_shuffle,
-    "aten.slice.Tensor": cut, "aten.index.Tensor": index, "aten.index_select.default": index_select,
+    "aten.index.Tensor": index, "aten.index_select.default": index_select,
     "aten.reshape_as.default": reshape_as, "aten.sym_size.int": number, "py.getitem": getitem,
     **{f"py.{name}": number for name in "add sub mul floordiv truediv mod neg eq ne lt le gt ge".split()},
 }  # fmt: skip

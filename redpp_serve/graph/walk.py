@@ -18,6 +18,7 @@ from ..runtime.graph import Graph, Node, Ref, map_refs
 from ..runtime.ops import resolve
 from ..runtime.program import value_shapes
 from .labels import Labels, once
+from .orders import misaligned
 from .shuffles import find_shuffles
 
 _MOST_ENTRIES = 1 << 21  # of a parameter that takes part in elementwise operators; a larger one carries no channels
@@ -70,6 +71,7 @@ class Walk:
         self._rows: dict[tuple[str, int], Tensor] = {}
         self._later: list[tuple[Tensor, int, str]] = []
         self._joins: list[tuple[Tensor, Tensor, str]] = []
+        self._takes: list[tuple[Tensor, int, Tensor, str]] = []
         self._roles = _weight_roles(graph)
         self._nodes = {node.name: node for node in graph.nodes}
         self._constants: dict[str, Tensor | None] = dict(graph.tensors)
@@ -132,10 +134,8 @@ class Walk:
 
     def use(self, tensor: Ref | None, dim: int, labels: Tensor) -> bool:
         """Bind a dimension of a stored tensor to these labels; False where the argument is no stored tensor."""
-        if tensor is None:
-            return True
-        if not isinstance(tensor, Ref) or tensor.name not in self.graph.tensors or tensor.name not in self._roles:
-            return False
+        if tensor is None or not self.is_own(tensor):
+            return tensor is None
         key = (tensor.name, dim)
         if key in self._rows:
             self.labels.union(self._rows[key], labels)
@@ -146,11 +146,16 @@ class Walk:
 
     def rows(self, tensor: Ref, dim: int, count: int) -> Tensor:
         """Labels for the channels that a weight creates along ``dim``: new ones, or its earlier ones if it is shared."""
-        return self._rows.get((tensor.name, dim)) if (tensor.name, dim) in self._rows else self.labels.fresh(count)
+        key = (tensor.name, dim)
+        return self._rows[key] if key in self._rows else self.labels.fresh(count)
 
     def tie_later(self, labels: Tensor, dim: int, reason: str) -> None:
         """Join the labels along a dimension at the end, unless rules that come later make them one anyway."""
         self._later.append((labels, dim, reason))
+
+    def take(self, labels: Tensor, axis: int, positions: Tensor, node: str) -> None:
+        """Note that a call takes these positions (n,) of an axis, in this order."""
+        self._takes.append((labels, axis, positions, node))
 
     def join_later(self, one: Tensor, many: Tensor, node: str) -> None:
         """Join ``one`` with ``many``, which it is broadcast over: at the end, when it shows which channels of ``many`` go
@@ -185,6 +190,9 @@ class Walk:
             for d in axes:
                 if d != max(axes, key=lambda d: labels.shape[d]):
                     self.labels.tie(labels, d, f"its channels are laid out over several dimensions ({name})")
+        for labels, axis, positions, node in self._takes:
+            moved = misaligned(self.labels.find(self.along(labels, axis)), positions)
+            self.labels.close(moved, f"is taken apart or reordered inside ({node})")
         for name, labels in self._tracked():
             if name in self.graph.tensors:
                 self.uses += [Use(name, dim, along) for dim, along in self._own_axes(labels).items()]
