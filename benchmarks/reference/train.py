@@ -47,7 +47,7 @@ RECIPES = {
     "fonts_resnet18": Recipe(7, 128),
     "fonts_efficientnet": Recipe(8, 128, decay=1e-4, half=False),
     "fonts_densenet": Recipe(8, 128),
-    "fonts_convnext": Recipe(8, 128, rate=2e-3, decay=0.05, adam=True),
+    "fonts_convnext": Recipe(6, 128, rate=2e-3, decay=0.05, adam=True),
 }
 SMOOTHING = 0.05
 
@@ -85,10 +85,10 @@ def optimiser(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, recipe.rate, momentum=0.9, nesterov=True)
 
 
-def fit(network: Network, recipe: Recipe, device: torch.device) -> nn.Module:
-    """A trained network on ``device``, in eval mode."""
+def fit(network: Network, recipe: Recipe, images: Tensor, labels: Tensor) -> nn.Module:
+    """A network trained on uint8 images (N, 1, 32, 32) where they are, in eval mode."""
     torch.manual_seed(0)
-    images, labels = (t.to(device) for t in training_images(network.task))
+    device = images.device
     held, held_labels = (t.to(device) for t in catalog.held_out(network.task.name))
     net = network.factory().to(device, memory_format=torch.channels_last)
     steps = len(images) // recipe.batch
@@ -151,9 +151,9 @@ def measure(network: Network) -> dict[str, object]:
 def train(network: Network, device: torch.device) -> dict[str, object]:
     """Train and write one checkpoint; its entry of the results."""
     recipe, start = RECIPES[network.name], time.perf_counter()
-    net = fit(network, recipe, device)
-    images = training_images(network.task)[0][:8192].to(device)
-    finish(net, network.task.normalise(images))
+    images, labels = (t.to(device) for t in training_images(network.task))
+    net = fit(network, recipe, images, labels)
+    finish(net, network.task.normalise(images[:8192]))
     state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in net.cpu().state_dict().items()}
     save_file(state, network.checkpoint)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
