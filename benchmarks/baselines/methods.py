@@ -16,7 +16,7 @@ from .widths import spreads
 
 ROUND_TO = 8
 NEAR = 0.02  # share of the open classes' multiply-accumulates by which a point may miss its target
-DISTIL_SECONDS = 75.0
+DISTIL_SECONDS = 45.0  # the share of the default 60 that comes before the codebooks
 _SEEDS = 3
 
 Candidates = Iterator[tuple[str, nn.Module | Graph]]  # each setting's name and what it makes of the network

@@ -56,7 +56,8 @@ def least_squares(subject: Subject, target_macs: int, round_to: int, real: bool 
 def distilled(subject: Subject, target_macs: int, round_to: int, seconds: float) -> Graph:
     """Least squares, then distillation on the same synthetic images with a budget in seconds."""
     narrowed, narrower = _narrowed(subject, target_macs, round_to, False), _ready(subject, False, round_to).narrower
-    return distil(narrowed.graph, subject.graph, narrower.inputs, narrower.held_out, narrowed.places, seconds=seconds).graph
+    learn = (subject.synthetic[:-_HELD_OUT],)
+    return distil(narrowed.graph, subject.graph, learn, narrower.held_out, narrowed.places, seconds=seconds).graph
 
 
 def with_codebooks(subject: Subject, target_macs: int, round_to: int, seconds: float) -> tuple[Graph, str]:
@@ -68,7 +69,8 @@ def with_codebooks(subject: Subject, target_macs: int, round_to: int, seconds: f
     found = hash_within(graph, find_layers(graph), narrower.held_out, budget)
     graph = repair_batch_norm(found.graph, subject.graph, narrower.inputs, narrowed.places)
     books = frozenset(layer.weight for layer in find_layers(graph))
-    tuned = distil(graph, subject.graph, narrower.inputs, narrower.held_out, narrowed.places,
+    learn = (subject.synthetic[:-_HELD_OUT],)
+    tuned = distil(graph, subject.graph, learn, narrower.held_out, narrowed.places,
                    seconds=seconds * CODEBOOK_DISTIL_SHARE, codebooks=books).graph  # fmt: skip
     four = sum(h.weight.numel() for h in found.hashed.values() if h.codebook.size <= 16)
     return tuned, f"{four / sum(h.weight.numel() for h in found.hashed.values()):.0%} of the weights in 4 bits"

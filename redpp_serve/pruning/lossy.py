@@ -24,6 +24,7 @@ from .selection import select
 from .verify import compare_outputs
 from .widths import Plan, Point, ShapeModel, measure_errors, plan_widths, search_error, uniform
 
+FIT_IMAGES = 160  # of the inputs: more of them hardly change a least-squares fit, which costs time for each
 _FIT_SHARE = 0.9  # of the error budget, for narrowing; the rest is for the final codebooks
 _FRONTIER_POINTS = 8
 _LATENCY_SECONDS = 8.0  # for each measurement of a set of networks
@@ -85,7 +86,7 @@ class Narrower:
         original: the network whose outputs are the target.
         coupling: the network to narrow, and its classes.
         merged: what ``coupling.graph`` still has of the original's values, where exact merging took some.
-        inputs, held_out: (images, ...) for each network input, to fit to and to measure on.
+        inputs, held_out: (images, ...) for each network input, to fit to (the first `FIT_IMAGES`) and to measure on.
     """
 
     def __init__(
@@ -93,8 +94,8 @@ class Narrower:
         progress: Progress,
     ) -> None:  # fmt: skip
         self.original, self.coupling, self.merged = original, coupling, merged
-        self.inputs, self.held_out, self.progress = inputs, held_out, progress
-        self.observed = observe(coupling, inputs, progress)
+        self.inputs, self.held_out, self.progress = tuple(x[:FIT_IMAGES] for x in inputs), held_out, progress
+        self.observed = observe(coupling, self.inputs, progress)
         self.selections = select(self.observed)
         self._built: dict[tuple[tuple[str, int], ...], Narrowed] = {}
 
