@@ -36,7 +36,7 @@ def test_the_budget_is_kept_and_the_error_is_the_one_measured(kind, budget):
 
 def test_sixteen_values_are_enough_where_the_budget_allows_them():
     found = sizes(hashed(trained("residual", 32), 1.0))
-    assert found.pop("head") == 12  # that is all of its weights
+    assert found.pop("head") <= 12  # it has no more weights
     assert set(found.values()) == {LEVELS[0]}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Builder, inner_of, plant, quantised, trained, widths_of
+from networks import Builder, inner_of, natural, plant, quantised, trained, widths_of
 from torch import nn
 
 from redpp_serve.capture.export import capture
@@ -40,6 +40,8 @@ HALF = fast(keep=0.5)
 def short_plan(monkeypatch):
     monkeypatch.setattr(pipeline, "plan", lambda graph, seconds, device: Plan(48, 16, 10))
     monkeypatch.setattr(lossy, "_FRONTIER_POINTS", 3)
+    distil = pipeline.distil  # a busy machine must not cut it short
+    monkeypatch.setattr(pipeline, "distil", lambda *a, **k: distil(*a, **{**k, "deadline": float("inf")}))
 
 
 def digest(graph):
@@ -176,12 +178,13 @@ def test_an_accuracy_limit_needs_data_and_holds():
     graph = trained("residual")
     with pytest.raises(RedppError, match="--max-accuracy-drop.*--verify-data"):
         prune(graph, Options(max_accuracy_drop=1.0))
-    x = torch.randn(64, 3, 6, 5)
+    (x,) = natural(graph, 64, 5)
     with torch.no_grad():
         data = VerifyData((x,), Program(graph)(x)[0].argmax(1))
+    assert len(data.labels.unique()) > 1
     assert prune(graph, Options(merge="exact", max_accuracy_drop=20.0), data=data).accuracy[0] == 1.0
     with pytest.raises(GateFailed, match="--max-accuracy-drop"):
-        prune(graph, fast(keep=0.05, hash_error=0.9, round_to=1, max_accuracy_drop=0.0), data=data)
+        prune(graph, fast(keep=0.05, hash_values=2, round_to=1, max_accuracy_drop=0.0), data=data)
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -216,7 +219,7 @@ def test_without_redundancy_a_quantised_network_comes_back_as_it_was():
     )
 
 
-@pytest.mark.parametrize("choice", [{"keep": 0.5, "distil": 1.0}, {"target_macs": 0.7, "distil": 1.0}, {"merge": "exact"}])
+@pytest.mark.parametrize("choice", [{"keep": 0.5, "distil": 1.0}, {"target_macs": 0.8, "distil": 1.0}, {"merge": "exact"}])
 def test_excluded_layers_keep_their_bits(choice):
     """Neither fitting, distillation nor codebooks may touch them, and no constant may go into their bias."""
     graph = trained("chain")

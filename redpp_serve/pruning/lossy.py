@@ -87,13 +87,14 @@ class Narrower:
         coupling: the network to narrow, and its classes.
         merged: what ``coupling.graph`` still has of the original's values, where exact merging took some.
         inputs, held_out: (images, ...) for each network input, to fit to (the first `FIT_IMAGES`) and to measure on.
+        frozen: weights that stay as they are.
     """
 
     def __init__(
         self, original: Graph, coupling: Coupling, merged: Places, inputs: tuple[Tensor, ...], held_out: tuple[Tensor, ...],
-        progress: Progress,
+        progress: Progress, frozen: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
-        self.original, self.coupling, self.merged = original, coupling, merged
+        self.original, self.coupling, self.merged, self.frozen = original, coupling, merged, frozen
         self.inputs, self.held_out, self.progress = tuple(x[:FIT_IMAGES] for x in inputs), held_out, progress
         self.observed = observe(coupling, self.inputs, progress)
         self.selections = select(self.observed)
@@ -111,7 +112,7 @@ class Narrower:
             places = then(self.merged, self.coupling.kept_positions(kept))
             graph, records = reconstruct(
                 self.coupling, self.original, kept, quick_fit(self.observed, kept), self.inputs,
-                rows=self.merged, progress=self.progress,
+                rows=self.merged, frozen=self.frozen, progress=self.progress,
             )  # fmt: skip
             graph = repair_batch_norm(graph, self.original, self.inputs, places)
             self._built = {key: Narrowed(graph, places, dict(widths), records, time.monotonic() - start)}  # one at a time

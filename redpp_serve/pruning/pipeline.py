@@ -295,7 +295,7 @@ def _narrow(run: _Run, started: float) -> None:
             coupling = coupling.with_tensors(run.original.tensors)
         inputs = tuple(x.to(options.device) for x in run.fit_inputs)
         held_out = tuple(x.to(options.device) for x in run.held_out)
-        narrower = Narrower(run.original, coupling, run.merged, inputs, held_out, stage.progress)
+        narrower = Narrower(run.original, coupling, run.merged, inputs, held_out, stage.progress, _excluded_tensors(run))
         budget = options.time_budget
         run.choice = choose(narrower, options, started + _FIT_END * budget, started + _FRONTIER_END * budget)
         if run.choice.cut_short:
@@ -354,7 +354,7 @@ def _codebooks(run: _Run, checkpoint: Path | None) -> None:
         layers = _hashable(run)
         if options.hash == NO_HASH or options.merge == "exact" or not layers:
             return stage.skip("--hash none" if options.hash == NO_HASH else "the weights are those of the first hashing")
-        before = compare_outputs(run.original, run.graph, run.held_out).error
+        before, weights = compare_outputs(run.original, run.graph, run.held_out).error, run.graph.tensors
         if options.hash_error is None and options.hash_values is None:
             budget = _codebook_budget(options, before)
             found = hash_within(run.graph, layers, run.held_out, budget, stage.progress)
@@ -363,7 +363,8 @@ def _codebooks(run: _Run, checkpoint: Path | None) -> None:
         else:
             run.graph, run.hashed = _hash_layers(run.graph, layers, options, stage)
             how = f"{options.hash}, {options.hash_target}"
-        run.graph = repair_batch_norm(run.graph, run.original, run.fit_inputs, run.places)
+        if any(run.graph.tensors[layer.weight] is not weights[layer.weight] for layer in layers):
+            run.graph = repair_batch_norm(run.graph, run.original, run.fit_inputs, run.places)
         stage.reason = f"{_sizes(run.hashed)} ({how})"
     _share(run, stage)
     if run.choice.narrowed is not None and options.distil:

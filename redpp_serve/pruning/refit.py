@@ -10,7 +10,7 @@ so that errors do not pile up. The activations come from synthetic inputs, so no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,6 +62,7 @@ def reconstruct(
     rows: Places = lambda name: {},
     compensate: bool = True,
     every_layer: bool = True,
+    frozen: Collection[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Graph, list[Reconstruction]]:
     """Fit the readers of narrowed channels, in order of execution.
@@ -75,6 +76,7 @@ def reconstruct(
         rows: by value, which of the original's entries ``coupling.graph`` still has, where exact merging took some.
         compensate: make up for the residual stream's error where a layer adds to it.
         every_layer: also fit layers that only read values with errors.
+        frozen: weights that stay as they are.
 
     Returns:
         the fitted network, and for each narrowed class what was done.
@@ -84,6 +86,7 @@ def reconstruct(
     layers = [x for x in find_layers(start) if x.groups == 1]
     first = next((k for k, x in enumerate(layers) if x.node.name in readers), len(layers))
     todo = [x for k, x in enumerate(layers) if x.node.name in readers or every_layer and k > first]
+    todo = [x for x in todo if x.weight not in frozen]
     places = coupling.kept_positions(kept)
 
     def cut(name: str, value: Tensor) -> Tensor:
