@@ -29,7 +29,7 @@ from redpp_serve.runtime.graph import InputSpec
 FILES = {"original.mar", "redpp.mar", "config.properties", "log4j2.xml", "model-config.yaml", "README.md", "inputs.npz", "sample.npy",
          "report.json", "report.html"}  # fmt: skip
 EXACT = Options(merge="exact")
-FAST = Options(keep=0.5, distil=0, time_budget=1)
+FAST = Options(keep=0.5, round_to=4, distil=0, time_budget=1)
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -93,7 +93,7 @@ def test_a_whole_package_with_every_file_and_key(model: Path, tmp_path: Path) ->
     assert all(pruned[key] < original[key] for key in ("parameters", "macs", "bytes"))
     assert original["accuracy"] == 1.0 and 0 <= pruned["accuracy"] <= 1
     layers = {layer["name"]: layer for layer in on_disk["layers"]}
-    assert layers["body.0"]["shape"] == [16, 8, 3, 3] and layers["body.0"]["pruned_shape"] == [8, 8, 3, 3]
+    assert layers["body.0"]["shape"] == [16, 8, 3, 3] and layers["body.0"]["pruned_shape"] == [4, 4, 3, 3]
     assert layers["head"]["merge"]["reason"] == "is an output of the network"
     assert on_disk["source"]["kind"] == "torch.save state_dict" and len(on_disk["source"]["sha256"]) == 64
     assert (on_disk["options"]["keep"], on_disk["options"]["batch_size"], on_disk["options"]["threads"]) == (0.5, 4, 2)
@@ -119,7 +119,7 @@ def test_exact_merging_removes_the_twins_and_keeps_the_function(packaged: Path) 
 
 
 def test_equal_input_gives_equal_archives_in_every_process(model: Path, tmp_path: Path) -> None:
-    words = ["package", *arguments(model), "--keep", "0.5", "--distil", "1", "--time-budget", "60", "--name", "same"]
+    words = ["package", *arguments(model), "--keep", "0.5", "--round-to", "4", "--distil", "1", "--time-budget", "60", "--name", "same"]
     code = ("import sys, redpp_serve.packaging.package as p, redpp_serve.pruning.pipeline as q, redpp_serve.cli as c\n"
             "from redpp_serve.pruning import lossy\n"
             "from redpp_serve.pruning.synthetic import Plan\n"  # fewer inputs and no trial runs: faster
@@ -148,7 +148,7 @@ def test_a_dry_run_writes_nothing_at_all(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("choice", "number"), [
-    ({"keep": 0.5, "distil": 0, "max_error": 0.0001}, r"relative output error .* is 0\.\d+ \(measured: output error .*\)\. Expected: at most 0\.0001 \(--max-error\)"),
+    ({"keep": 0.5, "round_to": 4, "distil": 0, "max_error": 0.0001}, r"relative output error .* is 0\.\d+ \(measured: output error .*\)\. Expected: at most 0\.0001 \(--max-error\)"),
     ({"merge": "exact", "min_agreement": 1.0, "hash_error": 0.9},
      r"top-1 agreement .* is 0\.\d+ \(measured: .* agreement .*\)\. Expected: at least 1 \(--min-agreement\)"),
     ({"merge": "exact", "max_accuracy_drop": 0.01, "hash_error": 0.9},
@@ -241,7 +241,7 @@ def test_an_interrupt_leaves_what_was_made_for_the_next_run_and_nothing_else(
         raise KeyboardInterrupt
 
     before, network = everything(tmp_path), captured(model)
-    options = Options(keep=0.5, distil=1, time_budget=30)  # enough to finish a batch of inputs, which is what is kept
+    options = Options(keep=0.5, round_to=4, distil=1, time_budget=30)  # enough to finish a batch of inputs, which is what is kept
     monkeypatch.setattr(owner, name, interrupt)
     with pytest.raises(KeyboardInterrupt):
         package(network, tmp_path / "small", name="small", options=options)
