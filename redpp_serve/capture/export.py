@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from ..errors import RedppError
 from ..runtime.batch_norm import BATCH_NORM
+from ..runtime.folding import fold_constants
 from ..runtime.graph import Graph, InputSpec, Node, Ref
 from ..runtime.ops import ALLOWED
 from ..runtime.program import Program
@@ -61,7 +62,7 @@ def capture(source: nn.Module | ExportedProgram, inputs: Sequence[InputSpec], me
                             "switched to eval mode (dropout off, batch norm by statistics)")
             source.eval()
         exported = _export(source, example)
-    graph = to_graph(exported, inputs)
+    graph = fold_constants(to_graph(exported, inputs))
     check_agreement(graph, module, inputs)
     return graph
 
