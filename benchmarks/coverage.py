@@ -1,5 +1,5 @@
-"""What can be merged in the networks people deploy: ``python -m benchmarks.coverage`` (about an hour; it goes on where it
-stopped).
+"""What can be merged in the networks people deploy: ``python -m benchmarks.coverage`` (about an hour; it goes on
+where it stopped).
 
 Each torchvision or timm classifier is built with random weights, captured and coupled, one at a time in a process of
 its own. Its row says how many classes of channels are open, the share of parameters and multiply-accumulates in layers
@@ -51,8 +51,9 @@ def randomise(module: nn.Module) -> None:
             part.running_mean.copy_(0.1 * torch.randn(part.running_mean.shape, generator=generator))
             part.running_var.copy_(0.5 + torch.rand(part.running_var.shape, generator=generator))
     for parameter in module.parameters():
-        if parameter.is_floating_point() and parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
-            zero = bool(parameter.flatten()[0] == 0)
+        first = parameter.flatten()[0]
+        if parameter.is_floating_point() and parameter.numel() > 1 and bool((parameter == first).all()):
+            zero = bool(first == 0)
             noise = torch.rand(parameter.shape, generator=generator)
             parameter.data = 0.2 * noise - 0.1 if zero else 0.5 + noise
 
@@ -125,7 +126,8 @@ def exactness(coupling: Coupling) -> dict[str, Any]:
 def plain(reason: str) -> str:
     """A reason without the names of layers and values."""
     reason = re.sub(r"read by \S+:", "read by a layer:", re.sub(r" \([^()]*\)", "", reason))
-    return re.sub(r"read by \S+ in groups", "read by a layer in groups", re.sub(r"is all that \S+", "is all that a value", reason))
+    reason = re.sub(r"read by \S+ in groups", "read by a layer in groups", reason)
+    return re.sub(r"is all that \S+", "is all that a value", reason)
 
 
 def measure(arch: str) -> dict[str, Any]:
@@ -150,7 +152,8 @@ def measure(arch: str) -> dict[str, Any]:
     stored = {name for layer in touched for name in (layer.weight, layer.bias) if name} | named
     row = {
         "side": side, "parameters": parameter_count(graph), "macs": sum(layer.macs for layer in layers),
-        "classes": len(coupling.classes), "open": len(coupling.open), "channels": sum(c.channels for c in coupling.open),
+        "classes": len(coupling.classes), "open": len(coupling.open),
+        "channels": sum(c.channels for c in coupling.open),
         "layers": len(layers), "touched_layers": len(touched),
         "parameters_share": round(sum(graph.tensors[name].numel() for name in stored) / parameter_count(graph), 4),
         "macs_share": round(sum(layer.macs for layer in touched) / max(1, sum(layer.macs for layer in layers)), 4),
@@ -190,9 +193,9 @@ def line(arch: str, row: Mapping[str, Any]) -> str:
 
 def table(result: Mapping[str, Any]) -> str:
     """The results as a page."""
-    head = ("network", "pixels", "M parameters", "open / all classes", "open channels", "parameters", "MACs", "merge error",
-            "drop error", "capture s", "couple s", "closed, why (classes)")  # fmt: skip
-    rows = result["networks"]
+    head = ("network", "pixels", "M parameters", "open / all classes", "open channels", "parameters", "MACs",
+            "merge error", "drop error", "capture s", "couple s", "closed, why (classes)")  # fmt: skip
+    rows, machine = result["networks"], result["environment"]
     counted = [row for row in rows.values() if "classes" in row]
     summary = (f"{len(rows)} networks; {sum(row['open'] > 0 for row in counted)} have open classes; largest error of a "
                f"merge {max((r.get('merge_error', 0) for r in counted), default=0):.0e}, "
@@ -200,7 +203,7 @@ def table(result: Mapping[str, Any]) -> str:
     text = (__doc__ or "").split("\n\n")
     return "\n".join(["# Coupled channels by network", "", " ".join(text[1].split()), "", summary, "",
                       "| " + " | ".join(head) + " |", "|" + "---|" * len(head), *(line(*item) for item in rows.items()),
-                      "", f"Device: {result['environment']['device']}; {result['environment']['versions']}", ""])  # fmt: skip
+                      "", f"Device: {machine['device']}; {machine['versions']}", ""])  # fmt: skip
 
 
 def main() -> None:

@@ -91,11 +91,12 @@ def _attention(b: Builder, x: str, name: str, n: int) -> tuple[str, int]:
     y = b.op(f"{name}_tokens", "transpose.int", Ref(b.op(f"{name}_flat", "flatten.using_ints", Ref(x), 2)), 1, 2)
     heads = []
     for role in "qkv":
-        z = b.op(f"{name}_{role}s", "reshape.default", Ref(b.linear(y, f"{name}_{role}", n, 6)), [-1, SIDE * SIDE, 3, 2])
+        z = b.linear(y, f"{name}_{role}", n, 6)
+        z = b.op(f"{name}_{role}s", "reshape.default", Ref(z), [-1, SIDE * SIDE, 3, 2])
         heads.append(Ref(b.op(f"{name}_{role}h", "transpose.int", Ref(z), 1, 2)))
     y = b.op(f"{name}_mix", "scaled_dot_product_attention.default", *heads)
-    y = b.op(f"{name}_join", "reshape.default", Ref(b.op(f"{name}_swap", "transpose.int", Ref(y), 2, 3)), [-1, 6, SIDE, SIDE])
-    return y, 6
+    y = b.op(f"{name}_swap", "transpose.int", Ref(y), 2, 3)
+    return b.op(f"{name}_join", "reshape.default", Ref(y), [-1, 6, SIDE, SIDE]), 6
 
 
 BLOCKS: dict[str, Block] = {

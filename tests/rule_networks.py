@@ -1,4 +1,4 @@
-"""A small network for each operator that channels can pass, and the test that narrowing is dropping the readers' columns."""
+"""A small network for each operator that channels can pass, and what tests do with classes of channels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from redpp_serve.graph.coupling import Coupling
 from redpp_serve.runtime.graph import Graph, InputSpec, Node, Ref
 
 R = Ref
-OPEN: dict[str, tuple[Callable[[], Graph], dict[str, int]]] = {}  # by name: the network, its open classes and their channels
+OPEN: dict[str, tuple[Callable[[], Graph], dict[str, int]]] = {}  # the network, its open classes and their channels
 
 
 def opens(**classes: int) -> Callable[[Callable[[Builder], Graph]], Callable[[Builder], Graph]]:
@@ -149,7 +149,8 @@ def chunk_and_multiply(b):
 @opens(first=2, **{"first[2]": 6}, second=3)
 def sliced(b):
     x = b.relu(b.conv("x", "first", 4, 8))
-    front, back = b.op("front", "slice.Tensor", R(x), 1, 0, 2), b.op("back", "slice.Tensor", R(x), 1, 2, 9223372036854775807)
+    front = b.op("front", "slice.Tensor", R(x), 1, 0, 2)
+    back = b.op("back", "slice.Tensor", R(x), 1, 2, 9223372036854775807)
     parts = b.conv(front, "second", 2, 3), b.op("part", "narrow.default", R(back), 1, 0, 6)
     y = b.op("cat", "cat.default", [R(p) for p in parts], 1)
     return b.graph(b.linear(b.mean(y), "head", 9, 3))
@@ -233,7 +234,8 @@ def layer_norm_block(b):
 @opens(first=3, second=6)
 def group_norm(b):
     x = b.conv("x", "first", 4, 12)
-    x = b.op("gn", "group_norm.default", R(x), 3, b.tensor("gn.weight", b.random(12)), b.tensor("gn.bias", b.random(12)), 1e-5, True)
+    scale, shift = b.tensor("gn.weight", b.random(12)), b.tensor("gn.bias", b.random(12))
+    x = b.op("gn", "group_norm.default", R(x), 3, scale, shift, 1e-5, True)
     return head(b, b.conv(b.relu(x), "second", 12, 6), 6)
 
 
@@ -315,7 +317,8 @@ def windows(b):  # window partition, roll, and back, on channels-last values
     x = b.op("cut", "reshape.default", R(x), [-1, 2, 3, 2, 3, 6])
     x = b.op("windows", "reshape.default", R(b.op("order", "permute.default", R(x), [0, 1, 3, 2, 4, 5])), [-1, 9, 6])
     x = b.linear(x, "second", 6, 5)
-    x = b.op("order2", "permute.default", R(b.op("cut2", "reshape.default", R(x), [-1, 2, 2, 3, 3, 5])), [0, 1, 3, 2, 4, 5])
+    x = b.op("cut2", "reshape.default", R(x), [-1, 2, 2, 3, 3, 5])
+    x = b.op("order2", "permute.default", R(x), [0, 1, 3, 2, 4, 5])
     x = b.op("merged", "reshape.default", R(x), [-1, 36, 5])
     return b.graph(b.linear(b.op("mean", "mean.dim", R(x), [1]), "head", 5, 3))
 
@@ -340,7 +343,8 @@ def selected_branches(b):  # two branches stacked, weighted by a softmax over th
 
 @opens(first=6)
 def index_by_constants(b):
-    x = b.op("swap", "index_select.default", R(b.conv("x", "first", 4, 6)), 1, b.tensor("order", torch.tensor([5, 4, 3, 0, 1, 2])))
+    order = b.tensor("order", torch.tensor([5, 4, 3, 0, 1, 2]))
+    x = b.op("swap", "index_select.default", R(b.conv("x", "first", 4, 6)), 1, order)
     return head(b, x, 6)
 
 

@@ -75,7 +75,8 @@ def test_the_same_network_gives_the_same_classes(graph):
         (c.name, c.channels, c.producers, c.closed) for c in two.classes
     ]
     for a, b in zip(one.classes, two.classes):
-        assert all(torch.equal(p.positions, q.positions) for p, q in zip((*a.parts, *a.readers), (*b.parts, *b.readers)))
+        pairs = zip((*a.parts, *a.readers), (*b.parts, *b.readers), strict=True)
+        assert all(torch.equal(p.positions, q.positions) for p, q in pairs)
 
 
 @pytest.mark.parametrize("block", sorted(BLOCKS))
@@ -106,7 +107,8 @@ def test_the_classes_come_in_order_of_execution_with_all_that_goes_with_them():
     assert trunk.producers == ("trunk", "excite")
     assert {(r.tensor, r.dim, r.axis) for r in trunk.readers} == {("squeeze.weight", 1, 1), ("head.weight", 1, 1)}
     assert {p.tensor for p in trunk.parts} == {
-        "trunk.weight", "trunk.bias", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var", "excite.weight", "excite.bias",
+        "trunk.weight", "trunk.bias", "excite.weight", "excite.bias",
+        "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var",
     }  # fmt: skip
     assert last.closed and not coupling.closed_layers.get("trunk")
 
@@ -114,13 +116,15 @@ def test_the_classes_come_in_order_of_execution_with_all_that_goes_with_them():
 def test_a_channel_is_a_group_a_head_or_all_its_positions():
     size = {case: {p.positions.shape[1] for c in couple(OPEN[case][0]()).open[:1] for p in (*c.parts, *c.readers)}
             for case in ("grouped", "attention_operator", "flatten_into_linear", "patch_merging")}  # fmt: skip
-    assert size == {"grouped": {2, 3}, "attention_operator": {4}, "flatten_into_linear": {1, 36}, "patch_merging": {1, 4}}
+    flat = {"flatten_into_linear": {1, 36}, "patch_merging": {1, 4}}
+    assert size == {"grouped": {2, 3}, "attention_operator": {4}, **flat}
 
 
 @pytest.mark.parametrize(
     ("pattern", "closed"),
-    [("trunk", "excluded"), ("exc*", "excluded"), ("squeeze", "squeeze, which goes with it, is excluded"), ("bn", "bn, which goes with it, is excluded"), ("head", "head, which goes with it, is excluded"), ("other", "")],
-)
+    [("trunk", "excluded"), ("exc*", "excluded"), ("squeeze", "squeeze, which goes with it, is excluded"),
+     ("bn", "bn, which goes with it, is excluded"), ("head", "head, which goes with it, is excluded"), ("other", "")],
+)  # fmt: skip
 def test_exclude_names_any_layer_of_the_class(pattern, closed):
     coupling = couple(OPEN["squeeze_excite"][0](), [pattern])
     assert coupling.classes[0].closed == closed

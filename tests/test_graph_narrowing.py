@@ -107,7 +107,8 @@ def test_positions_that_stay_by_value_and_tensor():
     positions = coupling.kept_positions({"first": torch.tensor([0, 3]), "fc": torch.tensor([6])})
     assert {k: v.tolist() for k, v in positions("first.weight").items()} == {0: [0, 3]}
     assert {k: v.tolist() for k, v in positions("bn").items()} == {1: [0, 3]}
-    assert positions("fc.weight")[1].tolist() == [*range(36), *range(108, 144)] and positions("fc.weight")[0].tolist() == [6]
+    assert positions("fc.weight")[1].tolist() == [*range(36), *range(108, 144)]
+    assert positions("fc.weight")[0].tolist() == [6]
     assert positions("head.bias") == {} and positions("x") == {} and positions("nothing of the sort") == {}
 
 

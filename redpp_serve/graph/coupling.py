@@ -109,12 +109,13 @@ def _build(walk: Walk) -> tuple[list[ChannelClass], dict[str, Tensor]]:
     for p in walk.produced:
         for root in dict.fromkeys(walk.labels.find(p.labels).tolist()):
             if root in group_of and root != Labels.NONE:
-                members.setdefault((group_of.pop(root), places.signature(root), root in closed, root in alone), []).append(root)
+                key = (group_of.pop(root), places.signature(root), root in closed, root in alone)
+                members.setdefault(key, []).append(root)
     read_tensors = {(read.tensor, read.dim) for read in walk.reads}
     classes, roots, taken = [], {}, Counter()
     for (leader, *_), channels in members.items():
-        held = set(channels)
-        makers = dict.fromkeys(p.layer for k, (p, r) in enumerate(produced) if leaders[k] == leader and not held.isdisjoint(r))
+        held, linked = set(channels), (made for k, made in enumerate(produced) if leaders[k] == leader)
+        makers = dict.fromkeys(p.layer for p, created in linked if not held.isdisjoint(created))
         layer = next(iter(makers))
         taken[layer] += 1
         name = layer if taken[layer] == 1 else f"{layer}[{taken[layer]}]"

@@ -50,7 +50,8 @@ def reduce(walk: Walk, node: Node) -> Any:
 def along_axis(walk: Walk, node: Node) -> Any:
     """A softmax or running sum along one axis."""
     labels = walk.value(node.args[0])
-    walk.labels.tie(labels, node.args[1] % labels.dim(), f"goes through a {node.op.split('.')[1]} over channels ({node.name})")
+    reason = f"goes through a {node.op.split('.')[1]} over channels ({node.name})"
+    walk.labels.tie(labels, node.args[1] % labels.dim(), reason)
     return labels
 
 

@@ -76,9 +76,9 @@ def whole(dims_at: int) -> Rule:
     """Moving entries along an axis (roll, flip): the channels there are tied."""
 
     def rule(walk: Walk, node: Node) -> Any:
-        labels = walk.value(node.args[0])
+        labels, reason = walk.value(node.args[0]), f"is moved among channels by {node.op.split('.')[1]} ({node.name})"
         for axis in (node.args[dims_at] if len(node.args) > dims_at else None) or range(labels.dim()):
-            walk.labels.tie(labels, axis % labels.dim(), f"is moved among channels by {node.op.split('.')[1]} ({node.name})")
+            walk.labels.tie(labels, axis % labels.dim(), reason)
         return labels
 
     return rule
@@ -119,7 +119,7 @@ def shuffled(size: int, groups: int) -> Tensor:
 
 
 def pad(walk: Walk, node: Node) -> Any:
-    """Constants around the entries: beside channels they are channels of their own, which can go with what they meet."""
+    """Constants around the entries: beside channels they are channels too, which can go with what they meet."""
     labels, amounts = walk.value(node.args[0]), walk.value(node.args[1])
     moves = walk.varying(labels)
     padded = [labels.dim() - 1 - k for k in range(len(amounts) // 2) if amounts[2 * k] or amounts[2 * k + 1]]

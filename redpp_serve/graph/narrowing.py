@@ -163,9 +163,10 @@ def _with(node: Node, changed: dict[int, Any]) -> Node:
 
 _REWRITES: dict[str, Callable[[Walk, Node, Kept], Node]] = {
     "aten.reshape.default": _sizes(1), "aten.expand.default": _sizes(1), "aten.unflatten.int": _unflatten,
-    "aten.slice.Tensor": _slice, "aten.narrow.default": _narrow, "aten.pad.default": _pad, "aten.constant_pad_nd.default": _pad,
-    "aten.group_norm.default": _group_norm,
-    **dict.fromkeys(("aten.split.Tensor", "aten.split.sizes", "aten.split_with_sizes.default", "aten.chunk.default"), _split),
+    "aten.slice.Tensor": _slice, "aten.narrow.default": _narrow, "aten.pad.default": _pad,
+    "aten.constant_pad_nd.default": _pad, "aten.group_norm.default": _group_norm,
+    **dict.fromkeys(("aten.split.Tensor", "aten.split.sizes", "aten.split_with_sizes.default", "aten.chunk.default"),
+                    _split),
     **dict.fromkeys(("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv1d.padding",
                      "aten.conv2d.padding", "aten.conv_transpose1d.default", "aten.conv_transpose2d.input",
                      "aten.convolution.default"), _conv),

@@ -27,7 +27,7 @@ def conv_groups(node: Node) -> int:
 
 
 def conv(walk: Walk, node: Node) -> Any:
-    """A convolution reads its input's channels and creates its output's; with groups, a group is one channel of both."""
+    """A convolution reads its input's channels and creates its output's; with groups, a group is a channel of both."""
     labels, weight, bias = walk.value(node.args[0]), *_weights(node)
     shape, groups = walk.shapes[node.name], conv_groups(node)
     transposed = node.args[6] if node.op == "aten.convolution.default" else "transpose" in node.op
@@ -101,7 +101,7 @@ def _grouped(walk: Walk, node: Node, row: Tensor, groups: int, count: int, trans
 
 
 def matmul(walk: Walk, node: Node) -> Any:
-    """A product of two computed values: what is summed over is tied, heads (batch axes that carry channels) are joined."""
+    """A product of two computed values: what is summed over is tied, heads (batch axes with channels) are joined."""
     a, b = (walk.value(x) for x in node.args[:2])
     if min(a.dim(), b.dim()) < 2:
         return unknown(walk, node)

@@ -46,15 +46,15 @@ RULES: dict[str, Rule] = {
         new_ones.default new_full.default
     """),
     **_aten(spatial, """
-        max_pool1d.default max_pool2d.default max_pool3d.default avg_pool1d.default avg_pool2d.default avg_pool3d.default
-        adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default
+        max_pool1d.default max_pool2d.default max_pool3d.default avg_pool1d.default avg_pool2d.default
+        avg_pool3d.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default
         _adaptive_avg_pool2d.default upsample_bilinear2d.vec upsample_nearest2d.vec upsample_bicubic2d.vec
         reflection_pad2d.default replication_pad2d.default
     """),
     **_aten(spatial_with_indices, "adaptive_max_pool2d.default max_pool2d_with_indices.default"),
     **_aten(reduce, """
-        mean.default mean.dim sum.default sum.dim_IntList amax.default amin.default var.correction var.dim std.correction
-        std.dim linalg_vector_norm.default norm.ScalarOpt_dim logsumexp.default any.dim
+        mean.default mean.dim sum.default sum.dim_IntList amax.default amin.default var.correction var.dim
+        std.correction std.dim linalg_vector_norm.default norm.ScalarOpt_dim logsumexp.default any.dim
     """),
     **_aten(along_axis, """
         softmax.int _softmax.default log_softmax.int _log_softmax.default cumsum.default

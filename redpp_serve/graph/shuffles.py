@@ -42,7 +42,11 @@ def find_shuffles(graph: Graph, shapes: dict[str, tuple[int, ...]]) -> dict[str,
 
 
 def _ending_in(
-    last: Node, nodes: dict[str, Node], users: dict[str, list[Node]], outputs: set[str], shapes: dict[str, tuple[int, ...]]
+    last: Node,
+    nodes: dict[str, Node],
+    users: dict[str, list[Node]],
+    outputs: set[str],
+    shapes: dict[str, tuple[int, ...]],
 ) -> Shuffle | None:
     path, node = [], nodes.get(last.args[0].name)
     while node and node.op in (*_COPIES, *_SWAPS) and len(users[node.name]) == 1 and node.name not in outputs:

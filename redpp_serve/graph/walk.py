@@ -145,7 +145,7 @@ class Walk:
         return True
 
     def rows(self, tensor: Ref, dim: int, count: int) -> Tensor:
-        """Labels for the channels that a weight creates along ``dim``: new ones, or its earlier ones if it is shared."""
+        """Labels for the channels that a weight creates along ``dim``: new ones, or its earlier ones if shared."""
         key = (tensor.name, dim)
         return self._rows[key] if key in self._rows else self.labels.fresh(count)
 
@@ -158,8 +158,8 @@ class Walk:
         self._takes.append((labels, axis, positions, node))
 
     def join_later(self, one: Tensor, many: Tensor, node: str) -> None:
-        """Join ``one`` with ``many``, which it is broadcast over: at the end, when it shows which channels of ``many`` go
-        by themselves (the heads of an attention, say, while ``one`` is the same for each head)."""
+        """Join ``one`` with ``many``, which it is broadcast over: at the end, when it shows which channels of ``many``
+        go by themselves (the heads of an attention, say, while ``one`` is the same for each head)."""
         self._joins.append((one, many, node))
 
     def is_own(self, tensor: Any) -> bool:
@@ -173,7 +173,8 @@ class Walk:
             known = {ref: self.constant(ref) for ref in node.refs()} if node else {}
             value = None
             if node and all(t is not None for t in known.values()):
-                value = resolve(node.op)(*map_refs(node.args, known.get), **node.kwargs)
+                kwargs = {key: map_refs(argument, known.get) for key, argument in node.kwargs.items()}
+                value = resolve(node.op)(*map_refs(node.args, known.get), **kwargs)
             self._constants[name] = value if isinstance(value, Tensor) else None
         return self._constants[name]
 
@@ -234,9 +235,9 @@ class Walk:
 # Positions of the arguments that are a layer's own tensors, by operator.
 OWN = {
     **dict.fromkeys(
-        ("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv1d.padding", "aten.conv2d.padding",
-         "aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.convolution.default",
-         "aten.linear.default"), (1, 2)),
+        ("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv1d.padding",
+         "aten.conv2d.padding", "aten.conv_transpose1d.default", "aten.conv_transpose2d.input",
+         "aten.convolution.default", "aten.linear.default"), (1, 2)),
     "aten.batch_norm.default": (1, 2, 3, 4), "aten.instance_norm.default": (1, 2, 3, 4), "aten.prelu.default": (1,),
     "aten.group_norm.default": (2, 3), "aten.layer_norm.default": (2, 3), "aten.rms_norm.default": (2,),
 }  # fmt: skip
@@ -246,7 +247,8 @@ def _weight_roles(graph: Graph) -> set[str]:
     """Stored tensors that every reader uses as its own weight, bias or statistic, at the same place."""
     places: dict[str, set[int | None]] = {name: {None} for name in graph.outputs}
     for node in graph.nodes:
-        own = {node.args[k].name: k for k in OWN.get(node.op, ()) if k < len(node.args) and isinstance(node.args[k], Ref)}
+        given = ((k, node.args[k]) for k in OWN.get(node.op, ()) if k < len(node.args))
+        own = {argument.name: k for k, argument in given if isinstance(argument, Ref)}
         for name, times in Counter(node.refs()).items():
             places.setdefault(name, set()).add(own.get(name) if times == 1 else None)
     return {name for name in graph.tensors if len(places.get(name, {None})) == 1 and None not in places[name]}
