@@ -64,7 +64,8 @@ class Store:
 
         environment = describe_machine()
         environment["versions"] |= {"torch-pruning": torch_pruning.__version__, "scikit-learn": sklearn.__version__}
-        text = json.dumps({"environment": environment, **{k: self.data[k] for k in ("networks", "cells")}}, indent=1)
+        self.data = {"environment": environment, **{k: self.data[k] for k in ("networks", "cells")}}
+        text = json.dumps(self.data, indent=1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text(text + "\n", encoding="utf-8")
