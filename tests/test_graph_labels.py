@@ -84,3 +84,10 @@ def test_once_narrows_only_repetitions():
     a = torch.arange(6).view(1, 2, 3, 1).expand(4, 2, 3, 5)
     assert once(a).shape == (1, 2, 3, 1)
     assert once(torch.arange(1).expand(1, 1)).shape == (1, 1)
+
+
+def test_a_single_number_is_found_too():
+    labels = Labels()
+    a = labels.fresh(2)
+    labels.union(a[0], a[1])
+    assert labels.find(a[1]).item() == 1 and labels.find(a[1]).shape == ()

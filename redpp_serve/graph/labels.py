@@ -27,7 +27,7 @@ class Labels:
 
     def find(self, labels: Tensor) -> Tensor:
         """The representative of each label, in the same shape; repetitions stay views."""
-        return torch.from_numpy(self._find(once(labels).numpy())).expand(labels.shape)
+        return torch.from_numpy(np.asarray(self._find(once(labels).numpy()))).expand(labels.shape)
 
     def _find(self, labels: np.ndarray) -> np.ndarray:
         roots = self._parent[labels]
