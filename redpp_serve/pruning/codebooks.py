@@ -22,7 +22,7 @@ from .verify import squared_error
 LEVELS = (16, 32, 64, 128, 256)
 METHOD = "kmeans"  # the lowest error of the three at a given number of values
 _PROBE_MACS = 1e12  # what all measurements together may cost
-_ROUNDS = 3
+_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ def hash_within(
     allowed = budget
     for left in reversed(range(_ROUNDS)):
         levels = _choose(books, alone, allowed)
-        hashed = {x.name: hash_weight(graph.tensors[x.weight], METHOD, Target(values=levels[x.name])) for x in layers}
+        hashed = {name: books[name].hashed(level) for name, level in levels.items()}
         result = graph.with_tensors({layer.weight: hashed[layer.name].weight for layer in layers})
         whole = Piecewise(result, inputs, chunk_size(graph, len(inputs[0])))
         added = squared_error(zip(expected, whole.outputs()))
         if math.sqrt(added) <= budget or all(level == LEVELS[-1] for level in levels.values()):
             break
-        allowed = allowed * 0.9 * budget / math.sqrt(added) if left > 1 else 0.0  # the last round is sure to stay within
+        allowed = allowed * 0.9 * budget / math.sqrt(added) if left > 1 else 0.0  # last, the finest there are
     return Codebooks(result, hashed, added)
 
 
@@ -81,10 +81,16 @@ class _Levels:
     def __init__(self, weight: Tensor) -> None:
         self.weight, self.grid = weight, build_grid(weight)
         self._errors: dict[int, float] = {}
+        self._hashed: dict[int, Hashed] = {}
 
     def coarsest(self) -> Tensor:
         """The weight with the fewest values."""
         return quantise(self.weight, self.grid, fit_codebook(self.grid, METHOD, Target(values=LEVELS[0])))
+
+    def hashed(self, values: int) -> Hashed:
+        if values not in self._hashed:
+            self._hashed[values] = hash_weight(self.weight, METHOD, Target(values=values))
+        return self._hashed[values]
 
     def error(self, values: int) -> float:
         """Squared relative error of the weight."""
