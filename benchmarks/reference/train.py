@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from redpp_serve.reference import catalog, digits, fonts
 from redpp_serve.reference.catalog import NETWORKS, Network, Task
@@ -137,6 +136,8 @@ def accuracy(net: nn.Module, inputs: Tensor, labels: Tensor) -> float:
 
 def measure(network: Network) -> dict[str, object]:
     """Of the checkpoint as it loads: task, parameters, multiply-accumulates of one image, held-out accuracy."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton
+
     net = catalog.load(network.name)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(1, *network.input_shape))
