@@ -49,7 +49,7 @@ def test_wide_rank_deficient_features_leave_less_than_a_percent():
 
 
 def test_fewer_samples_than_unknowns_stay_near_a_good_start():
-    """With 40 samples of 200 unknowns the fit must not do worse, on new samples, than the start that is nearly right."""
+    """With 40 samples of 200 unknowns the fit must not do worse on new samples than a start that is nearly right."""
     weight = gaussian(200, 5, seed=1)
     start = weight + 0.1 * gaussian(200, 5, seed=2)
     u, new_u = gaussian(40, 200, seed=3), gaussian(500, 200, seed=4)

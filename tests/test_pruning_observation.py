@@ -26,7 +26,8 @@ def test_moments_are_those_of_the_values(monkeypatch, kind, values):
             x, y = Program(graph, [reader.value, reader.node])(*inputs)
             rows = x.movedim(reader.axis, -1).flatten(0, -2).double().numpy()
             each = [np.cov(rows[:, reader.positions[:, j]].T, bias=True) for j in range(reader.positions.shape[1])]
-            np.testing.assert_allclose(found.grams[group.name, reader.value], np.mean(each, axis=0), rtol=1e-4, atol=1e-6)
+            gram = found.grams[group.name, reader.value]
+            np.testing.assert_allclose(gram, np.mean(each, axis=0), rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(found.means[reader.value], x.double().mean(0), rtol=1e-4, atol=1e-6)
             power = np.var(y.movedim(1 if y.dim() == 4 else -1, -1).flatten(0, -2).double().numpy(), axis=0).sum()
             assert found.power[reader.node] == pytest.approx(power, rel=1e-5)
@@ -53,7 +54,8 @@ def test_entries_of_a_channel_correlate_behind_a_flatten():
     (value,) = Program(graph, ["pool"])(*inputs)
     entries = (value - value.mean(0)).double().flatten(2)  # (N, channels, H * W)
     cross = torch.einsum("ncs,nct->st", entries, entries)
-    torch.testing.assert_close(found.entries["inner", "pool_flat"], cross / cross.diagonal().mean(), rtol=1e-4, atol=1e-6)
+    expected = cross / cross.diagonal().mean()
+    torch.testing.assert_close(found.entries["inner", "pool_flat"], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_picks_are_the_same_places_of_every_value():

@@ -8,7 +8,7 @@ from redpp_serve.graph.coupling import couple
 from redpp_serve.pruning import refit as module
 from redpp_serve.pruning.observation import observe
 from redpp_serve.pruning.quick_fit import quick_fit
-from redpp_serve.pruning.refit import epilogue, reconstruct
+from redpp_serve.pruning.refit import Epilogue, epilogue, reconstruct
 from redpp_serve.pruning.selection import select
 from redpp_serve.pruning.synthetic import smooth_noise
 from redpp_serve.pruning.verify import compare_outputs
@@ -161,10 +161,13 @@ def test_errors_of_several_classes_do_not_pile_up_because_the_target_is_the_orig
 def test_a_branch_makes_up_for_the_error_of_the_stream_it_is_added_to():
     """The stream is damaged before the branch: only the branch's last layer can mend it."""
     graph = network_of("stream", 8)
-    shift = {"inner_bn.bias": graph.tensors["inner_bn.bias"] + 0.3 * torch.randn(8, generator=torch.Generator().manual_seed(0))}
-    damaged, errors = graph.with_tensors(shift), {}
+    shift = 0.3 * torch.randn(8, generator=torch.Generator().manual_seed(0))
+    damaged = graph.with_tensors({"inner_bn.bias": graph.tensors["inner_bn.bias"] + shift})
+    errors = {}
     for compensate in (False, True):
-        fitted, _, inputs = narrowed(damaged, 0.9, only=("first0",), original=graph, compensate=compensate, every_layer=False)
+        fitted, _, inputs = narrowed(
+            damaged, 0.9, only=("first0",), original=graph, compensate=compensate, every_layer=False
+        )
         names = ["inner_bn_relu_second0_bn_relu"]
         new, old = (Program(g, names)(*inputs)[0] for g in (fitted, graph))
         errors[compensate] = float((new - old).norm() / old.norm())
@@ -238,7 +241,7 @@ def test_what_follows_a_layer():
     graph = network_of("stream", 8)
     shapes, names = value_shapes(graph), {node.name for node in graph.nodes}
     branch = graph.node("second0")
-    assert (epilogue(graph, branch, names, shapes).norm, epilogue(graph, branch, names, shapes).other) == ("second0_bn", "inner_bn_relu")
+    assert epilogue(graph, branch, names, shapes) == Epilogue("second0_bn", "inner_bn_relu")
     assert epilogue(graph, branch, set(), shapes).other is None  # not computed yet
     assert epilogue(graph, branch, names, shapes, compensate=False).other is None
     assert epilogue(graph, graph.node("first0"), names, shapes).other is None  # an activation lies between

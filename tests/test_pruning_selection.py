@@ -37,10 +37,10 @@ def lost(readings, kept):
 @given(seeds, st.integers(2, 12), st.integers(1, 5), st.integers(1, 3))
 @few
 def test_the_curve_is_the_loss_of_the_best_linear_fits(seed, channels, n_out, values):
-    pairs = [
-        (gaussian(300, channels, seed=seed + k) @ gaussian(channels, channels, seed=seed + k + 1), gaussian(n_out, channels, seed=seed + k + 2))
-        for k in range(0, 3 * values, 3)
-    ]  # fmt: skip
+    pairs = []
+    for k in range(values):
+        u = gaussian(300, channels, seed=seed + k) @ gaussian(channels, channels, seed=seed + 5 + k)
+        pairs.append((u, gaussian(n_out, channels, seed=seed + 10 + k)))
     order, curve = select_channels([reading(*pair) for pair in pairs])
     assert sorted(order.tolist()) == list(range(channels)) and curve[0] == 1
     expected = [lost(pairs, order[:k].tolist()) / lost(pairs, []) for k in range(channels + 1)]

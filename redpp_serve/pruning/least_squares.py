@@ -1,4 +1,4 @@
-"""Ridge least squares from streamed second moments, in float64; the ridge is chosen on inputs that it was not fitted to."""
+"""Ridge least squares from streamed second moments, in float64; the ridge is chosen on inputs it was not fitted to."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Sums:
         return cls(u.T @ u, u.T @ y, u.sum(0), y.sum(0), y.square().sum(0), len(u))
 
     def add(self, other: Sums) -> None:
-        for mine, more in zip((self.uu, self.uy, self.u, self.y, self.yy), (other.uu, other.uy, other.u, other.y, other.yy)):
-            mine.add_(more)
+        for name in ("uu", "uy", "u", "y", "yy"):
+            getattr(self, name).add_(getattr(other, name))
         self.count += other.count
 
 
@@ -85,4 +85,5 @@ def _towards(m: Moments, start: Tensor, scale: Tensor, ridges: Sequence[float]) 
     gram = m.uu * scale * scale[:, None]
     missing = scale[:, None] * (m.uy - m.uu @ start)
     unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return [start + scale[:, None] * torch.cholesky_solve(missing, torch.linalg.cholesky(gram + r * unit)) for r in ridges]
+    factors = (torch.linalg.cholesky(gram + ridge * unit) for ridge in ridges)
+    return [start + scale[:, None] * torch.cholesky_solve(missing, factor) for factor in factors]

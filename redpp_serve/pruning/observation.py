@@ -153,7 +153,7 @@ def output_axis(graph: Graph, node: str) -> int:
 
 
 def spread(value: Tensor, axis: int, most: int) -> Tensor:
-    """Which of a value's positions (one for each image and place, row by row) to use: at most about ``most`` an image."""
+    """Which of a value's positions (an image and a place each, row by row) to use: at most about ``most`` an image."""
     count = value.numel() // value.shape[axis]
     return torch.arange(0, count, -(-count // (most * len(value))), device=value.device)
 

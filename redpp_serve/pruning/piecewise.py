@@ -13,7 +13,7 @@ from ..runtime.graph import Graph
 from ..runtime.program import Program, value_shapes
 
 _CHUNK_VALUES = 2**24  # of the widest point, run at once
-_KEPT_VALUES = 2**27  # of the values that later nodes need, over all inputs; where they are more, earlier nodes run again
+_KEPT_VALUES = 2**27  # of the values that later nodes need, over all inputs; where they are more, nodes run again
 
 
 class Piecewise:

@@ -59,7 +59,7 @@ def _mean_shift(observed: Observed, reader: Reader, weight: Tensor) -> Tensor:
 
 
 def mix_of(gram: Tensor, kept: Tensor) -> Tensor:
-    """How each channel follows from the kept ones, (k, channels): least squares, 0 and 1 for the kept ones themselves."""
+    """How each channel follows from the kept ones, (k, channels): least squares; kept ones from themselves."""
     scale = gram.diagonal().clamp_min(1e-300).rsqrt()
     scale = torch.where(gram.diagonal() > 1e-14 * gram.diagonal().max(), scale, 0.0)
     correlation = gram * scale * scale[:, None]
@@ -71,15 +71,22 @@ def mix_of(gram: Tensor, kept: Tensor) -> Tensor:
 
 
 def add_constant(graph: Graph, node: str, constant: Tensor) -> Graph:
-    """Add (n_out,) to a layer's output: in its bias, in the mean of the batch norm that alone reads it, or in a new bias."""
+    """Add (n_out,) to a layer's output: in its bias, the mean of the batch norm that alone reads it, or a new bias.
+
+    A call that takes no bias, or whose bias others use too, stays as it is.
+    """
     call, users = graph.node(node), graph.users()
+    if not (call.op.startswith("aten.conv") or call.op == "aten.linear.default"):
+        return graph
     bias = call.args[2] if len(call.args) > 2 else None
     if bias is not None:
-        old = graph.tensors[bias.name]
+        old = graph.tensors.get(bias.name)
+        if old is None or len(users[bias.name]) > 1:
+            return graph
         return graph.with_tensors({bias.name: (old.double() + constant.to(old.device)).to(old)})
     readers = users.get(node, [])
     mean = readers[0].args[3].name if len(readers) == 1 and is_inference_norm(readers[0]) else None
-    if mean and len(users[mean]) == 1 and node not in graph.outputs:
+    if mean in graph.tensors and len(users[mean]) == 1 and node not in graph.outputs:
         old = graph.tensors[mean]
         return graph.with_tensors({mean: (old.double() - constant.to(old.device)).to(old)})
     name = f"{node}.bias"

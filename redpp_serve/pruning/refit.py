@@ -127,7 +127,8 @@ def epilogue(
     known = known | {spec.name for spec in graph.inputs}
     while value not in graph.outputs and len(users.get(value, [])) == 1:
         (user,) = users[value]
-        if is_inference_norm(user) and user.args[0] == Ref(value) and norm is None and ".conv" in node.op:
+        stored = is_inference_norm(user) and all(ref.name in graph.tensors for ref in user.args[1:5] if ref)
+        if stored and user.args[0] == Ref(value) and norm is None and ".conv" in node.op:
             norm = user.name
         elif user.op == "aten.add.Tensor" and compensate and len(user.args) == 2 and not user.kwargs:
             other = next((arg for arg in user.args if arg != Ref(value)), None)

@@ -18,7 +18,6 @@ from torch import Tensor
 from ..graph.classes import ChannelClass
 from ..graph.coupling import Coupling
 from ..graph.layers import find_layers, mac_count
-from ..runtime.graph import Graph
 from .observation import Observed
 from .piecewise import Piecewise, chunk_size
 from .quick_fit import quick_fit
@@ -217,7 +216,9 @@ def _best_step(
     return best
 
 
-def search_error(plan: Plan, measure: Callable[[Point], float], limit: float, rounds: int = 6) -> tuple[int, dict[int, float]]:
+def search_error(
+    plan: Plan, measure: Callable[[Point], float], limit: float, rounds: int = 6
+) -> tuple[int, dict[int, float]]:
     """The cheapest point whose measured error stays within ``limit``, by bisection.
 
     Args:
