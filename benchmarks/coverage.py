@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
 import resource
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.coverage_networks import NETWORKS, arguments_of
-from redpp_serve.capture.arch import build
+from redpp_serve.capture.arch import build, import_library
 from redpp_serve.capture.export import capture
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.coupling import Coupling, couple
 from redpp_serve.graph.layers import find_layers, parameter_count
 from redpp_serve.packaging.package import describe_machine
 from redpp_serve.pruning.merging import merge_exact
-from redpp_serve.runtime.folding import fold_constants
 from redpp_serve.runtime.graph import Graph, InputSpec
 from redpp_serve.runtime.program import Program
 
@@ -140,7 +139,7 @@ def measure(arch: str) -> dict[str, Any]:
     randomise(module)
     start = time.perf_counter()
     try:
-        graph = fold_constants(capture(module, [InputSpec("x", (3, side, side))], []))
+        graph = capture(module, [InputSpec("x", (3, side, side))], [])
     except RedppError as error:
         return {"refused": str(error), "side": side}
     captured = time.perf_counter()
@@ -167,16 +166,26 @@ def measure(arch: str) -> dict[str, Any]:
     return {**row, "peak_gigabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)}
 
 
-def in_process(arch: str, timeout: float, threads: int) -> dict[str, Any]:
-    """`measure` in a process of its own; a failure is a row with its last line."""
-    command = [sys.executable, "-m", "benchmarks.coverage", "--one", arch, "--threads", str(threads)]
+def in_process(arch: str, timeout: float) -> dict[str, Any]:
+    """`measure` in a process of its own, which starts with the libraries loaded; a failure is a row with its message."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_send_row, args=(arch, send))
+    child.start()
+    send.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done in {timeout:.0f} s"}
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        row = receive.recv() if receive.poll(timeout) else {"failed": f"not done in {timeout:.0f} s"}
+    except EOFError:
+        row = {"failed": "its process died"}
+    child.kill()
+    child.join()
+    return row
+
+
+def _send_row(arch: str, send: Connection) -> None:
+    try:
+        send.send(measure(arch))
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - one network that fails does not end the run
+        send.send({"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
 
 
 def line(arch: str, row: Mapping[str, Any]) -> str:
@@ -209,21 +218,19 @@ def table(result: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=NETWORKS, metavar="NAME", help="torchvision:NAME or timm:NAME")
-    parser.add_argument("--again", action="store_true", help="also those that the file has")
+    parser.add_argument("--again", action="store_true", help="also those that the file has without a failure")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for each network")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--out", type=Path, default=OUT, help="the JSON file; the table goes beside it as .md")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.one:
-        print(json.dumps(measure(options.one)))
-        return
+    import_library("timm")
+    capture(nn.Linear(3, 2), [InputSpec("x", (3,))], [])  # loads what capturing needs, once for all processes
     result = json.loads(options.out.read_text()) if options.out.exists() else {"networks": {}}
     result = {"environment": describe_machine(), "networks": result["networks"]}
     for arch in options.networks:
-        if arch not in result["networks"] or options.again:
-            result["networks"][arch] = in_process(arch, options.timeout, options.threads)
+        if options.again or "failed" in result["networks"].get(arch, {"failed": ""}):
+            result["networks"][arch] = in_process(arch, options.timeout)
             print(line(arch, result["networks"][arch]), flush=True)
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(result, indent=1) + "\n")
