@@ -98,18 +98,19 @@ def test_the_prediction_from_frequencies_is_close_to_the_count():
     layers, splits = parts(graph)
     splits = {name: splits[name] for name in ("inner", "second")}
     hashed = {name: hash_weight(graph.tensors[layers[name].weight], "kde", Target(error=0.02)) for name in layers}
-    found = hash_summary(layers, hashed, splits, "kde", "t", 0.1)
+    first = {name: hash_weight(graph.tensors[layers[name].weight], "kde", Target(error=0.05)) for name in layers}
+    found = hash_summary(layers, first, hashed, splits, "kde", "t", 0.1)
     assert (
         found["predicted_ratio"] == pytest.approx(found["measured_ratio"], abs=0.01) and found["measured_error"] == 0.1
     )
-    errors = np.array([h.codebook.error for h in hashed.values()])
+    errors = np.array([h.codebook.error for h in first.values()])
     assert found["predicted_error_typical"] == pytest.approx(np.sqrt((errors**2).sum()))
     assert found["predicted_error_bound"] == pytest.approx(np.prod(1 + errors) - 1)
     assert found["predicted_error_typical"] <= found["predicted_error_bound"]
 
 
 def test_nothing_hashed_is_no_error():
-    found = hash_summary({}, {}, {}, "kde", "t", 0.0)
+    found = hash_summary({}, {}, {}, {}, "kde", "t", 0.0)
     assert (
         found["predicted_ratio"]
         == found["measured_ratio"]
