@@ -39,6 +39,7 @@ hashing (kde, relative RMS 0.02)
 
 verification (256 held-out inputs)
   exact merging, relative error                   3.1e-13
+  leaving out unread channels, relative error     2.2e-16
   exact splitting, relative error                 8.4e-15
   pruned against original, relative output error   6.11 %
   same top-1 class                                99.20 %
@@ -186,7 +187,7 @@ def sample_report() -> dict[str, Any]:
             {"stage": "reconstruct", "error": 0.088, "agreement": 0.981, "macs": 1_102_000_000, "seconds": 21.3},
             {"stage": "distil", "error": 0.0611, "agreement": 0.992, "macs": 1_102_000_000, "seconds": 75.0},
         ],
-        "verify": {"merge_exact": 3.1e-13, "split_exact": 8.4e-15, "output_error": 0.0611, "agreement": 0.992,
+        "verify": {"merge_exact": 3.1e-13, "narrow_exact": 2.2e-16, "split_exact": 8.4e-15, "output_error": 0.0611, "agreement": 0.992,
                    "images": 256},
         "smoke": [{"archive": "original.mar", "milliseconds": 14.2}, {"archive": "pruned.mar", "milliseconds": 8.1}],
         "agreement": {"top1": 0.9944},

@@ -234,13 +234,16 @@ def frontier_record(points: Sequence[FrontierPoint], original: Graph, device: st
     """The frontier for the report, its networks' latencies measured in turns against the original's."""
     if not points:
         return {}
-    times: list[Latency] = paired_latency([original, *(p.graph for p in points)], 1, device, 2 * _LATENCY_SECONDS)[1:]
+    narrow = [p.graph for p in points if p.graph is not original]
+    times = iter(paired_latency([original, *narrow], 1, device, 2 * _LATENCY_SECONDS)[1:])
+    measured: list[Latency | None] = [None if p.graph is original else next(times) for p in points]
     whole = mac_count(original)
     return {
         "latency_on": f"{machine}, {torch.get_num_threads()} threads, batch 1, the server's runtime",
         "points": [
             {"macs": p.macs, "macs_ratio": p.macs / whole, "error": p.error, "predicted_error": p.predicted,
-             "latency_ratio": t.ratio, "latency_low": t.low, "latency_high": t.high, "chosen": p.chosen, "flag": p.flag}
-            for p, t in zip(points, times)
+             "latency_ratio": t.ratio if t else 1.0, "latency_low": t and t.low, "latency_high": t and t.high,
+             "chosen": p.chosen, "flag": p.flag}
+            for p, t in zip(points, measured)
         ],
     }  # fmt: skip

@@ -96,6 +96,7 @@ def verify_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(check, result) of the verification stage, and the agreement of the served answers where measured."""
     rows = [
         ("exact merging, relative error", error(dig(report, "verify", "merge_exact"))),
+        ("leaving out unread channels, relative error", error(dig(report, "verify", "narrow_exact"))),
         ("exact splitting, relative error", error(dig(report, "verify", "split_exact"))),
         ("pruned against original, relative output error", error(dig(report, "verify", "output_error"))),
         ("same top-1 class", percent(dig(report, "verify", "agreement"))),
