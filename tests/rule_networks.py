@@ -266,6 +266,30 @@ def attention_of_products(b):  # one Linear for all three, a softmax, a bias for
     return b.graph(b.linear(b.op("mean", "mean.dim", R(b.linear(y, "proj", 12, 6)), [1]), "head", 6, 3))
 
 
+@opens(qkv=3, proj=6)
+def class_token(b):  # a stored token in front and stored positions, then an attention over the normalised tokens
+    b.inputs[0] = InputSpec("x", (5, 4))
+    batch = R(b.op("batch", "sym_size.int", R("x"), 0))
+    y = b.op("token_each", "expand.default", b.tensor("token", b.random(1, 1, 8)), [batch, -1, -1])
+    y = b.op("tokens", "cat.default", [R(y), R(b.linear("x", "embed", 4, 8))], 1)
+    y = b.op("placed", "add.Tensor", R(y), b.tensor("place", b.random(6, 8)))
+    y = b.op("ln", "layer_norm.default", R(y), [8], b.tensor("ln.weight", b.random(8)), None, 1e-5)
+    y = b.op("split", "reshape.default", R(b.linear(y, "qkv", 8, 36)), [-1, 6, 3, 3, 4])
+    y = b.op("unbound", "unbind.int", R(b.op("moved", "permute.default", R(y), [2, 0, 3, 1, 4])))
+    y = b.op("attention", "scaled_dot_product_attention.default", *map(R, items(b, y, *"qkv")))
+    y = b.op("joined", "reshape.default", R(b.op("swap", "transpose.int", R(y), 1, 2)), [-1, 6, 12])
+    return b.graph(b.linear(b.op("mean", "mean.dim", R(b.linear(y, "proj", 12, 6)), [1]), "head", 6, 3))
+
+
+@opens(embed=7, read=6)
+def positions_before_a_linear(b):  # stored positions that differ from token to token, no norm behind them
+    b.inputs[0] = InputSpec("x", (5, 4))
+    batch = R(b.op("batch", "sym_size.int", R("x"), 0))
+    y = b.op("token_each", "expand.default", b.tensor("token", b.random(1, 2, 7)), [batch, -1, -1])
+    y = b.op("tokens", "cat.default", [R(y), R(b.linear("x", "embed", 4, 7))], 1)
+    return b.graph(b.linear(b.op("mean", "mean.dim", R(b.linear(y, "read", 7, 6)), [1]), "head", 6, 3))
+
+
 @opens(first=5)
 def gated_unit(b):
     return head(b, b.op("glu", "glu.default", R(b.conv("x", "first", 4, 10)), 1), 5)

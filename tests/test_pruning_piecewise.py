@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from networks import KINDS, network
+from networks import KINDS, Builder, network
 
 from redpp_serve.pruning import piecewise as module
 from redpp_serve.pruning.piecewise import Piecewise, chunk_size
 from redpp_serve.pruning.synthetic import smooth_noise
+from redpp_serve.runtime.graph import Ref
 from redpp_serve.runtime.program import Program
 
 
@@ -54,3 +55,16 @@ def test_chunks_are_small_for_few_images_and_wide_networks(monkeypatch):
     assert [chunk_size(graph, images) for images in (1, 8, 1000)] == [1, 2, 32]
     monkeypatch.setattr(module, "_CHUNK_VALUES", 600)
     assert chunk_size(graph, 1000) == 600 // (8 * 30)
+
+
+def test_a_size_that_a_later_node_needs_is_kept_behind_the_tensors():
+    """The first value that is kept says on which device the rest runs, and a batch size lies on none."""
+    b = Builder(4, 6, 6)
+    batch = Ref(b.op("batch", "sym_size.int", Ref("x"), 0))
+    b.op("flat", "reshape.default", Ref(b.conv("x", "first", 4, 6)), [batch, 216])
+    graph = b.graph(b.linear("flat", "head", 216, 3))
+    inputs = smooth_noise(graph.inputs, 5, 0)
+    run = Piecewise(graph, inputs, 2)
+    run.advance([node.name for node in graph.nodes].index("flat"))
+    got = torch.cat([part[0] for part in run.outputs()])
+    assert torch.allclose(got, Program(graph)(*inputs)[0], atol=1e-6)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..runtime.graph import Node, Ref
 from .joining import join, tensors_in, unknown
+from .labels import once
 from .walk import Produced, Read, Walk
 
 _DEPTHWISE = "depthwise: its channels are those of its input"
@@ -47,6 +48,10 @@ def linear(walk: Walk, node: Node) -> Any:
     shape, last = walk.shapes[node.name], labels.dim() - 1
     if not (walk.is_own(weight) and walk.is_own(bias)):
         return _refuse(walk, node, "its weight is computed or used elsewhere")
+    if bool((once(labels) != once(labels).narrow(last, 0, 1)).any()):  # channels lie along the last axis, tied or not
+        for axis in walk.varying(labels):
+            if axis != last:  # the same columns read every position (a class token's and the patches', say)
+                walk.labels.tie(labels, axis, f"is read by one Linear at every position ({node.name})")
     moves = walk.varying(labels)
     if moves and last not in moves:
         walk.refused[layer_name(node)] = "it mixes positions, not channels"

@@ -57,10 +57,12 @@ class Piecewise:
         yield from self._run(self._graph.outputs, len(self._graph.nodes))
 
     def _live(self, position: int) -> list[str]:
-        """Inputs and nodes before ``position`` that nodes behind it, or the outputs, need."""
+        """Inputs and nodes before ``position`` that nodes behind it, or the outputs, need; tensors first, then sizes and
+        lists, since a program computes where its first input lies."""
         needed = set(self._graph.outputs).union(*(node.refs() for node in self._graph.nodes[position:]))
         made = [spec.name for spec in self._graph.inputs] + [node.name for node in self._graph.nodes[:position]]
-        return [name for name in made if name in needed]
+        tensors = {spec.name for spec in self._graph.inputs} | set(self._sizes)
+        return sorted((name for name in made if name in needed), key=lambda name: name not in tensors)
 
     @torch.no_grad()
     def _run(self, wanted: Sequence[str], position: int) -> Iterator[tuple[Tensor, ...]]:
