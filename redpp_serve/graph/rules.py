@@ -24,7 +24,7 @@ RULES: dict[str, Rule] = {
         bitwise_not.default type_as.default remainder.Scalar lift_fresh_copy.default zero.default fill.Scalar
     """),
     **_aten(elementwise, """
-        add.Tensor sub.Tensor mul.Tensor div.Tensor div.Tensor_mode maximum.default minimum.default where.self
+        add.Tensor addcmul.default sub.Tensor mul.Tensor div.Tensor div.Tensor_mode maximum.default minimum.default where.self
         where.ScalarOther where.ScalarSelf pow.Tensor_Tensor pow.Scalar masked_fill.Scalar masked_fill.Tensor eq.Tensor
         ne.Tensor lt.Tensor le.Tensor gt.Tensor ge.Tensor logical_and.default logical_or.default max.other min.other
         bitwise_and.Tensor bitwise_or.Tensor clamp.Tensor fill.Tensor expand_as.default copy.default

@@ -16,7 +16,7 @@ from .fused_conv import fused_conv2d
 _ATEN = """
 _adaptive_avg_pool2d.default _log_softmax.default _softmax.default _to_copy.default _weight_norm.default abs.default
 adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default adaptive_max_pool2d.default
-add.Scalar add.Tensor addmm.default amax.default amin.default any.default any.dim arange.default arange.start
+add.Scalar add.Tensor addcmul.default addmm.default amax.default amin.default any.default any.dim arange.default arange.start
 arange.start_step argmax.default argmin.default avg_pool1d.default avg_pool2d.default avg_pool3d.default
 baddbmm.default batch_norm.default bitwise_and.Tensor bitwise_not.default bitwise_or.Tensor bmm.default cat.default
 channel_shuffle.default chunk.default clamp.Tensor clamp.default clamp_max.default clamp_min.default clone.default
