@@ -4,6 +4,7 @@ import pytest
 import torch
 from networks import KINDS, Builder, network
 
+from redpp_serve.graph.coupling import couple
 from redpp_serve.pruning import piecewise as module
 from redpp_serve.pruning.piecewise import Piecewise, chunk_size
 from redpp_serve.pruning.synthetic import smooth_noise
@@ -68,3 +69,21 @@ def test_a_size_that_a_later_node_needs_is_kept_behind_the_tensors():
     run.advance([node.name for node in graph.nodes].index("flat"))
     got = torch.cat([part[0] for part in run.outputs()])
     assert torch.allclose(got, Program(graph)(*inputs)[0], atol=1e-6)
+
+
+def test_nodes_before_the_place_that_nobody_reads_any_more_may_be_gone():
+    b = Builder(4, 6, 6)
+    batch = Ref(b.op("batch", "sym_size.int", Ref("x"), 0))
+    x = b.relu(b.conv("x", "first", 4, 6))
+    b.op("parts", "reshape.default", Ref(x), [batch, 2, 3, 6, 6])
+    b.op("swapped", "transpose.int", Ref("parts"), 1, 2)
+    b.op("shuffled", "reshape.default", Ref("swapped"), [batch, 6, 6, 6])
+    graph = b.graph(b.linear(b.mean(b.conv("shuffled", "second", 6, 5)), "head", 5, 3))
+    narrow = couple(graph).narrow({"first": torch.tensor([0, 2, 5])})
+    assert "batch" not in {node.name for node in narrow.nodes}
+    inputs = smooth_noise(graph.inputs, 5, 0)
+    run = Piecewise(graph, inputs, 2)
+    run.advance([node.name for node in graph.nodes].index("first"))
+    run.use(narrow)
+    got = torch.cat([part[0] for part in run.outputs()])
+    assert torch.allclose(got, Program(narrow)(*inputs)[0], atol=1e-6)

@@ -29,15 +29,17 @@ class Piecewise:
     """
 
     def __init__(self, graph: Graph, inputs: Sequence[Tensor], chunk: int) -> None:
-        self._graph, self._place = graph, 0
+        self._graph, self._place, self._done = graph, 0, frozenset[str]()
         self._sizes = {name: math.prod(shape) for name, shape in value_shapes(graph).items()}
         self._images, self.device = len(inputs[0]), inputs[0].device
         names = [spec.name for spec in graph.inputs]
         self._chunks = [dict(zip(names, part)) for part in zip(*(x.split(chunk) for x in inputs))]
 
     def use(self, graph: Graph) -> None:
-        """Go on with a graph of the same nodes; those before the place must be as they were."""
+        """Go on with a graph of the same nodes; those before the place must be as they were, or be gone for want of
+        readers (a narrowed shuffle no longer asks for the batch's size)."""
         self._graph = graph
+        self._place = sum(node.name in self._done for node in graph.nodes)
 
     def advance(self, position: int) -> None:
         """Move up to before the node at ``position``, unless the values to keep there were too many."""
@@ -45,7 +47,7 @@ class Piecewise:
         if position <= self._place or self._images * sum(self._sizes.get(name, 0) for name in live) > _KEPT_VALUES:
             return
         self._chunks = [dict(zip(live, values)) for values in self._run(live, position)]
-        self._place = position
+        self._place, self._done = position, frozenset(node.name for node in self._graph.nodes[:position])
 
     def values(self, wanted: Sequence[str]) -> Iterator[tuple[Tensor, ...]]:
         """The values of that name, chunk by chunk; each is an input, a tensor, or a node's, at or behind the place."""
