@@ -77,3 +77,15 @@ def test_sums_add_up():
         np.testing.assert_allclose(m.uu, np.cov(u.T, bias=True), atol=1e-9)
         np.testing.assert_allclose(m.yy, np.var(y.numpy(), axis=0).sum(), atol=1e-9)
         assert m.lost(torch.zeros(4, 2, dtype=torch.float64)) == m.yy
+
+
+@given(seeds)
+@few
+def test_features_that_vary_less_than_their_sums_are_exact_do_no_harm(seed):
+    u = gaussian(300, 12, seed=seed)
+    u[:, :6] = 100 + 1e-6 * u[:, :6]  # their variance is below the rounding of their squares
+    weight = gaussian(12, 3, seed=seed + 1)
+    y = u @ weight
+    new, constant, lost = solve(halves(u, y), torch.zeros(12, 3, dtype=torch.float64))
+    left = y - u @ new - constant
+    assert lost < 1e-3 and left.square().mean() < 1e-3 * (y - y.mean(0)).square().mean()

@@ -247,6 +247,14 @@ def test_all_excluded_or_no_layers_at_all_is_a_run_of_skipped_stages():
     assert prune(empty).pruned is empty
 
 
+@pytest.mark.parametrize(("options", "flag"), [({"target_macs": 0.5}, "macs"), ({"target_latency": 0.5}, "latency")])
+def test_a_target_where_nothing_may_go_is_missed(options, flag):
+    stages = Stages(quiet=True)
+    with pytest.raises(GateFailed, match=f"--target {flag}=0.5 cannot be reached: no class of channels is open"):
+        prune(trained("residual"), fast(exclude=("*",), **options), stages=stages)
+    assert statuses(stages)["reconstruct"] == "failed"
+
+
 def test_half_precision_networks_stay_in_half_precision():
     graph = plant(trained("residual"), {9: 3}).to(torch.float16)
     result = prune(graph, Options(merge="exact", round_to=1, hash_values=32))

@@ -12,6 +12,8 @@ RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1)  # of features scaled to unit vari
 _FEWER_RIDGES = (1e-6, 1e-4, 1e-2)
 _WIDE = 1500  # unknowns of one output beyond which fewer ridges are tried
 
+_LEAST_SPREAD = 1e-5  # of a feature's mean; below it a variance from sums of squares is much rounding error
+
 
 @dataclass
 class Sums:
@@ -70,7 +72,8 @@ def solve(parts: Sequence[Sums], start: Tensor) -> tuple[Tensor, Tensor, float]:
     """
     whole = moments(parts)
     scale = whole.uu.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(scale > 1e-7 * scale.max(), 1 / scale.clamp_min(1e-300), 0.0)  # what is constant says nothing
+    varies = (scale > 1e-7 * scale.max()) & (scale > _LEAST_SPREAD * whole.u.abs())  # what is constant says nothing
+    scale = torch.where(varies, 1 / scale.clamp_min(1e-300), 0.0)
     ridges = RIDGES if len(whole.uu) <= _WIDE else _FEWER_RIDGES
     best = ridges[len(ridges) // 2]
     if len(parts) == 2:
@@ -84,6 +87,16 @@ def solve(parts: Sequence[Sums], start: Tensor) -> tuple[Tensor, Tensor, float]:
 def _towards(m: Moments, start: Tensor, scale: Tensor, ridges: Sequence[float]) -> list[Tensor]:
     gram = m.uu * scale * scale[:, None]
     missing = scale[:, None] * (m.uy - m.uu @ start)
-    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factors = (torch.linalg.cholesky(gram + ridge * unit) for ridge in ridges)
+    factors = (_factor(gram, ridge) for ridge in ridges)
     return [start + scale[:, None] * torch.cholesky_solve(missing, factor) for factor in factors]
+
+
+def _factor(gram: Tensor, ridge: float) -> Tensor:
+    """The Cholesky factor of gram + ridge. Features that hardly vary beside their mean have moments with rounding
+    errors, which can leave gram indefinite by more than a small ridge; a larger one then stands in."""
+    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + ridge * unit)
+        if not failed or ridge > len(gram):  # then it cannot be but for NaN
+            return factor
+        ridge *= 10

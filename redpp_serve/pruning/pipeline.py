@@ -290,6 +290,7 @@ def _narrow(run: _Run, started: float) -> None:
         if options.merge == "exact":
             return stage.skip("--merge exact")
         if not coupling.open:
+            _require_no_target(options)
             return stage.skip("no open class of channels")
         if "merge_exact" not in run.checks:
             coupling = coupling.with_tensors(run.original.tensors)
@@ -314,6 +315,14 @@ def _narrow(run: _Run, started: float) -> None:
         stage.reason = f"{run.choice.reason}: {kept} of {of} channels kept in {len(narrowed.records)} classes{left}"
     if narrowed is not None:
         _share(run, stage)
+
+
+def _require_no_target(options: Options) -> None:
+    """A share of the cost that should go cannot go where every class of channels has to stay."""
+    for what, share in (("macs", options.target_macs), ("latency", options.target_latency)):
+        if share is not None and share < 1.0:
+            raise GateFailed(f"--target {what}={share:g} cannot be reached: no class of channels is open",
+                             "a layer that can be narrowed", "see inspect --channels for the reasons, and --exclude")  # fmt: skip
 
 
 def _distil(run: _Run, checkpoint: Path | None, codebooks: frozenset[str] = frozenset()) -> None:
