@@ -372,12 +372,14 @@ def test_outputs_without_classes_have_no_agreement_and_no_accuracy(tmp_path):
 
 def test_a_network_that_gives_no_numbers_is_refused():
     """A negative running variance passes the check of the weights."""
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
-    net[1].running_var.fill_(-1e-3)
-    graph = capture(net, [InputSpec("x", (3, 8, 8))], [])
-    for merge in ("exact", "reconstruct"):
-        with pytest.raises(RedppError, match="own output is NaN"):
-            prune(graph, Options(merge=merge, time_budget=1))
+    closed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    narrowable = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3)).eval()
+    for net in (closed, narrowable):
+        net[1].running_var.fill_(-1e-3)
+        graph = capture(net, [InputSpec("x", (3, 8, 8))], [])
+        for merge in ("exact", "reconstruct"):
+            with pytest.raises(RedppError, match="own output is NaN"):
+                prune(graph, Options(merge=merge, time_budget=1))
 
 
 def test_without_hashing_exact_merging_is_all_that_happens():

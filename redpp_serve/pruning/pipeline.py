@@ -256,8 +256,12 @@ def _require_finite(run: _Run) -> None:
     with torch.no_grad():
         for y in Program(run.original)(*(x[:4].cpu() for x in run.held_out)):
             if y.is_floating_point() and not bool(y.isfinite().all()):
-                raise RedppError("the network's own output is NaN or infinite on synthetic inputs", "finite outputs",
-                                 "check its weights and statistics; a negative running variance is one cause")  # fmt: skip
+                raise _not_finite("synthetic inputs")
+
+
+def _not_finite(inputs: str) -> RedppError:
+    return RedppError(f"the network's own output is NaN or infinite on {inputs}", "finite outputs",
+                      "check its weights and statistics; a negative running variance is one cause")  # fmt: skip
 
 
 def _share(run: _Run, stage: Stage, graph: Graph | None = None) -> Difference:
@@ -411,6 +415,8 @@ def _split(run: _Run) -> None:
 
 
 def _require_exact(what: str, error: float) -> None:
+    if error != error:  # NaN
+        raise _not_finite("noise")
     if not error <= EXACT:
         raise GateFailed(f"{what} changed the network's function by {error:.2e} (relative, float64)",
                          f"at most {EXACT:g}, re-association error", "report this with the model; use --exclude meanwhile")  # fmt: skip
