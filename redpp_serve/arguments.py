@@ -37,7 +37,10 @@ def _positive(text: str) -> float:
 
 def _seconds(text: str) -> float:
     """For argparse: 0 or a finite number above it."""
-    return 0.0 if text.strip() in ("0", "0.0") else _positive(text)
+    try:
+        return 0.0 if text.strip() in ("0", "0.0") else _positive(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or a number above it") from None
 
 
 def _target(text: str) -> dict[str, float]:

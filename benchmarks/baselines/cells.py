@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,8 @@ class Store:
         }  # fmt: skip
 
     def write(self) -> None:
-        import sklearn
-        import torch_pruning
-
         environment = describe_machine()
-        environment["versions"] |= {"torch-pruning": torch_pruning.__version__, "scikit-learn": sklearn.__version__}
+        environment["versions"] |= {name: version(name) for name in ("torch-pruning", "scikit-learn")}
         self.data = {"environment": environment, **{k: self.data[k] for k in ("networks", "cells")}}
         text = json.dumps(self.data, indent=1)
         self.path.parent.mkdir(parents=True, exist_ok=True)

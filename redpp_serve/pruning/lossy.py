@@ -179,7 +179,7 @@ def _require(what: str, reached: float, wanted: float, slack: float) -> None:
     if reached > wanted + slack:
         raise GateFailed(f"--target {what}={wanted:g} cannot be reached: the narrowest network still has {reached:.3f} of it",
                          f"a share of at least {reached:.3f}", f"raise the target, e.g. --target {what}={reached + 0.005:.2f}, "
-                         "or open more layers (see inspect --channels)")  # fmt: skip
+                         "or give it more to take: a smaller --round-to, fewer --exclude (see inspect --channels)")  # fmt: skip
 
 
 def _for_latency(plan: Plan, narrower: Narrower, options: Options) -> Mapping[str, int]:

@@ -22,6 +22,7 @@ from .observation import Observed
 from .piecewise import Piecewise, chunk_size
 from .quick_fit import quick_fit
 from .selection import Selection
+from .verify import squared_error
 
 Shapes = Mapping[str, tuple[int, ...]]  # of layers' weights by layer name
 Cost = Callable[[Shapes], float]  # a sum over the layers named, up to a constant
@@ -135,7 +136,7 @@ def measure_errors(
         errors = {}
         for width in sorted({max(1, round(share * group.channels)) for share in SHARES} - {group.channels}):
             run.use(quick_fit(observed, {group.name: selections[group.name].kept(width)}))
-            errors[width] = _squared_error(expected, run.outputs())
+            errors[width] = squared_error(zip(expected, run.outputs()))
         found[group.name] = scaled_curve(selections[group.name].curve, errors)
         progress(done + 1, len(classes))
     return found
@@ -267,12 +268,3 @@ def _first_nodes(coupling: Coupling) -> dict[str, int]:
     for group in coupling.open:
         first[group.name] = min(used[x.tensor] for x in (*group.parts, *group.readers))
     return first
-
-
-def _squared_error(expected: Sequence[tuple[Tensor, ...]], got: object) -> float:
-    lost = norm = 0.0
-    for left, right in zip(expected, got):
-        for x, y in zip(left, right):
-            lost += float((x.double() - y.double()).square().sum())
-            norm += float(x.double().square().sum())
-    return lost / max(norm, 1e-300)

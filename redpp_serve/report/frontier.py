@@ -125,7 +125,8 @@ def frontier_section(report: Mapping[str, Any]) -> str:
     figures = [_figure("frontier-macs", "Error against MACs", (names[0], names[1]), by_macs),
                _figure("frontier-latency", "Error against latency", (names[2], names[1]), by_time)]  # fmt: skip
     where = printable(dig(report, "frontier", "latency_on") or "")
-    notes = ["Each point is a network that can be had with its flag; errors are measured on held-out inputs."]
+    notes = ["Each point is a network that can be had with its flag; errors are measured on held-out inputs,"
+             " before distillation and final codebooks."]
     if by_time:
         notes.append(f"Latencies are measured in turns with the original{f' on {where}' if where else ''};"
                      " in brackets the 95 % interval.")  # fmt: skip
