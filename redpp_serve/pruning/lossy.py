@@ -134,7 +134,9 @@ def choose(narrower: Narrower, options: Options, deadline: float, frontier_deadl
     coupling, original = narrower.coupling, narrower.original
     errors = measure_errors(narrower.observed, narrower.selections, narrower.held_out, narrower.progress)
     shapes = ShapeModel(coupling)
-    plan = plan_widths(coupling, errors, options.round_to, None, shapes)
+    timed = options.target_latency is not None
+    cost = layer_model(coupling.graph, options.device, _LATENCY_SECONDS).predict if timed else None
+    plan = plan_widths(coupling, errors, options.round_to, cost, shapes)
     full, macs = plan.points[0].widths, mac_count(original)
     choice = Choice(None, "", plan.left)
     if options.keep is not None:
@@ -145,8 +147,6 @@ def choose(narrower: Narrower, options: Options, deadline: float, frontier_deadl
         widths, why = plan.points[index].widths, f"--target macs={options.target_macs:g}"
         _require("macs", plan.points[index].cost / macs, options.target_macs, 0.0)
     elif options.target_latency is not None:
-        model = layer_model(coupling.graph, options.device, _LATENCY_SECONDS)
-        plan = plan_widths(coupling, errors, options.round_to, model.predict, shapes)
         widths = _for_latency(plan, narrower, options)
         why = f"--target latency={options.target_latency:g}"
     else:

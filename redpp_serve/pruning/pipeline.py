@@ -28,7 +28,7 @@ from .refit import Places, Reconstruction
 from .repair import repair_batch_norm
 from .splitting import Split, count_dense, count_kernels, split_weight
 from .stages import Stage, Stages
-from .synthetic import Synthetic, plan, smooth_noise, synthesize
+from .synthetic import plan, smooth_noise, synthesize
 from .verify import EXACT, Difference, VerifyData, check_gate, compare_outputs, layer_errors, split_error
 
 _MATCHING_SHARE = 0.5  # of the time budget; the rest is for fitting
@@ -94,7 +94,6 @@ def prune(
     stages: Stages | None = None,
     data: VerifyData | None = None,
     checkpoint: Path | None = None,
-    fit_on: tuple[Tensor, ...] | None = None,
 ) -> Pruned:
     """Prune a captured network without data.
 
@@ -105,7 +104,6 @@ def prune(
         data: labelled inputs, only to measure accuracy with.
         checkpoint: file that keeps synthetic inputs, so that an interrupted run goes on; a second one beside it keeps
             the state of the distillation.
-        fit_on: inputs (images, ...) to fit and measure on in the place of synthetic ones, to see what data would add.
 
     Raises:
         GateFailed: an exact stage was not exact, or a number or target of the user's was missed.
@@ -118,7 +116,7 @@ def prune(
     started = time.monotonic()
     _hash(run)
     _merge(run)
-    _make_inputs(run, started, checkpoint, fit_on)
+    _make_inputs(run, started, checkpoint)
     _require_finite(run)
     _record_exact_stages(run)
     _narrow(run, started)
@@ -229,22 +227,18 @@ def _casting_to_double(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(nodes))
 
 
-def _make_inputs(run: _Run, started: float, checkpoint: Path | None, fit_on: tuple[Tensor, ...] | None) -> None:
+def _make_inputs(run: _Run, started: float, checkpoint: Path | None) -> None:
     with run.stages.run("inputs") as stage:
         options = run.options
-        if fit_on is not None:
-            made, held = Synthetic(fit_on, (0.0, 0.0), "inputs that were given"), max(1, len(fit_on[0]) // 5)
-        elif options.merge == "exact":
+        if options.merge == "exact":
             run.held_out = smooth_noise(run.original.inputs, 16, options.seed)
             run.inputs_note = "smooth noise (inputs are matched to batch norm for reconstruction only)"
             stage.reason = f"16 inputs of {run.inputs_note}"
             return
-        else:
-            how = plan(run.original, _MATCHING_SHARE * options.time_budget, options.device)
-            made = synthesize(run.original, how, seed=options.seed, device=options.device, checkpoint=checkpoint,
-                              deadline=started + 0.7 * options.time_budget, progress=stage.progress)  # fmt: skip
-            held = how.held_out
-        run.fit_inputs, run.held_out = made.divide(held)
+        how = plan(run.original, _MATCHING_SHARE * options.time_budget, options.device)
+        made = synthesize(run.original, how, seed=options.seed, device=options.device, checkpoint=checkpoint,
+                          deadline=started + 0.7 * options.time_budget, progress=stage.progress)  # fmt: skip
+        run.fit_inputs, run.held_out = made.divide(how.held_out)
         run.inputs_note = made.note or (
             f"matched to batch-norm statistics in {how.steps} steps, mismatch {made.losses[0]:.3g} -> {made.losses[1]:.3g}"
         )
@@ -264,7 +258,7 @@ def _not_finite(inputs: str) -> RedppError:
                       "check its weights and statistics; a negative running variance is one cause")  # fmt: skip
 
 
-def _share(run: _Run, stage: Stage, graph: Graph | None = None) -> Difference:
+def _share(run: _Run, stage: Stage, graph: Graph | None = None) -> None:
     """Note what a stage has come to: output error and agreement on held-out inputs, cost, accuracy where there is data."""
     graph = run.graph if graph is None else graph
     difference = compare_outputs(run.original, graph, run.held_out)
@@ -273,7 +267,6 @@ def _share(run: _Run, stage: Stage, graph: Graph | None = None) -> Difference:
     if run.data:
         record["accuracy"] = run.data.accuracy(graph)
     run.shares.append(record)
-    return difference
 
 
 def _record_exact_stages(run: _Run) -> None:
