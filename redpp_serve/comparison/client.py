@@ -1,10 +1,12 @@
-"""One keep-alive HTTP connection to one endpoint, and what its replies mean."""
+"""One keep-alive connection to one endpoint, and what its replies mean."""
+
+from __future__ import annotations
 
 import http.client
 import json
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import numpy
@@ -23,6 +25,20 @@ class Endpoint:
     label: str
     url: str
     headers: dict[str, str]
+
+    def connect(self) -> Wire:
+        """A connection of its own, not open yet."""
+        return Connection(self)
+
+
+class Wire(Protocol):
+    """One connection, used by one thread at a time."""
+
+    def send(self, payload: Payload) -> Exchange:
+        """Send one input and time it. A failed connection is an Exchange of status 0, never an exception."""
+
+    def close(self) -> None:
+        """Close it; the next ``send`` opens it again."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +81,16 @@ class Reply:
 
 
 class Exchange(NamedTuple):
-    """One request and its undecoded reply. ``start_s`` is on the clock of ``time.perf_counter``."""
+    """One request and its reply: bytes to decode, or an array where the client library gives no less.
+
+    ``start_s`` is on the clock of ``time.perf_counter``.
+    """
 
     start_s: float
     latency_s: float
     handler_s: float | None
     status: int
-    body: bytes
+    body: bytes | numpy.ndarray
     error: str
 
     @property
@@ -81,7 +100,7 @@ class Exchange(NamedTuple):
 
 
 class Connection:
-    """A keep-alive connection to ``endpoint``, used by one thread at a time.
+    """A `Wire` of HTTP.
 
     Decoding is kept apart (``decode``), so that parsing one reply never holds the interpreter lock while another
     thread's clock runs.
@@ -101,7 +120,7 @@ class Connection:
         self._http = kind(parts.hostname, parts.port, timeout=timeout_s)
 
     def send(self, payload: Payload) -> Exchange:
-        """POST one input and time it. A failed connection is an Exchange of status 0, never an exception."""
+        """POST one input and time it."""
         start = time.perf_counter()
         try:
             status, handler_s, body = self._post(payload)
@@ -130,7 +149,7 @@ class Connection:
         return response.status, _seconds(response.getheader(HANDLER_HEADER)), body or response.reason.encode()
 
     def close(self) -> None:
-        """Close the socket; the next ``send`` opens a new one."""
+        """Close the socket."""
         self._http.close()
 
 
@@ -151,13 +170,13 @@ class Decoder:
 
     def __init__(self, origin_s: float) -> None:
         self._origin_s = origin_s
-        self._last: dict[tuple[str, int], tuple[bytes, numpy.ndarray]] = {}
+        self._last: dict[tuple[str, int], tuple[bytes | numpy.ndarray, numpy.ndarray]] = {}
 
     def reply(self, arm: str, payload: int, exchange: Exchange) -> Reply:
         """The reply of ``arm`` to the input of index ``payload``; an unreadable body is a reply with an ``error``."""
         outputs, error = None, exchange.error
         if not error and not exchange.ok:
-            error = exchange.body.decode(errors="replace")[:ERROR_CHARACTERS]
+            error = as_text(exchange)
         if not error:
             try:
                 outputs = self._outputs((arm, payload), exchange.body)
@@ -166,12 +185,19 @@ class Decoder:
         start = exchange.start_s - self._origin_s
         return Reply(arm, payload, start, exchange.latency_s, exchange.handler_s, exchange.status, outputs, error)
 
-    def _outputs(self, key: tuple[str, int], body: bytes) -> numpy.ndarray:
+    def _outputs(self, key: tuple[str, int], body: bytes | numpy.ndarray) -> numpy.ndarray:
         known = self._last.get(key)
-        if known and known[0] == body:
+        if known and (known[0] == body if isinstance(body, bytes) else numpy.array_equal(known[0], body)):
             return known[1]
-        outputs = numpy.asarray(json.loads(body)["outputs"][0], dtype=numpy.float64)
+        first = json.loads(body)["outputs"][0] if isinstance(body, bytes) else body
+        outputs = numpy.asarray(first, dtype=numpy.float64)
         if not numpy.isfinite(outputs).all():
             raise ValueError("it holds NaN or infinity")
         self._last[key] = (body, outputs)
         return outputs
+
+
+def as_text(exchange: Exchange) -> str:
+    """Why an exchange failed, in the server's words or the connection's."""
+    text = exchange.body.decode(errors="replace") if isinstance(exchange.body, bytes) else ""
+    return exchange.error or text[:ERROR_CHARACTERS]

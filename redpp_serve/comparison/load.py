@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from redpp_serve.comparison.client import Connection, Decoder, Endpoint, Exchange, Payload, Reply
+from redpp_serve.comparison.client import Decoder, Endpoint, Exchange, Payload, Reply, Wire, as_text
 from redpp_serve.comparison.statistics import Estimate, mean_interval
 from redpp_serve.errors import RedppError
 
@@ -86,7 +86,7 @@ def run_paired(
             sent = [payloads[index] for index in chosen]
             exchanges: list[list[Exchange]] = [[], []]
             for arm in rng.permutation(2):
-                exchanges[arm] = list(pool.map(Connection.send, arms[arm], sent))
+                exchanges[arm] = list(pool.map(_send, arms[arm], sent))
             for index, *both in zip(chosen, *exchanges, strict=True):
                 reply_a, reply_b = (decoder.reply(arm.label, index, x) for arm, x in zip((a, b), both, strict=True))
                 results.append((reply_a, reply_b))
@@ -180,7 +180,7 @@ def run_open_loop(
         _warm_up(pool, connections, payloads)
         queue, lock, origin = iter(range(due.size)), threading.Lock(), time.perf_counter()
 
-        def work(connection: Connection) -> None:
+        def work(connection: Wire) -> None:
             while True:
                 with lock:
                     turn = next(queue, None)
@@ -199,7 +199,7 @@ def preflight(endpoint: Endpoint, payloads: Sequence[Payload]) -> None:
     """Find a dead or refusing endpoint at once, not at the end of the measurement."""
     _check(payloads, concurrency=1)
     decoder, replies = Decoder(0.0), []
-    with closing(Connection(endpoint)) as connection:
+    with closing(endpoint.connect()) as connection:
         for index, payload in enumerate(payloads[:PREFLIGHT_INPUTS]):
             replies.append(decoder.reply(endpoint.label, index, connection.send(payload)))
             if replies[-1].ok:
@@ -219,7 +219,7 @@ def require_success(endpoint: Endpoint, replies: Sequence[Reply]) -> None:
         )
 
 
-def _send_when_due(connection: Connection, payload: Payload, due: float, end: float) -> Exchange:
+def _send_when_due(connection: Wire, payload: Payload, due: float, end: float) -> Exchange:
     """Times are on the clock of ``time.perf_counter``."""
     time.sleep(max(0.0, due - time.perf_counter()))
     now = time.perf_counter()
@@ -231,21 +231,21 @@ def _send_when_due(connection: Connection, payload: Payload, due: float, end: fl
 
 def _closed_loop(
     pool: ThreadPoolExecutor,
-    connections: list[Connection],
+    connections: list[Wire],
     payloads: Sequence[Payload],
     seconds: float,
     rng: numpy.random.Generator,
 ) -> Throughput:
     start = time.perf_counter()
 
-    def work(connection: Connection, seed: int) -> tuple[int, int, str]:
+    def work(connection: Wire, seed: int) -> tuple[int, int, str]:
         completed, failed, error = 0, 0, ""
         inputs = _shuffled(len(payloads), numpy.random.default_rng(seed))
         while time.perf_counter() - start < seconds:
             exchange = connection.send(payloads[next(inputs)])
             completed, failed = completed + exchange.ok, failed + (not exchange.ok)
             if not exchange.ok and not error:
-                error = exchange.error or exchange.body.decode(errors="replace")
+                error = as_text(exchange)
         return completed, failed, error
 
     seeds = rng.integers(0, 2**32, len(connections)).tolist()
@@ -262,17 +262,21 @@ def _total(blocks: list[Throughput]) -> Throughput:
     return Throughput(completed, failed, seconds, completed / seconds, next((x.error for x in blocks if x.error), ""))
 
 
+def _send(connection: Wire, payload: Payload) -> Exchange:
+    return connection.send(payload)
+
+
 @contextmanager
-def _connections(endpoint: Endpoint, count: int) -> Iterator[list[Connection]]:
+def _connections(endpoint: Endpoint, count: int) -> Iterator[list[Wire]]:
     """One connection per worker, closed at the end."""
     with ExitStack() as stack:
-        yield [stack.enter_context(closing(Connection(endpoint))) for _ in range(count)]
+        yield [stack.enter_context(closing(endpoint.connect())) for _ in range(count)]
 
 
-def _warm_up(pool: ThreadPoolExecutor, connections: list[Connection], payloads: Sequence[Payload]) -> None:
+def _warm_up(pool: ThreadPoolExecutor, connections: list[Wire], payloads: Sequence[Payload]) -> None:
     """Open every connection and let the server run each shape of batch before the clock starts."""
     for turn in range(WARMUP_REQUESTS):
-        list(pool.map(Connection.send, connections, [payloads[turn % len(payloads)]] * len(connections)))
+        list(pool.map(_send, connections, [payloads[turn % len(payloads)]] * len(connections)))
 
 
 def _shuffled(count: int, rng: numpy.random.Generator) -> Iterator[int]:

@@ -1,0 +1,117 @@
+"""Requests to NVIDIA Triton Inference Server over gRPC, through its own client library.
+
+Triton takes tensors only: images and documents become tensors here, before the clock starts, by the same code that
+TorchServe's handler runs behind it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+
+from redpp_serve.comparison.client import TIMEOUT_S, Endpoint, Exchange, Payload
+from redpp_serve.handlers.payload import BadRequest, parse
+from redpp_serve.handlers.preprocess import Preprocess
+from redpp_serve.runtime.graph import InputSpec
+
+FIRST_OUTPUT = "output_0"
+HANDLER_PARAMETER = "redpp_handler_ms"
+_KEPT_BYTES = 256 << 20  # of converted inputs, for each connection
+# As TorchServe would say it over HTTP, so that both servers' errors read alike.
+_STATUS = {
+    "INVALID_ARGUMENT": 400, "UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403, "NOT_FOUND": 404, "RESOURCE_EXHAUSTED": 413,
+    "UNAVAILABLE": 503, "DEADLINE_EXCEEDED": 504,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TritonEndpoint(Endpoint):
+    """One version of a model. ``url`` is host:port of gRPC, ``headers`` its metadata.
+
+    Attributes:
+        model: the served name.
+        version: Triton's whole number.
+        inputs: what the network takes.
+        preprocess: how images become its input; None where none was declared.
+    """
+
+    model: str
+    version: str
+    inputs: tuple[InputSpec, ...]
+    preprocess: Preprocess | None
+
+    def connect(self) -> TritonConnection:
+        """A connection of its own, not open yet."""
+        return TritonConnection(self)
+
+
+class TritonConnection:
+    """A `client.Wire` of gRPC; each has a socket of its own, as the connections of `client.Connection` have."""
+
+    def __init__(self, endpoint: TritonEndpoint, timeout_s: float = TIMEOUT_S) -> None:
+        self.endpoint, self._timeout_s = endpoint, timeout_s
+        self._client: Any = None
+        self._converted: dict[int, list[Any]] = {}
+        self._bytes = 0
+
+    def send(self, payload: Payload) -> Exchange:
+        """Send one input and time it; an input that is none is a 400 without a request."""
+        from tritonclient.utils import InferenceServerException
+
+        client = self._open()
+        start = time.perf_counter()
+        try:
+            inputs = self._inputs(payload)
+            start = time.perf_counter()
+            result = client.infer(self.endpoint.model, inputs, self.endpoint.version, headers=self.endpoint.headers,
+                                  client_timeout=self._timeout_s)  # fmt: skip
+        except BadRequest as error:
+            return Exchange(start, time.perf_counter() - start, None, 400, b"", f"found {error}")
+        except InferenceServerException as error:
+            status = _STATUS.get(str(error.status()).removeprefix("StatusCode."), 500)
+            return Exchange(start, time.perf_counter() - start, None, status, b"", error.message() or str(error))
+        seconds = time.perf_counter() - start
+        return Exchange(start, seconds, _handler_seconds(result), 200, result.as_numpy(FIRST_OUTPUT)[0], "")
+
+    def _open(self) -> Any:
+        from tritonclient.grpc import InferenceServerClient
+
+        if self._client is None:
+            private = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
+            self._client = InferenceServerClient(self.endpoint.url, channel_args=private)
+        return self._client
+
+    def _inputs(self, payload: Payload) -> list[Any]:
+        """The payload as Triton's inputs of batch 1; kept for the next time as long as there is room."""
+        if id(payload) in self._converted:
+            return self._converted[id(payload)]
+        tensors = parse({"body": payload.body}, self.endpoint.inputs, self.endpoint.preprocess)
+        inputs = [as_input(spec.name, tensor[None].numpy()) for spec, tensor in zip(self.endpoint.inputs, tensors)]
+        self._bytes += sum(tensor.nbytes for tensor in tensors)
+        if self._bytes <= _KEPT_BYTES:
+            self._converted[id(payload)] = inputs
+        return inputs
+
+    def close(self) -> None:
+        """Close the channel."""
+        if self._client is not None:
+            self._client.close()
+        self._client = None
+
+
+def as_input(name: str, array: numpy.ndarray) -> Any:
+    """A tritonclient input that holds the array, batch first."""
+    from tritonclient.grpc import InferInput
+    from tritonclient.utils import np_to_triton_dtype
+
+    tensor = InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+    tensor.set_data_from_numpy(array)
+    return tensor
+
+
+def _handler_seconds(result: Any) -> float | None:
+    parameters = result.get_response().parameters
+    return parameters[HANDLER_PARAMETER].double_param / 1000 if HANDLER_PARAMETER in parameters else None
