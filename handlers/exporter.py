@@ -10,7 +10,23 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .living import forget_the_dead
+
+
+class _Workers:
+    """All workers' metrics in one: sums over everything that was ever done, and over the memory of those that live."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterable[Any]:
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        forget_the_dead(self._folder)
+        return MultiProcessCollector(None, path=self._folder).collect()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,14 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dir", required=True, help="the workers' PROMETHEUS_MULTIPROC_DIR")
     options = parser.parse_args(argv)
     from prometheus_client import CollectorRegistry, start_http_server
-    from prometheus_client.multiprocess import MultiProcessCollector
 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     os.makedirs(options.dir, exist_ok=True)
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, path=options.dir)
+    registry.register(_Workers(options.dir))
     server, thread = start_http_server(options.port, options.address, registry)
     stop.wait()
     server.shutdown()

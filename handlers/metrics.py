@@ -1,14 +1,18 @@
-"""Prometheus metrics of one served model, right across several worker processes.
+"""Metrics of one served model, the same on every server: one table of families, one class that records.
 
-Workers write to memory-mapped files in ``PROMETHEUS_MULTIPROC_DIR``; `exporter` sums and serves them. The
-server's own metrics have no versions, no percentiles, or buckets that start at 5 ms.
+A binding turns a family into instruments of a server. `PrometheusBinding` writes to memory-mapped files in
+``PROMETHEUS_MULTIPROC_DIR``, one set for each worker process; `exporter` sums and serves them. The servers' own
+metrics have no versions, no percentiles, or buckets that start at 5 ms.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 log = logging.getLogger(__name__)
 
@@ -16,57 +20,139 @@ DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 SECONDS_BUCKETS = tuple(float(f"{0.00025 * 2 ** (k / 2):.3g}") for k in range(29))  # 0.25 ms to 4.1 s
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 OUTCOMES = ("ok", "bad_request", "error")
+_USAGE_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
 class ModelLabels:
-    """The labels on every sample: served name, version as in the URL, and ``original`` or ``redpp``."""
+    """The labels on every sample: served name, version of the artifact, and ``original`` or ``redpp``."""
 
     model: str
     version: str
     variant: str
 
 
-class Metrics:
-    """The metrics of one model in one worker. Import of ``prometheus_client`` happens here: see `open_metrics`."""
+@dataclass(frozen=True)
+class Family:
+    """One metric: its kind, its name as exported, and what it says.
 
-    def __init__(self, labels: ModelLabels) -> None:
+    Args:
+        kind: ``counter``, ``gauge`` or ``histogram``.
+        labels: names of labels beside those of `ModelLabels`.
+        buckets: upper bounds of a histogram, without infinity.
+        per_worker: of a gauge: each living worker has its own value and the exported one is their sum; else all
+            workers of a version hold the same value.
+    """
+
+    kind: str
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    per_worker: bool = False
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("histogram", "redpp_handler_seconds", "Time the handler spent on one batch, parsing to reply.",
+               buckets=SECONDS_BUCKETS),
+        Family("histogram", "redpp_inference_seconds", "Time the network alone took for one batch.",
+               buckets=SECONDS_BUCKETS),
+        Family("histogram", "redpp_batch_size", "Requests in one batch, as the server formed it.",
+               buckets=BATCH_BUCKETS),
+        Family("counter", "redpp_requests_total", "Requests by outcome.", ("outcome",)),
+        Family("counter", "redpp_batches_total", "Batches by the exact number of requests they held.", ("batch",)),
+        Family("counter", "redpp_batch_seconds_total", "Handler seconds by the exact number of requests in the batch.",
+               ("batch",)),
+        Family("gauge", "redpp_model_parameters", "Parameters of the network."),
+        Family("gauge", "redpp_model_macs", "Multiply-accumulates of one forward pass at batch size 1."),
+        Family("gauge", "redpp_model_bytes", "Stored weights, bytes."),
+        Family("counter", "redpp_worker_cpu_seconds_total", "CPU time of the worker processes since they started."),
+        Family("gauge", "redpp_worker_resident_bytes", "Resident memory of the worker processes.", per_worker=True),
+        Family("gauge", "redpp_device_memory_bytes",
+               "Memory held on the device: tensors on a GPU, resident memory on a CPU.", ("device",), per_worker=True),
+    )
+}  # fmt: skip
+
+
+class Instrument(Protocol):
+    """One sample of a family; a counter has ``inc``, a gauge ``set``, a histogram ``observe``."""
+
+    def inc(self, amount: float = 1) -> None: ...
+    def set(self, value: float) -> None: ...
+    def observe(self, value: float) -> None: ...
+
+
+class Binding(Protocol):
+    """What a server offers: instruments of its own kind for a family and all its labels' values."""
+
+    def instrument(self, family: Family, labels: Mapping[str, str]) -> Any:
+        """An `Instrument`; called once for each set of labels."""
+
+
+class PrometheusBinding:
+    """Instruments of ``prometheus_client`` in multiprocess mode: the folder is `DIRECTORY`.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+
+    def __init__(self) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-        values = asdict(labels)
-        names, registry = tuple(values), CollectorRegistry()
+        self._kinds = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
+        self._registry, self._families = CollectorRegistry(), {}
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, names, buckets=buckets, registry=registry).labels(**values)
+    def instrument(self, family: Family, labels: Mapping[str, str]) -> Instrument:
+        """See `Binding`."""
+        made = self._families.get(family.name)
+        if made is None:
+            options: dict[str, Any] = {"buckets": family.buckets} if family.kind == "histogram" else {}
+            if family.kind == "gauge":
+                options["multiprocess_mode"] = "livesum" if family.per_worker else "mostrecent"
+            made = self._kinds[family.kind](family.name, family.help, tuple(labels), registry=self._registry, **options)
+            self._families[family.name] = made
+        return made.labels(**labels)
 
-        def gauge(name: str, text: str) -> Gauge:
-            gauge = Gauge(name, text, names, registry=registry, multiprocess_mode="mostrecent")
-            return gauge.labels(**values)
 
-        self._handler = histogram(
-            "redpp_handler_seconds", "Time the handler spent on one batch, parsing to reply.", SECONDS_BUCKETS
-        )
-        self._inference = histogram(
-            "redpp_inference_seconds", "Time the network alone took for one batch.", SECONDS_BUCKETS
-        )
-        self._batch = histogram("redpp_batch_size", "Requests in one batch, as the server formed it.", BATCH_BUCKETS)
-        requests = Counter("redpp_requests", "Requests by outcome.", (*names, "outcome"), registry=registry)
-        self._requests = {outcome: requests.labels(**values, outcome=outcome) for outcome in OUTCOMES}
-        self._info = {
-            "parameters": gauge("redpp_model_parameters", "Parameters of the network."),
-            "macs": gauge("redpp_model_macs", "Multiply-accumulates of one forward pass at batch size 1."),
-            "bytes": gauge("redpp_model_bytes", "Stored weights, bytes."),
-        }
+class Metrics:
+    """The metrics of one model in one worker.
+
+    Args:
+        labels: of every sample.
+        binding: the server's instruments.
+        device: where the network runs, ``cpu`` or e.g. ``cuda:0``.
+    """
+
+    def __init__(self, labels: ModelLabels, binding: Binding, device: str = "cpu") -> None:
+        self._labels, self._binding, self._device = asdict(labels), binding, device
+        self._batch, self._handler = self._open("redpp_batch_size"), self._open("redpp_handler_seconds")
+        self._inference = self._open("redpp_inference_seconds")
+        self._requests = {outcome: self._open("redpp_requests_total", outcome=outcome) for outcome in OUTCOMES}
+        self._batches: dict[int, tuple[Instrument, Instrument]] = {}
+        self._cpu, self._cpu_s = self._open("redpp_worker_cpu_seconds_total"), 0.0
+        self._resident = self._open("redpp_worker_resident_bytes")
+        self._held = self._open("redpp_device_memory_bytes", device=device)
+        self._usage_at = float("-inf")
+        self._usage()
 
     def describe(self, **info: float) -> None:
         """Set what is fixed for a model: ``parameters``, ``macs``, ``bytes``."""
         for name, value in info.items():
-            self._info[name].set(value)
+            self._open(f"redpp_model_{name}").set(value)
 
     def batch(self, size: int, handler_s: float) -> None:
-        """Record one batch: its size and the handler's time in seconds."""
+        """Record one batch: its size and the handler's time in seconds; also what the worker uses by now."""
         self._batch.observe(size)
         self._handler.observe(handler_s)
+        pair = self._batches.get(size)
+        if pair is None:
+            names = ("redpp_batches_total", "redpp_batch_seconds_total")
+            pair = self._batches[size] = tuple(self._open(name, batch=str(size)) for name in names)
+        pair[0].inc()
+        pair[1].inc(handler_s)
+        self._usage()
 
     def inference(self, seconds: float) -> None:
         """Record one run of the network."""
@@ -76,8 +162,36 @@ class Metrics:
         """Count one request; ``outcome`` is one of `OUTCOMES`."""
         self._requests[outcome].inc()
 
+    def _open(self, name: str, **labels: str) -> Any:
+        return self._binding.instrument(FAMILIES[name], {**self._labels, **labels})
 
-def open_metrics(labels: ModelLabels) -> Metrics | None:
+    def _usage(self) -> None:
+        """CPU time and memory so far. Reading them costs more than all the rest: twice a second is enough."""
+        now = time.monotonic()
+        if now - self._usage_at < _USAGE_EVERY_S:
+            return
+        self._usage_at = now
+        spent = time.process_time()
+        self._cpu.inc(spent - self._cpu_s)
+        self._cpu_s = spent
+        resident = resident_bytes()
+        if resident is not None:
+            self._resident.set(resident)
+        held = resident if self._device == "cpu" else _cuda_bytes(self._device)
+        if held is not None:
+            self._held.set(held)
+
+
+def resident_bytes() -> int | None:
+    """Resident memory of this process; None on systems without ``/proc``."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        return None
+
+
+def open_metrics(labels: ModelLabels, device: str = "cpu") -> Metrics | None:
     """Metrics for this worker, or None (after one line in the log) where they cannot be collected."""
     directory = os.environ.get(DIRECTORY)
     if not directory:
@@ -85,7 +199,17 @@ def open_metrics(labels: ModelLabels) -> Metrics | None:
         return None
     os.makedirs(directory, exist_ok=True)
     try:
-        return Metrics(labels)
+        binding = PrometheusBinding()
     except ImportError:
         log.warning("metrics are off: the package prometheus-client is not installed")
         return None
+    from .living import show_life
+
+    show_life(directory)  # before the first file of metrics: see there
+    return Metrics(labels, binding, device)
+
+
+def _cuda_bytes(device: str) -> int:
+    import torch
+
+    return torch.cuda.memory_allocated(device)

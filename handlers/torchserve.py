@@ -70,7 +70,8 @@ class RedppHandler:
         self.variant = str(description["variant"])
         self.preprocess = _preprocess(self.model)
         self.model.warm_up(int(properties.get("batch_size") or 1))
-        self.metrics = open_metrics(ModelLabels(context.model_name, str(description["version"]), self.variant))
+        labels = ModelLabels(context.model_name, str(description["version"]), self.variant)
+        self.metrics = open_metrics(labels, device)
         if self.metrics:
             self.metrics.describe(**{k: description["info"][k] for k in ("parameters", "macs")},
                                   bytes=description["bytes"])

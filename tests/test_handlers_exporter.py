@@ -33,6 +33,7 @@ def test_it_serves_the_metrics_of_workers_until_it_is_told_to_end(tmp_path: Path
         work(tmp_path, "1.0", "original")
         text = scrape(f"http://127.0.0.1:{port}/metrics")
         assert 'redpp_requests_total{model="digits",outcome="ok",variant="original",version="1.0"} 2.0' in text
+        assert "redpp_worker_resident_bytes{" not in text and "pid=" not in text  # that worker has ended
         process.terminate()
         assert process.wait(timeout=10) == 0
         with pytest.raises(ConnectionRefusedError):

@@ -1,15 +1,20 @@
 """Metrics of several worker processes, summed as the exporter sums them. Each worker is a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from redpp_serve.handlers.metrics import SECONDS_BUCKETS, ModelLabels, open_metrics
+from redpp_serve.handlers import metrics
+from redpp_serve.handlers.living import forget_the_dead
+from redpp_serve.handlers.metrics import FAMILIES, SECONDS_BUCKETS, Metrics, ModelLabels, open_metrics
 
 WORKER = """
 import sys
@@ -19,8 +24,12 @@ metrics.describe(parameters=100, macs=2000, bytes=400)
 for seconds in (0.001, 0.02):
     metrics.inference(seconds / 2)
     metrics.batch(3, seconds)
+metrics.batch(1, 0.5)
 for outcome in ("ok", "ok", "bad_request"):
     metrics.request(outcome)
+if sys.argv[3:]:
+    print("ready", flush=True)
+    sys.stdin.read()
 """
 
 
@@ -35,6 +44,11 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> CollectorRegistry:
     folder = tmp_path_factory.mktemp("metrics") / "new"
     for version, variant in (("1.0", "original"), ("1.0", "original"), ("2.0", "redpp")):
         work(folder, version, variant)
+    return collected(folder)
+
+
+def collected(folder: Path) -> CollectorRegistry:
+    """As the exporter collects, see there."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=str(folder))
     return registry
@@ -52,19 +66,128 @@ def test_counts_and_times_add_up_over_workers(registry: CollectorRegistry, label
     assert value("redpp_requests_total", outcome="ok") == 2 * workers
     assert value("redpp_requests_total", outcome="bad_request") == workers
     assert value("redpp_requests_total", outcome="error") == 0
-    assert value("redpp_handler_seconds_count") == value("redpp_inference_seconds_count") == 2 * workers
-    assert value("redpp_handler_seconds_sum") == pytest.approx(0.021 * workers)
+    assert value("redpp_handler_seconds_count") == 3 * workers and value("redpp_inference_seconds_count") == 2 * workers
+    assert value("redpp_handler_seconds_sum") == pytest.approx(0.521 * workers)
     assert value("redpp_inference_seconds_sum") == pytest.approx(0.0105 * workers)
     assert value("redpp_handler_seconds_bucket", le="0.001") == workers
-    assert value("redpp_handler_seconds_bucket", le="+Inf") == 2 * workers
-    assert value("redpp_batch_size_sum") == 6 * workers
-    assert value("redpp_batch_size_bucket", le="2.0") == 0 and value("redpp_batch_size_bucket", le="4.0") == 2 * workers
+    assert value("redpp_handler_seconds_bucket", le="+Inf") == 3 * workers
+    assert value("redpp_batch_size_sum") == 7 * workers
+    assert value("redpp_batch_size_bucket", le="2.0") == workers
+    assert value("redpp_batch_size_bucket", le="4.0") == 3 * workers
+    assert value("redpp_batches_total", batch="3") == 2 * workers and value("redpp_batches_total", batch="1") == workers
+    assert value("redpp_batch_seconds_total", batch="3") == pytest.approx(0.021 * workers)
+    assert value("redpp_batch_seconds_total", batch="1") == pytest.approx(0.5 * workers)
+    assert 0.01 * workers < value("redpp_worker_cpu_seconds_total") < 60 * workers
 
 
 @pytest.mark.parametrize("labels", [ORIGINAL, PRUNED])
 def test_what_describes_a_model_is_not_multiplied_by_its_workers(registry: CollectorRegistry, labels: dict) -> None:
     found = {n: registry.get_sample_value(f"redpp_model_{n}", labels) for n in ("parameters", "macs", "bytes")}
     assert found == {"parameters": 100, "macs": 2000, "bytes": 400}
+
+
+@pytest.fixture
+def living(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two workers of the original that have recorded, and wait."""
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", WORKER, "1.0", "original", "wait"]
+    workers = [
+        subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert all(worker.stdout.readline() == "ready\n" for worker in workers)
+    yield workers
+    for worker in workers:
+        worker.kill()
+        worker.communicate()
+
+
+def test_memory_of_a_dead_worker_counts_no_more_and_its_work_still_does(
+    tmp_path: Path, living: list[subprocess.Popen[str]]
+) -> None:
+    def values() -> dict[str, float | None]:
+        forget_the_dead(tmp_path)
+        registry, labels = collected(tmp_path), {"version": "1.0", "model": "digits", "variant": "original"}
+        found = {name: registry.get_sample_value(name, labels) for name in FAMILIES}
+        found["device"] = registry.get_sample_value("redpp_device_memory_bytes", {**labels, "device": "cpu"})
+        return found
+
+    both, sizes = values(), [psutil.Process(worker.pid).memory_info().rss for worker in living]
+    assert both["redpp_worker_resident_bytes"] == pytest.approx(sum(sizes), rel=0.1)
+    assert both["device"] == both["redpp_worker_resident_bytes"]
+    living[0].send_signal(signal.SIGKILL)
+    living[0].wait()
+    one = values()
+    assert one["redpp_worker_resident_bytes"] == pytest.approx(sizes[1], rel=0.1)
+    assert one["redpp_worker_cpu_seconds_total"] == both["redpp_worker_cpu_seconds_total"] > 0
+    assert one["redpp_model_macs"] == 2000
+    living[1].communicate()
+    none = values()
+    assert none["redpp_worker_resident_bytes"] is None and none["device"] is None
+    assert none["redpp_worker_cpu_seconds_total"] == both["redpp_worker_cpu_seconds_total"]
+
+
+class Note:
+    """An instrument that keeps the last value, or the sum."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def inc(self, amount: float = 1) -> None:
+        self.value += amount
+
+    def set(self, value: float) -> None:
+        self.value = value
+
+    observe = inc
+
+
+class Notes(dict):
+    """A binding without a server."""
+
+    def instrument(self, family: metrics.Family, labels: dict[str, str]) -> Note:
+        assert set(labels) == {"model", "version", "variant", *family.labels}
+        extra = tuple(labels[name] for name in family.labels)
+        assert (family.name, *extra) not in self, "opened twice: its cost would be paid at each batch"
+        return self.setdefault((family.name, *extra), Note())
+
+
+def test_every_family_of_the_table_is_recorded_by_any_binding() -> None:
+    notes = Notes()
+    recorder = Metrics(ModelLabels("digits", "1.0", "original"), notes)
+    recorder.describe(parameters=1, macs=2, bytes=3)
+    for size in (2, 2, 5):
+        recorder.batch(size, 0.25)
+        recorder.inference(0.125)
+        recorder.request("error")
+    assert {name for name, *_ in notes} == set(FAMILIES)
+    assert notes["redpp_batches_total", "2"].value == 2 and notes["redpp_batch_seconds_total", "5"].value == 0.25
+    assert notes["redpp_requests_total", "error"].value == 3 and notes["redpp_inference_seconds",].value == 0.375
+
+
+def test_cpu_time_and_memory_follow_the_process_but_are_not_read_at_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"now": 0.0, "cpu": 4.0}
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock["now"])
+    monkeypatch.setattr(metrics.time, "process_time", lambda: clock["cpu"])
+    notes = Notes()
+    recorder = Metrics(ModelLabels("digits", "1.0", "original"), notes)
+    spent = notes["redpp_worker_cpu_seconds_total",]
+    assert spent.value == 4.0 and notes["redpp_worker_resident_bytes",].value > 1e6
+    clock.update(now=0.1, cpu=4.05)
+    recorder.batch(1, 0.1)
+    assert spent.value == 4.0
+    clock.update(now=1.0, cpu=4.75)
+    recorder.batch(1, 0.1)
+    assert spent.value == 4.75
+
+
+def test_on_a_gpu_the_device_memory_is_that_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: {"cuda:1": 4096}[device])
+    notes = Notes()
+    Metrics(ModelLabels("digits", "1.0", "original"), notes, device="cuda:1")
+    assert notes["redpp_device_memory_bytes", "cuda:1"].value == 4096 < notes["redpp_worker_resident_bytes",].value
 
 
 def test_buckets_are_geometric_from_a_quarter_millisecond_to_four_seconds() -> None:
