@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "report": {"errors"},  # renders a dictionary and knows nothing of who filled it
     "packaging": BASE | OFFLINE | {"__version__", "report", "handlers.preprocess"},  # it writes what the handlers read
     "serving": BASE | OFFLINE,
-    "comparison": BASE | OFFLINE | {"serving", "report"},
+    "comparison": BASE | OFFLINE | {"serving", "report", "handlers.preprocess", "handlers"},  # Triton's client parses as handlers do
+    "experiment": BASE | OFFLINE | {"serving", "comparison"},
     "reference": set(),
 }
 TOP = {"pyproject.toml", "README.md", "LICENSE", "redpp_serve", "kernels", "handlers", "tests", "deploy", "benchmarks"}
