@@ -150,9 +150,9 @@ def _device(name: str | None) -> str:
 
 
 def _ports(first: int | None) -> Any:
-    from .serving.ports import Ports
+    from .serving.ports import Ports, consecutive_ports
 
-    return None if first is None else Ports(*range(first, first + 6))
+    return None if first is None else consecutive_ports(Ports, first)
 
 
 def _preprocess(text: str | None, captured: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The TCP ports of one local server: chosen free, or given and checked before anything starts."""
+"""The TCP ports of local servers: chosen free, or given and checked before anything starts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 import socket
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
+from typing import TypeVar
 
 from redpp_serve.errors import RedppError
 
@@ -16,7 +17,7 @@ _CANDIDATES = range(20000, 32000)
 
 @dataclass(frozen=True)
 class Ports:
-    """One port for each listener; ``exporter`` serves this project's metrics. Defaults are the server's own."""
+    """TorchServe's listeners; ``exporter`` serves this project's metrics. Defaults are the server's own."""
 
     inference: int = 8080
     management: int = 8081
@@ -25,31 +26,55 @@ class Ports:
     grpc_management: int = 7071
     exporter: int = 9400
 
-    def check(self) -> None:
-        """Refuse ports that are in use, equal or out of range.
 
-        Raises:
-            RedppError: names the first offender and its purpose.
-        """
-        seen: dict[int, str] = {}
-        for purpose, port in asdict(self).items():
-            problem = f"also the port for {seen[port]}" if port in seen else _problem(port)
-            if problem:
-                raise RedppError(
-                    f"port {port} for {purpose.replace('_', ' ')}: {problem}",
-                    f"six different free ports on {ADDRESS}",
-                    "choose another port, or stop the program that holds it",
-                )
-            seen[port] = purpose.replace("_", " ")
+@dataclass(frozen=True)
+class TritonPorts:
+    """Triton Inference Server's listeners. Defaults are the server's own."""
+
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
 
 
-def free_ports() -> Ports:
+@dataclass(frozen=True)
+class GatewayPorts:
+    """The listeners of an experiment: where users ask, where their requests are recorded, and its own metrics."""
+
+    gateway: int = 8088
+    recorder: int = 8089
+    metrics: int = 9401
+
+
+AnyPorts = TypeVar("AnyPorts", Ports, TritonPorts, GatewayPorts)
+_COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+
+
+def check_ports(ports: Ports | TritonPorts | GatewayPorts) -> None:
+    """Refuse ports that are in use, equal or out of range.
+
+    Raises:
+        RedppError: names the first offender and its purpose.
+    """
+    seen: dict[int, str] = {}
+    given = asdict(ports)
+    for purpose, port in given.items():
+        problem = f"also the port for {seen[port]}" if port in seen else _problem(port)
+        if problem:
+            raise RedppError(
+                f"port {port} for {purpose.replace('_', ' ')}: {problem}",
+                f"{_COUNTS[len(given)]} different free ports on {ADDRESS}",
+                "choose another port, or stop the program that holds it",
+            )
+        seen[port] = purpose.replace("_", " ")
+
+
+def free_ports(kind: type[AnyPorts] = Ports) -> AnyPorts:  # type: ignore[assignment]
     """Ports that are free now.
 
     Raises:
         RedppError: hardly any port of this machine is free.
     """
-    wanted = [field.name for field in fields(Ports)]
+    wanted = [field.name for field in fields(kind)]
     found: list[int] = []
     with ExitStack() as held:  # all are held until the last is found, so that they differ
         for port in random.SystemRandom().sample(_CANDIDATES, 500):
@@ -58,10 +83,15 @@ def free_ports() -> Ports:
             except OSError:
                 continue
             if len(found) == len(wanted):
-                return Ports(**dict(zip(wanted, found)))
+                return kind(**dict(zip(wanted, found)))
     raise RedppError(
         f"fewer than {len(wanted)} free ports among 500 tried on {ADDRESS}", "free ports", "stop other servers"
     )
+
+
+def consecutive_ports(kind: type[AnyPorts], first: int) -> AnyPorts:
+    """The ports from ``first`` on, in the order of the kind's fields."""
+    return kind(*range(first, first + len(fields(kind))))
 
 
 def _problem(port: int) -> str:

@@ -1,0 +1,151 @@
+"""The running servers of this user: written down by the command that starts one, so that other commands find it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from redpp_serve.errors import RedppError
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that runs now.
+
+    Attributes:
+        folder: the packaged folder, absolute.
+        name: the model's name in URLs.
+        kind: ``torchserve`` or ``triton``.
+        pid: of the redpp-serve process that supervises the server.
+        created: that process's start, seconds since the epoch; a later process with its number is another one.
+        versions: of the original and of the pruned network, as in URLs.
+        urls: where to POST inputs: ``original``, ``redpp`` and ``default`` (without a version).
+        management_url: base of the server's management API.
+        metrics_urls: what Prometheus scrapes.
+        headers: for ``inference`` and ``management``; they hold the tokens.
+        model_config: of Triton: what its model was loaded with; empty for TorchServe.
+        extra: of an experiment: its gateway, state folder, split and metrics.
+    """
+
+    folder: str
+    name: str
+    kind: str
+    pid: int
+    created: float
+    versions: tuple[str, str]
+    urls: dict[str, str]
+    management_url: str
+    metrics_urls: list[str]
+    headers: dict[str, dict[str, str]]
+    model_config: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def register(running: Running) -> Iterator[None]:
+    """Other commands find the server while the body runs.
+
+    Raises:
+        RedppError: another one already runs for the folder, or the state folder is not this user's alone.
+    """
+    folder = Path(running.folder)
+    path = _path(folder)
+    other = _living(path)
+    if other is not None and other.pid != running.pid:
+        raise RedppError(
+            f"a server already runs for {running.folder}, started by process {other.pid}",
+            "one at a time, so that promote, rollback and health know which is meant",
+            "stop it with Ctrl-C, or with 'redpp-serve ab stop' where an experiment started it",
+        )
+    _write(path, json.dumps(asdict(running)))
+    try:
+        yield
+    finally:
+        left = _read(path)
+        if left is not None and left.pid == running.pid:
+            path.unlink(missing_ok=True)
+
+
+def find(folder: Path) -> Running:
+    """The server that runs for a packaged folder.
+
+    Raises:
+        RedppError: none runs, or the state folder is not this user's alone.
+    """
+    running = _living(_path(folder))
+    if running is None:
+        raise RedppError(
+            f"no server is running for {folder}", "a server that this user has started for this folder",
+            f"start one with redpp-serve serve {folder}",
+        )  # fmt: skip
+    return running
+
+
+def state_dir() -> Path:
+    """The folder of this user's notes on running servers, readable to nobody else; made when missing.
+
+    Raises:
+        RedppError: someone else made it, or others may write to it.
+    """
+    path = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"redpp-serve-{os.getuid()}"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.lstat()  # in a shared folder, anyone could have put a link or a folder of theirs here
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise RedppError(f"{path} is not a folder of this user alone", "a folder with mode 0700 that this user owns",
+                         "remove it, or point XDG_RUNTIME_DIR at a private folder")  # fmt: skip
+    return path
+
+
+def started(pid: int) -> float | None:
+    """When the process started, seconds since the epoch; None when it does not run."""
+    from psutil import STATUS_ZOMBIE, Error, Process
+
+    try:
+        process = Process(pid)
+        return None if process.status() == STATUS_ZOMBIE else float(process.create_time())
+    except Error:
+        return None
+
+
+def _path(folder: Path) -> Path:
+    return state_dir() / f"{sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.json"
+
+
+def _living(path: Path) -> Running | None:
+    """What is written there, if its process still runs; a note that a killed one left is removed."""
+    running = _read(path)
+    if running is None:
+        return None
+    begun = started(running.pid)
+    if begun is not None and abs(begun - running.created) < 1:
+        return running
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _read(path: Path) -> Running | None:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return Running(**{**document, "versions": tuple(document["versions"])})
+    except (OSError, ValueError, TypeError, KeyError):  # none, or of another release
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    """At once, and readable to this user alone from the start: the text holds tokens."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent)  # mode 0600
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise
