@@ -10,14 +10,8 @@ from tqdm import tqdm
 
 from redpp_serve.comparison.client import Endpoint, Payload, Reply
 from redpp_serve.comparison.load import Throughput, plan_blocks, preflight, require_success, run_blocks, run_paired
-from redpp_serve.comparison.statistics import (
-    ConfidenceSequence,
-    Estimate,
-    Verdict,
-    percentile_interval,
-    ratio_interval,
-    verdict,
-)
+from redpp_serve.comparison.sequences import RatioSequence
+from redpp_serve.comparison.statistics import Estimate, Verdict, percentile_interval, ratio_interval, verdict
 from redpp_serve.errors import RedppError
 
 PAIRED_SHARE = 0.6
@@ -276,8 +270,8 @@ def _agreement(pairs: list[tuple[Reply, Reply]]) -> Agreement:
 
 
 def _decide(times: numpy.ndarray, labels: tuple[str, str], concurrency: int, margin: float, measure: str) -> Verdict:
-    """``times`` (pairs, 2): seconds of original and pruned, in order of time; a block is about one round."""
-    sequence = ConfidenceSequence(block=concurrency)
+    """``times`` (pairs, 2): seconds of original and pruned, in order of time; a block is at first about one round."""
+    sequence = RatioSequence(block=concurrency)
     sequence.update(numpy.log(times[:, 0] / times[:, 1]))
     return verdict(sequence, margin, baseline=labels[0], candidate=labels[1], measure=measure)
 

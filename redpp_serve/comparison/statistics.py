@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy
 from numpy.typing import ArrayLike
@@ -12,8 +12,6 @@ from numpy.typing import ArrayLike
 RESAMPLES = 1000
 # Resampled values held at once, so that memory stays near 32 MB per arm however long the run was.
 CHUNK_VALUES = 1 << 22
-# Before this many blocks the estimated variance is too rough for an asymptotic interval.
-MINIMUM_BLOCKS = 20
 
 
 class Estimate(NamedTuple):
@@ -104,114 +102,71 @@ def _middle(draws: numpy.ndarray, level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def best_rho2(blocks: float, alpha: float) -> float:
-    """The mixture's rho^2 that makes the sequence tightest near ``blocks`` observations.
+class Evidence(Protocol):
+    """What a verdict rests on: ``RatioSequence`` for pairs, ``ArmSequence`` for arms of unequal traffic."""
 
-    Waudby-Smith et al., arXiv 2103.06476, appendix B.2: (-2 log alpha + log(-2 log alpha + 1)) / t.
-    """
-    return (-2 * math.log(alpha) + math.log(1 - 2 * math.log(alpha))) / blocks
-
-
-def half_width(blocks: ArrayLike, variance: ArrayLike, rho2: float, alpha: float) -> numpy.ndarray:
-    """Half the width of the normal-mixture confidence sequence (Robbins 1970; arXiv 2103.06476, theorem 2.2).
-
-    sqrt(variance * 2 (t rho^2 + 1) / (t^2 rho^2) * log(sqrt(t rho^2 + 1) / alpha)) after t = ``blocks``.
-    """
-    t, spread = numpy.asarray(blocks, dtype=numpy.float64), numpy.asarray(variance, dtype=numpy.float64)
-    mixed = t * rho2 + 1
-    return numpy.sqrt(spread * 2 * mixed / (t * t * rho2) * numpy.log(numpy.sqrt(mixed) / alpha))
-
-
-class ConfidenceSequence:
-    """An interval for a running mean that holds at all times at once, so one may look, and stop, whenever one likes.
-
-    Meant for paired log-ratios, log(time of a / time of b). They come from concurrent requests, so neighbours are
-    correlated: ``block`` consecutive values are averaged first (take the concurrency), and what correlation is left
-    between neighbouring blocks enters the variance as gamma_0 + 2 max(gamma_1, 0). Correlation over longer times than
-    two blocks is not seen: take longer blocks there.
-
-    Args:
-        alpha: chance, over the whole run, that the interval ever misses the mean (asymptotically).
-        block: values averaged to one observation.
-        target: number of observations near which the interval is tightest; it sets rho (``best_rho2``). The default
-            is within 15 % of the tightest from 100 to 20 000 blocks, and cautious early, where the variance is still
-            rough: simulations of 2000 blocks missed in 4 % (independent) to 5 % (AR(1) of 0.5, blocks of 4) of runs.
-    """
-
-    def __init__(self, alpha: float = 0.05, block: int = 1, target: float = 500.0) -> None:
-        self.alpha, self.block = alpha, block
-        self.rho2 = best_rho2(target, alpha)
-        self.blocks, self.mean = 0, 0.0
-        self._squares = self._products = self._last = 0.0
-        self._waiting: list[float] = []
+    alpha: float
+    unit: str
 
     @property
-    def values(self) -> int:
-        """How many values the interval rests on; an unfinished block waits."""
-        return self.blocks * self.block
+    def mean(self) -> float:
+        """Of log(time of baseline / time of candidate)."""
 
     @property
-    def variance(self) -> float:
-        """Long-run variance of the block means (Bartlett 1950, one lag); at least two blocks."""
-        covariance = max(self._products / (self.blocks - 1), 0.0)
-        return self._squares / (self.blocks - 1) + 2 * covariance
+    def basis(self) -> str:
+        """What the interval rests on, in words."""
 
-    def update(self, values: ArrayLike) -> None:
-        """Take in values in order of time."""
-        self._waiting.extend(numpy.ravel(values).astype(float).tolist())
-        whole = len(self._waiting) // self.block * self.block
-        for first in range(0, whole, self.block):
-            self._observe(math.fsum(self._waiting[first : first + self.block]) / self.block)
-        del self._waiting[:whole]
-
-    def _observe(self, value: float) -> None:
-        """Welford's update of mean and squares, and of the products of neighbours."""
-        self.blocks += 1
-        before = value - self.mean
-        self.mean += before / self.blocks
-        after = value - self.mean
-        self._squares += before * after
-        if self.blocks > 1:
-            self._products += after * (self._last - self.mean)
-        self._last = value
+    @property
+    def missing(self) -> str:
+        """What the first interval still waits for, in words; empty where there is one."""
 
     def interval(self) -> tuple[float, float]:
-        """(low, high) around the mean; infinite before ``MINIMUM_BLOCKS`` blocks."""
-        if self.blocks < MINIMUM_BLOCKS:
-            return -math.inf, math.inf
-        half = float(half_width(self.blocks, self.variance, self.rho2, self.alpha))
-        return self.mean - half, self.mean + half
+        """Of the mean."""
+
+    def needed(self, margin: float) -> int | None:
+        """How many more ``unit`` a decision likely takes; None where it cannot be said."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A decision in words; ``low`` and ``high`` bound baseline's time / candidate's time (above 1: faster)."""
+    """A decision in words about baseline's time / candidate's time (above 1: the candidate is faster).
+
+    Attributes:
+        kind: "faster", "slower", "equivalent" or "undecided".
+        text: one sentence without its full stop.
+        low: lower bound of the ratio, valid at all times at once; 0 while there is none.
+        high: upper bound; infinite while there is none.
+        mean: the ratio itself; None while there is no interval.
+        needed: how many more observations a decision likely takes; 0 once decided, None where it cannot be said.
+        unit: what ``needed`` counts, such as "pairs".
+    """
 
     kind: str
     text: str
     low: float
     high: float
+    mean: float | None = None
+    needed: int | None = None
+    unit: str = "pairs"
 
 
-def verdict(
-    sequence: ConfidenceSequence, margin: float = 0.02, *, baseline: str, candidate: str, measure: str
-) -> Verdict:
-    """Decide between two arms from paired log-ratios, log(time of ``baseline`` / time of ``candidate``).
+def verdict(sequence: Evidence, margin: float = 0.02, *, baseline: str, candidate: str, measure: str) -> Verdict:
+    """Decide between two arms from log(time of ``baseline`` / time of ``candidate``).
 
     Equivalent: the whole interval lies within 1/(1+margin) to 1+margin. Else faster or slower: the interval leaves
     out 1. Else undecided. ``measure`` ends the statement, such as "end to end".
     """
-    low, high = (math.exp(bound) for bound in sequence.interval())
-    ratio, pairs = math.exp(sequence.mean), sequence.values
-    if math.isinf(high):
-        needed = MINIMUM_BLOCKS * sequence.block
-        text = f"no decision {measure} between {candidate} and {baseline}: {pairs} pairs, at least {needed} needed"
-        return Verdict("undecided", text, low, high)
+    low, high = (math.exp(min(bound, 700.0)) if bound < math.inf else bound for bound in sequence.interval())
+    if math.isinf(high) or low <= 0:
+        text = f"no decision {measure} between {candidate} and {baseline}: {sequence.basis}, {sequence.missing}"
+        return Verdict("undecided", text, 0.0, math.inf, unit=sequence.unit)
+    ratio = math.exp(sequence.mean)
 
     def basis(start: float, end: float, digits: int = 2) -> str:
         level = f"{100 * (1 - sequence.alpha):g} % confidence sequence"
-        return f"({level} {start:.{digits}f} to {end:.{digits}f} from {pairs} pairs)"
+        return f"({level} {start:.{digits}f} to {end:.{digits}f} from {sequence.basis})"
 
+    needed: int | None = 0
     if 1 / (1 + margin) < low and high < 1 + margin:
         kind, text = "equivalent", f"{candidate} is as fast as {baseline} {measure} within {100 * margin:g} %"
         text = f"{text} {basis(low, high, 3)}"
@@ -222,5 +177,13 @@ def verdict(
         text = f"{text} {basis(1 / high, 1 / low)}"
     else:
         kind, text = "undecided", f"no decision {measure} yet: {candidate} is {ratio:.2f} times as fast as {baseline}"
-        text = f"{text} {basis(low, high)}; measure longer"
-    return Verdict(kind, text, low, high)
+        needed = sequence.needed(margin)
+        more = f": about {rounded(needed)} more {sequence.unit} are likely needed" if needed else ""
+        text = f"{text} {basis(low, high)}; measure longer{more}"
+    return Verdict(kind, text, low, high, ratio, needed, sequence.unit)
+
+
+def rounded(count: int) -> str:
+    """A forecast with the two digits that it can have at most: 1234 is "1,200"."""
+    digits = max(len(str(count)) - 2, 0)
+    return f"{round(count, -digits):,}"
