@@ -83,6 +83,11 @@ def parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="send the same inputs to both versions and say which is faster")
     _add_server(compare)
     _add_load(compare)
+    dashboard = commands.add_parser("dashboard", help="a page with live numbers of both versions while they are served")
+    dashboard.add_argument("folder", type=Path, help="what package wrote, such as dist/NAME")
+    dashboard.add_argument("--port", type=_whole(1, 65535), metavar="N", help="of the page (default: a free one)")
+    dashboard.add_argument("--metrics-url", action="append", default=[], metavar="URL",
+                           help="where metrics are; repeatable (default: those of the server that runs for the folder)")  # fmt: skip
     demo = commands.add_parser("demo", help="all of it on the shipped digits network, in two to three minutes")
     demo.add_argument("--out", type=Path, default=Path("redpp-demo"), help="folder to write (default: %(default)s)")
     demo.add_argument("--duration", type=_positive, default=30.0, metavar="S",

@@ -195,7 +195,13 @@ def _json(flag: str, text: str | None) -> dict[str, Any]:
     return value
 
 
-_COMMANDS = {"inspect": _inspect, "package": _package, "serve": _serve, "compare": _compare, "demo": _demo}
+def _dashboard(options: argparse.Namespace) -> None:
+    from .dashboard.server import dashboard
+
+    dashboard(options.folder, port=options.port, urls=options.metrics_url, say=lambda line: print(line, flush=True))
+
+
+_COMMANDS = {"dashboard": _dashboard, "inspect": _inspect, "package": _package, "serve": _serve, "compare": _compare, "demo": _demo}
 
 if __name__ == "__main__":
     sys.exit(main())

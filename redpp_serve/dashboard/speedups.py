@@ -1,0 +1,61 @@
+"""How much faster the pruned network answers, from what both versions' handlers observed in a window."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from redpp_serve.dashboard.history import Window
+from redpp_serve.dashboard.quantiles import Quantile
+from redpp_serve.dashboard.scraping import VARIANTS
+
+HANDLER, NETWORK, BATCH = "redpp_handler_seconds", "redpp_inference_seconds", "redpp_batch_size"
+
+
+class Ratio(NamedTuple):
+    """``value`` = time of the original / time of the pruned network, above 1 where the latter is faster; times in
+    seconds. ``low`` and ``high``: what the width of the buckets leaves open; None where nothing is left open."""
+
+    value: float
+    original: float
+    redpp: float
+    low: float | None = None
+    high: float | None = None
+
+
+def percentile_ratio(window: Window, share: float) -> Ratio | None:
+    """Of a percentile of the handler's time; None where a version had no traffic."""
+    found = [window.quantile(HANDLER, variant, share) for variant in VARIANTS]
+    if any(each is None or each.value <= 0 for each in found):
+        return None
+    original, redpp = found
+    high = original.high / redpp.low if redpp.low > 0 else math.inf
+    return Ratio(original.value / redpp.value, original.value, redpp.value, original.low / redpp.high, high)
+
+
+def same_bucket(window: Window, share: float) -> Quantile | None:
+    """The original's percentile, where both versions' lie in one bucket: their ratio then says nothing."""
+    original, redpp = (window.quantile(HANDLER, variant, share) for variant in VARIANTS)
+    return original if original and redpp and original.low == redpp.low else None
+
+
+def equal_batch_ratio(window: Window) -> Ratio | None:
+    """Of the mean handler time at equal batch size; None where no size was seen in both versions.
+
+    Each size has the weight n1 n2 / (n1 + n2) from its counts of batches, the precision of its difference.
+    """
+    counts = [window.details("redpp_batches_total", variant) for variant in VARIANTS]
+    total = original = redpp = 0.0
+    for size in counts[0].keys() & counts[1].keys():
+        n1, n2 = (each[size] for each in counts)
+        weight = n1 * n2 / (n1 + n2)
+        total += weight
+        original += weight * window.total("redpp_batch_seconds_total", "original", size) / n1
+        redpp += weight * window.total("redpp_batch_seconds_total", "redpp", size) / n2
+    return Ratio(original / redpp, original / total, redpp / total) if original > 0 and redpp > 0 else None
+
+
+def network_ratio(window: Window) -> Ratio | None:
+    """Of the mean time of one run of the network, batch sizes as they came."""
+    original, redpp = (window.mean(NETWORK, variant) for variant in VARIANTS)
+    return Ratio(original / redpp, original, redpp) if original and redpp else None
