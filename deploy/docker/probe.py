@@ -1,0 +1,134 @@
+"""Health by inference: asks the model server for one prediction of the package's sample. Exit code 0 or 1.
+
+A server whose worker is dead can say that it is ready for ever; a prediction cannot lie. Needs nothing but Python and
+the package's folder, so that it runs in a container as a health check and in Kubernetes as a probe.
+
+Environment: SERVER (``torchserve`` or ``triton``), MODEL_NAME, MODELS (the package's folder); optional URL (base of
+inference) and PROBE_TIMEOUT_S. On a TorchServe with tokens the token is read from ``key_file.json`` in TMPDIR/redpp.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import math
+import os
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+DEFAULT_URLS = {"torchserve": "http://127.0.0.1:8080", "triton": "http://127.0.0.1:8000"}
+_HEADER = "Inference-Header-Content-Length"
+_SIZES = {"BOOL": 1, "UINT8": 1, "INT8": 1, "INT16": 2, "UINT16": 2, "FP16": 2, "BF16": 2, "INT32": 4, "UINT32": 4,
+          "FP32": 4, "INT64": 8, "UINT64": 8, "FP64": 8}  # fmt: skip
+
+
+class Unhealthy(Exception):
+    """The server does not serve; the text says how it failed."""
+
+
+def main() -> int:
+    """Probe once, as the environment says."""
+    try:
+        probe(os.environ)
+    except KeyError as error:
+        print(f"the variable {error.args[0]} is not set", file=sys.stderr)
+    except (Unhealthy, OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+    else:
+        return 0
+    return 1
+
+
+def probe(environment: Mapping[str, str]) -> None:
+    """Ask for one prediction.
+
+    Raises:
+        KeyError: a variable is missing.
+        Unhealthy, OSError, ValueError: no prediction came.
+    """
+    kind, name, models = (environment[key] for key in ("SERVER", "MODEL_NAME", "MODELS"))
+    if kind not in DEFAULT_URLS:
+        raise ValueError(f"SERVER is {kind!r}, expected torchserve or triton")
+    samples = [path for path in (Path(models) / "sample.npy", Path(models) / "sample.npz") if path.exists()]
+    if not samples:
+        raise ValueError(f"{models} holds neither sample.npy nor sample.npz, expected a package of redpp-serve")
+    url, timeout_s = environment.get("URL", DEFAULT_URLS[kind]), float(environment.get("PROBE_TIMEOUT_S", "4"))
+    if kind == "triton":
+        _triton(f"{url}/v2/models/{name}", samples[0], timeout_s)
+    else:
+        key_file = Path(environment.get("TMPDIR", "/tmp")) / "redpp" / "key_file.json"
+        _torchserve(f"{url}/predictions/{name}", samples[0], key_file, timeout_s)
+
+
+def _torchserve(url: str, sample: Path, key_file: Path, timeout_s: float) -> None:
+    headers = {"Content-Type": "application/octet-stream"}
+    if key_file.exists():
+        headers["Authorization"] = "Bearer " + json.loads(key_file.read_text())["inference"]["key"]
+    if "outputs" not in json.loads(_ask(url, sample.read_bytes(), headers, timeout_s)[0]):
+        raise Unhealthy(f"{url} answered without outputs")
+
+
+def _triton(url: str, sample: Path, timeout_s: float) -> None:
+    """One request in the binary form of the inference protocol: a JSON header, then the inputs' bytes."""
+    inputs = json.loads(_ask(url, None, {}, timeout_s)[0])["inputs"]
+    tensors = _arrays(sample, inputs[0]["name"])
+    header, body = [], b""
+    for spec in inputs:
+        shape, content = tensors[spec["name"]]
+        content = _as_sent(content, spec["datatype"], math.prod(shape))
+        header.append({"name": spec["name"], "datatype": spec["datatype"], "shape": [1, *shape],
+                       "parameters": {"binary_data_size": len(content)}})  # fmt: skip
+        body += content
+    # Outputs come in binary too: the server cannot write numbers of half precision as JSON.
+    described = json.dumps({"inputs": header, "parameters": {"binary_data_output": True}}).encode()
+    headers = {"Content-Type": "application/octet-stream", _HEADER: str(len(described))}
+    answer, length = _ask(f"{url}/infer", described + body, headers, timeout_s)
+    if not json.loads(answer[: int(length or len(answer))]).get("outputs"):
+        raise Unhealthy(f"{url} answered without outputs")
+
+
+def _arrays(sample: Path, first: str) -> dict[str, tuple[tuple[int, ...], bytes]]:
+    """Shape and bytes of each input: of an .npz by its names, of an .npy for the one input."""
+    if sample.suffix == ".npy":
+        return {first: _read_npy(sample.read_bytes())}
+    with zipfile.ZipFile(sample) as file:
+        return {entry.removesuffix(".npy"): _read_npy(file.read(entry)) for entry in file.namelist()}
+
+
+def _read_npy(content: bytes) -> tuple[tuple[int, ...], bytes]:
+    """Shape and data of an .npy file; samples are written in C order on little-endian machines."""
+    stream = io.BytesIO(content)
+    magic, major = stream.read(6), stream.read(2)[0]
+    if magic != b"\x93NUMPY":
+        raise ValueError("the sample is not an .npy file")
+    described = ast.literal_eval(stream.read(int.from_bytes(stream.read(2 if major == 1 else 4), "little")).decode("latin1"))
+    if described["fortran_order"] or described["descr"].startswith(">"):
+        raise ValueError(f"the sample is stored as {described}, expected C order and little-endian numbers")
+    return tuple(described["shape"]), stream.read()
+
+
+def _as_sent(content: bytes, datatype: str, count: int) -> bytes:
+    """The bytes that the server expects; a sample of a bfloat16 input is stored as float32, whose upper half it is."""
+    if datatype == "BF16" and len(content) == 4 * count:
+        return b"".join(content[i + 2 : i + 4] for i in range(0, len(content), 4))
+    if len(content) != count * _SIZES[datatype]:
+        raise ValueError(f"the sample has {len(content)} bytes for {count} numbers of type {datatype}")
+    return content
+
+
+def _ask(url: str, body: bytes | None, headers: dict[str, str], timeout_s: float) -> tuple[bytes, str | None]:
+    """The body of the answer, and the length of its JSON header where the body has a binary part."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=timeout_s) as answer:
+            return answer.read(), answer.headers.get(_HEADER)
+    except urllib.error.HTTPError as error:
+        raise Unhealthy(f"{url} answered {error.code}: {error.read(200).decode(errors='replace')}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

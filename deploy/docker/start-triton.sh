@@ -1,0 +1,26 @@
+#!/bin/sh
+# Serves a package with Triton Inference Server: VARIANT original, redpp, or both as versions 1 and 2 of one model.
+set -eu
+: "${MODEL_NAME:?the name of the packaged model is needed}"
+case "${VARIANT:-both}" in
+  both) version= ;;
+  original) version=1 ;;
+  redpp) version=2 ;;
+  *) echo "VARIANT is '$VARIANT', expected original, redpp or both" >&2; exit 2 ;;
+esac
+packaged="$MODELS/triton/$MODEL_NAME"
+if [ ! -f "$packaged/config.pbtxt" ]; then
+  echo "$packaged/config.pbtxt is missing: MODELS must hold what redpp-serve package wrote for MODEL_NAME" >&2
+  exit 2
+fi
+repository="$MODELS/triton"
+if [ -n "$version" ]; then  # the server loads every version it finds, so it gets a repository with one
+  repository="$TMPDIR/redpp/repository"
+  rm -rf "$repository"
+  mkdir -p "$repository/$MODEL_NAME"
+  cp -R "$packaged/config.pbtxt" "$packaged/$version" "$repository/$MODEL_NAME/"
+fi
+# No model control: a version is chosen by the gateway. HTTP only, for the gateway splits nothing else.
+exec tritonserver --model-repository="$repository" --model-control-mode=none --disable-auto-complete-config \
+    --http-address=0.0.0.0 --http-port="${HTTP_PORT:-8000}" --allow-grpc=false \
+    --metrics-address=0.0.0.0 --metrics-port=8002 --exit-timeout-secs=30

@@ -1,0 +1,20 @@
+# TorchServe for packages of redpp-serve, on a CPU or a GPU. Build: docker build -f deploy/docker/torchserve.Dockerfile deploy/docker
+# The package (the folder dist/NAME) is mounted at /models; redpp-serve itself is not needed: each archive has its code.
+FROM python:3.11.15-slim-bookworm
+
+COPY torchserve-requirements.txt /opt/redpp/requirements.txt
+RUN pip install --no-cache-dir -r /opt/redpp/requirements.txt \
+    && useradd --uid 1000 --no-create-home --shell /usr/sbin/nologin redpp \
+    && install -d -o redpp -g redpp /cache /metrics
+COPY probe.py start-torchserve.sh torchserve.properties /opt/redpp/
+
+# The same volume for /metrics in the server and in the exporter; /cache keeps compiled kernels over restarts.
+ENV SERVER=torchserve MODELS=/models VARIANT=both \
+    PROMETHEUS_MULTIPROC_DIR=/metrics TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    TMPDIR=/tmp TEMP=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+USER 1000:1000
+WORKDIR /tmp
+VOLUME ["/cache", "/metrics"]
+EXPOSE 8080 9400
+HEALTHCHECK --interval=15s --timeout=6s --start-period=180s --retries=3 CMD ["python3", "/opt/redpp/probe.py"]
+ENTRYPOINT ["sh", "/opt/redpp/start-torchserve.sh"]
