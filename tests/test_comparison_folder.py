@@ -26,8 +26,10 @@ class Standin:
     """TorchServe's interface over a thread of this process; answers with the archives' own graphs."""
 
     made: list["Standin"] = []
+    versions = ("1.0", "2.0")
 
-    def __init__(self, folder: Path, *, name: str, workers: int, ports: Any, auth: bool, progress: Any) -> None:
+    def __init__(self, kind: str, folder: Path, *, name: str, workers: int, ports: Any, auth: bool, progress: Any) -> None:
+        self.kind = kind
         self.folder, self.name, self.auth, self.entered = folder, name, auth, 0
         self.options = (workers, ports)
         self.seen: list[tuple[str, str | None]] = []
@@ -77,7 +79,7 @@ class Standin:
 
 @pytest.fixture
 def standin(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Standin]]:
-    monkeypatch.setattr(module, "TorchServe", Standin)
+    monkeypatch.setattr(module, "open_server", Standin)
     Standin.made.clear()
     yield Standin.made
     assert all(server.entered == 0 for server in Standin.made)

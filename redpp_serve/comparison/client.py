@@ -169,7 +169,7 @@ class Decoder:
     """
 
     def __init__(self, origin_s: float) -> None:
-        self._origin_s = origin_s
+        self.origin_s = origin_s
         self._last: dict[tuple[str, int], tuple[bytes | numpy.ndarray, numpy.ndarray]] = {}
 
     def reply(self, arm: str, payload: int, exchange: Exchange) -> Reply:
@@ -182,7 +182,7 @@ class Decoder:
                 outputs = self._outputs((arm, payload), exchange.body)
             except (ValueError, TypeError, KeyError, IndexError) as problem:
                 error = f'reply is not {{"outputs": [[numbers], ...]}} with finite numbers: {problem}'
-        start = exchange.start_s - self._origin_s
+        start = exchange.start_s - self.origin_s
         return Reply(arm, payload, start, exchange.latency_s, exchange.handler_s, exchange.status, outputs, error)
 
     def _outputs(self, key: tuple[str, int], body: bytes | numpy.ndarray) -> numpy.ndarray:

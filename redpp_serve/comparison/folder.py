@@ -6,18 +6,21 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
 from redpp_serve.comparison.client import Endpoint, Payload
 from redpp_serve.comparison.compare import Comparison, compare_endpoints
 from redpp_serve.errors import RedppError
+from redpp_serve.handlers.preprocess import Preprocess
+from redpp_serve.packaging.mar import ARTIFACT
 from redpp_serve.packaging.package import VARIANTS, request_body
 from redpp_serve.report import write_reports
+from redpp_serve.runtime.artifact import load
 from redpp_serve.serving.folder import model_name
-from redpp_serve.serving.ports import Ports
-from redpp_serve.serving.torchserve import TorchServe
+from redpp_serve.serving.ports import ADDRESS, Ports, TritonPorts
+from redpp_serve.serving.server import LocalServer, open_server
 
 _BINARY = "application/octet-stream"
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile)
@@ -32,8 +35,9 @@ def compare(
     seconds: float = 20.0,
     margin: float = 0.02,
     seed: int = 0,
+    server: str = "torchserve",
     workers: int = 1,
-    ports: Ports | None = None,
+    ports: Ports | TritonPorts | None = None,
     auth: bool = True,
     note: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
@@ -43,6 +47,7 @@ def compare(
         folder: written by `package`.
         inputs: an .npz with ``inputs`` and optionally ``labels``, or a folder of images, .npy or .json files; by
             default the held-out synthetic inputs kept in the folder.
+        server: ``torchserve`` or ``triton``.
         workers: worker processes for each version.
         note: called with a line of text as the server starts.
 
@@ -50,10 +55,27 @@ def compare(
     """
     name = model_name(folder)
     payloads = read_payloads(inputs) if inputs else folder_payloads(folder)
-    with TorchServe(folder, name=name, workers=workers, ports=ports, auth=auth, progress=note) as server:
-        arms = (Endpoint(variant, server.url(version), server.headers("inference")) for variant, version in VARIANTS.items())
-        original, pruned = arms
+    with open_server(server, folder, name=name, workers=workers, ports=ports, auth=auth, progress=note) as running:
+        original, pruned = (endpoint(running, variant) for variant in VARIANTS)
         return compare_endpoints(original, pruned, payloads, concurrency=concurrency, seconds=seconds, margin=margin, seed=seed)
+
+
+def endpoint(server: LocalServer, variant: str) -> Endpoint:
+    """Where a running server answers for ``original``, ``redpp``, or ``default``: without a version."""
+    versions = {**dict(zip(VARIANTS, server.versions)), "default": ""}
+    headers = server.headers("inference")
+    if server.kind == "torchserve":
+        version = versions[variant]
+        return Endpoint(variant, server.url(version) if version else server.default_url(), headers)
+    from redpp_serve.comparison.triton_client import TritonEndpoint
+
+    with ZipFile(server.folder / "original.mar") as file:
+        artifact = load(file.read(ARTIFACT))
+    declared = artifact.description.get("preprocess")
+    preprocess = Preprocess.from_json(declared) if declared else None
+    assert isinstance(server.ports, TritonPorts)
+    return TritonEndpoint(variant, f"{ADDRESS}:{server.ports.grpc}", headers, server.name, versions[variant],
+                          artifact.graph.inputs, preprocess)  # fmt: skip
 
 
 def record(folder: Path, result: Comparison) -> bool:

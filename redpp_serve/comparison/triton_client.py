@@ -58,18 +58,22 @@ class TritonConnection:
         self._bytes = 0
 
     def send(self, payload: Payload) -> Exchange:
-        """Send one input and time it; an input that is none is a 400 without a request."""
+        """Send one input and time it; one that cannot be converted is a 400 without a request."""
+        try:
+            inputs = self._inputs(payload)
+        except BadRequest as error:
+            return Exchange(time.perf_counter(), 0.0, None, 400, b"", f"found {error}")
+        return self.infer(inputs)
+
+    def infer(self, inputs: list[Any]) -> Exchange:
+        """Send tritonclient inputs as they are, see `as_input`."""
         from tritonclient.utils import InferenceServerException
 
         client = self._open()
         start = time.perf_counter()
         try:
-            inputs = self._inputs(payload)
-            start = time.perf_counter()
             result = client.infer(self.endpoint.model, inputs, self.endpoint.version, headers=self.endpoint.headers,
                                   client_timeout=self._timeout_s)  # fmt: skip
-        except BadRequest as error:
-            return Exchange(start, time.perf_counter() - start, None, 400, b"", f"found {error}")
         except InferenceServerException as error:
             status = _STATUS.get(str(error.status()).removeprefix("StatusCode."), 500)
             return Exchange(start, time.perf_counter() - start, None, status, b"", error.message() or str(error))

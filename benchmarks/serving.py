@@ -1,0 +1,179 @@
+"""Load, faults and roll-out on live servers: ``python -m benchmarks.serving --out FILE.json``.
+
+Both servers in turn serve one packaged pair on the loopback address. Every answer is held against the outputs that
+the version's graph gives, so a lost request is one without the right answer. Four parts for each server:
+
+load      many clients, one bad request in ten: good ones lost, bad ones without a 4xx of their own, memory over time
+crash     a worker (TorchServe) or a stub (Triton) of the pruned version is killed under load: lost requests, recovery
+roll-out  promote, roll back and promote again under unversioned requests: lost requests, when the switch took effect
+overhead  the handler over the barest one, and metrics over none, in one process
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from benchmarks.serving_load import UNVERSIONED, Cases, Run, Sent, run_load
+from benchmarks.serving_overhead import overhead
+from redpp_serve.capture import capture_file
+from redpp_serve.handlers.preprocess import Preprocess
+from redpp_serve.packaging.package import VARIANTS, describe_machine, package
+from redpp_serve.pruning.options import Options
+from redpp_serve.reference import ARCH, CHECKPOINT
+from redpp_serve.reference.digits import MEAN, STD
+from redpp_serve.runtime.graph import InputSpec
+from redpp_serve.serving.folder import model_name
+from redpp_serve.serving.server import KINDS, LocalServer, ask, open_server
+
+BAD_SHARE, FAULT_CLIENTS, CRASH_S, ROLL_OUT_S = 0.1, 8, 40.0, 16.0
+
+
+def load_part(server: LocalServer, cases: Cases, clients: int, seconds: float) -> dict[str, Any]:
+    """Good and bad requests to both versions from many clients."""
+    run = run_load(server, cases, clients=clients, seconds=seconds, bad_share=BAD_SHARE, targets=tuple(VARIANTS))
+    good, bad = ([sent for sent in run.sent if sent.good is kind] for kind in (True, False))
+    latencies = {variant: np.quantile([x.end_s - x.start_s for x in good if x.target == variant], [0.5, 0.99])
+                 for variant in VARIANTS}  # fmt: skip
+    return {"clients": clients, "seconds": seconds, "requests": len(run.sent), "good": len(good), "bad": len(bad),
+            "good_lost": sum(x.lost for x in good), "bad_misjudged": sum(x.misjudged for x in bad),
+            "throughput_rps": round(len(run.sent) / run.sent[-1].end_s, 1),
+            "latency_ms": {name: [round(1e3 * float(x), 2) for x in both] for name, both in latencies.items()},
+            "memory": _memory(run), "first_error": _first_error(run)}  # fmt: skip
+
+
+def crash_part(server: LocalServer, cases: Cases) -> dict[str, Any]:
+    """A process of the pruned version is killed under load; the other version must not notice."""
+    killed = CRASH_S / 4
+    run = run_load(server, cases, clients=FAULT_CLIENTS, seconds=CRASH_S, bad_share=BAD_SHARE, targets=tuple(VARIANTS),
+                   events=[(killed, "kill", lambda: os.kill(worker_of(server, "redpp"), signal.SIGKILL))])  # fmt: skip
+    at = run.events["kill"][0]
+    lost = [x for x in run.sent if x.lost]
+    recovered = max((x.end_s for x in lost if x.target == "redpp"), default=at)
+    later = [x for x in run.sent if x.start_s > recovered and x.target == "redpp" and x.good]
+    return {"requests": len(run.sent), "lost_original": sum(x.target == "original" for x in lost),
+            "lost_before_the_kill": sum(x.end_s < at for x in lost), "lost_redpp": sum(x.target == "redpp" for x in lost),
+            "recovery_s": round(recovered - at, 2), "served_after_recovery": len(later),
+            "lost_after_recovery": sum(x.lost for x in later), "first_error": _first_error(run)}  # fmt: skip
+
+
+def roll_out_part(server: LocalServer, cases: Cases) -> dict[str, Any]:
+    """Unversioned requests while the default version moves three times."""
+    moves = [("promote", server.promote), ("rollback", server.rollback), ("promote again", server.promote)]
+    events = [(ROLL_OUT_S * (k + 1) / 4, name, act) for k, (name, act) in enumerate(moves)]
+    run = run_load(server, cases, clients=FAULT_CLIENTS, seconds=ROLL_OUT_S, bad_share=0.0, targets=(UNVERSIONED,), events=events)
+    server.rollback()
+    edges = [0.0, *(x for at in run.events.values() for x in at), ROLL_OUT_S * 2]
+    wanted = ("original", "redpp", "original", "redpp")
+    wrong = [x for k, variant in enumerate(wanted) for x in _between(run, edges[2 * k], edges[2 * k + 1])
+             if x.answered_by and variant not in x.answered_by]  # fmt: skip
+    return {"requests": len(run.sent), "lost": sum(x.lost for x in run.sent), "answered_by_the_wrong_version": len(wrong),
+            "switch_s": {name: round(end - begin, 2) for name, (begin, end) in run.events.items()},
+            "first_error": _first_error(run)}  # fmt: skip
+
+
+def _between(run: Run, start: float, end: float) -> list[Sent]:
+    """Requests that were wholly under way between two switches."""
+    return [x for x in run.sent if start < x.start_s and x.end_s < end]
+
+
+def worker_of(server: LocalServer, variant: str) -> int:
+    """The process that runs a version's handler."""
+    number = server.versions[list(VARIANTS).index(variant)]
+    if server.kind == "torchserve":
+        _, body = ask(server.ports.management, f"/models/{server.name}/{number}", server.headers("management"))
+        return int(json.loads(body)[0]["workers"][0]["pid"])
+    stubs = [p for p in psutil.Process().children(recursive=True) if "triton_python_b" in p.name()]
+    return next(p.pid for p in stubs if any(f"/{number}/model.py" in word for word in p.cmdline()))
+
+
+def _memory(run: Run) -> dict[str, float]:
+    """Median resident MiB of the second and the last quarter of the run: the first one still fills caches."""
+    sizes = np.array([size for _, size in run.memory]) / 2**20
+    quarters = np.array_split(sizes, 4)
+    early, late = float(np.median(quarters[1])), float(np.median(quarters[3]))
+    return {"early_mib": round(early, 1), "late_mib": round(late, 1), "growth_percent": round(100 * (late / early - 1), 2)}
+
+
+def _first_error(run: Run) -> str:
+    return next((f"{x.target}: {x.status} {x.error}"[:300] for x in run.sent if x.lost or x.misjudged), "")
+
+
+def targets(results: dict[str, Any]) -> list[str]:
+    """Each target with what was measured, as met or missed."""
+    lines = []
+
+    def add(met: bool, text: str) -> None:
+        lines.append(f"{'met' if met else 'missed'}: {text}")
+
+    for kind in KINDS:
+        load, crash, roll = (results[kind][part] for part in ("load", "crash", "roll_out"))
+        add(not load["good_lost"], f"{kind}: {load['good_lost']} of {load['good']} good requests lost, {load['clients']} clients, {load['seconds']:g} s")
+        add(not load["bad_misjudged"], f"{kind}: {load['bad_misjudged']} of {load['bad']} bad requests without a 4xx of their own")
+        growth = load["memory"]["growth_percent"]
+        add(growth < 5, f"{kind}: memory grows by {growth:g} % from the second to the last quarter, below 5 % wanted")
+        add(crash["served_after_recovery"] > 0 and not crash["lost_after_recovery"] and not crash["lost_original"],
+            f"{kind}: pruned version killed: {crash['lost_redpp']} lost, recovered after {crash['recovery_s']:g} s, then "
+            f"{crash['lost_after_recovery']} of {crash['served_after_recovery']} lost; {crash['lost_original']} of the original's lost")  # fmt: skip
+        add(not roll["lost"] and not roll["answered_by_the_wrong_version"],
+            f"{kind}: promote, roll back, promote: {roll['lost']} of {roll['requests']} lost, "
+            f"{roll['answered_by_the_wrong_version']} answered by the version that was not the default")  # fmt: skip
+    for row in results["overhead"]:
+        for name, limit in (("handler", 5.0), ("metrics", 2.0)):
+            value, low, high = row[f"{name}_percent"]
+            add(value <= limit, f"{name} adds {value:g} % ({low:g} to {high:g}) at batch {row['batch']}, at most {limit:g} % wanted")
+    return lines
+
+
+def _digits(folder: Path) -> Path:
+    """The reference digits network, half of its multiply-accumulates pruned, without distillation."""
+    captured = capture_file(CHECKPOINT, [InputSpec("image", (1, 32, 32))], arch=ARCH)
+    package(captured, folder / "digits", name="digits", options=Options(target_macs=0.5, distil=0, time_budget=60),
+            preprocess=Preprocess("L", 32, 32, (MEAN,), (STD,)))  # fmt: skip
+    return folder / "digits"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="a packaged folder (default: the digits network, packaged anew)")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--rounds", type=int, default=2000, help="of the overhead")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or _digits(Path(scratch))
+        cases = Cases(folder)
+        results: dict[str, Any] = {"environment": describe_machine(), "model": model_name(folder),
+                                   "versions": {name: version(name) for name in ("torchserve", "tritonclient")}}  # fmt: skip
+        for kind in KINDS:
+            with open_server(kind, folder, name=model_name(folder), auth=True, progress=_note) as server:
+                _note(f"{kind}: load")
+                results[kind] = {"load": load_part(server, cases, options.clients, options.seconds)}
+                _note(f"{kind}: roll-out")
+                results[kind]["roll_out"] = roll_out_part(server, cases)
+                _note(f"{kind}: crash")
+                results[kind]["crash"] = crash_part(server, cases)
+        results["overhead"] = overhead(folder, options.rounds)
+    results["targets"] = targets(results)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print("\n".join(results["targets"]))
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
