@@ -90,6 +90,11 @@ class LocalServer(ABC):
     def headers(self, api: str = "inference") -> dict[str, str]:
         """The request headers that carry the token for ``inference`` or ``management``; call it while the server runs."""
 
+    @property
+    def model_config(self) -> dict[str, Any]:
+        """What the server was told about the model, where `switching` has to repeat it."""
+        return {}
+
     @abstractmethod
     def _prepare(self) -> None:
         """Find what has to be installed; raises a RedppError before anything starts."""
@@ -168,7 +173,8 @@ class LocalServer(ABC):
             folder=str(self.folder), name=self.name, kind=self.kind, pid=os.getpid(), created=started(os.getpid()) or 0.0,
             versions=self.versions, urls={**urls, "default": self.default_url()}, management_url=self.management_url,
             metrics_urls=[self.metrics_url],
-            headers={api: self.headers(api) for api in ("inference", "management")}, extra=extra or {},
+            headers={api: self.headers(api) for api in ("inference", "management")}, model_config=self.model_config,
+            extra=extra or {},
         )  # fmt: skip
 
     def promote(self) -> None:
