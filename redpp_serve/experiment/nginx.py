@@ -125,6 +125,8 @@ def _upstreams(gateway: Gateway) -> str:
 
 
 def _server(gateway: Gateway) -> str:
+    # A mirrored request shares its variables with the user's and passes through the server's block: $arm is set in the
+    # users' location and nowhere else.
     mirror = "            mirror /.shadow;\n" if gateway.recorder is not None else ""
     return f"""    server {{
         listen {ADDRESS}:{gateway.port};
@@ -132,8 +134,6 @@ def _server(gateway: Gateway) -> str:
         client_body_buffer_size 1m;
         client_body_timeout 30s;
         client_header_timeout 30s;
-        set $arm "";
-        set $chosen_by "";
         add_header {ARM_HEADER} $arm always;
         add_header {REQUEST_ID_HEADER} $request_id always;
         error_page 400 @malformed;
@@ -152,7 +152,7 @@ def _server(gateway: Gateway) -> str:
             if (-f {gateway.folder}/{PROMOTED}) {{ set $arm redpp; set $chosen_by promote; }}
             if (-f {gateway.folder}/{ROLLED_BACK}) {{ set $arm original; set $chosen_by rollback; }}
             if ($asked_arm) {{ set $arm $asked_arm; set $chosen_by header; }}
-{mirror}            proxy_pass http://model$arm_path$is_args$args;
+{mirror}            proxy_pass http://model$arm_path;
             proxy_http_version 1.1;
             proxy_set_header Connection "";
             proxy_set_header Host $host;
