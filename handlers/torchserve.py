@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import RedppError
 from ..runtime.model import ServingModel
+from .batching import NETWORK_FAILED, NOT_FINITE, describe, run_network, set_threads, together_or_alone
 from .metrics import Metrics, ModelLabels, open_metrics
 from .payload import BadRequest, parse
 from .preprocess import Preprocess
@@ -61,7 +62,8 @@ class RedppHandler:
         """
         # Bodies are parsed here. The server's own attempt would log a traceback for each bad one.
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
-        _set_threads(context.model_yaml_config or {})
+        config = (context.model_yaml_config or {}).get("handler") or {}
+        set_threads(config.get("threads"), "model-config.yaml")
         properties = context.system_properties
         gpu = properties.get("gpu_id")
         device = f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu"
@@ -73,8 +75,7 @@ class RedppHandler:
         labels = ModelLabels(context.model_name, str(description["version"]), self.variant)
         self.metrics = open_metrics(labels, device)
         if self.metrics:
-            self.metrics.describe(**{k: description["info"][k] for k in ("parameters", "macs")},
-                                  bytes=description["bytes"])
+            describe(self.metrics, self.model)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """One JSON body for each request of the batch; statuses and headers go through ``context``."""
@@ -108,42 +109,20 @@ class RedppHandler:
         return reply
 
     def _answer(self, replies: list[_Reply]) -> None:
-        try:
-            outputs = self._run([reply.tensors for reply in replies])
-        except Exception:
-            log.exception("the network failed on a batch of %d", len(replies))
-            if len(replies) == 1:
-                replies[0].fail(500, "The network failed on this input")
-            else:  # one input may be to blame: the others still get their answers
-                for reply in replies:
-                    self._answer([reply])
-            return
-        for index, reply in enumerate(replies):
-            try:
-                rows = [output[index].tolist() for output in outputs]
-                reply.body = json.dumps({"outputs": rows}, separators=(",", ":"), allow_nan=False).encode()
-            except ValueError:  # JSON has no NaN
-                reply.fail(500, "The network's output for this input is not finite")
+        run = together_or_alone(replies, lambda some: self._run([reply.tensors for reply in some]))
+        for group, outputs in run:
+            if outputs is None:
+                group[0].fail(500, NETWORK_FAILED)
+                continue
+            for index, reply in enumerate(group):
+                try:
+                    rows = [output[index].tolist() for output in outputs]
+                    reply.body = json.dumps({"outputs": rows}, separators=(",", ":"), allow_nan=False).encode()
+                except ValueError:  # JSON has no NaN
+                    reply.fail(500, NOT_FINITE)
 
     def _run(self, items: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        start = time.perf_counter()
-        outputs = self.model(*(torch.stack(column) for column in zip(*items)))
-        if any(output.dim() == 0 or output.shape[0] != len(items) for output in outputs):
-            raise RuntimeError(f"outputs of shapes {[tuple(o.shape) for o in outputs]} for a batch of {len(items)}")
-        if self.metrics:
-            self.metrics.inference(time.perf_counter() - start)
-        return outputs
-
-
-def _set_threads(config: dict[str, Any]) -> None:
-    threads = (config.get("handler") or {}).get("threads")
-    if threads is None:
-        return
-    if not isinstance(threads, int) or threads < 1:
-        raise RedppError(
-            f"handler.threads is {threads!r} in model-config.yaml", "a positive integer", "correct model-config.yaml"
-        )
-    torch.set_num_threads(threads)
+        return run_network(self.model, [torch.stack(column) for column in zip(*items)], self.metrics)
 
 
 def _preprocess(model: ServingModel) -> Preprocess | None:

@@ -26,7 +26,7 @@ from redpp_serve.pruning.options import Options
 from redpp_serve.pruning.stages import Stages
 from redpp_serve.runtime.graph import InputSpec
 
-FILES = {"original.mar", "redpp.mar", "config.properties", "log4j2.xml", "model-config.yaml", "README.md", "inputs.npz", "sample.npy",
+FILES = {"original.mar", "redpp.mar", "config.properties", "log4j2.xml", "model-config.yaml", "README.md", "inputs.npz", "sample.npy", "triton",
          "report.json", "report.html"}  # fmt: skip
 EXACT = Options(merge="exact")
 FAST = Options(keep=0.5, round_to=4, distil=0, time_budget=1)
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 @pytest.fixture
 def untried(monkeypatch: pytest.MonkeyPatch) -> None:
     """No trial run of both archives, which takes seconds and has tests of its own."""
-    monkeypatch.setattr(module, "run_archives", lambda *_: [])
+    monkeypatch.setattr(module, "run_trials", lambda *_: [])
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_whole_package_with_every_file_and_key(model: Path, tmp_path: Path) ->
     assert layers["head"]["merge"]["reason"] == "is an output of the network"
     assert on_disk["source"]["kind"] == "torch.save state_dict" and len(on_disk["source"]["sha256"]) == 64
     assert (on_disk["options"]["keep"], on_disk["options"]["batch_size"], on_disk["options"]["threads"]) == (0.5, 4, 2)
-    assert [s["archive"] for s in on_disk["smoke"]] == ["original.mar", "redpp.mar"]
+    assert [s["archive"] for s in on_disk["smoke"]] == ["original.mar", "redpp.mar", "triton version 1", "triton version 2"]
     assert all(s["milliseconds"] > 0 for s in on_disk["smoke"])
     config = (out / "model-config.yaml").read_text()
     assert "batchSize: 4\n" in config and "maxBatchDelay: 7\n" in config and "threads: 2\n" in config
@@ -123,7 +123,7 @@ def test_equal_input_gives_equal_archives_in_every_process(model: Path, tmp_path
     code = ("import sys, redpp_serve.packaging.package as p, redpp_serve.pruning.pipeline as q, redpp_serve.cli as c\n"
             "from redpp_serve.pruning import lossy\n"
             "from redpp_serve.pruning.synthetic import Plan\n"  # fewer inputs and no trial runs: faster
-            "p.run_archives, q.plan = lambda *_: [], lambda *_: Plan(32, 16, 4)\n"
+            "p.run_trials, q.plan = lambda *_: [], lambda *_: Plan(32, 16, 4)\n"
             "lossy._LATENCY_SECONDS, d = 0.01, q.distil\n"  # a busy machine must not cut it short
             "q.distil = lambda *a, **k: d(*a, **{**k, 'deadline': float('inf')})\nsys.exit(c.main(sys.argv[1:]))")  # fmt: skip
     children = []

@@ -11,7 +11,7 @@ from served import SHAPE, VARIANTS, expected, npy, write_archives
 
 import redpp_serve.packaging.smoke as smoke
 from redpp_serve.errors import RedppError
-from redpp_serve.packaging.smoke import run_archives
+from redpp_serve.packaging.smoke import run_trials, try_archive
 
 X = numpy.random.default_rng(0).standard_normal(SHAPE, dtype=numpy.float32)
 
@@ -31,6 +31,10 @@ def with_handler(archive: Path, path: Path, code: str) -> Path:
         for name in source.namelist():
             target.writestr(name, code.encode() if name == "handler.py" else source.read(name))
     return path
+
+
+def run_archives(archives: list[Path], request: bytes, outputs: list[list[numpy.ndarray]]) -> list[dict[str, object]]:
+    return run_trials([try_archive(archive, request, ys) for archive, ys in zip(archives, outputs)])
 
 
 def no_child_left() -> bool:

@@ -6,10 +6,7 @@ import io
 import json
 import os
 import platform
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,16 +29,14 @@ from ..runtime.artifact import build, load
 from ..runtime.graph import Graph, InputSpec
 from ..runtime.program import Program
 from .mar import build_mar, check_name
+from .placing import all_or_nothing, check_out, replace
 from .readme import readme, sample_name
 from .server_config import LOG4J2, config_properties, model_config
-from .smoke import run_archives
+from .smoke import run_trials, try_archive, try_model
+from .triton import VERSIONS, build_repository, output_specs, write_files
+from .triton_config import to_json, to_text, triton_config
 
 VARIANTS = {"original": "1.0", "redpp": "2.0"}
-_WRITTEN = {
-    "original.mar", "redpp.mar", "config.properties", "log4j2.xml", "model-config.yaml", "README.md", "inputs.npz",
-    "sample.npy", "sample.npz",
-    "report.json", "report.html", "key_file.json", "logs",  # the last two by TorchServe
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ def package(
     scale = (preprocess.mean, preprocess.std) if preprocess else None
     data = load_verify_data(verify_data, captured.graph, scale) if verify_data else None
     checkpoint = None if dry_run else out.parent / f".{out.name}.inputs.safetensors"
-    with _all_or_nothing(out, checkpoint):
+    with all_or_nothing(out, checkpoint):
         result = prune(captured.graph, options, stages=stages, data=data, checkpoint=checkpoint)
         with stages.run("package") as stage:
             artifacts, archives = _build_archives(name, result, preprocess, serving)
@@ -93,46 +88,27 @@ def package(
                 report["frontier"] = result.frontier(options.device, report["environment"]["device"])
                 stage.reason = f"{len(result.choice.points)} networks timed in turns"
         if not dry_run:
-            _write(out, name, captured.graph.inputs, archives, report, result, preprocess, serving, stages)
+            _write(out, name, captured.graph.inputs, (artifacts, archives), report, result, preprocess, serving, stages)
     report["stages"] = stages.to_json()
     return report
 
 
-@contextmanager
-def _all_or_nothing(out: Path, checkpoint: Path | None) -> Iterator[None]:
-    """Only an interrupted run leaves its inputs behind, for the next one; a failed one not even an empty folder."""
-    made = [folder for folder in out.parents if not folder.exists()]
-    try:
-        yield
-    except Exception as error:
-        _forget(checkpoint)
-        for folder in filter(Path.is_dir, made):
-            if not any(folder.iterdir()):
-                folder.rmdir()
-        if isinstance(error, OSError):
-            raise RedppError(f"{out} cannot be written: {error}", "a folder with enough free space and write permission",
-                             "free some space or choose another folder with --out") from error  # fmt: skip
-        raise
-    _forget(checkpoint)
-
-
-def _forget(checkpoint: Path | None) -> None:
-    for path in (checkpoint, *(checkpoint.with_name(f"{checkpoint.name}.{x}") for x in ("distil", "tune"))) if checkpoint else ():
-        with suppress(OSError):  # where it could not be written it cannot be removed either
-            path.unlink(missing_ok=True)
-
-
 def _write(
-    out: Path, name: str, inputs: tuple[InputSpec, ...], archives: dict[str, bytes], report: dict[str, Any],
-    result: Pruned, preprocess: Preprocess | None, serving: Serving, stages: Stages,
+    out: Path, name: str, inputs: tuple[InputSpec, ...], built: tuple[dict[str, bytes], dict[str, bytes]],
+    report: dict[str, Any], result: Pruned, preprocess: Preprocess | None, serving: Serving, stages: Stages,
 ) -> None:  # fmt: skip
     """Fill a scratch folder beside ``out``, try the archives in it, and move it into place."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         folder = Path(scratch) / "new"
         folder.mkdir(mode=0o755)
+        artifacts, archives = built
         for variant, archive in archives.items():
             (folder / f"{variant}.mar").write_bytes(archive)
+        outputs = {v: _outputs(graph, result.samples) for v, graph in zip(VARIANTS, (result.original, result.pruned))}
+        config = _triton_config(name, inputs, outputs, serving)
+        first = [_array(x[0]) for x in result.samples]
+        write_files(folder / "triton", build_repository(name, artifacts, to_text(config), first))
         texts = {
             "config.properties": config_properties(), "log4j2.xml": LOG4J2, "model-config.yaml": _model_config(serving),
             "README.md": readme(name, inputs, preprocess),
@@ -143,12 +119,15 @@ def _write(
         with stages.run("try") as stage:
             request = request_body(result.samples, 0, tuple(spec.name for spec in inputs))
             (folder / sample_name(inputs)).write_bytes(request)
-            expected = [_outputs(graph, result.samples) for graph in (result.original, result.pruned)]
-            report["smoke"] = run_archives([folder / f"{v}.mar" for v in VARIANTS], request, expected)
-            stage.reason = "both archives' handlers answer one request as the networks do"
+            expected = {v: [y.double().numpy() for y in ys] for v, ys in outputs.items()}
+            report["smoke"] = run_trials([
+                *(try_archive(folder / f"{v}.mar", request, expected[v]) for v in VARIANTS),
+                *(try_model(folder / "triton" / name / n, to_json(config), request, expected[v]) for v, n in VERSIONS.items()),
+            ])  # fmt: skip
+            stage.reason = "both versions' handlers, for each server, answer one request as the networks do"
         report["stages"] = stages.to_json()
         write_reports(report, folder)
-        _replace(folder, out, Path(scratch) / "old")
+        replace(folder, out, Path(scratch) / "old")
 
 
 def request_body(inputs: tuple[torch.Tensor, ...], index: int, names: tuple[str, ...] = ()) -> bytes:
@@ -227,44 +206,21 @@ def _model_config(serving: Serving) -> str:
     return model_config(serving.batch_size, serving.max_batch_delay_ms, serving.threads)
 
 
-def _outputs(graph: Graph, samples: tuple[torch.Tensor, ...]) -> list[np.ndarray]:
+def _triton_config(
+    name: str, inputs: tuple[InputSpec, ...], outputs: dict[str, list[torch.Tensor]], serving: Serving
+) -> dict[str, Any]:
+    specs = {variant: [InputSpec("", tuple(y.shape), str(y.dtype).removeprefix("torch.")) for y in ys]
+             for variant, ys in outputs.items()}  # fmt: skip
+    return triton_config(name, inputs, output_specs(specs), **asdict(serving))
+
+
+def _outputs(graph: Graph, samples: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """Of the first of the kept inputs, without batch dimension."""
     with torch.no_grad():
-        return [y[0].double().numpy() for y in Program(graph)(*(x[:1] for x in samples))]
-
-
-def check_out(out: Path) -> None:
-    """Refuse to replace anything but an earlier package and what TorchServe writes when it is started in one.
-
-    Raises:
-        RedppError: names what would be lost.
-    """
-    if not out.exists() and not out.is_symlink():
-        return
-    try:
-        entries = sorted(path.name for path in out.iterdir())
-        ours = not entries or json.loads((out / "report.json").read_text(encoding="utf-8"))["tool"]["name"] == "redpp-serve"
-    except (OSError, ValueError, KeyError, TypeError):
-        entries, ours = [], False
-    foreign = [name for name in entries if name not in _WRITTEN]
-    if not ours or foreign:
-        lost = f"holds {', '.join(foreign[:5])}, which" if ours else "exists and"
-        raise RedppError(f"{out} {lost} was not written by this tool", "a new or empty folder, or an earlier package",
-                         "choose another folder with --out, or move away what is there")  # fmt: skip
+        return [y[0] for y in Program(graph)(*(x[:1] for x in samples))]
 
 
 def _check_preprocess(preprocess: Preprocess | None, inputs: tuple[InputSpec, ...]) -> None:
     if preprocess and (len(inputs) != 1 or preprocess.shape != inputs[0].shape):
         raise RedppError(f"--preprocess gives images of shape {preprocess.shape}",
                          f"the network's input shape {[i.shape for i in inputs]}", "correct mode, height and width")  # fmt: skip
-
-
-def _replace(new: Path, out: Path, aside: Path) -> None:
-    try:
-        if out.exists():
-            os.replace(out, aside)
-        os.replace(new, out)
-    except BaseException:  # also Ctrl-C between the two
-        if aside.exists() and not out.exists():
-            os.replace(aside, out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,78 @@
+"""Rules that hold on every server: torch's threads, one run for a batch, and a failure that costs its sender alone."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import RedppError
+from ..runtime.model import ServingModel
+from .metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+NETWORK_FAILED = "The network failed on this input"
+NOT_FINITE = "The network's output for this input is not finite"
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+def set_threads(threads: Any, where: str) -> None:
+    """Torch threads of this worker; None leaves them as they are. ``where`` names the file that says so.
+
+    Raises:
+        RedppError: not a positive integer.
+    """
+    if threads is None:
+        return
+    if not isinstance(threads, int) or threads < 1:
+        raise RedppError(f"threads is {threads!r} in {where}", "a positive integer", f"correct {where}")
+    torch.set_num_threads(threads)
+
+
+def describe(metrics: Metrics, model: ServingModel) -> None:
+    """Record what is fixed for a model."""
+    info = model.description["info"]
+    metrics.describe(parameters=info["parameters"], macs=info["macs"], bytes=model.description["bytes"])
+
+
+def run_network(model: ServingModel, inputs: Sequence[Tensor], metrics: Metrics | None) -> tuple[Tensor, ...]:
+    """The network's outputs (N, ...) for inputs (N, ...), recorded as one run.
+
+    Raises:
+        RuntimeError: the outputs are not one row for each row of the inputs.
+    """
+    start = time.perf_counter()
+    outputs = model(*inputs)
+    rows = len(inputs[0])
+    if any(output.dim() == 0 or output.shape[0] != rows for output in outputs):
+        raise RuntimeError(f"outputs of shapes {[tuple(o.shape) for o in outputs]} for a batch of {rows}")
+    if metrics:
+        metrics.inference(time.perf_counter() - start)
+    return outputs
+
+
+def together_or_alone(
+    items: list[Item], run: Callable[[list[Item]], Result]
+) -> Iterator[tuple[list[Item], Result | None]]:
+    """Run all items at once; where that fails, each alone, for one of them may be to blame.
+
+    Yields the items that ran together, and their result; None for an item that failed alone.
+    """
+    try:
+        result = run(items)
+    except Exception:
+        log.exception("the network failed on a batch of %d", len(items))
+        if len(items) == 1:
+            yield items, None
+            return
+    else:
+        yield items, result
+        return
+    for item in items:
+        yield from together_or_alone([item], run)

@@ -1,0 +1,124 @@
+"""config.pbtxt of a Triton model, written as text: the protobuf classes belong to Triton's client, not to this side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import RedppError
+from ..runtime.graph import InputSpec
+
+TYPES = {
+    "float32": "TYPE_FP32", "float16": "TYPE_FP16", "float64": "TYPE_FP64", "bfloat16": "TYPE_FP32", "bool": "TYPE_BOOL",
+    "uint8": "TYPE_UINT8", "int8": "TYPE_INT8", "int16": "TYPE_INT16", "int32": "TYPE_INT32", "int64": "TYPE_INT64",
+}  # fmt: skip
+QUEUE_TIMEOUT_US = 30_000_000
+
+
+class Word(str):
+    """A value without quotes, such as an enumeration's."""
+
+
+def batch_buckets(batch_size: int) -> list[int]:
+    """The batch sizes to be ready for: powers of two below the largest batch, and that."""
+    return sorted({2**k for k in range(batch_size.bit_length()) if 2**k < batch_size} | {batch_size})
+
+
+def warmup_file(index: int) -> str:
+    """Name of the file in the model's ``warmup`` folder that holds the input of that index."""
+    return f"input_{index}"
+
+
+def triton_config(
+    name: str, inputs: Sequence[InputSpec], outputs: Sequence[InputSpec], *, batch_size: int, max_batch_delay_ms: int,
+    threads: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The configuration that both versions share, as a message for `to_text` and `to_json`.
+
+    Args:
+        name: the model's, which is also its folder's.
+        inputs, outputs: names, shapes without batch, torch dtypes. bfloat16 travels as float32: numpy has none.
+        batch_size: rows of the largest batch.
+        max_batch_delay_ms: how long a request waits for others, milliseconds.
+        threads: torch threads of each instance.
+
+    Raises:
+        RedppError: a dtype that Triton does not know.
+    """
+    return {
+        "name": name,
+        "backend": "python",
+        "max_batch_size": batch_size,
+        "input": [_tensor(spec) for spec in inputs],
+        "output": [_tensor(spec) for spec in outputs],
+        "version_policy": {"all": {}},
+        # Every GPU that there is gets an instance, a machine without one gets one on the CPU.
+        "instance_group": [{"count": 1, "kind": Word("KIND_AUTO")}],
+        "dynamic_batching": {
+            "preferred_batch_size": [batch_size],
+            "max_queue_delay_microseconds": 1000 * max_batch_delay_ms,
+            # More requests than can be served soon are refused with 503, so that the others are served in time.
+            "default_queue_policy": {
+                "timeout_action": Word("REJECT"),
+                "default_timeout_microseconds": QUEUE_TIMEOUT_US,
+                "allow_timeout_override": True,
+                "max_queue_size": max(128, 16 * batch_size),
+            },
+        },
+        "parameters": [{"key": "threads", "value": {"string_value": str(threads)}}],
+        "model_warmup": [_warmup(size, inputs) for size in batch_buckets(batch_size)],
+    }
+
+
+def to_text(message: Mapping[str, Any], indent: str = "") -> str:
+    """Protobuf's text format: mappings are messages, lists repeated fields, texts quoted unless they are a `Word`."""
+    lines = []
+    for key, value in message.items():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Mapping):
+                inner = to_text(one, indent + "  ")
+                lines.append(f"{indent}{key} {{\n{inner}{indent}}}\n" if inner else f"{indent}{key} {{}}\n")
+            else:
+                lines.append(f"{indent}{key}: {_scalar(one)}\n")
+    return "".join(lines)
+
+
+def to_json(message: Any) -> Any:
+    """The message as Triton hands it to a model: maps are objects by their keys."""
+    if isinstance(message, list):
+        entries = [to_json(one) for one in message]
+        is_map = bool(entries) and all(isinstance(e, dict) and set(e) == {"key", "value"} for e in entries)
+        return {e["key"]: e["value"] for e in entries} if is_map else entries
+    return {key: to_json(value) for key, value in message.items()} if isinstance(message, Mapping) else message
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str) and not isinstance(value, Word):
+        return '"' + "".join(c if c.isascii() and c.isprintable() and c not in '"\\' else _escaped(c) for c in value) + '"'
+    return str(value)
+
+
+def _escaped(character: str) -> str:
+    return "".join(f"\\{byte:03o}" for byte in character.encode())
+
+
+def _tensor(spec: InputSpec) -> dict[str, Any]:
+    """A tensor with one number in a row has no dimensions, which Triton writes as one that is taken away again."""
+    if spec.dtype not in TYPES:
+        raise RedppError(f"{spec.name!r} of dtype {spec.dtype}", f"one of {', '.join(TYPES)}",
+                         "convert it inside the network, and package that")  # fmt: skip
+    shape = {"dims": list(spec.shape)} if spec.shape else {"dims": [1], "reshape": {"shape": []}}
+    return {"name": spec.name, "data_type": Word(TYPES[spec.dtype]), **shape}
+
+
+def _warmup(size: int, inputs: Sequence[InputSpec]) -> dict[str, Any]:
+    """One batch of that many equal requests before the version is ready. A real input: zeros may have no finite output,
+    and then Triton would refuse to load the model."""
+    values = [
+        {"key": spec.name, "value": {"data_type": Word(TYPES[spec.dtype]), "dims": list(spec.shape) or [1],
+                                     "input_data_file": warmup_file(index)}}
+        for index, spec in enumerate(inputs)
+    ]  # fmt: skip
+    return {"name": f"batch of {size}", "batch_size": size, "inputs": values}
