@@ -154,7 +154,6 @@ class TritonServer(LocalServer):
             # the workers' Python finds this environment's packages by the interpreter that is first in PATH
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")]),
             "LD_LIBRARY_PATH": os.pathsep.join(libraries),
-            "PYTHONDONTWRITEBYTECODE": "1",  # the folder is only read
             "TMPDIR": str(home / "tmp"),
         }
         self._spawn(self.title, command, environment)
@@ -166,10 +165,16 @@ class TritonServer(LocalServer):
 
         model.mkdir(parents=True)
         for path in self._model.iterdir():
-            if path.name != "config.pbtxt":
+            if path.name not in (*VERSIONS, "config.pbtxt"):
                 (model / path.name).symlink_to(path)
-        for number in STAND_INS:
-            (model / number).symlink_to(self._model / VERSIONS[0])
+        for number in (*VERSIONS, *STAND_INS):
+            (model / number).mkdir()
+            # Triton takes new files for a changed model and would load it anew at the next promotion or rollback. Where
+            # a file has this name, Python cannot write compiled code.
+            (model / number / "__pycache__").touch()
+            for path in (self._model / (number if number in VERSIONS else VERSIONS[0])).iterdir():
+                if path.name != "__pycache__":
+                    (model / number / path.name).symlink_to(path)
         policy = {"specific": {"versions": list(versions_for("original"))}}
         config = json_format.ParseDict({**self._config, "version_policy": policy}, model_config_pb2.ModelConfig())
         (model / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
