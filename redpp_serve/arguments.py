@@ -55,6 +55,9 @@ def _target(text: str) -> dict[str, float]:
     return {f"target_{what}": value}
 
 
+_SERVERS = ("torchserve", "triton")
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line instead of below twenty lines of usage."""
 
@@ -78,8 +81,14 @@ def parser() -> argparse.ArgumentParser:
                                   help="prune, verify, and write a folder that both versions are served from")  # fmt: skip
     _add_source(package)
     _add_pruning(package)
-    serve = commands.add_parser("serve", help="serve both versions with TorchServe on the loopback address")
+    serve = commands.add_parser("serve", help="serve both versions on the loopback address")
     _add_server(serve)
+    for word, text in (("promote", "give requests that name no version to the pruned network"),
+                       ("rollback", "give requests that name no version to the original"),
+                       ("health", "ask the running server for predictions; exit 1 where one is missing")):  # fmt: skip
+        command = commands.add_parser(word, help=text)
+        command.add_argument("folder", type=Path, help="what serve was given")
+        command.add_argument("--server", choices=_SERVERS, help="which one, where both kinds serve the folder")
     compare = commands.add_parser("compare", help="send the same inputs to both versions and say which is faster")
     _add_server(compare)
     _add_load(compare)
@@ -160,10 +169,11 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
 
 def _add_server(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="what package wrote, such as dist/NAME")
+    parser.add_argument("--server", default=_SERVERS[0], choices=_SERVERS, help="which server (default: %(default)s)")
     parser.add_argument("--workers", type=_whole(1), default=1, metavar="N",
                         help="worker processes for each version (default: %(default)s)")  # fmt: skip
     parser.add_argument("--port", type=_whole(1), metavar="N",
-                        help="first of six consecutive ports (default: free ones)")  # fmt: skip
+                        help="first of six consecutive ports, of three for triton (default: free ones)")  # fmt: skip
     parser.add_argument("--demo-auth-off", action="store_true", help="take requests without a token")
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``redpp-serve inspect | package | serve | compare | demo``."""
+"""The command line: ``redpp-serve inspect | package | serve | promote | rollback | health | compare | demo``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 done, 2 bad input, 3 a verification number missed its limit, 130 Ctrl-C. SIGTERM and SIGHUP exit with 128 and their number.
+        0 done, 1 a server that does not answer, 2 bad input, 3 a verification number missed its limit, 130 Ctrl-C. SIGTERM and SIGHUP exit with 128 and their number.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -116,8 +116,30 @@ def _package(options: argparse.Namespace) -> None:
 def _serve(options: argparse.Namespace) -> None:
     from .serving.folder import serve
 
-    serve(options.folder, workers=options.workers, ports=_ports(options.port), auth=not options.demo_auth_off,
-          say=lambda line: print(line, flush=True))  # fmt: skip
+    serve(options.folder, kind=options.server, workers=options.workers, ports=_ports(options.port, options.server),
+          auth=not options.demo_auth_off, say=lambda line: print(line, flush=True))  # fmt: skip
+
+
+def _promote(options: argparse.Namespace) -> None:
+    _roll_out(options, "redpp")
+
+
+def _rollback(options: argparse.Namespace) -> None:
+    _roll_out(options, "original")
+
+
+def _roll_out(options: argparse.Namespace, variant: str) -> None:
+    from .serving.folder import roll_out
+
+    running = roll_out(options.folder, variant, options.server)
+    print(f"requests to {running.urls['default']} now go to {variant}")
+
+
+def _health(options: argparse.Namespace) -> None:
+    from .serving.health import check
+
+    for result in check(options.folder, options.server):
+        print(result.to_text())
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -125,7 +147,8 @@ def _compare(options: argparse.Namespace) -> None:
 
     result = compare(
         options.folder, inputs=options.inputs, concurrency=options.concurrency, seconds=options.duration, margin=options.margin,
-        seed=options.seed, workers=options.workers, ports=_ports(options.port), auth=not options.demo_auth_off,
+        seed=options.seed, server=options.server, workers=options.workers, ports=_ports(options.port, options.server),
+        auth=not options.demo_auth_off,
         note=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     print(json.dumps(result.to_json(), indent=1) if options.json else result.to_text())
@@ -149,10 +172,10 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _ports(first: int | None) -> Any:
-    from .serving.ports import Ports, consecutive_ports
+def _ports(first: int | None, kind: str) -> Any:
+    from .serving.ports import Ports, TritonPorts, consecutive_ports
 
-    return None if first is None else consecutive_ports(Ports, first)
+    return None if first is None else consecutive_ports(TritonPorts if kind == "triton" else Ports, first)
 
 
 def _preprocess(text: str | None, captured: Any) -> Any:
@@ -201,7 +224,17 @@ def _dashboard(options: argparse.Namespace) -> None:
     dashboard(options.folder, port=options.port, urls=options.metrics_url, say=lambda line: print(line, flush=True))
 
 
-_COMMANDS = {"dashboard": _dashboard, "inspect": _inspect, "package": _package, "serve": _serve, "compare": _compare, "demo": _demo}
+_COMMANDS = {
+    "dashboard": _dashboard,
+    "inspect": _inspect,
+    "package": _package,
+    "serve": _serve,
+    "promote": _promote,
+    "rollback": _rollback,
+    "health": _health,
+    "compare": _compare,
+    "demo": _demo,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -24,23 +24,26 @@ from redpp_serve.comparison.folder import folder_payloads
 from redpp_serve.errors import RedppError
 from redpp_serve.serving.folder import model_name, serve
 from redpp_serve.serving.ports import Ports
+from redpp_serve.serving.registry import find, state_dir
+from redpp_serve.serving.server import LocalServer
 
 STOP_S = 30  # a few seconds on an idle machine
 READY = "Ctrl-C stops the server."
 
 
-class Standin:
+class Standin(LocalServer):
     """TorchServe's interface without a server; ``act`` is called at the named moment."""
 
-    versions = ("1.0", "2.0")
+    kind = "torchserve"
+    title = "TorchServe"
     metrics_url = "http://127.0.0.1:9400/metrics"
-
-    def __init__(self, folder: Path, **options: Any) -> None:
-        self.folder, self.options, self.log = folder, options, Standin.log
-        self.log.append("made")
-
+    management_url = "http://127.0.0.1:8081"
     log: list[str] = []
     act: dict[str, Callable[[], None]] = {}
+
+    def __init__(self, kind: str, folder: Path, *, name: str, **options: Any) -> None:
+        super().__init__(folder, name=name, versions=("1.0", "2.0"), timeout_s=1, **options)
+        self.log.append("made")
 
     def _reach(self, moment: str) -> None:
         self.log.append(moment)
@@ -57,15 +60,31 @@ class Standin:
         self.log.append("stopped")
 
     def url(self, version: str) -> str:
-        return f"http://127.0.0.1:8080/predictions/{self.options['name']}/{version}"
+        return f"{self.default_url()}/{version}"
 
-    def headers(self, api: str) -> dict[str, str]:
-        return {"Authorization": f"Bearer secret-of-{api}"}
+    def default_url(self) -> str:
+        return f"http://127.0.0.1:8080/predictions/{self.name}"
+
+    def headers(self, api: str = "inference") -> dict[str, str]:
+        return {"Authorization": f"Bearer secret-of-{api}"} if self.auth else {}
+
+    def _prepare(self) -> None:
+        raise AssertionError
+
+    def _launch(self, home: Path) -> None:
+        raise AssertionError
+
+    def _ready(self) -> tuple[int, int]:
+        raise AssertionError
+
+    def _terminate(self) -> None:
+        raise AssertionError
 
 
 @pytest.fixture
-def standin(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Standin]]:
-    monkeypatch.setattr(module, "TorchServe", Standin)
+def standin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Standin]]:
+    monkeypatch.setattr(module, "open_server", Standin)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     Standin.log, Standin.act = [], {}
     yield Standin
@@ -80,19 +99,37 @@ def test_urls_and_token_are_printed(packaged: Path, standin: type[Standin]) -> N
     lines: list[str] = []
     standin.act["alive"] = send(signal.SIGINT)
     serve(packaged, workers=3, ports=Ports(), say=lines.append)
-    assert lines[:4] == [
+    assert lines[:5] == [
         "original  http://127.0.0.1:8080/predictions/small/1.0", "redpp     http://127.0.0.1:8080/predictions/small/2.0",
+        "default   http://127.0.0.1:8080/predictions/small",
         "metrics   http://127.0.0.1:9400/metrics", "token     secret-of-inference",
     ]  # fmt: skip
-    assert "curl -H 'Authorization: Bearer secret-of-inference' " in lines[4] and lines[5] == READY
-    assert f"--data-binary @{packaged / 'sample.npy'} http" in lines[4]
+    assert "curl -H 'Authorization: Bearer secret-of-inference' " in lines[5]
+    assert f"--data-binary @{packaged / 'sample.npy'} http" in lines[5]
+    assert lines[6].startswith(f"promote   redpp-serve promote {packaged}: ") and lines[7:] == [READY]
+
+
+def test_other_commands_find_it_while_it_runs(packaged: Path, standin: type[Standin]) -> None:
+    found: list[Any] = []
+
+    def look() -> None:
+        found.append(find(packaged))
+        send(signal.SIGINT)()
+
+    standin.act["alive"] = look
+    serve(packaged, say=lambda line: None)
+    assert (found[0].kind, found[0].pid, found[0].name) == ("torchserve", os.getpid(), "small")
+    assert found[0].headers["management"] == {"Authorization": "Bearer secret-of-management"}
+    assert not any(state_dir().iterdir())
+    with pytest.raises(RedppError, match="no server is running for .*redpp-serve serve"):
+        find(packaged)
 
 
 def test_without_auth_no_token_is_mentioned(packaged: Path, standin: type[Standin]) -> None:
     lines: list[str] = []
     standin.act["alive"] = send(signal.SIGINT)
     serve(packaged, auth=False, say=lines.append)
-    assert not any("oken" in line or "Bearer" in line for line in lines) and len(lines) == 5
+    assert not any("oken" in line or "Bearer" in line for line in lines) and len(lines) == 7
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -149,13 +186,15 @@ def ask(url: str, body: bytes, token: str | None) -> list[float]:
         return json.load(reply)["outputs"][0]
 
 
-def test_live_servers_print_urls_answer_and_end_by_either_signal(packaged: Path, tmp_path: Path) -> None:
+def test_live_servers_print_urls_answer_and_end_by_either_signal(
+    packaged: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Two at once, side by side: one is ended by SIGINT, the other by SIGTERM."""
-    payload = folder_payloads(packaged)[0]
+    payload, state = folder_payloads(packaged)[0], tmp_path_factory.mktemp("state")
     x = torch.from_numpy(numpy.load(packaged / "inputs.npz")["x"][0])
     before = {p.name for p in packaged.iterdir()}
     flags: dict[int, list[str]] = {signal.SIGINT: [], signal.SIGTERM: ["--demo-auth-off"]}
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # where its private folders must not be left behind
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "XDG_RUNTIME_DIR": str(state)}  # where its private folders must not be left behind
     servers = {}
     try:
         for number, extra in flags.items():
@@ -192,3 +231,4 @@ def test_live_servers_print_urls_answer_and_end_by_either_signal(packaged: Path,
             server.wait(STOP_S)
     assert {p.name for p in packaged.iterdir()} == before
     assert all(path.suffix == ".err" for path in tmp_path.iterdir())
+    assert [path for path in state.rglob("*") if path.is_file()] == []

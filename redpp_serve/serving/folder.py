@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.ports import Ports
-from redpp_serve.serving.torchserve import TorchServe
+from redpp_serve.serving.health import sample_request
+from redpp_serve.serving.ports import Ports, TritonPorts
+from redpp_serve.serving.registry import Running, find, register
+from redpp_serve.serving.server import LocalServer, open_server
+from redpp_serve.serving.switching import switch
 
 
 def model_name(folder: Path) -> str:
@@ -32,23 +35,31 @@ def model_name(folder: Path) -> str:
 
 
 def serve(
-    folder: Path, *, workers: int = 1, ports: Ports | None = None, auth: bool = True, say: Callable[[str], None] = print
+    folder: Path,
+    *,
+    kind: str = "torchserve",
+    workers: int = 1,
+    ports: Ports | TritonPorts | None = None,
+    auth: bool = True,
+    say: Callable[[str], None] = print,
 ) -> None:
     """Serve both versions until Ctrl-C, SIGTERM or SIGHUP, then stop every process that was started.
 
     Raises:
         RedppError: not a packaged folder, a server that does not come up, or one that ends by itself.
     """
-    server = TorchServe(folder, name=model_name(folder), workers=workers, ports=ports, auth=auth, progress=_note)
+    server = open_server(kind, folder, name=model_name(folder), workers=workers, ports=ports, auth=auth, progress=_note)
     with _stopped_by_signal() as stop:
         try:
             try:
                 server.start()
-                for line in _how_to_ask(server, auth):
-                    say(line)
-                while True:
-                    server.check_alive()
-                    stop.wait(1.0)
+                running = server.running()
+                with register(running):
+                    for line in _how_to_ask(server, running):
+                        say(line)
+                    while True:
+                        server.check_alive()
+                        stop.wait(1.0)
             finally:
                 stop.set()
         finally:
@@ -56,17 +67,38 @@ def serve(
     _note("stopped")
 
 
-def _how_to_ask(server: TorchServe, auth: bool) -> list[str]:
-    token = server.headers("inference")["Authorization"].removeprefix("Bearer ") if auth else None
-    header = f"-H 'Authorization: Bearer {token}' " if auth else ""
-    sample = next(iter(sorted(server.folder.glob("sample.np?"))), "FILE")
-    curl = f"curl {header}-H 'Content-Type: application/octet-stream' --data-binary @{shlex.quote(str(sample))}"
-    urls = [f"{variant:<9} {server.url(version)}" for version, variant in zip(server.versions, ("original", "redpp"))]
-    return [
-        *urls, f"{'metrics':<9} {server.metrics_url}", *([f"{'token':<9} {token}"] if token else []),
-        f"{'try':<9} {curl} {server.url(server.versions[1])}",
-        "Ctrl-C stops the server.",
-    ]  # fmt: skip
+def roll_out(folder: Path, variant: str, kind: str | None = None) -> Running:
+    """Have the running server give requests without a version to ``original`` or ``redpp``.
+
+    Raises:
+        RedppError: none runs, it refuses, or an experiment divides its requests.
+    """
+    running = find(folder, kind)
+    if "gateway" in running.extra:
+        command = "promote" if variant == "redpp" else "rollback"
+        raise RedppError(f"an experiment divides the requests for {folder}", "a server of redpp-serve serve",
+                         f"use redpp-serve ab {command} {folder}")  # fmt: skip
+    switch(running, variant)
+    return running
+
+
+def _how_to_ask(server: LocalServer, running: Running) -> list[str]:
+    headers = running.headers["inference"]
+    request = sample_request(running)
+    path = request.path
+    if path is None:  # not a file of the folder's
+        assert server.home is not None
+        path = server.home / "sample.request"
+        path.write_bytes(request.body)
+    given = "".join(f"-H {shlex.quote(f'{key}: {value}')} " for key, value in {**headers, **request.headers}.items())
+    folder = shlex.quote(str(running.folder))
+    lines = {
+        **running.urls, "metrics": running.metrics_urls[0],
+        "token": next(iter(headers.values()), "").removeprefix("Bearer "),
+        "try": f"curl {given}--data-binary @{shlex.quote(str(path))} {running.urls['redpp']}",
+        "promote": f"redpp-serve promote {folder}: default, now original, becomes redpp; rollback undoes it",
+    }  # fmt: skip
+    return [*(f"{key:<9} {value}" for key, value in lines.items() if value), "Ctrl-C stops the server."]
 
 
 class _Stop(BaseException):

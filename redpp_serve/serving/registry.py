@@ -54,39 +54,41 @@ def register(running: Running) -> Iterator[None]:
     """Other commands find the server while the body runs.
 
     Raises:
-        RedppError: another one already runs for the folder, or the state folder is not this user's alone.
+        RedppError: the state folder is not this user's alone, or cannot be written to.
     """
-    folder = Path(running.folder)
-    path = _path(folder)
-    other = _living(path)
-    if other is not None and other.pid != running.pid:
-        raise RedppError(
-            f"a server already runs for {running.folder}, started by process {other.pid}",
-            "one at a time, so that promote, rollback and health know which is meant",
-            "stop it with Ctrl-C, or with 'redpp-serve ab stop' where an experiment started it",
-        )
-    _write(path, json.dumps(asdict(running)))
+    path = state_dir() / f"{_key(Path(running.folder))}-{running.pid}.json"
+    try:
+        _write(path, json.dumps(asdict(running)))
+    except OSError as error:
+        raise RedppError(f"{path} cannot be written: {error}", "a folder for notes on running servers",
+                         "point XDG_RUNTIME_DIR at one") from error  # fmt: skip
     try:
         yield
     finally:
-        left = _read(path)
-        if left is not None and left.pid == running.pid:
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
-def find(folder: Path) -> Running:
+def find(folder: Path, kind: str | None = None) -> Running:
     """The server that runs for a packaged folder.
 
+    Args:
+        kind: only look for ``torchserve`` or ``triton``.
+
     Raises:
-        RedppError: none runs, or the state folder is not this user's alone.
+        RedppError: none runs, or more than one does, or the state folder is not this user's alone.
     """
-    running = _living(_path(folder))
-    if running is None:
+    paths = sorted(state_dir().glob(f"{_key(folder)}-*.json"))
+    found = [running for path in paths if (running := _living(path)) and kind in (None, running.kind)]
+    if not found:
         raise RedppError(
-            f"no server is running for {folder}", "a server that this user has started for this folder",
-            f"start one with redpp-serve serve {folder}",
+            f"no {kind or 'server'} is running for {folder}", "a server that this user has started for this folder",
+            f"start one with redpp-serve serve {folder}" + (f" --server {kind}" if kind else ""),
         )  # fmt: skip
-    return running
+    if len(found) > 1:
+        which = ", ".join(f"{running.kind} of process {running.pid}" for running in found)
+        raise RedppError(f"{len(found)} servers are running for {folder}: {which}", "one that is meant",
+                         "stop the others, or choose by --server where they differ in kind")  # fmt: skip
+    return found[0]
 
 
 def state_dir() -> Path:
@@ -115,17 +117,15 @@ def started(pid: int) -> float | None:
         return None
 
 
-def _path(folder: Path) -> Path:
-    return state_dir() / f"{sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.json"
+def _key(folder: Path) -> str:
+    return sha256(os.fsencode(folder.resolve())).hexdigest()[:24]
 
 
 def _living(path: Path) -> Running | None:
     """What is written there, if its process still runs; a note that a killed one left is removed."""
     running = _read(path)
-    if running is None:
-        return None
-    begun = started(running.pid)
-    if begun is not None and abs(begun - running.created) < 1:
+    begun = started(running.pid) if running else None
+    if running and begun is not None and abs(begun - running.created) < 1:
         return running
     path.unlink(missing_ok=True)
     return None
