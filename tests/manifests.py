@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +43,28 @@ def _name(document: Document) -> str:
 
 
 def _schemas(documents: list[Document]) -> Iterator[str]:
-    version = kubernetes_validate.latest_version()
     for document in documents:
-        own = SCHEMAS.get(document["kind"].lower())
-        pods = [document] if own is None else []
+        message = _schema_problem(json.dumps(document))
+        if message:
+            yield f"{_name(document)}: {message}"
+
+
+@cache
+def _schema_problem(text: str) -> str | None:
+    document = json.loads(text)
+    own = SCHEMAS.get(document["kind"].lower())
+    pods = [document] if own is None else []
+    try:
+        if own is not None:
+            jsonschema.validate(document, own)
         if document["kind"] == "ServingRuntime":  # its containers are a pod's
             spec = {key: document["spec"][key] for key in ("containers", "volumes") if key in document["spec"]}
             pods = [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "runtime"}, "spec": spec}]
-        try:
-            if own is not None:
-                jsonschema.validate(document, own)
-            for pod in pods:
-                kubernetes_validate.validate(pod, version, strict=True)
-        except (jsonschema.ValidationError, kubernetes_validate.ValidationError) as error:
-            yield f"{_name(document)}: {error.message}"
+        for pod in pods:
+            kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+    except (jsonschema.ValidationError, kubernetes_validate.ValidationError) as error:
+        return error.message
+    return None
 
 
 def _matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
@@ -122,6 +131,7 @@ def _routes(documents: list[Document]) -> Iterator[str]:
             yield f"{_name(route)} has rules with different paths"
 
 
+@cache
 def adapted_metrics() -> set[str]:
     """Names that the adapter's rules make out of families that the handlers export."""
     made = set()
