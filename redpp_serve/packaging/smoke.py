@@ -1,13 +1,20 @@
-"""Run a finished archive's handler, or a Triton version's model, on one request, each in a process of its own."""
+"""Run finished archives' handlers, and Triton versions' models, on one request, each in a process of its own.
+
+Loading torch takes longer than all the rest. One process loads it and forks one for each trial: they share torch and
+nothing else.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +28,8 @@ TIMEOUT_S = 300.0
 _ARCHIVE = """
 import json, sys, time, types
 from pathlib import Path
-folder, request = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes()
+folder = Path(sys.argv[1])
+request = (folder / "request.bin").read_bytes()
 sys.path.insert(0, str(folder))
 import handler
 statuses = []
@@ -48,7 +56,8 @@ print(json.dumps({"milliseconds": 1e3 * seconds, "reply": json.loads(reply), "st
 _MODEL = """
 import json, sys, time
 from pathlib import Path
-version, scratch = Path(sys.argv[1]), Path(sys.argv[2])
+scratch = Path(sys.argv[1])
+version = Path((scratch / "version").read_text())
 sys.dont_write_bytecode = True
 sys.path[:0] = [str(version), str(scratch)]
 import triton_python_backend_utils as backend
@@ -75,31 +84,62 @@ print(json.dumps({"milliseconds": 1e3 * seconds, "reply": reply}))
 """
 
 
+# Arguments: for each trial the folder with its code.py, which gets the folder, and what it prints to its files there.
+_FORKS = """
+import os, sys, traceback
+import numpy, torch
+children = []
+for folder in sys.argv[1:]:
+    child = os.fork()
+    if child:
+        children.append(child)
+        continue
+    for number, name in ((1, "printed"), (2, "errors")):
+        os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+    status = 1
+    try:
+        sys.argv = ["trial", folder]
+        with open(os.path.join(folder, "code.py"), encoding="utf-8") as file:
+            exec(compile(file.read(), "trial", "exec"), {"__name__": "__main__"})
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        open(os.path.join(folder, "ended"), "w").close()
+        os._exit(status)
+for child in children:
+    os.waitpid(child, 0)
+"""
+
+
 @dataclass(frozen=True)
 class Trial:
     """One run.
 
     Args:
         name: what messages and the report call it.
-        start: starts the process; its argument is an empty folder of its own.
+        code: Python that finds what it needs in the folder ``sys.argv[1]`` and prints one line of JSON.
+        prepare: fills that folder, which is empty and the trial's own.
         outputs: of the network for the request, without batch dimension.
     """
 
     name: str
-    start: Callable[[Path], subprocess.Popen[str]]
+    code: str
+    prepare: Callable[[Path], None]
     outputs: Sequence[np.ndarray]
 
 
 def try_archive(archive: Path, request: bytes, outputs: Sequence[np.ndarray]) -> Trial:
     """The trial of a ``.mar`` as TorchServe would run it; ``request`` is a body."""
 
-    def start(folder: Path) -> subprocess.Popen[str]:
+    def prepare(folder: Path) -> None:
         with zipfile.ZipFile(archive) as file:
             file.extractall(folder)  # an archive that this process has just written
         (folder / "request.bin").write_bytes(request)
-        return _python(_ARCHIVE, folder, folder / "request.bin")
 
-    return Trial(archive.name, start, outputs)
+    return Trial(archive.name, _ARCHIVE, prepare, outputs)
 
 
 def try_model(version: Path, config: dict[str, Any], request: bytes, outputs: Sequence[np.ndarray]) -> Trial:
@@ -112,14 +152,14 @@ def try_model(version: Path, config: dict[str, Any], request: bytes, outputs: Se
         outputs: see `Trial`.
     """
 
-    def start(folder: Path) -> subprocess.Popen[str]:
+    def prepare(folder: Path) -> None:
         stand_in = files(__package__).joinpath("stand_in.py").read_bytes()
         (folder / "triton_python_backend_utils.py").write_bytes(stand_in)
         (folder / "request.bin").write_bytes(request)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return _python(_MODEL, version, folder)
+        (folder / "version").write_text(str(version), encoding="utf-8")
 
-    return Trial(f"triton version {version.name}", start, outputs)
+    return Trial(f"triton version {version.name}", _MODEL, prepare, outputs)
 
 
 def run_trials(trials: Sequence[Trial]) -> list[dict[str, object]]:
@@ -131,43 +171,50 @@ def run_trials(trials: Sequence[Trial]) -> list[dict[str, object]]:
     Raises:
         RedppError: one fails or answers something else.
     """
-    results = []
     with tempfile.TemporaryDirectory(prefix="redpp-smoke-") as scratch:
-        children: list[subprocess.Popen[str]] = []
-        try:
-            for k, trial in enumerate(trials):
-                folder = Path(scratch) / str(k)
-                folder.mkdir()
-                children.append(trial.start(folder))
-            for trial, child in zip(trials, children):
-                results.append({"archive": trial.name, "milliseconds": _answer(trial, child)})
-        finally:
-            for child in children:  # after a failure or Ctrl-C some still run
-                child.kill()
-                child.communicate()
-    return results
+        folders = [Path(scratch) / str(k) for k in range(len(trials))]
+        for trial, folder in zip(trials, folders):
+            folder.mkdir()
+            trial.prepare(folder)
+            (folder / "code.py").write_text(trial.code, encoding="utf-8")
+        _fork(folders)
+        return [{"archive": t.name, "milliseconds": _answer(t, folder)} for t, folder in zip(trials, folders)]
 
 
-def _python(code: str, *arguments: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def _answer(trial: Trial, child: subprocess.Popen[str]) -> float:
-    """Milliseconds that the handler took for its answer, which must hold the outputs."""
+def _fork(folders: Sequence[Path]) -> None:
+    """Run what lies in the folders until all of it has ended, `TIMEOUT_S` at most; nothing of it runs on afterwards."""
+    command = [sys.executable, "-c", _FORKS, *map(str, folders)]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        printed, errors = child.communicate(timeout=TIMEOUT_S)
+        _, errors = parent.communicate(timeout=TIMEOUT_S)
+        if parent.returncode:
+            raise RedppError(f"the packaged handlers could not be tried: {_tail(errors)}", "a Python that loads torch",
+                             "repair the installation of torch")  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise _failure(trial, f"no answer in {TIMEOUT_S:g} s") from None
+        pass  # `_answer` names those that have not ended
+    finally:  # after a failure or Ctrl-C some still run
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+        parent.communicate()
+
+
+def _answer(trial: Trial, folder: Path) -> float:
+    """Milliseconds that the handler took for its answer, which must hold the outputs."""
+    printed, errors = (_read(folder / name) for name in ("printed", "errors"))
     try:
         answer = json.loads(printed.splitlines()[-1])
         got = [np.asarray(y, dtype=np.float64) for y in answer["reply"]["outputs"]]
         close = all(_close(a, np.asarray(b, dtype=np.float64)) for a, b in zip(got, trial.outputs, strict=True))
     except (IndexError, KeyError, ValueError, TypeError):
-        raise _failure(trial, _tail(printed if "reply" in printed else errors or printed)) from None
+        why = _tail(printed if "reply" in printed else errors or printed)
+        raise _failure(trial, why if (folder / "ended").exists() else f"no answer in {TIMEOUT_S:g} s") from None
     if not close:
         raise _failure(trial, "it gave other outputs than the network")
     return round(float(answer["milliseconds"]), 3)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def _failure(trial: Trial, why: str) -> RedppError:
