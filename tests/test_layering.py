@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "packaging": BASE | OFFLINE | {"__version__", "report", "handlers.preprocess"},  # it writes what the handlers read
     "serving": BASE | OFFLINE,
     "comparison": BASE | OFFLINE | {"serving", "report", "handlers.preprocess", "handlers"},  # Triton's client parses as handlers do
-    "dashboard": {"errors", "report", "serving"},
+    "dashboard": {"errors", "report", "serving", "comparison"},
     "experiment": BASE | OFFLINE | {"serving", "comparison"},
     "reference": set(),
 }

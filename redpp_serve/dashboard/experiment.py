@@ -10,7 +10,7 @@ from redpp_serve.dashboard.scraping import VARIANTS, Key
 from redpp_serve.dashboard.words import NAMES
 from redpp_serve.report.formats import DASH, exact, percent
 
-_SOURCES = {"shadow": "same requests to both (shadow)", "split": "split traffic"}
+_SOURCES = {"shadow": "shadow, same requests", "split": "split traffic"}
 _VERDICTS = {
     "faster": "The pruned model is faster",
     "slower": "The pruned model is slower",
@@ -49,7 +49,7 @@ def _interval(gauges: Mapping[Key, float], source: str) -> dict[str, Any] | None
     found = {bound: gauges.get(Key("redpp_ab_speedup_ratio", "", f"{source} {bound}")) for bound in ("low", "mean", "high")}
     if any(value is None or value < 0 for value in found.values()):
         return None
-    text = f"{found['mean']:.2f}x, between {found['low']:.2f} and {found['high']:.2f}"
+    text = f"{found['mean']:.2f}x ({found['low']:.2f} to {found['high']:.2f})"
     return {"label": _SOURCES[source], "text": text, **found}
 
 

@@ -67,8 +67,8 @@ def traffic_rows(window: Window) -> list[Row]:
     """Throughput, batches and outcomes of both versions."""
 
     def rates(name: str, detail: str = "") -> list[str]:
-        found = [window.rate(name, variant, detail) for variant in VARIANTS]
-        return [NO_TRAFFIC if not value else rate(value) for value in found]
+        busy = [window.details("redpp_requests_total", variant) for variant in VARIANTS]
+        return [rate(window.rate(name, v, detail)) if busy[i] else NO_TRAFFIC for i, v in enumerate(VARIANTS)]
 
     sizes = [_known(window.mean(BATCH, variant), lambda v: f"{v:.2f} requests") for variant in VARIANTS]
     return [

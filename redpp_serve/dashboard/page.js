@@ -145,6 +145,7 @@ function readOut(figure) {
 
 function drawBatches() {
   const svg = $("batches"), {labels, original, redpp} = latest.batches, width = svg.clientWidth, row = 38;
+  if (!width) return;
   $("batches-empty").hidden = labels.length > 0;
   svg.replaceChildren();
   svg.setAttribute("height", Math.max(labels.length * row, 1));
@@ -164,6 +165,7 @@ function drawBatches() {
 
 function drawShares(shares) {
   const svg = $("ab-share"), width = svg.clientWidth;
+  if (!width) return;
   svg.replaceChildren();
   let x = 0;
   shares.forEach(({arm, share, text}, k) => {
@@ -176,6 +178,7 @@ function drawShares(shares) {
 
 function drawIntervals(intervals) {
   const svg = $("ab-intervals"), width = svg.clientWidth, row = 46, bottom = intervals.length * row + 6;
+  if (!width) return;
   svg.replaceChildren();
   svg.setAttribute("aria-label", intervals.map(each => `${each.label}: ${each.text}`).join("; ") || "no interval yet");
   svg.setAttribute("height", intervals.length ? bottom + 24 : 40);
@@ -191,8 +194,7 @@ function drawIntervals(intervals) {
   shape(svg, "line", {x1: x(1), x2: x(1), y1: 4, y2: bottom, class: "axis"});
   intervals.forEach((each, i) => {
     const y = i * row + 34;
-    const label = shape(svg, "text", {x: 12, y: i * row + 16, class: "value"}, `${each.label}: ${each.text}`);
-    label.setAttribute("paint-order", "stroke");
+    shape(svg, "text", {x: 12, y: i * row + 16, class: "value halo"}, `${each.label}: ${each.text}`);
     shape(svg, "line", {x1: x(each.low), x2: x(each.high), y1: y, y2: y, class: "whisker"});
     for (const end of [each.low, each.high]) shape(svg, "line", {x1: x(end), x2: x(end), y1: y - 6, y2: y + 6, class: "whisker"});
     shape(svg, "circle", {cx: x(each.mean), cy: y, r: 6, class: "dot fill redpp"});
@@ -297,5 +299,5 @@ for (const figure of document.querySelectorAll("[data-curve]")) {
   svg.addEventListener("pointermove", event => { figure.pointer = event.clientX - svg.getBoundingClientRect().left; readOut(figure); });
   svg.addEventListener("pointerleave", () => { figure.pointer = undefined; readOut(figure); });
 }
-addEventListener("resize", draw);
+new ResizeObserver(draw).observe(document.body); // also the first layout
 forever();

@@ -210,8 +210,15 @@ def check_urls(urls: Iterable[str]) -> Iterator[str]:
         RedppError: one that cannot be a metrics URL.
     """
     for url in dict.fromkeys(urls):
-        parts = urllib.parse.urlsplit(url) if url.isprintable() else None
-        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or " " in url:
+        if not _is_web_address(url):
             raise RedppError(f"--metrics-url {url!r} is no web address", "such as http://127.0.0.1:9400/metrics",
                              "correct it, or leave it out to find the server that runs for the folder")  # fmt: skip
         yield url
+
+
+def _is_web_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable() and " " not in url
+    except ValueError:  # a port out of range, half an IPv6 address
+        return False

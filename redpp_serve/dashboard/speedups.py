@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
+
+from redpp_serve.comparison.arms import comparable
 from redpp_serve.dashboard.history import Window
 from redpp_serve.dashboard.quantiles import Quantile
 from redpp_serve.dashboard.scraping import VARIANTS
@@ -40,19 +43,19 @@ def same_bucket(window: Window, share: float) -> Quantile | None:
 
 
 def equal_batch_ratio(window: Window) -> Ratio | None:
-    """Of the mean handler time at equal batch size; None where no size was seen in both versions.
+    """Of the mean handler time at equal batch size, weighted as in an A/B test; None where no size was seen in both
+    versions."""
+    strata = np.array([_stratum(window, size) for size in window.details("redpp_batches_total", "original")])
+    if not strata.size:
+        return None
+    original, redpp = comparable(strata).tolist()[:2]
+    weight = float(comparable(strata[:, [0, 0, 2, 2]])[0])  # as many "seconds" as batches: their weighted number
+    return Ratio(original / redpp, original / weight, redpp / weight) if original > 0 and redpp > 0 else None
 
-    Each size has the weight n1 n2 / (n1 + n2) from its counts of batches, the precision of its difference.
-    """
-    counts = [window.details("redpp_batches_total", variant) for variant in VARIANTS]
-    total = original = redpp = 0.0
-    for size in counts[0].keys() & counts[1].keys():
-        n1, n2 = (each[size] for each in counts)
-        weight = n1 * n2 / (n1 + n2)
-        total += weight
-        original += weight * window.total("redpp_batch_seconds_total", "original", size) / n1
-        redpp += weight * window.total("redpp_batch_seconds_total", "redpp", size) / n2
-    return Ratio(original / redpp, original / total, redpp / total) if original > 0 and redpp > 0 else None
+
+def _stratum(window: Window, size: str) -> list[float]:
+    names = ("redpp_batches_total", "redpp_batch_seconds_total")
+    return [window.total(name, variant, size) for variant in VARIANTS for name in names]
 
 
 def network_ratio(window: Window) -> Ratio | None:
