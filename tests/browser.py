@@ -18,7 +18,7 @@ _TIMEOUT_S = 20.0
 _FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
           "--disable-extensions", "--disable-background-networking", "--remote-debugging-pipe")  # fmt: skip
 # The browser reads commands from descriptor 3 and writes to 4; the shell moves the ends of our pipes there.
-_MOVED = 'read_end=$1 write_end=$2; shift 2; eval "exec \\"\\$@\\" 3<&$read_end 4>&$write_end"'
+_MOVED = 'read_end=$1 write_end=$2; shift 2; exec "$@" 3<&"$read_end" 4>&"$write_end"'
 
 
 class Browser:
@@ -31,7 +31,7 @@ class Browser:
         self._in, replies = os.pipe()
         words = [*_FLAGS, f"--user-data-dir={self.profile}", "about:blank"]
         self._process = subprocess.Popen(
-            ["sh", "-c", _MOVED, "sh", str(commands), str(replies), str(program), *words],
+            ["bash", "-c", _MOVED, "bash", str(commands), str(replies), str(program), *words],
             pass_fds=(commands, replies), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(commands)
@@ -94,10 +94,14 @@ class Browser:
             self.requested.append(event["request"]["url"])
 
     def open(self, url: str, width: int = 1280, height: int = 1600, scheme: str = "light") -> None:
-        """Load a page in a window of that size, for people who prefer ``light`` or ``dark``."""
+        """Load a page in a window of that size, for people who prefer ``light`` or ``dark``; forgets complaints."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call("Page.navigate", url="about:blank")
+        self.complaints.clear()
+        self.requested.clear()
         self.call("Page.navigate", url=url)
+        self.wait(f"location.href == {json.dumps(url)} && document.readyState == 'complete'")
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""
@@ -108,7 +112,7 @@ class Browser:
     def wait(self, expression: str, seconds: float = 10.0) -> None:
         """Until the expression is true."""
         deadline = time.monotonic() + seconds
-        while not self.evaluate(expression):
+        while not self.evaluate(f"!!({expression})"):
             assert time.monotonic() < deadline, f"never true: {expression}"
             time.sleep(0.05)
 

@@ -36,6 +36,7 @@ class Exporter:
         self.model, self.port = model, 0
         self.text: bytes | None = None
         self.status = 200
+        self.lock = threading.RLock()  # held: no scrape sees half of what is done
         self.fresh()
 
     def fresh(self) -> None:
@@ -71,7 +72,8 @@ class Exporter:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                body = generate_latest(exporter.registry) if exporter.text is None else exporter.text
+                with exporter.lock:
+                    body = generate_latest(exporter.registry) if exporter.text is None else exporter.text
                 self.send_response(exporter.status)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()

@@ -114,7 +114,6 @@ class _Handler(BaseHTTPRequestHandler):
     """``/``: the page; ``/data.json?window=SECONDS``: its numbers. All else is 404."""
 
     server_version, sys_version = "redpp-serve", ""
-    protocol_version = "HTTP/1.1"
     timeout = _CLIENT_TIMEOUT_S
 
     def __init__(self, collector: Collector, document: bytes, policy: str, *arguments: Any) -> None:
