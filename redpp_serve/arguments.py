@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     dashboard.add_argument("--port", type=_whole(1, 65535), metavar="N", help="of the page (default: a free one)")
     dashboard.add_argument("--metrics-url", action="append", default=[], metavar="URL",
                            help="where metrics are; repeatable (default: those of the server that runs for the folder)")  # fmt: skip
+    _add_experiment(commands.add_parser("ab", help="split or mirror live traffic, and get a running verdict"))
     demo = commands.add_parser("demo", help="all of it on the shipped digits network, in two to three minutes")
     demo.add_argument("--out", type=Path, default=Path("redpp-demo"), help="folder to write (default: %(default)s)")
     demo.add_argument("--duration", type=_positive, default=30.0, metavar="S",
@@ -188,3 +189,57 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         help="relative difference that counts as none (default: %(default)g)")  # fmt: skip
     add("--seed", type=_whole(0), default=0, metavar="N", help="of the order of requests (default: %(default)s)")
     add("--json", action="store_true", help="print JSON")
+
+
+def _share(text: str) -> float:
+    """For argparse: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def _add_experiment(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    start = actions.add_parser("start", help="start server and gateway, and return when they take requests")
+    _add_split(start)
+    status = actions.add_parser("status", help="requests, times, running verdict and advice")
+    promote = actions.add_parser("promote", help="all users get the pruned version from their next request on")
+    rollback = actions.add_parser("rollback", help="all users get the original from their next request on")
+    stop = actions.add_parser("stop", help="end the experiment and every process of it")
+    for action in (start, status, promote, rollback, stop):
+        action.add_argument("folder", type=Path, help="what package wrote, such as dist/NAME")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.add_argument("--watch", action="store_true", help="print it again every two seconds until Ctrl-C")
+    stop.add_argument("--keep", type=Path, metavar="PATH", help="new folder to copy pairs, windows, counts and logs to")
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    from .experiment.spec import Limits
+
+    add, default = parser.add_argument, Limits()
+    add("--split", metavar="O:R", help="per cent of users for the original and for the pruned version "
+        "(default: 90:10, with --shadow 100:0)")  # fmt: skip
+    add("--sticky-header", metavar="NAME", help="request header that names the user, who then keeps one arm; "
+        "without it every request is assigned anew")  # fmt: skip
+    add("--shadow", action="store_true", help="replay users' requests on both versions, and compare outputs and times")
+    add("--candidate", type=Path, metavar="FOLDER", help="take the pruned version from another package with the same inputs")
+    add("--server", choices=("torchserve", "triton"), default="torchserve", help="(default: %(default)s)")
+    add("--tolerance", type=_positive, default=default.tolerance, metavar="R",
+        help="relative difference up to which outputs agree (default: %(default)g)")  # fmt: skip
+    add("--min-agreement", type=_share, default=default.min_agreement, metavar="A",
+        help="share of shadowed requests whose outputs have to agree (default: %(default)g)")  # fmt: skip
+    add("--margin", type=_positive, default=default.margin, metavar="R",
+        help="relative difference in speed that counts as none (default: %(default)g)")  # fmt: skip
+    add("--max-error-rate-gap", type=_share, default=default.max_error_rate_gap, metavar="G",
+        help="by how much the pruned version's share of errors may exceed the original's (default: %(default)g)")  # fmt: skip
+    add("--max-p99-ratio", type=_positive, default=default.max_p99_ratio, metavar="R",
+        help="how many times the original's p99 the pruned version's may be (default: %(default)g)")  # fmt: skip
+    add("--workers", type=_whole(1), default=1, metavar="N", help="worker processes for each version (default: %(default)s)")
+    add("--port", type=_whole(1, 65_000), metavar="N", help="of the gateway; recorder, metrics and server take those behind "
+        "it (default: free ones)")  # fmt: skip
+    add("--demo-auth-off", action="store_true", help="take requests without a token")
+    add("--foreground", action="store_true", help="stay until Ctrl-C instead of returning")

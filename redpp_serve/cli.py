@@ -1,4 +1,4 @@
-"""The command line: ``redpp-serve inspect | package | serve | promote | rollback | health | compare | demo``."""
+"""The command line: ``redpp-serve inspect | package | serve | promote | rollback | health | compare | ab | demo``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,6 +157,41 @@ def _compare(options: argparse.Namespace) -> None:
         print(f"added to {options.folder / 'report.html'}", file=sys.stderr)
 
 
+def _ab(options: argparse.Namespace) -> None:
+    from .experiment import commands
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    folder = options.folder.resolve()
+    if options.action == "start":
+        commands.start(_experiment(options), foreground=options.foreground, say=say,
+                       note=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
+    elif options.action == "status":
+        while True:
+            status = commands.status(folder)
+            say(json.dumps(status.to_json(), indent=1) if options.json else status.to_text())
+            if not options.watch:
+                break
+            say("")
+            time.sleep(2.0)
+    elif options.action == "stop":
+        say(commands.stop(folder, options.keep))
+    else:
+        say(commands.send_all(folder, "redpp" if options.action == "promote" else "original"))
+
+
+def _experiment(options: argparse.Namespace) -> Any:
+    from .experiment.spec import Limits, Spec
+    from .experiment.split import parse_split
+
+    split = options.split if options.split is not None else "100:0" if options.shadow else "90:10"
+    limits = Limits(options.tolerance, options.margin, options.max_error_rate_gap, options.max_p99_ratio, options.min_agreement)
+    return Spec(folder=options.folder.resolve(), candidate=options.candidate and options.candidate.resolve(), kind=options.server,
+                split=parse_split(split), sticky=options.sticky_header, shadow=options.shadow, limits=limits,
+                workers=options.workers, port=options.port, auth=not options.demo_auth_off)  # fmt: skip
+
+
 def _demo(options: argparse.Namespace) -> None:
     from .demo import demo
 
@@ -225,6 +261,7 @@ def _dashboard(options: argparse.Namespace) -> None:
 
 
 _COMMANDS = {
+    "ab": _ab,
     "dashboard": _dashboard,
     "inspect": _inspect,
     "package": _package,

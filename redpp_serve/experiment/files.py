@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,4 +59,5 @@ class Lines:
         end = data.rfind(b"\n") + 1
         self._offset += end
         for line in data[:end].splitlines():
-            yield json.loads(line)
+            with suppress(ValueError):  # of a process that was killed in the middle of a line
+                yield json.loads(line)

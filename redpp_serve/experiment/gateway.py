@@ -21,7 +21,7 @@ from .nginx import ACCESS_LOG, ADDRESS, CONFIG, ERROR_LOG, PROMOTED, ROLLED_BACK
 
 LOG_BYTES = 32 << 20  # of the access log before it is put aside; one old file is kept
 _START_S, _STOP_S, _POLL_S = 10.0, 10.0, 0.02
-_SWITCHES = {"split": None, "promoted": PROMOTED, "rolled_back": ROLLED_BACK}
+_SWITCHES = {"redpp": PROMOTED, "original": ROLLED_BACK}
 
 
 def worker_account() -> tuple[str, str] | None:
@@ -120,28 +120,25 @@ class NginxProcess:
             raise _refusal(f"nginx refuses its configuration: {tried.stderr.strip()[-1000:]}")
 
 
-def switch(folder: Path, to: str) -> None:
-    """Send all users to one arm, ``promoted`` or ``rolled_back``, or divide them again: ``split``.
+def switch(folder: Path, arm: str) -> None:
+    """Send all users to one arm; ``folder`` is the gateway's.
 
     nginx looks at the files at its next request. The new one is there before the old one goes.
     """
-    wanted = _SWITCHES[to]
-    if wanted:
-        _touch(folder / wanted)
-    for name in filter(None, _SWITCHES.values()):
-        if name != wanted:
+    _touch(folder / _SWITCHES[arm])
+    for other, name in _SWITCHES.items():
+        if other != arm:
             (folder / name).unlink(missing_ok=True)
 
 
-def switched(folder: Path) -> str:
-    """``split``, ``promoted`` or ``rolled_back``: what `switch` did last."""
-    return next((to for to, name in _SWITCHES.items() if name and (folder / name).exists()), "split")
+def switched(folder: Path) -> str | None:
+    """The arm that all users are sent to; None while they are divided."""
+    return next((arm for arm, name in _SWITCHES.items() if (folder / name).exists()), None)
 
 
-def mirror(folder: Path, on: bool) -> None:
-    """Mirror users' requests to the recorder, or not."""
-    path = folder / SHADOW_OFF
-    path.unlink(missing_ok=True) if on else _touch(path)
+def stop_mirroring(folder: Path) -> None:
+    """No user's request goes to the recorder any more."""
+    _touch(folder / SHADOW_OFF)
 
 
 def private_folder(prefix: str) -> Path:

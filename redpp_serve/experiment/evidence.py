@@ -1,0 +1,148 @@
+"""The running verdict: everything that an experiment has written down, taken in as it grows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from redpp_serve.comparison.advice import Advice, advice
+from redpp_serve.comparison.arms import ArmSequence
+from redpp_serve.comparison.guardrails import Guardrail, agreement_guardrail, error_guardrail, p99_guardrail
+from redpp_serve.comparison.sequences import RatioSequence
+from redpp_serve.comparison.statistics import Verdict, verdict
+
+from .counters import Counters, from_json
+from .files import COUNTS, PAIRS, RECORDER, WINDOWS, Lines, read_json
+from .spec import Limits
+from .split import ARMS
+from .traffic import Traffic
+
+_WORDS = {"baseline": "original", "candidate": "redpp"}
+
+
+class Pairs:
+    """What the shadow recorder's pairs say.
+
+    Attributes:
+        total: pairs recorded.
+        quiet: those fit for comparing times, see `replay.Replayer`.
+        answered: those that both versions, or the original alone, answered: outputs had to agree.
+        agreeing: those of them whose outputs are within the tolerance.
+        top1: [same class, pairs that have one].
+        errors: of the original and the pruned version: no answer, or a status of 500 and above.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self._tolerance = tolerance
+        self.total = self.quiet = self.answered = self.agreeing = 0
+        self.top1, self.errors = [0, 0], [0, 0]
+        self.latency, self.handler = RatioSequence(), RatioSequence()
+
+    def take(self, pair: dict[str, Any]) -> None:
+        """One line of the recorder's file."""
+        self.total += 1
+        for arm, status in enumerate(pair["status"]):
+            self.errors[arm] += status == 0 or status >= 500
+        if pair["status"][0] == 200:
+            self.answered += 1
+            self.agreeing += pair["difference"] is not None and pair["difference"] <= self._tolerance
+        if pair["top1"] is not None:
+            self.top1 = [self.top1[0] + pair["top1"], self.top1[1] + 1]
+        if pair["quiet"] and pair["difference"] is not None:
+            self.quiet += 1
+            self.latency.update([_log_ratio(pair["seconds"])])
+            if pair["handler"]:
+                self.handler.update([_log_ratio(pair["handler"])])
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of outputs within the tolerance; None before the first."""
+        return self.agreeing / self.answered if self.answered else None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison of times: where it comes from (``shadow`` or ``split``), what it measures, and its verdict."""
+
+    source: str
+    measure: str
+    verdict: Verdict
+
+
+class Evidence:
+    """Reads an experiment's files; `refresh` takes in what was added since the last time.
+
+    Attributes:
+        traffic: what users got.
+        pairs: of shadow mode.
+        arms: of the server's counters, window by window.
+        counters: the server's over the whole experiment.
+        recorder: its counts ``received``, ``dropped``, ``pairs``.
+    """
+
+    def __init__(self, state: Path, limits: Limits, *, shadow: bool) -> None:
+        self._state, self._limits, self._shadow = state, limits, shadow
+        self._pair_lines, self._window_lines = Lines(state / PAIRS), Lines(state / WINDOWS)
+        self.pairs, self.arms = Pairs(limits.tolerance), ArmSequence()
+        self.traffic, self.counters = Traffic(), Counters()
+        self.recorder = {"received": 0, "dropped": 0, "pairs": 0}
+
+    def refresh(self) -> None:
+        """Take in what was added."""
+        for pair in self._pair_lines.new():
+            self.pairs.take(pair)
+        for line in self._window_lines.new():
+            self.arms.update([{int(size): (a, b, c, d) for size, (a, b, c, d) in line["batches"].items()}])
+        counts = read_json(self._state / COUNTS)
+        if counts:
+            self.traffic, self.counters = Traffic(counts["users"]), from_json(counts["buckets"])
+        self.recorder = read_json(self._state / RECORDER) or self.recorder
+
+    def findings(self) -> list[Finding]:
+        """The comparisons of times, the strongest first: quiet pairs of the same request, then batches of equal size."""
+        margin, found = self._limits.margin, []
+        if self._shadow:
+            measures = [("end to end", self.pairs.latency), ("in the handler", self.pairs.handler)]
+            for measure, sequence in measures:
+                if sequence.blocks or measure == "end to end":
+                    found.append(Finding("shadow", measure, verdict(sequence, margin, **_WORDS, measure=measure)))
+        if not self._shadow or all(self.arms.batches):
+            split = verdict(self.arms, margin, **_WORDS, measure="in the handler, batch for batch")
+            found.append(Finding("split", "in the handler, batch for batch", split))
+        return found
+
+    def guardrails(self) -> list[Guardrail]:
+        """Errors and tail of both arms; with shadow mode, agreement of outputs too."""
+        limits, pairs = self._limits, self.pairs
+        errors = [self.traffic.errors[arm] + pairs.errors[k] for k, arm in enumerate(ARMS)]
+        requests = [self.traffic.requests[arm] + pairs.total for arm in ARMS]
+        rails = [error_guardrail(errors[0], requests[0], errors[1], requests[1], limits.max_error_rate_gap)]
+        bounds, original, redpp = self.counters.histogram()
+        if bounds:
+            rails.append(p99_guardrail(bounds, original, redpp, limits.max_p99_ratio))
+        if self._shadow:
+            rails.append(agreement_guardrail(pairs.agreeing, pairs.answered, limits.min_agreement))
+        return rails
+
+    def advice(self, findings: Sequence[Finding], guardrails: Sequence[Guardrail]) -> Advice:
+        """From the first comparison that has decided; one that says slower goes before all others."""
+        decided = [f.verdict for f in findings if f.verdict.kind != "undecided"]
+        slower = [v for v in decided if v.kind == "slower"]
+        return advice((slower or decided or [findings[0].verdict])[0], guardrails)
+
+    def handler_ms(self, arm: str, q: float) -> float | None:
+        """The ``q`` quantile (0..1) of the handler's time for a batch, interpolated in its bucket; None if unknown."""
+        buckets = sorted(self.counters.buckets[arm].items())
+        rank, low, before = q * (buckets[-1][1] if buckets else 0), 0.0, 0.0
+        for bound, count in buckets:
+            if count >= rank > before and math.isfinite(bound):
+                return 1000 * (low + (bound - low) * (rank - before) / (count - before))
+            low, before = bound, count
+        return None
+
+
+def _log_ratio(times: Sequence[float]) -> float:
+    return math.log(times[0] / times[1])

@@ -1,0 +1,161 @@
+"""Which processes and folders belong to an experiment, so that nothing of it stays when its supervisor is killed.
+
+One file for each packaged folder, locked as long as the supervisor lives: the system itself gives the lock free.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from redpp_serve.errors import RedppError
+from redpp_serve.serving.registry import state_dir
+
+if TYPE_CHECKING:
+    from psutil import Process
+
+_WAIT_S = 5.0
+
+
+class Journal:
+    """The open file of a living supervisor."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, folders: Sequence[Path]) -> None:
+        """This process's descendants as they are now, and folders to remove with them."""
+        from psutil import Process
+
+        processes = [(p.pid, p.create_time()) for p in Process().children(recursive=True)]
+        text = json.dumps({"processes": processes, "folders": [str(folder) for folder in folders]})
+        self._file.seek(0)
+        self._file.write(text)
+        self._file.truncate()
+        self._file.flush()
+
+
+@contextmanager
+def supervising(folder: Path) -> Iterator[Journal]:
+    """Be the one supervisor for a packaged folder. What a killed one has left is ended first.
+
+    Raises:
+        RedppError: another one lives.
+    """
+    with _locked(folder) as file:
+        if file is None:
+            raise RedppError(f"an experiment already runs for {folder}", "one for each folder",
+                             f"see it with redpp-serve ab status {folder}, end it with redpp-serve ab stop {folder}")  # fmt: skip
+        _end_left_over(file)
+        try:
+            yield Journal(file)
+        finally:
+            _path(folder).unlink(missing_ok=True)
+
+
+def supervised(folder: Path) -> bool:
+    """Whether a supervisor lives for the folder, also one that is still starting."""
+    with _locked(folder) as file:
+        return file is None
+
+
+def clean(folder: Path) -> bool:
+    """End what a killed supervisor has left; whether there was anything. Does nothing while one lives."""
+    if not _path(folder).exists():
+        return False
+    with _locked(folder) as file:
+        if file is None:
+            return False
+        left = _end_left_over(file)
+        _path(folder).unlink(missing_ok=True)
+        return left
+
+
+def _path(folder: Path) -> Path:
+    return state_dir() / f"ab-{sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.lock"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[TextIO | None]:
+    """The journal, locked; None where a living supervisor holds it."""
+    path = _path(folder)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    with os.fdopen(handle, "r+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        yield file
+
+
+def _end_left_over(file: TextIO) -> bool:
+    text = file.read()
+    if not text.strip():
+        return False
+    try:
+        document = json.loads(text)
+    except ValueError:  # killed in the middle of a line: nothing can be said of what is left
+        return False
+    _kill([(int(pid), float(created)) for pid, created in document["processes"]])
+    for folder in map(Path, document["folders"]):
+        shutil.rmtree(folder, ignore_errors=True)
+        for shared in Path("/dev/shm").glob(f"{folder.name}-*"):  # of Triton's workers
+            shared.unlink(missing_ok=True)
+    return True
+
+
+def _kill(recorded: Sequence[tuple[int, float]]) -> None:
+    """Processes that are still those recorded, and all in the sessions that they opened."""
+    from psutil import wait_procs
+
+    for _ in range(5):  # a launcher may start another one between a look and a kill
+        left = [process for process in _living() if _belongs(process, recorded)]
+        if not left:
+            return
+        for process in left:
+            _try_kill(process)
+        wait_procs(left, timeout=_WAIT_S)
+
+
+def _living() -> list[Process]:
+    from psutil import STATUS_ZOMBIE, Error, process_iter
+
+    found = []
+    for process in process_iter():
+        try:
+            if process.uids().real == os.getuid() and process.status() != STATUS_ZOMBIE:
+                found.append(process)
+        except Error:  # ended meanwhile
+            continue
+    return found
+
+
+def _belongs(process: Process, recorded: Sequence[tuple[int, float]]) -> bool:
+    """A number is given again only when no process has it, and no session either."""
+    from psutil import Error
+
+    try:
+        created, session = process.create_time(), os.getsid(process.pid)
+    except (Error, OSError):
+        return False
+    return any(
+        process.pid == pid and abs(created - begun) < 1 or session == pid and process.pid != pid and created >= begun - 1
+        for pid, begun in recorded
+    )  # fmt: skip
+
+
+def _try_kill(process: Process) -> None:
+    from psutil import Error
+
+    try:
+        process.kill()
+    except Error:
+        return

@@ -1,0 +1,79 @@
+"""What an experiment was asked to be, and the limits that its verdict is held against."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from redpp_serve.errors import RedppError
+
+from .split import Split, parse_split
+
+_HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the pruned arm has to keep to.
+
+    Attributes:
+        tolerance: relative difference of outputs (Euclidean) up to which they agree.
+        margin: relative difference in speed that counts as none.
+        max_error_rate_gap: by how much the pruned arm's share of errors may exceed the original's, 0 to 1.
+        max_p99_ratio: how many times the original's the pruned arm's p99 in the handler may be.
+        min_agreement: share of shadowed requests whose outputs have to agree, 0 to 1.
+    """
+
+    tolerance: float = 0.1
+    margin: float = 0.02
+    max_error_rate_gap: float = 0.01
+    max_p99_ratio: float = 1.5
+    min_agreement: float = 0.99
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An experiment before it runs.
+
+    Attributes:
+        folder: the packaged folder, absolute.
+        candidate: another packaged folder whose pruned version is tried against the first one's original; or None.
+        kind: of the server, ``torchserve`` or ``triton``.
+        split: how users are divided.
+        sticky: request header that names the user; None to decide for every request anew.
+        shadow: whether requests are replayed on both versions.
+        limits: see `Limits`.
+        workers: worker processes of each version.
+        port: the first of consecutive ports; None for free ones.
+        auth: require a token.
+    """
+
+    folder: Path
+    candidate: Path | None
+    kind: str
+    split: Split
+    sticky: str | None
+    shadow: bool
+    limits: Limits = Limits()
+    workers: int = 1
+    port: int | None = None
+    auth: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sticky is not None and not _HEADER.fullmatch(self.sticky):
+            raise RedppError(f"--sticky-header {self.sticky!r}", "the name of a request header: letters, digits and '-'",
+                             "write for example --sticky-header X-User-Id")  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """For `from_json`."""
+        candidate = None if self.candidate is None else str(self.candidate)
+        return {**asdict(self), "folder": str(self.folder), "candidate": candidate, "split": str(self.split)}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Spec:
+        """The inverse of `to_json`."""
+        candidate = None if document["candidate"] is None else Path(document["candidate"])
+        return cls(**{**document, "folder": Path(document["folder"]), "candidate": candidate,
+                      "split": parse_split(document["split"]), "limits": Limits(**document["limits"])})  # fmt: skip

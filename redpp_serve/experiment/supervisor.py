@@ -1,0 +1,208 @@
+"""The process that an experiment is: it starts server, gateway and recorder, watches them, and counts.
+
+``python -m redpp_serve.experiment.supervisor STATE`` runs what is asked for in the state folder until SIGTERM.
+"""
+
+from __future__ import annotations
+
+
+import secrets
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from redpp_serve.errors import RedppError
+from redpp_serve.serving.folder import model_name
+from redpp_serve.serving.ports import GatewayPorts, Ports, TritonPorts, check_ports, consecutive_ports, free_ports
+from redpp_serve.serving.registry import register
+from redpp_serve.serving.server import LocalServer, open_server
+
+from .candidate import mixed_folder
+from .counting import Counting
+from .evidence import Evidence
+from .files import GATEWAY, SPEC, STATUS, read_json, write_json
+from .gateway import NginxProcess, connection_limit, stop_mirroring, worker_account
+from .journal import supervising
+from .nginx import ADDRESS, Gateway
+from .recorder import MAX_PAIRS
+from .recorder_process import RecorderProcess
+from .spec import Spec
+from .status import Status, read_status
+
+_POLL_S = 1.0
+
+
+class Supervisor:
+    """Runs one experiment. ``say`` is called with lines about the start.
+
+    Attributes:
+        latest: the status as of the last look; None before the first.
+    """
+
+    def __init__(self, spec: Spec, state: Path, say: Callable[[str], None] = lambda line: None) -> None:
+        self._spec, self._state, self._say = spec, state, say
+        self._urls: dict[str, str] = {}
+        self.latest: Status | None = None
+
+    def run(self, ready: Callable[[], None]) -> None:
+        """Start everything, call ``ready``, and watch until an exception (of a signal) ends it; then end everything.
+
+        Raises:
+            RedppError: something does not start, or another experiment runs for the folder.
+        """
+        spec, state = self._spec, self._state
+        with ExitStack() as stack:
+            journal = stack.enter_context(supervising(spec.folder))
+            gateway_ports, server_ports = _ports(spec)
+            check_ports(gateway_ports)
+            nginx_folder = state / GATEWAY
+            nginx_folder.mkdir()
+            folder = mixed_folder(spec.folder, spec.candidate, state / "package") if spec.candidate else spec.folder
+
+            def note(line: str) -> None:
+                journal.write([state, *filter(None, [server.home])])
+                self._say(line)
+
+            journal.write([state])
+            server = open_server(spec.kind, folder, name=model_name(spec.folder), workers=spec.workers, ports=server_ports,
+                                 auth=spec.auth, progress=note)  # fmt: skip
+            stack.callback(server.stop)
+            server.start()
+            recorder = RecorderProcess(state, gateway_ports.recorder, (server.url(server.versions[0]), server.url(server.versions[1])))
+            if spec.shadow:
+                stack.callback(recorder.stop)
+                recorder.start()
+            nginx = NginxProcess(_gateway(spec, nginx_folder, gateway_ports, server))
+            stack.callback(nginx.stop)
+            nginx.start()
+            self._urls = {"gateway": f"http://{ADDRESS}:{gateway_ports.gateway}{nginx.gateway.public}",
+                          "metrics": f"http://{ADDRESS}:{gateway_ports.metrics}/metrics"}  # fmt: skip
+            stack.callback(_serve_metrics(gateway_ports.metrics, lambda: self.latest))
+            write_json(state / SPEC, {"spec": spec.to_json(), "started": time.time(), "name": server.name})
+            journal.write([state, *filter(None, [server.home])])
+            extra = {"gateway": self._urls["gateway"], "ab_metrics": self._urls["metrics"], "state": str(state), "split": str(spec.split)}
+            running = server.running(extra)
+            metrics = [*running.metrics_urls, self._urls["metrics"]]
+            stack.enter_context(register(replace(running, folder=str(spec.folder), metrics_urls=metrics)))
+            counting = Counting(state, nginx.access_log, server.metrics_url, server.name)
+            watch = Watch(state, server, nginx, recorder if spec.shadow else None)
+            evidence = Evidence(state, spec.limits, shadow=spec.shadow)
+            ready()
+            self._watch(counting, watch, evidence, lambda: journal.write([state, *filter(None, [server.home])]))
+
+    def _watch(self, counting: Counting, watch: Watch, evidence: Evidence, note: Callable[[], None]) -> None:
+        while True:
+            begun = time.monotonic()
+            problems = watch.mend()
+            problems += counting.count()
+            write_json(self._state / STATUS, {"ready": True, "problems": problems})
+            self.latest = read_status(self._state, self._urls, evidence)
+            if watch.nginx.rotate():
+                counting.put_aside()
+            note()
+            time.sleep(max(0.05, _POLL_S - (time.monotonic() - begun)))
+
+
+class Watch:
+    """Looks after the processes; ``recorder`` is None without shadow mode."""
+
+    def __init__(self, state: Path, server: LocalServer, nginx: NginxProcess, recorder: RecorderProcess | None) -> None:
+        self._state, self._server, self.nginx, self._recorder = state, server, nginx, recorder
+
+    def mend(self) -> list[str]:
+        """Start again what has ended, as far as it can be; sentences about the rest."""
+        problems = []
+        try:
+            self._server.check_alive()
+        except RedppError as error:
+            problems.append(f"{error.found.strip()}\nEnd the experiment with redpp-serve ab stop, and start it again.")
+        try:
+            if not self.nginx.alive():
+                self.nginx.start()
+        except RedppError as error:
+            problems.append(error.found)
+        if self._recorder and not self._recorder.alive():
+            self._recorder.start(wait=False)
+        recorded = read_json(self._state / "recorder.json") or {}
+        if recorded.get("pairs", 0) >= MAX_PAIRS:
+            stop_mirroring(self.nginx.gateway.folder)
+            problems.append(f"the recorder has its {MAX_PAIRS} pairs; start a new experiment to record more")
+        return problems
+
+
+def _ports(spec: Spec) -> tuple[GatewayPorts, Ports | TritonPorts | None]:
+    """The gateway's, and the server's behind them; free ones where none was given."""
+    if spec.port is None:
+        return free_ports(GatewayPorts), None
+    gateway = consecutive_ports(GatewayPorts, spec.port)
+    kind: Any = TritonPorts if spec.kind == "triton" else Ports
+    return gateway, consecutive_ports(kind, gateway.metrics + 1)
+
+
+def _gateway(spec: Spec, folder: Path, ports: GatewayPorts, server: LocalServer) -> Gateway:
+    default = urlsplit(server.default_url())
+    original, redpp = (urlsplit(server.url(version)).path for version in server.versions)
+    assert default.port is not None
+    return Gateway(
+        folder=folder, port=ports.gateway, server=default.port, public=default.path, paths=(original, redpp), split=spec.split,
+        sticky=spec.sticky, salt=secrets.token_hex(8), recorder=ports.recorder if spec.shadow else None,
+        account=worker_account(), connections=connection_limit(),
+    )  # fmt: skip
+
+
+def _serve_metrics(port: int, latest: Callable[[], Status | None]) -> Callable[[], None]:
+    """Serve the experiment's own metrics; returns what ends it."""
+    from prometheus_client import start_http_server
+
+    from .exporter import registry
+
+    server, thread = start_http_server(port, ADDRESS, registry(latest))
+
+    def end() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return end
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run until SIGTERM, SIGINT or SIGHUP. A failed start is written to the state folder for the command that waits."""
+    state = Path((sys.argv[1:] if arguments is None else arguments)[0])
+    ours = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+    def leave(*_: object) -> None:
+        for number in ours:  # ending must not be interrupted half-way
+            signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(0)
+
+    for number in ours:
+        signal.signal(number, leave)
+    spec = Spec.from_json(read_json(state / SPEC)["spec"])
+    started = False
+
+    def ready() -> None:
+        nonlocal started
+        started = True
+        write_json(state / STATUS, {"ready": True, "problems": []})
+
+    try:
+        Supervisor(spec, state, say=lambda line: print(line, flush=True)).run(ready)
+    except RedppError as error:
+        write_json(state / STATUS, {"ready": False, "refusal": [error.found, error.expected, error.do]})
+        return error.exit_code
+    finally:
+        if started:  # else the command that waits reads why not, and removes the folder
+            shutil.rmtree(state, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
