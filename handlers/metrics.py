@@ -1,8 +1,8 @@
 """Metrics of one served model, the same on every server: one table of families, one class that records.
 
-A binding turns a family into instruments of a server. `PrometheusBinding` writes to memory-mapped files in
-``PROMETHEUS_MULTIPROC_DIR``, one set for each worker process; `exporter` sums and serves them. The servers' own
-metrics have no versions, no percentiles, or buckets that start at 5 ms.
+A binding turns a family into instruments of a server: `prometheus` for TorchServe, whose workers' files `exporter` sums
+and serves, `triton_metrics` for Triton. The servers' own metrics have no versions, no percentiles, or buckets that
+start at 5 ms.
 """
 
 from __future__ import annotations
@@ -91,31 +91,6 @@ class Binding(Protocol):
         """An `Instrument`; called once for each set of labels."""
 
 
-class PrometheusBinding:
-    """Instruments of ``prometheus_client`` in multiprocess mode: the folder is `DIRECTORY`.
-
-    Raises:
-        ImportError: the package is not installed.
-    """
-
-    def __init__(self) -> None:
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-
-        self._kinds = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
-        self._registry, self._families = CollectorRegistry(), {}
-
-    def instrument(self, family: Family, labels: Mapping[str, str]) -> Instrument:
-        """See `Binding`."""
-        made = self._families.get(family.name)
-        if made is None:
-            options: dict[str, Any] = {"buckets": family.buckets} if family.kind == "histogram" else {}
-            if family.kind == "gauge":
-                options["multiprocess_mode"] = "livesum" if family.per_worker else "mostrecent"
-            made = self._kinds[family.kind](family.name, family.help, tuple(labels), registry=self._registry, **options)
-            self._families[family.name] = made
-        return made.labels(**labels)
-
-
 class Metrics:
     """The metrics of one model in one worker.
 
@@ -198,13 +173,14 @@ def open_metrics(labels: ModelLabels, device: str = "cpu") -> Metrics | None:
         log.warning("metrics are off: set %s to an empty directory to turn them on", DIRECTORY)
         return None
     os.makedirs(directory, exist_ok=True)
+    from .living import show_life
+    from .prometheus import PrometheusBinding
+
     try:
         binding = PrometheusBinding()
     except ImportError:
         log.warning("metrics are off: the package prometheus-client is not installed")
         return None
-    from .living import show_life
-
     show_life(directory)  # before the first file of metrics: see there
     return Metrics(labels, binding, device)
 

@@ -4,17 +4,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from redpp_serve.handlers import metrics
 from redpp_serve.handlers.living import forget_the_dead
 from redpp_serve.handlers.metrics import FAMILIES, SECONDS_BUCKETS, Metrics, ModelLabels, open_metrics
+from redpp_serve.handlers.prometheus import WRITE_EVERY_S, PrometheusBinding
 
 WORKER = """
 import sys
@@ -96,6 +98,7 @@ def living(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
         for _ in range(2)
     ]
     assert all(worker.stdout.readline() == "ready\n" for worker in workers)
+    time.sleep(3 * WRITE_EVERY_S)
     yield workers
     for worker in workers:
         worker.kill()
@@ -188,6 +191,41 @@ def test_on_a_gpu_the_device_memory_is_that_of_its_tensors(monkeypatch: pytest.M
     notes = Notes()
     Metrics(ModelLabels("digits", "1.0", "original"), notes, device="cuda:1")
     assert notes["redpp_device_memory_bytes", "cuda:1"].value == 4096 < notes["redpp_worker_resident_bytes",].value
+
+
+def test_what_is_written_together_counts_as_what_is_observed_one_by_one() -> None:
+    """Also values on a bound, and beyond the last one."""
+    binding = PrometheusBinding()
+    labels = {"model": "digits", "version": "1.0", "variant": "original"}
+    name, counter = "redpp_handler_seconds", "redpp_requests_total"
+    noted, count = binding.instrument(FAMILIES[name], labels), binding.instrument(FAMILIES[counter], {"outcome": "ok"})
+    registry = CollectorRegistry()
+    plain = Histogram(name, "", tuple(labels), buckets=SECONDS_BUCKETS, registry=registry).labels(**labels)
+    for value in (0.0, 0.0001, *SECONDS_BUCKETS, 0.0301, 5.0, 100.0, 0.0301):
+        noted.observe(value)
+        plain.observe(value)
+        count.inc()
+    binding.write()
+    found = {(s.name, *sorted(s.labels.items())): s.value for family in binding.registry.collect()
+             for s in family.samples if not s.name.endswith("_created")}  # fmt: skip
+    expected = {(s.name, *sorted(s.labels.items())): s.value for family in registry.collect()
+                for s in family.samples if not s.name.endswith("_created")}  # fmt: skip
+    assert found.pop((counter, ("outcome", "ok"))) == len(SECONDS_BUCKETS) + 6
+    assert found == pytest.approx(expected) and len(expected) == len(SECONDS_BUCKETS) + 3
+
+
+def test_a_batch_costs_the_handler_a_few_microseconds() -> None:
+    recorder = Metrics(ModelLabels("digits", "1.0", "original"), PrometheusBinding())
+
+    def record() -> float:
+        start = time.perf_counter()
+        for _ in range(100):
+            recorder.inference(0.001)
+            recorder.request("ok")
+            recorder.batch(1, 0.002)
+        return (time.perf_counter() - start) / 100
+
+    assert min(record() for _ in range(20)) < 10e-6
 
 
 def test_buckets_are_geometric_from_a_quarter_millisecond_to_four_seconds() -> None:

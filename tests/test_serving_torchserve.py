@@ -5,6 +5,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from served import INFO, PREPROCESS, SHAPE, VARIANTS, expected, npy, picture, write_archives
 
 from redpp_serve.errors import RedppError
+from redpp_serve.handlers.prometheus import WRITE_EVERY_S
 from redpp_serve.serving.ports import free_ports
 from redpp_serve.serving.torchserve import TorchServe
 
@@ -54,6 +56,7 @@ def get(url: str, headers: dict[str, str]) -> tuple[int, bytes]:
 
 def samples(server: TorchServe) -> dict[str, dict[tuple[str, str, str], float]]:
     """Name of a sample (with its outcome, if any) to (model, version, variant) to value."""
+    time.sleep(3 * WRITE_EVERY_S)  # what workers did just now is written by then
     found: dict[str, dict[tuple[str, str, str], float]] = {}
     for family in text_string_to_metric_families(get(server.metrics_url, {})[1].decode()):
         for sample in family.samples:
