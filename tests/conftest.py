@@ -1,5 +1,8 @@
 """Options of the test run, and what several test modules share."""
 
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,3 +54,18 @@ def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package(captured(write_model(folder)), folder / "dist" / "small", name="small", options=Options(merge="exact"),
             serving=Serving(4, 1, 1), preprocess=Preprocess("L", 12, 12, (SHIFT,), (0.25,)))  # fmt: skip
     return folder / "dist" / "small"
+
+
+@pytest.fixture(scope="session")
+def stock_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with everything that is installed here but this project."""
+    home = tmp_path_factory.mktemp("stock") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True, timeout=120)
+    python = home / "bin" / "python"
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    there = Path(subprocess.check_output([python, "-c", where], text=True).strip())
+    for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for entry in Path(place).iterdir():
+            if "redpp" not in entry.name.lower() and not (there / entry.name).exists():
+                (there / entry.name).symlink_to(entry)
+    return python

@@ -29,6 +29,15 @@ def test_several_inputs_travel_as_npz_by_name() -> None:
     assert ".npz` or JSON with the inputs by name" in text
 
 
+def test_the_request_to_triton_names_inputs_and_types() -> None:
+    one, two = readme("m", (IMAGE,), None), readme("m", TWO, None)
+    assert 'sample = {"x": numpy.load("sample.npy")}' in one and '{"x": "FP32"}.items()' in one
+    assert 'sample = numpy.load("sample.npz")' in two and '{"tokens": "INT64", "image": "FP32"}.items()' in two
+    for text in (one, two):
+        compile(text.split("```python\n")[1].split("```")[0], "readme", "exec")
+        assert "`triton/m/config.pbtxt`" in text and 'client.infer("m", inputs, model_version="2")' in text
+
+
 def test_no_place_holder_is_left() -> None:
     for inputs in ((IMAGE,), TWO):
         assert not re.search(r"\{\w*\}", readme("m", inputs, None))

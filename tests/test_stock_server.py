@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-import sysconfig
 import time
 import urllib.error
 import urllib.request
@@ -28,21 +26,6 @@ from redpp_serve.serving.ports import Ports, free_ports
 from redpp_serve.serving.processes import kill_session
 
 START_S = 180
-
-
-@pytest.fixture(scope="module")
-def stock_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with everything that is installed here but this project."""
-    home = tmp_path_factory.mktemp("stock") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True, timeout=120)
-    python = home / "bin" / "python"
-    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    there = Path(subprocess.check_output([python, "-c", where], text=True).strip())
-    for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        for entry in Path(place).iterdir():
-            if "redpp" not in entry.name.lower() and not (there / entry.name).exists():
-                (there / entry.name).symlink_to(entry)
-    return python
 
 
 @pytest.fixture(scope="module")
