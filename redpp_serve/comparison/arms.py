@@ -30,8 +30,6 @@ from redpp_serve.errors import RedppError
 # What both arms did within one window of time: requests in a batch -> (batches of the original, seconds that they
 # took in the handler, batches of the pruned, their seconds). Differences of the counters, not their totals.
 ArmWindow = Mapping[int, tuple[float, float, float, float]]
-# Independent comparisons that make the first interval: the quotient of two sums is far from normal before.
-MINIMUM_WEIGHT = 50.0
 
 
 class ArmSequence:
@@ -39,14 +37,14 @@ class ArmSequence:
 
     Windows in which no batch size was seen in both arms say nothing about the ratio and are only counted. The others
     are joined to blocks whose length doubles, as in ``RatioSequence``. A block's influence on the logarithm of the
-    quotient of the sums so far takes the place of a value, and the strata's weight n_a n_b / (n_a + n_b), about the
-    number of batches in the smaller arm, that of the number of values.
+    quotient of the sums so far takes the place of a value. A window counts as one value, or as less where its weight
+    n_a n_b / (n_a + n_b), about the number of batches in the smaller arm, is below 1 (``comparable``).
 
     Take windows that are short against changes of the load and long enough to hold batches of both arms: 1 to 10 s.
 
     Args:
         alpha: chance, over the whole run, that the interval ever misses.
-        target: weight near which the interval is tightest.
+        target: number of full windows near which the interval is tightest.
     """
 
     unit = "windows"
@@ -54,7 +52,7 @@ class ArmSequence:
     def __init__(self, alpha: float = 0.05, target: float = TARGET) -> None:
         self.alpha = alpha
         self.rho2 = best_rho2(target, alpha)
-        self.windows, self.compared_windows = 0, 0
+        self.windows = 0
         self.batches, self.compared = [0.0, 0.0], [0.0, 0.0]
         self._blocks = Blocks(3)
 
@@ -66,31 +64,25 @@ class ArmSequence:
                 are taken in.
         """
         for window in windows:
-            top, bottom, weight = 0.0, 0.0, 0.0
-            for size in window:
-                _check(size, window[size])
+            for size, counters in window.items():
+                _check(size, counters)
             self.windows += 1
-            for count_a, seconds_a, count_b, seconds_b in window.values():
-                self.batches[0] += count_a
-                self.batches[1] += count_b
+            for count_a, _, count_b, _ in window.values():
+                self.batches = [self.batches[0] + count_a, self.batches[1] + count_b]
                 if count_a and count_b:
-                    share = count_a / (count_a + count_b)
-                    top, bottom = top + (1 - share) * seconds_a, bottom + share * seconds_b
-                    weight += share * count_b
-                    self.compared[0] += count_a
-                    self.compared[1] += count_b
-            if weight:
-                self.compared_windows += 1
-                self._blocks.extend([[top, bottom, weight]])
+                    self.compared = [self.compared[0] + count_a, self.compared[1] + count_b]
+            row = comparable(numpy.array(list(window.values()), dtype=numpy.float64).reshape(-1, 4))
+            if row[2]:
+                self._blocks.extend([row.tolist()])
 
     @property
     def _sums(self) -> numpy.ndarray:
-        """(3,) of all finished blocks: the original's seconds, the pruned network's, the weight."""
+        """(3,) of all finished blocks, as ``comparable``."""
         return self._blocks.sums.sum(axis=0)
 
     @property
     def values(self) -> float:
-        """The weight that the interval rests on."""
+        """How many full windows the interval rests on."""
         return float(self._sums[2])
 
     @property
@@ -98,12 +90,6 @@ class ArmSequence:
         """Log of the ratio; 0 before it can be formed."""
         top, bottom, _ = self._sums
         return math.log(top / bottom) if top > 0 and bottom > 0 else 0.0
-
-    @property
-    def influence(self) -> numpy.ndarray:
-        """(blocks,) each block's part in the log of the ratio, as a value whose mean over the blocks is 0."""
-        sums = self._blocks.sums
-        return len(sums) * (sums[:, 0] / sums[:, 0].sum() - sums[:, 1] / sums[:, 1].sum())
 
     @property
     def basis(self) -> str:
@@ -118,31 +104,62 @@ class ArmSequence:
         for arm, count in zip(("original", "pruned network"), self.batches, strict=True):
             if not count:
                 return f"the {arm} has no traffic"
-        if not self.compared_windows:
+        if not self.compared[0]:
             return "no batch size was seen in both arms within one window"
+        if not self._sums[:2].all() and len(self._blocks) >= MINIMUM_BLOCKS:
+            return "no time was measured"
         if self._few:
-            return f"at least {MINIMUM_BLOCKS} windows and a weight of {MINIMUM_WEIGHT:g} batches per arm needed"
+            return f"at least {MINIMUM_BLOCKS} windows with traffic on both arms needed"
         return "too few or too unsteady for an interval yet" if math.isinf(self.interval()[1]) else ""
 
     @property
     def _few(self) -> bool:
-        top, bottom, weight = self._sums
-        return len(self._blocks) < MINIMUM_BLOCKS or weight < MINIMUM_WEIGHT or top <= 0 or bottom <= 0
+        top, bottom, _ = self._sums
+        return len(self._blocks) < MINIMUM_BLOCKS or top <= 0 or bottom <= 0
 
     def interval(self) -> tuple[float, float]:
         """(low, high) around the mean; infinite while there is too little to compare."""
         if self._few:
             return -math.inf, math.inf
-        half = float(half_width(self.influence, self.values, self.rho2, self.alpha))
+        half = float(half_width(influence(self._blocks.sums), self.values, self.rho2, self.alpha))
         return self.mean - half, self.mean + half
 
     def needed(self, margin: float) -> int | None:
         """How many more windows like those so far a decision likely takes; None where it cannot be said."""
         if self._few:
             return None
-        spread = math.sqrt(long_run_variance(self.influence) * self.values / len(self._blocks))
+        spread = math.sqrt(long_run_variance(influence(self._blocks.sums)) * self.values / len(self._blocks))
         total = values_needed(self.mean, spread, margin, self.rho2, self.alpha)
         return None if total is None else max(math.ceil((total / self.values - 1) * self.windows), 1)
+
+
+def comparable(window: numpy.ndarray) -> numpy.ndarray:
+    """(..., 3): the original's seconds and the pruned network's, weighted and summed over the sizes, and how much of
+    a full window this is: the sum of the weights, at most 1.
+
+    A window with more weight is brought down to 1 in all three. What moves from window to window, the load of the
+    machine and of each worker, does not average out over the batches within one; and hours of heavy load, with more
+    batches and longer ones, would otherwise make up nearly all of the sums.
+
+    Args:
+        window: (..., sizes, 4) counters as in ``ArmWindow``.
+    """
+    count_a, seconds_a, count_b, seconds_b = numpy.moveaxis(window, -1, 0)
+    both = (count_a > 0) & (count_b > 0)
+    share = numpy.divide(count_a, count_a + count_b, out=numpy.zeros(both.shape), where=both)
+    rows = numpy.where(both, ((1 - share) * seconds_a, share * seconds_b, share * count_b), 0.0)
+    top, bottom, weight = rows.sum(axis=-1)
+    return numpy.stack([top, bottom, weight], axis=-1) / numpy.maximum(weight, 1.0)[..., None]
+
+
+def influence(sums: numpy.ndarray) -> numpy.ndarray:
+    """(..., k) each block's part in the log of the ratio, as a value whose mean over the blocks is 0.
+
+    Args:
+        sums: (..., k, 3) of ``comparable`` over blocks; the first two columns add up to more than 0.
+    """
+    shares = sums[..., :2] / sums[..., :2].sum(axis=-2, keepdims=True)
+    return sums.shape[-2] * (shares[..., 0] - shares[..., 1])
 
 
 def _check(size: int, counters: tuple[float, float, float, float]) -> None:

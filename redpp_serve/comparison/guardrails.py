@@ -10,6 +10,8 @@ from redpp_serve.errors import RedppError
 
 BISECTIONS = 60
 QUANTILE = 0.99
+# Times per arm before its tail is judged: the first after a start are slow for reasons of their own.
+MINIMUM_TIMES = 100
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def error_guardrail(
     low_b, high_b = share_bounds(errors_redpp, requests_redpp, alpha / 2)
     low, high = low_b - high_a, high_b - low_a
     if not requests_original or not requests_redpp:
-        return Guardrail("errors", None, "no requests yet on both arms", None, low, high, max_gap)
+        return Guardrail("errors", None, "errors: no requests yet on both arms", None, low, high, max_gap)
     value = errors_redpp / requests_redpp - errors_original / requests_original
     ok = False if low > max_gap else True if high <= max_gap else None
     counts = f"{errors_redpp} of {requests_redpp} against {errors_original} of {requests_original}"
@@ -132,6 +134,9 @@ def p99_guardrail(
     a, b = (_percentile(edges, counts) for counts in (original, redpp))
     value = b / a if a and b else None
     ok = False if low > max_ratio else True if high <= max_ratio * step * (1 + 1e-9) else None
+    if min(original[-1], redpp[-1]) < MINIMUM_TIMES:
+        text = f"p99: {original[-1]} and {redpp[-1]} times, at least {MINIMUM_TIMES} of each arm needed"
+        return Guardrail("p99", None, text, value, low, high, max_ratio)
     told = f"limit {max_ratio:g}, buckets a factor {step:.2g} wide"
     text = {
         True: f"p99: at most {high:.3g} times the original's ({told})",

@@ -13,7 +13,7 @@ from redpp_serve.errors import RedppError
 # Before this many blocks the estimated variance is too rough for any statement.
 MINIMUM_BLOCKS = 20
 # At this many blocks neighbours are joined two by two: later there are always half to all of them, each twice as long.
-MAXIMUM_BLOCKS = 64
+MAXIMUM_BLOCKS = 96
 # Values near which an interval is tightest. Within 10 % of the tightest for its size from 800 to 20 000 values.
 TARGET = 2000.0
 # Relative differences of times that are rounding errors: blocks this much alike have no correlation.
@@ -147,7 +147,7 @@ class RatioSequence:
 
     Pairs come from concurrent requests on a machine with other work, so neighbours are correlated, over times that
     nobody knows beforehand. The mean is taken over blocks of consecutive values whose length doubles as data comes in
-    (32 to 64 of them): in the long run they are far longer than any correlation. What correlation neighbouring
+    (48 to 96 of them): in the long run they are far longer than any correlation. What correlation neighbouring
     blocks keep, above all early, enters the width as that of a first-order autoregression (``half_width``). Between
     the ends of two blocks nothing changes. ``benchmarks/verdicts.py`` measures how often the interval ever misses.
 
