@@ -13,7 +13,9 @@ from prometheus_client import CollectorRegistry, Histogram
 from redpp_serve.dashboard import history as history_module
 from redpp_serve.dashboard.collector import Collector
 from redpp_serve.dashboard.experiment import experiment
-from redpp_serve.dashboard.figures import batch_shares, latency_rows, model_rows, speedup_tiles, traffic_rows, worker_rows
+from redpp_serve.dashboard.figures import (
+    batch_shares, latency_rows, left_shares, model_rows, speedup_tiles, traffic_rows, worker_rows,
+)  # fmt: skip
 from redpp_serve.dashboard.history import History, Window
 from redpp_serve.dashboard.quantiles import quantile
 from redpp_serve.dashboard.scraping import Key, Target
@@ -182,6 +184,8 @@ def test_cpu_memory_and_network() -> None:
     rows = model_rows(gauges, report)
     assert rows[0] == ["parameters", "1.00 k", "250", "25.0 % left"]
     assert rows[1] == ["MACs of one input", "4.00 M", "1.00 M", "25.0 % left"]
+    assert left_shares(gauges, report) == {"labels": ["parameters", "MACs of one input"], "original": [100.0, 100.0],
+                                           "redpp": [25.0, 25.0]}  # fmt: skip
 
 
 def test_an_experiment_shows_verdict_advice_and_interval() -> None:
@@ -200,6 +204,16 @@ def test_an_experiment_shows_verdict_advice_and_interval() -> None:
     assert [share["text"] for share in card["shares"]] == ["original 90 %", "pruned 10 %"]
     assert card["rows"] == [["share of the requests in this window", "original 88.0 % and pruned 12.0 %"],
                             ["pairs compared", "120"], ["outputs within tolerance", "99.50 %"]]  # fmt: skip
+
+
+def test_a_verdict_is_shown_with_the_interval_that_it_can_rest_on() -> None:
+    gauges = {Key("redpp_ab_speedup_ratio", "", f"{source} {bound}"): value for source, values in (
+        ("shadow", (0.9, 1.0, 1.2)), ("split", (0.5, 0.6, 0.7))) for bound, value in zip(("low", "mean", "high"), values)}  # fmt: skip
+    said = {kind: experiment({**gauges, Key("redpp_ab_verdict", "", kind): 1.0}, Window({}, 0.0))["verdict"]
+            for kind in ("slower", "undecided", "faster")}  # fmt: skip
+    assert said == {"slower": "The pruned model is slower: 0.50 to 0.70 times as fast",
+                    "undecided": "Undecided so far: 0.90 to 1.20 times as fast",
+                    "faster": "The pruned model is faster"}  # fmt: skip
 
 
 def test_the_collector_goes_through_an_outage_and_a_restart_elsewhere(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ class Collector:
             "speedups": figures.speedup_tiles(window),
             "latency": figures.latency_rows(window), "traffic": figures.traffic_rows(window),
             "workers": figures.worker_rows(window, gauges), "network": figures.model_rows(gauges, report),
-            "batches": figures.batch_shares(window), "curves": curves,
+            "left": figures.left_shares(gauges, report), "batches": figures.batch_shares(window), "curves": curves,
             "experiment": experiment(gauges, window), "compare": figures.compare_card(report, when),
         }  # fmt: skip
 

@@ -31,9 +31,8 @@ def experiment(gauges: Mapping[Key, float], window: Window) -> dict[str, Any] | 
     intervals = [found for source in _SOURCES if (found := _interval(gauges, source))]
     kind = _current(gauges, "redpp_ab_verdict", _VERDICTS)
     text = _VERDICTS.get(kind, "No verdict yet")
-    if intervals and kind in _VERDICTS:
-        best = intervals[0]
-        text += f": {best['low']:.2f} to {best['high']:.2f} times as fast"
+    if basis := next((each for each in intervals if _agrees(each, kind)), None):
+        text += f": {basis['low']:.2f} to {basis['high']:.2f} times as fast"
     advice = _current(gauges, "redpp_ab_advice", _ADVICE)
     return {
         "verdict": text, "kind": kind, "advice": _ADVICE.get(advice, "No advice yet"), "advice_kind": advice,
@@ -43,6 +42,13 @@ def experiment(gauges: Mapping[Key, float], window: Window) -> dict[str, Any] | 
 
 def _current(gauges: Mapping[Key, float], name: str, kinds: Mapping[str, str]) -> str:
     return next((kind for kind in kinds if gauges.get(Key(name, "", kind), 0.0) >= 1), "")
+
+
+def _agrees(interval: Mapping[str, Any], kind: str) -> bool:
+    """Whether a verdict can rest on an interval: with two sources, it may rest on the other one."""
+    if kind in ("faster", "slower"):
+        return bool(interval["low"] > 1 if kind == "faster" else interval["high"] < 1)
+    return kind in _VERDICTS and bool(interval["low"] <= 1 <= interval["high"])
 
 
 def _interval(gauges: Mapping[Key, float], source: str) -> dict[str, Any] | None:

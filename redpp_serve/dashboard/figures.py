@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from redpp_serve.dashboard.history import Window
@@ -103,16 +103,30 @@ def worker_rows(window: Window, gauges: Mapping[Key, float]) -> list[Row]:
 
 
 def model_rows(gauges: Mapping[Key, float], report: Mapping[str, Any]) -> list[Row]:
-    """What the versions cost: as their workers say, else as report.json has it; with the share that is left."""
+    """What the versions cost, with the share that is left."""
     rows = []
+    for label, before, after, show in _costs(gauges, report):
+        share = quotient(after, before)
+        rows.append([label, show(before), show(after), DASH if share is None else f"{100 * share:.1f} % left"])
+    return rows
+
+
+def _costs(gauges: Mapping[Key, float], report: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any, Callable[[Any], str]]]:
+    """Label, the versions' values, and how to show them: as the workers say, else as report.json has it."""
     for label, key, show in (("parameters", "parameters", count), ("MACs of one input", "macs", count),
                              ("stored weights", "bytes", size)):  # fmt: skip
         told = [gauges.get(Key(f"redpp_model_{key}", variant)) for variant in VARIANTS]
         kept = [number(dig(report, side, key)) for side in ("original", "pruned")]
         before, after = (kept[i] if told[i] is None else told[i] for i in (0, 1))
-        share = quotient(after, before)
-        rows.append([label, show(before), show(after), DASH if share is None else f"{100 * share:.1f} % left"])
-    return rows
+        yield label, before, after, show
+
+
+def left_shares(gauges: Mapping[Key, float], report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the pruned network still has, in percent of the original."""
+    found = [(label, quotient(after, before)) for label, before, after, _ in _costs(gauges, report)]
+    known = [(label, share) for label, share in found if share is not None]
+    return {"labels": [label for label, _ in known], "original": [100.0 for _ in known],
+            "redpp": [rounded(100 * share) for _, share in known]}  # fmt: skip
 
 
 def batch_shares(window: Window) -> dict[str, Any]:

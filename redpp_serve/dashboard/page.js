@@ -143,10 +143,10 @@ function readOut(figure) {
   place.textContent = `${ago(at[i])}: ${parts.join(", ")}`;
 }
 
-function drawBatches() {
-  const svg = $("batches"), {labels, original, redpp} = latest.batches, width = svg.clientWidth, row = 38;
+// Two bars for each label: percent of the original and of the pruned model.
+function drawPairs(id, {labels, original, redpp}) {
+  const svg = $(id), width = svg.clientWidth, row = 38;
   if (!width) return;
-  $("batches-empty").hidden = labels.length > 0;
   svg.replaceChildren();
   svg.setAttribute("height", Math.max(labels.length * row, 1));
   const left = 16 + 6.6 * Math.max(0, ...labels.map(t => t.length)), full = width - left - 58;
@@ -219,7 +219,8 @@ function showStatus(up, text) {
 function draw() {
   if (!latest) return;
   for (const figure of document.querySelectorAll("[data-curve]")) drawCurve(figure);
-  drawBatches();
+  drawPairs("batches", latest.batches);
+  drawPairs("left", latest.left);
   if (latest.experiment) {
     drawShares(latest.experiment.shares);
     drawIntervals(latest.experiment.intervals);
@@ -239,6 +240,7 @@ function show(data) {
     return item;
   }));
   for (const id of ["latency", "traffic", "workers", "network"]) fillTable(id, data[id]);
+  $("batches-empty").hidden = data.batches.labels.length > 0;
   write("compare-text", data.compare.text);
   write("compare-note", data.compare.note);
   $("compare-table").hidden = !data.compare.rows.length;
