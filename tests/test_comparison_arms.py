@@ -23,7 +23,9 @@ def simulated(seed: int, windows: int, **options: Any) -> list[ArmWindow]:
     return [dict(zip(SIZES.tolist(), [tuple(row) for row in window.tolist()], strict=True)) for window in run]
 
 
-@pytest.mark.parametrize(("share", "phi", "outliers"), [(0.1, 0.8, 0.0), (0.1, 0.0, 0.01), (0.01, 0.5, 0.0), (0.5, 0.8, 0.0)])
+@pytest.mark.parametrize(
+    ("share", "phi", "outliers"), [(0.1, 0.8, 0.0), (0.1, 0.0, 0.01), (0.01, 0.5, 0.0), (0.5, 0.8, 0.0)]
+)
 def test_false_alarms_under_continuous_peeking(share: float, phi: float, outliers: float) -> None:
     options: dict[str, Any] = {"share": share, "rate": 100, "swings": True, "phi": phi, "outliers": outliers}
     rng = numpy.random.default_rng(3)
@@ -116,7 +118,8 @@ def test_the_forecast_counts_windows() -> None:
 
 
 @pytest.mark.parametrize("counters", [
-    (1, math.nan, 1, 0.1), (1, 0.1, 1, math.inf), (-1, 0.0, 1, 0.1), (1, -0.1, 1, 0.1), (0, 0.1, 1, 0.1), (1, 0.1, 0, 0.1),
+    (1, math.nan, 1, 0.1), (1, 0.1, 1, math.inf), (-1, 0.0, 1, 0.1), (1, -0.1, 1, 0.1), (0, 0.1, 1, 0.1),
+    (1, 0.1, 0, 0.1),
 ])  # fmt: skip
 def test_counters_that_cannot_be_are_refused(counters: tuple[float, float, float, float]) -> None:
     with pytest.raises(RedppError, match="batches of 4 with the counters"):

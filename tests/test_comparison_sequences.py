@@ -29,7 +29,7 @@ from redpp_serve.errors import RedppError
 
 @pytest.mark.parametrize("noise", PAIRED)
 def test_false_alarms_under_continuous_peeking(noise: str) -> None:
-    """Without the correction for correlation AR(1) exceeds this by far, without longer blocks what hides under noise."""
+    """Without the correction for correlation AR(1) is far above, without longer blocks what hides under noise."""
     stops = paired_stops(PAIRED[noise](numpy.random.default_rng(11), 400, 3000))
     assert numpy.isfinite(stops).mean() <= 0.05
 
@@ -104,7 +104,7 @@ def test_blocks_double_and_their_number_stays_bounded() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 300), max_size=20), st.integers(1, 5), st.integers(0, 2**32 - 1))
-def test_feeding_in_any_portions_gives_the_same_interval_to_the_last_bit(cuts: list[int], block: int, seed: int) -> None:
+def test_portions_give_the_same_interval_to_the_last_bit(cuts: list[int], block: int, seed: int) -> None:
     values = numpy.random.default_rng(seed).standard_normal(900)
     whole, single, parts = (RatioSequence(block=block) for _ in range(3))
     whole.update(values)

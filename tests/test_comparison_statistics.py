@@ -94,7 +94,8 @@ def test_verdict_undecided() -> None:
     result = verdict(sequence_of(1.05, 1.0), **NAMES)
     assert result.kind == "undecided" and result.low < 1 < result.high
     assert result.needed is not None and result.needed > 1000
-    assert result.text.endswith(f"from 800 pairs); measure longer: about {rounded(result.needed)} more pairs are likely needed")
+    more = f"about {rounded(result.needed)} more pairs are likely needed"
+    assert result.text.endswith(f"from 800 pairs); measure longer: {more}")
     few = verdict(sequence_of(2.0, 0.1, pairs=40), **NAMES)
     assert (few.kind, few.low, few.high, few.mean, few.needed) == ("undecided", 0.0, math.inf, None, None)
     assert few.text == "no decision end to end between redpp and original: 40 pairs, at least 80 needed"

@@ -115,7 +115,8 @@ def p99_guardrail(
 
     Args:
         bounds: (b,) upper bounds of the buckets in seconds, ascending, without infinity.
-        original: (b + 1,) counts of times up to each bound, the last of all times (cumulative, as Prometheus has them).
+        original: (b + 1,) counts of times up to each bound since the experiment began, the last of all times
+            (cumulative, as Prometheus has them). Both arms' shares of the traffic must not have changed meanwhile.
         redpp: the same of the pruned arm.
         max_ratio: the limit.
         alpha: chance, over the whole run, of any wrong answer.
@@ -169,7 +170,7 @@ def _percentile(edges: Sequence[float], cumulative: Sequence[int]) -> float | No
 
 
 def _check_histogram(bounds: Sequence[float], cumulative: Sequence[int]) -> None:
-    ascending = all(0 < a < b < math.inf for a, b in zip(bounds, bounds[1:], strict=False))
+    ascending = all(a < b for a, b in zip([0.0, *bounds], [*bounds, math.inf], strict=True))
     growing = all(0 <= a <= b for a, b in zip(cumulative, cumulative[1:], strict=False))
     if not bounds or not ascending or not growing or len(cumulative) != len(bounds) + 1:
         raise RedppError(
