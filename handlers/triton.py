@@ -26,6 +26,7 @@ from .triton_metrics import TritonBinding
 log = logging.getLogger(__name__)
 
 CONFIG = "config.pbtxt"
+HANDLER_PARAMETER = "redpp_handler_ms"  # of a response, where the back end has such parameters; 24.10 has none
 
 
 @dataclass
@@ -78,6 +79,7 @@ class RedppModel:
         self._uncounted = sum(max(1, sample.get("count", 0)) for sample in samples)
         description = self.model.description
         labels = ModelLabels(args["model_name"], str(description["version"]), str(description["variant"]))
+        self._answers_parameters = _takes_parameters(backend)
         self._binding, self.metrics = TritonBinding(backend), None
         try:
             self.metrics = Metrics(labels, self._binding, device)
@@ -90,7 +92,8 @@ class RedppModel:
         start = time.perf_counter()
         items = [self._read(request) for request in requests]
         self._answer([item for item in items if item.outcome == "ok"])
-        responses = [self._response(item) for item in items]
+        seconds = time.perf_counter() - start
+        responses = [self._response(item, seconds) for item in items]
         if self._uncounted:  # Triton's warm-up comes before any client's request
             self._uncounted -= 1
         elif self.metrics:
@@ -164,13 +167,14 @@ class RedppModel:
     def _counting(self) -> Metrics | None:
         return None if self._uncounted else self.metrics
 
-    def _response(self, item: _Request) -> Any:
+    def _response(self, item: _Request, seconds: float) -> Any:
         backend = self._backend
         if item.outcome != "ok":
             codes = {"bad_request": backend.TritonError.INVALID_ARG, "error": backend.TritonError.INTERNAL}
             return backend.InferenceResponse(error=backend.TritonError(item.reason, codes[item.outcome]))
         outputs = [backend.Tensor.from_dlpack(f"output_{k}", y) for k, y in enumerate(item.outputs)]
-        return backend.InferenceResponse(output_tensors=outputs)
+        told = {"parameters": {HANDLER_PARAMETER: f"{seconds * 1000:.3f}"}} if self._answers_parameters else {}
+        return backend.InferenceResponse(output_tensors=outputs, **told)
 
 
 def non_finite_rows(x: Tensor) -> Tensor | None:
@@ -180,6 +184,14 @@ def non_finite_rows(x: Tensor) -> Tensor | None:
         return None
     wrong = ~torch.isfinite(x).flatten(1).all(1) if x.dim() > 1 else ~torch.isfinite(x)
     return wrong if bool(wrong.any()) else None
+
+
+def _takes_parameters(backend: Any) -> bool:
+    try:
+        backend.InferenceResponse(output_tensors=[], parameters={})
+    except TypeError:
+        return False
+    return True
 
 
 def _plain(y: Tensor) -> Tensor:

@@ -244,6 +244,19 @@ def test_a_gpu_that_torch_does_not_find_is_said_and_not_used(
     assert _device({**args, "model_instance_kind": "CPU"}) == "cpu"
 
 
+def test_answers_name_their_time_where_the_back_end_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Newer(stand_in.InferenceResponse):
+        def __init__(self, output_tensors: Any = (), error: Any = None, parameters: dict[str, str] | None = None) -> None:
+            super().__init__(output_tensors, error)
+            self.parameters = parameters
+
+    (plain,) = model(tmp_path).execute([stand_in.InferenceRequest({"x": values()})])
+    assert not hasattr(plain, "parameters")
+    monkeypatch.setattr(stand_in, "InferenceResponse", Newer)
+    good, bad = model(tmp_path).execute([stand_in.InferenceRequest({"x": values() * s}) for s in (1, float("nan"))])
+    assert 0 < float(good.parameters["redpp_handler_ms"]) < 60_000 and bad.parameters is None
+
+
 def test_a_binding_posts_what_is_set(tmp_path: Path) -> None:
     from redpp_serve.handlers.metrics import FAMILIES
 

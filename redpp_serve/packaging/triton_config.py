@@ -55,6 +55,7 @@ def triton_config(
         # Every GPU that there is gets an instance, a machine without one gets one on the CPU.
         "instance_group": [{"count": 1, "kind": Word("KIND_AUTO")}],
         "dynamic_batching": {
+            # Not the smaller buckets: two of three waiting requests would go ahead, and the third wait alone.
             "preferred_batch_size": [batch_size],
             "max_queue_delay_microseconds": 1000 * max_batch_delay_ms,
             # More requests than can be served soon are refused with 503, so that the others are served in time.
