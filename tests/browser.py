@@ -15,8 +15,8 @@ from typing import Any
 from tools import tool
 
 _TIMEOUT_S = 20.0
-_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
-          "--disable-extensions", "--disable-background-networking", "--remote-debugging-pipe")  # fmt: skip
+_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+          "--hide-scrollbars", "--disable-extensions", "--disable-background-networking", "--remote-debugging-pipe")  # fmt: skip
 # The browser reads commands from descriptor 3 and writes to 4; the shell moves the ends of our pipes there.
 _MOVED = 'read_end=$1 write_end=$2; shift 2; exec "$@" 3<&"$read_end" 4>&"$write_end"'
 
@@ -74,7 +74,8 @@ class Browser:
 
     def _message(self, deadline: float) -> dict[str, Any]:
         while b"\0" not in self._buffer:
-            assert select.select([self._in], [], [], max(deadline - time.monotonic(), 0))[0], "the browser does not answer"
+            ready, _, _ = select.select([self._in], [], [], max(deadline - time.monotonic(), 0))
+            assert ready, "the browser does not answer"
             data = os.read(self._in, 1 << 16)
             assert data, "the browser has ended"
             self._buffer += data

@@ -1,1 +1,1 @@
-"""A page with live numbers of both versions, for people without Grafana: scraped, kept for minutes, served on loopback."""
+"""A page with live numbers of both versions for people without Grafana: scraped, kept for minutes, on loopback."""

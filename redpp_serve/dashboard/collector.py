@@ -70,11 +70,12 @@ class Collector:
             for key, value in target.scrape(self._model).items():
                 gained[key] = gained.get(key, 0.0) + value
         with self._lock:
-            if math.isnan(self._served_at) or any(t.serves and not t.problem for t in self._targets):
+            served = any(target.serves and not target.problem for target in self._targets)
+            if served or math.isnan(self._served_at):
                 self._served_at = now
             self._history.add(now, gained)
             self._number += 1
-            self._trend.append((self._number, now, self._point()))
+            self._trend.append((self._number, now, self._point() if served else {}))
             while self._trend[0][1] < now - KEPT_S:
                 self._trend.popleft()
 
@@ -87,6 +88,7 @@ class Collector:
         self._targets = [known.get(url) or Target(url) for url in urls]
 
     def _point(self) -> dict[str, float | None]:
+        """Of the curves; a server that does not answer leaves a gap instead."""
         window = self._history.window(_TREND_S)
         point: dict[str, float | None] = {}
         for variant in VARIANTS:
@@ -115,7 +117,7 @@ class Collector:
         return {
             "model": self._model, "window": seconds, "windows": list(WINDOWS), "span": round(window.span, 1),
             "headline": headline(self._model, window, targets, down_s)._asdict(),
-            "sources": [{"url": target.url, "up": not target.problem, "text": source_text(target)} for target in targets],
+            "sources": [{"url": t.url, "up": not t.problem, "text": source_text(t)} for t in targets],
             "speedups": figures.speedup_tiles(window),
             "latency": figures.latency_rows(window), "traffic": figures.traffic_rows(window),
             "workers": figures.worker_rows(window, gauges), "network": figures.model_rows(gauges, report),
@@ -128,8 +130,8 @@ class Collector:
         points = [(at, point) for number, at, point in self._trend if number % stride == 0]
         found: dict[str, Any] = {"seconds": [round(at - now, 1) for at, _ in points]}
         for curve in _CURVES:
-            found[curve] = {v: [figures.rounded(point[f"{curve} {v}"]) for _, point in points] for v in VARIANTS}
-        found["speedup"] = {"redpp": [figures.rounded(point["speedup"]) for _, point in points]}
+            found[curve] = {v: [figures.rounded(point.get(f"{curve} {v}")) for _, point in points] for v in VARIANTS}
+        found["speedup"] = {"redpp": [figures.rounded(point.get("speedup")) for _, point in points]}
         return found
 
     def _read_report(self) -> tuple[dict[str, Any], str]:

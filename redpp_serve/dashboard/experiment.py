@@ -52,7 +52,8 @@ def _agrees(interval: Mapping[str, Any], kind: str) -> bool:
 
 
 def _interval(gauges: Mapping[Key, float], source: str) -> dict[str, Any] | None:
-    found = {bound: gauges.get(Key("redpp_ab_speedup_ratio", "", f"{source} {bound}")) for bound in ("low", "mean", "high")}
+    bounds = ("low", "mean", "high")
+    found = {bound: gauges.get(Key("redpp_ab_speedup_ratio", "", f"{source} {bound}")) for bound in bounds}
     if any(value is None or value < 0 for value in found.values()):
         return None
     text = f"{found['mean']:.2f}x ({found['low']:.2f} to {found['high']:.2f})"
@@ -62,17 +63,18 @@ def _interval(gauges: Mapping[Key, float], source: str) -> dict[str, Any] | None
 def _shares(gauges: Mapping[Key, float]) -> list[dict[str, Any]]:
     """Configured shares; empty where they are not exported."""
     found = [gauges.get(Key("redpp_ab_traffic_ratio", "", arm)) for arm in VARIANTS]
-    if any(value is None for value in found):
+    known = [min(max(value, 0.0), 1.0) for value in found if value is not None]
+    if len(known) < len(VARIANTS):
         return []
-    return [{"arm": arm, "share": min(max(value or 0.0, 0.0), 1.0), "text": f"{NAMES[arm]} {100 * (value or 0.0):.0f} %"}
-            for arm, value in zip(VARIANTS, found)]  # fmt: skip
+    return [{"arm": arm, "share": share, "text": f"{NAMES[arm]} {100 * share:.0f} %"}
+            for arm, share in zip(VARIANTS, known)]  # fmt: skip
 
 
 def _rows(gauges: Mapping[Key, float], window: Window) -> list[list[str]]:
     sent = [window.total("redpp_ab_requests_total", "", arm) for arm in VARIANTS]
     total = sum(sent)
-    seen = "no traffic" if not total else " and ".join(f"{NAMES[a]} {100 * n / total:.1f} %" for a, n in zip(VARIANTS, sent))
-    rows = [["share of the requests in this window", seen]]
+    parts = [f"{NAMES[arm]} {100 * n / total:.1f} %" for arm, n in zip(VARIANTS, sent)] if total else ["no traffic"]
+    rows = [["share of the requests in this window", " and ".join(parts)]]
     pairs = gauges.get(Key("redpp_ab_pairs_total", ""))
     if pairs:
         agreement = gauges.get(Key("redpp_ab_agreement_ratio", ""))

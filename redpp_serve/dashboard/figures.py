@@ -48,7 +48,8 @@ def latency_rows(window: Window) -> list[Row]:
         rows.append([f"p{percentile}", *map(_percentile, found), times(ratio and ratio.value)])
     for label, name in (("mean", HANDLER), ("network alone, mean", NETWORK)):
         means = [window.mean(name, variant) for variant in VARIANTS]
-        rows.append([label, *(_known(mean, lambda v: milliseconds(1000 * v)) for mean in means), times(quotient(*means))])
+        shown = [_known(mean, lambda v: milliseconds(1000 * v)) for mean in means]
+        rows.append([label, *shown, times(quotient(*means))])
     return rows
 
 
@@ -93,13 +94,17 @@ def worker_rows(window: Window, gauges: Mapping[Key, float]) -> list[Row]:
     spent = [window.rate("redpp_worker_cpu_seconds_total", variant) for variant in VARIANTS]
     rows = [
         ["CPU", *("idle" if not value else f"{100 * value:.1f} % of a core" for value in spent)],
-        ["resident memory", *(size(gauges.get(Key("redpp_worker_resident_bytes", v))) for v in VARIANTS)],
+        ["resident memory", *(_memory(gauges, Key("redpp_worker_resident_bytes", v)) for v in VARIANTS)],
     ]
     devices = {key.detail for key in gauges if key.name == "redpp_device_memory_bytes"} - {"cpu", ""}
     for device in sorted(devices):
-        held = [size(gauges.get(Key("redpp_device_memory_bytes", variant, device))) for variant in VARIANTS]
+        held = [_memory(gauges, Key("redpp_device_memory_bytes", variant, device)) for variant in VARIANTS]
         rows.append([f"tensors on {shorten(device, 20)}", *held])
     return rows
+
+
+def _memory(gauges: Mapping[Key, float], key: Key) -> str:
+    return size(gauges[key]) if key in gauges else "unknown"
 
 
 def model_rows(gauges: Mapping[Key, float], report: Mapping[str, Any]) -> list[Row]:
@@ -111,7 +116,9 @@ def model_rows(gauges: Mapping[Key, float], report: Mapping[str, Any]) -> list[R
     return rows
 
 
-def _costs(gauges: Mapping[Key, float], report: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any, Callable[[Any], str]]]:
+def _costs(
+    gauges: Mapping[Key, float], report: Mapping[str, Any]
+) -> Iterator[tuple[str, float | None, float | None, Callable[[Any], str]]]:
     """Label, the versions' values, and how to show them: as the workers say, else as report.json has it."""
     for label, key, show in (("parameters", "parameters", count), ("MACs of one input", "macs", count),
                              ("stored weights", "bytes", size)):  # fmt: skip
@@ -140,8 +147,9 @@ def batch_shares(window: Window) -> dict[str, Any]:
 
 
 def _per_bucket(cumulative: Mapping[float, float]) -> dict[float, float]:
-    edges = sorted(cumulative)
-    found = {edge: max(cumulative[edge] - (cumulative[edges[i - 1]] if i else 0.0), 0.0) for i, edge in enumerate(edges)}
+    found, below = {}, 0.0
+    for edge in sorted(cumulative):
+        found[edge], below = max(cumulative[edge] - below, 0.0), cumulative[edge]
     return found if any(found.values()) else {}
 
 
@@ -161,10 +169,11 @@ def compare_card(report: Mapping[str, Any], when: str) -> dict[str, Any]:
     """The verdict of the last `compare`, from the folder's report.json."""
     verdict = dig(report, "verdict")
     if not verdict:
-        return {"text": "Not compared yet: redpp-serve compare sends the same inputs to both versions.", "rows": [], "note": ""}
+        text = "Not compared yet: redpp-serve compare sends the same inputs to both versions."
+        return {"text": text, "rows": [], "note": ""}
     rows = []
-    for label, key in (("handler p50", "handler_p50"), ("end-to-end p50", "end_to_end_p50"), ("end-to-end p99", "end_to_end_p99"),
-                       ("throughput", "throughput")):  # fmt: skip
+    for label, key in (("handler p50", "handler_p50"), ("end-to-end p50", "end_to_end_p50"),
+                       ("end-to-end p99", "end_to_end_p99"), ("throughput", "throughput")):  # fmt: skip
         ratio, low, high = (number(dig(report, "speedup", key, part)) for part in ("ratio", "low", "high"))
         if ratio is not None:
             rows.append([label, times(ratio), DASH if low is None or high is None else f"{low:.2f} to {high:.2f}"])

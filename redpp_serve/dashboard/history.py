@@ -34,7 +34,8 @@ class Window:
 
     def buckets(self, name: str, variant: str) -> dict[float, float]:
         """Upper edge -> observations up to it."""
-        return {float(k.detail): v for k, v in self._gains.items() if k.name == f"{name}_bucket" and k.variant == variant}
+        wanted = (f"{name}_bucket", variant)
+        return {float(k.detail): v for k, v in self._gains.items() if (k.name, k.variant) == wanted}
 
     def quantile(self, name: str, variant: str, share: float) -> Quantile | None:
         """A percentile of a histogram; None without observations."""

@@ -78,8 +78,9 @@ function drawCurve(figure) {
   svg.replaceChildren();
   const series = Object.keys(data), values = series.flatMap(name => data[name]).filter(v => v !== null);
   if (!values.some(v => v > 0)) {
-    shape(svg, "text", {x: width / 2, y: height / 2, "text-anchor": "middle", class: "empty"}, "no traffic yet");
-    svg.setAttribute("aria-label", "no traffic yet");
+    const words = unit === "%" ? "idle so far" : "no traffic yet";
+    shape(svg, "text", {x: width / 2, y: height / 2, "text-anchor": "middle", class: "empty"}, words);
+    svg.setAttribute("aria-label", words);
     return;
   }
   const top = Math.max(...values), floor = rule ? Math.min(rule * 0.8, ...values) : 0;
@@ -97,9 +98,10 @@ function drawCurve(figure) {
   }
   if (rule) {
     shape(svg, "line", {x1: left, x2: right, y1: y(rule), y2: y(rule), class: "equal"});
-    shape(svg, "text", {x: left + 6, y: y(rule) - 5}, "as fast as the original");
+    shape(svg, "text", {x: left + 6, y: y(rule) + 14}, "as fast as the original");
   }
-  for (const name of series) drawLine(svg, name, at, data[name], x, y, bottom);
+  // The dashed line goes over the solid one, so that both show where they meet.
+  for (const name of [...series].reverse()) drawLine(svg, name, at, data[name], x, y, bottom);
   const now = series.map(name => `${NAMES[name]} ${last(data[name], unit)}`).join(", ");
   svg.setAttribute("aria-label", `${figure.querySelector("b").textContent}, now: ${now}`);
   figure.geometry = {from, left, right, bottom, x};
@@ -108,7 +110,8 @@ function drawCurve(figure) {
 
 function last(values, unit) {
   const value = values[values.length - 1];
-  return value === null || value === undefined ? "no traffic" : `${exact(value)} ${unit}`;
+  if (!value) return unit === "%" ? "idle" : "no traffic";
+  return `${exact(value)} ${unit}`;
 }
 
 function drawLine(svg, name, at, values, x, y, bottom) {

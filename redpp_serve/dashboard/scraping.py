@@ -1,4 +1,4 @@
-"""One metrics URL: read, reduced to this project's samples, and differenced so that restarts of a server do not show."""
+"""One metrics URL: read, reduced to this project's samples, differenced so that a server's restart does not show."""
 
 from __future__ import annotations
 
@@ -117,9 +117,10 @@ def _key(name: str, labels: Mapping[str, str]) -> Key | None:
     label = COUNTERS.get(name, GAUGES.get(name))
     if label is None:
         return None
+    if name == "redpp_ab_speedup_ratio":
+        return Key(name, "", f"{labels.get('source')} {labels.get('bound')}")
     if name.startswith("redpp_ab_"):
-        detail = f"{labels.get('source')} {labels.get('bound')}" if name == "redpp_ab_speedup_ratio" else labels.get(label, "")
-        return Key(name, "", detail)
+        return Key(name, "", labels.get(label, ""))
     variant, detail = labels.get("variant", ""), labels.get(label, "")
     if variant not in VARIANTS or label in ("le", "batch") and not _is_number(detail):
         return None
@@ -219,6 +220,7 @@ def check_urls(urls: Iterable[str]) -> Iterator[str]:
 def _is_web_address(url: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable() and " " not in url
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        return bool(good) and url.isprintable() and " " not in url
     except ValueError:  # a port out of range, half an IPv6 address
         return False

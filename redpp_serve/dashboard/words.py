@@ -30,9 +30,10 @@ def last(window: Window) -> str:
 
 def span(low: float, high: float, scale: float = 1.0, unit: str = "") -> str:
     """'2.00 to 2.83 ms', or 'above 4096 ms' without an upper end."""
-    digits = 2 if not scale * low >= 100 else 0
-    tail = f" {unit}" if unit else ""
-    return f"above {scale * low:.{digits}f}{tail}" if math.isinf(high) else f"{scale * low:.{digits}f} to {scale * high:.{digits}f}{tail}"
+    digits = 2 if scale * low < 100 else 0
+    start = f"{scale * low:.{digits}f}"
+    found = f"above {start}" if math.isinf(high) else f"{start} to {scale * high:.{digits}f}"
+    return f"{found} {unit}".rstrip()
 
 
 def headline(model: str, window: Window, targets: Sequence[Target], down_s: float) -> Headline:
@@ -47,7 +48,8 @@ def headline(model: str, window: Window, targets: Sequence[Target], down_s: floa
     if all(target.problem for target in serving):
         why = shorten(serving[0].problem, 120) if serving else "no address"
         since = f"For {down_s:.0f} s: " if down_s >= 1 else ""
-        return Headline("The server does not answer", f"{since}{why}. The page goes on by itself when it is back.", "down")
+        detail = f"{since}{why}. The page goes on by itself when it is back."
+        return Headline("The server does not answer", detail, "down")
     if not any(target.serves for target in targets):
         return Headline(f"No metrics of {shorten(model, 60)} so far", _others(targets), "waiting")
     batches = {variant: window.total(f"{HANDLER}_count", variant) for variant in VARIANTS}
@@ -87,8 +89,8 @@ def _faster(window: Window, original: float, redpp: float) -> Headline:
     if ratio is None:
         return Headline("The handler's times are too short to compare", counts, "waiting")
     bounds = span(ratio.low or 0.0, math.inf if ratio.high is None else ratio.high)
-    return _sentence(ratio, f"p50, {last(window)}",
-                     f"{_pair('Handler time p50', ratio)} Within bucket precision the factor is {bounds}. {counts}")  # fmt: skip
+    detail = f"{_pair('Handler time p50', ratio)} Within bucket precision the factor is {bounds}. {counts}"
+    return _sentence(ratio, f"p50, {last(window)}", detail)
 
 
 def _pair(what: str, ratio: Ratio) -> str:
