@@ -1,6 +1,6 @@
 """deploy/docker: what the images are made from, how they start, and the probe. Images cannot be built here; the scripts run."""
 
-import io
+import contextlib
 import json
 import os
 import re
@@ -25,7 +25,8 @@ from packaging.specifiers import SpecifierSet
 from served import SHAPE, npy, write_archives
 
 from redpp_serve.packaging.server_config import LOG4J2, config_properties
-from redpp_serve.serving.ports import free_ports
+from redpp_serve.serving.ports import TritonPorts, free_ports
+from redpp_serve.serving.triton_binary import find_triton, link_backend
 
 DOCKER = DEPLOY / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
@@ -115,6 +116,7 @@ def test_triton_starts_on_the_versions_asked_for(tmp_path: Path, variant: str, v
     for version in ("1", "2"):
         (tmp_path / "models/triton/tiny" / version).mkdir(parents=True)
     (tmp_path / "models/triton/tiny/config.pbtxt").write_text("")
+    (tmp_path / "models/triton/tiny/warmup").mkdir()
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/tritonserver").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "bin/tritonserver").chmod(0o755)
@@ -122,10 +124,11 @@ def test_triton_starts_on_the_versions_asked_for(tmp_path: Path, variant: str, v
     variables["PATH"] = f"{tmp_path / 'bin'}:{variables['PATH']}"
     for _ in range(2):  # a restart finds what the first start left
         done = subprocess.run(["sh", DOCKER / "start-triton.sh"], env=variables, capture_output=True, text=True, check=True)
-    options = dict(line.removeprefix("--").split("=") if "=" in line else (line, "") for line in done.stdout.splitlines())
+    options = dict(line.removeprefix("--").split("=", 1) if "=" in line else (line, "") for line in done.stdout.splitlines())
     repository = Path(options["model-repository"])
-    assert sorted(p.name for p in (repository / "tiny").iterdir()) == [*versions, "config.pbtxt"]
+    assert sorted(p.name for p in (repository / "tiny").iterdir()) == [*versions, "config.pbtxt", "warmup"]
     assert options["model-control-mode"] == "none" and options["allow-grpc"] == "false"
+    assert re.fullmatch("[0-9a-f]{48}", re.search("--http-restricted-api=.*shared-memory.*=(.*)", done.stdout)[1])
     assert options["http-port"] == "8000" and options["metrics-port"] == "8002"
 
 
@@ -207,6 +210,59 @@ def test_torchserve_as_the_image_starts_it(tmp_path: Path) -> None:
                     child.kill()
 
 
+def test_triton_as_the_image_starts_it(packaged: Path, tmp_path: Path) -> None:
+    """A real server on loopback ports: the probe, what is closed, the metrics, and a worker that dies unnoticed."""
+    binary, ports = find_triton(print), free_ports(TritonPorts)
+    link_backend(binary, tmp_path / "backends")
+    (tmp_path / "bin").mkdir()
+    memory = f"redpp-test-{os.getpid()}"
+    wrapper = tmp_path / "bin/tritonserver"  # the image has the server in PATH and its back ends in place
+    wrapper.write_text(
+        '#!/bin/sh\nfor word; do shift; case "$word" in\n'
+        '--*-address=*) word="${word%=*}=127.0.0.1" ;;\n'
+        f'--metrics-port=*) word=--metrics-port={ports.metrics} ;;\n'
+        f'esac; set -- "$@" "$word"; done\nexec {binary.program} "$@" --backend-directory={tmp_path / "backends"} '
+        f"--allow-gpu-metrics=false --log-info=false --backend-config=python,shm-region-prefix-name={memory}\n"
+    )
+    wrapper.chmod(0o755)
+    (tmp_path / "tmp").mkdir()
+    variables = environment(
+        SERVER="triton", MODELS=packaged, MODEL_NAME="small", VARIANT="redpp", TMPDIR=tmp_path / "tmp", HTTP_PORT=ports.http,
+        URL=f"http://127.0.0.1:{ports.http}", LD_LIBRARY_PATH=os.pathsep.join(map(str, binary.libraries)),
+        PYTHONDONTWRITEBYTECODE=1,
+    )  # fmt: skip
+    variables["PATH"] = f"{tmp_path / 'bin'}:{variables['PATH']}"
+    probing = {key: value for key, value in variables.items() if key != "LD_LIBRARY_PATH"}
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(["sh", DOCKER / "start-triton.sh"], env=variables, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 90
+        while (probed := _probe(probing)).returncode:
+            assert server.poll() is None and time.monotonic() < deadline, (probed.stderr, (tmp_path / "log").read_text())
+            time.sleep(0.3)
+        metrics = _get(f"http://127.0.0.1:{ports.metrics}/metrics")
+        assert re.search(r'redpp_handler_seconds_count{.*variant="redpp".*} [1-9]', metrics) and 'variant="original"' not in metrics
+        for path in ("repository/index", "repository/models/small/load", "systemsharedmemory/region/a/register", "logging"):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{ports.http}/v2/{path}", b"{}"), timeout=10)
+            assert refused.value.code in (400, 403)
+        workers = [p for p in psutil.Process(server.pid).children(recursive=True) if "stub" in p.name() or "stub" in "".join(p.cmdline())]
+        for worker in workers:
+            worker.kill()
+        psutil.wait_procs(workers, timeout=10)
+        assert workers and _get(f"http://127.0.0.1:{ports.http}/v2/health/ready") == ""  # the server notices nothing
+        probed = _probe({**probing, "PROBE_TIMEOUT_S": "1"})
+        assert probed.returncode == 1 and ("answered 500" in probed.stderr or "timed out" in probed.stderr)
+    finally:
+        children = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
+        for process in (server, *children):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        server.wait()
+        for left in Path("/dev/shm").glob(f"{memory}*"):
+            left.unlink()
+
+
 # ---- the probe
 
 class Server(BaseHTTPRequestHandler):
@@ -217,7 +273,7 @@ class Server(BaseHTTPRequestHandler):
     seen: list[tuple[str, dict[str, str], bytes]] = []
 
     def do_GET(self) -> None:
-        self._reply(200, json.dumps({"name": "tiny", "inputs": self.inputs}).encode())
+        self._reply(200, json.dumps({"name": "tiny", "versions": ["1", "2"], "inputs": self.inputs}).encode())
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -264,21 +320,20 @@ def test_the_probe_sends_triton_the_sample(fake: tuple[type[Server], str], tmp_p
     numpy.save(tmp_path / "sample.npy", X)
     probed = _probe(environment(SERVER="triton", MODEL_NAME="tiny", MODELS=tmp_path, URL=url))
     assert (probed.returncode, probed.stderr) == (0, "")
-    ((path, headers, body),) = handler.seen
-    assert path == "/v2/models/tiny/infer"
-    assert _sent(body, headers["inference-header-content-length"]) == {"image": ("FP32", [1, *SHAPE], X.tobytes())}
+    assert [path for path, *_ in handler.seen] == [f"/v2/models/tiny/versions/{version}/infer" for version in "12"]
+    for _, headers, body in handler.seen:
+        assert _sent(body, headers["inference-header-content-length"]) == {"image": ("FP32", [1, *SHAPE], X.tobytes())}
 
 
 def test_the_probe_sends_triton_several_inputs_by_name(fake: tuple[type[Server], str], tmp_path: Path) -> None:
     handler, url = fake
-    words, scale = numpy.arange(5, dtype=numpy.int64), numpy.array([1.5, -2], dtype=numpy.float32)
-    handler.inputs = [{"name": "scale", "datatype": "BF16", "shape": [-1, 2]}, {"name": "words", "datatype": "INT64", "shape": [-1, 5]}]
+    words, scale = numpy.arange(5, dtype=numpy.int64), numpy.array([1.5, -2], dtype=numpy.float16)
+    handler.inputs = [{"name": "scale", "datatype": "FP16", "shape": [-1, 2]}, {"name": "words", "datatype": "INT64", "shape": [-1, 5]}]
     numpy.savez(tmp_path / "sample.npz", words=words, scale=scale)
     assert _probe(environment(SERVER="triton", MODEL_NAME="tiny", MODELS=tmp_path, URL=url)).returncode == 0
-    ((_, headers, body),) = handler.seen
-    upper_halves = (scale.view(numpy.uint32) >> 16).astype(numpy.uint16).tobytes()
+    _, headers, body = handler.seen[0]
     assert _sent(body, headers["inference-header-content-length"]) == {
-        "scale": ("BF16", [1, 2], upper_halves), "words": ("INT64", [1, 5], words.tobytes())}  # fmt: skip
+        "scale": ("FP16", [1, 2], scale.tobytes()), "words": ("INT64", [1, 5], words.tobytes())}  # fmt: skip
 
 
 @pytest.mark.parametrize("token", [None, "abc"])
@@ -290,11 +345,12 @@ def test_the_probe_sends_torchserve_the_sample_and_its_token(
     if token:
         (tmp_path / "redpp").mkdir()
         (tmp_path / "redpp/key_file.json").write_text(json.dumps({"inference": {"key": token}}))
-    variables = environment(SERVER="torchserve", MODEL_NAME="tiny", MODELS=tmp_path, URL=url, TMPDIR=tmp_path)
-    assert _probe(variables).returncode == 0
-    ((path, headers, body),) = handler.seen
-    assert (path, body) == ("/predictions/tiny", npy(X))
-    assert headers.get("authorization") == (token and f"Bearer {token}")
+    for variant, paths in (("both", ["/1.0", "/2.0"]), ("redpp", [""])):
+        handler.seen.clear()
+        variables = environment(SERVER="torchserve", MODEL_NAME="tiny", MODELS=tmp_path, URL=url, TMPDIR=tmp_path, VARIANT=variant)
+        assert _probe(variables).returncode == 0
+        assert [(path, body) for path, _, body in handler.seen] == [(f"/predictions/tiny{path}", npy(X)) for path in paths]
+        assert {headers.get("authorization") for _, headers, _ in handler.seen} == {token and f"Bearer {token}"}
 
 
 @pytest.mark.parametrize("server", ["triton", "torchserve"])
@@ -333,13 +389,11 @@ def test_the_probe_says_what_its_environment_lacks(variables: dict[str, str], me
     assert probed.returncode == 1 and message in probed.stderr and "Traceback" not in probed.stderr
 
 
-def test_samples_of_another_size_or_order_are_refused(fake: tuple[type[Server], str], tmp_path: Path) -> None:
+def test_a_sample_that_is_no_plain_array_is_refused(fake: tuple[type[Server], str], tmp_path: Path) -> None:
     handler, url = fake
-    handler.inputs = [{"name": "image", "datatype": "FP16", "shape": [-1, 2]}]
-    for array in (numpy.zeros((3, 2), numpy.float32), numpy.asfortranarray(numpy.zeros((3, 2), numpy.float32))):
-        stream = io.BytesIO()
-        numpy.save(stream, array)
-        (tmp_path / "sample.npy").write_bytes(stream.getvalue())
+    handler.inputs = [{"name": "image", "datatype": "FP32", "shape": [-1, 2]}]
+    for content in (npy(numpy.asfortranarray(numpy.zeros((3, 2), numpy.float32))), npy(numpy.zeros(2, ">f4")), b"garbage", b""):
+        (tmp_path / "sample.npy").write_bytes(content)
         probed = _probe(environment(SERVER="triton", MODEL_NAME="tiny", MODELS=tmp_path, URL=url))
-        assert probed.returncode == 1 and "the sample " in probed.stderr
+        assert probed.returncode == 1 and "the sample " in probed.stderr and "Traceback" not in probed.stderr
     assert handler.seen == []

@@ -1,10 +1,10 @@
-"""Health by inference: asks the model server for one prediction of the package's sample. Exit code 0 or 1.
+"""Health by inference: asks every version the server has for a prediction of the package's sample. Exit code 0 or 1.
 
 A server whose worker is dead can say that it is ready for ever; a prediction cannot lie. Needs nothing but Python and
 the package's folder, so that it runs in a container as a health check and in Kubernetes as a probe.
 
-Environment: SERVER (``torchserve`` or ``triton``), MODEL_NAME, MODELS (the package's folder); optional URL (base of
-inference) and PROBE_TIMEOUT_S. On a TorchServe with tokens the token is read from ``key_file.json`` in TMPDIR/redpp.
+Environment: SERVER (``torchserve`` or ``triton``), MODEL_NAME, MODELS (the package's folder), VARIANT (``original``,
+``redpp`` or ``both``); optional URL (base of inference) and PROBE_TIMEOUT_S (for each request). On a TorchServe with tokens the token is read from ``key_file.json`` in TMPDIR/redpp.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import ast
 import io
 import json
-import math
 import os
 import sys
 import urllib.error
@@ -23,8 +22,6 @@ from pathlib import Path
 
 DEFAULT_URLS = {"torchserve": "http://127.0.0.1:8080", "triton": "http://127.0.0.1:8000"}
 _HEADER = "Inference-Header-Content-Length"
-_SIZES = {"BOOL": 1, "UINT8": 1, "INT8": 1, "INT16": 2, "UINT16": 2, "FP16": 2, "BF16": 2, "INT32": 4, "UINT32": 4,
-          "FP32": 4, "INT64": 8, "UINT64": 8, "FP64": 8}  # fmt: skip
 
 
 class Unhealthy(Exception):
@@ -45,11 +42,11 @@ def main() -> int:
 
 
 def probe(environment: Mapping[str, str]) -> None:
-    """Ask for one prediction.
+    """Ask for one prediction of each version.
 
     Raises:
         KeyError: a variable is missing.
-        Unhealthy, OSError, ValueError: no prediction came.
+        Unhealthy, OSError, ValueError: a prediction did not come.
     """
     kind, name, models = (environment[key] for key in ("SERVER", "MODEL_NAME", "MODELS"))
     if kind not in DEFAULT_URLS:
@@ -62,7 +59,8 @@ def probe(environment: Mapping[str, str]) -> None:
         _triton(f"{url}/v2/models/{name}", samples[0], timeout_s)
     else:
         key_file = Path(environment.get("TMPDIR", "/tmp")) / "redpp" / "key_file.json"
-        _torchserve(f"{url}/predictions/{name}", samples[0], key_file, timeout_s)
+        for version in ("/1.0", "/2.0") if environment.get("VARIANT", "both") == "both" else ("",):
+            _torchserve(f"{url}/predictions/{name}{version}", samples[0], key_file, timeout_s)
 
 
 def _torchserve(url: str, sample: Path, key_file: Path, timeout_s: float) -> None:
@@ -74,22 +72,23 @@ def _torchserve(url: str, sample: Path, key_file: Path, timeout_s: float) -> Non
 
 
 def _triton(url: str, sample: Path, timeout_s: float) -> None:
-    """One request in the binary form of the inference protocol: a JSON header, then the inputs' bytes."""
-    inputs = json.loads(_ask(url, None, {}, timeout_s)[0])["inputs"]
-    tensors = _arrays(sample, inputs[0]["name"])
+    """Requests in the binary form of the inference protocol: a JSON header, then the inputs' bytes."""
+    model = json.loads(_ask(url, None, {}, timeout_s)[0])
+    tensors = _arrays(sample, model["inputs"][0]["name"])
     header, body = [], b""
-    for spec in inputs:
+    for spec in model["inputs"]:
         shape, content = tensors[spec["name"]]
-        content = _as_sent(content, spec["datatype"], math.prod(shape))
         header.append({"name": spec["name"], "datatype": spec["datatype"], "shape": [1, *shape],
                        "parameters": {"binary_data_size": len(content)}})  # fmt: skip
         body += content
     # Outputs come in binary too: the server cannot write numbers of half precision as JSON.
     described = json.dumps({"inputs": header, "parameters": {"binary_data_output": True}}).encode()
     headers = {"Content-Type": "application/octet-stream", _HEADER: str(len(described))}
-    answer, length = _ask(f"{url}/infer", described + body, headers, timeout_s)
-    if not json.loads(answer[: int(length or len(answer))]).get("outputs"):
-        raise Unhealthy(f"{url} answered without outputs")
+    for version in model["versions"]:
+        versioned = f"{url}/versions/{version}/infer"
+        answer, length = _ask(versioned, described + body, headers, timeout_s)
+        if not json.loads(answer[: int(length or len(answer))]).get("outputs"):
+            raise Unhealthy(f"{versioned} answered without outputs")
 
 
 def _arrays(sample: Path, first: str) -> dict[str, tuple[tuple[int, ...], bytes]]:
@@ -103,22 +102,14 @@ def _arrays(sample: Path, first: str) -> dict[str, tuple[tuple[int, ...], bytes]
 def _read_npy(content: bytes) -> tuple[tuple[int, ...], bytes]:
     """Shape and data of an .npy file; samples are written in C order on little-endian machines."""
     stream = io.BytesIO(content)
-    magic, major = stream.read(6), stream.read(2)[0]
+    magic, major = stream.read(6), stream.read(1)
     if magic != b"\x93NUMPY":
         raise ValueError("the sample is not an .npy file")
-    described = ast.literal_eval(stream.read(int.from_bytes(stream.read(2 if major == 1 else 4), "little")).decode("latin1"))
+    stream.read(1)
+    described = ast.literal_eval(stream.read(int.from_bytes(stream.read(2 if major == b"\x01" else 4), "little")).decode("latin1"))
     if described["fortran_order"] or described["descr"].startswith(">"):
         raise ValueError(f"the sample is stored as {described}, expected C order and little-endian numbers")
     return tuple(described["shape"]), stream.read()
-
-
-def _as_sent(content: bytes, datatype: str, count: int) -> bytes:
-    """The bytes that the server expects; a sample of a bfloat16 input is stored as float32, whose upper half it is."""
-    if datatype == "BF16" and len(content) == 4 * count:
-        return b"".join(content[i + 2 : i + 4] for i in range(0, len(content), 4))
-    if len(content) != count * _SIZES[datatype]:
-        raise ValueError(f"the sample has {len(content)} bytes for {count} numbers of type {datatype}")
-    return content
 
 
 def _ask(url: str, body: bytes | None, headers: dict[str, str], timeout_s: float) -> tuple[bytes, str | None]:

@@ -3,9 +3,9 @@
 set -eu
 : "${MODEL_NAME:?the name of the packaged model is needed}"
 case "${VARIANT:-both}" in
-  both) version= ;;
-  original) version=1 ;;
-  redpp) version=2 ;;
+  both) other= ;;
+  original) other=2 ;;
+  redpp) other=1 ;;
   *) echo "VARIANT is '$VARIANT', expected original, redpp or both" >&2; exit 2 ;;
 esac
 packaged="$MODELS/triton/$MODEL_NAME"
@@ -14,13 +14,18 @@ if [ ! -f "$packaged/config.pbtxt" ]; then
   exit 2
 fi
 repository="$MODELS/triton"
-if [ -n "$version" ]; then  # the server loads every version it finds, so it gets a repository with one
+if [ -n "$other" ]; then  # the server loads every version it finds, so it gets a repository with one
   repository="$TMPDIR/redpp/repository"
   rm -rf "$repository"
   mkdir -p "$repository/$MODEL_NAME"
-  cp -R "$packaged/config.pbtxt" "$packaged/$version" "$repository/$MODEL_NAME/"
+  for entry in "$packaged"/*; do
+    [ "${entry##*/}" = "$other" ] || cp -R "$entry" "$repository/$MODEL_NAME/"
+  done
 fi
-# No model control: a version is chosen by the gateway. HTTP only, for the gateway splits nothing else.
+# No model control: a version is chosen by the gateway. HTTP only, for the gateway splits nothing else. What is no
+# inference gets a key that nobody knows.
+key=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')
 exec tritonserver --model-repository="$repository" --model-control-mode=none --disable-auto-complete-config \
     --http-address=0.0.0.0 --http-port="${HTTP_PORT:-8000}" --allow-grpc=false \
+    --http-restricted-api="model-repository,shared-memory,trace,logging:redpp-closed=$key" \
     --metrics-address=0.0.0.0 --metrics-port=8002 --exit-timeout-secs=30
