@@ -8,6 +8,7 @@ the last tenth of a second.
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 import time
 from bisect import bisect_left
@@ -17,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .metrics import Family, Instrument
+
+log = logging.getLogger(__name__)
 
 WRITE_EVERY_S = 0.1
 
@@ -68,7 +71,10 @@ class PrometheusBinding:
     def _write_on(self) -> None:
         while True:
             time.sleep(WRITE_EVERY_S)
-            self.write()
+            try:
+                self.write()
+            except Exception:  # the thread goes on: else what is noted would pile up
+                log.exception("metrics could not be written")
 
 
 class Noted:

@@ -9,7 +9,11 @@ import pytest
 import yaml
 from tools import tool
 
+from redpp_serve.experiment import supervisor
+from redpp_serve.experiment.spec import Spec
+from redpp_serve.experiment.split import parse_split
 from redpp_serve.handlers.metrics import FAMILIES
+from redpp_serve.serving.ports import Ports, TritonPorts, consecutive_ports
 
 FOLDER = Path(__file__).parent.parent / "deploy" / "prometheus"
 RULES = [rule for name in ("rules.yml", "alerts.yml")
@@ -81,8 +85,27 @@ def test_an_alert_says_what_to_do(alert: dict) -> None:
     assert all(alert["annotations"][key].strip() for key in ("summary", "description", "action"))
 
 
+def test_the_scraped_ports_are_those_of_the_commands_it_names() -> None:
+    config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
+    scraped = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
+    served = {"torchserve": consecutive_ports(Ports, 8080).exporter, "triton": consecutive_ports(TritonPorts, 8000).metrics}
+    for kind, port in served.items():
+        spec = Spec(Path("dist"), None, kind, parse_split("90:10"), None, shadow=False, port=8088)
+        gateway, server = supervisor._ports(spec)
+        behind = server.exporter if isinstance(server, Ports) else server.metrics
+        assert scraped[f"redpp-{kind}"] == [f"127.0.0.1:{port}", f"127.0.0.1:{behind}"]
+        assert scraped["redpp-ab"] == [f"127.0.0.1:{gateway.metrics}"]
+
+
 def test_rules_read_metrics_that_exist() -> None:
     suffixes = {"histogram": ("_bucket", "_sum", "_count")}
     exported = {family.name + suffix for family in FAMILIES.values() for suffix in suffixes.get(family.kind, ("",))}
     used = set(re.findall(r"(?<!:)\bredpp_(?!ab_)\w+\b(?!:)", " ".join(rule["expr"] for rule in RULES)))
     assert used and used <= exported
+
+
+def test_the_readme_names_every_metric_and_only_rules_that_exist() -> None:
+    text = (FOLDER.parent / "README.md").read_text()
+    assert set(re.findall(r"\w+:redpp_\w+:\w+", text)) <= {rule.get("record") for rule in RULES}
+    named = set(re.findall(r"\bredpp_\w+", text)) | {"redpp_model" + part for part in ("_macs", "_bytes")}
+    assert set(FAMILIES) <= named

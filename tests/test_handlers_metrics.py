@@ -214,6 +214,20 @@ def test_what_is_written_together_counts_as_what_is_observed_one_by_one() -> Non
     assert found == pytest.approx(expected) and len(expected) == len(SECONDS_BUCKETS) + 3
 
 
+def test_what_cannot_be_written_does_not_end_the_writing(caplog: pytest.LogCaptureFixture) -> None:
+    binding = PrometheusBinding()
+    count = binding.instrument(FAMILIES["redpp_requests_total"], {"outcome": "ok"})
+    count.inc(-1)  # a counter refuses
+    deadline = time.monotonic() + 10
+    while not caplog.records and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [record.message for record in caplog.records] == ["metrics could not be written"]
+    count.inc(2)
+    while binding.registry.get_sample_value("redpp_requests_total", {"outcome": "ok"}) != 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_batch_costs_the_handler_a_few_microseconds() -> None:
     recorder = Metrics(ModelLabels("digits", "1.0", "original"), PrometheusBinding())
 
