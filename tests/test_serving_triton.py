@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -139,7 +140,8 @@ def test_oversize_and_damaged_bodies_are_refused_and_harm_nobody(server: TritonS
 
 
 def test_nothing_listens_beyond_loopback(server: TritonServer) -> None:
-    found = {(c.laddr.ip, c.laddr.port) for p in mine() for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    listening = [c.laddr for p in mine() for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    found = {(address.ip.removeprefix("::ffff:"), address.port) for address in listening}
     assert found == {("127.0.0.1", port) for port in (server.ports.http, server.ports.grpc, server.ports.metrics)}
 
 
@@ -160,15 +162,23 @@ def pids(server: TritonServer, version: str) -> list[int]:
     return [p.pid for p in mine() if f"{server.home}/models/small/{version}/model.py" in p.cmdline()]
 
 
+def kill_worker(server: TritonServer, version: str) -> int:
+    """The number of the process; the server does not collect it, so it stays as a zombie."""
+    (pid,) = pids(server, version)
+    psutil.Process(pid).kill()
+    until = time.monotonic() + 10
+    while pids(server, version) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert pids(server, version) == []
+    return pid
+
+
 @pytest.mark.parametrize("victim", ["original", "redpp", "default"])
 def test_a_dead_worker_is_noticed_and_replaced(server: TritonServer, victim: str) -> None:
     """Triton calls itself ready all the while."""
     running = server.running()
     version = {"original": "1", "redpp": "2"}.get(victim) or next(v for v in ("3", "4") if pids(server, v))
-    (pid,) = pids(server, version)
-    process = psutil.Process(pid)
-    process.kill()
-    process.wait(10)
+    pid = kill_worker(server, version)
     health = probe(running, victim)
     assert "answers 500" in health.problem and health.variant == victim
     others = {"original", "redpp", "default"} - {victim}
@@ -186,10 +196,8 @@ def test_a_dead_worker_is_noticed_and_replaced(server: TritonServer, victim: str
 def test_workers_that_die_again_and_again_end_it(server: TritonServer) -> None:
     server._revived.clear()
     for _ in range(module._DEATHS):
-        server._revived.append(module.time.monotonic())
-    (pid,) = pids(server, "2")
-    psutil.Process(pid).kill()
-    psutil.Process(pid).wait(10)
+        server._revived.append(time.monotonic())
+    kill_worker(server, "2")
     with pytest.raises(RedppError, match="version 2 die again and again"):
         server.check_alive()
     server._revived.clear()
@@ -210,7 +218,7 @@ def test_sigterm_ends_serve_and_leaves_nothing(packaged: Path, tmp_path: Path, t
         return subprocess.run([sys.executable, "-m", "redpp_serve.cli", *words, str(packaged)], env=environment,
                               capture_output=True, text=True, timeout=120)  # fmt: skip
 
-    command = [sys.executable, "-m", "redpp_serve.cli", "serve", "--server", "triton", str(packaged), "--workers", "2"]
+    command = [sys.executable, "-m", "redpp_serve.cli", "serve", "--server", "triton", str(packaged)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout and process.stderr
     try:
@@ -222,7 +230,7 @@ def test_sigterm_ends_serve_and_leaves_nothing(packaged: Path, tmp_path: Path, t
             printed[key] = value.strip()
         assert set(printed) == {"original", "redpp", "default", "metrics", "token", "try", "promote"}, process.stderr.read()
         started = psutil.Process(process.pid).children(recursive=True)
-        assert len(started) >= 7  # the server, and two workers of three versions
+        assert len(started) >= 4  # the server, both versions and the stand-in
         asked = subprocess.run(["bash", "-c", printed["try"]], capture_output=True, timeout=60)
         assert json.loads(asked.stdout)["model_version"] == "2", asked.stderr
         assert run("promote").stdout == f"requests to {printed['default']} now go to redpp\n"
@@ -232,7 +240,7 @@ def test_sigterm_ends_serve_and_leaves_nothing(packaged: Path, tmp_path: Path, t
         memory = {path.name for path in Path("/dev/shm").glob("redpp-*")}
         assert memory
         process.send_signal(signal.SIGTERM)
-        assert process.wait(STOP_S) == 0 and process.stderr.read().endswith("4 of 4 workers ready\nstopped\n")
+        assert process.wait(STOP_S) == 0 and process.stderr.read().endswith("2 of 2 workers ready\nstopped\n")
     finally:
         process.terminate()
         process.wait(STOP_S)

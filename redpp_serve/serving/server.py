@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 from redpp_serve.errors import RedppError
-from redpp_serve.packaging.mar import check_name
 
 from .ports import ADDRESS, Ports, TritonPorts, check_ports
 from .processes import kill_session
@@ -61,6 +60,8 @@ class LocalServer(ABC):
         self, folder: Path, *, name: str, versions: tuple[str, str], workers: int, ports: Any, auth: bool,
         progress: Callable[[str], None], timeout_s: float,
     ) -> None:  # fmt: skip
+        from redpp_serve.packaging.mar import check_name  # with torch, which commands on a running server do not need
+
         check_name(name)
         self.folder, self.name, self.versions = Path(folder).resolve(), name, versions
         self.workers, self.auth, self.ports = workers, auth, ports
