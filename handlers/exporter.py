@@ -13,20 +13,24 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .living import forget_the_dead
+from .living import counted_files
 
 
-class _Workers:
-    """All workers' metrics in one: sums over everything that was ever done, and over the memory of those that live."""
+class Workers:
+    """All workers' metrics in one: sums over everything that was ever done, and over the memory of those that live.
+
+    Args:
+        folder: the workers' ``PROMETHEUS_MULTIPROC_DIR``; only read.
+    """
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
 
     def collect(self) -> Iterable[Any]:
+        """For prometheus_client."""
         from prometheus_client.multiprocess import MultiProcessCollector
 
-        forget_the_dead(self._folder)
-        return MultiProcessCollector(None, path=self._folder).collect()
+        return MultiProcessCollector.merge(counted_files(self._folder))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     os.makedirs(options.dir, exist_ok=True)
     registry = CollectorRegistry()
-    registry.register(_Workers(options.dir))
+    registry.register(Workers(options.dir))
     server, thread = start_http_server(options.port, options.address, registry)
     stop.wait()
     server.shutdown()

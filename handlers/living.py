@@ -22,11 +22,10 @@ def show_life(folder: str | Path) -> None:
         fcntl.flock(_held[path], fcntl.LOCK_EX)
 
 
-def forget_the_dead(folder: str | Path) -> None:
-    """Remove the gauges, such as memory, of workers that live no more. Their counters stay: what they did is done."""
-    for path in Path(folder).glob("gauge_live*_*.db"):
-        if not _lives(folder, path.stem.rsplit("_", 1)[1]):
-            path.unlink(missing_ok=True)  # another scrape may have been faster
+def counted_files(folder: str | Path) -> list[str]:
+    """The workers' files that count: all but the gauges, such as memory, of workers that live no more."""
+    files = sorted(Path(folder).glob("*.db"))
+    return [str(f) for f in files if not f.name.startswith("gauge_live") or _lives(folder, f.stem.rsplit("_", 1)[1])]
 
 
 def _lives(folder: str | Path, worker: str) -> bool:

@@ -11,10 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
-from prometheus_client.multiprocess import MultiProcessCollector
 
 from redpp_serve.handlers import metrics
-from redpp_serve.handlers.living import forget_the_dead
+from redpp_serve.handlers.exporter import Workers
 from redpp_serve.handlers.metrics import FAMILIES, SECONDS_BUCKETS, Metrics, ModelLabels, open_metrics
 from redpp_serve.handlers.prometheus import WRITE_EVERY_S, PrometheusBinding
 
@@ -50,9 +49,9 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> CollectorRegistry:
 
 
 def collected(folder: Path) -> CollectorRegistry:
-    """As the exporter collects, see there."""
+    """As the exporter collects."""
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, path=str(folder))
+    registry.register(Workers(str(folder)))
     return registry
 
 
@@ -109,7 +108,6 @@ def test_memory_of_a_dead_worker_counts_no_more_and_its_work_still_does(
     tmp_path: Path, living: list[subprocess.Popen[str]]
 ) -> None:
     def values() -> dict[str, float | None]:
-        forget_the_dead(tmp_path)
         registry, labels = collected(tmp_path), {"version": "1.0", "model": "digits", "variant": "original"}
         found = {name: registry.get_sample_value(name, labels) for name in FAMILIES}
         found["device"] = registry.get_sample_value("redpp_device_memory_bytes", {**labels, "device": "cpu"})
