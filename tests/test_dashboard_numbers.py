@@ -19,7 +19,7 @@ from redpp_serve.dashboard.figures import (
 from redpp_serve.dashboard.history import History, Window
 from redpp_serve.dashboard.quantiles import quantile
 from redpp_serve.dashboard.scraping import Key, Target
-from redpp_serve.dashboard.speedups import equal_batch_ratio, network_ratio, percentile_ratio
+from redpp_serve.dashboard.speedups import equal_batch_ratio, network_ratio, noise, percentile_ratio
 from redpp_serve.dashboard.words import headline
 from redpp_serve.handlers.metrics import SECONDS_BUCKETS
 from redpp_serve.report.formats import DASH
@@ -128,6 +128,48 @@ def test_where_a_bucket_hides_the_difference_the_mean_speaks() -> None:
     even = words(window({1: (40, 0.0027)}, {1: (40, 0.00269)}))
     assert even.text == "Both versions answer equally fast (mean at equal batch size, last 60 s)"
     assert even.state == "even"
+
+
+def test_a_difference_within_the_noise_is_not_called_one() -> None:
+    """The same two times on average; once they swing from second to second by much more than they differ."""
+    for swing, text in ((0.5, "No clear difference between the versions (last 32 s)"),
+                        (0.0, "The pruned model answers 1.10 times as fast (mean at equal batch size, last 32 s)")):  # fmt: skip
+        history = History()
+        history.add(0.0, {})
+        for second in range(1, 33):
+            gains: dict[Key, float] = {}
+            for variant, seconds, period in (("original", 0.0022, 2), ("redpp", 0.0020, 4)):
+                took = seconds * (1 + swing if second % period < period / 2 else 1 - swing)
+                gains |= {Key("redpp_batches_total", variant, "1"): 10.0,
+                          Key("redpp_batch_seconds_total", variant, "1"): 10 * took,
+                          Key("redpp_handler_seconds_count", variant): 10.0,
+                          Key("redpp_handler_seconds_bucket", variant, "0.002"): 0.0,
+                          Key("redpp_handler_seconds_bucket", variant, "0.004"): 10.0,
+                          Key("redpp_handler_seconds_bucket", variant, "+Inf"): 10.0}  # fmt: skip
+            history.add(float(second), gains)
+        found = words(history.window(60))
+        assert found.text == text
+        assert ("give or take" in found.detail) == (swing > 0)
+
+
+def test_the_error_of_the_ratio_is_what_it_says() -> None:
+    """Against the spread of the ratio over many runs."""
+    random = np.random.default_rng(1)
+    ratios, errors = [], []
+    for _ in range(300):
+        history = History()
+        history.add(0.0, {})
+        for second in range(1, 41):
+            took = random.exponential(0.002, 2)
+            gains = {Key("redpp_batches_total", variant, "2"): 5.0 for variant in ("original", "redpp")}
+            times = zip(("original", "redpp"), took.tolist())
+            gains |= {Key("redpp_batch_seconds_total", variant, "2"): 5 * each for variant, each in times}
+            history.add(float(second), gains)
+        window = history.window(60)
+        ratios.append(math.log(equal_batch_ratio(window).value))
+        errors.append(noise(window))
+    assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.15)
+    assert noise(Window({}, 0.0)) is None
 
 
 def test_what_is_not_there_is_said_in_words() -> None:

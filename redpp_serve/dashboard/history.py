@@ -5,7 +5,10 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
+
+import numpy as np
 
 from redpp_serve.dashboard.quantiles import Quantile, quantile
 from redpp_serve.dashboard.scraping import Key
@@ -15,10 +18,26 @@ MAX_KEYS = 4096  # more come only from a server that invents labels; they are le
 
 
 class Window:
-    """Gains of the counters over a span of seconds."""
+    """Gains of the counters over a span of seconds.
 
-    def __init__(self, gains: Mapping[Key, float], span: float) -> None:
+    Args:
+        gains: of each series over the whole span.
+        span: seconds.
+        steps: (scrapes, series) the same from scrape to scrape; None: one scrape.
+    """
+
+    def __init__(self, gains: Mapping[Key, float], span: float, steps: np.ndarray | None = None) -> None:
         self._gains, self.span = gains, span
+        self._steps = np.array([list(gains.values())]) if steps is None else steps
+
+    def each(self, keys: Sequence[Key]) -> np.ndarray:
+        """(scrapes, keys): what the counters gained from scrape to scrape."""
+        places = {key: i for i, key in enumerate(self._gains)}
+        found = np.zeros((len(self._steps), len(keys)))
+        for i, key in enumerate(keys):
+            if key in places:
+                found[:, i] = self._steps[:, places[key]]
+        return found
 
     def total(self, name: str, variant: str, detail: str = "") -> float:
         """What one counter gained."""
@@ -78,6 +97,8 @@ class History:
             return Window({}, 0.0)
         now = self._times[-1]
         start = max(bisect_right(self._times, now - seconds + 1e-6) - 1, 0)
-        old, new = self._snapshots[start], self._snapshots[-1]
-        gains = {k: new[i] - (old[i] if i < len(old) else 0.0) for k, i in self._places.items()}
-        return Window(gains, now - self._times[start])
+        totals = np.zeros((len(self._times) - start, len(self._places)))
+        for row, snapshot in zip(totals, islice(self._snapshots, start, None)):
+            row[: len(snapshot)] = snapshot  # a series that was not there yet stood at zero
+        gains = dict(zip(self._places, (totals[-1] - totals[0]).tolist()))
+        return Window(gains, now - self._times[start], np.diff(totals, axis=0))

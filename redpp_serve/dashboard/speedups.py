@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from redpp_serve.comparison.arms import comparable
+from redpp_serve.comparison.arms import comparable, influence
 from redpp_serve.dashboard.history import Window
 from redpp_serve.dashboard.quantiles import Quantile
-from redpp_serve.dashboard.scraping import VARIANTS
+from redpp_serve.dashboard.scraping import VARIANTS, Key
 
 HANDLER, NETWORK, BATCH = "redpp_handler_seconds", "redpp_inference_seconds", "redpp_batch_size"
+
+_LEAST = 5
 
 
 class Ratio(NamedTuple):
@@ -40,6 +42,20 @@ def same_bucket(window: Window, share: float) -> Quantile | None:
     """The original's percentile, where both versions' lie in one bucket: their ratio then says nothing."""
     original, redpp = (window.quantile(HANDLER, variant, share) for variant in VARIANTS)
     return original if original and redpp and original.low == redpp.low else None
+
+
+def noise(window: Window) -> float | None:
+    """Standard error of log(`equal_batch_ratio`) from its spread over the scrapes, taken as independent; None where
+    fewer than `_LEAST` of them hold both versions."""
+    sizes = list(window.details("redpp_batches_total", "original"))
+    names = ("redpp_batches_total", "redpp_batch_seconds_total")
+    keys = [Key(name, variant, size) for size in sizes for variant in VARIANTS for name in names]
+    gains = window.each(keys)
+    sums = comparable(gains.reshape(len(gains), len(sizes), 4))
+    sums = sums[(sums[:, :2] > 0).all(axis=1)]
+    if len(sums) < _LEAST:
+        return None
+    return float(influence(sums).std(ddof=1)) / math.sqrt(len(sums))
 
 
 def equal_batch_ratio(window: Window) -> Ratio | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from redpp_serve.dashboard.history import Window
 from redpp_serve.dashboard.scraping import VARIANTS, Target
-from redpp_serve.dashboard.speedups import HANDLER, Ratio, equal_batch_ratio, percentile_ratio, same_bucket
+from redpp_serve.dashboard.speedups import HANDLER, Ratio, equal_batch_ratio, noise, percentile_ratio, same_bucket
 from redpp_serve.report.formats import exact, milliseconds, printable, rate, shorten
 
 NAMES = {"original": "original", "redpp": "pruned"}
@@ -80,6 +80,11 @@ def _one_only(window: Window, variant: str) -> Headline:
 def _faster(window: Window, original: float, redpp: float) -> Headline:
     shared, mean = same_bucket(window, 0.5), equal_batch_ratio(window)
     counts = f"From {exact(original)} and {exact(redpp)} batches."
+    error = noise(window)
+    if mean and error is not None and abs(math.log(mean.value)) < 2 * error:
+        return Headline(f"No clear difference between the versions ({last(window)})",
+                        f"{_pair('Mean handler time at equal batch size', mean)} At {mean.value:.2f} times, give or "
+                        f"take {200 * error:.1f} %, the difference can be noise. {counts}", "even")  # fmt: skip
     if shared and mean:
         where = span(shared.low, shared.high, 1000, "ms")
         return _sentence(mean, f"mean at equal batch size, {last(window)}",
