@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -180,7 +181,7 @@ class RedppModel:
 def non_finite_rows(x: Tensor) -> Tensor | None:
     """Which rows of x (N, ...) hold NaN or infinity, (N,) bool; None where none does."""
     # A sum is one pass over the memory and hides neither; it may overflow by itself, so it only acquits.
-    if not x.is_floating_point() or bool(torch.isfinite(x.sum())):
+    if not x.is_floating_point() or math.isfinite(float(x.sum())):
         return None
     wrong = ~torch.isfinite(x).flatten(1).all(1) if x.dim() > 1 else ~torch.isfinite(x)
     return wrong if bool(wrong.any()) else None
