@@ -1,4 +1,4 @@
-"""Built Kubernetes manifests, and what must hold between them: a name or label that matches nothing is no error to Kubernetes."""
+"""Built Kubernetes manifests, and what must hold between them: to Kubernetes a label that matches nothing is no error."""
 
 import json
 import re
@@ -11,9 +11,8 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import yaml
-from tools import tool
-
 from redpp_serve.handlers.metrics import FAMILIES
+from tools import tool
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 SCHEMAS = {p.stem: json.loads(p.read_text()) for p in (Path(__file__).parent / "schemas").glob("*.json")}

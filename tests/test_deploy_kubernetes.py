@@ -13,8 +13,15 @@ from manifests import DEPLOY, Document, adapted_metrics, build, of_kind, problem
 from tools import tool
 
 OVERLAYS = sorted(p.name for p in (DEPLOY / "kubernetes/overlays").iterdir())
-WEIGHTS = {"torchserve": (100, 0), "triton": (100, 0), "gpu": (100, 0), "kserve": (100, 0), "split-90-10": (90, 10),
-           "promoted": (0, 100), "rolled-back": (100, 0)}  # fmt: skip
+WEIGHTS = {
+    "torchserve": (100, 0),
+    "triton": (100, 0),
+    "gpu": (100, 0),
+    "kserve": (100, 0),
+    "split-90-10": (90, 10),
+    "promoted": (0, 100),
+    "rolled-back": (100, 0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +88,11 @@ def test_the_adapters_rule_is_a_query(tmp_path: Path) -> None:
     assert adapted_metrics() == {"redpp_handler_busy"}
     (rule,) = yaml.safe_load((DEPLOY / "kubernetes/adapter/prometheus-adapter.yaml").read_text())["rules"]
     query = rule["metricsQuery"]
-    for template, value in (("Series", "redpp_handler_seconds_sum"), ("LabelMatchers", 'namespace="a"'), ("GroupBy", "pod")):
+    for template, value in (
+        ("Series", "redpp_handler_seconds_sum"),
+        ("LabelMatchers", 'namespace="a"'),
+        ("GroupBy", "pod"),
+    ):
         query = query.replace(f"<<.{template}>>", value)
     rules = {"groups": [{"name": "adapter", "rules": [{"record": rule["name"]["as"], "expr": query}]}]}
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
@@ -100,45 +111,113 @@ def _first(kind: str) -> Callable[[list[Document]], dict[str, Any]]:
 MUTATIONS = {
     "a Service's selector": (_first("Service"), "selector", {"variant": "other"}, "selects the pods of []"),
     "a Service for both versions": (
-        _first("Service"), "selector", {"app.kubernetes.io/name": "redpp-serve"}, "selects the pods of ['model-original'"),
+        _first("Service"),
+        "selector",
+        {"app.kubernetes.io/name": "redpp-serve"},
+        "selects the pods of ['model-original'",
+    ),
     "a Service's port": (lambda d: _first("Service")(d)["ports"][0], "targetPort", "https", "which no container has"),
     "a budget without pods": (_first("PodDisruptionBudget"), "selector", {"matchLabels": {}}, "selects the pods of []"),
     "a backend's name": (
-        lambda d: _first("HTTPRoute")(d)["rules"][2]["backendRefs"][0], "name", "model-orginal", "which is not served"),
-    "a backend's port": (lambda d: _first("HTTPRoute")(d)["rules"][0]["backendRefs"][0], "port", 8000, "which is not served"),
-    "the weights": (lambda d: _first("HTTPRoute")(d)["rules"][2]["backendRefs"][1], "weight", 20, "do not add up to 100"),
+        lambda d: _first("HTTPRoute")(d)["rules"][2]["backendRefs"][0],
+        "name",
+        "model-orginal",
+        "which is not served",
+    ),
+    "a backend's port": (
+        lambda d: _first("HTTPRoute")(d)["rules"][0]["backendRefs"][0],
+        "port",
+        8000,
+        "which is not served",
+    ),
+    "the weights": (
+        lambda d: _first("HTTPRoute")(d)["rules"][2]["backendRefs"][1],
+        "weight",
+        20,
+        "do not add up to 100",
+    ),
     "the header's arm": (
-        lambda d: _first("HTTPRoute")(d)["rules"][0]["matches"][0]["headers"][0], "value", "redpp", "sends X-Redpp-Arm"),
+        lambda d: _first("HTTPRoute")(d)["rules"][0]["matches"][0]["headers"][0],
+        "value",
+        "redpp",
+        "sends X-Redpp-Arm",
+    ),
     "a path": (
-        lambda d: _first("HTTPRoute")(d)["rules"][0]["matches"][0]["path"], "value", "/v2/models/x/infer", "different paths"),
+        lambda d: _first("HTTPRoute")(d)["rules"][0]["matches"][0]["path"],
+        "value",
+        "/v2/models/x/infer",
+        "different paths",
+    ),
     "a field of the route": (lambda d: _first("HTTPRoute")(d)["rules"][0], "backendRef", [], "backendRef"),
-    "a field of the monitor": (lambda d: _first("PodMonitor")(d)["podMetricsEndpoints"][0], "intervall", "15s", "intervall"),
+    "a field of the monitor": (
+        lambda d: _first("PodMonitor")(d)["podMetricsEndpoints"][0],
+        "intervall",
+        "15s",
+        "intervall",
+    ),
     "the monitor's port": (
-        lambda d: _first("PodMonitor")(d)["podMetricsEndpoints"][0], "port", "prometheus", "scrapes the port prometheus"),
+        lambda d: _first("PodMonitor")(d)["podMetricsEndpoints"][0],
+        "port",
+        "prometheus",
+        "scrapes the port prometheus",
+    ),
     "the monitor's pods": (_first("PodMonitor"), "selector", {"matchLabels": {"app": "x"}}, "PodMonitor model selects"),
-    "the policy's pods": (_first("NetworkPolicy"), "podSelector", {"matchLabels": {"app": "x"}}, "guards the pods of []"),
+    "the policy's pods": (
+        _first("NetworkPolicy"),
+        "podSelector",
+        {"matchLabels": {"app": "x"}},
+        "guards the pods of []",
+    ),
     "an autoscaler's target": (
-        lambda d: _first("HorizontalPodAutoscaler")(d)["scaleTargetRef"], "name", "model", "which does not exist"),
+        lambda d: _first("HorizontalPodAutoscaler")(d)["scaleTargetRef"],
+        "name",
+        "model",
+        "which does not exist",
+    ),
     "an autoscaler's metric": (
-        lambda d: _first("HorizontalPodAutoscaler")(d)["metrics"][0]["pods"]["metric"], "name", "redpp_busy",
-        "which nothing exports"),
-    "a key of a ConfigMap": (
-        lambda d: of_kind(d, "ConfigMap")[0], "data", {"NAME": "model"}, "which does not exist"),
+        lambda d: _first("HorizontalPodAutoscaler")(d)["metrics"][0]["pods"]["metric"],
+        "name",
+        "redpp_busy",
+        "which nothing exports",
+    ),
+    "a key of a ConfigMap": (lambda d: of_kind(d, "ConfigMap")[0], "data", {"NAME": "model"}, "which does not exist"),
     "a mounted script": (lambda d: of_kind(d, "ConfigMap")[1], "data", {"check.py": ""}, "which nothing mounts"),
-    "a claim": (lambda d: of_kind(d, "PersistentVolumeClaim")[0]["metadata"], "name", "models", "no claim redpp-models"),
+    "a claim": (
+        lambda d: of_kind(d, "PersistentVolumeClaim")[0]["metadata"],
+        "name",
+        "models",
+        "no claim redpp-models",
+    ),
     "a tag": (_container, "image", "redpp-serve/triton:latest", "has no fixed version"),
     "no tag": (_container, "image", "redpp-serve/triton", "has no fixed version"),
     "a typing error": (_container, "imagePullPolice", "Always", "imagePullPolice"),
     "a probe left out": (_container, "livenessProbe", None, "no livenessProbe"),
     "no limits": (_container, "resources", {}, "no limits"),
-    "a writable root": (lambda d: _container(d)["securityContext"], "readOnlyRootFilesystem", False, "readOnlyRootFilesystem"),
+    "a writable root": (
+        lambda d: _container(d)["securityContext"],
+        "readOnlyRootFilesystem",
+        False,
+        "readOnlyRootFilesystem",
+    ),
     "more privileges": (
-        lambda d: _container(d)["securityContext"], "allowPrivilegeEscalation", True, "allowPrivilegeEscalation"),
+        lambda d: _container(d)["securityContext"],
+        "allowPrivilegeEscalation",
+        True,
+        "allowPrivilegeEscalation",
+    ),
     "root": (
-        lambda d: of_kind(d, "Deployment")[0]["spec"]["template"]["spec"]["securityContext"], "runAsUser", 0, "runs as root"),
+        lambda d: of_kind(d, "Deployment")[0]["spec"]["template"]["spec"]["securityContext"],
+        "runAsUser",
+        0,
+        "runs as root",
+    ),
     "the version": (
-        lambda d: of_kind(d, "Deployment")[1]["spec"]["template"]["metadata"]["labels"], "version", "1.0", "has version 1.0"),
-}  # fmt: skip
+        lambda d: of_kind(d, "Deployment")[1]["spec"]["template"]["metadata"]["labels"],
+        "version",
+        "1.0",
+        "has version 1.0",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", MUTATIONS)
@@ -153,12 +232,15 @@ def test_a_broken_manifest_is_noticed(built: dict[str, list[Document]], what: st
     assert any(message in problem for problem in problems(documents)), problems(documents)
 
 
-@pytest.mark.parametrize("key,value,message", [
-    ("runtime", "redpp-tritn", "which its runtime does not serve"),
-    ("storageUri", "pvc://models", "which does not exist"),
-    ("env", [{"name": "VARIANT", "value": "redpp"}], "serves ['redpp']"),
-    ("modelFormats", {}, "modelFormats"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key,value,message",
+    [
+        ("runtime", "redpp-tritn", "which its runtime does not serve"),
+        ("storageUri", "pvc://models", "which does not exist"),
+        ("env", [{"name": "VARIANT", "value": "redpp"}], "serves ['redpp']"),
+        ("modelFormats", {}, "modelFormats"),
+    ],
+)
 def test_a_broken_inference_service_is_noticed(
     built: dict[str, list[Document]], key: str, value: object, message: str
 ) -> None:

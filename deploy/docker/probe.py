@@ -4,7 +4,8 @@ A server whose worker is dead can say that it is ready for ever; a prediction ca
 the package's folder, so that it runs in a container as a health check and in Kubernetes as a probe.
 
 Environment: SERVER (``torchserve`` or ``triton``), MODEL_NAME, MODELS (the package's folder), VARIANT (``original``,
-``redpp`` or ``both``); optional URL (base of inference) and PROBE_TIMEOUT_S (for each request). On a TorchServe with tokens the token is read from ``key_file.json`` in TMPDIR/redpp.
+``redpp`` or ``both``); optional URL (base of inference) and PROBE_TIMEOUT_S (for each request).
+On a TorchServe with tokens the token is read from ``key_file.json`` in TMPDIR/redpp.
 """
 
 from __future__ import annotations
@@ -106,7 +107,9 @@ def _read_npy(content: bytes) -> tuple[tuple[int, ...], bytes]:
     if magic != b"\x93NUMPY":
         raise ValueError("the sample is not an .npy file")
     stream.read(1)
-    described = ast.literal_eval(stream.read(int.from_bytes(stream.read(2 if major == b"\x01" else 4), "little")).decode("latin1"))
+    described = ast.literal_eval(
+        stream.read(int.from_bytes(stream.read(2 if major == b"\x01" else 4), "little")).decode("latin1")
+    )
     if described["fortran_order"] or described["descr"].startswith(">"):
         raise ValueError(f"the sample is stored as {described}, expected C order and little-endian numbers")
     return tuple(described["shape"]), stream.read()
