@@ -61,6 +61,11 @@ def test_a_window_holds_what_came_within_it() -> None:
         history.add(float(second), {KEY: 0.0 if second == 0 else 5.0 if second <= 90 else 20.0})
     assert history.window(10).rate(*KEY) == pytest.approx(20.0) and history.window(10).span == 10.0
     assert history.window(60).total(*KEY) == 50 * 5 + 10 * 20
+    uneven = History()
+    for tick in range(100):
+        uneven.add(1.03 * tick, {KEY: 1.0})
+    assert uneven.window(60).span == pytest.approx(58 * 1.03)
+    assert uneven.window(60.3).span == pytest.approx(59 * 1.03)
     early = History()
     early.add(0.0, {})
     assert early.window(60).rate(*KEY) is None
@@ -133,7 +138,8 @@ def test_where_a_bucket_hides_the_difference_the_mean_speaks() -> None:
 def test_a_difference_within_the_noise_is_not_called_one() -> None:
     """The same two times on average; once they swing from second to second by much more than they differ."""
     for swing, text in ((0.5, "No clear difference between the versions (last 32 s)"),
-                        (0.0, "The pruned model answers 1.10 times as fast (mean at equal batch size, last 32 s)")):  # fmt: skip
+                        (0.0, "The pruned model answers 1.10 times as fast (mean at equal batch size, last 32 s)"),
+                        ):  # fmt: skip
         history = History()
         history.add(0.0, {})
         for second in range(1, 33):

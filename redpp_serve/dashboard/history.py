@@ -92,11 +92,13 @@ class History:
             self._snapshots.popleft()
 
     def window(self, seconds: float) -> Window:
-        """The gains of the last so many seconds, or since the first snapshot where that is later."""
+        """The gains of about the last so many seconds, or since the first snapshot where that is later."""
         if not self._times:
             return Window({}, 0.0)
         now = self._times[-1]
         start = max(bisect_right(self._times, now - seconds + 1e-6) - 1, 0)
+        if start + 1 < len(self._times) and self._times[start + 1] + self._times[start] < 2 * (now - seconds):
+            start += 1  # scrapes are not quite a second apart: the nearest one counts
         totals = np.zeros((len(self._times) - start, len(self._places)))
         for row, snapshot in zip(totals, islice(self._snapshots, start, None)):
             row[: len(snapshot)] = snapshot  # a series that was not there yet stood at zero
