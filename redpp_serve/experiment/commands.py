@@ -127,6 +127,9 @@ def _find(folder: Path) -> Running:
     if journal.supervised(folder):
         raise RedppError(f"the experiment for {folder} is still starting, or ending", "one that takes requests",
                          "wait for redpp-serve ab start to return")  # fmt: skip
+    if journal.abandoned(folder):
+        raise RedppError(f"the experiment for {folder} was killed and has left processes behind", "one that runs",
+                         f"end them with redpp-serve ab stop {folder}")  # fmt: skip
     if running:
         raise RedppError(f"a server runs for {folder}, but no experiment", "an experiment",
                          f"stop the server, and start one with redpp-serve ab start {folder}")  # fmt: skip
@@ -145,8 +148,7 @@ def _servers(folder: Path) -> list[Running]:
 def _refuse_second(spec: Spec) -> None:
     """Before anything starts. What a killed experiment has left is ended on the way."""
     if journal.supervised(spec.folder):
-        raise RedppError(f"an experiment already runs for {spec.folder}", "one for each folder",
-                         f"see it with redpp-serve ab status {spec.folder}, end it with redpp-serve ab stop {spec.folder}")  # fmt: skip
+        raise journal.already_runs(spec.folder)
     journal.clean(spec.folder)
     for running in _servers(spec.folder):
         if running.kind == spec.kind:
@@ -156,6 +158,8 @@ def _refuse_second(spec: Spec) -> None:
 
 def _run_here(spec: Spec, state: Path, say: Say, note: Say) -> None:
     from .supervisor import Supervisor
+
+    os.umask(0o077)
 
     def ready() -> None:
         for line in (*_how_to_ask(spec, find(spec.folder, spec.kind), state), "Ctrl-C ends the experiment."):

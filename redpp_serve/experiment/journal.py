@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -49,33 +50,49 @@ def supervising(folder: Path) -> Iterator[Journal]:
     Raises:
         RedppError: another one lives.
     """
-    with _locked(folder) as file:
+    path = _path(folder)
+    path.touch(mode=0o600)
+    with _locked(path, patience_s=1.0) as file:
         if file is None:
-            raise RedppError(f"an experiment already runs for {folder}", "one for each folder",
-                             f"see it with redpp-serve ab status {folder}, end it with redpp-serve ab stop {folder}")  # fmt: skip
+            raise already_runs(folder)
         _end_left_over(file)
         try:
             yield Journal(file)
         finally:
-            _path(folder).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def supervised(folder: Path) -> bool:
     """Whether a supervisor lives for the folder, also one that is still starting."""
-    with _locked(folder) as file:
+    path = _path(folder)
+    if not path.exists():
+        return False
+    with _locked(path) as file:
         return file is None
+
+
+def abandoned(folder: Path) -> bool:
+    """Whether a killed supervisor has left processes or folders that `clean` would end."""
+    return _path(folder).exists() and not supervised(folder)
 
 
 def clean(folder: Path) -> bool:
     """End what a killed supervisor has left; whether there was anything. Does nothing while one lives."""
-    if not _path(folder).exists():
+    path = _path(folder)
+    if not path.exists():
         return False
-    with _locked(folder) as file:
+    with _locked(path) as file:
         if file is None:
             return False
         left = _end_left_over(file)
-        _path(folder).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         return left
+
+
+def already_runs(folder: Path) -> RedppError:
+    """For a second experiment."""
+    return RedppError(f"an experiment already runs for {folder}", "one for each folder",
+                      f"see it with redpp-serve ab status {folder}, end it with redpp-serve ab stop {folder}")  # fmt: skip
 
 
 def _path(folder: Path) -> Path:
@@ -83,17 +100,24 @@ def _path(folder: Path) -> Path:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[TextIO | None]:
-    """The journal, locked; None where a living supervisor holds it."""
-    path = _path(folder)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    with os.fdopen(handle, "r+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        yield file
+def _locked(path: Path, patience_s: float = 0.0) -> Iterator[TextIO | None]:
+    """The journal, locked; None where a living supervisor holds it, or it has just been removed.
+
+    ``patience_s``: another command may hold it for the moment in which it looks whether a supervisor lives.
+    """
+    deadline = time.monotonic() + patience_s
+    with path.open("r+", encoding="utf-8") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    yield None
+                    return
+            time.sleep(0.02)
+        current = path.stat() if path.exists() else None
+        yield file if current and current.st_ino == os.fstat(file.fileno()).st_ino else None
 
 
 def _end_left_over(file: TextIO) -> bool:

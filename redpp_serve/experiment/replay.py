@@ -56,7 +56,7 @@ class Replayer:
         answers = a, b = [_outputs(exchange) for exchange in pair]
         apart = difference(a, b) if a and b else None
         self._seconds.extend(exchange.latency_s for exchange in pair)
-        handler = [exchange.handler_s for exchange in pair]
+        handler = [exchange.handler_s and round(exchange.handler_s, 7) for exchange in pair]
         return {
             "time": round(time.time(), 3), "request_id": request.request_id, "first": ARMS[order[0]], "quiet": quiet,
             "status": [exchange.status if answer or exchange.status != 200 else 502 for exchange, answer in zip(pair, answers)],

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 
+import os
 import secrets
 import shutil
 import signal
@@ -177,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run until SIGTERM, SIGINT or SIGHUP. A failed start is written to the state folder for the command that waits."""
     state = Path((sys.argv[1:] if arguments is None else arguments)[0])
     ours = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    os.umask(0o077)  # counts and logs are nobody else's
 
     def leave(*_: object) -> None:
         for number in ours:  # ending must not be interrupted half-way
