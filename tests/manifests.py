@@ -1,4 +1,4 @@
-"""Built Kubernetes manifests, and what must hold between them: to Kubernetes a label that matches nothing is no error."""
+"""Built Kubernetes manifests, and what must hold between them: a label that matches nothing is no error there."""
 
 import json
 import re
