@@ -132,6 +132,12 @@ def test_the_servers_are_reached_through_the_gateway_alone(document: dict[str, A
         assert upstream == f"{server}:{exposed}"
 
 
+def test_nginx_holds_the_published_fixes(document: dict[str, Any]) -> None:
+    for server in ("torchserve", "triton"):
+        version = re.search(r":(\d+)\.(\d+)\.(\d+)-", document["services"][f"{server}-gateway"]["image"])
+        assert tuple(map(int, version.groups())) >= (1, 30, 7)
+
+
 def test_prometheus_scrapes_services_that_exist(document: dict[str, Any], tmp_path: Path) -> None:
     path = DEPLOY / "docker/prometheus.yml"
     config = yaml.safe_load(path.read_text())
