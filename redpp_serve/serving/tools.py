@@ -8,7 +8,8 @@ from pathlib import Path
 
 from redpp_serve.errors import RedppError
 
-PACKAGES = {"nginx": "nginx-light", "prometheus": "prometheus", "promtool": "prometheus", "chromium": "chromium"}
+PACKAGES = {"nginx": "nginx-light", "prometheus": "prometheus", "promtool": "prometheus", "chromium": "chromium",
+            "kubectl": "kubernetes-client"}
 _ADMINISTRATION = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # not in every user's PATH, and nginx lies there
 
 
