@@ -72,7 +72,8 @@ def bars(title: str, text: str, unit: str, targets: Targets) -> bargauge.Panel:
 def heat(title: str, text: str, expression: str) -> heatmap.Panel:
     """Buckets of seconds over time; the colour says how many."""
     panel = heatmap.Panel().calculate(False).y_axis(heatmap.YAxisConfig().unit("s"))
-    panel.color(heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Oranges").steps(64))
+    panel.color(heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Oranges").fill("dark-orange")
+                .exponent(0.5).steps(64))
     query = _query("{{le}}", expression, "A").format(PromQueryFormat.HEATMAP)
     return panel.title(title).description(text).datasource(SOURCE).with_target(query)
 
