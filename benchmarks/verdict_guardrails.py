@@ -13,6 +13,7 @@ from benchmarks.verdict_simulation import ALPHA, autoregression
 from redpp_serve.comparison.guardrails import MINIMUM_TIMES, QUANTILE, share_bounds
 
 SHARE = 9  # requests of the original for each of the pruned arm
+EVERY = 5  # requests of the pruned arm from one question about errors to the next
 MAX_GAP, MAX_RATIO, LIMIT = 0.01, 1.5, 0.99
 BOUNDS = 0.001 * 2.0 ** (numpy.arange(1, 25) / 2)  # seconds
 
@@ -34,27 +35,7 @@ def first(hit: ndarray) -> ndarray:
     return numpy.where(hit.any(axis=1), hit.argmax(axis=1) + 1.0, math.inf)
 
 
-def error_stops(
-    rng: numpy.random.Generator, runs: int, steps: int, rate: float, gap: float, *, outages: bool = False
-) -> tuple[ndarray, ndarray]:
-    """First advice to roll back and first "kept", where the original fails at ``rate`` and the pruned arm ``gap`` more
-    often. With ``outages`` half of both arms' requests fail now and then, for 20 requests of the pruned arm."""
-    trials = numpy.arange(1, steps + 1)
-    if outages:
-        down = numpy.repeat(rng.random((runs, -(-steps // 20))) < 0.02, 20, axis=1)[:, :steps]
-        rate = numpy.where(down, 0.5, rate)
-    low_a, high_a = _edges(rng.binomial(SHARE, rate, (runs, steps)).cumsum(axis=1), SHARE * trials, ALPHA / 2)
-    low_b, high_b = _edges(rng.binomial(1, rate + gap, (runs, steps)).cumsum(axis=1), trials, ALPHA / 2)
-    return first(low_b - high_a > MAX_GAP), first(high_b - low_a <= MAX_GAP)
-
-
-def agreement_stops(rng: numpy.random.Generator, runs: int, steps: int, share: float) -> tuple[ndarray, ndarray]:
-    """First advice to roll back and first "kept", where a pair agrees with chance ``share``."""
-    low, high = _edges(rng.binomial(1, share, (runs, steps)).cumsum(axis=1), numpy.arange(1, steps + 1), ALPHA)
-    return first(high < LIMIT), first(low >= LIMIT)
-
-
-def _turning_points(trials: ndarray, found: Callable[[int, int], bool]) -> ndarray:
+def turning_points(trials: ndarray, found: Callable[[int, int], bool]) -> ndarray:
     """For each number of trials the smallest number of hits for which ``found(hits, trials)``; it never falls."""
     result, hits = [], 0
     for total in trials.tolist():
@@ -62,6 +43,34 @@ def _turning_points(trials: ndarray, found: Callable[[int, int], bool]) -> ndarr
             hits += 1
         result.append(hits)
     return numpy.array(result)
+
+
+def error_stops(
+    rng: numpy.random.Generator, runs: int, steps: int, rate: float, gap: float, *, outages: bool = False
+) -> tuple[ndarray, ndarray]:
+    """First advice to roll back and first "kept", where the original fails at ``rate`` and the pruned arm ``gap`` more
+    often. With ``outages`` half of both arms' requests fail now and then, for 20 requests of the pruned arm.
+
+    Asked after every ``EVERY`` requests of the pruned arm: two counts make many bounds.
+    """
+    trials = numpy.arange(1, steps + 1)
+    if outages:
+        down = numpy.repeat(rng.random((runs, -(-steps // 20))) < 0.02, 20, axis=1)[:, :steps]
+        rate = numpy.where(down, 0.5, rate)
+    asked = slice(EVERY - 1, None, EVERY)
+    errors_a = rng.binomial(SHARE, rate, (runs, steps)).cumsum(axis=1)[:, asked]
+    errors_b = rng.binomial(1, rate + gap, (runs, steps)).cumsum(axis=1)[:, asked]
+    low_a, high_a = _edges(errors_a, SHARE * trials[asked], ALPHA / 2)
+    low_b, high_b = _edges(errors_b, trials[asked], ALPHA / 2)
+    return EVERY * first(low_b - high_a > MAX_GAP), EVERY * first(high_b - low_a <= MAX_GAP)
+
+
+def agreement_stops(rng: numpy.random.Generator, runs: int, steps: int, share: float) -> tuple[ndarray, ndarray]:
+    """First advice to roll back and first "kept", where a pair agrees with chance ``share``."""
+    hits, trials = rng.binomial(1, share, (runs, steps)).cumsum(axis=1), numpy.arange(1, steps + 1)
+    open_ = turning_points(trials, lambda k, n: bounds(k, n, ALPHA)[1] >= LIMIT)
+    sure = turning_points(trials, lambda k, n: bounds(k, n, ALPHA)[0] >= LIMIT)
+    return first(hits < open_), first(hits >= sure)
 
 
 def p99_stops(
@@ -78,8 +87,8 @@ def p99_stops(
     for scale, count in ((1.0, SHARE), (ratio, 1)):
         own = rng.standard_normal((runs, steps, count)) * math.sqrt(0.5)
         times = 0.010 * scale * numpy.exp(spread * (own + shared[:, :, None]))
-        beyond = _turning_points(count * trials, lambda k, n: bounds(k, n, ALPHA / 2)[0] > 1 - QUANTILE)
-        within = _turning_points(count * trials, lambda k, n: bounds(k, n, ALPHA / 2)[1] >= 1 - QUANTILE)
+        beyond = turning_points(count * trials, lambda k, n: bounds(k, n, ALPHA / 2)[0] > 1 - QUANTILE)
+        within = turning_points(count * trials, lambda k, n: bounds(k, n, ALPHA / 2)[1] >= 1 - QUANTILE)
         low, high = numpy.zeros((runs, steps), dtype=int), numpy.zeros((runs, steps), dtype=int)
         for bound in BOUNDS:
             over = (times > bound).sum(axis=2).cumsum(axis=1)
