@@ -184,8 +184,8 @@ def table(result: Mapping[str, Any]) -> str:
         "",
         f"{len(kept)} cells; in {len(above)} false alarms are significantly above 5 %, in {len(doubtful)} the upper "
         f"bound of their share is above 5 %{': ' if doubtful else ''}"
-        f"{'; '.join(x['data'] for x in doubtful)}. Guardrails are asked after every request of the pruned arm (errors: "
-        f"after every {rails.EVERY}), beside {rails.SHARE} of the original each.",
+        f"{'; '.join(x['data'] for x in doubtful)}. Guardrails are asked after every request of the pruned arm "
+        f"(errors: after every {rails.EVERY}), beside {rails.SHARE} of the original each.",
         "",
         "| method | data without a difference | observations | runs | false alarms (95 % interval) |",
         "|---|---|---|---|---|",
