@@ -1,5 +1,7 @@
 """The model that answers requests: equal to the graph it was made from, whatever the batch and the layout."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,13 @@ def test_files_that_are_no_artifact(tmp_path: Path) -> None:
     for path in (tmp_path / "m", tmp_path / "absent"):
         with pytest.raises(RedppError, match=f"{path} cannot be read"):
             ServingModel(path)
+
+
+def test_a_worker_loads_no_compiler(tmp_path: Path) -> None:
+    """The meta device or a trace would cost each worker a second and a third of its memory."""
+    path = tmp_path / "model.redpp"
+    path.write_bytes(build(network(), {"name": "block"}))
+    code = ("import sys; from pathlib import Path; from redpp_serve.runtime.model import ServingModel; "
+            "ServingModel(Path(sys.argv[1])).warm_up(2); print({'torch._dynamo', 'sympy'} & set(sys.modules))")  # fmt: skip
+    run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "set()", run.stderr

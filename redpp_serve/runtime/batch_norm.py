@@ -66,5 +66,5 @@ def _foldable(graph: Graph) -> list[tuple[Node, Node]]:
         if all(name in graph.tensors for name in parameters):  # else computed, as by weight standardization
             pairs.append((source, norm))
     # Linear puts its features last, batch norm normalises axis 1: the same axis in matrices alone
-    shapes = value_shapes(graph) if any(source.op == LINEAR for source, _ in pairs) else {}
+    shapes = value_shapes(graph, "cpu") if any(source.op == LINEAR for source, _ in pairs) else {}
     return [(source, norm) for source, norm in pairs if source.op != LINEAR or len(shapes[source.name]) == 2]

@@ -31,7 +31,7 @@ def fuse_epilogues(graph: Graph) -> Graph:
 
     The weights become packed tensors that only the CPU can read: call it last.
     """
-    users, shapes = graph.users(), {i.name: (1, *i.shape) for i in graph.inputs} | value_shapes(graph)
+    users, shapes = graph.users(), {i.name: (1, *i.shape) for i in graph.inputs} | value_shapes(graph, "cpu")
     tensors, replaced, absorbed = dict(graph.tensors), {}, set()
     for node in graph.nodes:
         if node.op != _CONV or node.args[1].name not in tensors or tensors[node.args[1].name].dtype != torch.float32:

@@ -38,6 +38,7 @@ class Program(nn.Module):
         steps = [node for node in graph.nodes if node.name in live]
         for node in steps:
             slot[node.name] = len(slot)
+        self._names = {index: name for name, index in slot.items()}
         last = {name: k for k, node in enumerate(steps) for name in node.refs()}
         self._steps = []
         for k, node in enumerate(steps):
@@ -52,6 +53,15 @@ class Program(nn.Module):
         self._size = len(slot) + 1
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self._run(inputs)
+
+    def shapes(self, *inputs: Tensor) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor that a run makes, by its name; each is freed after its last use."""
+        shapes: dict[int, tuple[int, ...]] = {}
+        self._run(inputs, shapes)
+        return {self._names[out]: shape for out, shape in shapes.items()}
+
+    def _run(self, inputs: Sequence[Tensor], shapes: dict[int, tuple[int, ...]] | None = None) -> tuple[Tensor, ...]:
         values: list[Any] = [None] * self._size
         values[: len(inputs)] = inputs
         values[-1] = inputs[0].device
@@ -60,18 +70,24 @@ class Program(nn.Module):
         for fn, args, kwargs, out, dead in self._steps:
             filled = [_fill(a, values) for a in args]
             values[out] = fn(*filled, **{k: _fill(v, values) for k, v in kwargs.items()}) if kwargs else fn(*filled)
+            if shapes is not None and isinstance(values[out], Tensor):
+                shapes[out] = tuple(values[out].shape)
             for index in dead:
                 values[index] = None
         return tuple(values[index] for index in self._returns)
 
 
-def value_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor-valued node at batch size 1, found without computing (meta device)."""
-    names = [node.name for node in graph.nodes]
-    program = Program(graph, wanted=names).to("meta")
-    inputs = (torch.empty(1, *i.shape, dtype=getattr(torch, i.dtype), device="meta") for i in graph.inputs)
-    values = program(*inputs)
-    return {name: tuple(v.shape) for name, v in zip(names, values) if isinstance(v, Tensor)}
+def value_shapes(graph: Graph, device: str = "meta") -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor-valued node at batch size 1.
+
+    Args:
+        device: ``meta`` finds them without computing. ``cpu`` runs the network once on zeros: for a server, where
+            the meta device's registrations would cost each worker a second and 100 MB.
+    """
+    read = {name for node in graph.nodes for name in node.refs()}
+    program = Program(graph, wanted=[node.name for node in graph.nodes if node.name not in read]).to(device)
+    with torch.no_grad():
+        return program.shapes(*(torch.zeros(1, *i.shape, dtype=getattr(torch, i.dtype), device=device) for i in graph.inputs))
 
 
 class _Slot(int):
