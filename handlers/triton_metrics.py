@@ -6,6 +6,7 @@ the calls after the answers have left, and sums up what came together.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import queue
 import threading
@@ -29,6 +30,7 @@ class TritonBinding:
     def __init__(self, backend: Any) -> None:
         self._kinds = backend.MetricFamily
         self._families: dict[str, Any] = {}
+        self._metrics: list[Any] = []
         self._shares: list[TritonInstrument] = []
         self._queue: queue.SimpleQueue[tuple[Any, str, float] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._post, name="metrics", daemon=True)
@@ -45,19 +47,24 @@ class TritonBinding:
             kind = getattr(self._kinds, family.kind.upper())
             made = self._families[family.name] = self._kinds(name=family.name, description=family.help, kind=kind)
         buckets = {"buckets": [float(bound) for bound in family.buckets]} if family.buckets else {}
-        instrument = TritonInstrument(self._queue, made.Metric(labels=dict(labels), **buckets), family.per_worker)
+        self._metrics.append(made.Metric(labels=dict(labels), **buckets))
+        instrument = TritonInstrument(self._queue, self._metrics[-1], family.per_worker)
         if family.per_worker:
             self._shares.append(instrument)
         return instrument
 
     def close(self) -> None:
-        """Take this worker's share out of what workers add up to, and wait until everything is posted."""
+        """Take this worker's share out of what workers add up to, and wait until everything is posted.
+
+        Nothing is deleted, not even when Python ends: workers with equal labels share a metric in Triton, and the one
+        that deletes its own takes it from the others, which crashes the server (2.51, on every reload of a version).
+        """
         for instrument in self._shares:
             instrument.set(0)
         self._queue.put(None)
         self._thread.join(_CLOSE_S)
-        self._shares.clear()
-        self._families.clear()  # after their metrics, which the caller has let go
+        for kept in (*self._families.values(), *self._metrics):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
     def _post(self) -> None:
         while True:
