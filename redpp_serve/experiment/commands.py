@@ -73,12 +73,16 @@ def status(folder: Path) -> Status:
 def send_all(folder: Path, arm: str) -> str:
     """Send all users to ``redpp`` (promote) or ``original`` (rollback). No request is lost; returns what was done.
 
+    The users' requests name their version, so the gateway alone decides; TorchServe's own default moves with them.
+
     Raises:
         RedppError: no experiment runs.
     """
     running = _find(folder)
     switch(Path(running.extra["state"]) / GATEWAY, arm)
     done = f"all users of {running.extra['gateway']} get {arm} from their next request on"
+    if running.kind != "torchserve":  # Triton loads or ends a version for that, beside the users' requests
+        return f"{done}; requests to the server that name no version go where they went"
     try:
         switch_server(running, arm)
     except RedppError as error:  # users go through the gateway, which has switched

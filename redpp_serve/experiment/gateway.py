@@ -15,6 +15,7 @@ from grp import getgrgid
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
+from redpp_serve.serving.processes import kill_session
 from redpp_serve.serving.tools import find_tool
 
 from .nginx import ACCESS_LOG, ADDRESS, CONFIG, ERROR_LOG, PROMOTED, ROLLED_BACK, SHADOW_OFF, Gateway, gateway_config
@@ -64,7 +65,9 @@ class NginxProcess:
             for path in (folder, folder.parent):
                 path.chmod(0o711)
         (folder / CONFIG).write_text(gateway_config(self.gateway), encoding="utf-8")
-        (folder / "sink.sock").unlink(missing_ok=True)  # a killed nginx leaves it
+        if self._process is not None:  # it was killed: its worker still holds the port
+            kill_session(self._process)
+        (folder / "sink.sock").unlink(missing_ok=True)
         self._check()
         with (folder / ERROR_LOG).open("ab") as log:
             self._process = subprocess.Popen(
