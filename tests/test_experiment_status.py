@@ -162,7 +162,7 @@ def test_the_text(experiment: Experiment) -> None:
         "gateway p99 (ms)        10      9",
     ]
     for part in ("handler p99 (ms)", "The arms carry different loads", "300 pairs, 300 of them undisturbed",
-                 "100 of 400 requests not replayed", "300 of 300 within 0.1", "same class on 100.00%", "kept    p99:",
+                 "want of time: 100 of 400 requests", "300 of 300 within 0.1", "same class on 100.00%", "kept    p99:",
                  "shadow  redpp is 1.2", "split   redpp is 1.2"):  # fmt: skip
         assert part in text, part
     assert text.splitlines()[-1] == experiment.status().advice.text

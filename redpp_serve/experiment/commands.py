@@ -73,7 +73,7 @@ def status(folder: Path) -> Status:
 def send_all(folder: Path, arm: str) -> str:
     """Send all users to ``redpp`` (promote) or ``original`` (rollback). No request is lost; returns what was done.
 
-    The users' requests name their version, so the gateway alone decides; TorchServe's own default moves with them.
+    The gateway's requests name their version, so it alone decides over users; the server's own default moves with them.
 
     Raises:
         RedppError: no experiment runs.
@@ -81,8 +81,6 @@ def send_all(folder: Path, arm: str) -> str:
     running = _find(folder)
     switch(Path(running.extra["state"]) / GATEWAY, arm)
     done = f"all users of {running.extra['gateway']} get {arm} from their next request on"
-    if running.kind != "torchserve":  # Triton loads or ends a version for that, beside the users' requests
-        return f"{done}; requests to the server that name no version go where they went"
     try:
         switch_server(running, arm)
     except RedppError as error:  # users go through the gateway, which has switched
@@ -156,8 +154,10 @@ def _refuse_second(spec: Spec) -> None:
     journal.clean(spec.folder)
     for running in _servers(spec.folder):
         if running.kind == spec.kind:
-            raise RedppError(f"a server already runs for {spec.folder}, started by process {running.pid}",
-                             "none: an experiment starts its own", "stop it with Ctrl-C where it was started")  # fmt: skip
+            raise RedppError(
+                f"a server already runs for {spec.folder}, started by process {running.pid}",
+                "none: an experiment starts its own", "stop it with Ctrl-C where it was started",
+            )  # fmt: skip
 
 
 def _run_here(spec: Spec, state: Path, say: Say, note: Say) -> None:

@@ -30,7 +30,7 @@ class Counters:
     buckets: dict[str, dict[float, float]] = field(default_factory=lambda: {arm: {} for arm in ARMS})
 
     def histogram(self) -> tuple[list[float], list[int], list[int]]:
-        """Finite bounds that both arms have, then the original's and the pruned version's cumulative counts, one more."""
+        """Finite bounds that both arms have, then each arm's cumulative counts, one more: the last is of all."""
         bounds = sorted(set(self.buckets["original"]) & set(self.buckets["redpp"]))
         original, redpp = ([int(self.buckets[arm][bound]) for bound in bounds] for arm in ARMS)
         return [bound for bound in bounds if math.isfinite(bound)], original, redpp

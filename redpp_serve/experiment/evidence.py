@@ -102,7 +102,7 @@ class Evidence:
         self.recorder = read_json(self._state / RECORDER) or self.recorder
 
     def findings(self) -> list[Finding]:
-        """The comparisons of times, the strongest first: quiet pairs of the same request, then batches of equal size."""
+        """The comparisons of times, the strongest first: quiet pairs of one request, then batches of equal size."""
         margin, found = self._limits.margin, []
         if self._shadow:
             measures = [("end to end", self.pairs.latency), ("in the handler", self.pairs.handler)]

@@ -43,7 +43,7 @@ def _families(status: Status) -> Iterator[Metric]:
         return made
 
     shares = _shares(status)
-    yield family(GaugeMetricFamily, "redpp_ab_traffic_ratio", "Share of users that the arm is to get, 0 to 1.", "arm", shares)
+    yield family(GaugeMetricFamily, "redpp_ab_traffic_ratio", "Share of users that the arm is to get.", "arm", shares)
     requests: dict[str, float] = {arm: status.arms[arm].requests for arm in ARMS}
     yield family(CounterMetricFamily, "redpp_ab_requests", "Users' requests by arm.", "arm", requests)
     shadow = status.shadow or {}
@@ -52,8 +52,8 @@ def _families(status: Status) -> Iterator[Metric]:
     yield family(CounterMetricFamily, "redpp_ab_dropped", "Mirrored requests not replayed for want of time.", None,
                  {"": shadow.get("dropped", 0)})  # fmt: skip
     if shadow.get("agreement") is not None:
-        yield family(GaugeMetricFamily, "redpp_ab_agreement_ratio", "Share of pairs whose outputs agree within the tolerance.",
-                     None, {"": shadow["agreement"]})  # fmt: skip
+        text = "Share of pairs whose outputs agree within the tolerance."
+        yield family(GaugeMetricFamily, "redpp_ab_agreement_ratio", text, None, {"": shadow["agreement"]})
     yield _speedup(status)
     kind = deciding_kind(status)
     yield family(GaugeMetricFamily, "redpp_ab_verdict", "1 for the verdict that holds now.", "kind",
@@ -75,8 +75,8 @@ def deciding_kind(status: Status) -> str:
 
 
 def _speedup(status: Status) -> Metric:
-    family = GaugeMetricFamily("redpp_ab_speedup_ratio", "Time of the original over time of the pruned version, with the "
-                               "bounds of its confidence sequence.", labels=["model", "source", "bound"])  # fmt: skip
+    text = "Time of the original over time of the pruned version, with the bounds of its confidence sequence."
+    family = GaugeMetricFamily("redpp_ab_speedup_ratio", text, labels=["model", "source", "bound"])
     seen = set()
     for finding in status.findings:
         verdict = finding.verdict

@@ -26,7 +26,7 @@ class Mirrored:
 
 
 class Inbox:
-    """A queue bounded by count and bytes. Nothing in it ever waits for room: what does not fit is dropped and counted."""
+    """A queue bounded by count and bytes. Nothing ever waits for room: what does not fit is dropped and counted."""
 
     def __init__(self, most: int = 64, most_bytes: int = 64 << 20) -> None:
         self.received = self.dropped = 0

@@ -91,8 +91,8 @@ def clean(folder: Path) -> bool:
 
 def already_runs(folder: Path) -> RedppError:
     """For a second experiment."""
-    return RedppError(f"an experiment already runs for {folder}", "one for each folder",
-                      f"see it with redpp-serve ab status {folder}, end it with redpp-serve ab stop {folder}")  # fmt: skip
+    ways = f"see it with redpp-serve ab status {folder}, end it with redpp-serve ab stop {folder}"
+    return RedppError(f"an experiment already runs for {folder}", "one for each folder", ways)
 
 
 def _path(folder: Path) -> Path:
@@ -170,10 +170,8 @@ def _belongs(process: Process, recorded: Sequence[tuple[int, float]]) -> bool:
         created, session = process.create_time(), os.getsid(process.pid)
     except (Error, OSError):
         return False
-    return any(
-        process.pid == pid and abs(created - begun) < 1 or session == pid and process.pid != pid and created >= begun - 1
-        for pid, begun in recorded
-    )  # fmt: skip
+    same = any(process.pid == pid and abs(created - begun) < 1 for pid, begun in recorded)
+    return same or any(session == pid != process.pid and created >= begun - 1 for pid, begun in recorded)
 
 
 def _try_kill(process: Process) -> None:

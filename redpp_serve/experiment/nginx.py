@@ -55,7 +55,8 @@ def gateway_config(gateway: Gateway) -> str:
     """The text of ``nginx.conf``."""
     head = _MAIN.format(
         user=f"user {gateway.account[0]} {gateway.account[1]};\n" if gateway.account else "",
-        folder=gateway.folder, error_log=ERROR_LOG, pid=PID, connections=gateway.connections, files=gateway.connections + 64,
+        folder=gateway.folder, error_log=ERROR_LOG, pid=PID, connections=gateway.connections,
+        files=gateway.connections + 64,
     )  # fmt: skip
     temporary = "".join(f"    {name}_temp_path {gateway.folder}/tmp/{name};\n" for name in _TEMPORARY)
     http = [
@@ -146,7 +147,7 @@ def _server(gateway: Gateway) -> str:
 
         location = {gateway.public} {{
             if ($request_method !~ ^(POST|PUT)$) {{ return 405; }}
-            if ($asked_arm = unknown) {{ return 400 '{_error(f"{ARM_HEADER} names no arm, expected original or redpp")}'; }}
+            if ($asked_arm = unknown) {{ return 400 '{_error(f"{ARM_HEADER} is neither original nor redpp")}'; }}
             set $arm $split_arm;
             set $chosen_by split;
             if (-f {gateway.folder}/{PROMOTED}) {{ set $arm redpp; set $chosen_by promote; }}
@@ -170,7 +171,7 @@ def _server(gateway: Gateway) -> str:
 {_shadow(gateway)}        location / {{ return 404; }}
         location @malformed {{ return 400 '{_error("a request that is not HTTP as this server reads it")}'; }}
         location @elsewhere {{ return 404 '{_error(f"nothing is served here, expected POST {gateway.public}")}'; }}
-        location @method {{ return 405 '{_error(f"only POST and PUT are served here, expected POST {gateway.public}")}'; }}
+        location @method {{ return 405 '{_error(f"expected POST {gateway.public}, or PUT")}'; }}
         location @slow {{ return 408 '{_error("the request did not arrive within 30 s")}'; }}
         location @too_large {{
             return 413 '{_error(f"a body of more than {MAX_REQUEST_BYTES} bytes, expected one input of the network")}';

@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 import numpy
 
 # The protocol's names of types for a tensor's bytes; BF16 and BYTES have no counterpart.
-_TYPES = {"BOOL": "?", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
-          **{f"{sign}INT{bits}": f"<{sign.lower() or 'i'}{bits // 8}" for sign in ("", "U") for bits in (8, 16, 32, 64)}}  # fmt: skip
+_TYPES = {
+    "BOOL": "?", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
+    "INT8": "<i1", "INT16": "<i2", "INT32": "<i4", "INT64": "<i8",
+    "UINT8": "<u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8",
+}  # fmt: skip
 
 
 class Difference(NamedTuple):

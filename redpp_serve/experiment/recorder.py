@@ -26,7 +26,9 @@ from .replay import Replayer
 
 # More tell nothing that these did not: a difference of 0.5 % is decided long before.
 MAX_PAIRS = 200_000
-_NOT_REPEATED = {"host", "connection", "content-length", "expect", "accept-encoding", "transfer-encoding", "x-request-id"}
+_NOT_REPEATED = {
+    "host", "connection", "content-length", "expect", "accept-encoding", "transfer-encoding", "x-request-id",
+}  # fmt: skip
 _REPLY = b"HTTP/1.1 204 No Content\r\n\r\n"
 _COUNTS_EVERY_S = 0.5
 

@@ -27,8 +27,8 @@ class RecorderProcess:
 
     def __init__(self, state: Path, port: int, urls: tuple[str, str]) -> None:
         self._log, self._port = state / RECORDER_LOG, port
-        self._command = [sys.executable, "-m", "redpp_serve.experiment.recorder", "--state", str(state), "--port", str(port),
-                         "--original", urls[0], "--redpp", urls[1]]  # fmt: skip
+        self._command = [sys.executable, "-m", "redpp_serve.experiment.recorder", "--state", str(state),
+                         "--port", str(port), "--original", urls[0], "--redpp", urls[1]]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, wait: bool = True) -> None:

@@ -59,7 +59,7 @@ class Replayer:
         handler = [exchange.handler_s and round(exchange.handler_s, 7) for exchange in pair]
         return {
             "time": round(time.time(), 3), "request_id": request.request_id, "first": ARMS[order[0]], "quiet": quiet,
-            "status": [exchange.status if answer or exchange.status != 200 else 502 for exchange, answer in zip(pair, answers)],
+            "status": [_status(exchange, answer is not None) for exchange, answer in zip(pair, answers)],
             "seconds": [round(exchange.latency_s, 7) for exchange in pair],
             "handler": handler if all(handler) else None,
             "difference": apart and min(apart.relative, 1e9), "top1": apart and apart.top1,
@@ -84,6 +84,11 @@ class Replayer:
         headers = {name: value for name, value in request.headers.items() if name != "content-type"}
         connection.endpoint = replace(connection.endpoint, headers=headers)
         return connection.send(Payload(request.body, request.headers.get("content-type", "application/octet-stream")))
+
+
+def _status(exchange: Exchange, readable: bool) -> int:
+    """Of the reply; an answer that nobody can read is a bad gateway's."""
+    return 502 if exchange.ok and not readable else exchange.status
 
 
 def _outputs(exchange: Exchange) -> list[numpy.ndarray] | None:

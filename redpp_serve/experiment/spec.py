@@ -63,7 +63,8 @@ class Spec:
 
     def __post_init__(self) -> None:
         if self.sticky is not None and not _HEADER.fullmatch(self.sticky):
-            raise RedppError(f"--sticky-header {self.sticky!r}", "the name of a request header: letters, digits and '-'",
+            raise RedppError(f"--sticky-header {self.sticky!r}",
+                             "the name of a request header: letters, digits and '-'",
                              "write for example --sticky-header X-User-Id")  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:

@@ -36,7 +36,8 @@ def parse_split(text: str) -> Split:
     """
     match = _FORM.fullmatch(text.strip())
     if not match:
-        raise RedppError(f"--split {text!r}", "per cent for the original and for the pruned version, up to two decimals",
+        raise RedppError(f"--split {text!r}",
+                         "per cent for the original and for the pruned version, up to two decimals",
                          "write for example --split 90:10")  # fmt: skip
     original, redpp = map(Decimal, match.groups())
     if original + redpp != 100:

@@ -48,8 +48,8 @@ class ArmStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """See the module. ``all_to`` is the arm that all users are sent to, None while they are divided; ``problems`` are what
-    the supervisor could not mend."""
+    """See the module. ``all_to`` is the arm that all users are sent to, None while they are divided; ``problems`` are
+    what the supervisor could not mend."""
 
     name: str
     kind: str
@@ -66,11 +66,12 @@ class Status:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, texts and lists, fit for ``json.dumps``."""
+        verdicts = [{"source": f.source, "measure": f.measure, **_finite(asdict(f.verdict))} for f in self.findings]
         return {
             "name": self.name, "server": self.kind, "experiment": self.spec.to_json(), "seconds": self.seconds,
-            "all_to": self.all_to, "arms": {arm: asdict(status) for arm, status in self.arms.items()}, "shadow": self.shadow,
-            "verdicts": [{"source": f.source, "measure": f.measure, **_finite(asdict(f.verdict))} for f in self.findings],
-            "guardrails": [_finite(asdict(rail)) for rail in self.guardrails], "advice": asdict(self.advice),
+            "all_to": self.all_to, "arms": {arm: asdict(status) for arm, status in self.arms.items()},
+            "shadow": self.shadow, "verdicts": verdicts, "advice": asdict(self.advice),
+            "guardrails": [_finite(asdict(rail)) for rail in self.guardrails],
             "problems": self.problems, "urls": self.urls,
         }  # fmt: skip
 
@@ -87,9 +88,11 @@ class Status:
             yield f"{self.name} on {self.kind}: all {whom} go to {self.all_to}"
         else:
             by = f", by {spec.sticky}" if spec.sticky else ""
-            yield f"{self.name} on {self.kind}: {spec.split.original} % of {whom} to original, {spec.split.redpp} % to redpp{by}"
-        candidate = f", redpp from {spec.candidate}" if spec.candidate else ""
-        yield f"{self.urls['gateway']}{candidate}{', shadow mode' if spec.shadow else ''}, running for {_span(self.seconds)}"
+            shares = f"{spec.split.original} % of {whom} to original, {spec.split.redpp} % to redpp"
+            yield f"{self.name} on {self.kind}: {shares}{by}"
+        extras = [f"redpp from {spec.candidate}"] if spec.candidate else []
+        extras += ["shadow mode"] if spec.shadow else []
+        yield ", ".join([self.urls["gateway"], *extras, f"running for {_span(self.seconds)}"])
         for problem in self.problems:
             yield f"PROBLEM: {problem}"
 
@@ -139,8 +142,9 @@ def read_status(state: Path, urls: dict[str, str], evidence: Evidence | None = N
     findings, guardrails = evidence.findings(), evidence.guardrails()
     supervisor = read_json(state / STATUS) or {}
     return Status(
-        name=document["name"], kind=spec.kind, spec=spec, seconds=time.time() - document["started"], all_to=switched(state / GATEWAY),
-        arms={arm: _arm(arm, spec, evidence) for arm in ARMS}, shadow=_shadow(evidence) if spec.shadow else None,
+        name=document["name"], kind=spec.kind, spec=spec, seconds=time.time() - document["started"],
+        all_to=switched(state / GATEWAY), arms={arm: _arm(arm, spec, evidence) for arm in ARMS},
+        shadow=_shadow(evidence) if spec.shadow else None,
         findings=findings, guardrails=guardrails, advice=evidence.advice(findings, guardrails),
         problems=supervisor.get("problems", []), urls=urls,
     )  # fmt: skip
@@ -166,8 +170,9 @@ def _shadow(evidence: Evidence) -> dict[str, Any]:
 
 
 def _shadow_lines(shadow: dict[str, Any], tolerance: float) -> Iterator[str]:
-    dropped = f", {shadow['dropped']} of {shadow['received']} requests not replayed for want of time" if shadow["dropped"] else ""
-    yield f"Shadow: {shadow['pairs']} pairs, {shadow['quiet_pairs']} of them undisturbed by other requests{dropped}"
+    yield f"Shadow: {shadow['pairs']} pairs, {shadow['quiet_pairs']} of them undisturbed by other requests"
+    if shadow["dropped"]:
+        yield f"Not replayed for want of time: {shadow['dropped']} of {shadow['received']} requests"
     if any(shadow["errors"].values()):
         yield f"Replays failed: {shadow['errors']['original']} on original, {shadow['errors']['redpp']} on redpp"
     if shadow["compared_outputs"]:
@@ -178,7 +183,10 @@ def _shadow_lines(shadow: dict[str, Any], tolerance: float) -> Iterator[str]:
 
 def _finite(document: dict[str, Any]) -> dict[str, Any]:
     """JSON has no infinity: a bound that is not there is null."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in document.items()}
+    def there(value: Any) -> bool:
+        return not isinstance(value, float) or math.isfinite(value)
+
+    return {key: value if there(value) else None for key, value in document.items()}
 
 
 def _span(seconds: float) -> str:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-
 import os
 import secrets
 import shutil
@@ -22,15 +21,15 @@ from urllib.parse import urlsplit
 from redpp_serve.errors import RedppError
 from redpp_serve.serving.folder import model_name
 from redpp_serve.serving.ports import GatewayPorts, Ports, TritonPorts, check_ports, consecutive_ports, free_ports
-from redpp_serve.serving.registry import register
+from redpp_serve.serving.registry import Running, register
 from redpp_serve.serving.server import LocalServer, open_server
 
 from .candidate import mixed_folder
 from .counting import Counting
 from .evidence import Evidence
-from .files import GATEWAY, SPEC, STATUS, read_json, write_json
+from .files import GATEWAY, RECORDER, SPEC, STATUS, read_json, write_json
 from .gateway import NginxProcess, connection_limit, stop_mirroring, worker_account
-from .journal import supervising
+from .journal import Journal, supervising
 from .nginx import ADDRESS, Gateway
 from .recorder import MAX_PAIRS
 from .recorder_process import RecorderProcess
@@ -50,6 +49,8 @@ class Supervisor:
     def __init__(self, spec: Spec, state: Path, say: Callable[[str], None] = lambda line: None) -> None:
         self._spec, self._state, self._say = spec, state, say
         self._urls: dict[str, str] = {}
+        self._journal: Journal | None = None
+        self._server: LocalServer | None = None
         self.latest: Status | None = None
 
     def run(self, ready: Callable[[], None]) -> None:
@@ -58,47 +59,70 @@ class Supervisor:
         Raises:
             RedppError: something does not start, or another experiment runs for the folder.
         """
-        spec, state = self._spec, self._state
         with ExitStack() as stack:
-            journal = stack.enter_context(supervising(spec.folder))
-            gateway_ports, server_ports = _ports(spec)
-            check_ports(gateway_ports)
-            nginx_folder = state / GATEWAY
-            nginx_folder.mkdir()
-            folder = mixed_folder(spec.folder, spec.candidate, state / "package") if spec.candidate else spec.folder
-
-            def note(line: str) -> None:
-                journal.write([state, *filter(None, [server.home])])
-                self._say(line)
-
-            journal.write([state])
-            server = open_server(spec.kind, folder, name=model_name(spec.folder), workers=spec.workers, ports=server_ports,
-                                 auth=spec.auth, progress=note)  # fmt: skip
-            stack.callback(server.stop)
-            server.start()
-            recorder = RecorderProcess(state, gateway_ports.recorder, (server.url(server.versions[0]), server.url(server.versions[1])))
-            if spec.shadow:
-                stack.callback(recorder.stop)
-                recorder.start()
-            nginx = NginxProcess(_gateway(spec, nginx_folder, gateway_ports, server))
-            stack.callback(nginx.stop)
-            nginx.start()
-            self._urls = {"gateway": f"http://{ADDRESS}:{gateway_ports.gateway}{nginx.gateway.public}",
-                          "metrics": f"http://{ADDRESS}:{gateway_ports.metrics}/metrics"}  # fmt: skip
-            stack.callback(_serve_metrics(gateway_ports.metrics, lambda: self.latest))
-            write_json(state / SPEC, {"spec": spec.to_json(), "started": time.time(), "name": server.name})
-            journal.write([state, *filter(None, [server.home])])
-            extra = {"gateway": self._urls["gateway"], "ab_metrics": self._urls["metrics"], "state": str(state), "split": str(spec.split)}
-            running = server.running(extra)
-            metrics = [*running.metrics_urls, self._urls["metrics"]]
-            stack.enter_context(register(replace(running, folder=str(spec.folder), metrics_urls=metrics)))
-            counting = Counting(state, nginx.access_log, server.metrics_url, server.name)
-            watch = Watch(state, server, nginx, recorder if spec.shadow else None)
-            evidence = Evidence(state, spec.limits, shadow=spec.shadow)
+            self._journal = stack.enter_context(supervising(self._spec.folder))
+            ports, server_ports = _ports(self._spec)
+            check_ports(ports)
+            server = self._start_server(stack, server_ports)
+            recorder = self._start_recorder(stack, ports, server) if self._spec.shadow else None
+            nginx = self._start_nginx(stack, ports, server)
+            self._urls = {"gateway": f"http://{ADDRESS}:{ports.gateway}{nginx.gateway.public}",
+                          "metrics": f"http://{ADDRESS}:{ports.metrics}/metrics"}  # fmt: skip
+            stack.callback(_serve_metrics(ports.metrics, lambda: self.latest))
+            started = {"spec": self._spec.to_json(), "started": time.time(), "name": server.name}
+            write_json(self._state / SPEC, started)
+            self._note()
+            stack.enter_context(register(self._running(server)))
+            counting = Counting(self._state, nginx.access_log, server.metrics_url, server.name)
             ready()
-            self._watch(counting, watch, evidence, lambda: journal.write([state, *filter(None, [server.home])]))
+            self._watch(counting, Watch(self._state, server, nginx, recorder))
 
-    def _watch(self, counting: Counting, watch: Watch, evidence: Evidence, note: Callable[[], None]) -> None:
+    def _start_server(self, stack: ExitStack, ports: Ports | TritonPorts | None) -> LocalServer:
+        spec, folder = self._spec, self._spec.folder
+        if spec.candidate:
+            folder = mixed_folder(folder, spec.candidate, self._state / "package")
+
+        def progress(line: str) -> None:
+            self._note()
+            self._say(line)
+
+        self._server = open_server(spec.kind, folder, name=model_name(spec.folder), workers=spec.workers, ports=ports,
+                                   auth=spec.auth, progress=progress)  # fmt: skip
+        stack.callback(self._server.stop)
+        self._note()
+        self._server.start()
+        return self._server
+
+    def _start_recorder(self, stack: ExitStack, ports: GatewayPorts, server: LocalServer) -> RecorderProcess:
+        original, redpp = map(server.url, server.versions)
+        recorder = RecorderProcess(self._state, ports.recorder, (original, redpp))
+        stack.callback(recorder.stop)
+        recorder.start()
+        return recorder
+
+    def _start_nginx(self, stack: ExitStack, ports: GatewayPorts, server: LocalServer) -> NginxProcess:
+        folder = self._state / GATEWAY
+        folder.mkdir()
+        nginx = NginxProcess(_gateway(self._spec, folder, ports, server))
+        stack.callback(nginx.stop)
+        nginx.start()
+        return nginx
+
+    def _running(self, server: LocalServer) -> Running:
+        """For other commands: under the folder that the user named, also where the server got one of links."""
+        extra = {"gateway": self._urls["gateway"], "ab_metrics": self._urls["metrics"], "state": str(self._state),
+                 "split": str(self._spec.split)}  # fmt: skip
+        running = server.running(extra)
+        metrics = [*running.metrics_urls, self._urls["metrics"]]
+        return replace(running, folder=str(self._spec.folder), metrics_urls=metrics)
+
+    def _note(self) -> None:
+        """Write down which processes and folders there are now, for the case that this process is killed."""
+        assert self._journal is not None
+        self._journal.write([self._state, *filter(None, [self._server.home if self._server else None])])
+
+    def _watch(self, counting: Counting, watch: Watch) -> None:
+        evidence = Evidence(self._state, self._spec.limits, shadow=self._spec.shadow)
         while True:
             begun = time.monotonic()
             problems = watch.mend()
@@ -107,7 +131,7 @@ class Supervisor:
             self.latest = read_status(self._state, self._urls, evidence)
             if watch.nginx.rotate():
                 counting.put_aside()
-            note()
+            self._note()
             time.sleep(max(0.05, _POLL_S - (time.monotonic() - begun)))
 
 
@@ -131,7 +155,7 @@ class Watch:
             problems.append(error.found)
         if self._recorder and not self._recorder.alive():
             self._recorder.start(wait=False)
-        recorded = read_json(self._state / "recorder.json") or {}
+        recorded = read_json(self._state / RECORDER) or {}
         if recorded.get("pairs", 0) >= MAX_PAIRS:
             stop_mirroring(self.nginx.gateway.folder)
             problems.append(f"the recorder has its {MAX_PAIRS} pairs; start a new experiment to record more")
@@ -152,8 +176,8 @@ def _gateway(spec: Spec, folder: Path, ports: GatewayPorts, server: LocalServer)
     original, redpp = (urlsplit(server.url(version)).path for version in server.versions)
     assert default.port is not None
     return Gateway(
-        folder=folder, port=ports.gateway, server=default.port, public=default.path, paths=(original, redpp), split=spec.split,
-        sticky=spec.sticky, salt=secrets.token_hex(8), recorder=ports.recorder if spec.shadow else None,
+        folder=folder, port=ports.gateway, server=default.port, public=default.path, paths=(original, redpp),
+        split=spec.split, sticky=spec.sticky, salt=secrets.token_hex(8), recorder=ports.recorder if spec.shadow else None,
         account=worker_account(), connections=connection_limit(),
     )  # fmt: skip
 
