@@ -20,7 +20,7 @@ from stubs import arms, ask, stub
 from test_experiment_nginx import PATHS, PUBLIC, folder, gateway  # noqa: F401 (a fixture)
 
 from redpp_serve.comparison.sequences import RatioSequence
-from redpp_serve.comparison.statistics import verdict
+from redpp_serve.comparison.statistics import Verdict, verdict
 from redpp_serve.experiment.files import PAIRS, RECORDER, Lines, read_json, write_json
 from redpp_serve.experiment.gateway import NginxProcess
 from redpp_serve.experiment.inbox import Inbox, Mirrored
@@ -69,31 +69,35 @@ def pairs(state: Path) -> list[dict[str, Any]]:
     return list(Lines(state / PAIRS).new())
 
 
+def decide(state: Path) -> Verdict:
+    sequence = RatioSequence()
+    sequence.update([numpy.log(a / b) for a, b in (pair["seconds"] for pair in pairs(state) if pair["quiet"])])
+    return verdict(sequence, 0.02, baseline="original", candidate="redpp", measure="end to end")
+
+
 def test_a_version_that_is_a_fifth_slower_and_answers_differently(folder: Path) -> None:  # noqa: F811
     state, port = folder.parent, free_ports(GatewayPorts).recorder
     outputs = {"1.0": [1.0, 2.0, 3.0], "2.0": [1.0, 2.5, 2.0]}
     with stub(arms({"1.0": 0.010, "2.0": 0.012}, outputs)) as server, recorder(state, port, server.port), \
             shadowed(folder, server.port, port) as nginx:  # fmt: skip
         connection = http.client.HTTPConnection("127.0.0.1", nginx.gateway.port)
-        for k in range(60):
+        decision, k = decide(state), 0
+        while decision.kind == "undecided" and k < 400:
             status, headers, body = ask(0, PUBLIC, headers={"X-User-Id": f"{k}", "X-Mine": "yes"}, connection=connection)
             assert (status, headers["x-redpp-arm"]) == (200, "original"), "a user got something else than the original"
             assert json.loads(body)["outputs"] == [outputs["1.0"]]
-            until(lambda k=k: len(pairs(state)) > k)
-        seen, counts = pairs(state), until(lambda: (read_json(state / RECORDER) or {}).get("pairs") == 60)
-        forwarded = server.headers[-1]
-    assert counts and server.seen == {PATHS[0]: 120, PATHS[1]: 60}
+            k += 1
+            until(lambda: len(pairs(state)) >= k)
+            decision = decide(state) if k % 20 == 0 else decision
+        counts = until(lambda: (c := read_json(state / RECORDER) or {}).get("pairs") == k and c)
+        forwarded, seen = server.headers[-1], pairs(state)
+    assert server.seen == {PATHS[0]: 2 * k, PATHS[1]: k} and counts == {"received": k, "dropped": 0, "pairs": k}
     assert forwarded["x-mine"] == "yes" and {pair["first"] for pair in seen} == {"original", "redpp"}
-    quiet = [pair for pair in seen if pair["quiet"]]
-    assert len(quiet) > 50, "nobody but the recorder asked"
-    sequence = RatioSequence()
-    sequence.update([numpy.log(a / b) for a, b in (pair["seconds"] for pair in quiet)])
-    decision = verdict(sequence, 0.02, baseline="original", candidate="redpp", measure="end to end")
+    assert sum(pair["quiet"] for pair in seen) > 0.8 * k, "nobody but the recorder asked"
     assert decision.kind == "slower" and decision.low < 10 / 12 * 1.05 and decision.high > 10 / 12 * 0.95, decision
     distance = float(numpy.linalg.norm([0, 0.5, -1]) / numpy.linalg.norm([1, 2, 3]))
     assert all(pair["difference"] == pytest.approx(distance) and pair["top1"] is False for pair in seen)
     assert all(pair["status"] == [200, 200] for pair in seen)
-    assert read_json(state / RECORDER) == {"received": 60, "dropped": 0, "pairs": 60}
 
 
 def test_errors_of_one_version_are_told_apart(folder: Path) -> None:  # noqa: F811
@@ -133,8 +137,8 @@ def test_users_do_not_notice_a_dead_or_hung_recorder(folder: Path) -> None:  # n
             begun = time.perf_counter()
             hung = timed(nginx, 200)
             took = time.perf_counter() - begun
-    # One request may wait for the one that finds out: 0.2 s, where it would be 200 of them without the sink.
-    assert dead < 0.5 and hung < 1.0 and took < 4.0, (dead, hung, took)
+    # One request may wait for the one that finds out, 0.2 s; without the sink it would be all 200, 40 s.
+    assert dead < 2.0 and hung < 3.0 and took < 15.0, (dead, hung, took)
 
 
 def test_users_do_not_notice_a_pruned_version_that_hangs(folder: Path) -> None:  # noqa: F811
@@ -150,7 +154,7 @@ def test_users_do_not_notice_a_pruned_version_that_hangs(folder: Path) -> None: 
         slowest = timed(nginx, 300)
         counts = until(lambda: (c := read_json(state / RECORDER)) and c["received"] == 300 and c)
         release.set()
-    assert slowest < 1.0
+    assert slowest < 5.0, "users wait for the pruned version, 20 s"
     assert counts["pairs"] == 0 and counts["dropped"] >= 300 - 64 - 1, "the queue has no bound"
 
 
