@@ -95,14 +95,24 @@ def test_errors_agreement_and_tail_advise_to_roll_back(tmp_path: Path) -> None:
     experiment.users(1000, 1000, errors=100)
     status = experiment.status()
     assert status.advice.kind == "rollback" and "errors" in status.advice.text  # faster, but it fails
-    experiment.users(1000, 1000, slow=200)
-    status = experiment.status()
-    assert status.advice.kind == "rollback" and "p99" in status.advice.text
     experiment.users(3000, 3000)
     experiment.pairs(500, 0.8, difference=0.2)
     status = experiment.status()
     assert status.advice.kind == "rollback" and "agreement" in status.advice.text
     assert status.shadow["agreement"] == 0.75
+
+
+def test_a_long_tail_advises_to_roll_back(tmp_path: Path) -> None:
+    for shadow in (True, False):
+        (tmp_path / str(shadow)).mkdir()
+        experiment = Experiment(tmp_path / str(shadow), shadow=shadow)
+        experiment.pairs(1500, 0.8)
+        experiment.windows(200, 0.8)
+        assert "p99" not in experiment.status().advice.text
+        experiment.users(1000, 1000, slow=0 if shadow else 200)
+        experiment.pairs(100, seconds=[0.01, 0.03])  # 6 %
+        advice = experiment.status().advice
+        assert advice.kind == "rollback" and "p99: at least" in advice.text, advice
 
 
 def test_pairs_count_for_what_they_can_tell(experiment: Experiment) -> None:
@@ -162,7 +172,7 @@ def test_the_text(experiment: Experiment) -> None:
         "gateway p99 (ms)        10      9",
     ]
     for part in ("handler p99 (ms)", "The arms carry different loads", "300 pairs, 300 of them undisturbed",
-                 "want of time: 100 of 400 requests", "300 of 300 within 0.1", "same class on 100.00%", "kept    p99:",
+                 "want of time: 100 of 400 requests", "300 of 300 within 0.1", "same class on 100.00%", "open    p99:",
                  "shadow  redpp is 1.2", "split   redpp is 1.2"):  # fmt: skip
         assert part in text, part
     assert text.splitlines()[-1] == experiment.status().advice.text

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from .spec import Limits
 from .split import ARMS
 from .traffic import Traffic
 
+_BOUNDS = tuple(0.001 * 2 ** (k / 4) for k in range(57))  # of a replay's time, 1 ms to 16 s
 _WORDS = {"baseline": "original", "candidate": "redpp"}
 
 
@@ -40,6 +43,7 @@ class Pairs:
         self.total = self.quiet = self.answered = self.agreeing = 0
         self.top1, self.errors = [0, 0], [0, 0]
         self.latency, self.handler = RatioSequence(), RatioSequence()
+        self._times = [[0] * (len(_BOUNDS) + 1) for _ in ARMS]
 
     def take(self, pair: dict[str, Any]) -> None:
         """One line of the recorder's file."""
@@ -53,9 +57,16 @@ class Pairs:
             self.top1 = [self.top1[0] + pair["top1"], self.top1[1] + 1]
         if pair["quiet"] and pair["difference"] is not None:
             self.quiet += 1
+            for counts, seconds in zip(self._times, pair["seconds"]):
+                counts[bisect_left(_BOUNDS, seconds)] += 1
             self.latency.update([_log_ratio(pair["seconds"])])
             if pair["handler"]:
                 self.handler.update([_log_ratio(pair["handler"])])
+
+    def histogram(self) -> tuple[list[float], list[int], list[int]]:
+        """As `Counters.histogram`, of the quiet pairs' times end to end."""
+        original, redpp = (list(accumulate(counts)) for counts in self._times)
+        return list(_BOUNDS), original, redpp
 
     @property
     def agreement(self) -> float | None:
@@ -115,12 +126,15 @@ class Evidence:
         return found
 
     def guardrails(self) -> list[Guardrail]:
-        """Errors and tail of both arms; with shadow mode, agreement of outputs too."""
+        """Errors and tail of both arms; with shadow mode, agreement of outputs too.
+
+        The tail is that of the quiet pairs, where both versions had the same requests, else that of the handlers.
+        """
         limits, pairs = self._limits, self.pairs
         errors = [self.traffic.errors[arm] + pairs.errors[k] for k, arm in enumerate(ARMS)]
         requests = [self.traffic.requests[arm] + pairs.total for arm in ARMS]
         rails = [error_guardrail(errors[0], requests[0], errors[1], requests[1], limits.max_error_rate_gap)]
-        bounds, original, redpp = self.counters.histogram()
+        bounds, original, redpp = (self.pairs if self._shadow else self.counters).histogram()
         if bounds:
             rails.append(p99_guardrail(bounds, original, redpp, limits.max_p99_ratio))
         if self._shadow:
