@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -45,8 +45,19 @@ class Pairs:
         self.latency, self.handler = RatioSequence(), RatioSequence()
         self._times = [[0] * (len(_BOUNDS) + 1) for _ in ARMS]
 
-    def take(self, pair: dict[str, Any]) -> None:
-        """One line of the recorder's file."""
+    def take(self, pairs: Iterable[dict[str, Any]]) -> None:
+        """Lines of the recorder's file, in order of time."""
+        latency, handler = [], []
+        for pair in pairs:
+            self._count(pair)
+            if pair["quiet"] and pair["difference"] is not None:
+                latency.append(_log_ratio(pair["seconds"]))
+                if pair["handler"]:
+                    handler.append(_log_ratio(pair["handler"]))
+        self.latency.update(latency)
+        self.handler.update(handler)
+
+    def _count(self, pair: dict[str, Any]) -> None:
         self.total += 1
         for arm, status in enumerate(pair["status"]):
             self.errors[arm] += status == 0 or status >= 500
@@ -59,9 +70,6 @@ class Pairs:
             self.quiet += 1
             for counts, seconds in zip(self._times, pair["seconds"]):
                 counts[bisect_left(_BOUNDS, seconds)] += 1
-            self.latency.update([_log_ratio(pair["seconds"])])
-            if pair["handler"]:
-                self.handler.update([_log_ratio(pair["handler"])])
 
     def histogram(self) -> tuple[list[float], list[int], list[int]]:
         """As `Counters.histogram`, of the quiet pairs' times end to end."""
@@ -103,10 +111,9 @@ class Evidence:
 
     def refresh(self) -> None:
         """Take in what was added."""
-        for pair in self._pair_lines.new():
-            self.pairs.take(pair)
-        for line in self._window_lines.new():
-            self.arms.update([{int(size): (a, b, c, d) for size, (a, b, c, d) in line["batches"].items()}])
+        self.pairs.take(self._pair_lines.new())
+        windows = (line["batches"] for line in self._window_lines.new())
+        self.arms.update({int(size): (a, b, c, d) for size, (a, b, c, d) in window.items()} for window in windows)
         counts = read_json(self._state / COUNTS)
         if counts:
             self.traffic, self.counters = Traffic(counts["users"]), from_json(counts["buckets"])
