@@ -198,10 +198,26 @@ def test_workers_that_die_again_and_again_end_it(server: TritonServer) -> None:
     for _ in range(module._DEATHS):
         server._revived.append(time.monotonic())
     kill_worker(server, "2")
-    with pytest.raises(RedppError, match="version 2 die again and again"):
+    with pytest.raises(RedppError, match="version 2 dies again and again"):
         server.check_alive()
     server._revived.clear()
     server.check_alive()
+
+
+def test_a_server_that_has_died_comes_back_as_it_was(server: TritonServer) -> None:
+    """With its ports, its tokens and what has been promoted; its workers' memory is freed."""
+    server.promote()
+    server.check_alive()
+    before = mine()
+    server._leaders[server.title].kill()
+    server._leaders[server.title].wait(STOP_S)
+    assert "does not answer" in probe(server.running(), "redpp").problem
+    server._revived.clear()
+    server.check_alive()
+    assert [probe(server.running(), variant).problem for variant in ("original", "redpp", "default")] == [""] * 3
+    assert server.default_variant() == "redpp" and not psutil.wait_procs(before, timeout=STOP_S)[1]
+    server.rollback()
+    server._revived.clear()
 
 
 def test_a_server_that_is_down_is_unhealthy(server: TritonServer) -> None:

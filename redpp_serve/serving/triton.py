@@ -6,6 +6,8 @@ import http.client
 import json
 import os
 import secrets
+import shutil
+import subprocess
 import sys
 import time
 from collections import deque
@@ -16,7 +18,7 @@ from typing import Any
 from redpp_serve.errors import RedppError
 
 from .ports import ADDRESS, TritonPorts, free_ports
-from .processes import session
+from .processes import kill_session, session
 from .server import START_TIMEOUT_S, LocalServer, ask, require_packages
 from .triton_binary import TritonBinary, find_triton, link_backend
 from .triton_versions import STAND_INS, VERSIONS, load_request, loaded_versions, versions_for
@@ -26,7 +28,7 @@ _EXIT_S = 5  # the server's own limit for requests in flight when it is told to 
 _LOAD_S = 120.0
 _DEATHS, _WITHIN_S = 3, 60.0
 _PACKAGES = {"tritonclient": "tritonclient", "google.protobuf": "protobuf", "psutil": "psutil"}
-_MODELS, _BACKENDS = "models", "backends"
+_MODELS, _BACKENDS, _SCRATCH = "models", "backends", "tmp"
 # gRPC looks for the restriction's key behind this prefix; with it in HTTP's key too, one header serves both.
 _KEY, _PREFIX = "redpp-token", "triton-grpc-protocol-"
 _GUARDED = "model-repository,shared-memory,trace,logging"
@@ -66,6 +68,7 @@ class TritonServer(LocalServer):
         self._tokens = {api: secrets.token_hex(24) for api in ("inference", "management")}
         self._binary: TritonBinary | None = None
         self._config: dict[str, Any] = {}
+        self._wanted = set(versions_for("original"))
         self._revived: deque[float] = deque(maxlen=_DEATHS)
 
     @property
@@ -101,28 +104,53 @@ class TritonServer(LocalServer):
         return self._config
 
     def check_alive(self) -> None:
-        """Raise a RedppError when the server has ended by itself, or its workers die again and again.
+        """Raise a RedppError when the server or its workers die again and again.
 
         Triton itself does not restart a worker that has died: it answers 500 for it ever after, and calls itself
-        ready. Such a version is loaded anew here; meanwhile requests for it fail, those for the others do not.
+        ready. Such a version is loaded anew here; meanwhile requests for it fail, those for the others do not. Now and
+        then a worker's death takes the server with it (2.51 aborts on a lock that a killed worker held): it is started
+        again, with the same ports, tokens and default version.
         """
-        super().check_alive()
-        dead = self._dead()
-        if not dead:
+        if not self._leaders:
+            raise self._failure(f"{self.title} has ended")
+        ended = self._leaders[self.title].poll() is not None
+        dead = set() if ended else self._dead()
+        if not ended and not dead:
             return
+        what = self.title if ended else f"a worker of version {' and '.join(sorted(dead))}"
         now = time.monotonic()
         if len(self._revived) == _DEATHS and now - self._revived[0] < _WITHIN_S:
-            raise self._failure(f"workers of version {' and '.join(sorted(dead))} die again and again")
+            raise self._failure(f"{what} dies again and again")
         self._revived.append(now)
-        self._progress(f"a worker of version {' and '.join(sorted(dead))} has died; loading it again")
-        self._revive(dead)
+        self._progress(f"{what} has died; starting it again")
+        try:
+            self._restart() if ended else self._revive(dead)
+        except RedppError:
+            if ended or not self._ends_soon():
+                raise
+
+    def _ends_soon(self) -> bool:
+        try:
+            self._leaders[self.title].wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def _restart(self) -> None:
+        """Start the server again in the place of one that has ended."""
+        assert self.home is not None
+        kill_session(self._leaders[self.title])
+        _free_shared_memory(self._shared_memory())
+        for part in (_MODELS, _BACKENDS, _SCRATCH):
+            shutil.rmtree(self.home / part)
+        self._launch(self.home)
+        self._wait(time.monotonic() + self._timeout_s)
 
     def stop(self) -> None:
         """End the server and its workers, remove the private folder and their shared memory."""
         prefix = self._shared_memory()
         super().stop()
-        for left in Path("/dev/shm").glob(f"{prefix}*") if prefix else ():
-            left.unlink(missing_ok=True)
+        _free_shared_memory(prefix)
 
     def _prepare(self) -> None:
         require_packages(_PACKAGES.items())
@@ -131,7 +159,7 @@ class TritonServer(LocalServer):
 
     def _launch(self, home: Path) -> None:
         assert self._binary is not None
-        (home / "tmp").mkdir()
+        (home / _SCRATCH).mkdir()
         self._link_repository(home / _MODELS / self.name)
         link_backend(self._binary, home / _BACKENDS)
         http_key, ports = _PREFIX + _KEY, self.ports
@@ -154,7 +182,7 @@ class TritonServer(LocalServer):
             # the workers' Python finds this environment's packages by the interpreter that is first in PATH
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")]),
             "LD_LIBRARY_PATH": os.pathsep.join(libraries),
-            "TMPDIR": str(home / "tmp"),
+            "TMPDIR": str(home / _SCRATCH),
         }
         self._spawn(self.title, command, environment)
 
@@ -175,7 +203,7 @@ class TritonServer(LocalServer):
             for path in (self._model / (number if number in VERSIONS else VERSIONS[0])).iterdir():
                 if path.name != "__pycache__":
                     (model / number / path.name).symlink_to(path)
-        policy = {"specific": {"versions": list(versions_for("original"))}}
+        policy = {"specific": {"versions": sorted(self._wanted)}}
         config = json_format.ParseDict({**self._config, "version_policy": policy}, model_config_pb2.ModelConfig())
         (model / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
 
@@ -185,7 +213,7 @@ class TritonServer(LocalServer):
         return self.workers * len(ready & set(VERSIONS)), self.workers * len(VERSIONS)
 
     def _answers(self) -> bool:
-        return bool(self._loaded() & set(STAND_INS))
+        return self._wanted <= self._loaded()
 
     def _loaded(self) -> set[str]:
         """The versions that Triton calls ready; none while it does not answer."""
@@ -198,6 +226,8 @@ class TritonServer(LocalServer):
     def _dead(self) -> set[str]:
         """The versions that Triton calls ready, before and after a look at its processes, but that lack a worker."""
         before = self._loaded()
+        if before:  # other processes promote and roll back
+            self._wanted = before | set(VERSIONS)
         living = self._workers()
         lacking = {version for version in before if living.get(version, 0) < self.workers}
         return lacking & self._loaded() if lacking else set()
@@ -247,6 +277,11 @@ class TritonServer(LocalServer):
     def _shared_memory(self) -> str:
         """What the names of this run's shared memory begin with; that of workers which were killed is left behind."""
         return f"{self.home.name}-" if self.home else ""
+
+
+def _free_shared_memory(prefix: str) -> None:
+    for left in Path("/dev/shm").glob(f"{prefix}*") if prefix else ():
+        left.unlink(missing_ok=True)
 
 
 def _check_repository(model: Path) -> None:
