@@ -163,7 +163,7 @@ def verdict(sequence: Evidence, margin: float = 0.02, *, baseline: str, candidat
     ratio = math.exp(sequence.mean)
 
     def basis(start: float, end: float, digits: int = 2) -> str:
-        level = f"{100 * (1 - sequence.alpha):g} % confidence sequence"
+        level = f"{100 * (1 - sequence.alpha):.3g} % confidence sequence"
         return f"({level} {start:.{digits}f} to {end:.{digits}f} from {sequence.basis})"
 
     needed: int | None = 0

@@ -23,6 +23,7 @@ from .split import ARMS
 from .traffic import Traffic
 
 _BOUNDS = tuple(0.001 * 2 ** (k / 4) for k in range(57))  # of a replay's time, 1 ms to 16 s
+_ALPHA = 0.05  # chance that the verdict on speed is ever wrong where the versions are equally fast
 _WORDS = {"baseline": "original", "candidate": "redpp"}
 
 
@@ -38,11 +39,11 @@ class Pairs:
         errors: of the original and the pruned version: no answer, or a status of 500 and above.
     """
 
-    def __init__(self, tolerance: float) -> None:
+    def __init__(self, tolerance: float, alpha: float = _ALPHA) -> None:
         self._tolerance = tolerance
         self.total = self.quiet = self.answered = self.agreeing = 0
         self.top1, self.errors = [0, 0], [0, 0]
-        self.latency, self.handler = RatioSequence(), RatioSequence()
+        self.latency, self.handler = RatioSequence(alpha), RatioSequence(alpha)
         self._times = [[0] * (len(_BOUNDS) + 1) for _ in ARMS]
 
     def take(self, pairs: Iterable[dict[str, Any]]) -> None:
@@ -105,7 +106,8 @@ class Evidence:
     def __init__(self, state: Path, limits: Limits, *, shadow: bool) -> None:
         self._state, self._limits, self._shadow = state, limits, shadow
         self._pair_lines, self._window_lines = Lines(state / PAIRS), Lines(state / WINDOWS)
-        self.pairs, self.arms = Pairs(limits.tolerance), ArmSequence()
+        alpha = _ALPHA / 3 if shadow else _ALPHA  # any of the three comparisons of `findings` may decide
+        self.pairs, self.arms = Pairs(limits.tolerance, alpha), ArmSequence(alpha)
         self.traffic, self.counters = Traffic(), Counters()
         self.recorder = {"received": 0, "dropped": 0, "pairs": 0}
 
