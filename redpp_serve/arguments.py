@@ -185,6 +185,8 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         "(default: synthetic inputs kept in the folder)")  # fmt: skip
     add("--concurrency", type=_whole(1), default=4, metavar="N", help="requests in flight (default: %(default)s)")
     add("--duration", type=_positive, default=30.0, metavar="S", help="seconds of load (default: %(default)g)")
+    add("--rate", type=_positive, metavar="R",
+        help="also measure latency at R requests a second, whether or not earlier ones are answered")  # fmt: skip
     add("--margin", type=_positive, default=0.02, metavar="R",
         help="relative difference that counts as none (default: %(default)g)")  # fmt: skip
     add("--seed", type=_whole(0), default=0, metavar="N", help="of the order of requests (default: %(default)s)")

@@ -148,7 +148,7 @@ def _compare(options: argparse.Namespace) -> None:
 
     result = compare(
         options.folder, inputs=options.inputs, concurrency=options.concurrency, seconds=options.duration, margin=options.margin,
-        seed=options.seed, server=options.server, workers=options.workers, ports=_ports(options.port, options.server),
+        seed=options.seed, rate_rps=options.rate, server=options.server, workers=options.workers, ports=_ports(options.port, options.server),
         auth=not options.demo_auth_off,
         note=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip

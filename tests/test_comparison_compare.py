@@ -43,7 +43,7 @@ def test_json_holds_every_key(start: Start) -> None:  # noqa: F811
     data = run(start(0.004), start(0.004)).to_json()
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     expected = {"original", "pruned", "agreement", "speedup", "verdict", "verdict_kind", "verdict_handler"}
-    assert set(data) == expected | {"verdict_handler_kind", "pairs", "concurrency", "seconds", "margin"}
+    assert set(data) == expected | {"verdict_handler_kind", "pairs", "concurrency", "seconds", "margin", "open_loop"}
     assert data["pairs"] > 5 and data["margin"] == 0.02 and data["concurrency"] == 1 and data["seconds"] == 0.6
     assert data["verdict_kind"] in {"faster", "slower", "equivalent", "undecided"} and "original" in data["verdict"]
     arm = data["pruned"]
@@ -52,6 +52,22 @@ def test_json_holds_every_key(start: Start) -> None:  # noqa: F811
     low, high = arm["latency_ms_interval"]["p50"]
     assert 4.0 <= low <= arm["latency_ms"]["p50"] <= high
     assert set(data["speedup"]["throughput"]) == {"ratio", "low", "high"} and arm["accuracy"] == 1.0
+
+
+def test_a_rate_is_kept_whatever_the_answers_take(start: Start) -> None:  # noqa: F811
+    """The slow arm is asked as often as the fast one, and its queue shows in its latency."""
+    slow, fast = start(0.02, one_at_a_time=True), start(0.002, one_at_a_time=True)
+    result = compare_endpoints(slow.endpoint("original"), fast.endpoint("redpp"), PAYLOADS, concurrency=1, seconds=3.0,
+                               rate_rps=45.0, progress=False)  # fmt: skip
+    measured = result.open_loop
+    assert measured is not None and measured.failed == (0, 0)
+    assert all(12 <= sent <= 45 for sent in measured.sent)  # 27 expected
+    original, redpp = measured.latency_ms
+    assert original is not None and redpp is not None
+    assert original["p50"].value > 20 > redpp["p50"].value
+    data = result.to_json()["open_loop"]
+    assert data["rate_rps"] == 45 and data["pruned"]["latency_ms"]["p50"] == redpp["p50"].value
+    assert "at 45/s p99 (ms)" in result.to_text() and "at 45/s failed" in result.to_text()
 
 
 def test_failed_requests_are_counted_and_quoted(start: Start) -> None:  # noqa: F811

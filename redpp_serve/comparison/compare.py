@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from redpp_serve.comparison.client import Endpoint, Payload, Reply
 from redpp_serve.comparison.load import Throughput, plan_blocks, preflight, require_success, run_blocks, run_paired
+from redpp_serve.comparison.open_loop import OpenLoop, measure_open_loop
 from redpp_serve.comparison.sequences import RatioSequence
 from redpp_serve.comparison.statistics import Estimate, Verdict, percentile_interval, ratio_interval, verdict
 from redpp_serve.errors import RedppError
@@ -78,6 +79,7 @@ class Comparison:
     concurrency: int
     seconds: float
     margin: float
+    open_loop: OpenLoop | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, texts and lists, fit for ``json.dumps``."""
@@ -94,6 +96,7 @@ class Comparison:
             "concurrency": self.concurrency,
             "seconds": self.seconds,
             "margin": self.margin,
+            "open_loop": self.open_loop and self.open_loop.to_json(),
         }
 
     def to_text(self) -> str:
@@ -121,6 +124,8 @@ class Comparison:
         yield "throughput (1/s)", rates[0], rates[1], _ratio(self.speedup["throughput"])
         failed = [f"{arm.errors} of {arm.requests}" for arm in arms]
         yield "failed requests", failed[0], failed[1], ""
+        for row in self.open_loop.rows() if self.open_loop else ():
+            yield *row, ""
         shares = ["-" if arm.accuracy is None else f"{arm.accuracy:.2%}" for arm in arms]
         if shares != ["-", "-"]:
             yield "accuracy", shares[0], shares[1], ""
@@ -143,6 +148,7 @@ def compare_endpoints(
     seconds: float = 20.0,
     margin: float = 0.02,
     seed: int = 0,
+    rate_rps: float | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Measure two live endpoints with the same inputs.
@@ -155,6 +161,7 @@ def compare_endpoints(
         seconds: time of the whole measurement, without warm-up: 60 % paired latencies, 40 % throughput blocks.
         margin: relative difference in speed that counts as none.
         seed: of the random order and of the bootstrap.
+        rate_rps: also measure latency at this many requests per second, for another 40 % of ``seconds``.
         progress: show bars on stderr when it is a terminal.
 
     Raises:
@@ -177,6 +184,10 @@ def compare_endpoints(
     block_s, blocks = plan_blocks(seconds - paired_s, float(numpy.median(latencies)))
     with _bar("throughput", progress) as report:
         served = run_blocks(original, pruned, payloads, concurrency, block_s, blocks, seed + 1, report)
+    open_loop = None
+    if rate_rps is not None:
+        with _bar(f"latency at {rate_rps:g}/s", progress) as report:
+            open_loop = measure_open_loop(original, pruned, payloads, rate_rps, seconds - paired_s, seed + 2, report)
     rng, block = numpy.random.default_rng([seed, 2]), max(concurrency, round(len(good) ** (1 / 3)))
     handlers = numpy.array([(a.handler_s, b.handler_s) for a, b in good if a.handler_s and b.handler_s])
     arms = [
@@ -203,6 +214,7 @@ def compare_endpoints(
         concurrency=concurrency,
         seconds=seconds,
         margin=margin,
+        open_loop=open_loop,
     )
 
 

@@ -35,6 +35,7 @@ def compare(
     seconds: float = 20.0,
     margin: float = 0.02,
     seed: int = 0,
+    rate_rps: float | None = None,
     server: str = "torchserve",
     workers: int = 1,
     ports: Ports | TritonPorts | None = None,
@@ -57,7 +58,8 @@ def compare(
     payloads = read_payloads(inputs) if inputs else folder_payloads(folder)
     with open_server(server, folder, name=name, workers=workers, ports=ports, auth=auth, progress=note) as running:
         original, pruned = (endpoint(running, variant) for variant in VARIANTS)
-        return compare_endpoints(original, pruned, payloads, concurrency=concurrency, seconds=seconds, margin=margin, seed=seed)
+        return compare_endpoints(original, pruned, payloads, concurrency=concurrency, seconds=seconds, margin=margin, seed=seed,
+                                 rate_rps=rate_rps)  # fmt: skip
 
 
 def endpoint(server: LocalServer, variant: str) -> Endpoint:
