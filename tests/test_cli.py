@@ -25,7 +25,7 @@ from redpp_serve.cli import main
 from redpp_serve.serving.ports import free_ports
 
 Run = Callable[..., tuple[int, str, str]]
-COMMANDS = ("inspect", "package", "serve", "compare", "demo")
+COMMANDS = ("inspect", "package", "serve", "promote", "rollback", "health", "compare", "dashboard", "ab", "ab start", "demo")
 FAST = ("--merge", "exact")
 
 
@@ -82,9 +82,9 @@ def without_digits(text: str) -> str:
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help(run: Run, golden: Callable[[str, str], None], command: str) -> None:
-    code, out, err = run(*filter(None, [command]), "--help")
+    code, out, err = run(*command.split(), "--help")
     assert (code, err) == (0, "")
-    golden(f"help_{command or 'redpp-serve'}", out)
+    golden(f"help_{command.replace(' ', '_') or 'redpp-serve'}", out)
 
 
 def test_version(run: Run) -> None:

@@ -79,6 +79,13 @@ class Client:
             thread.join()
 
 
+def words_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has just ended
+        return []
+
+
 def until(condition: Callable[[], Any], seconds: float = 15.0) -> Any:
     deadline = time.monotonic() + seconds
     while not (result := condition()):
@@ -197,7 +204,7 @@ def test_a_second_one_is_refused(folder: Path, client: Client, capsys: pytest.Ca
 
 def test_nginx_and_the_recorder_are_started_again(folder: Path, client: Client) -> None:
     def named(word: str) -> set[int]:
-        return {p.pid for p in family(client) if word in " ".join(p.cmdline())}
+        return {p.pid for p in family(client) if word in " ".join(words_of(p))}
 
     before = named("nginx: master"), named("experiment.recorder")
     assert all(len(pids) == 1 for pids in before)
@@ -210,7 +217,7 @@ def test_nginx_and_the_recorder_are_started_again(folder: Path, client: Client) 
 
 
 def test_a_dead_server_is_reported_and_users_get_json(folder: Path, client: Client) -> None:
-    java = next(p for p in family(client) if "org.pytorch.serve.ModelServer" in p.cmdline())
+    java = next(p for p in family(client) if "org.pytorch.serve.ModelServer" in words_of(p))
     java.kill()
     java.wait(10)
     assert until(lambda: client.one())[0] == 502

@@ -122,8 +122,8 @@ def test_a_bad_request_in_a_batch_costs_its_sender_alone(server: TritonPorts, pa
                 assert answer.message() == "Found input 'x' with NaN, infinity or values beyond float32, expected finite ones"
             else:
                 assert answer == right(package, "redpp", x)
-    gained = wait_for(server, before, lambda gain: gain("redpp_batches_total", "redpp", batch="4") == 1)
-    assert gained("redpp_requests_total", "redpp", outcome="ok") == 3
+    gained = wait_for(server, before, lambda gain: gain("redpp_batches_total", "redpp", batch="4") == 1
+                      and gain("redpp_requests_total", "redpp", outcome="ok") == 3)  # fmt: skip
     assert gained("redpp_requests_total", "redpp", outcome="bad_request") == 1
     with over_http.InferenceServerClient(f"127.0.0.1:{server.http}") as client:
         for x, message in ((images(5), "batch-size must be <= 4"), (images(1)[:, :, :11], "unexpected shape"),
