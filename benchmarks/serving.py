@@ -63,7 +63,8 @@ def crash_part(server: LocalServer, cases: Cases) -> dict[str, Any]:
     later = [x for x in run.sent if x.start_s > recovered and x.target == "redpp" and x.good]
     return {"requests": len(run.sent), "lost_original": sum(x.target == "original" for x in lost),
             "lost_before_the_kill": sum(x.end_s < at for x in lost), "lost_redpp": sum(x.target == "redpp" for x in lost),
-            "recovery_s": round(recovered - at, 2), "served_after_recovery": len(later),
+            "recovery_s": round(recovered - at, 2),
+            "longest_wait_s": round(max(x.end_s - x.start_s for x in run.sent if x.end_s > at), 2), "served_after_recovery": len(later),
             "lost_after_recovery": sum(x.lost for x in later), "first_error": _first_error(run)}  # fmt: skip
 
 
@@ -135,6 +136,34 @@ def targets(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def table(results: dict[str, Any]) -> str:
+    """Both servers side by side, as Markdown."""
+    titles = {"torchserve": "TorchServe", "triton": "Triton Inference Server"}
+    rows = [["", *titles.values()], ["---"] * (1 + len(titles))]
+
+    def row(title: str, cell: Any) -> None:
+        rows.append([title, *(cell(results[kind]["load"], results[kind]["crash"], results[kind]["roll_out"]) for kind in titles)])
+
+    first = results["torchserve"]["load"]
+    row(f"{first['clients']} clients, {first['seconds']:g} s: good requests lost", lambda load, *_: f"{load['good_lost']} of {load['good']:,}")
+    row("bad ones without a 4xx of their own", lambda load, *_: f"{load['bad_misjudged']} of {load['bad']:,}")
+    row("memory, second to last quarter", lambda load, *_: f"{load['memory']['growth_percent']:+.1f} %")
+    row("promote, roll back, promote: requests lost", lambda _, __, roll: f"{roll['lost']} of {roll['requests']:,}")
+    row("a worker of the pruned version killed: lost", lambda _, crash, __: f"{crash['lost_redpp']} of {crash['requests']:,}")
+    row("last one lost after; longest wait", lambda _, crash, __: f"{crash['recovery_s']:g} s; {crash['longest_wait_s']:g} s")
+    row("lost after that", lambda _, crash, __: f"{crash['lost_after_recovery']} of {crash['served_after_recovery']:,}")
+    row("requests of the original lost by it", lambda _, crash, __: str(crash["lost_original"]))
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    costs = "; ".join(f"batch {x['batch']}: handler {_percent(x['handler_percent'])}, metrics {_percent(x['metrics_percent'])}"
+                      for x in results["overhead"])  # fmt: skip
+    return "\n".join([*lines, "", f"Added to the time of a bare handler by ours, and to ours by its metrics: {costs}."])
+
+
+def _percent(interval: list[float]) -> str:
+    value, low, high = interval
+    return f"{value:.1f} % ({low:.1f} to {high:.1f})"
+
+
 def _digits(folder: Path) -> Path:
     """The reference digits network, half of its multiply-accumulates pruned, without distillation."""
     captured = capture_file(CHECKPOINT, [InputSpec("image", (1, 32, 32))], arch=ARCH)
@@ -168,7 +197,7 @@ def main() -> None:
     results["targets"] = targets(results)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
-    print("\n".join(results["targets"]))
+    print("\n".join([*results["targets"], "", table(results)]))
 
 
 def _note(line: str) -> None:
