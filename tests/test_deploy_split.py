@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import re
+import socket
 import subprocess
 import tempfile
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from composed import read_compose
 from manifests import DEPLOY
+from test_experiment_nginx import MALFORMED
 from tools import tool
 
 from redpp_serve.experiment.gateway import worker_account
@@ -219,6 +221,15 @@ def test_other_requests_are_refused_in_words(
     response = connection.getresponse()
     assert response.status == status and "expected" in json.loads(response.read())["error"]
     connection.close()
+
+
+def test_what_is_no_http_is_refused_as_the_local_gateway_does(gateway: tuple[int, Path]) -> None:
+    for sent, code in MALFORMED:
+        with socket.create_connection(("127.0.0.1", gateway[0]), timeout=5) as wire:
+            wire.sendall(sent)
+            head, _, body = b"".join(iter(lambda: wire.recv(1 << 16), b"")).partition(b"\r\n\r\n")
+        assert int(head.split()[1]) in (code, 400 if code == 405 else code), (sent[:40], head)
+        assert json.loads(body)["error"] and b"application/json" in head, (sent[:40], body)
 
 
 def test_a_file_promotes_and_rolls_back_without_a_reload(

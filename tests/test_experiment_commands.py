@@ -1,6 +1,9 @@
 """What `redpp-serve ab` refuses before anything starts, and in which words."""
 
 import os
+import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from tools import tool
 
 from redpp_serve.cli import main
 from redpp_serve.experiment import commands, journal
+from redpp_serve.serving.registry import Running, register, started
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +77,32 @@ def test_one_that_is_starting_and_one_that_was_killed(packaged: Path, capsys: py
     assert main(["ab", "stop", str(packaged)]) == 0
     assert "ended what an experiment" in capsys.readouterr().out
     assert not journal.abandoned(packaged)
+
+
+def test_an_experiment_is_found_beside_another_server_of_its_folder(
+    packaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody ran redpp-serve serve for the same folder meanwhile."""
+    (state := tmp_path / "state" / "gateway").mkdir(parents=True)
+    server = Running(str(packaged), "m", "torchserve", os.getpid(), started(os.getpid()) or 0.0, ("1.0", "2.0"), {},
+                     "http://127.0.0.1:9", [], {"management": {}})  # fmt: skip
+    experiment = replace(server, extra={"state": str(state.parent), "gateway": "http://g", "ab_metrics": ""})
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        with register(experiment), register(replace(server, pid=other.pid, created=started(other.pid) or 0.0)):
+            assert main(["ab", "promote", str(packaged)]) == 0
+            assert "all users of http://g get redpp" in capsys.readouterr().out and (state / "promoted").exists()
+            shutil.rmtree(state)
+            assert main(["ab", "promote", str(packaged)]) == 2
+            assert "users cannot be moved" in capsys.readouterr().err
+            shutil.rmtree(state.parent)
+            assert main(["ab", "status", str(packaged)]) == 2
+            assert f"folder {state.parent} is gone" in capsys.readouterr().err
+            assert main(["ab", "stop", str(packaged), "--keep", str(tmp_path / "keep")]) == 2
+            assert f"folder {state.parent} is gone" in capsys.readouterr().err and not (tmp_path / "keep").exists()
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_a_supervisor_that_fails_says_why(packaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

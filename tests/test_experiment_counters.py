@@ -11,6 +11,7 @@ from redpp_serve.errors import RedppError
 from redpp_serve.experiment.counters import Counters, Windows, as_json, from_json, read_counters
 from redpp_serve.experiment.counting import Counting
 from redpp_serve.experiment.files import COUNTS, WINDOWS, Lines, read_json
+from redpp_serve.experiment.split import ARMS
 from redpp_serve.experiment.traffic import Traffic
 
 
@@ -59,10 +60,27 @@ def test_seconds_that_were_read_before_their_batch_wait() -> None:
 
 
 def test_a_server_that_was_started_anew_counts_from_there() -> None:
-    windows = Windows(counted({1: (100, 9.0)}, {1: (50, 5.0)}))
-    assert windows.cut(counted({1: (3, 0.3)}, {1: (51, 5.1)})) == {1: [0, 0, 1, pytest.approx(0.1)]}
-    assert windows.cut(counted({1: (5, 0.5)}, {1: (51, 5.1)})) == {1: [2, pytest.approx(0.2), 0, 0]}
+    windows = Windows(counted({1: (100, 9.0)}, {1: (50, 5.0), 2: (1, 0.9)}))
+    # the pruned version has passed its totals again: what lies between is no difference of one server's
+    assert windows.cut(counted({1: (3, 0.3)}, {1: (60, 5.1), 2: (2, 1.0)})) == {}
+    assert windows.cut(counted({1: (5, 0.5)}, {1: (61, 5.2), 2: (2, 1.0)})) == {
+        1: [2, pytest.approx(0.2), 1, pytest.approx(0.1)]}  # fmt: skip
     assert windows.since.histogram()[1:] == ([2, 2], [1, 1])
+
+
+@pytest.mark.parametrize(("before", "after"), [((0, 5, 10), (9, 9, 11)), ((0, 5, 10), (3, 4, 12))], ids=["anew", "fallen"])
+def test_ranges_of_times_that_shrink_are_another_servers(before: tuple[int, ...], after: tuple[int, ...]) -> None:
+    """Totals that grew, of which the batches of a range did not: differences would be no histogram."""
+    def counters(counts: tuple[int, ...]) -> Counters:
+        made = Counters()
+        for arm in ARMS:
+            made.buckets[arm] = dict(zip((0.1, 0.2, float("inf")), map(float, counts)))
+        return made
+
+    windows = Windows(counters(before))
+    assert windows.cut(counters(after)) == {} and windows.since.buckets["redpp"] == {}
+    windows.cut(counters(tuple(count + 1 for count in after)))
+    assert windows.since.histogram() == ([0.1, 0.2], [1, 1, 1], [1, 1, 1])
 
 
 def line(arm: str, status: int = 200, seconds: float | None = 0.01, by: str = "split") -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 
 from redpp_serve.errors import RedppError
 from redpp_serve.experiment.journal import abandoned, clean, supervised, supervising
+from redpp_serve.serving.registry import started
 
 # Starts a child in a session of its own, which starts another and ends: as a launcher does with Java.
 SUPERVISOR = """
@@ -76,7 +77,8 @@ def test_the_next_supervisor_ends_what_is_left_first(tmp_path: Path) -> None:
     with supervising(tmp_path):
         path = next((tmp_path / "run").rglob("ab-*.lock"))
     assert not supervised(tmp_path) and not path.exists()
-    created = psutil.Process(left.pid).create_time()
+    created = started(left.pid)
+    assert created is not None
     # `other` stands for a process that was given the number of one that had ended long before
     path.write_text(json.dumps({"processes": [[left.pid, created], [other.pid, created - 100]], "folders": [str(tmp_path / "home")]}))
     with supervising(tmp_path):

@@ -202,18 +202,18 @@ def test_a_second_one_is_refused(folder: Path, client: Client, capsys: pytest.Ca
     assert "no experiment runs" in capsys.readouterr().err
 
 
-def test_nginx_and_the_recorder_are_started_again(folder: Path, client: Client) -> None:
+def test_nginx_recorder_and_exporter_are_started_again(folder: Path, client: Client) -> None:
     def named(word: str) -> set[int]:
         return {p.pid for p in family(client) if word in " ".join(words_of(p))}
 
-    before = named("nginx: master"), named("experiment.recorder")
+    before = named("nginx: master"), named("experiment.recorder"), named("handlers.exporter")
     assert all(len(pids) == 1 for pids in before)
     for pid in set().union(*before):
         os.kill(pid, signal.SIGKILL)
     # the worker that the master has left is ended too: it holds the port
     until(lambda: len(named("nginx: master") - before[0]) == 1 and len(named("experiment.recorder") - before[1]) == 1)
     until(lambda: client.one()[0] == 200)
-    assert status(folder).problems == []
+    until(lambda: len(named("handlers.exporter") - before[2]) == 1 and status(folder).problems == [])
 
 
 def test_a_dead_server_is_reported_and_users_get_json(folder: Path, client: Client) -> None:

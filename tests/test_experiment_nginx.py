@@ -130,6 +130,35 @@ def test_what_is_not_served_is_refused_in_json(live: NginxProcess) -> None:
     assert status == 200 and json.loads(body)["bytes"] == MAX_REQUEST_BYTES
 
 
+MALFORMED = [
+    (b"\x16\x03\x01 a TLS greeting\r\n\r\n", 400), (b"CONNECT a:80 HTTP/1.1\r\n\r\n", 405),
+    (b"GET / HTTP/9.9\r\n\r\n", 505), (b"POST / HTTP/1.1\r\n\r\n", 400),
+    (b"POST /?" + b"a" * 40_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+    (b"POST / HTTP/1.1\r\nHost: x\r\nX-User-Id: " + b"a" * 40_000 + b"\r\n\r\n", 400),
+    (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
+    (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -3\r\n\r\n", 400),
+    (b"POST / HTTP/1.1\r\nHost: x\r\nX-Redpp-Arm: red\rpp\r\n\r\n", 400),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shadow", [False, True])
+def test_what_is_no_http_is_refused_in_json_and_counts_for_no_arm(folder: Path, shadow: bool) -> None:
+    nginx = NginxProcess(gateway(folder, 9, recorder=9 if shadow else None))
+    nginx.start()
+    try:
+        for sent, code in MALFORMED:
+            with socket.create_connection(("127.0.0.1", nginx.gateway.port), timeout=5) as wire:
+                wire.sendall(sent)
+                reply = b"".join(iter(lambda: wire.recv(1 << 16), b""))
+            head, _, body = reply.partition(b"\r\n\r\n")
+            assert int(head.split()[1]) in (code, 400 if code == 405 else code), (sent[:40], head)
+            assert json.loads(body)["error"] and b"application/json" in head, (sent[:40], body)
+    finally:
+        nginx.stop()
+    logged = [json.loads(line) for line in nginx.access_log.read_text().splitlines()]
+    assert len(logged) == len(MALFORMED) and {line["arm"] for line in logged} == {""}
+
+
 def test_the_servers_own_errors_pass_through(live: NginxProcess, upstream: StubServer) -> None:
     for code in (400, 404, 500, 503):
         upstream.answer = lambda path, body, headers, code=code: (code, {"error": f"my {code}"})

@@ -141,6 +141,19 @@ def test_users_do_not_notice_a_dead_or_hung_recorder(folder: Path) -> None:  # n
     assert dead < 2.0 and hung < 3.0 and took < 15.0, (dead, hung, took)
 
 
+def test_a_full_disk_costs_pairs_and_nothing_else(folder: Path) -> None:  # noqa: F811
+    state = folder.parent
+    with stub(arms(EQUAL, SAME)) as server:
+        port = free_ports(GatewayPorts).recorder
+        (state / PAIRS).symlink_to("/dev/full")
+        with recorder(state, port, server.port) as process, shadowed(folder, server.port, port) as nginx:
+            for _ in range(5):
+                assert ask(nginx.gateway.port, PUBLIC)[0] == 200
+            until(lambda: server.seen[PATHS[1]] == 5)  # each was replayed
+            until(lambda: (read_json(state / RECORDER) or {}).get("received") == 5)
+            assert read_json(state / RECORDER)["pairs"] == 0 and process.poll() is None
+
+
 def test_users_do_not_notice_a_pruned_version_that_hangs(folder: Path) -> None:  # noqa: F811
     state, port = folder.parent, free_ports(GatewayPorts).recorder
     release = threading.Event()

@@ -8,10 +8,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.registry import Running, find, register, started, state_dir
+from redpp_serve.serving.registry import Running, find, find_all, register, started, state_dir
 
 
 @pytest.fixture(autouse=True)
@@ -67,12 +68,23 @@ def test_another_process_with_the_same_number_is_another_one(tmp_path: Path) -> 
         find(tmp_path)
 
 
+@pytest.mark.skipif(not psutil.LINUX, reason="psutil counts from the machine's start on Linux alone")
+def test_setting_the_clock_loses_no_server(tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    epoch = psutil.Process().create_time()
+    boot = psutil.boot_time()
+    with register(note(tmp_path)):
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda: boot + 3600)  # where Linux says that it was started
+        assert psutil.Process().create_time() == epoch + 3600
+        assert find(tmp_path).pid == os.getpid() and len(list(state.iterdir())) == 1
+
+
 def test_two_servers_of_a_folder_are_told_apart_by_kind_or_refused(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         with register(note(tmp_path)), register(note(tmp_path, other.pid, "torchserve")):
             with pytest.raises(RedppError, match=f"2 servers are running.*torchserve of process {other.pid}.*--server"):
                 find(tmp_path)
+            assert {running.kind for running in find_all(tmp_path)} == {"triton", "torchserve"}
             assert find(tmp_path, "torchserve").pid == other.pid and find(tmp_path, "triton").pid == os.getpid()
         with register(note(tmp_path)), pytest.raises(RedppError, match="no torchserve is running.*--server torchserve"):
             find(tmp_path, "torchserve")

@@ -15,8 +15,7 @@ from pathlib import Path
 from redpp_serve.errors import RedppError
 from redpp_serve.serving.folder import model_name
 from redpp_serve.serving.health import sample_request
-from redpp_serve.serving.registry import Running, find, started
-from redpp_serve.serving.server import KINDS
+from redpp_serve.serving.registry import Running, find_all, started
 from redpp_serve.serving.switching import switch as switch_server
 from redpp_serve.serving.tools import find_tool
 
@@ -55,7 +54,7 @@ def start(spec: Spec, *, foreground: bool, say: Say, note: Say) -> None:
         _run_here(spec, state, say, note)
     else:
         _run_apart(spec, state, note)
-        for line in _how_to_ask(spec, find(spec.folder, spec.kind), state):
+        for line in _how_to_ask(spec, _find(spec.folder), state):
             say(line)
 
 
@@ -76,10 +75,14 @@ def send_all(folder: Path, arm: str) -> str:
     The gateway's requests name their version, so it alone decides over users; the server's own default moves with them.
 
     Raises:
-        RedppError: no experiment runs.
+        RedppError: no experiment runs, or its folder is gone.
     """
     running = _find(folder)
-    switch(Path(running.extra["state"]) / GATEWAY, arm)
+    try:
+        switch(Path(running.extra["state"]) / GATEWAY, arm)
+    except OSError as error:
+        raise RedppError(f"users cannot be moved: {error}", "the experiment's folder, and room on its disk",
+                         f"free some, or end the experiment with redpp-serve ab stop {_quoted(folder)}") from error  # fmt: skip
     done = f"all users of {running.extra['gateway']} get {arm} from their next request on"
     try:
         switch_server(running, arm)
@@ -122,7 +125,7 @@ def stop(folder: Path, keep: Path | None = None) -> str:
 
 
 def _find(folder: Path) -> Running:
-    running = _servers(folder)
+    running = find_all(folder)
     for each in running:
         if "state" in each.extra:
             return each
@@ -131,20 +134,12 @@ def _find(folder: Path) -> Running:
                          "wait for redpp-serve ab start to return")  # fmt: skip
     if journal.abandoned(folder):
         raise RedppError(f"the experiment for {folder} was killed and has left processes behind", "one that runs",
-                         f"end them with redpp-serve ab stop {folder}")  # fmt: skip
+                         f"end them with redpp-serve ab stop {_quoted(folder)}")  # fmt: skip
     if running:
         raise RedppError(f"a server runs for {folder}, but no experiment", "an experiment",
-                         f"stop the server, and start one with redpp-serve ab start {folder}")  # fmt: skip
+                         f"stop the server, and start one with redpp-serve ab start {_quoted(folder)}")  # fmt: skip
     raise RedppError(f"no experiment runs for {folder}", "one that this user has started for this folder",
-                     f"start one with redpp-serve ab start {folder}")  # fmt: skip
-
-
-def _servers(folder: Path) -> list[Running]:
-    found = []
-    for kind in KINDS:
-        with suppress(RedppError):
-            found.append(find(folder, kind))
-    return found
+                     f"start one with redpp-serve ab start {_quoted(folder)}")  # fmt: skip
 
 
 def _refuse_second(spec: Spec) -> None:
@@ -152,8 +147,7 @@ def _refuse_second(spec: Spec) -> None:
     if journal.supervised(spec.folder):
         raise journal.already_runs(spec.folder)
     journal.clean(spec.folder)
-    for running in _servers(spec.folder):
-        if running.kind == spec.kind:
+    for running in find_all(spec.folder, spec.kind):
             raise RedppError(
                 f"a server already runs for {spec.folder}, started by process {running.pid}",
                 "none: an experiment starts its own", "stop it with Ctrl-C where it was started",
@@ -166,7 +160,7 @@ def _run_here(spec: Spec, state: Path, say: Say, note: Say) -> None:
     os.umask(0o077)
 
     def ready() -> None:
-        for line in (*_how_to_ask(spec, find(spec.folder, spec.kind), state), "Ctrl-C ends the experiment."):
+        for line in (*_how_to_ask(spec, _find(spec.folder), state), "Ctrl-C ends the experiment."):
             say(line)
 
     try:
@@ -177,7 +171,7 @@ def _run_here(spec: Spec, state: Path, say: Say, note: Say) -> None:
 
 def _run_apart(spec: Spec, state: Path, note: Say) -> None:
     """A supervisor in a session of its own; returns when it is ready."""
-    with (state / SUPERVISOR_LOG).open("ab") as log:
+    with os.fdopen(os.open(state / SUPERVISOR_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "redpp_serve.experiment.supervisor", str(state)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
@@ -213,7 +207,7 @@ def _wait(process: subprocess.Popen[bytes], state: Path, note: Say) -> None:
 
 
 def _how_to_ask(spec: Spec, running: Running, state: Path) -> list[str]:
-    gateway, folder = running.extra["gateway"], shlex.quote(str(spec.folder))
+    gateway, folder = running.extra["gateway"], _quoted(spec.folder)
     request = sample_request(running)
     path = request.path
     if path is None:  # not a file of the folder's
@@ -235,14 +229,24 @@ def _copy(state: Path, keep: Path) -> None:
     """What was recorded and logged, without sockets and scratch files."""
     if keep.exists():
         raise RedppError(f"--keep {keep} exists", "a folder that is not there yet", "choose another name")
-    keep.mkdir(parents=True)
-    for path in (*state.glob("*.json*"), *state.glob("*.log"), *(state / GATEWAY).glob("*.log*")):
-        shutil.copy(path, keep)
+    if not state.is_dir():
+        raise RedppError(f"the experiment's folder {state} is gone", "something to keep", "end it without --keep")
+    try:
+        keep.mkdir(parents=True)
+        for path in (*state.glob("*.json*"), *state.glob("*.log"), *(state / GATEWAY).glob("*.log*")):
+            with suppress(FileNotFoundError):  # a scratch file that has just taken its place
+                shutil.copy(path, keep)
+    except OSError as error:
+        raise RedppError(f"--keep {keep}: {error}", "a folder that can be written", "choose another, or end without") from error
 
 
 def _wait_for_end(running: Running) -> None:
     while started(running.pid) == running.created:
         time.sleep(_POLL_S)
+
+
+def _quoted(folder: Path) -> str:
+    return shlex.quote(str(folder))
 
 
 def _text(path: Path) -> str:

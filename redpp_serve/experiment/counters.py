@@ -15,6 +15,7 @@ from .split import ARMS
 
 _BATCHES, _SECONDS, _BUCKETS = "redpp_batches_total", "redpp_batch_seconds_total", "redpp_handler_seconds_bucket"
 _TIMEOUT_S = 5.0
+_ROUNDING_S = 1e-6  # sums over the workers' files, in any order
 
 
 @dataclass
@@ -92,8 +93,8 @@ def _add(counters: Counters, name: str, labels: Mapping[str, str], value: float,
 class Windows:
     """Cuts totals into windows, and sums what happened since the first of them.
 
-    A total that falls is that of a server that was started anew: its window is left out, and counting goes on from
-    there. Seconds whose batches are not counted yet, read between the two, wait for the next window.
+    A total that falls is that of a server that was started anew: the window is left out for both arms, also where
+    other totals have already passed what they were, and counting goes on from there. Seconds whose batches are not counted yet, read between the two, wait for the next window.
     """
 
     def __init__(self, first: Counters) -> None:
@@ -103,14 +104,17 @@ class Windows:
     def cut(self, now: Counters) -> dict[int, list[float]]:
         """Since the last cut, for every batch size: [batches, seconds] of the original, then of the pruned version."""
         window: dict[int, list[float]] = {}
+        if self._anew(now):
+            self._last = now
+            return window
         for index, arm in enumerate(ARMS):
             for size, row in now.batches[arm].items():
                 last = self._last.batches[arm].get(size, [0.0, 0.0])
                 count, seconds = row[0] - last[0], row[1] - last[1]
                 if count == 0:
                     now.batches[arm][size] = last  # seconds that came too early are counted next time
-                elif count > 0 and seconds >= 0:
-                    window.setdefault(size, [0.0] * 4)[2 * index : 2 * index + 2] = [count, seconds]
+                else:
+                    window.setdefault(size, [0.0] * 4)[2 * index : 2 * index + 2] = [count, max(seconds, 0.0)]
             self._grow(arm, now)
         self._last = now
         return window
@@ -118,9 +122,22 @@ class Windows:
     def _grow(self, arm: str, now: Counters) -> None:
         last, total = self._last.buckets[arm], self.since.buckets[arm]
         grown = {bound: count - last.get(bound, 0.0) for bound, count in now.buckets[arm].items()}
-        if min(grown.values(), default=0.0) >= 0:
-            for bound, count in grown.items():
-                total[bound] = total.get(bound, 0.0) + count
+        for bound, count in grown.items():
+            total[bound] = total.get(bound, 0.0) + count
+
+    def _anew(self, now: Counters) -> bool:
+        """Whether anything has fallen: batches, their seconds, or batches of any range of times."""
+        for arm in ARMS:
+            then, times = self._last.batches[arm], now.batches[arm]
+            for size, (count, seconds) in then.items():
+                row = times.get(size, [0.0, 0.0])
+                if row[0] < count or row[1] < seconds - _ROUNDING_S:
+                    return True
+            bounds = sorted(self._last.buckets[arm].keys() | now.buckets[arm].keys())
+            grown = [now.buckets[arm].get(bound, 0.0) - self._last.buckets[arm].get(bound, 0.0) for bound in bounds]
+            if any(after < before for before, after in zip([0.0, *grown], grown)):
+                return True
+        return False
 
 
 def as_json(counters: Counters) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.registry import state_dir
+from redpp_serve.serving.registry import started, state_dir
 
 if TYPE_CHECKING:
     from psutil import Process
@@ -35,7 +36,7 @@ class Journal:
         """This process's descendants as they are now, and folders to remove with them."""
         from psutil import Process
 
-        processes = [(p.pid, p.create_time()) for p in Process().children(recursive=True)]
+        processes = [(p.pid, begun) for p in Process().children(recursive=True) if (begun := started(p.pid)) is not None]
         text = json.dumps({"processes": processes, "folders": [str(folder) for folder in folders]})
         self._file.seek(0)
         self._file.write(text)
@@ -91,7 +92,8 @@ def clean(folder: Path) -> bool:
 
 def already_runs(folder: Path) -> RedppError:
     """For a second experiment."""
-    ways = f"see it with redpp-serve ab status {folder}, end it with redpp-serve ab stop {folder}"
+    quoted = shlex.quote(str(folder))
+    ways = f"see it with redpp-serve ab status {quoted}, end it with redpp-serve ab stop {quoted}"
     return RedppError(f"an experiment already runs for {folder}", "one for each folder", ways)
 
 
@@ -106,7 +108,12 @@ def _locked(path: Path, patience_s: float = 0.0) -> Iterator[TextIO | None]:
     ``patience_s``: another command may hold it for the moment in which it looks whether a supervisor lives.
     """
     deadline = time.monotonic() + patience_s
-    with path.open("r+", encoding="utf-8") as file:
+    try:
+        file = path.open("r+", encoding="utf-8")
+    except FileNotFoundError:
+        yield None
+        return
+    with file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -164,11 +171,11 @@ def _living() -> list[Process]:
 
 def _belongs(process: Process, recorded: Sequence[tuple[int, float]]) -> bool:
     """A number is given again only when no process has it, and no session either."""
-    from psutil import Error
-
     try:
-        created, session = process.create_time(), os.getsid(process.pid)
-    except (Error, OSError):
+        created, session = started(process.pid), os.getsid(process.pid)
+    except OSError:
+        return False
+    if created is None:
         return False
     same = any(process.pid == pid and abs(created - begun) < 1 for pid, begun in recorded)
     return same or any(session == pid != process.pid and created >= begun - 1 for pid, begun in recorded)

@@ -137,7 +137,9 @@ def _server(gateway: Gateway) -> str:
         client_header_timeout 30s;
         add_header {ARM_HEADER} $arm always;
         add_header {REQUEST_ID_HEADER} $request_id always;
-        error_page 400 @malformed;
+        # No named location here: nginx has none for a request whose first line it could not read. 494: long headers.
+        error_page 400 414 501 505 /.malformed;
+        error_page 494 =400 /.malformed;
         error_page 404 @elsewhere;
         error_page 405 @method;
         error_page 408 @slow;
@@ -169,7 +171,7 @@ def _server(gateway: Gateway) -> str:
             proxy_buffer_size 64k;
         }}
 {_shadow(gateway)}        location / {{ return 404; }}
-        location @malformed {{ return 400 '{_error("a request that is not HTTP as this server reads it")}'; }}
+        location = /.malformed {{ internal; return 400 '{_error("a request that is not HTTP as this server reads it")}'; }}
         location @elsewhere {{ return 404 '{_error(f"nothing is served here, expected POST {gateway.public}")}'; }}
         location @method {{ return 405 '{_error(f"expected POST {gateway.public}, or PUT")}'; }}
         location @slow {{ return 408 '{_error("the request did not arrive within 30 s")}'; }}

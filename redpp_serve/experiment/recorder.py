@@ -63,9 +63,15 @@ class Recorder:
             async with server:
                 while True:
                     await asyncio.sleep(_COUNTS_EVERY_S)
-                    write_json(self._state / RECORDER, self.counts())
+                    self._write_counts()
+                    if not thread.is_alive():  # the supervisor starts another recorder
+                        raise RuntimeError("the replays have ended, see above")
         finally:
             self._stop.set()
+            self._write_counts()
+
+    def _write_counts(self) -> None:
+        with suppress(OSError):  # a full disk: next time
             write_json(self._state / RECORDER, self.counts())
 
     def counts(self) -> dict[str, int]:
@@ -93,8 +99,10 @@ class Recorder:
             while not self._stop.is_set():
                 request = self.inbox.take(0.1)
                 if request and self.counts()["pairs"] < MAX_PAIRS:
-                    _append(file, self._replayer.replay(request))
-                    self._pairs += 1
+                    pair = self._replayer.replay(request)
+                    with suppress(OSError):  # a full disk: this pair is lost
+                        _append(file, pair)
+                        self._pairs += 1
         self._replayer.close()
 
 

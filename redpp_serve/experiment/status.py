@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 from redpp_serve.comparison.advice import Advice
 from redpp_serve.comparison.guardrails import Guardrail
+from redpp_serve.errors import RedppError
 
 from .evidence import Evidence, Finding
 from .files import GATEWAY, SPEC, STATUS, read_json
@@ -18,6 +20,7 @@ from .gateway import switched
 from .spec import Spec
 from .split import ARMS
 
+_SILENT_S, _FULL_BYTES = 10.0, 1 << 20
 _LOADS = "The arms carry different loads: compare batches of equal size (below), not these percentiles."
 
 
@@ -134,20 +137,35 @@ def read_status(state: Path, urls: dict[str, str], evidence: Evidence | None = N
         state: its state folder.
         urls: ``gateway`` and ``metrics``.
         evidence: what has been read before; by default everything is read.
+
+    Raises:
+        RedppError: the state folder is gone.
     """
     document = read_json(state / SPEC)
+    if document is None:
+        raise RedppError(f"the experiment's folder {state} is gone, and what it recorded with it", "its state folder",
+                         "end it with redpp-serve ab stop, and start another one")  # fmt: skip
     spec = Spec.from_json(document["spec"])
     evidence = evidence or Evidence(state, spec.limits, shadow=spec.shadow)
     evidence.refresh()
     findings, guardrails = evidence.findings(), evidence.guardrails()
     supervisor = read_json(state / STATUS) or {}
+    problems = [*supervisor.get("problems", []), *_silence(state, supervisor.get("looked"))]
     return Status(
         name=document["name"], kind=spec.kind, spec=spec, seconds=time.time() - document["started"],
         all_to=switched(state / GATEWAY), arms={arm: _arm(arm, spec, evidence) for arm in ARMS},
         shadow=_shadow(evidence) if spec.shadow else None,
         findings=findings, guardrails=guardrails, advice=evidence.advice(findings, guardrails),
-        problems=supervisor.get("problems", []), urls=urls,
+        problems=problems, urls=urls,
     )  # fmt: skip
+
+
+def _silence(state: Path, looked: float | None) -> Iterator[str]:
+    """A sentence where the supervisor has not written for long; ``looked`` is on the clock of ``time.monotonic``."""
+    if looked is not None and (seconds := time.monotonic() - looked) > _SILENT_S:
+        disk = shutil.disk_usage(state)
+        full = f"the disk that holds {state} is full" if disk.free < _FULL_BYTES else "it may be restarting the server"
+        yield f"nothing was written down for {seconds:.0f} s, and the numbers below are as old: {full}"
 
 
 def _arm(arm: str, spec: Spec, evidence: Evidence) -> ArmStatus:

@@ -11,8 +11,9 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Supervisor:
         self._urls: dict[str, str] = {}
         self._journal: Journal | None = None
         self._server: LocalServer | None = None
+        self._complaints: set[str] = set()
         self.latest: Status | None = None
 
     def run(self, ready: Callable[[], None]) -> None:
@@ -83,8 +85,11 @@ class Supervisor:
             folder = mixed_folder(folder, spec.candidate, self._state / "package")
 
         def progress(line: str) -> None:
-            self._note()
-            self._say(line)
+            with suppress(OSError):  # a full disk must not keep a server from being started again
+                self._note()
+                self._say(line)
+                if self._urls:  # long after the start
+                    self._write_status([f"the server is being started again: {line}"])
 
         self._server = open_server(spec.kind, folder, name=model_name(spec.folder), workers=spec.workers, ports=ports,
                                    auth=spec.auth, progress=progress)  # fmt: skip
@@ -123,16 +128,38 @@ class Supervisor:
 
     def _watch(self, counting: Counting, watch: Watch) -> None:
         evidence = Evidence(self._state, self._spec.limits, shadow=self._spec.shadow)
+        problems: list[str] = []
         while True:
             begun = time.monotonic()
-            problems = watch.mend()
-            problems += counting.count()
-            write_json(self._state / STATUS, {"ready": True, "problems": problems})
-            self.latest = read_status(self._state, self._urls, evidence)
-            if watch.nginx.rotate():
-                counting.put_aside()
-            self._note()
+            try:
+                problems = self._look(counting, watch, evidence, problems)
+            except Exception as error:  # a full disk, a folder that is gone: users' requests must not end with it
+                problems = [f"the experiment was not looked after: {type(error).__name__}: {error}"]
+                self._complain()
             time.sleep(max(0.05, _POLL_S - (time.monotonic() - begun)))
+
+    def _look(self, counting: Counting, watch: Watch, evidence: Evidence, problems: list[str]) -> list[str]:
+        """Mend, count and write down once; returns what is wrong. ``problems`` are of the look before."""
+        self._write_status(problems)
+        problems = watch.mend()
+        problems += counting.count()
+        self._write_status(problems)
+        self.latest = read_status(self._state, self._urls, evidence)
+        if watch.nginx.rotate():
+            counting.put_aside()
+        self._note()
+        return problems
+
+    def _write_status(self, problems: Sequence[str]) -> None:
+        write_json(self._state / STATUS, {"ready": True, "problems": problems, "looked": time.monotonic()})
+
+    def _complain(self) -> None:
+        """Into the log, once for each kind of failure."""
+        text = traceback.format_exc()
+        if text not in self._complaints:
+            self._complaints.add(text)
+            with suppress(OSError):
+                print(text, file=sys.stderr, flush=True)
 
 
 class Watch:
@@ -146,15 +173,18 @@ class Watch:
         problems = []
         try:
             self._server.check_alive()
-        except RedppError as error:
-            problems.append(f"{error.found.strip()}\nEnd the experiment with redpp-serve ab stop, and start it again.")
+        except (RedppError, OSError) as error:
+            found = error.found.strip() if isinstance(error, RedppError) else str(error)
+            problems.append(f"{found}\nEnd the experiment with redpp-serve ab stop, and start it again.")
         try:
             if not self.nginx.alive():
                 self.nginx.start()
+            if self._recorder and not self._recorder.alive():
+                self._recorder.start(wait=False)
         except RedppError as error:
             problems.append(error.found)
-        if self._recorder and not self._recorder.alive():
-            self._recorder.start(wait=False)
+        except OSError as error:  # a full disk, a folder that is gone
+            problems.append(f"gateway or recorder cannot be started again: {error}")
         recorded = read_json(self._state / RECORDER) or {}
         if recorded.get("pairs", 0) >= MAX_PAIRS:
             stop_mirroring(self.nginx.gateway.folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ class Running:
         name: the model's name in URLs.
         kind: ``torchserve`` or ``triton``.
         pid: of the redpp-serve process that supervises the server.
-        created: that process's start, seconds since the epoch; a later process with its number is another one.
+        created: that process's start, see `started`; a later process with its number is another one.
         versions: of the original and of the pruned network, as in URLs.
         urls: where to POST inputs: ``original``, ``redpp`` and ``default`` (without a version).
         management_url: base of the server's management API.
@@ -77,18 +78,27 @@ def find(folder: Path, kind: str | None = None) -> Running:
     Raises:
         RedppError: none runs, or more than one does, or the state folder is not this user's alone.
     """
-    paths = sorted(state_dir().glob(f"{_key(folder)}-*.json"))
-    found = [running for path in paths if (running := _living(path)) and kind in (None, running.kind)]
+    found = find_all(folder, kind)
     if not found:
         raise RedppError(
             f"no {kind or 'server'} is running for {folder}", "a server that this user has started for this folder",
-            f"start one with redpp-serve serve {folder}" + (f" --server {kind}" if kind else ""),
+            f"start one with redpp-serve serve {shlex.quote(str(folder))}" + (f" --server {kind}" if kind else ""),
         )  # fmt: skip
     if len(found) > 1:
         which = ", ".join(f"{running.kind} of process {running.pid}" for running in found)
         raise RedppError(f"{len(found)} servers are running for {folder}: {which}", "one that is meant",
                          "stop the others, or choose by --server where they differ in kind")  # fmt: skip
     return found[0]
+
+
+def find_all(folder: Path, kind: str | None = None) -> list[Running]:
+    """Every server that runs for a packaged folder.
+
+    Raises:
+        RedppError: the state folder is not this user's alone.
+    """
+    paths = sorted(state_dir().glob(f"{_key(folder)}-*.json"))
+    return [running for path in paths if (running := _living(path)) and kind in (None, running.kind)]
 
 
 def state_dir() -> Path:
@@ -107,12 +117,16 @@ def state_dir() -> Path:
 
 
 def started(pid: int) -> float | None:
-    """When the process started, seconds since the epoch; None when it does not run."""
-    from psutil import STATUS_ZOMBIE, Error, Process
+    """When the process started, seconds since a moment that is the same for all processes; None when it does not run.
+
+    On Linux since the machine's start: psutil counts from the epoch there, and moves every process when the clock is
+    set.
+    """
+    from psutil import LINUX, STATUS_ZOMBIE, Error, Process, boot_time
 
     try:
-        process = Process(pid)
-        return None if process.status() == STATUS_ZOMBIE else float(process.create_time())
+        process, since = Process(pid), boot_time() if LINUX else 0.0
+        return None if process.status() == STATUS_ZOMBIE else round(process.create_time() - since, 2)
     except Error:
         return None
 

@@ -6,9 +6,12 @@ import http.client
 import json
 import os
 import sys
+import time
 import zipfile
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
@@ -20,7 +23,8 @@ from .server import INSTALL, START_TIMEOUT_S, LocalServer, ask, require_packages
 
 ARCHIVES = ("original.mar", "redpp.mar")  # the first is the default version
 _GRACE_S = 15.0
-_DEATHS = 3  # worker deaths while starting; TorchServe itself would try again for five minutes
+_DEATHS = 3  # worker deaths while starting; TorchServe itself would try again for five minutes. Also of the exporter,
+_WITHIN_S = 60.0  # within this time
 _MAIN_CLASS = "org.pytorch.serve.ModelServer"
 _PACKAGES = {"ts": "torchserve", "yaml": "PyYAML", "psutil": "psutil", "prometheus_client": "prometheus-client"}
 _SERVER, _EXPORTER = "TorchServe", "the metrics exporter"
@@ -59,6 +63,8 @@ class TorchServe(LocalServer):
             ports=ports or free_ports(), auth=auth, progress=progress, timeout_s=timeout_s,
         )  # fmt: skip
         self._java = java
+        self._start_exporter: Callable[[], None] = lambda: None
+        self._revived: deque[float] = deque(maxlen=_DEATHS)
 
     @property
     def inference_url(self) -> str:
@@ -107,13 +113,30 @@ class TorchServe(LocalServer):
         environment |= {"JAVA_HOME": str(self._java), "TMPDIR": str(home / "tmp"), "TEMP": str(home / "tmp"),
                         "LOG_LOCATION": str(home / "logs"), "METRICS_LOCATION": str(home / "logs"),
                         "PROMETHEUS_MULTIPROC_DIR": str(home / "metrics")}  # fmt: skip
-        exporter = ["redpp_serve.handlers.exporter", "--port", str(exporter_port), "--dir", str(home / "metrics")]
+        exporter = [sys.executable, "-m", "redpp_serve.handlers.exporter", "--port", str(exporter_port),
+                    "--dir", str(home / "metrics")]  # fmt: skip
         server = ["ts.model_server", "--start", "--foreground", "--ncs", "--model-store", str(self.folder),
                   "--ts-config", str(home / "config.properties"), "--log-config", str(home / "log4j2.xml"),
                   *([] if self.auth else ["--disable-token-auth"]),
                   "--models", *(f"{self.name}={archive}" for archive in ARCHIVES)]  # fmt: skip
-        self._spawn(_EXPORTER, [sys.executable, "-m", *exporter], environment)
+        self._start_exporter = partial(self._spawn, _EXPORTER, exporter, environment)
+        self._start_exporter()
         self._spawn(_SERVER, [sys.executable, "-m", *server], environment)
+
+    def check_alive(self) -> None:
+        """Raise a RedppError when TorchServe has ended, or the exporter ends again and again.
+
+        An exporter that has ended is started again: the workers' files hold what it exports. TorchServe is not: it
+        would draw new tokens, and users' requests would be refused.
+        """
+        exporter = self._leaders.get(_EXPORTER)
+        if exporter is not None and exporter.poll() is not None:
+            now = time.monotonic()
+            if len(self._revived) < _DEATHS or now - self._revived[0] >= _WITHIN_S:
+                self._revived.append(now)
+                self._progress(f"{_EXPORTER} has died; starting it again")
+                self._start_exporter()
+        super().check_alive()
 
     def _given_up(self) -> str:
         died = self.log_tail(10_000).count("Backend worker process died") >= _DEATHS
