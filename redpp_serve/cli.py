@@ -111,7 +111,7 @@ def _package(options: argparse.Namespace) -> None:
                      preprocess=_preprocess(options.preprocess, captured), stages=stages, dry_run=options.dry_run)  # fmt: skip
     print(package_summary(report))
     print("\ndry run: nothing was written" if options.dry_run else
-          f"\nwrote {out}: report.html, original.mar (1.0), redpp.mar (2.0)\nnext: redpp-serve compare {out}")  # fmt: skip
+          f"\nwrote {out}: report.html, original.mar (1.0), redpp.mar (2.0), triton/ (1, 2)\nnext: redpp-serve compare {out}")  # fmt: skip
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -191,12 +191,15 @@ def test_a_damaged_package_is_refused_before_a_server_starts(
 
 
 def test_counts_and_served_numbers_stand_side_by_side() -> None:
-    report = {"name": "x", "original": {"macs": 2, "accuracy": 0.9}, "pruned": {"macs": 1, "accuracy": 0.8}}
+    report = {"name": "x", "accuracy_of": "verification data", "original": {"macs": 2, "accuracy": 0.9},
+              "pruned": {"macs": 1, "accuracy": 0.8}}  # fmt: skip
     measured = {"original": {"throughput_rps": 5.0, "accuracy": 1.0}, "pruned": {"throughput_rps": 6.0}, "verdict": "faster"}
     assert module.with_comparison(report, measured) == {
-        "name": "x", "verdict": "faster",
+        "name": "x", "verdict": "faster", "accuracy_of": "verification data",
         "original": {"macs": 2, "accuracy": 0.9, "throughput_rps": 5.0},  # accuracy on all data, not on what was sent
         "pruned": {"macs": 1, "accuracy": 0.8, "throughput_rps": 6.0},
     }  # fmt: skip
+    del report["accuracy_of"]  # then it is of an earlier comparison
+    assert module.with_comparison(report, measured)["original"]["accuracy"] == 1.0
     again = {"original": {"throughput_rps": 7.0}, "pruned": {"throughput_rps": 8.0}, "verdict": "slower"}
     assert module.with_comparison(module.with_comparison(report, measured), again)["pruned"]["throughput_rps"] == 8.0

@@ -92,8 +92,8 @@ def record(folder: Path, result: Comparison) -> bool:
 
 def with_comparison(report: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     """The report with what was measured beside what was counted. An accuracy on verification data stays."""
-    arms = {arm: {**measured[arm], **report[arm], **{k: v for k, v in measured[arm].items() if k != "accuracy"}}
-            for arm in ("original", "pruned")}  # fmt: skip
+    kept = {"accuracy"} if "accuracy_of" in report else set()
+    arms = {arm: {**report[arm], **{k: v for k, v in measured[arm].items() if k not in kept}} for arm in ("original", "pruned")}
     return {**report, **measured, **arms}
 
 

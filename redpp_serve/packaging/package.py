@@ -184,6 +184,7 @@ def _report(
         report[key] = totals(graph, result.counts[key], stored)
     if result.accuracy:
         report["original"]["accuracy"], report["pruned"]["accuracy"] = result.accuracy
+        report["accuracy_of"] = "verification data"  # a comparison's, on what was sent, does not replace it
     return report
 
 
