@@ -148,3 +148,11 @@ def rail(ok: bool | None) -> Guardrail:
 def test_advice(kind: str, oks: list[bool | None], expected: str, text: str) -> None:
     result = advice(Verdict(kind, "F", 0.5, 2.0), [rail(ok) for ok in oks])
     assert (result.kind, result.text) == (expected, text)
+
+
+def test_what_is_not_known_of_a_tail_is_not_put_in_numbers() -> None:
+    beyond = p99_guardrail([0.1, 0.2], [0, 0, 300], [0, 0, 300])  # nobody knows how long
+    assert beyond.ok is None and beyond.text.startswith("p99: not yet decided (limit 1.5")
+    half = p99_guardrail([0.1, 0.2], [0, 3000, 3000], [0, 0, 300])
+    assert half.ok is None and half.text.startswith("p99: at least 1 times the original's, not yet decided")
+    assert p99_guardrail([0.1, 0.2], [0, 0, 300], [3000, 3000, 3000]).ok is True  # one end is enough

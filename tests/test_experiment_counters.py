@@ -10,7 +10,8 @@ import pytest
 from redpp_serve.errors import RedppError
 from redpp_serve.experiment.counters import Counters, Windows, as_json, from_json, read_counters
 from redpp_serve.experiment.counting import Counting
-from redpp_serve.experiment.files import COUNTS, WINDOWS, Lines, read_json
+from redpp_serve.experiment.files import COUNTS, GATEWAY, WINDOWS, Lines, read_json
+from redpp_serve.experiment.gateway import switch
 from redpp_serve.experiment.split import ARMS
 from redpp_serve.experiment.traffic import Traffic
 
@@ -53,6 +54,26 @@ def test_a_window_holds_what_happened_in_it() -> None:
     assert windows.since.histogram() == ([0.1], [11, 11], [3, 3])
 
 
+def test_times_while_all_users_have_one_arm_are_no_part_of_the_tails_compared(tmp_path: Path,
+                                                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    (gateway := tmp_path / GATEWAY).mkdir()
+    readings = [counted({1: (10 * k, 1.0 * k)}, {1: (k, 0.1 * k)}) for k in range(6)]
+    monkeypatch.setattr("redpp_serve.experiment.counting.scrape", lambda url, model: readings.pop(0))
+    counting = Counting(tmp_path, gateway / "access.log", "http://x/metrics", "m")
+    divided = []
+    for step in range(6):
+        if step == 2:
+            switch(gateway, "redpp")
+        if step == 4:
+            (gateway / "promoted").unlink()
+        assert counting.count() == []
+        counts = read_json(tmp_path / COUNTS)
+        divided.append(from_json(counts["divided"]).histogram()[1:] if counts["divided"]["redpp"] else None)
+    assert from_json(counts["buckets"]).histogram()[1:] == ([50, 50], [5, 5])
+    one, two = ([10, 10], [1, 1]), ([20, 20], [2, 2])
+    assert divided == [None, one, one, one, one, two]  # a window in which it changed is left out too
+
+
 def test_seconds_that_were_read_before_their_batch_wait() -> None:
     windows = Windows(counted({1: (10, 1.0)}, {1: (10, 1.0)}))
     assert windows.cut(counted({1: (10, 1.5)}, {1: (11, 1.1)})) == {1: [0, 0, 1, pytest.approx(0.1)]}
@@ -91,12 +112,13 @@ def test_users_are_counted_by_arm() -> None:
     traffic = Traffic()
     assert traffic.share("redpp") is None and traffic.percentile_ms("redpp", 0.5) is None
     traffic.take([*[line("original", seconds=k / 1000) for k in range(1, 101)], line("redpp", 500), line("redpp", 404),
-                  line("redpp", 502, None), line("redpp", by="header"), line("", 404, None)])  # fmt: skip
+                  line("redpp", 502, None), line("redpp", by="header"), line("", 404, None), line("original", 499, None)])  # fmt: skip
     again = Traffic(json.loads(json.dumps(traffic.to_json())))
     for each in (traffic, again):
-        assert (each.requests["original"], each.requests["redpp"]) == (100, 4)
+        assert (each.requests["original"], each.requests["redpp"]) == (101, 4)
         assert (each.errors["redpp"], each.refused["redpp"], each.by_header["redpp"]) == (2, 1, 1)
-        assert each.share("redpp") == 4 / 104
+        assert (each.errors["original"], each.refused["original"], each.abandoned["original"]) == (0, 0, 1)
+        assert each.share("redpp") == 4 / 105
         assert [each.percentile_ms("original", q) for q in (0.5, 0.99)] == [50, 99]
         assert each.percentile_ms("redpp", 0.5) == 10
     traffic.take([line("redpp", seconds=12.3456)] * 9)

@@ -13,9 +13,11 @@ import pytest
 from stubs import StubServer, ask, stub
 from tools import tool
 
+from redpp_serve.experiment.files import Lines
 from redpp_serve.experiment.gateway import NginxProcess, connection_limit, private_folder, switch, switched, worker_account
 from redpp_serve.experiment.nginx import Gateway, gateway_config, header_variable
 from redpp_serve.experiment.split import parse_split
+from redpp_serve.experiment.traffic import Traffic
 from redpp_serve.packaging.server_config import MAX_REQUEST_BYTES
 from redpp_serve.serving.ports import GatewayPorts, free_ports
 
@@ -128,6 +130,20 @@ def test_what_is_not_served_is_refused_in_json(live: NginxProcess) -> None:
         assert headers["content-type"] == "application/json" and headers["x-request-id"]
     status, _, body = ask(port, PUBLIC, body=bytes(MAX_REQUEST_BYTES))
     assert status == 200 and json.loads(body)["bytes"] == MAX_REQUEST_BYTES
+
+
+def test_a_user_who_leaves_is_no_error_and_no_refusal(live: NginxProcess, upstream: StubServer) -> None:
+    upstream.answer = lambda path, body, headers: (time.sleep(1), (200, {}))[1]
+    with pytest.raises(TimeoutError):
+        impatient = http.client.HTTPConnection("127.0.0.1", live.gateway.port, timeout=0.3)
+        ask(0, PUBLIC, headers={"X-Redpp-Arm": "redpp"}, connection=impatient)
+    impatient.close()
+    deadline, traffic = time.monotonic() + 5, Traffic()
+    lines = Lines(live.access_log)
+    while not traffic.requests.total() and time.monotonic() < deadline:
+        traffic.take(lines.new())
+        time.sleep(0.02)
+    assert traffic.abandoned == {"redpp": 1} and not traffic.errors.total() and not traffic.refused.total()
 
 
 MALFORMED = [

@@ -14,7 +14,7 @@ from redpp_serve.errors import RedppError
 from redpp_serve.experiment.counters import Counters, as_json
 from redpp_serve.experiment.evidence import Evidence
 from redpp_serve.experiment.exporter import deciding_kind, registry
-from redpp_serve.experiment.files import COUNTS, GATEWAY, PAIRS, RECORDER, SPEC, STATUS, WINDOWS, write_json
+from redpp_serve.experiment.files import COUNTS, GATEWAY, PAIRS, RECORDER, SPEC, STATUS, WINDOWS, read_json, write_json
 from redpp_serve.experiment.gateway import switch
 from redpp_serve.experiment.spec import Limits, Spec
 from redpp_serve.experiment.split import Split
@@ -58,7 +58,7 @@ class Experiment:
                             "redpp": dict(zip((*BOUNDS, float("inf")), (0, 0, *3 * (1000 - slow,), 1000, 1000)))}  # fmt: skip
         users = {"requests": {"original": original, "redpp": redpp}, "errors": {"redpp": errors},
                  "milliseconds": {"original": {"10": original}, "redpp": {"9": redpp}}}  # fmt: skip
-        write_json(self.state / COUNTS, {"users": users, "buckets": as_json(counters)})
+        write_json(self.state / COUNTS, {"users": users, "buckets": as_json(counters), "divided": as_json(counters)})
 
     def status(self) -> Status:
         return read_status(self.state, URLS)
@@ -100,6 +100,21 @@ def test_errors_agreement_and_tail_advise_to_roll_back(tmp_path: Path) -> None:
     status = experiment.status()
     assert status.advice.kind == "rollback" and "agreement" in status.advice.text
     assert status.shadow["agreement"] == 0.75
+
+
+def test_users_who_get_no_answer_advise_to_roll_back(tmp_path: Path) -> None:
+    """A version that hangs fails nobody whose patience ends before the gateway's."""
+    experiment = Experiment(tmp_path, shadow=False)
+    experiment.windows(200, 0.8)
+    counts = read_json(tmp_path / COUNTS)
+    users = {"requests": {"original": 1000, "redpp": 1000}, "refused": {"redpp": 100}, "abandoned": {"redpp": 0}}
+    write_json(tmp_path / COUNTS, {**counts, "users": users})
+    status = experiment.status()
+    assert status.advice.kind == "promote" and "left unanswered" not in status.to_text()
+    write_json(tmp_path / COUNTS, {**counts, "users": {**users, "abandoned": {"redpp": 100}}})
+    status = experiment.status()
+    assert status.advice.kind == "rollback" and "100 of 1000 against 0 of 1000" in status.advice.text
+    assert status.arms["redpp"].abandoned == 100 and "left unanswered" in status.to_text()
 
 
 def test_a_long_tail_advises_to_roll_back(tmp_path: Path) -> None:

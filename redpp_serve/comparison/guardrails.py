@@ -142,9 +142,16 @@ def p99_guardrail(
     text = {
         True: f"p99: at most {high:.3g} times the original's ({told})",
         False: f"p99: at least {low:.3g} times the original's ({told})",
-        None: f"p99: {low:.3g} to {high:.3g} times the original's, not yet decided ({told})",
+        None: f"p99: {_range(low, high)}not yet decided ({told})",
     }[ok]
     return Guardrail("p99", ok, text, value, low, high, max_ratio)
+
+
+def _range(low: float, high: float) -> str:
+    """What is known so far, with a comma; nothing is empty."""
+    if math.isinf(high):
+        return f"at least {low:.3g} times the original's, " if low else ""
+    return f"{low:.3g} to {high:.3g} times the original's, " if low else f"at most {high:.3g} times the original's, "
 
 
 def _percentile_bucket(edges: Sequence[float], cumulative: Sequence[int], alpha: float) -> tuple[float, float]:

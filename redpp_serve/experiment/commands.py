@@ -82,7 +82,7 @@ def send_all(folder: Path, arm: str) -> str:
         switch(Path(running.extra["state"]) / GATEWAY, arm)
     except OSError as error:
         raise RedppError(f"users cannot be moved: {error}", "the experiment's folder, and room on its disk",
-                         f"free some, or end the experiment with redpp-serve ab stop {_quoted(folder)}") from error  # fmt: skip
+                         f"free some, or end it with redpp-serve ab stop {_quoted(folder)}") from error  # fmt: skip
     done = f"all users of {running.extra['gateway']} get {arm} from their next request on"
     try:
         switch_server(running, arm)
@@ -237,7 +237,8 @@ def _copy(state: Path, keep: Path) -> None:
             with suppress(FileNotFoundError):  # a scratch file that has just taken its place
                 shutil.copy(path, keep)
     except OSError as error:
-        raise RedppError(f"--keep {keep}: {error}", "a folder that can be written", "choose another, or end without") from error
+        raise RedppError(f"--keep {keep}: {error}", "a folder that can be written",
+                         "choose another, or end without it") from error  # fmt: skip
 
 
 def _wait_for_end(running: Running) -> None:

@@ -94,15 +94,20 @@ class Windows:
     """Cuts totals into windows, and sums what happened since the first of them.
 
     A total that falls is that of a server that was started anew: the window is left out for both arms, also where
-    other totals have already passed what they were, and counting goes on from there. Seconds whose batches are not counted yet, read between the two, wait for the next window.
+    other totals have already passed what they were, and counting goes on from there.
+    Seconds whose batches are not counted yet, read between the two, wait for the next window.
     """
 
     def __init__(self, first: Counters) -> None:
         self._last = first
         self.since = Counters()  # differences, over the whole experiment
+        self.divided = Counters()  # of them those while users were divided: their arms' tails may be compared
 
-    def cut(self, now: Counters) -> dict[int, list[float]]:
-        """Since the last cut, for every batch size: [batches, seconds] of the original, then of the pruned version."""
+    def cut(self, now: Counters, *, divided: bool = True) -> dict[int, list[float]]:
+        """Since the last cut, for every batch size: [batches, seconds] of the original, then of the pruned version.
+
+        ``divided``: whether users were, all this time.
+        """
         window: dict[int, list[float]] = {}
         if self._anew(now):
             self._last = now
@@ -115,12 +120,14 @@ class Windows:
                     now.batches[arm][size] = last  # seconds that came too early are counted next time
                 else:
                     window.setdefault(size, [0.0] * 4)[2 * index : 2 * index + 2] = [count, max(seconds, 0.0)]
-            self._grow(arm, now)
+            self._grow(arm, now, self.since)
+            if divided:
+                self._grow(arm, now, self.divided)
         self._last = now
         return window
 
-    def _grow(self, arm: str, now: Counters) -> None:
-        last, total = self._last.buckets[arm], self.since.buckets[arm]
+    def _grow(self, arm: str, now: Counters, into: Counters) -> None:
+        last, total = self._last.buckets[arm], into.buckets[arm]
         grown = {bound: count - last.get(bound, 0.0) for bound, count in now.buckets[arm].items()}
         for bound, count in grown.items():
             total[bound] = total.get(bound, 0.0) + count

@@ -10,7 +10,8 @@ from pathlib import Path
 from redpp_serve.errors import RedppError
 
 from .counters import Windows, as_json, scrape
-from .files import COUNTS, WINDOWS, Lines, write_json
+from .files import COUNTS, GATEWAY, WINDOWS, Lines, write_json
+from .gateway import switched
 from .traffic import Traffic
 
 # After this many windows of about a second they become longer, so that the file grows slowly in the second week.
@@ -32,6 +33,7 @@ class Counting:
         self._traffic, self._log, self._old = Traffic(), Lines(access_log), None
         self._windows: Windows | None = None
         self._written, self._cut_at = 0, 0.0
+        self._divided = True
 
     def count(self) -> list[str]:
         """Take in what has happened since the last call; sentences about what could not be read."""
@@ -43,9 +45,9 @@ class Counting:
             problems = []
         except (OSError, http.client.HTTPException, RedppError) as error:
             problems = [f"the server's metrics cannot be read: {error}"]
-        since = self._windows.since if self._windows else None
-        if since:
-            write_json(self._state / COUNTS, {"users": self._traffic.to_json(), "buckets": as_json(since)})
+        if windows := self._windows:
+            counts = {"users": self._traffic.to_json(), "buckets": as_json(windows.since), "divided": as_json(windows.divided)}
+            write_json(self._state / COUNTS, counts)
         return problems
 
     def put_aside(self) -> None:
@@ -61,7 +63,8 @@ class Counting:
         if self._written >= _SHORT_WINDOWS and time.monotonic() - self._cut_at < _LONG_WINDOW_S:
             return
         self._cut_at = time.monotonic()
-        window = self._windows.cut(now)
+        divided, self._divided = self._divided, switched(self._state / GATEWAY) is None
+        window = self._windows.cut(now, divided=divided and self._divided)
         if window:
             with (self._state / WINDOWS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": round(time.time(), 3), "batches": window}) + "\n")

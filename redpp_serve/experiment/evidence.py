@@ -100,6 +100,7 @@ class Evidence:
         pairs: of shadow mode.
         arms: of the server's counters, window by window.
         counters: the server's over the whole experiment.
+        divided: of them those while users were divided; after a promotion the arms' loads are other ones.
         recorder: its counts ``received``, ``dropped``, ``pairs``.
     """
 
@@ -108,7 +109,7 @@ class Evidence:
         self._pair_lines, self._window_lines = Lines(state / PAIRS), Lines(state / WINDOWS)
         alpha = _ALPHA / 3 if shadow else _ALPHA  # any of the three comparisons of `findings` may decide
         self.pairs, self.arms = Pairs(limits.tolerance, alpha), ArmSequence(alpha)
-        self.traffic, self.counters = Traffic(), Counters()
+        self.traffic, self.counters, self.divided = Traffic(), Counters(), Counters()
         self.recorder = {"received": 0, "dropped": 0, "pairs": 0}
 
     def refresh(self) -> None:
@@ -118,7 +119,8 @@ class Evidence:
         self.arms.update({int(size): (a, b, c, d) for size, (a, b, c, d) in window.items()} for window in windows)
         counts = read_json(self._state / COUNTS)
         if counts:
-            self.traffic, self.counters = Traffic(counts["users"]), from_json(counts["buckets"])
+            self.traffic = Traffic(counts["users"])
+            self.counters, self.divided = from_json(counts["buckets"]), from_json(counts["divided"])
         self.recorder = read_json(self._state / RECORDER) or self.recorder
 
     def findings(self) -> list[Finding]:
@@ -137,13 +139,16 @@ class Evidence:
     def guardrails(self) -> list[Guardrail]:
         """Errors and tail of both arms; with shadow mode, agreement of outputs too.
 
-        The tail is that of the quiet pairs, where both versions had the same requests, else that of the handlers.
+        A user who left before there was an answer counts as an error: both arms' users leave alike unless one hangs.
+        The tail is that of the quiet pairs, where both versions had the same requests, else that of the handlers while
+        users were divided.
         """
         limits, pairs = self._limits, self.pairs
-        errors = [self.traffic.errors[arm] + pairs.errors[k] for k, arm in enumerate(ARMS)]
-        requests = [self.traffic.requests[arm] + pairs.total for arm in ARMS]
+        users = self.traffic
+        errors = [users.errors[arm] + users.abandoned[arm] + pairs.errors[k] for k, arm in enumerate(ARMS)]
+        requests = [users.requests[arm] + pairs.total for arm in ARMS]
         rails = [error_guardrail(errors[0], requests[0], errors[1], requests[1], limits.max_error_rate_gap)]
-        bounds, original, redpp = (self.pairs if self._shadow else self.counters).histogram()
+        bounds, original, redpp = (self.pairs if self._shadow else self.divided).histogram()
         if bounds:
             rails.append(p99_guardrail(bounds, original, redpp, limits.max_p99_ratio))
         if self._shadow:

@@ -36,7 +36,8 @@ class Journal:
         """This process's descendants as they are now, and folders to remove with them."""
         from psutil import Process
 
-        processes = [(p.pid, begun) for p in Process().children(recursive=True) if (begun := started(p.pid)) is not None]
+        begun = {process.pid: started(process.pid) for process in Process().children(recursive=True)}
+        processes = [each for each in begun.items() if each[1] is not None]
         text = json.dumps({"processes": processes, "folders": [str(folder) for folder in folders]})
         self._file.seek(0)
         self._file.write(text)

@@ -33,7 +33,8 @@ class ArmStatus:
         requests: of users, without replays.
         share: of all users' requests, 0 to 1.
         errors: answered with 500 or above.
-        refused: answered with 400 to 499.
+        refused: answered with 400 to 498.
+        abandoned: whose sender left before there was an answer.
         by_header: whose sender asked for the arm.
         gateway_ms: p50 and p99 of the server's time for a good request, as the gateway sees it, to 1 ms.
         handler_ms: p50 and p99 of the handler's time for a batch, replays included.
@@ -44,6 +45,7 @@ class ArmStatus:
     share: float | None
     errors: int
     refused: int
+    abandoned: int
     by_header: int
     gateway_ms: dict[str, float | None]
     handler_ms: dict[str, float | None]
@@ -109,6 +111,8 @@ class Status:
         yield row("share", ["-" if arm.share is None else f"{arm.share:.1%}" for arm in both])
         yield row("failed (5xx)", [str(arm.errors) for arm in both])
         yield row("refused (4xx)", [str(arm.refused) for arm in both])
+        if any(arm.abandoned for arm in both):
+            yield row("left unanswered", [str(arm.abandoned) for arm in both])
         if any(arm.by_header for arm in both):
             yield row("asked for by header", [str(arm.by_header) for arm in both])
         for title, group in (("gateway", "gateway_ms"), ("handler", "handler_ms")):
@@ -172,7 +176,7 @@ def _arm(arm: str, spec: Spec, evidence: Evidence) -> ArmStatus:
     traffic, percentiles = evidence.traffic, {"p50": 0.5, "p99": 0.99}
     return ArmStatus(
         spec.split.ratio(arm), traffic.requests[arm], traffic.share(arm), traffic.errors[arm], traffic.refused[arm],
-        traffic.by_header[arm], {key: traffic.percentile_ms(arm, q) for key, q in percentiles.items()},
+        traffic.abandoned[arm], traffic.by_header[arm], {key: traffic.percentile_ms(arm, q) for key, q in percentiles.items()},
         {key: evidence.handler_ms(arm, q) for key, q in percentiles.items()},
     )  # fmt: skip
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from .split import ARMS
 
+_COUNTERS = ("requests", "errors", "refused", "abandoned", "by_header")
+_LEFT = 499
+
 
 class Traffic:
     """Counts of users' requests; memory is bounded whatever their number.
@@ -15,14 +18,16 @@ class Traffic:
     Attributes:
         requests: arm -> how many.
         errors: arm -> those answered with a status of 500 or above, also where the server did not answer at all.
-        refused: arm -> those answered with 400 to 499: the user's mistake.
+        refused: arm -> those answered with 400 to 498: the user's mistake.
+        abandoned: arm -> those whose sender left before there was an answer, nginx's 499: of a version that hangs,
+            users with a shorter patience than the gateway's see nothing else.
         by_header: arm -> those whose sender asked for the arm, and which no split has chosen.
     """
 
     def __init__(self, document: dict[str, Any] | None = None) -> None:
         given = document or {}
-        names = ("requests", "errors", "refused", "by_header")
-        self.requests, self.errors, self.refused, self.by_header = (Counter(given.get(name, {})) for name in names)
+        counters = (Counter(given.get(name, {})) for name in _COUNTERS)
+        self.requests, self.errors, self.refused, self.abandoned, self.by_header = counters
         times = given.get("milliseconds", {})
         self._milliseconds = {arm: Counter({int(k): n for k, n in times.get(arm, {}).items()}) for arm in ARMS}
 
@@ -34,7 +39,8 @@ class Traffic:
                 continue
             self.requests[arm] += 1
             self.errors[arm] += status >= 500
-            self.refused[arm] += 400 <= status < 500
+            self.refused[arm] += 400 <= status < _LEFT
+            self.abandoned[arm] += status == _LEFT
             self.by_header[arm] += line["chosen_by"] == "header"
             if line["upstream_time"] is not None and status < 400:
                 self._milliseconds[arm][_rounded(round(1000 * line["upstream_time"]))] += 1
@@ -56,8 +62,7 @@ class Traffic:
 
     def to_json(self) -> dict[str, Any]:
         """For the constructor."""
-        return {"requests": self.requests, "errors": self.errors, "refused": self.refused, "by_header": self.by_header,
-                "milliseconds": self._milliseconds}  # fmt: skip
+        return {**{name: getattr(self, name) for name in _COUNTERS}, "milliseconds": self._milliseconds}
 
 
 def _rounded(milliseconds: int) -> int:
