@@ -1,6 +1,6 @@
 """The model of Triton's Python back end. Original and pruned networks are served by this same code.
 
-Triton checks names, dtypes and shapes, and hands over several requests at once, each of one or more rows: they run
+Triton checks names, dtypes and most shapes, and hands over several requests at once, each of one or more rows: they run
 as one batch. Tensors pass by DLPack both ways; numpy arrays would lose their data where numpy 2 is installed.
 """
 
@@ -113,7 +113,9 @@ class RedppModel:
         try:
             tensors = {tensor.name(): tensor for tensor in request.inputs()}
             item.inputs = tuple(torch.from_dlpack(tensors[spec.name].to_dlpack()) for spec in self.model.inputs)
-            if len({len(x) for x in item.inputs}) != 1 or not len(item.inputs[0]):
+            # Triton counts rows in 32 bits: a request for 2**40 comes through as one row that lacks its batch dimension.
+            plain = all(x.shape[1:] == spec.shape for x, spec in zip(item.inputs, self.model.inputs))
+            if not plain or len({len(x) for x in item.inputs}) != 1 or not len(item.inputs[0]):
                 shapes = ", ".join(str(tuple(x.shape)) for x in item.inputs)
                 item.fail("bad_request", f"Found inputs of shapes {shapes}, expected one or more rows, as many in each")
         except Exception:

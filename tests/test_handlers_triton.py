@@ -110,6 +110,14 @@ def test_a_network_that_mixes_the_batch_is_not_answered_with_wrong_rows(tmp_path
     assert [a[0] for a in ask(served, [[1.0] * 7], [[1.0] * 7])] == [stand_in.TritonError.INTERNAL] * 2
 
 
+def test_a_tensor_of_another_rank_costs_its_sender_alone(tmp_path: Path) -> None:
+    """Triton lets one through whose number of rows it could not count."""
+    x = values(2)
+    bad, good = ask(model(tmp_path), values()[0], x)
+    assert bad[0] == stand_in.TritonError.INVALID_ARG and "expected one or more rows" in bad[1]
+    assert good.tolist() == right(x)
+
+
 def test_several_inputs_by_name_whatever_their_order(tmp_path: Path) -> None:
     specs = (InputSpec("a", (2,)), InputSpec("b", (2,), "int64"))
     served = model(tmp_path, graph(Node("y", "aten.sub.Tensor", (Ref("a"), Ref("b"))), inputs=specs))

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 from redpp_serve.errors import RedppError
 
+from .guard import Guard
 from .ports import ADDRESS, Ports, TritonPorts, check_ports
 from .processes import kill_session
 from .registry import Running, started
@@ -68,6 +69,7 @@ class LocalServer(ABC):
         self.home: Path | None = None
         self._progress, self._timeout_s = progress, timeout_s
         self._leaders: dict[str, subprocess.Popen[bytes]] = {}  # what each is -> the leader of its session
+        self._guard: Guard | None = None
 
     @property
     @abstractmethod
@@ -135,6 +137,7 @@ class LocalServer(ABC):
             parent = tempfile.gettempdir()
             # A socket's path may not exceed about 100 bytes.
             self.home = Path(tempfile.mkdtemp(prefix="redpp-", dir=parent if len(parent) < 60 else "/tmp"))
+            self._guard = Guard(self.home)
             self._launch(self.home)
             self._wait(time.monotonic() + self._timeout_s)
         except BaseException:
@@ -150,7 +153,9 @@ class LocalServer(ABC):
                 kill_session(leader)
             if self.home:
                 shutil.rmtree(self.home, ignore_errors=True)
-            self.home, self._leaders = None, {}
+            if self._guard:
+                self._guard.dismiss()
+            self.home, self._leaders, self._guard = None, {}, None
 
     def check_alive(self) -> None:
         """Raise a RedppError with the end of the log when a process has ended by itself."""
@@ -216,6 +221,8 @@ class LocalServer(ABC):
                 command, cwd=self.home, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
+        if self._guard:
+            self._guard.watch(self._leaders[what])
 
     def _wait(self, deadline: float) -> None:
         shown = -1

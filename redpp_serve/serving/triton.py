@@ -18,7 +18,7 @@ from typing import Any
 from redpp_serve.errors import RedppError
 
 from .ports import ADDRESS, TritonPorts, free_ports
-from .processes import kill_session, session
+from .processes import free_shared_memory, kill_session, session
 from .server import START_TIMEOUT_S, LocalServer, ask, require_packages
 from .triton_binary import TritonBinary, find_triton, link_backend
 from .triton_versions import STAND_INS, VERSIONS, load_request, loaded_versions, versions_for
@@ -126,7 +126,7 @@ class TritonServer(LocalServer):
         try:
             self._restart() if ended else self._revive(dead)
         except RedppError:
-            if ended or not self._ends_soon():
+            if not self._ends_soon():  # the next look finds it ended; one that has just started may abort too
                 raise
 
     def _ends_soon(self) -> bool:
@@ -140,7 +140,7 @@ class TritonServer(LocalServer):
         """Start the server again in the place of one that has ended."""
         assert self.home is not None
         kill_session(self._leaders[self.title])
-        _free_shared_memory(self._shared_memory())
+        free_shared_memory(self._shared_memory())
         for part in (_MODELS, _BACKENDS, _SCRATCH):
             shutil.rmtree(self.home / part)
         self._launch(self.home)
@@ -150,7 +150,7 @@ class TritonServer(LocalServer):
         """End the server and its workers, remove the private folder and their shared memory."""
         prefix = self._shared_memory()
         super().stop()
-        _free_shared_memory(prefix)
+        free_shared_memory(prefix)
 
     def _prepare(self) -> None:
         require_packages(_PACKAGES.items())
@@ -277,11 +277,6 @@ class TritonServer(LocalServer):
     def _shared_memory(self) -> str:
         """What the names of this run's shared memory begin with; that of workers which were killed is left behind."""
         return f"{self.home.name}-" if self.home else ""
-
-
-def _free_shared_memory(prefix: str) -> None:
-    for left in Path("/dev/shm").glob(f"{prefix}*") if prefix else ():
-        left.unlink(missing_ok=True)
 
 
 def _check_repository(model: Path) -> None:
