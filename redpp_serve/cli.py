@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import threading
@@ -161,7 +162,11 @@ def _ab(options: argparse.Namespace) -> None:
     from .experiment import commands
 
     def say(line: str) -> None:
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:  # whoever reads, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
+            raise SystemExit(128 + signal.SIGPIPE) from None
 
     folder = options.folder.resolve()
     if options.action == "start":

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +94,12 @@ def test_an_experiment_is_found_beside_another_server_of_its_folder(
         with register(experiment), register(replace(server, pid=other.pid, created=started(other.pid) or 0.0)):
             assert main(["ab", "promote", str(packaged)]) == 0
             assert "all users of http://g get redpp" in capsys.readouterr().out and (state / "promoted").exists()
+            read, write = os.pipe()
+            os.close(read)  # as head does when it has seen enough
+            command = [sys.executable, "-m", "redpp_serve.cli", "ab", "promote", str(packaged)]
+            quiet = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60)
+            os.close(write)
+            assert (quiet.returncode, quiet.stderr) == (128 + signal.SIGPIPE, b"")
             shutil.rmtree(state)
             assert main(["ab", "promote", str(packaged)]) == 2
             assert "users cannot be moved" in capsys.readouterr().err

@@ -102,6 +102,25 @@ def test_errors_agreement_and_tail_advise_to_roll_back(tmp_path: Path) -> None:
     assert status.shadow["agreement"] == 0.75
 
 
+@pytest.mark.parametrize("split", ["100:0", "90:10"])
+def test_a_server_that_was_down_is_no_fault_of_the_pruned_version(tmp_path: Path, split: str) -> None:
+    """While it is down replays fail at once, so they are more: a larger part of replays is no larger share of errors."""
+    experiment = Experiment(tmp_path, split=split)
+    experiment.pairs(1500, 0.8)
+    experiment.pairs(1500, status=[0, 0], difference=None, top1=None)
+    counts = read_json(tmp_path / COUNTS)
+    redpp = 0 if split == "100:0" else 500
+    users = {"requests": {"original": 5000, "redpp": redpp + 1}, "errors": {"original": 500, "redpp": redpp // 10},
+             "by_header": {"redpp": 1}}  # fmt: skip
+    write_json(tmp_path / COUNTS, {**counts, "users": users})
+    status = experiment.status()
+    rails = [rail for rail in status.guardrails if rail.name == "errors"]
+    assert all(rail.ok is not False for rail in rails) and status.advice.kind != "rollback"
+    assert [rail.text.split(":")[0] for rail in rails] == ["errors", "errors of replays"][split == "100:0" :]
+    experiment.pairs(300, status=[200, 500], difference=None, top1=None)
+    assert experiment.status().advice.kind == "rollback"
+
+
 def test_users_who_get_no_answer_advise_to_roll_back(tmp_path: Path) -> None:
     """A version that hangs fails nobody whose patience ends before the gateway's."""
     experiment = Experiment(tmp_path, shadow=False)
@@ -145,8 +164,9 @@ def test_pairs_count_for_what_they_can_tell(experiment: Experiment) -> None:
     evidence = Evidence(experiment.state, experiment.spec.limits, shadow=True)
     evidence.refresh()
     assert evidence.pairs.latency.values == 16 and evidence.pairs.handler.mean == pytest.approx(numpy.log(0.5))
-    errors = next(rail for rail in evidence.guardrails() if rail.name == "errors")
-    assert "7 of 531 against 1 of 531" in errors.text  # users' requests and replays
+    users, replays = (rail for rail in evidence.guardrails() if rail.name == "errors")
+    assert "(0 of 500 against 0 of 500)" in users.text
+    assert "errors of replays" in replays.text and "(7 of 31 against 1 of 31)" in replays.text
 
 
 def test_evidence_that_grows_is_that_of_the_whole(experiment: Experiment) -> None:

@@ -83,7 +83,8 @@ def send_all(folder: Path, arm: str) -> str:
     except OSError as error:
         raise RedppError(f"users cannot be moved: {error}", "the experiment's folder, and room on its disk",
                          f"free some, or end it with redpp-serve ab stop {_quoted(folder)}") from error  # fmt: skip
-    done = f"all users of {running.extra['gateway']} get {arm} from their next request on"
+    gateway = running.extra["gateway"]
+    done = f"all users of {gateway} get {arm} from their next request on, except those who ask by {ARM_HEADER}"
     try:
         switch_server(running, arm)
     except RedppError as error:  # users go through the gateway, which has switched

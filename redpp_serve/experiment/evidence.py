@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -139,20 +139,35 @@ class Evidence:
     def guardrails(self) -> list[Guardrail]:
         """Errors and tail of both arms; with shadow mode, agreement of outputs too.
 
-        A user who left before there was an answer counts as an error: both arms' users leave alike unless one hangs.
         The tail is that of the quiet pairs, where both versions had the same requests, else that of the handlers while
         users were divided.
         """
         limits, pairs = self._limits, self.pairs
-        users = self.traffic
-        errors = [users.errors[arm] + users.abandoned[arm] + pairs.errors[k] for k, arm in enumerate(ARMS)]
-        requests = [users.requests[arm] + pairs.total for arm in ARMS]
-        rails = [error_guardrail(errors[0], requests[0], errors[1], requests[1], limits.max_error_rate_gap)]
+        rails = self._error_guardrails()
         bounds, original, redpp = (self.pairs if self._shadow else self.divided).histogram()
         if bounds:
             rails.append(p99_guardrail(bounds, original, redpp, limits.max_p99_ratio))
         if self._shadow:
             rails.append(agreement_guardrail(pairs.agreeing, pairs.answered, limits.min_agreement))
+        return rails
+
+    def _error_guardrails(self) -> list[Guardrail]:
+        """Of users, where they are divided, and of replays; never of their sum.
+
+        A server that is down fails users and replays, but replays then take no time and are more than usual: the arm
+        with the larger part of replays would have the larger share of errors. A user who left before there was an
+        answer counts as an error: both arms' users leave alike unless one hangs.
+        """
+        users, pairs, gap = self.traffic, self.pairs, self._limits.max_error_rate_gap
+        divided = all(users.requests[arm] > users.by_header[arm] for arm in ARMS)
+        alpha = _ALPHA / 2 if self._shadow and divided else _ALPHA
+        rails = []
+        if divided or not self._shadow:
+            original, redpp = ((users.errors[arm] + users.abandoned[arm], users.requests[arm]) for arm in ARMS)
+            rails.append(error_guardrail(*original, *redpp, gap, alpha))
+        if self._shadow:
+            rail = error_guardrail(pairs.errors[0], pairs.total, pairs.errors[1], pairs.total, gap, alpha)
+            rails.append(replace(rail, text=rail.text.replace("errors:", "errors of replays:", 1)))
         return rails
 
     def advice(self, findings: Sequence[Finding], guardrails: Sequence[Guardrail]) -> Advice:

@@ -142,7 +142,6 @@ def _server(gateway: Gateway) -> str:
         error_page 494 =400 /.malformed;
         error_page 404 @elsewhere;
         error_page 405 @method;
-        error_page 408 @slow;
         error_page 413 @too_large;
         error_page 502 503 @down;
         error_page 504 @late;
@@ -174,7 +173,6 @@ def _server(gateway: Gateway) -> str:
         location = /.malformed {{ internal; return 400 '{_error("a request that is not HTTP as this server reads it")}'; }}
         location @elsewhere {{ return 404 '{_error(f"nothing is served here, expected POST {gateway.public}")}'; }}
         location @method {{ return 405 '{_error(f"expected POST {gateway.public}, or PUT")}'; }}
-        location @slow {{ return 408 '{_error("the request did not arrive within 30 s")}'; }}
         location @too_large {{
             return 413 '{_error(f"a body of more than {MAX_REQUEST_BYTES} bytes, expected one input of the network")}';
         }}
