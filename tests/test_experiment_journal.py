@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -95,3 +96,29 @@ def test_a_journal_that_was_cut_short_stops_nobody(tmp_path: Path) -> None:
     assert clean(tmp_path) is False
     with supervising(tmp_path) as journal:
         journal.write([])
+
+
+def test_commands_that_look_meanwhile_keep_nobody_from_starting(tmp_path: Path) -> None:
+    """Others look, and clean up after nobody, at the very moment of a start."""
+    ended, failures = threading.Event(), []
+
+    def look() -> None:
+        while not ended.is_set():
+            try:
+                supervised(tmp_path), clean(tmp_path), abandoned(tmp_path)
+            except Exception as error:
+                failures.append(error)
+
+    others = [threading.Thread(target=look) for _ in range(4)]
+    for other in others:
+        other.start()
+    try:
+        for _ in range(40):
+            with supervising(tmp_path) as journal:
+                journal.write([])
+                assert supervised(tmp_path)
+    finally:
+        ended.set()
+        for other in others:
+            other.join()
+    assert not failures

@@ -53,7 +53,6 @@ def supervising(folder: Path) -> Iterator[Journal]:
         RedppError: another one lives.
     """
     path = _path(folder)
-    path.touch(mode=0o600)
     with _locked(path, patience_s=1.0) as file:
         if file is None:
             raise already_runs(folder)
@@ -106,26 +105,41 @@ def _path(folder: Path) -> Path:
 def _locked(path: Path, patience_s: float = 0.0) -> Iterator[TextIO | None]:
     """The journal, locked; None where a living supervisor holds it, or it has just been removed.
 
-    ``patience_s``: another command may hold it for the moment in which it looks whether a supervisor lives.
+    ``patience_s``: another command may hold it for the moment in which it looks whether a supervisor lives, or remove
+    it; with any patience it is made anew.
     """
     deadline = time.monotonic() + patience_s
+    flags = os.O_RDWR | (os.O_CREAT if patience_s else 0)
+    while True:
+        try:
+            file = os.fdopen(os.open(path, flags, 0o600), "r+", encoding="utf-8")
+        except FileNotFoundError:
+            yield None
+            return
+        with file:
+            if _lock(file) and _is_at(file, path):
+                yield file
+                return
+        if time.monotonic() >= deadline:
+            yield None
+            return
+        time.sleep(0.02)
+
+
+def _lock(file: TextIO) -> bool:
     try:
-        file = path.open("r+", encoding="utf-8")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    """Whether the path still leads to this file: it may have been removed before it was locked."""
+    try:
+        return path.stat().st_ino == os.fstat(file.fileno()).st_ino
     except FileNotFoundError:
-        yield None
-        return
-    with file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    yield None
-                    return
-            time.sleep(0.02)
-        current = path.stat() if path.exists() else None
-        yield file if current and current.st_ino == os.fstat(file.fileno()).st_ino else None
+        return False
 
 
 def _end_left_over(file: TextIO) -> bool:
