@@ -1,6 +1,8 @@
 """The supervisor's loop: what goes wrong in it is told, and never ends the users' gateway."""
 
+import fcntl
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -12,7 +14,7 @@ import pytest
 
 from redpp_serve.errors import RedppError
 from redpp_serve.experiment import supervisor
-from redpp_serve.experiment.files import GATEWAY, SPEC, STATUS, read_json, write_json
+from redpp_serve.experiment.files import GATEWAY, SPEC, STATUS, not_swept, read_json, write_json
 from redpp_serve.experiment.spec import Spec
 from redpp_serve.experiment.split import Split
 from redpp_serve.experiment.status import read_status
@@ -91,3 +93,14 @@ def test_status_says_when_nothing_is_written_down_any_more(tmp_path: Path, monke
     assert problem.startswith("nothing was written down for 60 s") and "restarting the server" in problem
     monkeypatch.setattr("redpp_serve.experiment.status.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     assert read_status(tmp_path, {"gateway": "g"}).problems[0].endswith("is full")
+
+
+def test_a_folder_is_kept_from_those_who_clean_up(tmp_path: Path) -> None:
+    """They ask for the folder's lock as here, and pass by where they do not get it."""
+    handle = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with not_swept(tmp_path), pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(handle)

@@ -28,7 +28,7 @@ from redpp_serve.serving.server import LocalServer, open_server
 from .candidate import mixed_folder
 from .counting import Counting
 from .evidence import Evidence
-from .files import GATEWAY, RECORDER, SPEC, STATUS, read_json, write_json
+from .files import GATEWAY, RECORDER, SPEC, STATUS, not_swept, read_json, write_json
 from .gateway import NginxProcess, connection_limit, stop_mirroring, worker_account
 from .journal import Journal, supervising
 from .nginx import ADDRESS, Gateway
@@ -63,6 +63,7 @@ class Supervisor:
         """
         with ExitStack() as stack:
             self._journal = stack.enter_context(supervising(self._spec.folder))
+            stack.enter_context(not_swept(self._state))
             ports, server_ports = _ports(self._spec)
             check_ports(ports)
             server = self._start_server(stack, server_ports)
