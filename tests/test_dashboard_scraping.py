@@ -1,6 +1,10 @@
 """Reading metrics: what counters gained, through restarts and outages, and what is refused."""
 
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from live_metrics import Exporter, while_down
@@ -100,6 +104,27 @@ def test_samples_of_other_models_and_other_programs_are_left_out() -> None:
 def test_what_is_no_metrics_is_named_so(text: str) -> None:
     with pytest.raises(Unreadable, match="text format"):
         parse(text, "a")
+
+
+def test_an_answer_in_drops_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each drop comes in time; all of them would take for ever."""
+    monkeypatch.setattr(scraping, "TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+                for _ in range(600):
+                    connection.sendall(b"#")
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        target, begun = Target(f"http://127.0.0.1:{listener.getsockname()[1]}/"), time.monotonic()
+        target.scrape("small")
+        assert target.problem == "timed out" and time.monotonic() - begun < 10
+        thread.join(10)
 
 
 def test_answers_that_cannot_be_read_become_the_targets_problem(

@@ -312,6 +312,19 @@ def test_a_model_that_does_not_load_ends_the_start_with_its_log(packaged: Path, 
     assert set(mine()) <= before
 
 
+def test_a_program_that_this_machine_cannot_run_is_named(
+    packaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "tritonserver"
+    program.write_text("no program")
+    program.chmod(0o700)
+    monkeypatch.setattr(module, "find_triton", lambda note: module.TritonBinary(program, (), ()))
+    server, before = TritonServer(packaged, name="small"), mine()
+    with pytest.raises(RedppError, match="tritonserver cannot be started: .*Exec format"):
+        server.start()
+    assert server.home is None and mine() == before
+
+
 def test_a_port_in_use_is_found_beforehand(packaged: Path) -> None:
     ports, before = free_ports(TritonPorts), set(mine())
     with socket.create_server(("127.0.0.1", ports.grpc)):

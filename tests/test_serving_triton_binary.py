@@ -104,7 +104,7 @@ def test_a_wheel_at_hand_needs_no_network(cache: Path, wheel: Path, pip: Pip, mo
     assert find_triton(lambda line: None).program.is_file() and commands == [] and wheel.is_file()
     monkeypatch.setattr(module, "_FOLDER", "other")
     monkeypatch.setenv(module.VARIABLE, str(wheel.with_name("absent.whl")))
-    with pytest.raises(RedppError, match="absent.whl"):
+    with pytest.raises(RedppError, match="absent.whl, which is no file"):
         find_triton(lambda line: None)
 
 
@@ -165,9 +165,16 @@ def test_a_python_without_shared_library_is_refused(monkeypatch: pytest.MonkeyPa
 def test_an_installed_server_comes_first(cache: Path, tmp_path: Path, pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
     home, commands = tmp_path / "opt" / "tritonserver", pip(None)
     (home / "bin").mkdir(parents=True)
-    (home / "bin" / "tritonserver").touch()
+    (home / "bin" / "tritonserver").touch(0o600)
     (home / "backends" / "python").mkdir(parents=True)
     (home / "backends" / "python" / "stub").touch()
+    monkeypatch.setenv(module.VARIABLE, str(home))
+    with pytest.raises(RedppError, match="no tritonserver"):  # nothing that can be executed
+        find_triton(lambda line: None)
+    (home / "bin" / "tritonserver").chmod(0o700)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(module.VARIABLE, "opt/tritonserver")
+    assert find_triton(lambda line: None).program == home / "bin" / "tritonserver"  # it runs in another folder
     for setting in ("variable", "place"):
         if setting == "variable":
             monkeypatch.setenv(module.VARIABLE, str(home))

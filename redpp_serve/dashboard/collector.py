@@ -22,6 +22,7 @@ from redpp_serve.errors import RedppError
 
 EVERY_S = 1.0
 WINDOWS = (10, 60, 300, 900)  # seconds that the page offers
+_STOP_S = 5.0
 _TREND_S = 10.0  # span behind each point of a curve
 _POINTS = 300  # of a curve on the page; all are kept
 _CURVES = ("p50", "throughput", "cpu")
@@ -53,9 +54,9 @@ class Collector:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; returns when it has ended."""
+        """End the thread; returns when it has ended, or hangs on an address that answers in drops."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_STOP_S)
 
     def _run(self) -> None:
         while not self._stop.wait(EVERY_S):

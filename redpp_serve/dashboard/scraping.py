@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def fetch(url: str) -> str:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=TIMEOUT_S) as reply:
-            data = reply.read(MAX_BYTES + 1)
+            data = _read(reply, time.monotonic() + TIMEOUT_S)
     except urllib.error.HTTPError as error:
         raise Unreadable(f"HTTP status {error.code}") from error
     except (OSError, HTTPException, ValueError) as error:
@@ -86,6 +87,16 @@ def fetch(url: str) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise Unreadable("not text") from error
+
+
+def _read(reply: HTTPResponse, deadline: float) -> bytes:
+    """The body up to one byte more than `MAX_BYTES`. The opener's limit is for each piece, so that drops would go on."""
+    data = bytearray()
+    while len(data) <= MAX_BYTES and (piece := reply.read1(MAX_BYTES + 1 - len(data))):
+        data += piece
+        if time.monotonic() > deadline:
+            raise TimeoutError("timed out")
+    return bytes(data)
 
 
 def parse(text: str, model: str) -> tuple[list[Sample], set[str]]:

@@ -216,11 +216,15 @@ class LocalServer(ABC):
     def _spawn(self, what: str, command: Sequence[str], environment: dict[str, str]) -> None:
         """In a session of its own: Ctrl-C reaches this program alone, and all descendants can be found again."""
         assert self.home is not None
-        with (self.home / "server.log").open("ab") as log:
-            self._leaders[what] = subprocess.Popen(
-                command, cwd=self.home, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
+        try:
+            with (self.home / "server.log").open("ab") as log:
+                self._leaders[what] = subprocess.Popen(
+                    command, cwd=self.home, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    start_new_session=True,
+                )  # fmt: skip
+        except OSError as error:
+            raise RedppError(f"{what} cannot be started: {error}", f"{command[0]} as a program of this machine",
+                             "install it again") from error  # fmt: skip
         if self._guard:
             self._guard.watch(self._leaders[what])
 

@@ -60,9 +60,10 @@ def find_triton(note: Callable[[str], None]) -> TritonBinary:
         RedppError: no server there, or one that this machine, its Python, network or disk cannot run or fetch.
     """
     named = os.environ.get(VARIABLE)
-    wheel = Path(named) if named and named.endswith(".whl") else None
-    if named and wheel is None:
-        return _installed(Path(named), f"{VARIABLE} is {named}")
+    place = Path(named).absolute() if named else None  # the server is started in another folder
+    wheel = place if place and place.suffix == ".whl" else None
+    if place and wheel is None:
+        return _installed(place, f"{VARIABLE} is {named}")
     if wheel is None and _INSTALLED.is_dir():
         return _installed(_INSTALLED, f"{_INSTALLED} exists")
     check_platform()
@@ -105,7 +106,7 @@ def cache_folder() -> Path:
 
 def _installed(folder: Path, why: str) -> TritonBinary:
     program, backend = folder / "bin" / "tritonserver", folder / "backends" / "python"
-    if not program.is_file() or not backend.is_dir():
+    if not os.access(program, os.X_OK) or not program.is_file() or not backend.is_dir():
         raise RedppError(f"{why}, but there is no tritonserver with a Python back end in it",
                          f"{program} and {backend}", f"correct or unset {VARIABLE}")  # fmt: skip
     libraries = (folder / "lib",) if (folder / "lib").is_dir() else ()
@@ -133,6 +134,8 @@ def _unpacked(wheel: Path | None, note: Callable[[str], None]) -> Path:
     tree = cache_folder() / f"{_FOLDER}-{_SHA256[:12]}"
     if tree.is_dir():
         return tree
+    if wheel and not wheel.is_file():
+        raise RedppError(f"{VARIABLE} is {wheel}, which is no file", f"the wheel {_WHEEL}", f"correct or unset {VARIABLE}")
     try:
         tree.parent.mkdir(parents=True, exist_ok=True)
         with _locked(tree.parent / "lock"), tempfile.TemporaryDirectory(dir=tree.parent, prefix="new-") as scratch:
