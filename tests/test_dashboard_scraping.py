@@ -106,6 +106,13 @@ def test_what_is_no_metrics_is_named_so(text: str) -> None:
         parse(text, "a")
 
 
+@pytest.mark.parametrize("value", ["NaN", "+Inf", "-Inf", "1e308", "-1e300"])
+def test_numbers_that_would_poison_the_totals_are_left_out(value: str) -> None:
+    labels = 'model="small",variant="original",outcome="ok"'
+    samples, _ = parse(f"{REQUESTS}{{{labels},worker=\"1\"}} {value}\n{REQUESTS}{{{labels},worker=\"2\"}} 7\n", "small")
+    assert [sample.value for sample in samples] == [7]
+
+
 def test_an_answer_in_drops_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each drop comes in time; all of them would take for ever."""
     monkeypatch.setattr(scraping, "TIMEOUT_S", 0.5)

@@ -17,6 +17,7 @@ from redpp_serve.errors import RedppError
 TIMEOUT_S = 2.0
 MAX_BYTES = 4_000_000
 MAX_SERIES = 4096
+_ABSURD = 1e200  # no count of anything; its running total would be infinite one day, and stay so
 VARIANTS = ("original", "redpp")
 _HISTOGRAMS = ("redpp_handler_seconds", "redpp_inference_seconds", "redpp_batch_size")
 _PARTS = {"_bucket": "le", "_sum": "", "_count": ""}
@@ -111,7 +112,7 @@ def parse(text: str, model: str) -> tuple[list[Sample], set[str]]:
     try:
         for family in text_string_to_metric_families(text):
             for name, labels, value, *_ in family.samples:
-                if not name.startswith("redpp_") or not math.isfinite(value):
+                if not name.startswith("redpp_") or not abs(value) < _ABSURD:
                     continue
                 if labels.get("model", model) != model:
                     others.add(labels["model"])
