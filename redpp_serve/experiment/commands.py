@@ -89,7 +89,7 @@ def send_all(folder: Path, arm: str) -> str:
         switch_server(running, arm)
     except RedppError as error:  # users go through the gateway, which has switched
         return f"{done}; the server's own default could not be moved: {error.found}"
-    return f"{done}, and so do requests to the server that name no version"
+    return f"{done}; requests to the server that name no version follow"
 
 
 def stop(folder: Path, keep: Path | None = None) -> str:
