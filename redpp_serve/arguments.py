@@ -231,7 +231,7 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
     add("--candidate", type=Path, metavar="FOLDER", help="take the pruned version from another package with the same inputs")
     add("--server", choices=("torchserve", "triton"), default="torchserve", help="(default: %(default)s)")
     add("--tolerance", type=_positive, default=default.tolerance, metavar="R",
-        help="relative difference up to which outputs agree (default: %(default)g)")  # fmt: skip
+        help="relative difference up to which outputs agree (default: the same class; 0.1 where they are no classes)")  # fmt: skip
     add("--min-agreement", type=_share, default=default.min_agreement, metavar="A",
         help="share of shadowed requests whose outputs have to agree (default: %(default)g)")  # fmt: skip
     add("--margin", type=_positive, default=default.margin, metavar="R",

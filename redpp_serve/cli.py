@@ -111,6 +111,8 @@ def _package(options: argparse.Namespace) -> None:
     report = package(captured, out, name=name, options=choice, serving=serving, verify_data=options.verify_data,
                      preprocess=_preprocess(options.preprocess, captured), stages=stages, dry_run=options.dry_run)  # fmt: skip
     print(package_summary(report))
+    for message in report["messages"][len(captured.messages) :]:
+        print(f"note: {message}", file=sys.stderr)
     print("\ndry run: nothing was written" if options.dry_run else
           f"\nwrote {out}: report.html, original.mar (1.0), redpp.mar (2.0), triton/ (1, 2)\nnext: redpp-serve compare {out}")  # fmt: skip
 

@@ -161,7 +161,7 @@ def _labels_too_short(path: Path) -> None:
     lambda path: path.write_bytes(b""),
     lambda path: path.write_bytes(b"PK\x03\x04 cut"),
     lambda path: path.write_text("text"),
-    lambda path: numpy.savez(path, x=numpy.zeros(3)),
+    lambda path: numpy.savez(path, x=numpy.zeros(3), y=numpy.zeros(3)),
     lambda path: numpy.savez(path, inputs=numpy.array([{}], dtype=object)),
     lambda path: numpy.savez(path, inputs=numpy.float32(1)),
     lambda path: numpy.savez(path, inputs=numpy.zeros((0, 3), "float32")),

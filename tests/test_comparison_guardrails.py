@@ -125,7 +125,7 @@ def test_counts_that_cannot_be_are_refused(hits: int, trials: int) -> None:
 def test_agreement() -> None:
     kept, broken, unknown = (agreement_guardrail(k, 1000) for k in (1000, 900, 990))
     assert (kept.ok, broken.ok, unknown.ok) == (True, False, None)
-    share = "at least 99.30% of outputs within the tolerance, as required"
+    share = "at least 99.30% of outputs agree, as required"
     assert kept.text == f"agreement: {share} (99.00%; 1000 of 1000 pairs)"
     assert agreement_guardrail(0, 0).text == "agreement: no pairs yet" and agreement_guardrail(0, 0).value is None
     assert agreement_guardrail(990, 1000, limit=0.95).ok is True

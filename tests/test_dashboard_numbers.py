@@ -254,7 +254,7 @@ def test_an_experiment_shows_verdict_advice_and_interval() -> None:
     assert card["intervals"] == [{"label": "split traffic", "text": "1.40x (1.20 to 1.60)", **bounds}]
     assert [share["text"] for share in card["shares"]] == ["original 90 %", "pruned 10 %"]
     assert card["rows"] == [["share of the requests in this window", "original 88.0 % and pruned 12.0 %"],
-                            ["pairs compared", "120"], ["outputs within tolerance", "99.50 %"]]  # fmt: skip
+                            ["pairs compared", "120"], ["outputs that agree", "99.50 %"]]  # fmt: skip
 
 
 def test_a_verdict_is_shown_with_the_interval_that_it_can_rest_on() -> None:

@@ -30,7 +30,10 @@ class Experiment:
     def __init__(self, state: Path, *, shadow: bool = True, split: str = "50:50", **limits: float) -> None:
         shares = [Decimal(part) for part in split.split(":")]
         self.state, self.rng = state, numpy.random.default_rng(0)
-        self.spec = Spec(Path("/dist/m"), None, "torchserve", Split(*shares), "X-User-Id", shadow, Limits(**limits))
+        folder = state / "package"
+        folder.mkdir()
+        write_json(folder / "report.json", {"verify": {"agreement": 1.0, "output_error": 0.05, "images": 500}})
+        self.spec = Spec(folder, None, "torchserve", Split(*shares), "X-User-Id", shadow, Limits(**limits))
         (state / GATEWAY).mkdir()
         write_json(state / SPEC, {"spec": self.spec.to_json(), "started": time.time() - 90, "name": "m"})
         self.users(500, 500)
@@ -96,7 +99,7 @@ def test_errors_agreement_and_tail_advise_to_roll_back(tmp_path: Path) -> None:
     status = experiment.status()
     assert status.advice.kind == "rollback" and "errors" in status.advice.text  # faster, but it fails
     experiment.users(3000, 3000)
-    experiment.pairs(500, 0.8, difference=0.2)
+    experiment.pairs(500, 0.8, top1=False)
     status = experiment.status()
     assert status.advice.kind == "rollback" and "agreement" in status.advice.text
     assert status.shadow["agreement"] == 0.75
@@ -119,6 +122,31 @@ def test_a_server_that_was_down_is_no_fault_of_the_pruned_version(tmp_path: Path
     assert [rail.text.split(":")[0] for rail in rails] == ["errors", "errors of replays"][split == "100:0" :]
     experiment.pairs(300, status=[200, 500], difference=None, top1=None)
     assert experiment.status().advice.kind == "rollback"
+
+
+@pytest.mark.parametrize(("report", "advice", "words"), [
+    ({"verify": {"agreement": 0.06, "output_error": 1.35, "images": 32}}, "rollback", "when it was packaged 6.00% of 32 inputs agreed, 99.00% wanted"),
+    ({"verify": {"agreement": 0.97, "output_error": 0.2, "images": 32}}, "wait", "97.00% of 32 inputs agreed"),
+    ({"verify": {"agreement": 0.06, "output_error": 1.35, "images": 32},
+      "agreement": {"top1": 0.998, "mean_relative_difference": 0.09, "inputs": 500}}, "promote", "in the last comparison 99.80% of 500"),
+    ({"verify": {"agreement": None, "output_error": 0.05, "images": 32}}, "promote", "100.00% of 32"),
+    ({}, "wait", "the package's report says nothing of it"),
+])  # fmt: skip
+def test_a_split_compares_no_outputs_and_says_what_is_known_of_them(tmp_path: Path, report: dict[str, Any], advice: str, words: str) -> None:
+    experiment = Experiment(tmp_path, shadow=False)
+    write_json(experiment.spec.folder / "report.json", report)
+    experiment.windows(300, 0.8)
+    experiment.users(3000, 3000)
+    status = experiment.status()
+    (rail,) = [rail for rail in status.guardrails if rail.name == "agreement"]
+    assert "not compared under a split (add --shadow)" in rail.text and words.split(" of ")[0] in rail.text
+    assert status.advice.kind == advice and "not compared under a split" in status.to_text()
+
+
+def test_a_tolerance_is_held_against_the_outputs_not_the_class(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path, tolerance=0.1)
+    experiment.pairs(300, difference=0.2, top1=True)
+    assert experiment.status().shadow["agreement"] == 0.0 and "within 0.1 of the original's" in experiment.status().to_text()
 
 
 def test_users_who_get_no_answer_advise_to_roll_back(tmp_path: Path) -> None:
@@ -160,7 +188,7 @@ def test_pairs_count_for_what_they_can_tell(experiment: Experiment) -> None:
     write_json(experiment.state / RECORDER, {"received": 40, "dropped": 9, "pairs": 31})
     shadow = experiment.status().shadow
     assert shadow == {"received": 40, "dropped": 9, "pairs": 31, "quiet_pairs": 16, "errors": {"original": 1, "redpp": 7},
-                      "compared_outputs": 28, "agreeing": 21, "agreement": 0.75, "top1": 15 / 21}  # fmt: skip
+                      "compared_outputs": 28, "agreeing": 15, "agreement": 15 / 28, "top1": 15 / 21}  # fmt: skip
     evidence = Evidence(experiment.state, experiment.spec.limits, shadow=True)
     evidence.refresh()
     assert evidence.pairs.latency.values == 16 and evidence.pairs.handler.mean == pytest.approx(numpy.log(0.5))
@@ -186,7 +214,7 @@ def test_without_shadow_mode_pairs_are_not_waited_for(tmp_path: Path) -> None:
     experiment.windows(200, 0.8)
     status = experiment.status()
     assert status.advice.kind == "promote" and status.shadow is None
-    assert {rail.name for rail in status.guardrails} == {"errors", "p99"}
+    assert {rail.name for rail in status.guardrails} == {"errors", "p99", "agreement"}
 
 
 def test_the_text(experiment: Experiment) -> None:
@@ -207,7 +235,7 @@ def test_the_text(experiment: Experiment) -> None:
         "gateway p99 (ms)        10      9",
     ]
     for part in ("handler p99 (ms)", "The arms carry different loads", "300 pairs, 300 of them undisturbed",
-                 "want of time: 100 of 400 requests", "300 of 300 within 0.1", "same class on 100.00%", "open    p99:",
+                 "want of time: 100 of 400 requests", "300 of 300 agree", "same class on 100.00%", "open    p99:",
                  "shadow  redpp is 1.2", "split   redpp is 1.2"):  # fmt: skip
         assert part in text, part
     assert text.splitlines()[-1] == experiment.status().advice.text

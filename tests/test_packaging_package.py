@@ -20,7 +20,7 @@ from small import SHAPE, arguments, captured, network, outputs, randomise, write
 import redpp_serve.packaging.package as module
 from redpp_serve.errors import GateFailed, RedppError
 from redpp_serve.handlers.preprocess import Preprocess
-from redpp_serve.packaging.package import Serving, describe_machine, package, request_body
+from redpp_serve.packaging.package import Serving, describe_machine, doubts, package, request_body
 from redpp_serve.pruning import lossy, pipeline
 from redpp_serve.pruning.options import Options
 from redpp_serve.pruning.stages import Stages
@@ -325,3 +325,15 @@ def test_the_machine_is_described_in_words() -> None:
     machine = describe_machine()
     assert "cores" in machine["device"] and machine["threads"] >= 1
     assert machine["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({}, []),
+    ({"output_error": 0.6}, ["relative error 0.60, the same class on 95.0%"]),
+    ({"agreement": 0.5}, ["the same class on 50.0%"]),
+    ({"output_error": 1.35, "agreement": None}, ["relative error 1.35 on held-out inputs"]),
+    ({"inputs": "cut short by --time-budget in batch 1 of 2: a larger budget fits better"}, ["inputs that were not finished"]),
+])  # fmt: skip
+def test_doubts_are_said(changes: dict[str, Any], words: list[str]) -> None:
+    found = doubts({"output_error": 0.1, "agreement": 0.95, "inputs": "matched", **changes})
+    assert len(found) == len(words) and all(word in text for word, text in zip(words, found))

@@ -140,7 +140,7 @@ def _verdict() -> list[Any]:
              {"{{model}}: {{kind}}": matched("redpp_ab_advice", EXPERIMENT) + " == 1"}).span(6),
         number("Speed-up, 95 % interval", "Original by pruned version; above 1 the pruned version is faster.", TIMES,
                {f"{{{{source}}}} {name}": bound(name) for name in ("low", "mean", "high")}, SPEED).span(6),
-        number("Agreement", "Share of pairs whose outputs lie within the tolerance.", "percentunit",
+        number("Agreement", "Share of pairs whose outputs agree.", "percentunit",
                {"{{model}}": matched("redpp_ab_agreement_ratio", EXPERIMENT)}, {0: BAD, 0.99: GOOD}).span(6),
     ]  # fmt: skip
 
@@ -153,7 +153,7 @@ def _evidence() -> list[Any]:
         lines("Speed-up and its interval", "The interval narrows as evidence comes in; a verdict falls when it leaves "
               "1, or the margin.", TIMES,
               {f"{{{{source}}}} {name}": bound(name) for name in ("low", "mean", "high")}).span(12),
-        lines("Agreement", "Share of pairs whose outputs lie within the tolerance.", "percentunit",
+        lines("Agreement", "Share of pairs whose outputs agree.", "percentunit",
               {"{{model}}": matched("redpp_ab_agreement_ratio", EXPERIMENT)}, max=1).span(6),
         lines("Pairs", "Shadowed requests answered by both versions, and those left out as the recorder was busy; "
               "each second.", "reqps",

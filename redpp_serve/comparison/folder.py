@@ -141,8 +141,13 @@ def _from_arrays(path: Path) -> list[Payload]:
 
     try:
         with np.load(path, allow_pickle=False) as file:
-            inputs = torch.from_numpy(np.ascontiguousarray(file["inputs"]))
-            labels = file["labels"].tolist() if "labels" in file.files else [None] * len(file["inputs"])
+            alone = [name for name in file.files if name != "labels"]
+            name = alone[0] if len(alone) == 1 else "inputs"
+            if name not in file.files:
+                raise ValueError(f"it holds {', '.join(file.files) or 'nothing'}")
+            given = file[name]
+            inputs = torch.from_numpy(np.ascontiguousarray(given))
+            labels = file["labels"].tolist() if "labels" in file.files else [None] * len(given)
             if any(not isinstance(label, int | None) for label in labels):
                 raise ValueError("labels that are not one integer for each input")
             if inputs.dim() == 0 or len(labels) != len(inputs):

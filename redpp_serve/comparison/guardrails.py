@@ -188,15 +188,15 @@ def _check_histogram(bounds: Sequence[float], cumulative: Sequence[int]) -> None
 
 
 def agreement_guardrail(agreeing: int, pairs: int, limit: float = 0.99, alpha: float = 0.05) -> Guardrail:
-    """Whether the share of pairs whose outputs agree within the tolerance is at least ``limit`` (0..1)."""
+    """Whether the share of pairs whose outputs agree is at least ``limit`` (0..1)."""
     low, high = share_bounds(agreeing, pairs, alpha)
     if not pairs:
         return Guardrail("agreement", None, "agreement: no pairs yet", None, low, high, limit)
     ok = True if low >= limit else False if high < limit else None
     counts = f"{agreeing} of {pairs} pairs"
     text = {
-        True: f"agreement: at least {low:.2%} of outputs within the tolerance, as required ({limit:.2%}; {counts})",
-        False: f"agreement: at most {high:.2%} of outputs within the tolerance, below {limit:.2%} ({counts})",
-        None: f"agreement: not yet known whether {limit:.2%} of outputs are within the tolerance ({counts})",
+        True: f"agreement: at least {low:.2%} of outputs agree, as required ({limit:.2%}; {counts})",
+        False: f"agreement: at most {high:.2%} of outputs agree, below {limit:.2%} ({counts})",
+        None: f"agreement: not yet known whether {limit:.2%} of outputs agree ({counts})",
     }[ok]
     return Guardrail("agreement", ok, text, agreeing / pairs, low, high, limit)

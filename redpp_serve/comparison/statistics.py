@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 import numpy
 from numpy.typing import ArrayLike
 
+# While the interval is wider than this factor, its mean and noise are too rough for a forecast.
+_FORESEEN = 2.0
 RESAMPLES = 1000
 # Resampled values held at once, so that memory stays near 32 MB per arm however long the run was.
 CHUNK_VALUES = 1 << 22
@@ -177,7 +179,7 @@ def verdict(sequence: Evidence, margin: float = 0.02, *, baseline: str, candidat
         text = f"{text} {basis(1 / high, 1 / low)}"
     else:
         kind, text = "undecided", f"no decision {measure} yet: {candidate} is {ratio:.2f} times as fast as {baseline}"
-        needed = sequence.needed(margin)
+        needed = sequence.needed(margin) if high < _FORESEEN * low else None
         more = f": about {rounded(needed)} more {sequence.unit} are likely needed" if needed else ""
         text = f"{text} {basis(low, high)}; measure longer{more}"
     return Verdict(kind, text, low, high, ratio, needed, sequence.unit)

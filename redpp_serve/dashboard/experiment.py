@@ -79,7 +79,7 @@ def _rows(gauges: Mapping[Key, float], window: Window) -> list[list[str]]:
     if pairs:
         agreement = gauges.get(Key("redpp_ab_agreement_ratio", ""))
         rows += [["pairs compared", exact(pairs)],
-                 ["outputs within tolerance", DASH if agreement is None else percent(agreement)]]  # fmt: skip
+                 ["outputs that agree", DASH if agreement is None else percent(agreement)]]  # fmt: skip
     if dropped := gauges.get(Key("redpp_ab_dropped_total", "")):
         rows.append(["requests not compared, recorder busy", exact(dropped)])
     return rows

@@ -78,13 +78,18 @@ def send_all(folder: Path, arm: str) -> str:
         RedppError: no experiment runs, or its folder is gone.
     """
     running = _find(folder)
+    state = Path(running.extra["state"])
     try:
-        switch(Path(running.extra["state"]) / GATEWAY, arm)
+        switch(state / GATEWAY, arm)
     except OSError as error:
         raise RedppError(f"users cannot be moved: {error}", "the experiment's folder, and room on its disk",
                          f"free some, or end it with redpp-serve ab stop {_quoted(folder)}") from error  # fmt: skip
     gateway = running.extra["gateway"]
     done = f"all users of {gateway} get {arm} from their next request on, except those who ask by {ARM_HEADER}"
+    if arm == "redpp":
+        with suppress(RedppError):  # a lost folder has lost the advice too; users are moved all the same
+            now = read_status(state, {}).advice
+            done += "" if now.kind == "promote" else f"; the advice was another one: {now.text}"
     try:
         switch_server(running, arm)
     except RedppError as error:  # users go through the gateway, which has switched

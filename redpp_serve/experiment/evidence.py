@@ -23,6 +23,7 @@ from .split import ARMS
 from .traffic import Traffic
 
 _BOUNDS = tuple(0.001 * 2 ** (k / 4) for k in range(57))  # of a replay's time, 1 ms to 16 s
+TOLERANCE = 0.1  # of outputs that are no classes, where the user sets none
 _ALPHA = 0.05  # chance that the verdict on speed is ever wrong where the versions are equally fast
 _WORDS = {"baseline": "original", "candidate": "redpp"}
 
@@ -34,12 +35,12 @@ class Pairs:
         total: pairs recorded.
         quiet: those fit for comparing times, see `replay.Replayer`.
         answered: those that both versions, or the original alone, answered: outputs had to agree.
-        agreeing: those of them whose outputs are within the tolerance.
+        agreeing: those of them whose outputs agree, see `spec.Limits`.
         top1: [same class, pairs that have one].
         errors: of the original and the pruned version: no answer, or a status of 500 and above.
     """
 
-    def __init__(self, tolerance: float, alpha: float = _ALPHA) -> None:
+    def __init__(self, tolerance: float | None, alpha: float = _ALPHA) -> None:
         self._tolerance = tolerance
         self.total = self.quiet = self.answered = self.agreeing = 0
         self.top1, self.errors = [0, 0], [0, 0]
@@ -64,13 +65,18 @@ class Pairs:
             self.errors[arm] += status == 0 or status >= 500
         if pair["status"][0] == 200:
             self.answered += 1
-            self.agreeing += pair["difference"] is not None and pair["difference"] <= self._tolerance
+            self.agreeing += self._agree(pair)
         if pair["top1"] is not None:
             self.top1 = [self.top1[0] + pair["top1"], self.top1[1] + 1]
         if pair["quiet"] and pair["difference"] is not None:
             self.quiet += 1
             for counts, seconds in zip(self._times, pair["seconds"]):
                 counts[bisect_left(_BOUNDS, seconds)] += 1
+
+    def _agree(self, pair: dict[str, Any]) -> bool:
+        if self._tolerance is None and pair["top1"] is not None:
+            return bool(pair["top1"])
+        return pair["difference"] is not None and pair["difference"] <= (self._tolerance or TOLERANCE)
 
     def histogram(self) -> tuple[list[float], list[int], list[int]]:
         """As `Counters.histogram`, of the quiet pairs' times end to end."""
@@ -79,7 +85,7 @@ class Pairs:
 
     @property
     def agreement(self) -> float | None:
-        """Share of outputs within the tolerance; None before the first."""
+        """Share of outputs that agree; None before the first."""
         return self.agreeing / self.answered if self.answered else None
 
 
@@ -104,8 +110,8 @@ class Evidence:
         recorder: its counts ``received``, ``dropped``, ``pairs``.
     """
 
-    def __init__(self, state: Path, limits: Limits, *, shadow: bool) -> None:
-        self._state, self._limits, self._shadow = state, limits, shadow
+    def __init__(self, state: Path, limits: Limits, *, shadow: bool, beforehand: Guardrail | None = None) -> None:
+        self._state, self._limits, self._shadow, self._beforehand = state, limits, shadow, beforehand
         self._pair_lines, self._window_lines = Lines(state / PAIRS), Lines(state / WINDOWS)
         alpha = _ALPHA / 3 if shadow else _ALPHA  # any of the three comparisons of `findings` may decide
         self.pairs, self.arms = Pairs(limits.tolerance, alpha), ArmSequence(alpha)
@@ -137,7 +143,7 @@ class Evidence:
         return found
 
     def guardrails(self) -> list[Guardrail]:
-        """Errors and tail of both arms; with shadow mode, agreement of outputs too.
+        """Errors and tail of both arms, and agreement of outputs: in shadow mode, or as known beforehand.
 
         The tail is that of the quiet pairs, where both versions had the same requests, else that of the handlers while
         users were divided.
@@ -149,6 +155,8 @@ class Evidence:
             rails.append(p99_guardrail(bounds, original, redpp, limits.max_p99_ratio))
         if self._shadow:
             rails.append(agreement_guardrail(pairs.agreeing, pairs.answered, limits.min_agreement))
+        elif self._beforehand:
+            rails.append(self._beforehand)
         return rails
 
     def _error_guardrails(self) -> list[Guardrail]:

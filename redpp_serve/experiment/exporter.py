@@ -52,7 +52,7 @@ def _families(status: Status) -> Iterator[Metric]:
     yield family(CounterMetricFamily, "redpp_ab_dropped", "Mirrored requests not replayed for want of time.", None,
                  {"": shadow.get("dropped", 0)})  # fmt: skip
     if shadow.get("agreement") is not None:
-        text = "Share of pairs whose outputs agree within the tolerance."
+        text = "Share of pairs whose outputs agree."
         yield family(GaugeMetricFamily, "redpp_ab_agreement_ratio", text, None, {"": shadow["agreement"]})
     yield _speedup(status)
     kind = deciding_kind(status)

@@ -19,14 +19,15 @@ class Limits:
     """What the pruned arm has to keep to.
 
     Attributes:
-        tolerance: relative difference of outputs (Euclidean) up to which they agree.
+        tolerance: relative difference of outputs (Euclidean) up to which they agree; None: classes agree where the
+            largest is the same, other outputs within 0.1.
         margin: relative difference in speed that counts as none.
         max_error_rate_gap: by how much the pruned arm's share of errors may exceed the original's, 0 to 1.
         max_p99_ratio: how many times the original's the pruned arm's p99 in the handler may be.
         min_agreement: share of shadowed requests whose outputs have to agree, 0 to 1.
     """
 
-    tolerance: float = 0.1
+    tolerance: float | None = None
     margin: float = 0.02
     max_error_rate_gap: float = 0.01
     max_p99_ratio: float = 1.5

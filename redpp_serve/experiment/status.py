@@ -14,6 +14,7 @@ from redpp_serve.comparison.advice import Advice
 from redpp_serve.comparison.guardrails import Guardrail
 from redpp_serve.errors import RedppError
 
+from .beforehand import agreement_beforehand
 from .evidence import Evidence, Finding
 from .files import GATEWAY, SPEC, STATUS, read_json
 from .gateway import switched
@@ -150,7 +151,7 @@ def read_status(state: Path, urls: dict[str, str], evidence: Evidence | None = N
         raise RedppError(f"the experiment's folder {state} is gone, and what it recorded with it", "its state folder",
                          "end it with redpp-serve ab stop, and start another one")  # fmt: skip
     spec = Spec.from_json(document["spec"])
-    evidence = evidence or Evidence(state, spec.limits, shadow=spec.shadow)
+    evidence = evidence or Evidence(state, spec.limits, shadow=spec.shadow, beforehand=agreement_beforehand(spec))
     evidence.refresh()
     findings, guardrails = evidence.findings(), evidence.guardrails()
     supervisor = read_json(state / STATUS) or {}
@@ -191,7 +192,7 @@ def _shadow(evidence: Evidence) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _shadow_lines(shadow: dict[str, Any], tolerance: float) -> Iterator[str]:
+def _shadow_lines(shadow: dict[str, Any], tolerance: float | None) -> Iterator[str]:
     yield f"Shadow: {shadow['pairs']} pairs, {shadow['quiet_pairs']} of them undisturbed by other requests"
     if shadow["dropped"]:
         yield f"Not replayed for want of time: {shadow['dropped']} of {shadow['received']} requests"
@@ -199,8 +200,8 @@ def _shadow_lines(shadow: dict[str, Any], tolerance: float) -> Iterator[str]:
         yield f"Replays failed: {shadow['errors']['original']} on original, {shadow['errors']['redpp']} on redpp"
     if shadow["compared_outputs"]:
         top1 = "" if shadow["top1"] is None else f", same class on {shadow['top1']:.2%}"
-        yield (f"Outputs: {shadow['agreeing']} of {shadow['compared_outputs']} within {tolerance:g} of the original's"
-               f" (relative difference){top1}")  # fmt: skip
+        within = "" if tolerance is None else f" within {tolerance:g} of the original's (relative difference)"
+        yield f"Outputs: {shadow['agreeing']} of {shadow['compared_outputs']} agree{within}{top1}"
 
 
 def _finite(document: dict[str, Any]) -> dict[str, Any]:

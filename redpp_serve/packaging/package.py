@@ -37,6 +37,7 @@ from .triton import VERSIONS, build_repository, output_specs, write_files
 from .triton_config import to_json, to_text, triton_config
 
 VARIANTS = {"original": "1.0", "redpp": "2.0"}
+_FAR, _ALIKE = 0.5, 0.9  # relative output error, and agreement of classes, that nobody should deploy without a look
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,19 @@ def describe_machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def doubts(verify: dict[str, Any]) -> list[str]:
+    """What a reader of the verification should not overlook."""
+    found = []
+    agreement, error = verify["agreement"], verify["output_error"]
+    if error > _FAR or (agreement is not None and agreement < _ALIKE):
+        classes = "" if agreement is None else f", the same class on {agreement:.1%}"
+        found.append(f"the pruned network's outputs are far from the original's (relative error {error:.2f}{classes} on held-out "
+                     "inputs): prune less, give more --time-budget and --distil, or check it with --verify-data")  # fmt: skip
+    if "cut short by --time-budget in" in verify["inputs"]:
+        found.append("error and agreement were measured on inputs that were not finished: a larger --time-budget measures better")
+    return found
+
+
 def _report(
     captured: Captured, name: str, options: dict[str, Any], result: Pruned, artifacts: dict[str, bytes]
 ) -> dict[str, Any]:
@@ -170,7 +184,7 @@ def _report(
         "tool": {"name": "redpp-serve", "version": __version__},
         "name": name,
         "source": captured.source,
-        "messages": captured.messages,
+        "messages": [*captured.messages, *doubts(result.verify)],
         "options": options,
         "environment": describe_machine(),
         "counting": result.counting,

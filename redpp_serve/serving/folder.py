@@ -14,7 +14,7 @@ from pathlib import Path
 from redpp_serve.errors import RedppError
 from redpp_serve.serving.health import sample_request
 from redpp_serve.serving.ports import Ports, TritonPorts
-from redpp_serve.serving.registry import Running, find, register
+from redpp_serve.serving.registry import Running, find, find_all, register
 from redpp_serve.serving.server import LocalServer, open_server
 from redpp_serve.serving.switching import switch
 
@@ -49,6 +49,8 @@ def serve(
         RedppError: not a packaged folder, a server that does not come up, or one that ends by itself.
     """
     server = open_server(kind, folder, name=model_name(folder), workers=workers, ports=ports, auth=auth, progress=_note)
+    for other in find_all(folder, kind):
+        _note(f"note: process {other.pid} serves {folder} with {kind} already; promote, rollback and health will not know which is meant")
     with _stopped_by_signal() as stop:
         try:
             try:
