@@ -113,7 +113,7 @@ def test_both_versions_answer_over_both_protocols_as_their_graphs_do(
 def test_a_bad_request_in_a_batch_costs_its_sender_alone(server: TritonPorts, package: Path) -> None:
     inputs = [images(1) for _ in range(4)]
     inputs[2][0, 0, 5, 5] = numpy.nan
-    before = samples(server)
+    before = settled(server)
     with over_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
         answers = ThreadPoolExecutor(4).map(lambda x: _ask(client, x, "2"), inputs)
         for k, (x, answer) in enumerate(zip(inputs, answers)):
@@ -134,7 +134,7 @@ def test_a_bad_request_in_a_batch_costs_its_sender_alone(server: TritonPorts, pa
 
 
 def test_the_metrics_of_all_instances_add_up_under_the_names_and_labels_of_torchserve(server: TritonPorts) -> None:
-    before = samples(server)
+    before = settled(server)
     counts = {"original": 40, "redpp": 23}
     with over_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client, ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(_ask, client, images(1), VERSIONS[v]) for v, n in counts.items() for _ in range(n)]
@@ -196,6 +196,18 @@ def samples(ports: TritonPorts) -> dict[tuple[str, frozenset[tuple[str, str]]], 
     with opener.open(f"http://127.0.0.1:{ports.metrics}/metrics", timeout=30) as reply:
         families = list(text_string_to_metric_families(reply.read().decode()))
     return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def settled(ports: TritonPorts) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """The samples once what earlier tests have sent is counted: metrics follow the answers by a moment."""
+    last: dict[Any, float] | None = None
+    while True:
+        now = samples(ports)
+        counted = {key: value for key, value in now.items() if key[0] == "redpp_requests_total"}
+        if counted == last:
+            return now
+        last = counted
+        time.sleep(0.3)
 
 
 def wait_for(ports: TritonPorts, before: dict[Any, float], done: Callable[[Any], bool]) -> Callable[..., float]:
