@@ -89,7 +89,7 @@ def send_all(folder: Path, arm: str) -> str:
     if arm == "redpp":
         with suppress(RedppError):  # a lost folder has lost the advice too; users are moved all the same
             now = read_status(state, {}).advice
-            done += "" if now.kind == "promote" else f"; the advice was another one: {now.text}"
+            done += "" if now.kind == "promote" else f"; the advice was another one: {now.text.rstrip('.')}"
     try:
         switch_server(running, arm)
     except RedppError as error:  # users go through the gateway, which has switched

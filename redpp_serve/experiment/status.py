@@ -123,7 +123,7 @@ class Status:
                 yield row(f"{title} {key} (ms)", ["-" if value is None else f"{value:.{digits}f}" for value in values])
 
     def _body(self) -> Iterator[str]:
-        if any(finding.source == "split" for finding in self.findings):
+        if all(arm.requests for arm in self.arms.values()):
             yield _LOADS
         if self.shadow:
             yield from _shadow_lines(self.shadow, self.spec.limits.tolerance)
