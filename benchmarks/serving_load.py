@@ -115,11 +115,12 @@ def run_load(
     events: Sequence[Event] = (),
 ) -> Run:  # fmt: skip
     """``clients`` closed loops for ``seconds``, each choosing target and request at random; ``events`` happen meanwhile."""
+    endpoints = {target: endpoint(server, target) for target in targets}  # each reads the archive
     run, lock, start = Run(), threading.Lock(), time.perf_counter()
 
     def work(seed: int) -> None:
         rng = np.random.default_rng(seed)
-        wires = {target: endpoint(server, target).connect() for target in targets}
+        wires = {target: place.connect() for target, place in endpoints.items()}
         decoder, mine = Decoder(start), []
         while time.perf_counter() - start < seconds:
             mine.append(_one(wires, decoder, cases, rng, bad_share))

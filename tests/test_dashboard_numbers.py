@@ -17,7 +17,7 @@ from redpp_serve.dashboard.figures import (
     batch_shares, latency_rows, left_shares, model_rows, speedup_tiles, traffic_rows, worker_rows,
 )  # fmt: skip
 from redpp_serve.dashboard.history import History, Window
-from redpp_serve.dashboard.quantiles import quantile
+from redpp_serve.comparison.quantiles import quantile
 from redpp_serve.dashboard.scraping import Key, Target
 from redpp_serve.dashboard.speedups import equal_batch_ratio, network_ratio, noise, percentile_ratio
 from redpp_serve.dashboard.words import headline

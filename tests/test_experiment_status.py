@@ -189,7 +189,7 @@ def test_pairs_count_for_what_they_can_tell(experiment: Experiment) -> None:
     shadow = experiment.status().shadow
     assert shadow == {"received": 40, "dropped": 9, "pairs": 31, "quiet_pairs": 16, "errors": {"original": 1, "redpp": 7},
                       "compared_outputs": 28, "agreeing": 15, "agreement": 15 / 28, "top1": 15 / 21}  # fmt: skip
-    evidence = Evidence(experiment.state, experiment.spec.limits, shadow=True)
+    evidence = Evidence(experiment.state, experiment.spec)
     evidence.refresh()
     assert evidence.pairs.latency.values == 16 and evidence.pairs.handler.mean == pytest.approx(numpy.log(0.5))
     users, replays = (rail for rail in evidence.guardrails() if rail.name == "errors")
@@ -198,12 +198,12 @@ def test_pairs_count_for_what_they_can_tell(experiment: Experiment) -> None:
 
 
 def test_evidence_that_grows_is_that_of_the_whole(experiment: Experiment) -> None:
-    growing = Evidence(experiment.state, experiment.spec.limits, shadow=True)
+    growing = Evidence(experiment.state, experiment.spec)
     for _ in range(5):
         experiment.pairs(37, 0.9)
         experiment.windows(11)
         growing.refresh()
-    whole = Evidence(experiment.state, experiment.spec.limits, shadow=True)
+    whole = Evidence(experiment.state, experiment.spec)
     whole.refresh()
     assert growing.findings() == whole.findings() and growing.guardrails() == whole.guardrails()
     assert growing.pairs.total == 185 and growing.arms.windows == 55

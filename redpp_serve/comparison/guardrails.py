@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from redpp_serve.comparison.quantiles import measured
 from redpp_serve.errors import RedppError
 
 BISECTIONS = 60
@@ -132,7 +133,7 @@ def p99_guardrail(
     low = low_b / high_a if math.isfinite(high_a) else 0.0
     high = high_b / low_a if low_a and math.isfinite(high_b) else math.inf
     step = max(b / a for a, b in zip(bounds[:-1], bounds[1:], strict=True)) if len(bounds) > 1 else 1.0
-    a, b = (_percentile(edges, counts) for counts in (original, redpp))
+    a, b = (measured(dict(zip(edges[1:], counts, strict=True)), QUANTILE) for counts in (original, redpp))
     value = b / a if a and b else None
     ok = False if low > max_ratio else True if high <= max_ratio * step * (1 + 1e-9) else None
     if min(original[-1], redpp[-1]) < MINIMUM_TIMES:
@@ -164,16 +165,6 @@ def _percentile_bucket(edges: Sequence[float], cumulative: Sequence[int], alpha:
         if most < 1 - QUANTILE and edge < high:
             high = edge
     return low, high
-
-
-def _percentile(edges: Sequence[float], cumulative: Sequence[int]) -> float | None:
-    """The percentile as measured, interpolated in its bucket; None without times or beyond the last bound."""
-    rank, before = QUANTILE * cumulative[-1], 0
-    for low, high, count in zip(edges, edges[1:], cumulative, strict=False):
-        if count >= rank > before:
-            return low + (high - low) * (rank - before) / (count - before) if math.isfinite(high) else None
-        before = count
-    return None
 
 
 def _check_histogram(bounds: Sequence[float], cumulative: Sequence[int]) -> None:

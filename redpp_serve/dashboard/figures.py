@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from redpp_serve.comparison.quantiles import Quantile
 from redpp_serve.dashboard.history import Window
-from redpp_serve.dashboard.quantiles import Quantile
 from redpp_serve.dashboard.scraping import VARIANTS, Key
 from redpp_serve.dashboard.speedups import (
     BATCH, HANDLER, NETWORK, Ratio, equal_batch_ratio, network_ratio, percentile_ratio,

@@ -10,7 +10,7 @@ from itertools import islice
 
 import numpy as np
 
-from redpp_serve.dashboard.quantiles import Quantile, quantile
+from redpp_serve.comparison.quantiles import Quantile, quantile
 from redpp_serve.dashboard.scraping import Key
 
 KEPT_S = 900.0

@@ -7,8 +7,7 @@ from typing import Any
 
 from redpp_serve.comparison.guardrails import Guardrail, share_bounds
 
-from .evidence import TOLERANCE
-from .spec import Spec
+from .spec import TOLERANCE, Spec
 
 _HERE = "not compared under a split (add --shadow)"
 

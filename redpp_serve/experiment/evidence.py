@@ -13,17 +13,18 @@ from typing import Any
 from redpp_serve.comparison.advice import Advice, advice
 from redpp_serve.comparison.arms import ArmSequence
 from redpp_serve.comparison.guardrails import Guardrail, agreement_guardrail, error_guardrail, p99_guardrail
+from redpp_serve.comparison.quantiles import measured
 from redpp_serve.comparison.sequences import RatioSequence
 from redpp_serve.comparison.statistics import Verdict, verdict
 
+from .beforehand import agreement_beforehand
 from .counters import Counters, from_json
 from .files import COUNTS, PAIRS, RECORDER, WINDOWS, Lines, read_json
-from .spec import Limits
+from .spec import TOLERANCE, Spec
 from .split import ARMS
 from .traffic import Traffic
 
 _BOUNDS = tuple(0.001 * 2 ** (k / 4) for k in range(57))  # of a replay's time, 1 ms to 16 s
-TOLERANCE = 0.1  # of outputs that are no classes, where the user sets none
 _ALPHA = 0.05  # chance that the verdict on speed is ever wrong where the versions are equally fast
 _WORDS = {"baseline": "original", "candidate": "redpp"}
 
@@ -110,11 +111,12 @@ class Evidence:
         recorder: its counts ``received``, ``dropped``, ``pairs``.
     """
 
-    def __init__(self, state: Path, limits: Limits, *, shadow: bool, beforehand: Guardrail | None = None) -> None:
-        self._state, self._limits, self._shadow, self._beforehand = state, limits, shadow, beforehand
+    def __init__(self, state: Path, spec: Spec) -> None:
+        self._state, self._limits, self._shadow = state, spec.limits, spec.shadow
+        self._beforehand = None if spec.shadow else agreement_beforehand(spec)
         self._pair_lines, self._window_lines = Lines(state / PAIRS), Lines(state / WINDOWS)
-        alpha = _ALPHA / 3 if shadow else _ALPHA  # any of the three comparisons of `findings` may decide
-        self.pairs, self.arms = Pairs(limits.tolerance, alpha), ArmSequence(alpha)
+        alpha = _ALPHA / 3 if spec.shadow else _ALPHA  # any of the three comparisons of `findings` may decide
+        self.pairs, self.arms = Pairs(spec.limits.tolerance, alpha), ArmSequence(alpha)
         self.traffic, self.counters, self.divided = Traffic(), Counters(), Counters()
         self.recorder = {"received": 0, "dropped": 0, "pairs": 0}
 
@@ -186,13 +188,8 @@ class Evidence:
 
     def handler_ms(self, arm: str, q: float) -> float | None:
         """The ``q`` quantile (0..1) of the handler's time for a batch, interpolated in its bucket; None if unknown."""
-        buckets = sorted(self.counters.buckets[arm].items())
-        rank, low, before = q * (buckets[-1][1] if buckets else 0), 0.0, 0.0
-        for bound, count in buckets:
-            if count >= rank > before and math.isfinite(bound):
-                return 1000 * (low + (bound - low) * (rank - before) / (count - before))
-            low, before = bound, count
-        return None
+        seconds = measured(self.counters.buckets[arm], q)
+        return None if seconds is None else 1000 * seconds
 
 
 def _log_ratio(times: Sequence[float]) -> float:

@@ -11,6 +11,7 @@ from redpp_serve.errors import RedppError
 
 from .split import Split, parse_split
 
+TOLERANCE = 0.1  # of outputs that are no classes, where the user sets none
 _HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
 
 

@@ -14,7 +14,6 @@ from redpp_serve.comparison.advice import Advice
 from redpp_serve.comparison.guardrails import Guardrail
 from redpp_serve.errors import RedppError
 
-from .beforehand import agreement_beforehand
 from .evidence import Evidence, Finding
 from .files import GATEWAY, SPEC, STATUS, read_json
 from .gateway import switched
@@ -151,7 +150,7 @@ def read_status(state: Path, urls: dict[str, str], evidence: Evidence | None = N
         raise RedppError(f"the experiment's folder {state} is gone, and what it recorded with it", "its state folder",
                          "end it with redpp-serve ab stop, and start another one")  # fmt: skip
     spec = Spec.from_json(document["spec"])
-    evidence = evidence or Evidence(state, spec.limits, shadow=spec.shadow, beforehand=agreement_beforehand(spec))
+    evidence = evidence or Evidence(state, spec)
     evidence.refresh()
     findings, guardrails = evidence.findings(), evidence.guardrails()
     supervisor = read_json(state / STATUS) or {}

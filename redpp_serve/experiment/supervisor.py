@@ -25,7 +25,6 @@ from redpp_serve.serving.ports import GatewayPorts, Ports, TritonPorts, check_po
 from redpp_serve.serving.registry import Running, register
 from redpp_serve.serving.server import LocalServer, open_server
 
-from .beforehand import agreement_beforehand
 from .candidate import mixed_folder
 from .counting import Counting
 from .evidence import Evidence
@@ -129,7 +128,7 @@ class Supervisor:
         self._journal.write([self._state, *filter(None, [self._server.home if self._server else None])])
 
     def _watch(self, counting: Counting, watch: Watch) -> None:
-        evidence = Evidence(self._state, self._spec.limits, shadow=self._spec.shadow, beforehand=agreement_beforehand(self._spec))
+        evidence = Evidence(self._state, self._spec)
         problems: list[str] = []
         while True:
             begun = time.monotonic()

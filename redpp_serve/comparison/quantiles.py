@@ -38,3 +38,9 @@ def quantile(cumulative: Mapping[float, float], share: float) -> Quantile | None
             return Quantile(low + (edge - low) * max(share * total - below, 0.0) / (upto - below), low, edge)
         low, below = edge, max(upto, below)
     return Quantile(low, low, math.inf)  # only where a scrape caught the buckets half-written
+
+
+def measured(cumulative: Mapping[float, float], share: float) -> float | None:
+    """The value of `quantile`; None also where it lies above the last finite edge, and so is not known."""
+    found = quantile(cumulative, share)
+    return None if found is None or math.isinf(found.high) else found.value
