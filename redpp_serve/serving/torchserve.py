@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import sys
 import time
 import zipfile
@@ -25,6 +26,7 @@ ARCHIVES = ("original.mar", "redpp.mar")  # the first is the default version
 _GRACE_S = 15.0
 _DEATHS = 3  # worker deaths while starting; TorchServe itself would try again for five minutes. Also of the exporter,
 _WITHIN_S = 60.0  # within this time
+_ERROR = re.compile(r"MODEL_LOG - ((?:\w+\.)*\w*Error: .*)")
 _MAIN_CLASS = "org.pytorch.serve.ModelServer"
 _PACKAGES = {"ts": "torchserve", "yaml": "PyYAML", "psutil": "psutil", "prometheus_client": "prometheus-client"}
 _SERVER, _EXPORTER = "TorchServe", "the metrics exporter"
@@ -139,8 +141,13 @@ class TorchServe(LocalServer):
         super().check_alive()
 
     def _given_up(self) -> str:
-        died = self.log_tail(10_000).count("Backend worker process died") >= _DEATHS
-        return "workers die while loading the model" if died else ""
+        log = self.log_tail(10_000)
+        if log.count("Backend worker process died") < _DEATHS:
+            return ""
+        # The log's end may be the middle of the next worker's traceback.
+        errors = _ERROR.findall(log)
+        ours = [error for error in errors if "RedppError" in error] or errors
+        return "workers die while loading the model" + (f" ({ours[-1]})" if ours else "")
 
     def _ready(self) -> tuple[int, int]:
         """Ready workers over both versions; 0 while the server does not answer yet."""
