@@ -14,8 +14,8 @@ OFFLINE = {"capture", "graph", "pruning", "packaging"}
 # For each unit (a folder, or a module beside them) the project's units that it may import.
 MAY_IMPORT = {
     "errors": set(),
-    "runtime": {"errors"},
     "kernels": set(),
+    "runtime": {"errors", "kernels"},
     "handlers": {"errors", "runtime", "kernels"},
     "capture": BASE,
     "graph": BASE | {"capture"},
@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "reference": set(),
 }
 TOP = {"pyproject.toml", "README.md", "LICENSE", "redpp_serve", "kernels", "handlers", "tests", "deploy", "benchmarks"}
+GPU_ONLY = "_triton"  # modules of `kernels` with this suffix are imported when a CUDA tensor comes in
 SERVERS = {"triton", "tritonclient", "triton_python_backend_utils", "ts", "torchserve", "model_archiver"}
 
 
@@ -61,6 +62,10 @@ def unit(name: str) -> str:
     return parts[1]
 
 
+def gpu_only(name: str) -> bool:
+    return unit(name) == "kernels" and name.endswith(GPU_ONLY)
+
+
 def project_imports(name: str, path: Path) -> Iterator[str]:
     yield from (imported for imported in imports(name, path) if imported.split(".")[0] == "redpp_serve")
 
@@ -91,15 +96,14 @@ def test_a_module_imports_only_what_stands_to_its_left(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MODULES if unit(name) in OFFLINE | BASE])
 def test_the_offline_side_knows_no_server(name: str) -> None:
     loaded = {imported.split(".")[0] for imported in imports(name, MODULES[name])}
-    allowed = {"triton"} if name == "redpp_serve.kernels.split_triton" else set()
-    assert loaded & SERVERS <= allowed
+    assert loaded & SERVERS <= ({"triton"} if gpu_only(name) else set())
 
 
 def test_what_archives_carry_needs_torch_alone_to_load() -> None:
     """`runtime` and `kernels` at import time; safetensors is needed to write an artifact, not to read one."""
     allowed = {"torch", "redpp_serve", *sys.stdlib_module_names}
     for name, path in MODULES.items():
-        if unit(name) in BASE and name != "redpp_serve.kernels.split_triton":
+        if unit(name) in BASE and not gpu_only(name):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
             for node in top:
@@ -121,8 +125,7 @@ print(light, servers, torch.cuda.is_initialized())
 
 
 def test_imports_load_no_server_and_touch_no_gpu() -> None:
-    left_out = {"redpp_serve.handlers.torchserve", "redpp_serve.kernels.split_triton"}  # in a server; on a GPU
-    names = [n.removesuffix(".__init__") for n in MODULES if n not in left_out and not n.endswith("__main__")]
+    names = [n.removesuffix(".__init__") for n in MODULES if not gpu_only(n) and not n.endswith(("__main__", "handlers.torchserve"))]
     run = subprocess.run([sys.executable, "-c", IMPORT_ALL, *names], capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "[] [] False", run.stderr[-2000:]
 
