@@ -13,7 +13,7 @@ from networks import Builder
 from redpp_serve.graph.layers import find_layers
 from redpp_serve.pruning import latency
 from redpp_serve.pruning.latency import FEWEST_ROUNDS, LatencyModel, LayerTime, layer_model, paired_latency
-from redpp_serve.runtime.fused_conv import available
+from redpp_serve.runtime.onednn import available
 from redpp_serve.runtime.graph import Graph, InputSpec, Ref
 from redpp_serve.runtime.program import Program, value_shapes
 
@@ -97,7 +97,7 @@ def test_a_patch_takes_norm_activation_and_addition_along_once() -> None:
     assert [node.name for node in right_patch.graph.nodes] == ["right", "right_bn"]
     if not available():
         return
-    for patch, steps in ((left_patch, ["fused_conv2d", "expand.default"]), (right_patch, ["fused_conv2d"])):
+    for patch, steps in ((left_patch, ["_convolution_pointwise.binary", "expand.default"]), (right_patch, ["_convolution_pointwise.default"])):
         program = latency.serving_program(patch.graph, torch.device("cpu"))
         assert sorted(getattr(fn, "__name__", "") for fn, *_ in program._steps) == sorted(steps)
 

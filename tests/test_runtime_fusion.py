@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from redpp_serve.runtime.artifact import build
-from redpp_serve.runtime.fused_conv import available
+from redpp_serve.runtime.onednn import available
 from redpp_serve.runtime.fusion import fuse_epilogues
 from redpp_serve.runtime.graph import Graph, InputSpec, Node, Ref
-from redpp_serve.runtime.ops import ALLOWED, FUSED_CONV
+from redpp_serve.runtime.layer_ops import FUSED_CONV2D
+from redpp_serve.runtime.ops import ALLOWED
 from redpp_serve.runtime.program import Program
 
 pytestmark = pytest.mark.skipif(not available(), reason="this build of torch has no oneDNN")
@@ -38,7 +39,7 @@ def add(name: str, a: str, b: str) -> Node:
 
 def assert_same(before: Graph, fused: int, operators: int) -> None:
     after = fuse_epilogues(before)
-    assert (sum(n.op == FUSED_CONV for n in after.nodes), len(after.nodes)) == (fused, operators)
+    assert (sum(n.op == FUSED_CONV2D for n in after.nodes), len(after.nodes)) == (fused, operators)
     for batch in (1, 3):
         x = torch.randn(batch, 4, 7, 5, generator=torch.Generator().manual_seed(batch))
         for layout in (torch.contiguous_format, torch.channels_last):
@@ -111,6 +112,6 @@ def test_computed_and_half_precision_weights_are_left_alone() -> None:
 
 
 def test_no_file_can_name_the_fused_operator(tmp_path: Path) -> None:
-    assert FUSED_CONV not in ALLOWED
+    assert FUSED_CONV2D not in ALLOWED
     with pytest.raises((TypeError, RuntimeError, NotImplementedError)):
         build(fuse_epilogues(graph(conv("c1", "x"), relu("y", "c1"))), {})

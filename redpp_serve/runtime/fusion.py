@@ -1,64 +1,71 @@
-"""Convolution epilogues on the CPU: activation and residual add inside oneDNN's convolution, weights packed once.
+"""Layers take over what follows them: the addition and the activation that alone read a convolution or Linear.
 
-The calls that torch.compile makes when it freezes a network (torch/_inductor/fx_passes/mkldnn_fusion.py), made here
-at load, without a compiler on the server. Original and pruned networks get the same treatment.
+Device-independent: the nodes keep their plain weights and mean plain PyTorch. `candidates` turns them into calls of a
+kernel for the device that serves. Original and pruned networks get the same treatment.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from .graph import Graph, Node, Ref, conv2d_geometry
-from .ops import FUSED_CONV
+from .layer_ops import FUSED_CONV2D, FUSED_LINEAR
 from .program import value_shapes
 
-_CONV, _ADD, _RELU = "aten.conv2d.default", "aten.add.Tensor", "aten.relu.default"
-_ACTIVATIONS: dict[str, tuple[str, list[float]]] = {
-    _RELU: ("relu", []),
-    "aten.relu6.default": ("hardtanh", [0.0, 6.0]),
-    "aten.silu.default": ("swish", []),
-    "aten.hardswish.default": ("hardswish", []),
-    "aten.hardsigmoid.default": ("hardsigmoid", []),
+_CONV, _LINEAR, _ADD = "aten.conv2d.default", "aten.linear.default", "aten.add.Tensor"
+_ACTIVATIONS = {
+    f"aten.{name}.default": name for name in ("relu", "relu6", "silu", "sigmoid", "hardswish", "hardsigmoid", "gelu")
 }
+_BATCH = 2  # of the run that finds the shapes: a summand that is one row for all inputs shows
 
 
 def fuse_epilogues(graph: Graph) -> Graph:
-    """The same function with each float32 convolution taking over the add and the activation that alone follow it.
+    """The same function with each convolution and Linear that has stored parameters as a node of `layer_ops`.
 
-    The weights become packed tensors that only the CPU can read: call it last.
+    Such a node holds its layer, then an unscaled addition of a value of the same shape, then an activation, as far as
+    each alone reads the one before. Runs the network once on zeros, on the CPU.
     """
-    users, shapes = graph.users(), {i.name: (1, *i.shape) for i in graph.inputs} | value_shapes(graph, "cpu")
-    tensors, replaced, absorbed = dict(graph.tensors), {}, set()
+    users, shapes = graph.users(), {i.name: (_BATCH, *i.shape) for i in graph.inputs} | value_shapes(graph, "cpu", _BATCH)
+    replaced: dict[str, Node] = {}
+    absorbed: set[str] = set()
     for node in graph.nodes:
-        if node.op != _CONV or node.args[1].name not in tensors or tensors[node.args[1].name].dtype != torch.float32:
+        if not _is_layer(graph, node) or node.op == _CONV and len(shapes[node.name]) != 4:
             continue
-        last, other, activation = node, None, ("none", [])
+        last, other, activation = node, None, "none"
         follower = _only_reader(graph, users, last)
         partner = _other_summand(follower, node.name)
         if partner and follower.name not in {*absorbed, *replaced} and shapes.get(partner) == shapes[node.name]:
             absorbed.add(last.name)
             last, other = follower, Ref(partner)
             follower = _only_reader(graph, users, last)
-        if follower and follower.op in (_ACTIVATIONS if other is None else (_RELU,)):
+        if follower and (name := _activation(follower)):
             absorbed.add(last.name)
-            last, activation = follower, _ACTIVATIONS[follower.op]
-        packed, geometry = _pack(tensors[node.args[1].name], node, shapes[node.args[0].name])
-        tensors[f"{node.name}.packed"] = packed
-        bias = node.args[2] if len(node.args) > 2 else None
-        replaced[last.name] = Node(last.name, FUSED_CONV, (node.args[0], other, Ref(f"{node.name}.packed"), bias, *geometry, *activation))
+            last, activation = follower, name
+        x, weight, *rest = node.args
+        bias = rest[0] if rest else None
+        if node.op == _CONV:
+            call = FUSED_CONV2D, (x, other, weight, bias, *conv2d_geometry(node), activation)
+        else:
+            call = FUSED_LINEAR, (x, other, weight, bias, activation)
+        replaced[last.name] = Node(last.name, *call)
     nodes = tuple(replaced.get(n.name, n) for n in graph.nodes if n.name in replaced or n.name not in absorbed)
-    return replace(graph, nodes=nodes, tensors=tensors).pruned_of_unused()
+    return replace(graph, nodes=nodes).pruned_of_unused()
 
 
-def _pack(weight: Tensor, node: Node, source: tuple[int, ...]) -> tuple[Tensor, tuple[Any, ...]]:
-    """The weight in the layout that oneDNN wants for inputs of this shape; in another it is laid out anew at each call."""
-    stride, padding, dilation, groups = geometry = conv2d_geometry(node)
-    pack = torch.ops.mkldnn._reorder_convolution_weight
-    return pack(weight.contiguous(), padding, stride, dilation, groups, list(source)), geometry
+def _is_layer(graph: Graph, node: Node) -> bool:
+    """A convolution or Linear whose weight and bias are stored, and its input is not."""
+    if node.op not in (_CONV, _LINEAR) or node.kwargs or node.args[0].name in graph.tensors:
+        return False
+    return all(ref.name in graph.tensors for ref in node.args[1:3] if ref is not None)
+
+
+def _activation(node: Node) -> str | None:
+    """The name by which kernels know an activation."""
+    if node.op == "aten.gelu.default" and node.kwargs:
+        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+    if node.op == "aten.hardtanh.default":
+        return "relu6" if node.args[1:] == (0.0, 6.0) else None
+    return _ACTIVATIONS.get(node.op)
 
 
 def _only_reader(graph: Graph, users: dict[str, list[Node]], node: Node) -> Node | None:

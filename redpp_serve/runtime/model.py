@@ -9,10 +9,11 @@ from torch import Tensor
 
 from .artifact import load
 from .batch_norm import fold_batch_norm
-from .fused_conv import available
+from .candidates import candidates, with_kernels
 from .fusion import fuse_epilogues
 from .graph import Graph, InputSpec
-from .program import Program
+from .layers import fused_layers
+from .program import Program, value_shapes
 
 
 class ServingModel:
@@ -42,10 +43,14 @@ class ServingModel:
 
 
 def serving_program(graph: Graph, device: torch.device) -> Program:
-    """The graph with batch norm folded, images and kernels in channels-last layout, and epilogues fused on the CPU."""
-    graph = fold_batch_norm(graph)
-    if device.type == "cpu" and available():
-        graph = fuse_epilogues(graph)
+    """The graph with batch norm folded, epilogues fused, images and kernels in channels-last layout, dense kernels."""
+    graph = fuse_epilogues(fold_batch_norm(graph))
+    shapes = {i.name: (1, *i.shape) for i in graph.inputs} | value_shapes(graph, "cpu")
+    dense = {
+        layer.node.name: candidates(graph, layer.node, shapes[layer.x.name], device, layer.values.dtype)[0]
+        for layer in fused_layers(graph)
+    }
+    graph = with_kernels(graph, dense)
     tensors = {name: t if t.is_mkldnn else _channels_last(t) for name, t in graph.tensors.items()}
     return Program(graph.with_tensors(tensors)).eval()
 

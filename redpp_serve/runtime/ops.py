@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import RedppError
-from .fused_conv import fused_conv2d
+from .layer_ops import resolve_layer_op
 
 _ATEN = """
 _adaptive_avg_pool2d.default _log_softmax.default _softmax.default _to_copy.default _weight_norm.default abs.default
@@ -54,18 +54,16 @@ _PYTHON: dict[str, Callable[..., Any]] = {
 
 ALLOWED = frozenset({f"aten.{name}" for name in _ATEN.split()} | {f"py.{name}" for name in _PYTHON})
 
-FUSED_CONV = "fused.conv2d"  # on no list: `fusion` puts it into graphs that are already loaded
-
 
 def resolve(op: str) -> Callable[..., Any]:
-    """The callable behind an operator's name, e.g. ``aten.conv2d.default`` or ``py.mul``.
+    """The callable behind an operator's name, e.g. ``aten.conv2d.default``, ``py.mul``, or one of `layer_ops`.
 
     Raises:
-        KeyError: the name is not on the allow-list.
+        KeyError: the name is neither on the allow-list nor one of `layer_ops`.
         RedppError: it is, but this release of torch lacks it.
     """
-    if op == FUSED_CONV:
-        return fused_conv2d
+    if layer_op := resolve_layer_op(op):  # on no list: `fusion` and `candidates` put them into loaded graphs
+        return layer_op
     if op not in ALLOWED:
         raise KeyError(op)
     family, _, rest = op.partition(".")

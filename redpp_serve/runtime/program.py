@@ -77,17 +77,18 @@ class Program(nn.Module):
         return tuple(values[index] for index in self._returns)
 
 
-def value_shapes(graph: Graph, device: str = "meta") -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor-valued node at batch size 1.
+def value_shapes(graph: Graph, device: str = "meta", batch: int = 1) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor-valued node at a batch size.
 
     Args:
-        device: ``meta`` finds them without computing. ``cpu`` runs the network once on zeros: for a server, where
-            the meta device's registrations would cost each worker a second and 100 MB.
+        device: ``meta`` finds them without computing. Another runs the network once on zeros: for a server, where the
+            meta device's registrations would cost each worker a second and 100 MB.
     """
     read = {name for node in graph.nodes for name in node.refs()}
     program = Program(graph, wanted=[node.name for node in graph.nodes if node.name not in read]).to(device)
+    inputs = (torch.zeros(batch, *i.shape, dtype=getattr(torch, i.dtype), device=device) for i in graph.inputs)
     with torch.no_grad():
-        return program.shapes(*(torch.zeros(1, *i.shape, dtype=getattr(torch, i.dtype), device=device) for i in graph.inputs))
+        return program.shapes(*inputs)
 
 
 class _Slot(int):

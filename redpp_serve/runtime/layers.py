@@ -1,0 +1,67 @@
+"""A fused node of a graph with its stored tensors at hand: what `candidates` looks at."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .graph import Graph, Node, Ref
+from .layer_ops import FUSED_CONV2D, FUSED_LINEAR
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """A node ``fused.conv2d`` or ``fused.linear``.
+
+    ``x``, ``other`` (the summand, or None), ``weight`` and ``bias`` are references; ``values`` (n_out, n_in) or
+    (n_out, n_in / groups, kh, kw) is the stored weight. Of a Linear, the geometry is that of a 1 x 1 convolution.
+    """
+
+    node: Node
+    x: Ref
+    other: Ref | None
+    weight: Ref
+    bias: Ref | None
+    activation: str
+    values: Tensor
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def is_conv(self) -> bool:
+        return self.node.op == FUSED_CONV2D
+
+    @property
+    def is_depthwise(self) -> bool:
+        """One input and one output to each group."""
+        return self.is_conv and self.values.shape[1] == 1 and self.values.shape[0] == self.groups > 1
+
+    @property
+    def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """Stride, padding, dilation."""
+        return self.stride, self.padding, self.dilation
+
+    def rows(self, x_shape: tuple[int, ...]) -> int:
+        """Rows of the matrix product for an input of this shape: output positions of all images, or vectors."""
+        if not self.is_conv:
+            return math.prod(x_shape[:-1])
+        out = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in
+               zip(x_shape[2:], self.values.shape[2:], *self.geometry)]  # fmt: skip
+        return x_shape[0] * math.prod(out)
+
+
+def fused_layers(graph: Graph) -> list[FusedLayer]:
+    """The layers of a fused graph that have a choice of kernels, in order of execution."""
+    return [fused_layer(graph, node) for node in graph.nodes if node.op in (FUSED_CONV2D, FUSED_LINEAR)]
+
+
+def fused_layer(graph: Graph, node: Node) -> FusedLayer:
+    """The layer of a node that `fusion` made."""
+    x, other, weight, bias, *rest = node.args
+    geometry, activation = rest[:-1], rest[-1]
+    return FusedLayer(node, x, other, weight, bias, activation, graph.tensors[weight.name], *geometry)
+
