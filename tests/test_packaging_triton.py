@@ -17,7 +17,7 @@ from redpp_serve.errors import RedppError
 from redpp_serve.packaging.mar import serving_sources
 from redpp_serve.packaging.smoke import run_trials, try_model
 from redpp_serve.packaging.triton import build_repository, output_specs, write_files
-from redpp_serve.packaging.triton_config import TYPES, batch_buckets, to_json, to_text, triton_config
+from redpp_serve.packaging.triton_config import TYPES, to_json, to_text, triton_config
 from redpp_serve.runtime.graph import InputSpec
 
 IMAGE, ANSWER = InputSpec("x", SHAPE), InputSpec("output_0", (5,))
@@ -87,11 +87,6 @@ def test_every_type_is_one_of_tritons() -> None:
 @pytest.mark.parametrize("text", ["plain", 'quote " and \\ slash', "line\nbreak\ttab", "Größe 模型", "\x00\x7f"])
 def test_any_text_survives(text: str) -> None:
     assert parsed(to_text({"name": text})).name == text
-
-
-@pytest.mark.parametrize(("largest", "buckets"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
-def test_buckets_are_powers_of_two_and_the_largest(largest: int, buckets: list[int]) -> None:
-    assert batch_buckets(largest) == buckets
 
 
 def test_equal_input_gives_equal_bytes_and_all_that_serving_needs() -> None:

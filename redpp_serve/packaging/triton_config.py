@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import RedppError
+from ..runtime.buckets import batch_buckets
 from ..runtime.graph import InputSpec
 
 TYPES = {
@@ -16,11 +17,6 @@ TYPES = {
 
 class Word(str):
     """A value without quotes, such as an enumeration's."""
-
-
-def batch_buckets(batch_size: int) -> list[int]:
-    """The batch sizes to be ready for: powers of two below the largest batch, and that."""
-    return sorted({2**k for k in range(batch_size.bit_length()) if 2**k < batch_size} | {batch_size})
 
 
 def warmup_file(index: int) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch._ops import OpOverload
 
 from .graph import Graph, map_refs
 from .ops import resolve
+
+TensorType = tuple[tuple[int, ...], torch.dtype]
 
 
 class Program(nn.Module):
@@ -40,41 +43,57 @@ class Program(nn.Module):
             slot[node.name] = len(slot)
         self._names = {index: name for name, index in slot.items()}
         last = {name: k for k, node in enumerate(steps) for name in node.refs()}
+        self._literals: list[Any] = []  # constants among the arguments; they have slots behind those of all values
         self._steps = []
         for k, node in enumerate(steps):
             dead = [slot[r] for r in set(node.refs()) if last[r] == k and r not in self.wanted]
-            args = map_refs(node.args, lambda name: _Slot(slot[name]))
-            kwargs = {key: map_refs(v, lambda name: _Slot(slot[name])) for key, v in node.kwargs.items()}
             fn = resolve(node.op)
+            kwargs = {key: map_refs(v, lambda name: _Slot(slot[name])) for key, v in node.kwargs.items()}
             if _makes_tensor(fn):
                 kwargs["device"] = _Slot(len(slot))
-            self._steps.append((fn, args, kwargs, slot[node.name], dead))
+            get = self._getter(map_refs(node.args, lambda name: _Slot(slot[name])), len(slot) + 1)
+            self._steps.append((fn, get, _keywords(kwargs), slot[node.name], dead))
         self._returns = [slot[name] for name in self.wanted]
-        self._size = len(slot) + 1
+        self._blank = [None] * (len(slot) + 1)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self._run(inputs)
+        return self._run(inputs, None)
+
+    def types(self, *inputs: Tensor) -> dict[str, TensorType]:
+        """Shape and dtype of every tensor that a run makes, by its name; each is freed after its last use."""
+        types: dict[int, TensorType] = {}
+        self._run(inputs, types)
+        return {self._names[out]: found for out, found in types.items()}
 
     def shapes(self, *inputs: Tensor) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor that a run makes, by its name; each is freed after its last use."""
-        shapes: dict[int, tuple[int, ...]] = {}
-        self._run(inputs, shapes)
-        return {self._names[out]: shape for out, shape in shapes.items()}
+        """As `types`, the shapes alone."""
+        return {name: shape for name, (shape, _) in self.types(*inputs).items()}
 
-    def _run(self, inputs: Sequence[Tensor], shapes: dict[int, tuple[int, ...]] | None = None) -> tuple[Tensor, ...]:
-        values: list[Any] = [None] * self._size
+    def _run(self, inputs: Sequence[Tensor], types: dict[int, TensorType] | None) -> tuple[Tensor, ...]:
+        values: list[Any] = self._blank + self._literals
         values[: len(inputs)] = inputs
-        values[-1] = inputs[0].device
+        values[len(self._blank) - 1] = inputs[0].device
         for index, buffer in self._constants:
             values[index] = self._buffers[buffer]
-        for fn, args, kwargs, out, dead in self._steps:
-            filled = [_fill(a, values) for a in args]
-            values[out] = fn(*filled, **{k: _fill(v, values) for k, v in kwargs.items()}) if kwargs else fn(*filled)
-            if shapes is not None and isinstance(values[out], Tensor):
-                shapes[out] = tuple(values[out].shape)
+        for fn, get, keywords, out, dead in self._steps:
+            values[out] = fn(*get(values), **keywords(values)) if keywords else fn(*get(values))
+            if types is not None and isinstance(values[out], Tensor):
+                types[out] = tuple(values[out].shape), values[out].dtype
             for index in dead:
                 values[index] = None
         return tuple(values[index] for index in self._returns)
+
+    def _getter(self, args: tuple[Any, ...], first_literal: int) -> Callable[[list[Any]], Sequence[Any]]:
+        """What reads a call's arguments from the list of values; in C where no argument is a list with values in it."""
+        if any(_holds_slots(a) for a in args):
+            return lambda values: [_fill(a, values) for a in args]
+        slots: list[int] = []
+        for arg in args:
+            if type(arg) is not _Slot:
+                self._literals.append(arg)
+                arg = first_literal + len(self._literals) - 1
+            slots.append(int(arg))
+        return itemgetter(*slots) if len(slots) > 1 else itemgetter(slice(slots[0], slots[0] + 1) if slots else slice(0))
 
 
 def value_shapes(graph: Graph, device: str = "meta", batch: int = 1) -> dict[str, tuple[int, ...]]:
@@ -84,11 +103,16 @@ def value_shapes(graph: Graph, device: str = "meta", batch: int = 1) -> dict[str
         device: ``meta`` finds them without computing. Another runs the network once on zeros: for a server, where the
             meta device's registrations would cost each worker a second and 100 MB.
     """
+    return {name: shape for name, (shape, _) in value_types(graph, device, batch).items()}
+
+
+def value_types(graph: Graph, device: str = "meta", batch: int = 1) -> dict[str, TensorType]:
+    """As `value_shapes`, with the dtypes."""
     read = {name for node in graph.nodes for name in node.refs()}
     program = Program(graph, wanted=[node.name for node in graph.nodes if node.name not in read]).to(device)
     inputs = (torch.zeros(batch, *i.shape, dtype=getattr(torch, i.dtype), device=device) for i in graph.inputs)
     with torch.no_grad():
-        return program.shapes(*inputs)
+        return program.types(*inputs)
 
 
 class _Slot(int):
@@ -99,6 +123,17 @@ def _makes_tensor(fn: Any) -> bool:
     """Whether an operator makes a tensor from none, and so must be told on which device."""
     names = [argument.name for argument in fn._schema.arguments] if isinstance(fn, OpOverload) else []
     return "device" in names and not {"self", "input"} & set(names)
+
+
+def _keywords(kwargs: dict[str, Any]) -> Callable[[list[Any]], dict[str, Any]] | None:
+    """What gives a call's keyword arguments for the list of values; None where there are none."""
+    if any(type(v) is _Slot or _holds_slots(v) for v in kwargs.values()):
+        return lambda values: {key: _fill(v, values) for key, v in kwargs.items()}
+    return (lambda values: kwargs) if kwargs else None
+
+
+def _holds_slots(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and any(type(v) is _Slot or _holds_slots(v) for v in value)
 
 
 def _fill(value: Any, values: list[Any]) -> Any:
