@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from .graph import Graph, Node, Ref, conv2d_geometry
 from .layer_ops import FUSED_CONV2D, FUSED_LINEAR
-from .program import value_shapes
+from .program import value_types
 
 _CONV, _LINEAR, _ADD = "aten.conv2d.default", "aten.linear.default", "aten.add.Tensor"
 _ACTIVATIONS = {
@@ -25,16 +27,17 @@ def fuse_epilogues(graph: Graph) -> Graph:
     Such a node holds its layer, then an unscaled addition of a value of the same shape, then an activation, as far as
     each alone reads the one before. Runs the network once on zeros, on the CPU.
     """
-    users, shapes = graph.users(), {i.name: (_BATCH, *i.shape) for i in graph.inputs} | value_shapes(graph, "cpu", _BATCH)
+    users, types = graph.users(), value_types(graph, "cpu", _BATCH)
+    types |= {i.name: ((_BATCH, *i.shape), getattr(torch, i.dtype)) for i in graph.inputs}
     replaced: dict[str, Node] = {}
     absorbed: set[str] = set()
     for node in graph.nodes:
-        if not _is_layer(graph, node) or node.op == _CONV and len(shapes[node.name]) != 4:
+        if not _is_layer(graph, node) or node.op == _CONV and len(types[node.name][0]) != 4:
             continue
         last, other, activation = node, None, "none"
         follower = _only_reader(graph, users, last)
         partner = _other_summand(follower, node.name)
-        if partner and follower.name not in {*absorbed, *replaced} and shapes.get(partner) == shapes[node.name]:
+        if partner and follower.name not in {*absorbed, *replaced} and types.get(partner) == types[node.name]:
             absorbed.add(last.name)
             last, other = follower, Ref(partner)
             follower = _only_reader(graph, users, last)

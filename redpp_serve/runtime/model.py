@@ -1,4 +1,4 @@
-"""An artifact made ready to answer requests: batch norm folded, weights laid out for the device."""
+"""An artifact made ready to answer requests: batch norm folded, epilogues fused, weights laid out for the device."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from .artifact import load
-from .batch_norm import fold_batch_norm
-from .candidates import candidates, with_kernels
-from .fusion import fuse_epilogues
-from .graph import Graph, InputSpec
-from .layers import fused_layers
-from .program import Program, value_shapes
+from .graph import InputSpec
+from .programs import channels_last, serving_program
+
+__all__ = ["ServingModel", "serving_program"]
 
 
 class ServingModel:
@@ -34,26 +32,9 @@ class ServingModel:
     @torch.inference_mode()
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Batched inputs (N, ...) as the artifact declares them, to the network's outputs on the CPU."""
-        return tuple(y.cpu() for y in self.program(*(_channels_last(x.to(self.device)) for x in inputs)))
+        return tuple(y.cpu() for y in self.program(*(channels_last(x.to(self.device)) for x in inputs)))
 
     def warm_up(self, batch: int) -> None:
         """Run zeros at batch sizes 1 and ``batch``, so that no request pays for first-call set-up."""
         for size in {1, batch}:
             self(*(torch.zeros(size, *i.shape, dtype=getattr(torch, i.dtype)) for i in self.inputs))
-
-
-def serving_program(graph: Graph, device: torch.device) -> Program:
-    """The graph with batch norm folded, epilogues fused, images and kernels in channels-last layout, dense kernels."""
-    graph = fuse_epilogues(fold_batch_norm(graph))
-    shapes = {i.name: (1, *i.shape) for i in graph.inputs} | value_shapes(graph, "cpu")
-    dense = {
-        layer.node.name: candidates(graph, layer.node, shapes[layer.x.name], device, layer.values.dtype)[0]
-        for layer in fused_layers(graph)
-    }
-    graph = with_kernels(graph, dense)
-    tensors = {name: t if t.is_mkldnn else _channels_last(t) for name, t in graph.tensors.items()}
-    return Program(graph.with_tensors(tensors)).eval()
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

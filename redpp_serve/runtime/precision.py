@@ -1,4 +1,4 @@
-"""The precision that a network runs in: torch's switches for fp32 and tf32, a cast of the whole graph for fp16 and bf16."""
+"""The precision that a network runs in: torch's switches for fp32 and tf32, a cast of the graph for fp16 and bf16."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from ..errors import RedppError
-from .graph import Graph, InputSpec, Node, Ref
+from .graph import Graph, Node, Ref, map_refs
 from .program import value_types
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _CAST = (torch.float32, torch.float16, torch.bfloat16)
+_TO = "aten._to_copy.default"
 
 
 def check_precision(precision: str) -> None:
@@ -38,54 +39,49 @@ def set_switches(precision: str) -> None:
 
 
 def in_precision(graph: Graph, precision: str) -> Graph:
-    """The graph with its floating-point tensors, inputs and constant dtypes in a precision.
+    """The graph with all floating-point values between its inputs and outputs in a precision.
 
-    fp32 and tf32 change nothing: a network stored in float64 or float16 runs in that. In fp16 and bf16, what a node
-    makes in float32 from integers alone is cast behind it, so that no layer meets two dtypes; integers stay. Runs the
-    network once on zeros, on the CPU.
+    Inputs and outputs keep their dtypes: the first and the last nodes cast them. fp32 and tf32 change nothing, so that
+    a network stored in float64 or float16 runs in that. fp16 and bf16 cast tensors and the dtypes among the arguments;
+    what a node makes in float32 from integers alone is cast behind it, so that no layer meets two dtypes. Integers
+    stay. Runs the network once on zeros, on the CPU.
 
     Raises:
-        RedppError: a float64 network in fp16 or bf16.
+        RedppError: a network with float64 values in fp16 or bf16.
     """
     if precision not in _HALF:
         return graph
-    dtype = _HALF[precision]
-    double = [i.name for i in graph.inputs if i.dtype == "float64"]
-    double += [name for name, tensor in graph.tensors.items() if tensor.dtype == torch.float64]
-    if double:
+    dtype, types = _HALF[precision], {name: found for name, (_, found) in value_types(graph, "cpu").items()}
+    types |= {i.name: getattr(torch, i.dtype) for i in graph.inputs}
+    types |= {name: tensor.dtype for name, tensor in graph.tensors.items()}
+    if double := [name for name, found in types.items() if found == torch.float64]:
         raise RedppError(f"a network with float64 values ({', '.join(double[:3])}) in {precision}",
-                         "a float32 network, which 16 bits can stand in for",
-                         "serve it with precision fp32, or convert it to float32 and package that")  # fmt: skip
-    types = {name: found for name, (_, found) in value_types(graph, "cpu").items()}
-    floating = {i.name for i in graph.inputs if getattr(torch, i.dtype).is_floating_point}
-    floating |= {name for name, tensor in graph.tensors.items() if tensor.is_floating_point()}
-    nodes: list[Node] = []
-    for node in graph.nodes:
-        cast = Node(node.name, node.op, _cast(node.args, dtype), {k: _cast(v, dtype) for k, v in node.kwargs.items()})
-        if types.get(node.name) in _CAST and not floating & set(node.refs()) and not _tells_dtype(node):
-            wide = f"{node.name}.wide"
-            nodes.append(replace(cast, name=wide))
-            cast = Node(node.name, "aten._to_copy.default", (Ref(wide),), {"dtype": dtype})
-        nodes.append(cast)
-        if node.name not in types or types[node.name].is_floating_point:
-            floating.add(node.name)
+                         "a network that computes in float32, which 16 bits can stand in for",
+                         "serve it with precision fp32")  # fmt: skip
     tensors = {name: t.to(dtype) if t.dtype in _CAST else t for name, t in graph.tensors.items()}
-    inputs = tuple(_input(spec, dtype) for spec in graph.inputs)
-    return replace(graph, inputs=inputs, tensors=tensors, nodes=tuple(nodes))
+    inputs = {i.name: f"{i.name}.{precision}" for i in graph.inputs if types[i.name] in _CAST}
+    nodes = [Node(cast, _TO, (Ref(name),), {"dtype": dtype}) for name, cast in inputs.items()]
+    for node in graph.nodes:
+        call = _cast(node, inputs, dtype)
+        from_integers = not any(types.get(name, dtype).is_floating_point for name in node.refs())
+        if types.get(node.name) in _CAST and from_integers and call == node:
+            nodes.append(replace(call, name=f"{node.name}.wide"))
+            call = Node(node.name, _TO, (Ref(f"{node.name}.wide"),), {"dtype": dtype})
+        nodes.append(call)
+    outputs = {name: f"{name}.{str(types[name]).removeprefix('torch.')}" for name in graph.outputs if types[name] in _CAST}
+    nodes += [Node(cast, _TO, (Ref(name),), {"dtype": types[name]}) for name, cast in outputs.items()]
+    named = tuple(outputs.get(name, name) for name in graph.outputs)
+    return replace(graph, tensors=tensors, nodes=tuple(nodes), outputs=named)
 
 
-def _input(spec: InputSpec, dtype: torch.dtype) -> InputSpec:
-    is_cast = getattr(torch, spec.dtype) in _CAST
-    return replace(spec, dtype=str(dtype).removeprefix("torch.")) if is_cast else spec
+def _cast(node: Node, inputs: dict[str, str], dtype: torch.dtype) -> Node:
+    """The call with inputs by their cast names, and with its constant dtypes in the precision."""
 
+    def convert(value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return dtype if value in _CAST else value
+        return type(value)(map(convert, value)) if isinstance(value, (list, tuple)) else value
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, torch.dtype):
-        return dtype if value in _CAST else value
-    if isinstance(value, (list, tuple)):
-        return type(value)(_cast(v, dtype) for v in value)
-    return value
-
-
-def _tells_dtype(node: Node) -> bool:
-    return any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
+    args, kwargs = (map_refs(part, lambda name: Ref(inputs.get(name, name))) for part in
+                    (node.args, tuple(node.kwargs.values())))  # fmt: skip
+    return Node(node.name, node.op, convert(args), dict(zip(node.kwargs, convert(kwargs))))
