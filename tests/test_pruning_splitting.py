@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from networks import many, seeds
 
 from redpp_serve.graph.layers import CONV, LINEAR, Layer
-from redpp_serve.pruning import splitting, verify
+from redpp_serve.pruning import verify
 from redpp_serve.pruning.splitting import (
     Counts,
     count_dense,
@@ -20,6 +20,7 @@ from redpp_serve.pruning.splitting import (
     expected_kernels,
     split_weight,
 )
+from redpp_serve.runtime import splitting
 from redpp_serve.runtime.graph import Node
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -157,7 +158,7 @@ def test_a_weight_of_zeros_stores_nothing(shape):
 def test_blocks_of_inputs_make_no_difference(monkeypatch):
     w = torch.randint(-1, 2, (6, 11, 2, 2)).float()
     whole = split_weight(w)
-    monkeypatch.setattr(splitting, "_CHUNK", 50)
+    monkeypatch.setattr(splitting, "SPLIT_CHUNK", 50)
     blocks = split_weight(w)
     assert all(torch.equal(getattr(whole, f), getattr(blocks, f)) for f in ("kernels", "channel", "index", "sign"))
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from .graph import Graph, Node, Ref
+from . import forms
+from .forms import Form
+from .graph import Graph, Node
 from .layers import FusedLayer, fused_layer
-from .onednn import available, onednn_conv2d
+from .onednn import available, onednn_conv2d, onednn_linear
+from .weights import repeats
+
+# Priors; the timings behind them are in the project's benchmarks.
+CODEBOOK_BYTES = 8 << 20  # a smaller weight stays in a cache, and reading less of it gains nothing
+CODEBOOK_ROWS = 32  # with more, the products take longer than reading the weight
+CODEBOOK_ROWS_FEW_VALUES = 64  # the same for at most 8 values and at least 8192 outputs: their decoding is cheaper
+SPLIT_SHARE = 0.1  # of the dense layer's operations: gathering and adding costs about ten times as much each
+ONEDNN_LINEAR_PRODUCTS = 1 << 20  # below, the call itself takes longer than the library's
 
 
 @dataclass(frozen=True)
@@ -18,13 +27,14 @@ class Candidate:
     """One way to run a layer.
 
     ``worth_timing`` is the prior's verdict and ``reason`` says why, in words. ``make()`` gives a node of the layer's
-    name, and by name the tensors that it reads beside its input and its summand, in this kernel's form, on the device.
+    name, and by name the tensors that it reads beside its input and its summand, in this kernel's form, on the device;
+    the node and the tensors' names are the same for each batch. Running it may raise where the device lacks the kernel.
     """
 
     kernel: str
     worth_timing: bool
     reason: str
-    make: Callable[[], tuple[Node, dict[str, Tensor]]]
+    make: Callable[[], Form]
 
 
 def candidates(
@@ -36,15 +46,23 @@ def candidates(
         graph: fused, in the precision that it runs in, on the device.
         node: a node of `layers.fused_layers`.
         x_shape: of the layer's input, with the batch.
-        dtype: of the precision; a layer that keeps another (integers aside) has the dense kernel alone.
+        dtype: of the precision; a layer in another has the dense kernel alone.
     """
     layer = fused_layer(graph, node)
-    return [_dense(graph, layer, x_shape, device)]
+    found = [_dense(layer, x_shape, device)]
+    if layer.values.dtype == dtype:
+        if device.type == "cpu":
+            found += _on_cpu(layer, x_shape)
+        elif device.type == "cuda":
+            found += _on_cuda(layer)
+        found += _from_repeats(layer, x_shape, device)
+    return found
 
 
 def signature(graph: Graph, node: Node, x_shape: tuple[int, ...], dtype: torch.dtype) -> str:
     """Canonical text of all that a layer's times depend on, apart from the device; equal layers have equal texts."""
     layer = fused_layer(graph, node)
+    found = repeats(layer.values, layer.groups)
     parts = {
         "op": node.op,
         "x": "x".join(map(str, x_shape)),
@@ -53,6 +71,8 @@ def signature(graph: Graph, node: Node, x_shape: tuple[int, ...], dtype: torch.d
         "bias": int(layer.bias is not None),
         "sum": int(layer.other is not None),
         "activation": layer.activation,
+        "values": "many" if found.values is None else len(found.values),
+        "split": "none" if found.split_share is None else f"{found.split_share:.0e}",
     }
     if layer.is_conv:
         parts["window"] = "/".join("x".join(map(str, pair)) for pair in layer.geometry)
@@ -63,23 +83,60 @@ def signature(graph: Graph, node: Node, x_shape: tuple[int, ...], dtype: torch.d
 def with_kernels(graph: Graph, choice: Mapping[str, Candidate]) -> Graph:
     """The graph with each layer named in ``choice`` run by that candidate; weights in forms that no node reads go."""
     made = {name: candidate.make() for name, candidate in choice.items()}
-    tensors = {name: tensor for _, forms in made.values() for name, tensor in forms.items()}
+    tensors = {name: tensor for _, stored in made.values() for name, tensor in stored.items()}
     changed = graph.with_nodes({name: node for name, (node, _) in made.items()})
     return replace(changed, tensors={**graph.tensors, **tensors}).pruned_of_unused()
 
 
-def _dense(graph: Graph, layer: FusedLayer, x_shape: tuple[int, ...], device: torch.device) -> Candidate:
-    """The library's call, with as much of the epilogue as the library takes on a CPU."""
-
-    def make() -> tuple[Node, dict[str, Tensor]]:
-        if device.type != "cpu" or not layer.is_conv or not available(layer.values.dtype):
-            return layer.node, _stored(graph, layer.weight, layer.bias)
-        # laid out for one image whatever the batch: each bucket would else hold a form of its own
-        node, forms = onednn_conv2d(layer, (1, *x_shape[1:]))
-        return node, forms | _stored(graph, layer.bias)
-
-    return Candidate("dense", True, "the yardstick", make)
+def _dense(layer: FusedLayer, x_shape: tuple[int, ...], device: torch.device) -> Candidate:
+    if device.type != "cpu" or not layer.is_conv or not available(layer.values.dtype):
+        return Candidate("dense", True, "the library's call, the epilogue after it", lambda: forms.plain(layer))
+    # laid out for one image whatever the batch: each bucket would else hold a form of its own
+    return Candidate("dense", True, "oneDNN with packed weights", lambda: onednn_conv2d(layer, (1, *x_shape[1:])))
 
 
-def _stored(graph: Graph, *refs: Ref | None) -> dict[str, Tensor]:
-    return {ref.name: graph.tensors[ref.name] for ref in refs if ref is not None}
+def _on_cpu(layer: FusedLayer, x_shape: tuple[int, ...]) -> Iterator[Candidate]:
+    if not layer.is_conv and available(layer.values.dtype):
+        products = layer.rows(x_shape) * layer.values.numel()
+        worth = products >= ONEDNN_LINEAR_PRODUCTS
+        yield Candidate("onednn", worth, f"packed weights, {products} products", lambda: onednn_linear(layer))
+
+
+def _on_cuda(layer: FusedLayer) -> Iterator[Candidate]:
+    if layer.is_conv and layer.activation == "relu":
+        yield Candidate("cudnn", True, "cuDNN takes bias, sum and ReLU along", lambda: forms.cudnn(layer))
+    if layer.is_depthwise and layer.other is None:
+        yield Candidate("depthwise", True, "bound by memory: one pass", lambda: forms.depthwise(layer))
+    if layer.groups == 1:
+        epilogue = layer.bias is not None or layer.other is not None or layer.activation != "none"
+        reason = "one kernel with its epilogue" if epilogue else "no epilogue to take along"
+        yield Candidate("fused", epilogue, reason, lambda: forms.fused(layer))
+
+
+def _from_repeats(layer: FusedLayer, x_shape: tuple[int, ...], device: torch.device) -> Iterator[Candidate]:
+    """What few distinct values or few kernels allow."""
+    found = repeats(layer.values, layer.groups)
+    if not layer.is_conv and found.values is not None:
+        worth, reason = _codebook_prior(layer, len(found.values), layer.rows(x_shape))
+        for decode in _decodes(layer, len(found.values), device):
+            yield Candidate(f"codebook:{decode}", worth, reason, lambda decode=decode: forms.codebook(layer, decode))
+    if found.split_share is not None:
+        worth = device.type == "cpu" and layer.values[0, 0].numel() > 1 and found.split_share <= SPLIT_SHARE
+        reason = f"{found.split_share:.1%} of the dense operations (worth it on a CPU, for k x k, to {SPLIT_SHARE:.0%})"
+        yield Candidate("split", worth, reason, lambda: forms.split(layer))
+
+
+def _codebook_prior(layer: FusedLayer, values: int, rows: int) -> tuple[bool, str]:
+    size = layer.values.numel() * layer.values.element_size()
+    most = CODEBOOK_ROWS_FEW_VALUES if values <= 8 and layer.values.shape[0] >= 8192 else CODEBOOK_ROWS
+    reason = f"{values} values, {size / 2**20:.1f} MiB, {rows} rows (worth it from {CODEBOOK_BYTES >> 20} MiB, to {most} rows)"
+    return size >= CODEBOOK_BYTES and rows <= most, reason
+
+
+def _decodes(layer: FusedLayer, values: int, device: torch.device) -> list[str]:
+    """The strategies of `kernels.codebook_linear` for a weight."""
+    if device.type != "cuda":
+        return ["auto"]
+    halves = layer.values.dtype in (torch.float16, torch.bfloat16)
+    by_register = ["prmt8"] if values <= 8 else ["prmt16"]
+    return [*(by_register if halves else []), "pair", "pointer"]

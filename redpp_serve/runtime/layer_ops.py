@@ -17,7 +17,6 @@ from .. import kernels  # noqa: F401 - defines torch.ops.redpp
 from ..kernels.epilogue import ACTIVATIONS
 
 FUSED_CONV2D, FUSED_LINEAR = "fused.conv2d", "fused.linear"
-ONEDNN_CONV2D, ONEDNN_CONV2D_ADD, ONEDNN_CONV2D_THEN = "onednn.conv2d", "onednn.conv2d_add", "onednn.conv2d_then"
 
 
 def fused_conv2d(
@@ -37,9 +36,10 @@ def resolve_layer_op(op: str) -> Callable[..., Any] | None:
     """The callable behind one of these names; None for any other name."""
     if op in _PLAIN:
         return _PLAIN[op]
-    if op in _ONEDNN:
-        return getattr(torch.ops.mkldnn._convolution_pointwise, _ONEDNN[op])
-    return None
+    if op not in _LIBRARY:
+        return None
+    family, name, overload = _LIBRARY[op]
+    return getattr(getattr(getattr(torch.ops, family), name), overload)
 
 
 def _finish(y: Tensor, other: Tensor | None, activation: str) -> Tensor:
@@ -60,7 +60,58 @@ def _onednn_conv2d_then(
     return _finish(y, None, activation)
 
 
+def _onednn_linear_then(
+    x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """As `fused_linear` with a packed weight: the sum inside oneDNN's product, the activation after it."""
+    call = torch.ops.mkldnn._linear_pointwise
+    if other is None:
+        return _finish(call.default(x, weight, bias, "none", [], ""), None, activation)
+    return _finish(call.binary(x, other, weight, bias, "add"), None, activation)
+
+
+def _codebook_linear_then(
+    x: Tensor, other: Tensor, indices: Tensor, codebook: Tensor, bias: Tensor | None, decode: str, activation: str
+) -> Tensor:
+    """`kernels.codebook_linear` with a summand."""
+    return _finish(torch.ops.redpp.codebook_linear(x, indices, codebook, bias, "none", decode), other, activation)
+
+
+def _split_conv2d_then(
+    x: Tensor, other: Tensor | None, kernels: Tensor, channel: Tensor, index: Tensor, sign: Tensor, bias: Tensor | None,
+    stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], groups: int, activation: str,
+) -> Tensor:  # fmt: skip
+    """`kernels.split_conv2d` with an epilogue."""
+    call = torch.ops.redpp.split_conv2d
+    return _finish(call(x, kernels, channel, index, sign, bias, stride, padding, dilation, groups), other, activation)
+
+
+def _split_linear_then(
+    x: Tensor, other: Tensor | None, values: Tensor, channel: Tensor, index: Tensor, sign: Tensor, bias: Tensor | None,
+    activation: str,
+) -> Tensor:  # fmt: skip
+    """`kernels.split_linear` with an epilogue."""
+    return _finish(torch.ops.redpp.split_linear(x, values, channel, index, sign, bias), other, activation)
+
+
 _PLAIN: dict[str, Callable[..., Any]] = {
-    FUSED_CONV2D: fused_conv2d, FUSED_LINEAR: fused_linear, ONEDNN_CONV2D_THEN: _onednn_conv2d_then,
-}  # fmt: skip
-_ONEDNN = {ONEDNN_CONV2D: "default", ONEDNN_CONV2D_ADD: "binary"}  # overloads of torch.ops.mkldnn._convolution_pointwise
+    FUSED_CONV2D: fused_conv2d,
+    FUSED_LINEAR: fused_linear,
+    "onednn.conv2d_then": _onednn_conv2d_then,
+    "onednn.linear_then": _onednn_linear_then,
+    "redpp.codebook_linear_then": _codebook_linear_then,
+    "redpp.split_conv2d_then": _split_conv2d_then,
+    "redpp.split_linear_then": _split_linear_then,
+}
+# operators that are called as they are: namespace, name and overload in torch.ops
+_LIBRARY = {
+    "onednn.conv2d": ("mkldnn", "_convolution_pointwise", "default"),
+    "onednn.conv2d_add": ("mkldnn", "_convolution_pointwise", "binary"),
+    "onednn.linear": ("mkldnn", "_linear_pointwise", "default"),
+    "cudnn.conv2d_relu": ("aten", "cudnn_convolution_relu", "default"),
+    "cudnn.conv2d_add_relu": ("aten", "cudnn_convolution_add_relu", "default"),
+    "redpp.fused_conv2d": ("redpp", "fused_conv2d", "default"),
+    "redpp.fused_linear": ("redpp", "fused_linear", "default"),
+    "redpp.depthwise_conv2d": ("redpp", "depthwise_conv2d", "default"),
+    "redpp.codebook_linear": ("redpp", "codebook_linear", "default"),
+}

@@ -16,7 +16,7 @@ class FusedLayer:
     """A node ``fused.conv2d`` or ``fused.linear``.
 
     ``x``, ``other`` (the summand, or None), ``weight`` and ``bias`` are references; ``values`` (n_out, n_in) or
-    (n_out, n_in / groups, kh, kw) is the stored weight. Of a Linear, the geometry is that of a 1 x 1 convolution.
+    (n_out, n_in / groups, kh, kw) is the stored weight, ``bias_values`` (n_out,) the stored bias. Of a Linear, the geometry is that of a 1 x 1 convolution.
     """
 
     node: Node
@@ -26,6 +26,7 @@ class FusedLayer:
     bias: Ref | None
     activation: str
     values: Tensor
+    bias_values: Tensor | None
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
@@ -45,6 +46,10 @@ class FusedLayer:
         """Stride, padding, dilation."""
         return self.stride, self.padding, self.dilation
 
+    def stored_bias(self) -> dict[str, Tensor]:
+        """The bias by its name, if there is one."""
+        return {} if self.bias is None or self.bias_values is None else {self.bias.name: self.bias_values}
+
     def rows(self, x_shape: tuple[int, ...]) -> int:
         """Rows of the matrix product for an input of this shape: output positions of all images, or vectors."""
         if not self.is_conv:
@@ -63,5 +68,6 @@ def fused_layer(graph: Graph, node: Node) -> FusedLayer:
     """The layer of a node that `fusion` made."""
     x, other, weight, bias, *rest = node.args
     geometry, activation = rest[:-1], rest[-1]
-    return FusedLayer(node, x, other, weight, bias, activation, graph.tensors[weight.name], *geometry)
+    stored = graph.tensors[weight.name], None if bias is None else graph.tensors[bias.name]
+    return FusedLayer(node, x, other, weight, bias, activation, *stored, *geometry)
 

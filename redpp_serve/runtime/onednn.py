@@ -1,4 +1,4 @@
-"""oneDNN's convolution on the CPU: the weight packed once, and the part of an epilogue that it can take.
+"""oneDNN's convolution and Linear on the CPU: the weight packed once, and the part of an epilogue that it can take.
 
 The calls that torch.compile makes when it freezes a network (torch/_inductor/fx_passes/mkldnn_fusion.py), made here
 at load, without a compiler on the server.
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .graph import Node, Ref
-from .layer_ops import ONEDNN_CONV2D, ONEDNN_CONV2D_ADD, ONEDNN_CONV2D_THEN
 from .layers import FusedLayer
 
 # what oneDNN calls an activation: attribute, scalars, algorithm
@@ -23,6 +22,9 @@ _ATTRIBUTES: dict[str, tuple[str, list[float], str]] = {
     "silu": ("swish", [], ""),
     "hardswish": ("hardswish", [], ""),
     "hardsigmoid": ("hardsigmoid", [], ""),
+    "sigmoid": ("sigmoid", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
 }
 _AFTER_SUM = {"none": None, "relu": "relu"}
 
@@ -31,6 +33,8 @@ def available(dtype: torch.dtype = torch.float32) -> bool:
     """Whether this build of torch, on this processor, has oneDNN and its fused convolution in that precision."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32
 
 
@@ -46,10 +50,22 @@ def onednn_conv2d(layer: FusedLayer, x_shape: tuple[int, ...]) -> tuple[Node, di
     weights: tuple[Any, ...] = (Ref(name), layer.bias)
     window = layer.padding, layer.stride, layer.dilation, layer.groups
     if layer.other is None and layer.activation in _ATTRIBUTES:
-        call = ONEDNN_CONV2D, (layer.x, *weights, *window, *_ATTRIBUTES[layer.activation])
+        call = "onednn.conv2d", (layer.x, *weights, *window, *_ATTRIBUTES[layer.activation])
     elif layer.other is not None and layer.activation in _AFTER_SUM:
         after = _AFTER_SUM[layer.activation]
-        call = ONEDNN_CONV2D_ADD, (layer.x, layer.other, *weights, *window, "add", None, after, [], None)
+        call = "onednn.conv2d_add", (layer.x, layer.other, *weights, *window, "add", None, after, [], None)
     else:
-        call = ONEDNN_CONV2D_THEN, (layer.x, layer.other, *weights, *layer.geometry, layer.groups, layer.activation)
-    return Node(layer.node.name, *call), {name: packed}
+        call = "onednn.conv2d_then", (layer.x, layer.other, *weights, *layer.geometry, layer.groups, layer.activation)
+    return Node(layer.node.name, *call), {name: packed} | layer.stored_bias()
+
+
+def onednn_linear(layer: FusedLayer) -> tuple[Node, dict[str, Tensor]]:
+    """The node that calls oneDNN for a Linear, and the packed weight that it reads; for any number of rows."""
+    name = f"{layer.node.name}.packed"
+    packed = torch.ops.mkldnn._reorder_linear_weight(layer.values.contiguous())
+    weights: tuple[Any, ...] = (Ref(name), layer.bias)
+    if layer.other is None and layer.activation in _ATTRIBUTES:
+        call = "onednn.linear", (layer.x, *weights, *_ATTRIBUTES[layer.activation])
+    else:
+        call = "onednn.linear_then", (layer.x, layer.other, *weights, layer.activation)
+    return Node(layer.node.name, *call), {name: packed} | layer.stored_bias()
