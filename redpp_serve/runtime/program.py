@@ -46,7 +46,7 @@ class Program(nn.Module):
         self._literals: list[Any] = []  # constants among the arguments; they have slots behind those of all values
         self._steps = []
         for k, node in enumerate(steps):
-            dead = [slot[r] for r in set(node.refs()) if last[r] == k and r not in self.wanted]
+            dead = [slot[r] for r in set(node.refs()) if last[r] == k and r not in self.wanted and r not in graph.tensors]
             fn = resolve(node.op)
             kwargs = {key: map_refs(v, lambda name: _Slot(slot[name])) for key, v in node.kwargs.items()}
             if _makes_tensor(fn):
@@ -54,7 +54,12 @@ class Program(nn.Module):
             get = self._getter(map_refs(node.args, lambda name: _Slot(slot[name])), len(slot) + 1)
             self._steps.append((fn, get, _keywords(kwargs), slot[node.name], dead))
         self._returns = [slot[name] for name in self.wanted]
-        self._blank = [None] * (len(slot) + 1)
+        self._device = len(slot)  # the slot of the inputs' device
+        self._start: list[Any] | None = None  # the list of values before a run: tensors and literals
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Program:
+        self._start = None  # its tensors are about to move
+        return super()._apply(*args, **kwargs)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return self._run(inputs, None)
@@ -70,11 +75,13 @@ class Program(nn.Module):
         return {name: shape for name, (shape, _) in self.types(*inputs).items()}
 
     def _run(self, inputs: Sequence[Tensor], types: dict[int, TensorType] | None) -> tuple[Tensor, ...]:
-        values: list[Any] = self._blank + self._literals
+        if self._start is None:
+            self._start = [None] * (self._device + 1) + self._literals
+            for index, buffer in self._constants:
+                self._start[index] = self._buffers[buffer]
+        values = self._start.copy()
         values[: len(inputs)] = inputs
-        values[len(self._blank) - 1] = inputs[0].device
-        for index, buffer in self._constants:
-            values[index] = self._buffers[buffer]
+        values[self._device] = inputs[0].device
         for fn, get, keywords, out, dead in self._steps:
             values[out] = fn(*get(values), **keywords(values)) if keywords else fn(*get(values))
             if types is not None and isinstance(values[out], Tensor):
