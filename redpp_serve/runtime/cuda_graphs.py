@@ -6,9 +6,9 @@ request's numbers are left for the next one. One request at a time: the buffers 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 from .buckets import bucket_for, chunks
 from .graph import InputSpec
 from .program import Program
+from .programs import channels_last
 
-log = logging.getLogger(__name__)
 WARM_UPS = 3  # runs before recording: libraries choose their algorithms and make their workspaces
 
 
@@ -79,12 +79,12 @@ class BucketRunner:
     ) -> None:
         self.batches = tuple(sorted(programs))
         pinned = device.type == "cuda"
-        self._staging = [_buffer(i, self.batches[-1], "cpu").pin_memory() if pinned else _buffer(i, self.batches[-1], "cpu") for i in inputs]
         static = [_buffer(i, self.batches[-1], device) for i in inputs]
+        self._staging = [torch.empty_like(buffer, device="cpu", pin_memory=pinned) for buffer in static]
         self._recorded: dict[int, Recorded] = {}
         for batch in reversed(self.batches):  # the largest first: the pool then has room for all others
             views = tuple(buffer[:batch] for buffer in static)
-            replay, outputs = recorder.record(lambda: programs[batch](*views))
+            replay, outputs = recorder.record(partial(programs[batch].forward, *views))
             if any(y.dim() == 0 or y.shape[0] != batch for y in outputs):
                 raise RuntimeError(f"outputs of shapes {[tuple(y.shape) for y in outputs]} for a batch of {batch}")
             self._recorded[batch] = Recorded(views, outputs, replay)
@@ -112,7 +112,6 @@ class BucketRunner:
         return tuple(result[:rows].clone() for result in self._results)
 
 
-def _buffer(spec: InputSpec, batch: int, device: torch.device | str) -> Tensor:
+def _buffer(spec: InputSpec, batch: int, device: torch.device) -> Tensor:
     """Zeros for one input; images in channels-last layout."""
-    zeros = torch.zeros(batch, *spec.shape, dtype=getattr(torch, spec.dtype), device=device)
-    return zeros.contiguous(memory_format=torch.channels_last) if zeros.dim() == 4 else zeros
+    return channels_last(torch.zeros(batch, *spec.shape, dtype=getattr(torch, spec.dtype), device=device))
