@@ -4,11 +4,15 @@ The modules of this package are copied as they are into archives that run withou
 but the standard library, torch and, when a CUDA tensor comes in, triton.
 """
 
+from .depthwise_conv2d import depthwise_conv2d
+from .fused_conv2d import fused_conv2d
 from .split import split_conv2d, split_linear
 from .split_counts import OperationCounts, register_flop_formulas, split_conv2d_counts, split_linear_counts
 
 __all__ = [
     "OperationCounts",
+    "depthwise_conv2d",
+    "fused_conv2d",
     "register_flop_formulas",
     "split_conv2d",
     "split_conv2d_counts",

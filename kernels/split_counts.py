@@ -7,6 +7,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from .conv_counts import conv2d_flops
+
 
 class OperationCounts(NamedTuple):
     """Operations of one call. Their sum compares with torch's counter, which has 2 per multiply-accumulate."""
@@ -37,13 +39,18 @@ def split_linear_counts(values: Tensor, index: Tensor, has_bias: bool, rows: int
 
 
 def register_flop_formulas() -> None:
-    """Teaches `torch.utils.flop_counter.FlopCounterMode` both operators: multiplications plus additions really done.
+    """Teaches `torch.utils.flop_counter.FlopCounterMode` the operators: multiplications plus additions really done.
 
     Call it before making the counter. A function, not a side effect of the import: torch's counter imports triton.
     """
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    formulas = {torch.ops.redpp.split_conv2d: _conv2d_flops, torch.ops.redpp.split_linear: _linear_flops}
+    formulas = {
+        torch.ops.redpp.split_conv2d: _conv2d_flops,
+        torch.ops.redpp.split_linear: _linear_flops,
+        torch.ops.redpp.fused_conv2d: conv2d_flops,
+        torch.ops.redpp.depthwise_conv2d: conv2d_flops,
+    }
     for packet, formula in formulas.items():
         if packet not in flop_registry:
             register_flop_formula(packet, get_raw=True)(formula)
