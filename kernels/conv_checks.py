@@ -71,7 +71,7 @@ def check_programs(op: str, programs: int) -> None:
         ValueError: 2^31 programs or more.
     """
     if programs >= _INT32:
-        raise ValueError(f"{op}: x must need less than 2^31 tiles of output on a GPU, found {programs}: use fewer images")
+        raise ValueError(f"{op}: x must need less than 2^31 tiles of output on a GPU, found {programs}")
 
 
 def empty_channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
