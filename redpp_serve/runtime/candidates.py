@@ -19,6 +19,7 @@ CODEBOOK_BYTES = 8 << 20  # a smaller weight stays in a cache, and reading less 
 CODEBOOK_ROWS = 32  # with more, the products take longer than reading the weight
 CODEBOOK_ROWS_FEW_VALUES = 64  # the same for at most 8 values and at least 8192 outputs: their decoding is cheaper
 SPLIT_SHARE = 0.1  # of the dense layer's operations: gathering and adding costs about ten times as much each
+ONEDNN_CALL_PRODUCTS = 1 << 23  # above, the 25 us that oneDNN's fused convolution takes to start do not show
 ONEDNN_LINEAR_PRODUCTS = 1 << 20  # below, the call itself takes longer than the library's
 
 
@@ -96,8 +97,13 @@ def _dense(layer: FusedLayer, x_shape: tuple[int, ...], device: torch.device) ->
 
 
 def _on_cpu(layer: FusedLayer, x_shape: tuple[int, ...]) -> Iterator[Candidate]:
-    if not layer.is_conv and available(layer.values.dtype):
-        products = layer.rows(x_shape) * layer.values.numel()
+    if not available(layer.values.dtype):
+        return
+    products = layer.rows(x_shape) * layer.values.numel()
+    if layer.is_conv:
+        worth = products <= ONEDNN_CALL_PRODUCTS
+        yield Candidate("library", worth, f"torch's own call starts sooner, {products} products", lambda: forms.plain(layer))
+    else:
         worth = products >= ONEDNN_LINEAR_PRODUCTS
         yield Candidate("onednn", worth, f"packed weights, {products} products", lambda: onednn_linear(layer))
 

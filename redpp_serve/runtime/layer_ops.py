@@ -7,6 +7,7 @@ the same for some device, and `candidates` says where each may stand.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,8 +44,9 @@ def resolve_layer_op(op: str) -> Callable[..., Any] | None:
 
 
 def _finish(y: Tensor, other: Tensor | None, activation: str) -> Tensor:
-    y = y if other is None else y + other
-    return y if activation == "none" else ACTIVATIONS[activation](y)
+    """The epilogue of a result that nobody else holds: in place where torch can."""
+    y = y if other is None else y.add_(other)
+    return _IN_PLACE.get(activation, ACTIVATIONS[activation])(y)
 
 
 def _onednn_conv2d_then(
@@ -94,6 +96,14 @@ def _split_linear_then(
     return _finish(torch.ops.redpp.split_linear(x, values, channel, index, sign, bias), other, activation)
 
 
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "relu6": partial(F.hardtanh_, min_val=0.0, max_val=6.0),
+    "silu": partial(F.silu, inplace=True),
+    "sigmoid": torch.sigmoid_,
+    "hardswish": partial(F.hardswish, inplace=True),
+    "hardsigmoid": partial(F.hardsigmoid, inplace=True),
+}
 _PLAIN: dict[str, Callable[..., Any]] = {
     FUSED_CONV2D: fused_conv2d,
     FUSED_LINEAR: fused_linear,

@@ -52,11 +52,16 @@ class FusedLayer:
 
     def rows(self, x_shape: tuple[int, ...]) -> int:
         """Rows of the matrix product for an input of this shape: output positions of all images, or vectors."""
+        shape = self.result_shape(x_shape)
+        return math.prod(shape) // max(1, self.values.shape[0])
+
+    def result_shape(self, x_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the layer's result for an input of this shape."""
         if not self.is_conv:
-            return math.prod(x_shape[:-1])
+            return (*x_shape[:-1], self.values.shape[0])
         out = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in
                zip(x_shape[2:], self.values.shape[2:], *self.geometry)]  # fmt: skip
-        return x_shape[0] * math.prod(out)
+        return (x_shape[0], self.values.shape[0], *out)
 
 
 def fused_layers(graph: Graph) -> list[FusedLayer]:

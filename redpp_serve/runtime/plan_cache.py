@@ -163,15 +163,18 @@ def _read(path: Path) -> Entries:
 
 
 def _timing(value: Any) -> Timing:
+    """Null stands for a kernel that failed."""
+    if value is None:
+        return Timing(math.inf, math.inf)
     seconds, high = map(float, value)
-    if not (0 < seconds < math.inf and 0 < high):
-        raise ValueError(f"a time of {seconds} s")
+    if not (0 < seconds < math.inf and 0 < high < math.inf):
+        raise ValueError(f"a time of {seconds} s, at most {high} of the dense kernel's")
     return Timing(seconds, high)
 
 
 def _write(path: Path, entries: Entries) -> None:
-    plain = {key: {s: {k: [t.seconds, min(t.high, 1e9)] for k, t in times.items()} for s, times in layers.items()}
-             for key, layers in entries.items()}  # fmt: skip
+    plain = {key: {s: {k: [t.seconds, t.high] if math.isfinite(t.seconds) else None for k, t in times.items()}
+                   for s, times in layers.items()} for key, layers in entries.items()}  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

@@ -1,0 +1,234 @@
+"""Choosing the kernel of each layer by timing the candidates on the device that serves, before any request.
+
+A prior (`candidates`) says what is worth timing, a budget how long it may take. Candidates run in turns, each round
+forwards and backwards, so that a busy machine or a changing clock meets all of them alike; the dense kernel is left only
+for one that is surely faster (`plan.decide`). A candidate that fails or differs from the dense kernel's result is out.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .candidates import Candidate, candidates, signature
+from .forms import Form
+from .graph import Graph, InputSpec
+from .layers import FusedLayer, fused_layers
+from .plan import DENSE, LEAST_GAIN, Choice, Plan, Timing, decide, upper_bound
+from .plan_cache import PlanCache, device_key, device_name
+from .precision import precision_dtype
+from .program import Program
+from .programs import channels_last, layer_inputs
+from .timers import Timer, timer_for
+
+log = logging.getLogger(__name__)
+
+PLAN_SECONDS = 20.0
+FEWEST_ROUNDS, MOST_ROUNDS = 7, 101
+# Largest difference from the dense kernel, in units of the dtype's rounding of the largest value: sums of thousands
+# of products in another order differ by some tens of it (measured on random layers).
+_ROUNDINGS = {torch.float32: 256.0, torch.float16: 16.0, torch.bfloat16: 16.0}
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Layers of one signature at one batch size."""
+
+    batch: int
+    signature: str
+    layers: tuple[FusedLayer, ...]
+    x_shape: tuple[int, ...]
+    options: tuple[Candidate, ...]
+
+    def choices(self, kernel: str, source: str, timings: dict[str, Timing]) -> Iterator[Choice]:
+        times = {name: timing.seconds for name, timing in timings.items() if math.isfinite(timing.seconds)}
+        for layer in self.layers:
+            yield Choice(layer.node.name, self.batch, kernel, source, times, "x".join(map(str, self.x_shape)))
+
+
+@torch.inference_mode()
+def make_plan(
+    graph: Graph, device: torch.device, precision: str, batches: Sequence[int], *, seconds: float = PLAN_SECONDS,
+    cache: PlanCache | None = None, everything: bool = False,
+) -> Plan:  # fmt: skip
+    """Choose a kernel for each layer of a network at each batch size.
+
+    Args:
+        graph: of `programs.serving_graph`, on the device.
+        seconds: about how long timing may take; what is not reached stays dense. The costliest layers come first.
+        cache: where times of earlier runs are looked up and new ones kept.
+        everything: time also what the prior rules out.
+    """
+    start = time.perf_counter()
+    cells = _cells(graph, device, precision, batches, everything)
+    cache = cache or PlanCache(None, shipped=None)
+    key = device_key(device, precision)
+    known, missing = _look_up(cells, cache, key)
+    measured: dict[str, dict[str, Timing]] = {}
+    if missing:
+        with cache.locked(wait_s=2 * seconds):
+            known, missing = _look_up(cells, cache, key)
+            measured = _measure(missing, timer_for(graph, device), seconds)
+            cache.add(key, measured)
+    choices = []
+    for cell in cells:
+        if len(cell.options) == 1:
+            choices += cell.choices(DENSE, "rule", {})
+            continue
+        timings, source = known.get(cell.signature) or (measured.get(cell.signature, {}), "measured")
+        timings = {c.kernel: timings[c.kernel] for c in cell.options if c.kernel in timings}
+        choices += cell.choices(decide(timings), source if timings else "budget", timings)
+    order = {layer.node.name: k for k, layer in enumerate(fused_layers(graph))}
+    choices.sort(key=lambda choice: (order[choice.layer], choice.batch))
+    return Plan(device_name(device), precision, tuple(batches), tuple(choices), time.perf_counter() - start)
+
+
+def _cells(
+    graph: Graph, device: torch.device, precision: str, batches: Sequence[int], everything: bool
+) -> list[_Cell]:
+    dtype, inputs = precision_dtype(precision), layer_inputs(graph, device, precision)
+    found: dict[str, _Cell] = {}
+    for batch in batches:
+        for layer in fused_layers(graph):
+            one = inputs[layer.node.name]
+            shape = (one[0] * batch, *one[1:])
+            text = signature(graph, layer.node, shape, dtype)
+            if text in found and found[text].batch == batch:
+                found[text] = _with_layer(found[text], layer)
+                continue
+            options = candidates(graph, layer.node, shape, device, dtype)
+            kept = tuple(c for c in options if c.kernel == DENSE or c.worth_timing or everything)
+            found[text] = _Cell(batch, text, (layer,), shape, kept)
+    return list(found.values())
+
+
+def _with_layer(cell: _Cell, layer: FusedLayer) -> _Cell:
+    return _Cell(cell.batch, cell.signature, (*cell.layers, layer), cell.x_shape, cell.options)
+
+
+def _look_up(
+    cells: Sequence[_Cell], cache: PlanCache, key: str
+) -> tuple[dict[str, tuple[dict[str, Timing], str]], list[_Cell]]:
+    """What is known by signature, and the cells with a candidate whose time is not."""
+    known, missing = {}, []
+    for cell in cells:
+        found = cache.find(key, cell.signature)
+        if found and {c.kernel for c in cell.options} <= found[0].keys():
+            known[cell.signature] = found
+        elif len(cell.options) > 1:
+            missing.append(cell)
+    return known, missing
+
+
+def _measure(cells: Sequence[_Cell], timer: Timer, seconds: float) -> dict[str, dict[str, Timing]]:
+    """Times by signature, for as many cells as the budget reaches, the costliest first."""
+    end = time.perf_counter() + seconds
+    products = {cell.signature: cell.layers[0].rows(cell.x_shape) * cell.layers[0].values.numel() for cell in cells}
+    ordered = sorted(cells, key=lambda cell: -products[cell.signature] * len(cell.layers))
+    found = {}
+    for done, cell in enumerate(ordered):
+        left = end - time.perf_counter()
+        if left <= 0:
+            log.warning("%d of %d layers keep the dense kernel: the %.0f s for timing are over",
+                        len(ordered) - done, len(ordered), seconds)  # fmt: skip
+            break
+        found[cell.signature] = time_candidates(cell.layers[0], cell.x_shape, cell.options, timer, left / (len(ordered) - done))
+    return found
+
+
+def time_candidates(
+    layer: FusedLayer, x_shape: tuple[int, ...], options: Sequence[Candidate], timer: Timer, seconds: float
+) -> dict[str, Timing]:
+    """Median seconds of each candidate that computes what the dense one (the first) does.
+
+    A candidate that fails or differs keeps an infinite time, so that it is not tried again; the log says why.
+
+    Args:
+        seconds: for all rounds; at least `FEWEST_ROUNDS` are made.
+    """
+    end = time.perf_counter() + seconds
+    inputs = _inputs(layer, x_shape)
+    runs: dict[str, Callable[[], float]] = {}
+    expected: Tensor | None = None
+    for option in options:
+        try:
+            form = option.make()
+            result = _program(layer, form)(*inputs)[0]
+            difference = 0.0 if expected is None else _difference(result, expected)
+            if not difference <= _ROUNDINGS.get(result.dtype, 256.0):
+                raise ValueError(f"its result differs by {difference:.0f} roundings from the dense kernel's")
+            runs[option.kernel] = timer.prepare(lambda tensors, node=form[0]: _program(layer, (node, tensors)), form[1], inputs)
+        except Exception as error:  # whatever a compiler or a driver raises: this kernel is not for this device
+            if expected is None:
+                raise
+            log.warning("%s cannot run %s with an input of shape %s: %s", option.kernel, layer.node.name, x_shape,
+                        " ".join(str(error).split())[:300])  # fmt: skip
+            continue
+        expected = result if expected is None else expected
+    failed = {option.kernel: Timing(math.inf, math.inf) for option in options if option.kernel not in runs}
+    return _timings(list(runs), _rounds(list(runs.values()), end)) | failed
+
+
+def _rounds(runs: Sequence[Callable[[], float]], end: float) -> list[list[float]]:
+    """Seconds of each candidate in each round; stops early when every candidate is decided."""
+    rounds: list[list[float]] = []
+    while len(rounds) < MOST_ROUNDS:
+        there = [run() for run in runs]
+        back = [run() for run in reversed(runs)][::-1]
+        rounds.append([(a + b) / 2 for a, b in zip(there, back)])
+        if len(rounds) >= FEWEST_ROUNDS and (time.perf_counter() > end or _decided(rounds)):
+            break
+    return rounds
+
+
+def _decided(rounds: Sequence[Sequence[float]]) -> bool:
+    """Whether each candidate is surely better, or surely not better, than wanted."""
+    for k in range(1, len(rounds[0])):
+        ratios = [row[k] / row[0] for row in rounds]
+        at_least = 1 / upper_bound([1 / ratio for ratio in ratios])
+        if upper_bound(ratios) > 1 - LEAST_GAIN > at_least:
+            return False
+    return True
+
+
+def _timings(kernels: Sequence[str], rounds: Sequence[Sequence[float]]) -> dict[str, Timing]:
+    found = {}
+    for k, kernel in enumerate(kernels):
+        column = sorted(row[k] for row in rounds)
+        high = upper_bound([row[k] / row[0] for row in rounds]) if k else 1.0
+        found[kernel] = Timing(column[len(column) // 2], high)
+    return found
+
+
+def _inputs(layer: FusedLayer, x_shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """The layer's input and, unless it is the same value, its summand; normal random numbers, images channels-last."""
+    weight = layer.values
+    generator = torch.Generator().manual_seed(0)
+    shapes = [x_shape]
+    if layer.other is not None and layer.other != layer.x:
+        shapes.append(layer.result_shape(x_shape))
+    made = (torch.randn(shape, generator=generator).to(weight.device, weight.dtype) for shape in shapes)
+    return tuple(channels_last(x) for x in made)
+
+
+def _program(layer: FusedLayer, form: Form) -> Program:
+    """One layer alone."""
+    node, tensors = form
+    values = list(dict.fromkeys([layer.x, layer.other] if layer.other is not None else [layer.x]))
+    dtype = str(layer.values.dtype).removeprefix("torch.")
+    specs = tuple(InputSpec(value.name, (), dtype) for value in values)  # a program does not look at shapes
+    return Program(Graph(specs, tensors, (node,), (node.name,))).eval()
+
+
+def _difference(result: Tensor, expected: Tensor) -> float:
+    """In roundings of the largest value; NaN where one of both is not finite."""
+    largest = float(expected.float().abs().max()) if expected.numel() else 0.0
+    if not expected.numel() or not largest:
+        return float(result.float().abs().sum())
+    return float((result.float() - expected.float()).abs().max()) / (largest * torch.finfo(expected.dtype).eps)

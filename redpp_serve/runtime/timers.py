@@ -1,0 +1,99 @@
+"""How long one call of a layer takes on a device: by the clock on a CPU, by events around a recorded graph on a GPU."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .graph import Graph
+
+Make = Callable[[Mapping[str, Tensor]], Callable[..., object]]  # a layer's program that reads these weights
+
+_SLOT_S = 0.5e-3  # one reading covers so many calls that the clock and what surrounds a call do not matter
+_MOST_CALLS = 100
+_COPIES = 64  # of a weight at most, so that a GPU's cache does not hold it
+_WARM_UPS = 3
+
+
+class Timer(Protocol):
+    """Readies a kernel for timing."""
+
+    def prepare(self, make: Make, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], float]:
+        """A function that runs the kernel some times and returns the seconds of one call."""
+
+
+def timer_for(graph: Graph, device: torch.device) -> Timer:
+    """The timer for a network's layers on a device."""
+    if device.type != "cuda":
+        return ClockTimer()
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    weights = sum(t.numel() * t.element_size() for t in graph.tensors.values())
+    return EventTimer(device, 2 * cache if weights > cache else 0)
+
+
+class ClockTimer:
+    """The performance counter; ``clock`` gives seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+
+    def prepare(self, make: Make, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], float]:
+        call, clock = make(tensors), self._clock
+        for _ in range(_WARM_UPS):
+            start = clock()
+            call(*inputs)
+            once = clock() - start
+        calls = max(1, min(_MOST_CALLS, round(_SLOT_S / max(once, 1e-9))))
+
+        def run() -> float:
+            start = clock()
+            for _ in range(calls):
+                call(*inputs)
+            return (clock() - start) / calls
+
+        return run
+
+
+class EventTimer:
+    """Many calls in one CUDA graph between two events.
+
+    Args:
+        device: where the layer runs.
+        cold_bytes: weights pass through so many bytes of copies before one is read again, as when a network's weights
+            do not fit the L2 cache; 0 for the same weight each time, as when they do.
+    """
+
+    def __init__(self, device: torch.device, cold_bytes: int) -> None:
+        self._device, self._cold_bytes = device, cold_bytes
+
+    def prepare(self, make: Make, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], float]:
+        size = max(1, sum(t.numel() * t.element_size() for t in tensors.values()))
+        copies = max(1, min(_COPIES, math.ceil(self._cold_bytes / size)))
+        calls = [make(tensors)] + [make({name: t.clone() for name, t in tensors.items()}) for _ in range(copies - 1)]
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                calls[0](*inputs)
+        torch.cuda.synchronize(self._device)
+        repeats = max(copies, 20)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for k in range(repeats):
+                calls[k % copies](*inputs)
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()
+
+        def run() -> float:
+            before.record()
+            graph.replay()
+            after.record()
+            after.synchronize()
+            return before.elapsed_time(after) / 1e3 / repeats
+
+        return run
