@@ -6,6 +6,7 @@ but the standard library, torch and, when a CUDA tensor comes in, triton.
 
 from .depthwise_conv2d import depthwise_conv2d
 from .fused_conv2d import fused_conv2d
+from .fused_linear import fused_linear
 from .split import split_conv2d, split_linear
 from .split_counts import OperationCounts, register_flop_formulas, split_conv2d_counts, split_linear_counts
 
@@ -13,6 +14,7 @@ __all__ = [
     "OperationCounts",
     "depthwise_conv2d",
     "fused_conv2d",
+    "fused_linear",
     "register_flop_formulas",
     "split_conv2d",
     "split_conv2d_counts",

@@ -226,8 +226,13 @@ def fused_conv2d_triton(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    tf32: bool | None = None,
 ) -> Tensor:
-    """Launches the kernel for arguments already checked; see `fused_conv2d.fused_conv2d`. fp32, fp16 or bf16."""
+    """Launches the kernel for arguments already checked; see `fused_conv2d.fused_conv2d`. fp32, fp16 or bf16.
+
+    Args:
+        tf32: round the products of fp32 to tf32; None: where torch's convolutions may.
+    """
     n, n_in, h, w = x.shape
     n_out, _, kernel_h, kernel_w = weight.shape
     check_extent(_OP, x.shape, padding)
@@ -250,7 +255,8 @@ def fused_conv2d_triton(
     partial = torch.empty((blocks.split, rows, n_out), dtype=torch.float32, device=x.device) if split else out
     in_unit, out_unit = alignment(n_in), alignment(n_out)
     pointwise = taps == 1 and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
-    precision = "tf32" if x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    rounded = torch.backends.cudnn.allow_tf32 if tf32 is None else tf32
+    precision = "tf32" if x.dtype == torch.float32 and rounded else "ieee"
     epilogue = (bias is not None, residual is not None, scattered, activation)
     programs = triton.cdiv(rows, blocks.rows) * triton.cdiv(n_out, blocks.columns)
     check_programs(_OP, programs)

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .conv_counts import conv2d_flops
+from .fused_linear import linear_flops
 
 
 class OperationCounts(NamedTuple):
@@ -50,6 +51,7 @@ def register_flop_formulas() -> None:
         torch.ops.redpp.split_linear: _linear_flops,
         torch.ops.redpp.fused_conv2d: conv2d_flops,
         torch.ops.redpp.depthwise_conv2d: conv2d_flops,
+        torch.ops.redpp.fused_linear: linear_flops,
     }
     for packet, formula in formulas.items():
         if packet not in flop_registry:
