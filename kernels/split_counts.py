@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from .codebook_linear import codebook_linear_flops
 from .conv_counts import conv2d_flops
 from .fused_linear import linear_flops
 
@@ -52,6 +53,7 @@ def register_flop_formulas() -> None:
         torch.ops.redpp.fused_conv2d: conv2d_flops,
         torch.ops.redpp.depthwise_conv2d: conv2d_flops,
         torch.ops.redpp.fused_linear: linear_flops,
+        torch.ops.redpp.codebook_linear: codebook_linear_flops,
     }
     for packet, formula in formulas.items():
         if packet not in flop_registry:
