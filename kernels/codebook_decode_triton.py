@@ -76,11 +76,11 @@ def decode(packed, words, table, codebook, DECODE: tl.constexpr):
     elif DECODE == "prmt16":
         if codebook.dtype.element_ty == tl.float16:
             low, high = tl.inline_asm_elementwise(
-                PRMT16, PRMT16_OPERANDS, (packed, *words), (tl.float16, tl.float16), True, 4
+                PRMT16, PRMT16_OPERANDS, (packed, words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]), (tl.float16, tl.float16), True, 4
             )
         else:
             low, high = tl.inline_asm_elementwise(
-                PRMT16, PRMT16_OPERANDS, (packed, *words), (tl.bfloat16, tl.bfloat16), True, 4
+                PRMT16, PRMT16_OPERANDS, (packed, words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]), (tl.bfloat16, tl.bfloat16), True, 4
             )
     elif DECODE == "pair":
         both = tl.load(table + packed.to(tl.int32))

@@ -9,12 +9,12 @@ DECODES = ("prmt8", "prmt16", "pair", "pointer")
 FEW_VALUES = 8  # that a permutation of one table half selects from
 MAX_SPLIT = 16
 STEPS_PER_SPLIT = 2  # fewer do not fill the pipeline of loads
-PROGRAMS_PER_PROCESSOR = 4  # of four warps: enough to issue a decoding instruction at every clock
+WARPS_PER_PROCESSOR = 16  # four for each scheduler: enough to issue a decoding instruction at every clock
 
 
 @dataclass(frozen=True)
 class CodebookBlocks:
-    """One program: `outputs` x `rows` of the result, `bytes` packed bytes of each output in a step of its loop.
+    """One program: `outputs` x `rows` of the result, `groups` of packed bytes of each output in a step of its loop.
 
     `split` programs share one tile's reduction; each writes fp32 sums, which a second launch adds in a fixed order.
     """
@@ -22,10 +22,10 @@ class CodebookBlocks:
     decode: str
     rows: int
     outputs: int
-    bytes: int
+    groups: int
     split: int
     stages: int
-    warps: int = 4
+    warps: int
 
 
 def check_decode(op: str, decode: str, values: int, itemsize: int) -> None:
@@ -56,20 +56,25 @@ def codebook_blocks(
     """Tiles and shares for ``rows`` x n_out sums over the packed bytes of one output.
 
     Weights are operand A of the matrix instructions, which takes them from registers; so few rows make a narrow tile
-    that does nothing but decode, and the reduction is shared until every multiprocessor has `PROGRAMS_PER_PROCESSOR`.
+    that does nothing but decode, and the reduction is shared until every multiprocessor has `WARPS_PER_PROCESSOR`.
 
     Args:
         n_in_bytes: of `codebook_packing.packed_bytes`.
         itemsize: bytes of a value.
     """
     chosen = best_decode(values, itemsize) if decode == "auto" else decode
-    tile_rows = 16 if itemsize != 2 else 8  # IEEE products in fp32 have no narrower tile
-    while tile_rows < min(rows, 64 if itemsize == 2 else 32):
+    most_rows = 64 if itemsize == 2 else 32
+    tile_rows = 8 if itemsize == 2 else 16  # IEEE products in fp32 have no narrower tile
+    while tile_rows < min(rows, most_rows):
         tile_rows *= 2
-    tile_outputs = 64 if n_out >= 64 else 32 if n_out > 16 else 16
-    steps = max(1, n_in_bytes // GROUP_BYTES)
-    programs = -(-rows // tile_rows) * -(-n_out // tile_outputs)
-    split = 1
-    while split < MAX_SPLIT and programs * split < PROGRAMS_PER_PROCESSOR * processors and steps >= 2 * split * STEPS_PER_SPLIT:
+    # For 16 rows two warps decode with fewer instructions: the compiler then takes the older matrix instructions.
+    warps = 2 if itemsize == 2 and tile_rows == 16 else 4
+    outputs = 16 * warps if n_out > 32 else 32 if n_out > 16 else 16
+    groups = n_in_bytes // GROUP_BYTES
+    per_step = 2 if groups > 1 and itemsize == 2 else 1
+    steps = -(-groups // per_step)
+    programs = -(-rows // tile_rows) * -(-n_out // outputs)
+    wanted, split = WARPS_PER_PROCESSOR // warps * processors, 1
+    while split < MAX_SPLIT and programs * split < wanted and steps >= 2 * split * STEPS_PER_SPLIT:
         split *= 2
-    return CodebookBlocks(chosen, tile_rows, tile_outputs, GROUP_BYTES, split, 3 if itemsize != 2 else 4)
+    return CodebookBlocks(chosen, tile_rows, outputs, per_step, split, 4 if tile_rows <= 16 and itemsize == 2 else 3, warps)

@@ -47,12 +47,13 @@ def codebook_linear_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_BYTES: tl.constexpr,
 ):
     """One tile of the result; with SPLIT, one share of its reduction, as fp32 sums in `partial`.
 
-    A step reads one group of each output's bytes: its low nibbles are the weights of BLOCK_BYTES neighbouring inputs,
-    its high ones those of the next BLOCK_BYTES.
+    A step reads GROUPS groups of each output's bytes. A group's low nibbles are the weights of GROUP_BYTES neighbouring
+    inputs, its high ones those of the next GROUP_BYTES.
     """
     n_in = in_units * IN_UNIT
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
@@ -60,7 +61,7 @@ def codebook_linear_kernel(
     output = pid // row_blocks * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     row = pid % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     output_inside, row_inside = output < n_out, row < rows
-    lane = tl.arange(0, BLOCK_BYTES)
+    lane = tl.arange(0, GROUP_BYTES)
     source = indices + (output.to(tl.int64) * row_bytes)[:, None] + lane[None, :]
     inputs = x + (row.to(tl.int64) * n_in)[None, :]
     words = load_words(table, tl.arange(0, BLOCK_OUTPUTS), TABLE_ROWS) if DECODE == "prmt8" or DECODE == "prmt16" else ()
@@ -68,14 +69,17 @@ def codebook_linear_kernel(
     first = tl.program_id(1) * steps_per_split
     total = tl.zeros([BLOCK_OUTPUTS, BLOCK_ROWS], dtype=tl.float32)
     for step in range(first, min(first + steps_per_split, steps)):
-        packed = tl.load(source + step * BLOCK_BYTES, mask=output_inside[:, None], other=0, eviction_policy="evict_first")
-        low, high = decode(packed, words, table, codebook, DECODE)
-        at = step * 2 * BLOCK_BYTES + lane
-        value = tl.load(inputs + at[:, None], mask=(at < n_in)[:, None] & row_inside[None, :], other=0.0)
-        total = tl.dot(low, value, total, input_precision=PRECISION)
-        at += BLOCK_BYTES
-        value = tl.load(inputs + at[:, None], mask=(at < n_in)[:, None] & row_inside[None, :], other=0.0)
-        total = tl.dot(high, value, total, input_precision=PRECISION)
+        for k in tl.static_range(GROUPS):
+            group = step * GROUPS + k
+            stored = output_inside[:, None] & (group * GROUP_BYTES < row_bytes)
+            packed = tl.load(source + group * GROUP_BYTES, mask=stored, other=0, eviction_policy="evict_first")
+            low, high = decode(packed, words, table, codebook, DECODE)
+            at = group * 2 * GROUP_BYTES + lane
+            value = tl.load(inputs + at[:, None], mask=(at < n_in)[:, None] & row_inside[None, :], other=0.0)
+            total = tl.dot(low, value, total, input_precision=PRECISION)
+            at += GROUP_BYTES
+            value = tl.load(inputs + at[:, None], mask=(at < n_in)[:, None] & row_inside[None, :], other=0.0)
+            total = tl.dot(high, value, total, input_precision=PRECISION)
 
     inside = output_inside[:, None] & row_inside[None, :]
     if SPLIT:
@@ -103,7 +107,7 @@ def codebook_linear_triton(
         rows, n_out, indices.shape[1], len(codebook), x.element_size(), decode, processors(x.device)
     )
     table = values if blocks.decode == "pointer" else decode_table(codebook, blocks.decode)
-    steps, split = indices.shape[1] // GROUP_BYTES, blocks.split > 1
+    steps, split = triton.cdiv(indices.shape[1], blocks.groups * GROUP_BYTES), blocks.split > 1
     # Without shares nothing is written to `partial`.
     partial = torch.empty((blocks.split, rows, n_out), dtype=torch.float32, device=x.device) if split else out
     unit = alignment(n_in)
@@ -113,7 +117,7 @@ def codebook_linear_triton(
     codebook_linear_kernel[(programs, blocks.split)](
         *(x, indices, table, values, shift, out, partial, rows, n_out, n_in // unit, indices.shape[1]),
         *(steps, triton.cdiv(steps, blocks.split), unit, blocks.decode, TABLE_ROWS, precision, split),
-        *(bias is not None, activation, blocks.rows, blocks.outputs, blocks.bytes),
+        *(bias is not None, activation, blocks.rows, blocks.outputs, blocks.groups, GROUP_BYTES),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
