@@ -14,6 +14,7 @@ import argparse
 import datetime
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -137,10 +138,10 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             clocks = monitor.stop()
         result = {**assemble(read(journal), ends), "clocks": clocks, "kind": options.how, "seconds": round(time.monotonic() - start, 1)}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if options.table:
             merge_table(journal, options.table)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{result['device']}, {result['versions']}, {result['seconds']} s\n\n{text(result)}")
     return 0 if result["rows"] else 1
 
@@ -148,11 +149,15 @@ def main(arguments: list[str] | None = None) -> int:
 def merge_table(journal: Path, table: Path) -> None:
     """Add the times that this run's planner measured to a plan table."""
     from benchmarks.gpu_worker import PLANS
+    from redpp_serve.runtime.plan import Timing
     from redpp_serve.runtime.plan_cache import merge
 
     measured = journal.with_suffix(PLANS)
     if measured.exists():
-        merge(measured, table)
+        entries = json.loads(measured.read_text(encoding="utf-8"))["entries"]
+        failed = Timing(math.inf, math.inf)
+        merge(table, {key: {signature: {kernel: Timing(*times) if times else failed for kernel, times in found.items()}
+                            for signature, found in layers.items()} for key, layers in entries.items()})  # fmt: skip
 
 
 if __name__ == "__main__":

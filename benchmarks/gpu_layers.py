@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from redpp_serve.kernels.epilogue import ACTIVATIONS
 from torch import Tensor, nn
 
 from benchmarks import gpu_checkout  # noqa: F401 - before the project
@@ -21,7 +22,6 @@ from benchmarks.gpu_models import MODELS, SIDE
 from benchmarks.gpu_peers import COMPILED_ROWS, compiled_linear, linear_peers
 from benchmarks.gpu_timing import Bench
 from redpp_serve import kernels
-from redpp_serve.kernels.epilogue import ACTIVATIONS
 from redpp_serve.pruning.hashing import Target, hash_weight
 
 VALUES = (16, 8)  # of a codebook

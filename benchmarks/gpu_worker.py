@@ -22,7 +22,8 @@ from benchmarks import gpu_checkout  # noqa: F401 - before the project
 from benchmarks.gpu_cells import Cell, measure_cell
 from benchmarks.gpu_journal import Budget, DeviceLost, Journal, one_line
 from benchmarks.gpu_layers import conv_cells, linear_cells
-from benchmarks.gpu_networks import ARMS, COMPILED_ARMS, PREPARE_S, Network, measure_network, place, plan, planned_cells, prepare
+from benchmarks.gpu_networks import ARMS, COMPILED_ARMS, PREPARE_S, Network, measure_network, place, plan, prepare
+from benchmarks.gpu_planned import planned_cells
 from benchmarks.gpu_settings import FULL, QUICK, REHEARSAL, Settings
 from benchmarks.gpu_timing import Bench, Peaks
 from redpp_serve.runtime.plan_cache import PlanCache
@@ -89,8 +90,8 @@ class Worker:
         networks: dict[str, Network] = {}
         names, seen = list(self.settings.networks), set()
         first = budget.part(0.6, 1.0)
-        for place, name in enumerate(names):
-            own = first.part(1.0, len(names) - place)
+        for index, name in enumerate(names):
+            own = first.part(1.0, len(names) - index)
             network = self._prepared(name, own)
             if network is None:
                 continue
@@ -109,7 +110,7 @@ class Worker:
         if network is None:
             self._not_reached(f"network {name}", reason)
             return None
-        cache = PlanCache(self.journal.path.with_suffix(PLANS))
+        cache = PlanCache(self.journal.path.with_suffix(PLANS), shipped=None)
         for version in network.graphs:
             seconds = min(settings.plan_seconds, budget.left / 6)
             choose = functools.partial(plan, network, version, self.bench, settings.batches, cache, seconds)

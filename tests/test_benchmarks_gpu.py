@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import gpu, gpu_worker
 from benchmarks.gpu_cells import Cell, Contender, error_limit, measure_cell, relative_error
-from benchmarks.gpu_journal import Budget, DeviceLost, Journal, hung, read, unfinished
+from benchmarks.gpu_journal import Budget, DeviceLost, Journal, hung, unfinished
 from benchmarks.gpu_layers import ConvShape, codebook_weight, conv_shapes
 from benchmarks.gpu_models import MODELS
 from benchmarks.gpu_peers import grouped_int4, ungrouped
@@ -318,7 +318,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
 def test_a_rehearsal_runs_every_section(rehearsal: tuple[dict[str, Any], dict[str, Any]]) -> None:
     result, table = rehearsal
     assert {row["section"] for row in result["rows"]} >= {"linear", "conv", "network"} and "rehearsal" in result["device"]
-    assert not result["crashed"] and not result["workers ended early"] and not result["not reached"] and table
+    assert not result["crashed"] and not result["workers ended early"] and not result["not reached"] and table["entries"]
     assert {plan["version"] for plan in result["plans"]} == {"original", "pruned"}
     assert result["peaks"]["bandwidth"] > 0 and result["versions"]["torch"] == torch.__version__
     lines = text(result)
