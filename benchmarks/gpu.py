@@ -61,7 +61,9 @@ def compile_first(folder: Path, how: str, budget: Budget) -> None:
     if seconds <= 0:
         return
     start = functools.partial(_start, how=how, seconds=seconds)
-    children = [start(folder / f"warm{k}.jsonl", share=(k, settings.warm_processes)) for k in range(settings.warm_processes)]
+    children = [
+        start(folder / f"warm{k}.jsonl", share=(k, settings.warm_processes)) for k in range(settings.warm_processes)
+    ]
     limit = Budget(seconds)
     while limit.left and any(child.poll() is None for child in children):
         time.sleep(POLL_S)
@@ -72,7 +74,15 @@ def compile_first(folder: Path, how: str, budget: Budget) -> None:
 
 def _start(journal: Path, how: str, seconds: float, share: tuple[int, int] | None = None) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(filter(None, [str(gpu_checkout.ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "benchmarks.gpu_worker", str(journal), f"{max(1.0, seconds):.1f}", how, *map(str, share or ())]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_worker",
+        str(journal),
+        f"{max(1.0, seconds):.1f}",
+        how,
+        *map(str, share or ()),
+    ]
     return subprocess.Popen(command, cwd=gpu_checkout.ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=sys.stderr)
 
 
@@ -110,7 +120,9 @@ def driver() -> str | None:
     """The version of the GPU's driver, where nvidia-smi is there to say it."""
     try:
         call = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.split("\n")[0].strip()
+        return (
+            subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.split("\n")[0].strip()
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -118,10 +130,20 @@ def driver() -> str | None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--seconds", type=float, help=f"for the whole run (default {FULL.seconds:.0f}); more reaches more of torch.compile")
-    parser.add_argument("--table", type=Path, help="merge the measured layer times into this plan table (redpp_serve/runtime/plans.json)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help=f"for the whole run (default {FULL.seconds:.0f}); more reaches more of torch.compile",
+    )
+    parser.add_argument(
+        "--table",
+        type=Path,
+        help="merge the measured layer times into this plan table (redpp_serve/runtime/plans.json)",
+    )
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--quick", dest="how", action="store_const", const="quick", default="full", help="a look, in a minute")
+    kind.add_argument(
+        "--quick", dest="how", action="store_const", const="quick", default="full", help="a look, in a minute"
+    )
     kind.add_argument("--rehearse", dest="how", action="store_const", const="rehearse",
                       help="for development: every step on tiny shapes on the CPU; its times mean nothing")  # fmt: skip
     options = parser.parse_args(arguments)
@@ -137,7 +159,12 @@ def main(arguments: list[str] | None = None) -> int:
             ends = measure(journal, options.how, budget)
         finally:
             clocks = monitor.stop()
-        result = {**assemble(read(journal), ends), "clocks": clocks, "kind": options.how, "seconds": round(time.monotonic() - start, 1)}
+        result = {
+            **assemble(read(journal), ends),
+            "clocks": clocks,
+            "kind": options.how,
+            "seconds": round(time.monotonic() - start, 1),
+        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if options.table:

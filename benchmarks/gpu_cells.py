@@ -74,7 +74,9 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
         return 0.0
     difference, scale = got.double() - expected.double(), expected.double()
     tiny = torch.finfo(torch.float64).tiny
-    error = max(float(difference.norm() / (scale.norm() + tiny)), float(difference.abs().max() / (scale.abs().max() + tiny)))
+    error = max(
+        float(difference.norm() / (scale.norm() + tiny)), float(difference.abs().max() / (scale.abs().max() + tiny))
+    )
     return error if error == error and bool(got.isfinite().all()) else float("inf")
 
 
@@ -137,13 +139,19 @@ def _prepare(contender: Contender, expected: Callable[[], Tensor], limit: float,
     warm = bench.make_pass([call] * count)
     several = [call, *(contender.fresh() for _ in range(copies - 1))]
     cold = bench.make_pass(several * -(-count // copies))
-    limit = limit if limit and contender.exact else max(error_limit(error, got.dtype), allowed if not contender.exact else 0.0)
+    limit = (
+        limit
+        if limit and contender.exact
+        else max(error_limit(error, got.dtype), allowed if not contender.exact else 0.0)
+    )
     return _Ready(contender, expected, error, limit, warm, cold)
 
 
 def _times(cell: Cell, peaks: Peaks, ready: dict[str, _Ready], seconds: float) -> dict[str, dict[str, Any]]:
     """Times of all that are ready; who is wrong after the last pass has none."""
-    times = {state: in_turns({name: getattr(r, state) for name, r in ready.items()}, seconds) for state in ("warm", "cold")}
+    times = {
+        state: in_turns({name: getattr(r, state) for name, r in ready.items()}, seconds) for state in ("warm", "cold")
+    }
     reference, rows = cell.contenders[0].name, {}
     for name, one in ready.items():
         after = max(relative_error(p.result, one.expected()) for p in (one.warm, one.cold))

@@ -85,8 +85,11 @@ def _linear_cell(bench: Bench, x: Tensor, books: dict[int, CodebookWeight]) -> C
     for count, book in books.items():
         right = None if book is main else functools.cache(functools.partial(_linear_expected, x, book.weight))
         for decode in DECODES[count]:
+
             def fresh(book: CodebookWeight = book, decode: str = decode) -> Call:
-                return _bound(kernels.codebook_linear, x, book.packed.clone(), book.values.clone(), None, "none", decode)
+                return _bound(
+                    kernels.codebook_linear, x, book.packed.clone(), book.values.clone(), None, "none", decode
+                )
 
             moved = ends + n_out * -(-n_in // 2) + tensors_bytes(book.values)
             contenders.append(Contender(f"codebook{count}:{decode}", fresh, moved, flop, right))
@@ -96,7 +99,9 @@ def _linear_cell(bench: Bench, x: Tensor, books: dict[int, CodebookWeight]) -> C
         absent["split"] = f"left out above {SPLIT_ROWS} rows or {SPLIT_WEIGHTS} weights"
     peers, missing = linear_peers(x, main.weight, bench)
     fields = {"n_out": n_out, "n_in": n_in, "rows": m}
-    return Cell("linear", fields, [*contenders, *peers], functools.partial(_linear_expected, x, main.weight), absent | missing)
+    return Cell(
+        "linear", fields, [*contenders, *peers], functools.partial(_linear_expected, x, main.weight), absent | missing
+    )
 
 
 def _dense_linear(x: Tensor, weight: Tensor) -> Contender:
@@ -215,7 +220,9 @@ def conv_cell(bench: Bench, network: str, shape: ConvShape, batch: int, width: f
         return torch.ops.aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *pairs)
 
     def fused(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-        return kernels.fused_conv2d(x, weight, bias, residual, activation=shape.activation, stride=window[0], padding=window[1])
+        return kernels.fused_conv2d(
+            x, weight, bias, residual, activation=shape.activation, stride=window[0], padding=window[1]
+        )
 
     def depthwise(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
         return kernels.depthwise_conv2d(x, weight, bias, shape.activation, *window)
@@ -225,7 +232,11 @@ def conv_cell(bench: Bench, network: str, shape: ConvShape, batch: int, width: f
         contenders.append(Contender("cudnn", fresh(cudnn), moved, flop))
     else:
         absent["cudnn"] = f"its fused epilogue has no {shape.activation}"
-    contenders.append(Contender("depthwise", fresh(depthwise), moved, flop) if shape.groups > 1 else Contender("fused", fresh(fused), moved, flop))
+    contenders.append(
+        Contender("depthwise", fresh(depthwise), moved, flop)
+        if shape.groups > 1
+        else Contender("fused", fresh(fused), moved, flop)
+    )
     if batch <= SPLIT_BATCH and shape.n_in * shape.n_out <= 1 << 16 and shape.groups == 1:
         split = functools.partial(_split_conv, operands, window, shape.activation)
         contenders.append(Contender("split", split, moved + 5 * shape.n_in * shape.n_out, flop))
@@ -241,7 +252,9 @@ def _conv_operands(bench: Bench, shape: ConvShape, batch: int, out: int) -> Oper
     per_group = shape.n_in // shape.groups
     x = bench.randn(batch, shape.n_in, shape.side, shape.side, seed=1).contiguous(memory_format=torch.channels_last)
     book = codebook_weight(bench, shape.n_out, per_group * shape.kernel**2, VALUES[0])
-    weight = book.weight.view(shape.n_out, per_group, shape.kernel, shape.kernel).contiguous(memory_format=torch.channels_last)
+    weight = book.weight.view(shape.n_out, per_group, shape.kernel, shape.kernel).contiguous(
+        memory_format=torch.channels_last
+    )
     residual = bench.randn(batch, shape.n_out, out, out, seed=3) if shape.residual else None
     residual = residual if residual is None else residual.contiguous(memory_format=torch.channels_last)
     return x, weight, bench.randn(shape.n_out, seed=2), residual
@@ -266,7 +279,9 @@ def _split_conv(operands: Callable[[], Operands], window: tuple[int, int], activ
     if weight.shape[2:].numel() == 1:  # of a 1 x 1 convolution the values themselves repeat
         return _split_pointwise(x, weight, bias, residual, activation)
     channel = torch.arange(n_in, device=x.device).repeat_interleave(n_out)
-    index = (torch.arange(n_in, device=x.device) * n_out + torch.arange(n_out, device=x.device)[:, None]).to(torch.int32)
+    index = (torch.arange(n_in, device=x.device) * n_out + torch.arange(n_out, device=x.device)[:, None]).to(
+        torch.int32
+    )
     return _split_call(x, kernels_of_inputs, channel, index, bias, residual, activation, *window)
 
 

@@ -39,7 +39,9 @@ class SqueezeExcite(nn.Module):
         return x * self.gate(x)
 
 
-def _conv(n_in: int, n_out: int, kernel: int, stride: int = 1, groups: int = 1, activation: type[nn.Module] | None = nn.ReLU) -> list[nn.Module]:
+def _conv(
+    n_in: int, n_out: int, kernel: int, stride: int = 1, groups: int = 1, activation: type[nn.Module] | None = nn.ReLU
+) -> list[nn.Module]:
     """Convolution, batch norm and activation."""
     layers = [nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(n_out)]
     return [*layers, *([activation()] if activation else [])]
@@ -61,7 +63,9 @@ def resnet50() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, CLASSES))
 
 
-def _inverted(n_in: int, n_out: int, ratio: int, kernel: int, stride: int, activation: type[nn.Module], squeeze: bool) -> nn.Module:
+def _inverted(
+    n_in: int, n_out: int, ratio: int, kernel: int, stride: int, activation: type[nn.Module], squeeze: bool
+) -> nn.Module:
     """Expansion, depthwise convolution, squeeze and excite, projection; with a shortcut where shapes allow it."""
     wide = n_in * ratio
     body = [*(_conv(n_in, wide, 1, activation=activation) if ratio > 1 else []),
@@ -72,24 +76,47 @@ def _inverted(n_in: int, n_out: int, ratio: int, kernel: int, stride: int, activ
     return Residual(block, nn.Identity(), nn.Identity()) if stride == 1 and n_in == n_out else block
 
 
-def _mobile(stages: tuple[tuple[int, int, int, int, int], ...], last: int, activation: type[nn.Module], squeeze: bool) -> nn.Module:
+def _mobile(
+    stages: tuple[tuple[int, int, int, int, int], ...], last: int, activation: type[nn.Module], squeeze: bool
+) -> nn.Module:
     """``stages`` are (ratio, channels, blocks, stride of the first, kernel)."""
     layers, n_in = [*_conv(3, 32, 3, 2, activation=activation)], 32
     for ratio, channels, blocks, stride, kernel in stages:
         for block in range(blocks):
             layers.append(_inverted(n_in, channels, ratio, kernel, 1 if block else stride, activation, squeeze))
             n_in = channels
-    head = [*_conv(n_in, last, 1, activation=activation), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, CLASSES)]
+    head = [
+        *_conv(n_in, last, 1, activation=activation),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(last, CLASSES),
+    ]
     return nn.Sequential(*layers, *head)
 
 
 def mobilenet_v2() -> nn.Module:
-    stages = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 32, 3, 2, 3), (6, 64, 4, 2, 3), (6, 96, 3, 1, 3), (6, 160, 3, 2, 3), (6, 320, 1, 1, 3))
+    stages = (
+        (1, 16, 1, 1, 3),
+        (6, 24, 2, 2, 3),
+        (6, 32, 3, 2, 3),
+        (6, 64, 4, 2, 3),
+        (6, 96, 3, 1, 3),
+        (6, 160, 3, 2, 3),
+        (6, 320, 1, 1, 3),
+    )
     return _mobile(stages, 1280, nn.ReLU6, squeeze=False)
 
 
 def efficientnet_b0() -> nn.Module:
-    stages = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5), (6, 192, 4, 2, 5), (6, 320, 1, 1, 3))
+    stages = (
+        (1, 16, 1, 1, 3),
+        (6, 24, 2, 2, 3),
+        (6, 40, 2, 2, 5),
+        (6, 80, 3, 2, 3),
+        (6, 112, 3, 1, 5),
+        (6, 192, 4, 2, 5),
+        (6, 320, 1, 1, 3),
+    )
     return _mobile(stages, 1280, nn.SiLU, squeeze=True)
 
 
@@ -100,7 +127,14 @@ def vgg16() -> nn.Module:
             layers += [nn.Conv2d(n_in, channels, 3, padding=1), nn.ReLU()]
             n_in = channels
         layers.append(nn.MaxPool2d(2))
-    head = [nn.Flatten(), nn.Linear(512 * 49, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, CLASSES)]
+    head = [
+        nn.Flatten(),
+        nn.Linear(512 * 49, 4096),
+        nn.ReLU(),
+        nn.Linear(4096, 4096),
+        nn.ReLU(),
+        nn.Linear(4096, CLASSES),
+    ]
     return nn.Sequential(*layers, *head)
 
 

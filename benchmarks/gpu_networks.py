@@ -75,7 +75,9 @@ def prepare(name: str, bench: Bench, side: int = SIDE) -> Network:
     graph = capture(module, (InputSpec("x", (3, small, small)),), [])
     pruned = with_codebooks(narrowed(graph, WIDTH))
     spec = replace(graph.inputs[0], shape=(3, side, side))
-    return Network(name, module, {"original": replace(graph, inputs=(spec,)), "pruned": replace(pruned, inputs=(spec,))})
+    return Network(
+        name, module, {"original": replace(graph, inputs=(spec,)), "pruned": replace(pruned, inputs=(spec,))}
+    )
 
 
 def narrowed(graph: Graph, width: float) -> Graph:
@@ -95,16 +97,22 @@ def with_codebooks(graph: Graph) -> Graph:
         if not layer.is_conv:
             weight = graph.tensors[layer.weight]
             sample = weight.flatten()[:: max(1, weight.numel() >> 16)]
-            values = torch.from_numpy(hash_weight(sample, "kmeans", Target(values=VALUES)).codebook.values).unique()[:VALUES]
+            values = torch.from_numpy(hash_weight(sample, "kmeans", Target(values=VALUES)).codebook.values).unique()[
+                :VALUES
+            ]
             values = values.to(weight.dtype)
             changed[layer.weight] = values[torch.bucketize(weight, (values[1:] + values[:-1]) / 2)]
     return graph.with_tensors(changed)
 
 
-def plan(network: Network, version: str, bench: Bench, batches: Sequence[int], cache: PlanCache, seconds: float) -> None:
+def plan(
+    network: Network, version: str, bench: Bench, batches: Sequence[int], cache: PlanCache, seconds: float
+) -> None:
     """Choose the kernels of a version, as a worker does at its start."""
     graph, precision = _served(network, version, bench), _precision(bench)
-    network.plans[version] = make_plan(graph, bench.device, precision, tuple(sorted(batches)), seconds=seconds, cache=cache)
+    network.plans[version] = make_plan(
+        graph, bench.device, precision, tuple(sorted(batches)), seconds=seconds, cache=cache
+    )
 
 
 def place(network: Network, version: str, bench: Bench, batches: Sequence[int]) -> None:
@@ -129,7 +137,9 @@ def stock_arm(network: Network, images: Tensor, bench: Bench, dtype: torch.dtype
     """What TorchServe's own handler does: the module as it is, called eagerly on NCHW."""
     module = _copied(network.module, dtype).to(bench.device)
     placed = images.to(bench.device, dtype)
-    return Arm(lambda: module(images.to(bench.device).to(dtype)).float().cpu(), lambda: module(placed), _module_bytes(module))
+    return Arm(
+        lambda: module(images.to(bench.device).to(dtype)).float().cpu(), lambda: module(placed), _module_bytes(module)
+    )
 
 
 def served_arm(network: Network, images: Tensor, bench: Bench, version: str) -> Arm:
@@ -179,25 +189,39 @@ COMPILED_ARMS = {COMPILED: ("original", lambda n, x, b: compiled_arm(n, x, b, "m
                  **{name: ARMS[name] for name in ("original", "pruned")}}  # fmt: skip
 
 
-def measure_network(network: Network, batch: int, arms: dict[str, tuple[str, ArmMaker]], bench: Bench, journal: Journal, seconds: float) -> dict[str, Any]:
+def measure_network(
+    network: Network, batch: int, arms: dict[str, tuple[str, ArmMaker]], bench: Bench, journal: Journal, seconds: float
+) -> dict[str, Any]:
     """One row: times with the images on the GPU and on the host, images per second, memory."""
     side = network.graphs["original"].inputs[0].shape[-1]
     images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(batch))
     key, found, ready = f"network {network.name} batch={batch}", {}, {}
     for name, (version, make) in arms.items():
         limit = min(seconds, COMPILE_S if name == COMPILED else ARM_S)
-        arm, reason = journal.attempt(f"{key} {name}", limit, functools.partial(_checked, network, version, make, images, bench))
+        arm, reason = journal.attempt(
+            f"{key} {name}", limit, functools.partial(_checked, network, version, make, images, bench)
+        )
         found[name] = {"failed": reason} if arm is None else arm[1]
         if arm is not None:
             ready[name] = arm[0]
-    times, reason = journal.attempt(f"{key} timing", 60.0, lambda: _network_times(ready, batch, bench)) if ready else ({}, "")
+    times, reason = (
+        journal.attempt(f"{key} timing", 60.0, lambda: _network_times(ready, batch, bench)) if ready else ({}, "")
+    )
     for name in ready:
         found[name].update(times[name] if times else {"failed": reason})
-    row = {"section": "network", "network": network.name, "batch": batch, "reference": next(iter(arms)), "contenders": found}
+    row = {
+        "section": "network",
+        "network": network.name,
+        "batch": batch,
+        "reference": next(iter(arms)),
+        "contenders": found,
+    }
     return {**row, **({"peer": "torch.compile"} if COMPILED in arms else {})}
 
 
-def _checked(network: Network, version: str, make: ArmMaker, images: Tensor, bench: Bench) -> tuple[Arm, dict[str, Any]]:
+def _checked(
+    network: Network, version: str, make: ArmMaker, images: Tensor, bench: Bench
+) -> tuple[Arm, dict[str, Any]]:
     """Raises ArithmeticError for wrong answers, from the host or on the device."""
     right, plain = answers(network.graphs[version], images, bench)
     before = _held(bench)
@@ -227,7 +251,9 @@ def answers(graph: Graph, images: Tensor, bench: Bench) -> tuple[Tensor, Tensor]
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):  # once is not worth a choice
             for dtype in (torch.float32, bench.dtype):
                 program = Program(graph.to(dtype)).to(bench.device)
-                found.append(torch.cat([program(part.to(bench.device, dtype))[0].float().cpu() for part in images.split(32)]))
+                found.append(
+                    torch.cat([program(part.to(bench.device, dtype))[0].float().cpu() for part in images.split(32)])
+                )
         _answers[key] = (found[0], found[1])
     return _answers[key]
 

@@ -106,7 +106,9 @@ def _int4pack(x: Tensor, weight: Tensor) -> Contender:
 
     moved, flop = _moved(x, weight)
     stored = n_out * n_in // 2 + 4 * n_out * n_in // GROUP
-    return Contender("int4pack", fresh, moved + stored, flop, lambda: _product(prepared()[0], prepared()[3]), exact=False)
+    return Contender(
+        "int4pack", fresh, moved + stored, flop, lambda: _product(prepared()[0], prepared()[3]), exact=False
+    )
 
 
 def _fp8(x: Tensor, weight: Tensor) -> Contender:
@@ -150,7 +152,9 @@ def _nf4(x: Tensor, weight: Tensor) -> Contender:
 
     moved, flop = _moved(x, weight)
     stored = weight.numel() // 2 + 4 * weight.numel() // NF4_BLOCK
-    return Contender("nf4", fresh, moved + stored, flop, lambda: _product(x, prepared()[2]), exact=False, limit_s=GEMLITE_S)
+    return Contender(
+        "nf4", fresh, moved + stored, flop, lambda: _product(x, prepared()[2]), exact=False, limit_s=GEMLITE_S
+    )
 
 
 def _gemlite(x: Tensor, weight: Tensor) -> Contender:

@@ -21,7 +21,9 @@ from redpp_serve.runtime.program import Program
 from redpp_serve.runtime.programs import layer_inputs
 
 
-def planned_cells(network: Network, version: str, bench: Bench, batches: Sequence[int], seen: set[str]) -> Iterator[Cell]:
+def planned_cells(
+    network: Network, version: str, bench: Bench, batches: Sequence[int], seen: set[str]
+) -> Iterator[Cell]:
     """A cell for each such layer and batch; of equal ones the first, and none whose key is in ``seen`` (it grows)."""
     graph, chosen = network.served[version], network.plans[version]
     inputs = layer_inputs(graph, bench.device)
@@ -36,10 +38,14 @@ def planned_cells(network: Network, version: str, bench: Bench, batches: Sequenc
                 yield planned_cell(graph, layer, shape, kernel, fields, bench)
 
 
-def planned_cell(graph: Graph, layer: FusedLayer, shape: tuple[int, ...], kernel: str, fields: dict[str, Any], bench: Bench) -> Cell:
+def planned_cell(
+    graph: Graph, layer: FusedLayer, shape: tuple[int, ...], kernel: str, fields: dict[str, Any], bench: Bench
+) -> Cell:
     """The layer by both kernels, on random inputs of this shape."""
     stored = {ref.name: graph.tensors[ref.name] for ref in (layer.weight, layer.bias) if ref}
-    options = functools.cache(lambda: {c.kernel: c for c in candidates(graph, layer.node, shape, bench.device, bench.dtype)})
+    options = functools.cache(
+        lambda: {c.kernel: c for c in candidates(graph, layer.node, shape, bench.device, bench.dtype)}
+    )
     inputs = functools.cache(lambda: _layer_inputs(layer, shape, stored, bench))
     results = layer.rows(shape) * len(layer.values) * (2 if layer.other else 1)
     moved = tensors_bytes(*stored.values()) + (math.prod(shape) + results) * layer.values.element_size()
@@ -60,7 +66,9 @@ def planned_cell(graph: Graph, layer: FusedLayer, shape: tuple[int, ...], kernel
     return Cell("planned", fields, [contender("dense"), contender(kernel)], expected)
 
 
-def _layer_inputs(layer: FusedLayer, shape: tuple[int, ...], stored: dict[str, Tensor], bench: Bench) -> tuple[Tensor, ...]:
+def _layer_inputs(
+    layer: FusedLayer, shape: tuple[int, ...], stored: dict[str, Tensor], bench: Bench
+) -> tuple[Tensor, ...]:
     """A random input of the layer and, if it has one, a random summand of its result's shape."""
     x = bench.randn(*shape, seed=1)
     x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x

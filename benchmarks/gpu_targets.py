@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,7 +43,12 @@ def evaluate(rows: Sequence[Row]) -> list[Target]:
     """Every target of the runtime. One that a run did not reach at all its points says which are missing."""
     linear = [row for row in rows if row["section"] == "linear" and "peer" not in row]
     networks = [row for row in rows if row["section"] == "network"]
-    return [*_codebook(linear), *_peers(linear), *_networks(networks), _planned([r for r in rows if r["section"] == "planned"])]
+    return [
+        *_codebook(linear),
+        *_peers(linear),
+        *_networks(networks),
+        _planned([r for r in rows if r["section"] == "planned"]),
+    ]
 
 
 def worst(name: str, wanted: float, found: Iterable[tuple[str, float | None]]) -> Target:
@@ -94,7 +100,12 @@ def _peers(linear: Sequence[Row]) -> list[Target]:
         points = []
         for row in (row for row in linear if row["rows"] <= PEER_ROWS):
             fastest = best(row, "codebook16:")
-            points.append((f"{row['n_out']}x{row['n_in']}, {row['rows']} rows", quotient(median_us(row, peer), fastest and fastest[0])))
+            points.append(
+                (
+                    f"{row['n_out']}x{row['n_in']}, {row['rows']} rows",
+                    quotient(median_us(row, peer), fastest and fastest[0]),
+                )
+            )
         found.append(worst(f"codebook of 16 over {peer}, up to {PEER_ROWS} rows, cold", 1.0, points))
     return found
 
@@ -131,12 +142,18 @@ def text(result: Row) -> str:
     rows = result["rows"]
     parts = [_linear_table([r for r in rows if r["section"] == "linear"]), _conv_table([r for r in rows if r["section"] == "conv"]),
              _network_table([r for r in rows if r["section"] == "network"])]  # fmt: skip
-    failures = sorted({f"{name}: {cell['failed']}" for row in rows for name, cell in row["contenders"].items() if "failed" in cell})
+    failures = sorted(
+        {f"{name}: {cell['failed']}" for row in rows for name, cell in row["contenders"].items() if "failed" in cell}
+    )
     if failures:
         parts.append("Without a time:\n" + "\n".join(f"  {line[:200]}" for line in failures))
     if result["not reached"]:
-        parts.append("Not reached: " + "; ".join(f"{name}, {why}" for name, why in result["not reached"].items()))
-    parts.append("\n".join(Target(**{k: t[k] for k in ("name", "wanted", "value", "detail")}).line for t in result["targets"]))
+        counted = Counter((" ".join(key.split()[:2]), why) for key, why in result["not reached"].items())
+        lines = [f"  {count} of {name}: {why}" for (name, why), count in counted.items()]
+        parts.append("Not reached (each is named in the file):\n" + "\n".join(lines))
+    parts.append(
+        "\n".join(Target(**{k: t[k] for k in ("name", "wanted", "value", "detail")}).line for t in result["targets"])
+    )
     return "\n\n".join(filter(None, parts))
 
 
@@ -177,14 +194,18 @@ def _conv_table(rows: Sequence[Row]) -> str:
         fastest = min(((time, n) for n in names[1:] if (time := median_us(row, n)) is not None), default=None)
         against = quotient(median_us(row, "dense"), fastest and fastest[0])
         tail = "" if against is None else f"{against:>8.2f} {fastest[1]}"
-        lines.append(f"{row['layer']:34}{row['batch']:>6}{row['width']:>6}{''.join(_cell(row, n) for n in names)}{tail}")
+        lines.append(
+            f"{row['layer']:34}{row['batch']:>6}{row['width']:>6}{''.join(_cell(row, n) for n in names)}{tail}"
+        )
     return "\n".join(lines)
 
 
 def _network_table(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
-    lines = ["Networks: milliseconds with inputs on the GPU and on the host (median), images/s, peak MB, MB of weights, times stock fp32"]
+    lines = [
+        "Networks: milliseconds with inputs on the GPU and on the host (median), images/s, peak MB, MB of weights, times stock fp32"
+    ]
     for row in rows:
         for name, cell in row["contenders"].items():
             if "failed" not in cell:

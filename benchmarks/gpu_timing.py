@@ -95,7 +95,9 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(quantile(values, 0.5), quantile(values, 0.1), quantile(values, 0.9), len(values))
 
 
-def in_turns(passes: Mapping[str, Callable[[], float]], seconds: float, clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
+def in_turns(
+    passes: Mapping[str, Callable[[], float]], seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each pass in each round: the mean of two, once in the given order and once in the reverse.
 
     So every pair runs as A B B A and slow drift cancels in their ratio. The first round is a warm-up and is dropped.

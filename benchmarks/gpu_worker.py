@@ -29,7 +29,11 @@ from benchmarks.gpu_timing import Bench, Peaks
 from redpp_serve.runtime.plan_cache import PlanCache
 
 SETTINGS = {"full": FULL, "quick": QUICK, "rehearse": REHEARSAL}
-ROUNDS_S = {"linear": 0.3, "conv": 0.15, "planned": 0.1}  # of timing for all contenders of a cell in one state of the cache
+ROUNDS_S = {
+    "linear": 0.3,
+    "conv": 0.15,
+    "planned": 0.1,
+}  # of timing for all contenders of a cell in one state of the cache
 OWN = ("fused", "codebook", "depthwise", "split")  # kernels that Triton compiles
 LEAST_S = 1.0  # no cell is begun with less
 KEPT_BYTES = 16 << 30  # of GPU memory that torch may keep between cells
@@ -46,7 +50,11 @@ class Worker:
 
     def run(self) -> None:
         """All sections, each with its share of what is left."""
-        sections: dict[str, Callable[[Budget], None]] = {"linear": self._linear, "conv": self._conv, "networks": self._networks}
+        sections: dict[str, Callable[[Budget], None]] = {
+            "linear": self._linear,
+            "conv": self._conv,
+            "networks": self._networks,
+        }
         finished = {record["section"] for record in self.journal.of("finished")}
         shares = {name: share for name, share in self.settings.shares if name not in finished}
         while shares:
@@ -74,7 +82,9 @@ class Worker:
 
     def _conv(self, budget: Budget) -> None:
         settings = self.settings
-        self._cells(conv_cells(self.bench, settings.conv_networks, settings.conv_batches, settings.every, settings.side), budget)
+        self._cells(
+            conv_cells(self.bench, settings.conv_networks, settings.conv_batches, settings.every, settings.side), budget
+        )
 
     def _cells(self, cells: Iterator[Cell], budget: Budget) -> None:
         for cell in cells:
@@ -106,7 +116,9 @@ class Worker:
 
     def _prepared(self, name: str, budget: Budget) -> Network | None:
         attempt, settings = self.journal.attempt, self.settings
-        network, reason = attempt(f"network {name}", budget.at_most(PREPARE_S), lambda: prepare(name, self.bench, settings.side))
+        network, reason = attempt(
+            f"network {name}", budget.at_most(PREPARE_S), lambda: prepare(name, self.bench, settings.side)
+        )
         if network is None:
             self._not_reached(f"network {name}", reason)
             return None
@@ -150,7 +162,9 @@ def warm_up(journal: Journal, bench: Bench, budget: Budget, settings: Settings, 
     calls = ((cell, contender) for cell in cells for contender in cell.contenders if contender.name.startswith(OWN))
     for cell, contender in itertools.islice(calls, share, None, of):
         if budget.left > LEAST_S:
-            journal.attempt(f"{cell.key} {contender.name}", budget.at_most(contender.limit_s), lambda: contender.fresh()())
+            journal.attempt(
+                f"{cell.key} {contender.name}", budget.at_most(contender.limit_s), lambda: contender.fresh()()
+            )
 
 
 def machine(bench: Bench) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def right(x: Tensor) -> Tensor:
 
 
 def contender(name: str, call: Callable[[Tensor], Tensor], x: Tensor, **options: Any) -> Contender:
-    return Contender(name, lambda: (lambda own=x.clone(): call(own)), 400, 100, **options)
+    return Contender(name, lambda: lambda own=x.clone(): call(own), 400, 100, **options)
 
 
 def unwritten(x: Tensor) -> Tensor:
@@ -144,13 +144,25 @@ def test_only_what_is_right_gets_a_time(journal: Journal, dtype: torch.dtype) ->
             contender("good", lambda v: v.clamp(min=0), x), contender("flaky", Flaky(), x),
             contender("slow", sleeps, x, limit_s=0.2)]  # fmt: skip
     peer = contender("peer", lambda v: 3 * v, x, expected=lambda: 3 * x.double(), exact=False)
-    row = measure_cell(Cell("linear", {"rows": 1}, [*rows, peer], lambda: right(x).double(), {"absent": "not here"}), CPU, PEAKS, journal, 0.0)
+    row = measure_cell(
+        Cell("linear", {"rows": 1}, [*rows, peer], lambda: right(x).double(), {"absent": "not here"}),
+        CPU,
+        PEAKS,
+        journal,
+        0.0,
+    )
     cells = row["contenders"]
     timed = {name for name, cell in cells.items() if "cold_us" in cell}
     assert timed == {"dense", "good", "peer"} and all("warm_ratio" in cells[name] for name in timed)
     assert {name for name, cell in cells.items() if "failed" in cell} == set(cells) - timed
-    assert "relative error 0.01" in cells["off by a little"]["failed"].replace("0.0099", "0.01") and "inf" in cells["unwritten"]["failed"]
-    assert cells["raises"]["failed"] == "RuntimeError: no kernel image is available" and "not done" in cells["slow"]["failed"]
+    assert (
+        "relative error 0.01" in cells["off by a little"]["failed"].replace("0.0099", "0.01")
+        and "inf" in cells["unwritten"]["failed"]
+    )
+    assert (
+        cells["raises"]["failed"] == "RuntimeError: no kernel image is available"
+        and "not done" in cells["slow"]["failed"]
+    )
     assert "after its timing" in cells["flaky"]["failed"] and cells["absent"]["failed"] == "not here"
     assert cells["good"]["roofline_us"] == pytest.approx(1e6 * PEAKS.roofline(400, 100), abs=1e-3)
 
@@ -245,26 +257,42 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     large = next(t for t in found if "of 16 over cuBLAS fp16, 4096x25088" in t.name)
     assert large.verdict == "missed" and large.value == pytest.approx(60 / 21) and "without 2 rows" in large.detail
     assert next(t for t in found if "over nf4" in t.name).verdict == "missed"
-    assert {t.verdict for t in found if "gemlite" in t.name or "of 8" in t.name} == {"not measured"} and len(by) == len(found)
+    assert {t.verdict for t in found if "gemlite" in t.name or "of 8" in t.name} == {"not measured"} and len(by) == len(
+        found
+    )
     assert {t.verdict for t in evaluate([])} == {"not measured"}
 
 
 def test_network_targets_name_what_was_not_reached() -> None:
     times = {"stock_fp32": 4000.0, "stock_fp16": 3100.0, "original": 900.0, "pruned": 1000.0}
-    rows = [whole("a", 1, **times), whole("a", 8, **times), whole("b", 8, **times), whole("a", 8, True, pruned=1000.0, **{COMPILED.replace(" ", "_"): 1290.0})]
+    rows = [
+        whole("a", 1, **times),
+        whole("a", 8, **times),
+        whole("b", 8, **times),
+        whole("a", 8, True, pruned=1000.0, **{COMPILED.replace(" ", "_"): 1290.0}),
+    ]
     found = evaluate(rows)
     compiled = next(t for t in found if COMPILED in t.name)
-    assert compiled.verdict == "missed" and compiled.value == pytest.approx(1.29) and "without b, batch 8" in compiled.detail
+    assert (
+        compiled.verdict == "missed"
+        and compiled.value == pytest.approx(1.29)
+        and "without b, batch 8" in compiled.detail
+    )
     assert [t.verdict for t in found if "stock" in t.name] == ["met", "met"]
     planned = {"section": "planned", "network": "a", "version": "pruned", "layer": "fc", "batch": 1, "reference": "dense",
                "contenders": {"dense": {"warm_ratio": [1.0, 1, 1]}, "codebook:pair": {"warm_ratio": [0.97, 0.9, 1.0]}}}  # fmt: skip
-    assert evaluate([*rows, planned])[-1].verdict == "missed" and "fc batch 1 (codebook:pair)" in evaluate([planned])[-1].detail
+    assert (
+        evaluate([*rows, planned])[-1].verdict == "missed"
+        and "fc batch 1 (codebook:pair)" in evaluate([planned])[-1].detail
+    )
 
 
 def test_int4_numbers_stand_for_nearly_the_weight() -> None:
     weight = torch.randn(6, 256, generator=torch.Generator().manual_seed(0))
     number, scale, zero = grouped_int4(weight, 128)
-    assert number.min() == 0 and number.max() == 15 and relative_error(ungrouped(number, scale, zero, 128), weight) < 0.12
+    assert (
+        number.min() == 0 and number.max() == 15 and relative_error(ungrouped(number, scale, zero, 128), weight) < 0.12
+    )
 
 
 def test_networks_are_those_of_the_papers() -> None:
@@ -276,10 +304,16 @@ def test_networks_are_those_of_the_papers() -> None:
 
 def test_convolutions_come_from_the_networks() -> None:
     shapes = conv_shapes("resnet50")
-    assert ConvShape(3, 64, 7, 2, 3, 1, 224, "relu", False) in shapes and ConvShape(64, 64, 3, 1, 1, 1, 56, "relu", False) in shapes
+    assert (
+        ConvShape(3, 64, 7, 2, 3, 1, 224, "relu", False) in shapes
+        and ConvShape(64, 64, 3, 1, 1, 1, 56, "relu", False) in shapes
+    )
     assert ConvShape(512, 2048, 1, 1, 0, 1, 7, "relu", True) in shapes and len(shapes) == len(set(shapes)) > 20
     mobile = conv_shapes("mobilenet_v2")
-    assert ConvShape(96, 96, 3, 2, 1, 96, 112, "relu6", False) in mobile and ConvShape(96, 24, 1, 1, 0, 1, 56, "none", False) in mobile
+    assert (
+        ConvShape(96, 96, 3, 2, 1, 96, 112, "relu6", False) in mobile
+        and ConvShape(96, 24, 1, 1, 0, 1, 56, "none", False) in mobile
+    )
     half = ConvShape(96, 96, 3, 2, 1, 96, 112, "relu6", False).at_width(0.5)
     assert (half.n_in, half.n_out, half.groups) == (48, 48, 48) and shapes[0].at_width(0.5).n_in == 3
 
@@ -291,16 +325,23 @@ def test_kernels_are_compiled_in_shares(tmp_path: Path) -> None:
         gpu_worker.warm_up(journal, CPU, Budget(60.0), REHEARSAL, share, 2)
         tried.append({record["key"] for record in journal.of("tried")})
     assert not tried[0] & tried[1] and any("depthwise" in key for key in tried[0] | tried[1])
-    assert any("codebook8:prmt8" in key for key in tried[0] | tried[1]) and not any(key.endswith("dense") for key in tried[0])
+    assert any("codebook8:prmt8" in key for key in tried[0] | tried[1]) and not any(
+        key.endswith("dense") for key in tried[0]
+    )
 
 
 def test_codebook_weights_use_every_value() -> None:
     book = codebook_weight(CPU, 64, 128, 16)
     assert len(book.values) == 16 and torch.equal(book.values[book.index], book.weight)
-    assert book.index.unique().numel() == 16 and 0.005 < book.index.flatten().bincount().min() / book.index.numel() < 1 / 16
+    assert (
+        book.index.unique().numel() == 16
+        and 0.005 < book.index.flatten().bincount().min() / book.index.numel() < 1 / 16
+    )
 
 
-def test_without_a_gpu_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out = tmp_path / "gpu.json"
     assert gpu.main(["--out", str(out)]) == 2 and not list(tmp_path.iterdir())
@@ -317,15 +358,21 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
 
 def test_a_rehearsal_runs_every_section(rehearsal: tuple[dict[str, Any], dict[str, Any]]) -> None:
     result, table = rehearsal
-    assert {row["section"] for row in result["rows"]} >= {"linear", "conv", "network"} and "rehearsal" in result["device"]
-    assert not result["crashed"] and not result["workers ended early"] and not result["not reached"] and table["entries"]
+    assert {row["section"] for row in result["rows"]} >= {"linear", "conv", "network"} and "rehearsal" in result[
+        "device"
+    ]
+    assert (
+        not result["crashed"] and not result["workers ended early"] and not result["not reached"] and table["entries"]
+    )
     assert {plan["version"] for plan in result["plans"]} == {"original", "pruned"}
     assert result["peaks"]["bandwidth"] > 0 and result["versions"]["torch"] == torch.__version__
     lines = text(result)
     assert "Linear, microseconds" in lines and "not measured: codebook of 16 over gemlite" in lines
 
 
-def test_in_a_rehearsal_all_that_a_cpu_can_do_is_right_and_timed(rehearsal: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_in_a_rehearsal_all_that_a_cpu_can_do_is_right_and_timed(
+    rehearsal: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
     on_gpu_only = {"cudnn", "int4pack", "fp8", "nf4", "gemlite"}
     for row in rehearsal[0]["rows"]:
         for name, cell in row["contenders"].items():
@@ -334,7 +381,9 @@ def test_in_a_rehearsal_all_that_a_cpu_can_do_is_right_and_timed(rehearsal: tupl
                 assert cell["error"] < 1e-4 and (cell.get("cold_us") or cell["device_us"])[0] > 0
         assert row["section"] == "planned" or len(row["contenders"]) > 1
     linear = next(row for row in rehearsal[0]["rows"] if row["section"] == "linear")
-    assert {"dense", "fused", "split", "codebook16:auto", "codebook16:pair", "codebook8:prmt8"} <= set(linear["contenders"])
+    assert {"dense", "fused", "split", "codebook16:auto", "codebook16:pair", "codebook8:prmt8"} <= set(
+        linear["contenders"]
+    )
 
 
 def test_a_bare_checkout_is_enough(stock_python: Path) -> None:
