@@ -5,7 +5,8 @@ Linear layers, the convolutions of ResNet-50 and MobileNetV2, and whole networks
 timed, and again after. Times are of passes inside CUDA graphs, all contenders of a cell in turns (A B B A), with a warm
 and with a cold L2; medians with 10th and 90th percentiles. What loses is kept, what fails or is not reached is named.
 
-Kernels are compiled in several processes first, then a process of its own measures. If a kernel takes it down or never ends, a new one goes on behind that kernel.
+Kernels are compiled in several processes first; then a process of its own measures. If a kernel takes it down or never
+ends, a new one goes on behind that kernel.
 """
 
 from __future__ import annotations
