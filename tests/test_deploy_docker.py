@@ -43,9 +43,9 @@ def dockerfile_problems(text: str) -> list[str]:
     keys = [key for key, _ in words]
     found += [f"no {key}" for key in ("HEALTHCHECK", "ENTRYPOINT", "VOLUME") if key not in keys]
     volumes = re.findall(r'"(/[^"]*)"', next((value for key, value in words if key == "VOLUME"), ""))
-    kept = re.findall(r"(TRITON_CACHE_DIR|TORCHINDUCTOR_CACHE_DIR)=(\S+)", text)
-    if len(kept) != 2 or any(not folder.startswith(tuple(volumes or "-")) for _, folder in kept):
-        found.append("loses compiled kernels")
+    kept = re.findall(r"(TRITON_CACHE_DIR|TORCHINDUCTOR_CACHE_DIR|REDPP_PLAN_CACHE)=(\S+)", text)
+    if len(kept) != 3 or any(not folder.startswith(tuple(volumes or "-")) for _, folder in kept):
+        found.append("loses compiled kernels or measured plans")
     found += [f"{key} fetches or copies unseen things" for key in keys if key == "ADD"]
     installs = re.findall(r"pip install ([^&]*)", text)
     if any("-r /opt/redpp/requirements.txt" not in install or "==" in install for install in installs):
@@ -75,6 +75,8 @@ def test_a_dockerfile_breaks_no_rule(path: Path) -> None:
         ("COPY probe.py", "ADD probe.py"),
         ("-r /opt/redpp/requirements.txt", "torch"),
         ("TRITON_CACHE_DIR=/cache", "TRITON_CACHE_DIR=/tmp"),
+        ("REDPP_PLAN_CACHE=/cache", "REDPP_PLAN_CACHE=/tmp"),
+        ("REDPP_PLAN_CACHE=", "PLAN_CACHE="),
         ('["/cache"]', '["/data"]'),
     ],
 )

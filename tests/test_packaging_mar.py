@@ -15,6 +15,7 @@ from served import SHAPE, archive, artifact, expected, npy
 from redpp_serve.errors import RedppError
 from redpp_serve.packaging.mar import build_mar, serving_sources
 from redpp_serve.packaging.server_config import model_config
+from redpp_serve.runtime.plan_cache import SHIPPED
 
 CONFIG = model_config(4, 20, 1)
 
@@ -118,7 +119,8 @@ def test_the_sources_are_those_that_serving_needs_and_no_more() -> None:
     assert {"redpp_serve/__init__.py", "redpp_serve/errors.py", "redpp_serve/runtime/model.py",
             "redpp_serve/handlers/torchserve.py", "redpp_serve/kernels/__init__.py"} <= set(names)  # fmt: skip
     assert {name.split("/")[1] for name in names} == {"__init__.py", "errors.py", "runtime", "handlers", "kernels"}
-    assert all(name.endswith(".py") for name in names)
+    assert {name for name in names if not name.endswith(".py")} == {"redpp_serve/runtime/plans.json"}
+    assert names["redpp_serve/runtime/plans.json"] == SHIPPED.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["../x", "1; rm", "", "-x", ".x", "a/b", "a b", "x\n", "é", "a:b"])

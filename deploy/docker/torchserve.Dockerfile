@@ -8,9 +8,10 @@ RUN pip install --no-cache-dir -r /opt/redpp/requirements.txt \
     && install -d -o redpp -g redpp /cache /metrics
 COPY probe.py start-torchserve.sh torchserve.properties /opt/redpp/
 
-# The same volume for /metrics in the server and in the exporter; /cache keeps compiled kernels over restarts.
+# The same volume for /metrics in the server and in the exporter; /cache keeps compiled kernels and measured plans over restarts.
 ENV SERVER=torchserve MODELS=/models VARIANT=both \
     PROMETHEUS_MULTIPROC_DIR=/metrics TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    REDPP_PLAN_CACHE=/cache/plans.json \
     TMPDIR=/tmp TEMP=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 1000:1000
 WORKDIR /tmp

@@ -12,6 +12,7 @@ COPY probe.py start-triton.sh /opt/redpp/
 # /cache keeps compiled kernels over restarts.
 ENV SERVER=triton MODELS=/models VARIANT=both \
     TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    REDPP_PLAN_CACHE=/cache/plans.json \
     TMPDIR=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 1000:1000
 WORKDIR /tmp

@@ -21,6 +21,7 @@ ARTIFACT, CONFIG = "model.redpp", "model-config.yaml"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")
 _MODULES = ("__init__.py", "errors.py")
 _PACKAGES = ("runtime", "handlers", "kernels")
+_SUFFIXES = (".py", ".json")  # the code, and the times of known devices that the planner starts from
 
 _HANDLER = '''"""Entry point of this archive. Its own copy of the code comes first: the archive is what was tested."""
 
@@ -90,17 +91,17 @@ def check_name(name: str) -> None:
 
 
 def serving_sources() -> dict[str, bytes]:
-    """Path in an archive to bytes, for all code that serving needs, in a fixed order."""
+    """Path in an archive to bytes, for all code and data that serving needs, in a fixed order."""
     root = files("redpp_serve")
     sources = {f"redpp_serve/{module}": root.joinpath(module).read_bytes() for module in _MODULES}
     for package in _PACKAGES:
-        sources.update(_python_files(files(f"redpp_serve.{package}"), f"redpp_serve/{package}"))
+        sources.update(_serving_files(files(f"redpp_serve.{package}"), f"redpp_serve/{package}"))
     return sources
 
 
-def _python_files(folder: Traversable, path: str) -> Iterator[tuple[str, bytes]]:
+def _serving_files(folder: Traversable, path: str) -> Iterator[tuple[str, bytes]]:
     for entry in sorted(folder.iterdir(), key=lambda e: e.name):
         if entry.is_dir():
-            yield from _python_files(entry, f"{path}/{entry.name}")
-        elif entry.name.endswith(".py"):
+            yield from _serving_files(entry, f"{path}/{entry.name}")
+        elif entry.name.endswith(_SUFFIXES):
             yield f"{path}/{entry.name}", entry.read_bytes()
