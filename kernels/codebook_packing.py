@@ -34,14 +34,14 @@ def pack_indices(index: Tensor) -> Tensor:
     if index.numel() and not (0 <= int(index.min()) and int(index.max()) < MOST_VALUES):
         raise ValueError(f"pack_indices: index must lie within 0..15, found {int(index.min())}..{int(index.max())}")
     padded = torch.nn.functional.pad(index.to(torch.uint8), (0, -index.shape[1] % GROUP))
-    low, high = padded.view(len(index), -1, 2, GROUP_BYTES).unbind(2)
-    return (low | high << 4).reshape(len(index), -1)
+    low, high = padded.view(len(index), padded.shape[1] // GROUP, 2, GROUP_BYTES).unbind(2)
+    return (low | high << 4).reshape(len(index), packed_bytes(index.shape[1]))
 
 
 def unpack_indices(indices: Tensor, n_in: int) -> Tensor:
     """The inverse of `pack_indices`: (n_out, n_in) uint8."""
-    groups = indices.view(len(indices), -1, 1, GROUP_BYTES)
-    return torch.cat([groups & 15, groups >> 4], 2).view(len(indices), -1)[:, :n_in]
+    groups = indices.view(len(indices), indices.shape[1] // GROUP_BYTES, 1, GROUP_BYTES)
+    return torch.cat([groups & 15, groups >> 4], 2).view(len(indices), 2 * indices.shape[1])[:, :n_in]
 
 
 def decode_table(codebook: Tensor, decode: str) -> Tensor:
