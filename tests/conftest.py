@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,15 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--overwrite", action="store_true", help="rewrite the golden files of tests/golden")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plan_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Times of kernels go to a file of this run, here and in every process that a test starts."""
+    path = tmp_path_factory.mktemp("plans") / "plans.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REDPP_PLAN_CACHE", str(path))
+        yield path
 
 
 @pytest.fixture

@@ -56,10 +56,10 @@ def options(graph: Graph, node: Node, device: torch.device, rows: int = 1) -> di
 
 
 KERNELS_OF = {  # layer -> what a CPU and a GPU have beside dense
-    "plain": ([], ["cudnn", "fused"]),
-    "spatial": ([], ["cudnn", "depthwise"]),
-    "grouped": ([], ["cudnn"]),
-    "repeated": (["split"], ["cudnn", "fused", "split"]),
+    "plain": (["library"], ["cudnn", "fused"]),
+    "spatial": (["library"], ["cudnn", "depthwise"]),
+    "grouped": (["library"], ["cudnn"]),
+    "repeated": (["library", "split"], ["cudnn", "fused", "split"]),
     "coded": (["onednn", "codebook:auto", "split"], ["fused", "codebook:pair", "codebook:pointer", "split"]),
     "more": (["onednn", "codebook:auto"], ["fused", "codebook:pair", "codebook:pointer"]),
     "head": (["onednn"], ["fused"]),
@@ -162,7 +162,7 @@ def test_the_prior_of_codebooks() -> None:
 
 def test_the_prior_of_splits() -> None:
     """On the CPU, for k x k kernels, where few operations are left."""
-    for k, device, expected in ((3, CPU, ["dense", "split"]), (3, CUDA, ["dense"]), (1, CPU, ["dense"])):
+    for k, device, expected in ((3, CPU, ["dense", "library", "split"]), (3, CUDA, ["dense"]), (1, CPU, ["dense", "library"])):
         b = Builder(64, 9, 9)
         b.op("y", "conv2d.default", Ref("x"), b.tensor("w", few_kernels(64, 64, k)))
         graph = serving_graph(b.graph("y"), CPU)
@@ -170,7 +170,15 @@ def test_the_prior_of_splits() -> None:
         share = repeats(graph.tensors["w"]).split_share
         assert share is not None and (share <= 0.1) == (k == 3)
         dense = graph.with_tensors({"w": torch.randn(64, 64, k, k)})
-        assert [c.kernel for c in candidates(dense, graph.nodes[0], (1, 64, 9, 9), CPU, torch.float32)] == ["dense"]
+        assert [c.kernel for c in candidates(dense, graph.nodes[0], (1, 64, 9, 9), CPU, torch.float32)] == ["dense", "library"]
+
+
+def test_the_prior_of_torchs_own_convolution() -> None:
+    """Where the layer is so small that what oneDNN's call takes to start counts."""
+    b = Builder(64, 14, 14)
+    b.op("y", "conv2d.default", Ref("x"), b.tensor("w", torch.randn(64, 64, 1, 1)))
+    graph = serving_graph(b.graph("y"), CPU)
+    assert worth(graph, graph.nodes[0], 10, CPU) == ["dense", "library"] and worth(graph, graph.nodes[0], 11, CPU) == ["dense"]
 
 
 def test_the_prior_of_packed_linears_and_of_empty_epilogues() -> None:

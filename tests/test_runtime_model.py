@@ -43,7 +43,7 @@ def network() -> Graph:
 def model(tmp_path_factory: pytest.TempPathFactory) -> ServingModel:
     path = tmp_path_factory.mktemp("model") / "model.redpp"
     path.write_bytes(build(network(), {"name": "block"}))
-    return ServingModel(path)
+    return ServingModel(path, batch=4)
 
 
 def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +87,7 @@ def test_requests_do_not_influence_each_other(model: ServingModel) -> None:
 
 
 def test_warm_up_description_and_inputs(model: ServingModel) -> None:
-    model.warm_up(4)
+    model.warm_up()
     assert model.description["name"] == "block"
     assert model.inputs == network().inputs and model.device == torch.device("cpu")
 
@@ -105,7 +105,7 @@ def test_integer_inputs_and_half_precision(tmp_path: Path) -> None:
     graph = Graph((InputSpec("ids", (3,), "int64"),), {"table": table}, nodes, ("y",))
     (tmp_path / "m").write_bytes(build(graph, {}))
     model = ServingModel(tmp_path / "m")
-    model.warm_up(2)
+    model.warm_up()
     (y,) = model(torch.tensor([[1, 8, 0]]))
     assert y.dtype is torch.float16
     torch.testing.assert_close(y, table[[1, 8, 0]].mean(0, keepdim=True))
@@ -123,6 +123,6 @@ def test_a_worker_loads_no_compiler(tmp_path: Path) -> None:
     path = tmp_path / "model.redpp"
     path.write_bytes(build(network(), {"name": "block"}))
     code = ("import sys; from pathlib import Path; from redpp_serve.runtime.model import ServingModel; "
-            "ServingModel(Path(sys.argv[1])).warm_up(2); print({'torch._dynamo', 'sympy'} & set(sys.modules))")  # fmt: skip
+            "ServingModel(Path(sys.argv[1]), batch=2).warm_up(); print({'torch._dynamo', 'sympy', 'triton'} & set(sys.modules))")  # fmt: skip
     run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "set()", run.stderr

@@ -1,40 +1,95 @@
-"""An artifact made ready to answer requests: batch norm folded, epilogues fused, weights laid out for the device."""
+"""An artifact made ready to answer requests: folded, fused, in its precision, each layer by the kernel of a plan."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .artifact import load
+from .buckets import batch_buckets, bucket_for
+from .cuda_graphs import BucketRunner, CudaRecorder
 from .graph import InputSpec
-from .programs import channels_last, serving_program
+from .plan import Plan
+from .plan_cache import PlanCache, default_path
+from .planner import PLAN_SECONDS, make_plan
+from .precision import check_precision, precision_dtype, set_switches
+from .program import Program
+from .programs import channels_last, layer_inputs, planned_programs, serving_graph, serving_program
 
 __all__ = ["ServingModel", "serving_program"]
+
+log = logging.getLogger(__name__)
 
 
 class ServingModel:
     """Runs one artifact; original and pruned networks go through this same class.
 
+    On a GPU, each batch bucket is a recorded CUDA graph and requests are padded to it; a network that cannot be
+    recorded runs call by call. On a CPU a bucket decides only which kernels run, rows are never padded.
+
     Args:
         source: path of the artifact.
-        device: where to run, e.g. ``cpu`` or ``cuda:0``.
+        device: where to run, e.g. ``cpu`` or ``cuda:0``. A GPU becomes the process's current device.
+        precision: ``fp32``, ``tf32`` (on a GPU; on a CPU the same as fp32), ``fp16`` or ``bf16``. fp32 and tf32 set
+            torch's switches for the whole process.
+        batch: the largest batch to be ready for; larger ones are served too, in parts on a GPU.
+        plan_seconds: about how long timing the layers' kernels may take; 0 leaves all of them dense.
+        cache: where their times are kept; None keeps none.
+
+    Attributes:
+        batches: the batch buckets, ascending.
+        plan: which kernel runs which layer.
+
+    Raises:
+        RedppError: a damaged artifact, an unknown precision, or a network that does not run in it.
     """
 
-    def __init__(self, source: Path, device: str = "cpu") -> None:
+    def __init__(
+        self, source: Path, device: str = "cpu", *, precision: str = "fp32", batch: int = 1,
+        plan_seconds: float = PLAN_SECONDS, cache: PlanCache | None | str = "default",
+    ) -> None:  # fmt: skip
+        check_precision(precision)
         artifact = load(source)
-        self.description = artifact.description
+        self.description: dict[str, Any] = artifact.description
         self.inputs: tuple[InputSpec, ...] = artifact.graph.inputs
-        self.device = torch.device(device)
-        self.program = serving_program(artifact.graph, self.device).to(self.device)
+        self.device, self.precision = torch.device(device), precision
+        self.batches = tuple(batch_buckets(batch))
+        self.plan: Plan
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True
+            set_switches(precision)
+        graph = serving_graph(artifact.graph, self.device, precision)
+        shapes = layer_inputs(graph, self.device, precision)
+        kept = PlanCache(default_path()) if isinstance(cache, str) else cache
+        self.plan = make_plan(graph, self.device, precision, self.batches, shapes, seconds=plan_seconds, cache=kept)
+        self._programs = planned_programs(
+            graph, self.batches, self.plan.kernel, shapes, self.device, precision_dtype(precision)
+        )
+        self._recorded = self._record() if self.device.type == "cuda" else None
 
     @torch.inference_mode()
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Batched inputs (N, ...) as the artifact declares them, to the network's outputs on the CPU."""
-        return tuple(y.cpu() for y in self.program(*(channels_last(x.to(self.device)) for x in inputs)))
+        if self._recorded:
+            return self._recorded(*inputs)
+        program = self._programs[bucket_for(self.batches, len(inputs[0]))]
+        return tuple(y.cpu() for y in program(*(channels_last(x.to(self.device)) for x in inputs)))
 
-    def warm_up(self, batch: int) -> None:
-        """Run zeros at batch sizes 1 and ``batch``, so that no request pays for first-call set-up."""
-        for size in {1, batch}:
+    def warm_up(self) -> None:
+        """Run zeros in every bucket, so that no request pays for first-call set-up."""
+        for size in self.batches:
             self(*(torch.zeros(size, *i.shape, dtype=getattr(torch, i.dtype)) for i in self.inputs))
+
+    @torch.inference_mode()
+    def _record(self) -> BucketRunner | None:
+        programs: dict[int, Program] = self._programs
+        try:
+            return BucketRunner(programs, self.inputs, self.device, CudaRecorder(self.device))
+        except RuntimeError as error:
+            log.warning("the network runs without CUDA graphs: %s", " ".join(str(error).split())[:300])
+            return None

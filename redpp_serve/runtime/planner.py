@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,24 +54,27 @@ class _Cell:
 
 @torch.inference_mode()
 def make_plan(
-    graph: Graph, device: torch.device, precision: str, batches: Sequence[int], *, seconds: float = PLAN_SECONDS,
-    cache: PlanCache | None = None, everything: bool = False,
+    graph: Graph, device: torch.device, precision: str, batches: Sequence[int],
+    inputs: Mapping[str, tuple[int, ...]] | None = None, *, seconds: float = PLAN_SECONDS, cache: PlanCache | None = None,
+    everything: bool = False,
 ) -> Plan:  # fmt: skip
     """Choose a kernel for each layer of a network at each batch size.
 
     Args:
         graph: of `programs.serving_graph`, on the device.
+        inputs: of `programs.layer_inputs`, where the caller has them.
         seconds: about how long timing may take; what is not reached stays dense. The costliest layers come first.
         cache: where times of earlier runs are looked up and new ones kept.
         everything: time also what the prior rules out.
     """
     start = time.perf_counter()
-    cells = _cells(graph, device, precision, batches, everything)
+    inputs = layer_inputs(graph, device, precision) if inputs is None else inputs
+    cells = _cells(graph, inputs, device, precision_dtype(precision), batches, everything)
     cache = cache or PlanCache(None, shipped=None)
     key = device_key(device, precision)
     known, missing = _look_up(cells, cache, key)
     measured: dict[str, dict[str, Timing]] = {}
-    if missing:
+    if missing and seconds > 0:
         with cache.locked(wait_s=2 * seconds):
             known, missing = _look_up(cells, cache, key)
             measured = _measure(missing, timer_for(graph, device), seconds)
@@ -90,9 +93,9 @@ def make_plan(
 
 
 def _cells(
-    graph: Graph, device: torch.device, precision: str, batches: Sequence[int], everything: bool
-) -> list[_Cell]:
-    dtype, inputs = precision_dtype(precision), layer_inputs(graph, device, precision)
+    graph: Graph, inputs: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype,
+    batches: Sequence[int], everything: bool,
+) -> list[_Cell]:  # fmt: skip
     found: dict[str, _Cell] = {}
     for batch in batches:
         for layer in fused_layers(graph):
