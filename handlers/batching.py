@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,10 +15,13 @@ from torch import Tensor
 
 from ..errors import RedppError
 from ..runtime.model import ServingModel
+from ..runtime.planner import PLAN_SECONDS
+from ..runtime.precision import check_precision
 from .metrics import Metrics
 
 log = logging.getLogger(__name__)
 
+PLAN_VARIABLE = "REDPP_PLAN_SECONDS"
 NETWORK_FAILED = "The network failed on this input"
 NOT_FINITE = "The network's output for this input is not finite"
 
@@ -35,10 +41,36 @@ def set_threads(threads: Any, where: str) -> None:
     torch.set_num_threads(threads)
 
 
+def load_model(artifact: Path, device: str, *, batch: Any, precision: Any, where: str) -> ServingModel:
+    """The artifact, ready for every batch size up to ``batch``: kernels chosen, all buckets run once.
+
+    Raises:
+        RedppError: a damaged artifact, a precision that ``where`` (a file) names wrongly or that the network does not
+            run in, or a `PLAN_VARIABLE` that is no number.
+    """
+    precision = "fp32" if precision is None else precision
+    check_precision(precision, where)
+    model = ServingModel(artifact, device, precision=precision, batch=int(batch or 1), plan_seconds=_plan_seconds())
+    model.warm_up()
+    return model
+
+
+def _plan_seconds() -> float:
+    text = os.environ.get(PLAN_VARIABLE, str(PLAN_SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise RedppError(f"{PLAN_VARIABLE} is {text[:40]!r}", "seconds, 0 for no timing", f"correct or unset {PLAN_VARIABLE}")
+    return seconds
+
+
 def describe(metrics: Metrics, model: ServingModel) -> None:
-    """Record what is fixed for a model."""
-    info = model.description["info"]
+    """Record what is fixed for a model and its plan."""
+    info, plan = model.description["info"], model.plan
     metrics.describe(parameters=info["parameters"], macs=info["macs"], bytes=model.description["bytes"])
+    metrics.plan(plan.precision, plan.digest, {batch: plan.counts(batch) for batch in plan.batches})
 
 
 def run_network(model: ServingModel, inputs: Sequence[Tensor], metrics: Metrics | None) -> tuple[Tensor, ...]:

@@ -68,6 +68,9 @@ FAMILIES = {
         Family("gauge", "redpp_model_parameters", "Parameters of the network."),
         Family("gauge", "redpp_model_macs", "Multiply-accumulates of one forward pass at batch size 1."),
         Family("gauge", "redpp_model_bytes", "Stored weights, bytes."),
+        Family("gauge", "redpp_plan_info", "1 for the plan of kernels in use: its precision and a digest of its choices.",
+               ("device", "precision", "digest")),
+        Family("gauge", "redpp_plan_layers", "Layers that a kernel runs in a batch bucket.", ("kernel", "batch")),
         Family("counter", "redpp_worker_cpu_seconds_total", "CPU time of the worker processes since they started."),
         Family("gauge", "redpp_worker_resident_bytes", "Resident memory of the worker processes.", per_worker=True),
         Family("gauge", "redpp_device_memory_bytes",
@@ -116,6 +119,13 @@ class Metrics:
         """Set what is fixed for a model: ``parameters``, ``macs``, ``bytes``."""
         for name, value in info.items():
             self._open(f"redpp_model_{name}").set(value)
+
+    def plan(self, precision: str, digest: str, layers: Mapping[int, Mapping[str, int]]) -> None:
+        """Set which plan is in use, and how many ``layers`` each kernel runs, by batch bucket and kernel."""
+        self._open("redpp_plan_info", device=self._device, precision=precision, digest=digest).set(1)
+        for batch, counts in layers.items():
+            for kernel, count in counts.items():
+                self._open("redpp_plan_layers", kernel=kernel, batch=str(batch)).set(count)
 
     def batch(self, size: int, handler_s: float) -> None:
         """Record one batch: its size and the handler's time in seconds; also what the worker uses by now."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import RedppError
 from ..runtime.model import ServingModel
-from .batching import NETWORK_FAILED, NOT_FINITE, describe, run_network, set_threads, together_or_alone
+from .batching import NETWORK_FAILED, NOT_FINITE, describe, load_model, run_network, set_threads, together_or_alone
 from .metrics import Metrics, ModelLabels, open_metrics
 from .payload import BadRequest, parse
 from .preprocess import Preprocess
@@ -58,7 +58,7 @@ class RedppHandler:
         """Load the artifact named in the archive's manifest, warm it up, and open the metrics.
 
         Raises:
-            RedppError: a damaged artifact, a preprocessing that does not fit it, or a wrong ``threads``.
+            RedppError: a damaged artifact, a preprocessing that does not fit it, or wrong ``threads`` or ``precision``.
         """
         # Bodies are parsed here. The server's own attempt would log a traceback for each bad one.
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
@@ -67,11 +67,13 @@ class RedppHandler:
         properties = context.system_properties
         gpu = properties.get("gpu_id")
         device = f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu"
-        self.model = ServingModel(Path(properties["model_dir"]) / context.manifest["model"]["serializedFile"], device)
+        artifact = Path(properties["model_dir"]) / context.manifest["model"]["serializedFile"]
+        self.model = load_model(
+            artifact, device, batch=properties.get("batch_size"), precision=config.get("precision"), where="model-config.yaml"
+        )
         description = self.model.description
         self.variant = str(description["variant"])
         self.preprocess = _preprocess(self.model)
-        self.model.warm_up(int(properties.get("batch_size") or 1))
         labels = ModelLabels(context.model_name, str(description["version"]), self.variant)
         self.metrics = open_metrics(labels, device)
         if self.metrics:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import RedppError
 from ..runtime.model import ServingModel
-from .batching import NETWORK_FAILED, NOT_FINITE, describe, run_network, set_threads, together_or_alone
+from .batching import NETWORK_FAILED, NOT_FINITE, describe, load_model, run_network, set_threads, together_or_alone
 from .metrics import Metrics, ModelLabels
 from .triton_metrics import TritonBinding
 
@@ -56,11 +56,10 @@ class RedppModel:
     metrics: Metrics | None
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the artifact, open the metrics, and run every batch bucket that Triton's own warm-up
-        leaves out.
+        """Load the artifact, choose its kernels, run every batch bucket, and open the metrics.
 
         Raises:
-            RedppError: a damaged artifact, or a configuration without batches or with a wrong ``threads``.
+            RedppError: a damaged artifact, or a configuration without batches or with wrong ``threads`` or ``precision``.
         """
         import triton_python_backend_utils as backend  # filled by Triton after this module was imported
 
@@ -72,12 +71,9 @@ class RedppModel:
         threads = config.get("parameters", {}).get("threads", {}).get("string_value")
         set_threads(int(threads) if threads and threads.isdecimal() else threads, CONFIG)
         device = _device(args)
-        self.model = ServingModel(self.artifact, device)
-        samples = config.get("model_warmup", [])
-        buckets = {config["max_batch_size"], *config.get("dynamic_batching", {}).get("preferred_batch_size", [])}
-        for size in sorted(buckets - {sample["batch_size"] for sample in samples}):
-            self.model.warm_up(size)
-        self._uncounted = sum(max(1, sample.get("count", 0)) for sample in samples)
+        precision = config.get("parameters", {}).get("precision", {}).get("string_value")
+        self.model = load_model(self.artifact, device, batch=config["max_batch_size"], precision=precision, where=CONFIG)
+        self._uncounted = sum(max(1, sample.get("count", 0)) for sample in config.get("model_warmup", []))
         description = self.model.description
         labels = ModelLabels(args["model_name"], str(description["version"]), str(description["variant"]))
         self._answers_parameters = _takes_parameters(backend)

@@ -55,6 +55,7 @@ def _target(text: str) -> dict[str, float]:
     return {f"target_{what}": value}
 
 
+_PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 _SERVERS = ("torchserve", "triton")
 
 
@@ -160,6 +161,7 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
     add("--max-batch-delay", type=_whole(0, 60_000), default=2, metavar="MS",
         help="how long a batch waits for more requests (default: %(default)s ms)")  # fmt: skip
     add("--threads", type=_whole(1, 1024), default=1, metavar="N", help="torch threads of each worker (default: %(default)s)")
+    add("--precision", choices=_PRECISIONS, default="fp32", help="that both versions are served in (default: %(default)s)")
     add("--seed", type=_whole(0), default=default.seed, metavar="N",
         help="of the synthetic inputs (default: %(default)s)")  # fmt: skip
     add("--time-budget", type=_positive, default=default.time_budget, metavar="S",

@@ -101,7 +101,7 @@ def _package(options: argparse.Namespace) -> None:
     fields = ("hash", "hash_error", "hash_values", "merge", "keep", "max_error", "min_agreement", "max_accuracy_drop",
               "round_to", "seed", "time_budget", "distil")  # fmt: skip
     choice = Options(**{f: getattr(options, f) for f in fields}, **options.target, exclude=tuple(options.exclude), device=_device(options.device))
-    serving = Serving(options.batch_size, options.max_batch_delay, options.threads)
+    serving = Serving(options.batch_size, options.max_batch_delay, options.threads, options.precision)
     stages = Stages()
     with stages.run("capture") as stage:
         captured = _captured(options)

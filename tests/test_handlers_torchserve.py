@@ -108,14 +108,34 @@ def test_a_network_that_mixes_the_batch_is_not_answered_with_wrong_rows(tmp_path
     assert [context.statuses[i][0] for i in range(3)] == [500] * 3
 
 
-def test_warm_up_runs_before_ready_at_both_batch_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_bucket_runs_before_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from redpp_serve.runtime.model import ServingModel
 
     sizes = []
     call = ServingModel.__call__
     monkeypatch.setattr(ServingModel, "__call__", lambda self, *x: sizes.append(len(x[0])) or call(self, *x))
     handler(tmp_path, batch_size=6)
-    assert sorted(sizes) == [1, 6]
+    assert sizes == [1, 2, 4, 6]
+
+
+def test_the_precision_comes_from_the_configuration(tmp_path: Path) -> None:
+    served, context = handler(tmp_path, config={"handler": {"precision": "bf16"}})
+    assert served.model.precision == "bf16"
+    with pytest.raises(RedppError, match="precision is 'half' in model-config.yaml"):
+        handler(tmp_path, config={"handler": {"precision": "half"}})
+
+
+@pytest.mark.parametrize(("text", "timed"), [("0", False), ("5", True)])
+def test_the_time_for_plans_comes_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, timed: bool
+) -> None:
+    monkeypatch.setenv("REDPP_PLAN_SECONDS", text)
+    monkeypatch.setenv("REDPP_PLAN_CACHE", str(tmp_path / "plans.json"))
+    served, _ = handler(tmp_path)
+    assert any(choice.times for choice in served.model.plan.choices) == timed
+    monkeypatch.setenv("REDPP_PLAN_SECONDS", "soon")
+    with pytest.raises(RedppError, match="REDPP_PLAN_SECONDS is 'soon'"):
+        handler(tmp_path)
 
 
 def test_threads_come_from_the_configuration(tmp_path: Path) -> None:

@@ -151,14 +151,28 @@ def test_rows_are_found_out_by_exact_means_where_a_sum_overflows() -> None:
     assert non_finite_rows(torch.tensor([[1], [2]])) is None
 
 
-def test_every_bucket_is_warmed_up_once_by_triton_or_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_bucket_runs_before_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, call = [], ServingModel.__call__
     monkeypatch.setattr(ServingModel, "__call__", lambda self, *x: sizes.append(len(x[0])) or call(self, *x))
-    model(tmp_path, dynamic_batching={"preferred_batch_size": [2, 4]})
-    assert set(sizes) == {1, 2, 4, 8}
-    sizes.clear()
-    model(tmp_path, dynamic_batching={"preferred_batch_size": [2, 4]}, model_warmup=[{"batch_size": 2}, {"batch_size": 8}])
-    assert set(sizes) == {1, 4}
+    model(tmp_path)
+    assert sizes == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_configurations_precision_is_the_models(tmp_path: Path, precision: str) -> None:
+    served = model(tmp_path, parameters={"precision": {"string_value": precision}})
+    assert served.model.precision == precision
+    x = values(2)
+    assert ask(served, x)[0].tolist() == [pytest.approx(expected("1.0", row), rel=0.05, abs=0.05) for row in x]
+    plan = served.model.plan
+    served.finalize()
+    assert sample("redpp_plan_info", device="cpu", precision=precision, digest=plan.digest) == 1
+    assert plan.counts(8) and all(sample("redpp_plan_layers", kernel=k, batch="8") == n for k, n in plan.counts(8).items())
+
+
+def test_a_wrong_precision_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(RedppError, match="(?s)precision is 'fp8' in config.pbtxt.*fp32, tf32, fp16, bf16"):
+        model(tmp_path, parameters={"precision": {"string_value": "fp8"}})
 
 
 def test_the_metrics_count_clients_requests_and_no_warm_up(tmp_path: Path) -> None:

@@ -53,6 +53,18 @@ def test_other_outputs_are_refused_by_name(archives: list[Path]) -> None:
     assert no_child_left()
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precisions_pass_within_their_rounding_and_wrong_outputs_do_not(archives: list[Path], precision: str) -> None:
+    trial = lambda outputs: try_archive(archives[0], npy(X), outputs, precision)  # noqa: E731
+    wrong = right("1.0")[0].copy()
+    wrong.flat[0] += 0.2 * numpy.abs(wrong).max()
+    run_trials([trial(right("1.0"))], precision)
+    with pytest.raises(RedppError, match="original.mar.*other outputs than the network"):
+        run_trials([trial([wrong])], precision)
+    with pytest.raises(RedppError, match="original.mar.*other outputs than the network"):
+        run_trials([trial(right("1.0"))], "fp32")  # half precision is not taken for single
+
+
 def test_a_missing_output_is_refused(archives: list[Path]) -> None:
     with pytest.raises(RedppError, match="original.mar"):
         run_archives(archives[:1], npy(X), [[*right("1.0"), right("1.0")[0]]])

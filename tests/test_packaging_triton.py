@@ -60,7 +60,7 @@ def test_what_a_model_is_given_is_the_same_configuration() -> None:
     """The trial hands this to the model, where Triton hands over what it parsed."""
     theirs = json_format.MessageToDict(parsed(to_text(CONFIG)), preserving_proto_field_name=True)
     mine = to_json(CONFIG)
-    assert mine["parameters"] == theirs["parameters"] == {"threads": {"string_value": "1"}}
+    assert mine["parameters"] == theirs["parameters"] == {"threads": {"string_value": "1"}, "precision": {"string_value": "fp32"}}
     assert [s["batch_size"] for s in mine["model_warmup"]] == [s["batch_size"] for s in theirs["model_warmup"]]
     assert mine["model_warmup"][0]["inputs"]["x"]["input_data_file"] == "input_0"
     assert mine["dynamic_batching"]["preferred_batch_size"] == theirs["dynamic_batching"]["preferred_batch_size"]

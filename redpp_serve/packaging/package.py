@@ -27,6 +27,7 @@ from ..pruning.verify import load_verify_data
 from ..report import write_reports
 from ..runtime.artifact import build, load
 from ..runtime.graph import Graph, InputSpec
+from ..runtime.precision import in_precision
 from ..runtime.program import Program
 from .mar import build_mar, check_name
 from .placing import all_or_nothing, check_out, replace
@@ -42,11 +43,13 @@ _FAR, _ALIKE = 0.5, 0.9  # relative output error, and agreement of classes, that
 
 @dataclass(frozen=True)
 class Serving:
-    """How the archives are to be served: requests in a batch, how long a batch waits, torch threads of a worker."""
+    """How the archives are to be served: requests in a batch, how long a batch waits, a worker's torch threads and
+    precision (see `runtime.precision`)."""
 
     batch_size: int = 8
     max_batch_delay_ms: int = 2
     threads: int = 1
+    precision: str = "fp32"
 
 
 def package(
@@ -120,11 +123,14 @@ def _write(
         with stages.run("try") as stage:
             request = request_body(result.samples, 0, tuple(spec.name for spec in inputs))
             (folder / sample_name(inputs)).write_bytes(request)
-            expected = {v: [y.double().numpy() for y in ys] for v, ys in outputs.items()}
+            # in the handlers' precision, whose rounding is no error of theirs
+            served = {v: _outputs(in_precision(graph, serving.precision), result.samples)
+                      for v, graph in zip(VARIANTS, (result.original, result.pruned))}  # fmt: skip
+            expected = {v: [y.double().numpy() for y in ys] for v, ys in served.items()}
             report["smoke"] = run_trials([
-                *(try_archive(folder / f"{v}.mar", request, expected[v]) for v in VARIANTS),
+                *(try_archive(folder / f"{v}.mar", request, expected[v], serving.precision) for v in VARIANTS),
                 *(try_model(folder / "triton" / name / n, to_json(config), request, expected[v]) for v, n in VERSIONS.items()),
-            ])  # fmt: skip
+            ], serving.precision)  # fmt: skip
             stage.reason = "both versions' handlers, for each server, answer one request as the networks do"
         report["stages"] = stages.to_json()
         write_reports(report, folder)
@@ -218,7 +224,7 @@ def _build_archives(
 
 
 def _model_config(serving: Serving) -> str:
-    return model_config(serving.batch_size, serving.max_batch_delay_ms, serving.threads)
+    return model_config(**asdict(serving))
 
 
 def _triton_config(

@@ -68,8 +68,8 @@ def config_properties(
     return "".join(f"{key}={value}\n" for key, value in lines.items())
 
 
-def model_config(batch_size: int, max_batch_delay_ms: int, threads: int) -> str:
-    """``model-config.yaml`` of an archive: how the server batches, and torch threads for each worker.
+def model_config(batch_size: int, max_batch_delay_ms: int, threads: int, precision: str = "fp32") -> str:
+    """``model-config.yaml`` of an archive: how the server batches; torch threads and precision of each worker.
 
     The number of workers is left to ``config.properties``: it belongs to the machine, and a number here would win.
     """
@@ -79,4 +79,5 @@ def model_config(batch_size: int, max_batch_delay_ms: int, threads: int) -> str:
         "responseTimeout: 120\n"
         "handler:\n"
         f"  threads: {threads}\n"
+        f"  precision: {precision}\n"
     )

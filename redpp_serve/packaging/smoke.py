@@ -25,6 +25,8 @@ import numpy as np
 from ..errors import RedppError
 
 TIMEOUT_S = 300.0
+# Largest difference from the network's outputs in that precision, as a share of the largest: sums in another order.
+TOLERANCES = {"fp32": 1e-3, "tf32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 _ARCHIVE = """
 import json, sys, time, types
 from pathlib import Path
@@ -34,7 +36,8 @@ sys.path.insert(0, str(folder))
 import handler
 statuses = []
 context = types.SimpleNamespace(
-    system_properties={"model_dir": str(folder), "gpu_id": None, "batch_size": 1}, model_yaml_config={"handler": {"threads": 1}},
+    system_properties={"model_dir": str(folder), "gpu_id": None, "batch_size": 1},
+    model_yaml_config={"handler": {"threads": 1, "precision": (folder / "precision").read_text()}},
     model_name="smoke",
     manifest=json.loads((folder / "MAR-INF/MANIFEST.json").read_text()),
     set_response_status=lambda code=200, phrase="", idx=0: statuses.append([code, phrase]),
@@ -131,13 +134,14 @@ class Trial:
     outputs: Sequence[np.ndarray]
 
 
-def try_archive(archive: Path, request: bytes, outputs: Sequence[np.ndarray]) -> Trial:
+def try_archive(archive: Path, request: bytes, outputs: Sequence[np.ndarray], precision: str = "fp32") -> Trial:
     """The trial of a ``.mar`` as TorchServe would run it; ``request`` is a body."""
 
     def prepare(folder: Path) -> None:
         with zipfile.ZipFile(archive) as file:
             file.extractall(folder)  # an archive that this process has just written
         (folder / "request.bin").write_bytes(request)
+        (folder / "precision").write_text(precision, encoding="utf-8")
 
     return Trial(archive.name, _ARCHIVE, prepare, outputs)
 
@@ -162,8 +166,8 @@ def try_model(version: Path, config: dict[str, Any], request: bytes, outputs: Se
     return Trial(f"triton version {version.name}", _MODEL, prepare, outputs)
 
 
-def run_trials(trials: Sequence[Trial]) -> list[dict[str, object]]:
-    """Run all trials side by side and hold their outputs against the graphs'.
+def run_trials(trials: Sequence[Trial], precision: str = "fp32") -> list[dict[str, object]]:
+    """Run all trials side by side and hold their outputs against the graphs', as closely as the precision allows.
 
     Returns:
         for each {"archive", "milliseconds"}: its name and the handler's time for the request after its warm-up.
@@ -178,13 +182,16 @@ def run_trials(trials: Sequence[Trial]) -> list[dict[str, object]]:
             trial.prepare(folder)
             (folder / "code.py").write_text(trial.code, encoding="utf-8")
         _fork(folders)
-        return [{"archive": t.name, "milliseconds": _answer(t, folder)} for t, folder in zip(trials, folders)]
+        return [{"archive": t.name, "milliseconds": _answer(t, folder, TOLERANCES[precision])} for t, folder in zip(trials, folders)]
 
 
 def _fork(folders: Sequence[Path]) -> None:
     """Run what lies in the folders until all of it has ended, `TIMEOUT_S` at most; nothing of it runs on afterwards."""
     command = [sys.executable, "-c", _FORKS, *map(str, folders)]
-    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    environment = os.environ | {"REDPP_PLAN_SECONDS": "0"}  # kernels are chosen where the model is served
+    parent = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    )
     try:
         _, errors = parent.communicate(timeout=TIMEOUT_S)
         if parent.returncode:
@@ -198,13 +205,13 @@ def _fork(folders: Sequence[Path]) -> None:
         parent.communicate()
 
 
-def _answer(trial: Trial, folder: Path) -> float:
+def _answer(trial: Trial, folder: Path, tolerance: float) -> float:
     """Milliseconds that the handler took for its answer, which must hold the outputs."""
     printed, errors = (_read(folder / name) for name in ("printed", "errors"))
     try:
         answer = json.loads(printed.splitlines()[-1])
         got = [np.asarray(y, dtype=np.float64) for y in answer["reply"]["outputs"]]
-        close = all(_close(a, np.asarray(b, dtype=np.float64)) for a, b in zip(got, trial.outputs, strict=True))
+        close = all(_close(a, np.asarray(b, dtype=np.float64), tolerance) for a, b in zip(got, trial.outputs, strict=True))
     except (IndexError, KeyError, ValueError, TypeError):
         why = _tail(printed if "reply" in printed else errors or printed)
         raise _failure(trial, why if (folder / "ended").exists() else f"no answer in {TIMEOUT_S:g} s") from None
@@ -222,9 +229,9 @@ def _failure(trial: Trial, why: str) -> RedppError:
                       "the packaged handler gives the network's outputs", "report this with the model and the command")
 
 
-def _close(a: np.ndarray, b: np.ndarray) -> bool:
+def _close(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
     scale = float(np.abs(b).max(initial=0.0)) or 1.0
-    return a.shape == b.shape and bool(np.abs(a - b).max(initial=0.0) <= 1e-3 * scale)
+    return a.shape == b.shape and bool(np.abs(a - b).max(initial=0.0) <= tolerance * scale)
 
 
 def _tail(text: str) -> str:

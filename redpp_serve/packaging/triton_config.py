@@ -26,7 +26,7 @@ def warmup_file(index: int) -> str:
 
 def triton_config(
     name: str, inputs: Sequence[InputSpec], outputs: Sequence[InputSpec], *, batch_size: int, max_batch_delay_ms: int,
-    threads: int,
+    threads: int, precision: str = "fp32",
 ) -> dict[str, Any]:  # fmt: skip
     """The configuration that both versions share, as a message for `to_text` and `to_json`.
 
@@ -35,7 +35,7 @@ def triton_config(
         inputs, outputs: names, shapes without batch, torch dtypes. bfloat16 travels as float32: numpy has none.
         batch_size: rows of the largest batch.
         max_batch_delay_ms: how long a request waits for others, milliseconds.
-        threads: torch threads of each instance.
+        threads, precision: torch threads and precision of each instance.
 
     Raises:
         RedppError: a dtype that Triton does not know.
@@ -56,7 +56,8 @@ def triton_config(
             # No queue policy: with any, Triton 2.51 lets all waiting requests of a busy model lie for half a second now
             # and then (measured: every 30th to 100th, throughput halved). A gateway has to limit the queue.
         },
-        "parameters": [{"key": "threads", "value": {"string_value": str(threads)}}],
+        "parameters": [{"key": key, "value": {"string_value": str(value)}}
+                       for key, value in (("threads", threads), ("precision", precision))],
         "model_warmup": [_warmup(size, inputs) for size in batch_buckets(batch_size)],
     }
 

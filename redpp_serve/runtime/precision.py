@@ -17,15 +17,14 @@ _CAST = (torch.float32, torch.float16, torch.bfloat16)
 _TO = "aten._to_copy.default"
 
 
-def check_precision(precision: str) -> None:
-    """Refuses a name that is no precision.
+def check_precision(precision: Any, where: str = "--precision") -> None:
+    """Refuses a name that is no precision; ``where`` names the file or flag that says so.
 
     Raises:
         RedppError: naming those that there are.
     """
     if precision not in PRECISIONS:
-        raise RedppError(f"precision {str(precision)[:40]!r}", f"one of {', '.join(PRECISIONS)}",
-                         "correct the precision where the server's configuration sets it")  # fmt: skip
+        raise RedppError(f"precision is {str(precision)[:40]!r} in {where}", f"one of {', '.join(PRECISIONS)}", f"correct {where}")
 
 
 def precision_dtype(precision: str) -> torch.dtype:
