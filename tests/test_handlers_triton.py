@@ -166,8 +166,8 @@ def test_the_configurations_precision_is_the_models(tmp_path: Path, precision: s
     assert ask(served, x)[0].tolist() == [pytest.approx(expected("1.0", row), rel=0.05, abs=0.05) for row in x]
     plan = served.model.plan
     served.finalize()
-    assert sample("redpp_plan_info", device="cpu", precision=precision, digest=plan.digest) == 1
-    assert plan.counts(8) and all(sample("redpp_plan_layers", kernel=k, batch="8") == n for k, n in plan.counts(8).items())
+    assert sample("redpp_plan_info", device="cpu", precision=precision, digest=plan.digest).value() == 1
+    assert plan.counts(8) and all(sample("redpp_plan_layers", kernel=k, batch="8").value() == n for k, n in plan.counts(8).items())
 
 
 def test_a_wrong_precision_names_the_file(tmp_path: Path) -> None:
