@@ -40,7 +40,8 @@ def _serving() -> builders.Dashboard:
     board.with_variable(_variable("server", "label_values(redpp_requests_total, server)"))
     board.with_variable(_variable("model", f"label_values({served}}}, model)"))
     board.with_variable(_variable("version", f'label_values({served}, model=~"$model"}}, version)'))
-    return _with_rows(board, {"Speed-up now": _now(), "Latency": _latency(), "Load": _load(), "Resources": _resources()})
+    return _with_rows(board, {"Speed-up now": _now(), "Latency": _latency(), "Load": _load(),
+                              "Resources": _resources(), "Kernels": _kernels()})  # fmt: skip
 
 
 def _now() -> list[Any]:
@@ -120,6 +121,17 @@ def _resources() -> list[Any]:
               {f"{{{{device}}}} {OF_VERSION}": matched(
                   "sum by (server, version, variant, device) (redpp_device_memory_bytes{device!='cpu'})")},
               min=0).span(6),
+    ]  # fmt: skip
+
+
+def _kernels() -> list[Any]:
+    layers = "max by (server, version, variant, kernel, batch) (redpp_plan_layers)"
+    plan = "max by (server, version, variant, device, precision, digest) (redpp_plan_info)"
+    return [
+        bars("Kernels chosen", "Layers that each kernel runs, by batch bucket.", "none",
+             {f"{{{{kernel}}}}, batch of {{{{batch}}}}, {OF_VERSION}": matched(layers)}).span(14),
+        word("Plans in use", "Precision and digest of the kernels' plan. Workers of one version should agree.",
+             {f"{{{{precision}}}} {{{{digest}}}} {{{{device}}}}, {OF_VERSION}": matched(plan) + " == 1"}).span(10),
     ]  # fmt: skip
 
 
