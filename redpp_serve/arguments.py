@@ -82,6 +82,16 @@ def parser() -> argparse.ArgumentParser:
                                   help="prune, verify, and write a folder that both versions are served from")  # fmt: skip
     _add_source(package)
     _add_pruning(package)
+    plan = commands.add_parser("plan", help="time the kernels that could run each layer on this machine, and choose")
+    plan.add_argument("folder", type=Path, help="what package wrote")
+    plan.add_argument("--device", help="cpu or cuda:N (default: a GPU where there is one)")
+    plan.add_argument("--precision", choices=_PRECISIONS, help="default: the package's")
+    plan.add_argument("--batch-size", type=_whole(1, 4096), metavar="N", help="largest batch (default: the package's)")
+    plan.add_argument("--threads", type=_whole(1, 1024), metavar="N", help="torch threads (default: the package's)")
+    plan.add_argument("--time-budget", type=_seconds, default=20.0, metavar="S",
+                      help="seconds of timing for each version (default: %(default)g)")  # fmt: skip
+    plan.add_argument("--all", action="store_true", help="time also kernels that a rule holds for hopeless")
+    plan.add_argument("--json", action="store_true", help="print JSON")
     serve = commands.add_parser("serve", help="serve both versions on the loopback address")
     _add_server(serve)
     for word, text in (("promote", "give requests that name no version to the pruned network"),

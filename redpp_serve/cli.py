@@ -1,4 +1,4 @@
-"""The command line: ``redpp-serve inspect | package | serve | promote | rollback | health | compare | ab | demo``."""
+"""The command line: ``redpp-serve inspect | package | plan | serve | promote | rollback | health | compare | ab | demo``."""
 
 from __future__ import annotations
 
@@ -160,6 +160,17 @@ def _compare(options: argparse.Namespace) -> None:
         print(f"added to {options.folder / 'report.html'}", file=sys.stderr)
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from .planning import plan, record
+    from .report.plans import plan_text
+
+    plans = plan(options.folder, device=options.device, precision=options.precision, batch=options.batch_size,
+                 threads=options.threads, seconds=options.time_budget, everything=options.all)  # fmt: skip
+    print(json.dumps(plans, indent=1) if options.json else plan_text(plans))
+    if record(options.folder, plans):
+        print(f"added to {options.folder / 'report.html'}", file=sys.stderr)
+
+
 def _ab(options: argparse.Namespace) -> None:
     from .experiment import commands
 
@@ -277,6 +288,7 @@ _COMMANDS = {
     "rollback": _rollback,
     "health": _health,
     "compare": _compare,
+    "plan": _plan,
     "demo": _demo,
 }
 

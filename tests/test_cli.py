@@ -25,7 +25,7 @@ from redpp_serve.cli import main
 from redpp_serve.serving.ports import free_ports
 
 Run = Callable[..., tuple[int, str, str]]
-COMMANDS = ("inspect", "package", "serve", "promote", "rollback", "health", "compare", "dashboard", "ab", "ab start", "demo")
+COMMANDS = ("inspect", "package", "plan", "serve", "promote", "rollback", "health", "compare", "dashboard", "ab", "ab start", "demo")
 FAST = ("--merge", "exact")
 
 

@@ -53,7 +53,7 @@ def test_convolution(bias: bool, affine: bool, groups: int) -> None:
     before = conv_norm(bias, affine, groups)
     after = fold_batch_norm(before)
     assert_same(before, after)
-    assert len(after.nodes) == 1 and set(after.tensors) == {"c.folded_weight", "c.folded_bias"}
+    assert len(after.nodes) == 1 and set(after.tensors) == {"w.folded.weight", "w.folded.bias"}
 
 
 def test_scale_or_shift_alone() -> None:

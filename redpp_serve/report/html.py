@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from redpp_serve.report import charts, formats, frontier, markup, text
+from redpp_serve.report import charts, formats, frontier, markup, plans, text
 from redpp_serve.report.formats import DASH, count, dig, error, number, percent, shorten
 from redpp_serve.report.markup import text_of
 
@@ -228,8 +228,8 @@ def render(report: Mapping[str, Any]) -> str:
     Args:
         report: the content of report.json: tool, name, source, options, environment, stages, original, pruned,
             counting, hash, layers, verify, smoke and, after a comparison, agreement, speedup, verdict. Any key may be
-            missing or None and shows as an en dash; frontier and stages_share (`points` lists their keys) then show
-            nothing. Errors, shares and accuracies are fractions of 1; times are in seconds (stages) or milliseconds
+            missing or None and shows as an en dash; plan, frontier and stages_share (`points` lists the keys of the
+            last two) then show nothing. Errors, shares and accuracies are fractions of 1; times are in seconds (stages) or milliseconds
             (`*_ms`).
 
     Returns:
@@ -244,7 +244,7 @@ def render(report: Mapping[str, Any]) -> str:
             markup.table("", ("quantity", "original", "pruned", "ratio"), rows, "tnnn"),
             markup.note(RATIO_NOTE),
         ),
-        frontier.frontier_section(report), frontier.share_section(report),
+        frontier.frontier_section(report), frontier.share_section(report), plans.plan_section(report),
         f'<div class="pair">{_stages(report)}{_verification(report)}{_hashing(report)}{_counting(report)}</div>',
     ]  # fmt: skip
     if layers:

@@ -43,7 +43,10 @@ def fold_batch_norm(graph: Graph) -> Graph:
         if bias is not None:
             shift = shift + tensors[bias.name].double() * scale
         folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
-        names = f"{source.name}.folded_weight", f"{source.name}.folded_bias"
+        stem = source.args[1].name.removesuffix(".weight")
+        if f"{stem}.folded.weight" in tensors:  # two layers share a weight, and each has a norm of its own
+            stem = f"{stem}.{source.name}"
+        names = f"{stem}.folded.weight", f"{stem}.folded.bias"
         tensors.update(zip(names, (folded.to(weight.dtype), shift.to(weight.dtype))))
         args = (source.args[0], Ref(names[0]), Ref(names[1]), *source.args[3:])
         changed[norm.name] = Node(norm.name, source.op, args, source.kwargs)

@@ -33,6 +33,11 @@ class FusedLayer:
     groups: int = 1
 
     @property
+    def name(self) -> str:
+        """What the user calls the layer: the name of its weight, without what loading added."""
+        return self.weight.name.removesuffix(".weight").removesuffix(".folded")
+
+    @property
     def is_conv(self) -> bool:
         return self.node.op == FUSED_CONV2D
 

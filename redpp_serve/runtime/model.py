@@ -32,13 +32,14 @@ class ServingModel:
     recorded runs call by call. On a CPU a bucket decides only which kernels run, rows are never padded.
 
     Args:
-        source: path of the artifact.
+        source: path of the artifact, or its bytes.
         device: where to run, e.g. ``cpu`` or ``cuda:0``. A GPU becomes the process's current device.
         precision: ``fp32``, ``tf32`` (on a GPU; on a CPU the same as fp32), ``fp16`` or ``bf16``. fp32 and tf32 set
             torch's switches for the whole process.
         batch: the largest batch to be ready for; larger ones are served too, in parts on a GPU.
         plan_seconds: about how long timing the layers' kernels may take; 0 leaves all of them dense.
         cache: where their times are kept; None keeps none.
+        everything: time also kernels that a rule holds for hopeless.
 
     Attributes:
         batches: the batch buckets, ascending.
@@ -49,8 +50,8 @@ class ServingModel:
     """
 
     def __init__(
-        self, source: Path, device: str = "cpu", *, precision: str = "fp32", batch: int = 1,
-        plan_seconds: float = PLAN_SECONDS, cache: PlanCache | None | str = "default",
+        self, source: Path | bytes, device: str = "cpu", *, precision: str = "fp32", batch: int = 1,
+        plan_seconds: float = PLAN_SECONDS, cache: PlanCache | None | str = "default", everything: bool = False,
     ) -> None:  # fmt: skip
         check_precision(precision)
         artifact = load(source)
@@ -66,7 +67,8 @@ class ServingModel:
         graph = serving_graph(artifact.graph, self.device, precision)
         shapes = layer_inputs(graph, self.device, precision)
         kept = PlanCache(default_path()) if isinstance(cache, str) else cache
-        self.plan = make_plan(graph, self.device, precision, self.batches, shapes, seconds=plan_seconds, cache=kept)
+        self.plan = make_plan(graph, self.device, precision, self.batches, shapes, seconds=plan_seconds, cache=kept,
+                              everything=everything)  # fmt: skip
         self._programs = planned_programs(
             graph, self.batches, self.plan.kernel, shapes, self.device, precision_dtype(precision)
         )

@@ -32,10 +32,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Choice:
-    """``kernel`` for a layer at a batch size; ``times`` are median seconds of each kernel that was timed, and ``shape``
+    """``kernel`` for a layer at a batch size. ``name`` is the user's for the layer, ``layer`` the graph's; ``times`` are median seconds of each kernel that was timed, and ``shape``
     is of the layer's input. ``source`` is a key of `SOURCES`."""
 
     layer: str
+    name: str
     batch: int
     kernel: str
     source: str

@@ -49,7 +49,7 @@ class _Cell:
     def choices(self, kernel: str, source: str, timings: dict[str, Timing]) -> Iterator[Choice]:
         times = {name: timing.seconds for name, timing in timings.items() if math.isfinite(timing.seconds)}
         for layer in self.layers:
-            yield Choice(layer.node.name, self.batch, kernel, source, times, "x".join(map(str, self.x_shape)))
+            yield Choice(layer.node.name, layer.name, self.batch, kernel, source, times, "x".join(map(str, self.x_shape)))
 
 
 @torch.inference_mode()

@@ -1,0 +1,177 @@
+"""The CPU runtime against its peers: ``python -m benchmarks.cpu --out benchmarks/results/cpu.json`` (half an hour).
+
+On each reference network and at each batch size, in one process and in turns: the stock handler's eager module, the
+original and the pruned network in this project's runtime, and both in torch.compile (max-autotune, frozen weights) and
+ONNX Runtime. Every arm's answers are first held against its own graph in float64; one that differs is not timed, and
+the row says so. A round calls every arm once in a random order and once in the reverse, so each round gives a ratio of
+any two; the table has medians, and bootstrap intervals of the ratios. Pruned networks are made once, with half of the
+multiply-accumulates, and kept in ``--scratch``. Needs ``onnx``, ``onnxruntime`` and ``onnxscript`` for that peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.cpu_arms import Arm, Call, arms, served
+from redpp_serve.capture.export import capture
+from redpp_serve.comparison.statistics import percentile_interval
+from redpp_serve.graph.layers import mac_count
+from redpp_serve.packaging.package import describe_machine
+from redpp_serve.pruning.options import Options
+from redpp_serve.pruning.pipeline import prune
+from redpp_serve.reference import catalog
+from redpp_serve.runtime.artifact import build, load, write_atomically
+from redpp_serve.runtime.graph import Graph, InputSpec
+from redpp_serve.runtime.program import Program
+
+KEPT_MACS, DISTIL_S, PRUNE_S = 0.5, 60.0, 240.0
+TOLERANCE = 1e-3  # of the largest output: float32 sums in another order
+FEWEST_ROUNDS = 15
+# numerator and denominator of the times, and the least ratio wanted
+RATIOS = {
+    "pruned over original, same runtime": ("original", "redpp", 1.5),
+    "original here over the stock handler": ("stock", "original", 1.0),
+    "original planned over dense": ("dense", "original", 0.98),
+    "pruned planned over dense": ("dense_redpp", "redpp", 0.98),
+    "pruned over torch.compile of the original": ("compiled", "redpp", None),
+    "pruned over ONNX Runtime of the original": ("onnx", "redpp", None),
+    "original over torch.compile": ("compiled", "original", None),
+    "original over ONNX Runtime": ("onnx", "original", None),
+}
+
+
+def pruned_network(name: str, original: Graph, scratch: Path) -> Graph:
+    """The network with half of its multiply-accumulates, as `package` prunes it; kept as ``scratch/NAME.redpp``."""
+    path = scratch / f"{name}.redpp"
+    if not path.exists():
+        options = Options(target_macs=KEPT_MACS, distil=DISTIL_S, time_budget=PRUNE_S)
+        write_atomically(path, build(prune(original, options).pruned, {"name": name}))
+    return load(path).graph
+
+
+def checked(arm: Arm, x: Tensor) -> tuple[Call | None, str]:
+    """The arm's call for inputs like x, or None and the reason why it cannot be timed."""
+    expected = Program(arm.graph.to(torch.float64))(x.double())[0]
+    try:
+        call = arm.build(x)
+        difference = float((call(x).double() - expected).abs().max() / expected.abs().max())
+    except Exception as error:  # a peer's compiler or exporter, whatever it raises
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return (call, "") if difference <= TOLERANCE else (None, f"wrong by {difference:.2g} of the largest output")
+
+
+def timed(calls: dict[str, Call], x: Tensor, seconds: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Seconds of each arm in each round, (rounds,): the mean of its two calls."""
+    names, rounds = list(calls), []
+    end = time.perf_counter() + seconds
+    while len(rounds) < FEWEST_ROUNDS or time.perf_counter() < end:
+        order, spent = rng.permutation(len(names)), np.zeros(len(names))
+        for index in (*order, *order[::-1]):
+            start = time.perf_counter()
+            calls[names[index]](x)
+            spent[index] += (time.perf_counter() - start) / 2
+        rounds.append(spent)
+    return dict(zip(names, np.array(rounds).T))
+
+
+def measure(every: list[Arm], x: Tensor, seconds: float, rng: np.random.Generator) -> dict[str, Any]:
+    """One row: milliseconds of each arm, the ratios between them with 95 % intervals, and what could not be timed."""
+    found = {arm.name: checked(arm, x) for arm in every}
+    times = timed({name: call for name, (call, _) in found.items() if call}, x, seconds, rng)
+    row: dict[str, Any] = {"batch": len(x), "rounds": len(next(iter(times.values()))), "ms": {}, "ratios": {}}
+    for name, values in times.items():
+        row["ms"][name] = [round(1e3 * float(q), 4) for q in np.quantile(values, (0.5, 0.1, 0.9))]
+    for title, (over, under, _) in RATIOS.items():
+        if over in times and under in times:
+            ratio = percentile_interval(times[over] / times[under], 0.5, rng)
+            row["ratios"][title] = [round(v, 3) for v in (ratio.value, ratio.low, ratio.high)]
+    row["not timed"] = {name: reason for name, (call, reason) in found.items() if not call}
+    return row
+
+
+def accuracy(graph: Graph, task: str, plan_seconds: float) -> float:
+    """Percent right on the held-out images, through the runtime that serves."""
+    inputs, labels = catalog.held_out(task)
+    model = served(graph, 100, plan_seconds)
+    return round(100 * float((torch.cat([model(chunk)[0] for chunk in inputs.split(100)]).argmax(1) == labels).double().mean()), 2)
+
+
+@torch.inference_mode()
+def network_rows(name: str, module: torch.nn.Module, original: Graph, pruned: Graph, options: argparse.Namespace) -> dict[str, Any]:
+    """All rows of one network, with its plan tables."""
+    rng, task = np.random.default_rng(0), catalog.NETWORKS[name].task.name
+    images = catalog.held_out(task)[0]
+    every = [arm for arm in arms(module, original, pruned, options.plan_seconds) if options.peers or not arm.name.startswith(("compiled", "onnx"))]
+    largest = max(options.batches)
+    return {
+        "network": name,
+        "macs": [mac_count(original), mac_count(pruned)],
+        "accuracy": [accuracy(graph, task, options.plan_seconds) for graph in (original, pruned)],
+        "rows": [measure(every, images[:batch], options.seconds, rng) for batch in options.batches],
+        "plans": {v: served(g, largest, options.plan_seconds).plan.to_json() for v, g in (("original", original), ("redpp", pruned))},
+    }
+
+
+def table(networks: list[dict[str, Any]]) -> str:
+    """Milliseconds of each arm, and the ratios that have a target."""
+    names = list(dict.fromkeys(arm for network in networks for row in network["rows"] for arm in row["ms"]))
+    lines = [f"{'network':20}{'batch':>6}" + "".join(f"{n:>15}" for n in names) + "   pruned/original   original/stock"]
+    for network in networks:
+        for row in network["rows"]:
+            cells = "".join(f"{row['ms'][n][0]:>12.3f} ms" if n in row["ms"] else f"{'-':>15}" for n in names)
+            shown = [row["ratios"].get(title) for title in list(RATIOS)[:2]]
+            ratios = "".join(f"  {r[0]:.2f} ({r[1]:.2f}-{r[2]:.2f})" if r else f"{'-':>18}" for r in shown)
+            lines.append(f"{network['network']:20}{row['batch']:>6}{cells}{ratios}")
+    return "\n".join(lines)
+
+
+def targets(networks: list[dict[str, Any]]) -> list[str]:
+    """What was wanted and whether it was reached, a line for each network, ratio and batch; a ratio counts by its median."""
+    lines = []
+    for title, (_, _, least) in RATIOS.items():
+        for network in networks if least else ():
+            for row in network["rows"]:
+                ratio = row["ratios"].get(title)
+                verdict = "not measured" if ratio is None else "met" if ratio[0] >= least else "missed"
+                figure = f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})" if ratio else "-"
+                lines.append(f"{verdict}: {network['network']}, batch {row['batch']}: {title} {figure}, at least {least:g} wanted")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(catalog.NETWORKS), default=list(catalog.NETWORKS), metavar="NAME")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--seconds", type=float, default=8.0, help="for all arms of one network at one batch size")
+    parser.add_argument("--plan-seconds", type=float, default=20.0, help="time budget of each plan")
+    parser.add_argument("--threads", type=int, default=1, help="of every arm")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave out torch.compile and ONNX Runtime")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "redpp-cpu", help="keeps the pruned networks")
+    parser.add_argument("--out", type=Path, help="a JSON file; networks that it has already are replaced one by one")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    networks = json.loads(options.out.read_text())["networks"] if options.out and options.out.exists() else []
+    for name in options.networks:
+        module = catalog.load(name)
+        original = capture(module, (InputSpec("x", catalog.NETWORKS[name].input_shape),), [])
+        found = network_rows(name, module, original, pruned_network(name, original, options.scratch), options)
+        networks = [network for network in networks if network["network"] != name] + [found]
+        print(table([found]), flush=True)
+        if options.out:
+            result = {"environment": describe_machine(), "threads": options.threads, "kept_macs": KEPT_MACS, "networks": networks}
+            write_atomically(options.out, (json.dumps(result, indent=1) + "\n").encode())
+    print(f"\n{table(networks)}\n\n" + "\n".join(targets(networks)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""`redpp-serve plan`: choose the kernels of a package's both versions on this machine, and show what each took."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import RedppError
+from .packaging.mar import ARTIFACT
+from .report import write_reports
+from .runtime.model import ServingModel
+from .runtime.planner import PLAN_SECONDS
+
+ARMS = ("original", "redpp")
+
+
+def plan(
+    folder: Path, *, device: str | None = None, precision: str | None = None, batch: int | None = None,
+    threads: int | None = None, seconds: float = PLAN_SECONDS, everything: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Time the candidates for each layer of both versions, as a worker does at load, and keep the times for it.
+
+    Args:
+        folder: written by `package`.
+        device: ``cpu`` or ``cuda:N``; None: a GPU where there is one.
+        precision, batch, threads: None: what the package says.
+        seconds: time budget for each version.
+        everything: time also what the rules hold for hopeless.
+
+    Returns:
+        for ``original`` and ``redpp`` what `runtime.plan.Plan.to_json` gives.
+
+    Raises:
+        RedppError: a folder or a device that cannot be used, or a network that does not run in the precision.
+    """
+    options = _options(folder)
+    torch.set_num_threads(threads or int(options.get("threads") or 1))
+    where = _device(device)
+    found = {}
+    for arm in ARMS:
+        model = ServingModel(
+            _artifact(folder / f"{arm}.mar"), where, precision=precision or str(options.get("precision") or "fp32"),
+            batch=batch or int(options.get("batch_size") or 1), plan_seconds=seconds, everything=everything,
+        )  # fmt: skip
+        found[arm] = model.plan.to_json()
+    return found
+
+
+def record(folder: Path, plans: dict[str, Any]) -> bool:
+    """Put the plans into the folder's report.json and report.html; False where they cannot be written."""
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        write_reports({**report, "plan": plans}, folder)
+    except (OSError, ValueError, RedppError):
+        return False
+    return True
+
+
+def _options(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "report.json").read_text(encoding="utf-8"))["options"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _artifact(archive: Path) -> bytes:
+    try:
+        with zipfile.ZipFile(archive) as file:
+            return file.read(ARTIFACT)
+    except (OSError, zipfile.BadZipFile, KeyError) as error:
+        raise RedppError(f"{archive} is no archive that can be planned ({error})", "a folder with original.mar and redpp.mar",
+                         "write one with 'redpp-serve package', and give that folder") from error  # fmt: skip
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    there = kind == "cpu" and not index or kind == "cuda" and torch.cuda.is_available() and (
+        not index or index.isdecimal() and int(index) < torch.cuda.device_count())  # fmt: skip
+    if not there:
+        raise RedppError(f"--device {name}", "cpu, or cuda:N on a machine that has it", "leave out --device")
+    return name if kind == "cpu" or index else "cuda:0"
