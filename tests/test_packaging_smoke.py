@@ -7,10 +7,12 @@ import numpy
 import psutil
 import pytest
 import torch
-from served import SHAPE, VARIANTS, expected, npy, write_archives
+from served import SHAPE, VARIANTS, artifact, expected, network, npy, write_archives
 
 import redpp_serve.packaging.smoke as smoke
 from redpp_serve.errors import RedppError
+from redpp_serve.packaging.mar import build_mar
+from redpp_serve.packaging.server_config import model_config
 from redpp_serve.packaging.smoke import run_trials, try_archive
 
 X = numpy.random.default_rng(0).standard_normal(SHAPE, dtype=numpy.float32)
@@ -64,6 +66,16 @@ def test_half_precisions_pass_within_their_rounding_and_wrong_outputs_do_not(arc
     if precision == "bf16":  # it is not taken for single precision
         with pytest.raises(RedppError, match="original.mar.*other outputs than the network"):
             run_trials([trial(right("1.0"))], "fp32")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_archive_with_one_wrong_weight_is_refused(tmp_path: Path, precision: str) -> None:
+    graph = network()
+    graph.tensors["lw"][2, 1] *= -1
+    wrong = build_mar(artifact("1.0", graph), name="tiny", version="1.0", model_config=model_config(4, 20, 1, precision))
+    (tmp_path / "wrong.mar").write_bytes(wrong)
+    with pytest.raises(RedppError, match="wrong.mar.*other outputs than the network"):
+        run_trials([try_archive(tmp_path / "wrong.mar", npy(X), right("1.0"), precision)], precision)
 
 
 def test_a_missing_output_is_refused(archives: list[Path]) -> None:
