@@ -9,7 +9,7 @@ RUN pip install --no-cache-dir --break-system-packages -r /opt/redpp/requirement
     && install -d -o 1000 -g 1000 /cache
 COPY probe.py start-triton.sh /opt/redpp/
 
-# /cache keeps compiled kernels over restarts.
+# /cache keeps compiled kernels and measured plans over restarts.
 ENV SERVER=triton MODELS=/models VARIANT=both \
     TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
     REDPP_PLAN_CACHE=/cache/plans.json \
