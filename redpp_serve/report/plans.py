@@ -45,7 +45,8 @@ def plan_summary(plan: Mapping[str, Any]) -> list[str]:
                 name = printable(choice.get("kernel"))
                 counts[name] = counts.get(name, 0) + 1
         found.append(f"batch {printable(batch)}: " + ", ".join(f"{n} {kernel}" for kernel, n in sorted(counts.items())))
-    for source, why in (("rule", "dense without timing: no other kernel was worth it"), ("budget", "dense: the time for planning was over")):
+    for source, why in (("rule", "dense without timing: no other kernel was worth it"), ("budget", "dense: the time for planning was over"),
+                        ("network", "dense: the whole network was not faster with the kernel that won alone")):
         layers = sum(choice.get("source") == source for choice in _choices(plan))
         if layers:
             found.append(f"{layers} of {len(_choices(plan))} choices {why}")

@@ -17,6 +17,7 @@ SOURCES = {
     "cached": "timed earlier on this machine",
     "shipped": "timed on such a device, in the table that comes with the package",
     "rule": "nothing else was worth timing",
+    "network": "the network as a whole was not faster with the kernel that won alone",
     "budget": "not timed: the time budget ended before",
 }
 

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,17 +21,17 @@ from .candidates import Candidate, candidates, signature
 from .forms import Form
 from .graph import Graph, InputSpec
 from .layers import FusedLayer, fused_layers
-from .plan import DENSE, LEAST_GAIN, Choice, Plan, Timing, decide, upper_bound
+from .confirming import confirmed
+from .plan import DENSE, Choice, Plan, Timing, decide
 from .plan_cache import PlanCache, device_key, device_name
 from .precision import precision_dtype
 from .program import Program
 from .programs import channels_last, layer_inputs
-from .timers import Timer, timer_for
+from .timers import Timer, in_turns, timer_for, timings
 
 log = logging.getLogger(__name__)
 
 PLAN_SECONDS = 20.0
-FEWEST_ROUNDS, MOST_ROUNDS = 7, 101
 # Largest difference from the dense kernel, in units of the dtype's rounding of the largest value: sums of thousands
 # of products in another order differ by some tens of it (measured on random layers).
 _ROUNDINGS = {torch.float32: 256.0, torch.float16: 16.0, torch.bfloat16: 16.0}
@@ -72,24 +73,27 @@ def make_plan(
     cells = _cells(graph, inputs, device, precision_dtype(precision), batches, everything)
     cache = cache or PlanCache(None, shipped=None)
     key = device_key(device, precision)
-    known, missing = _look_up(cells, cache, key)
-    measured: dict[str, dict[str, Timing]] = {}
-    if missing and seconds > 0:
-        with cache.locked(wait_s=2 * seconds):
-            known, missing = _look_up(cells, cache, key)
-            measured = _measure(missing, timer_for(graph, device), seconds)
-            cache.add(key, measured)
-    choices = []
-    for cell in cells:
-        if len(cell.options) == 1:
-            choices += cell.choices(DENSE, "rule", {})
-            continue
-        timings, source = known.get(cell.signature) or (measured.get(cell.signature, {}), "measured")
-        timings = {c.kernel: timings[c.kernel] for c in cell.options if c.kernel in timings}
-        choices += cell.choices(decide(timings), source if timings else "budget", timings)
-    order = {layer.node.name: k for k, layer in enumerate(fused_layers(graph))}
-    choices.sort(key=lambda choice: (order[choice.layer], choice.batch))
+    choosing = seconds > 0 and any(len(cell.options) > 1 for cell in cells)
+    with cache.locked(wait_s=3 * seconds) if choosing else nullcontext():
+        known, missing = _look_up(cells, cache, key)
+        measured = _measure(missing, timer_for(graph, device), seconds) if choosing else {}
+        cache.add(key, measured)
+        choices = [choice for cell in cells for choice in _decide(cell, known, measured)]
+        order = {layer.node.name: k for k, layer in enumerate(fused_layers(graph))}
+        choices.sort(key=lambda choice: (order[choice.layer], choice.batch))
+        left = seconds - (time.perf_counter() - start)
+        choices = confirmed(graph, choices, inputs, device, precision, cache, key, left if choosing else 0.0)
     return Plan(device_name(device), precision, tuple(batches), tuple(choices), time.perf_counter() - start)
+
+
+def _decide(
+    cell: _Cell, known: Mapping[str, tuple[dict[str, Timing], str]], measured: Mapping[str, dict[str, Timing]]
+) -> Iterator[Choice]:
+    if len(cell.options) == 1:
+        return cell.choices(DENSE, "rule", {})
+    timings, source = known.get(cell.signature) or (measured.get(cell.signature, {}), "measured")
+    timings = {c.kernel: timings[c.kernel] for c in cell.options if c.kernel in timings}
+    return cell.choices(decide(timings), source if timings else "budget", timings)
 
 
 def _cells(
@@ -153,7 +157,7 @@ def time_candidates(
     A candidate that fails or differs keeps an infinite time, so that it is not tried again; the log says why.
 
     Args:
-        seconds: for all rounds; at least `FEWEST_ROUNDS` are made.
+        seconds: for all rounds; at least `timers.FEWEST_ROUNDS` are made.
     """
     end = time.perf_counter() + seconds
     inputs = _inputs(layer, x_shape)
@@ -175,38 +179,7 @@ def time_candidates(
             continue
         expected = result if expected is None else expected
     failed = {option.kernel: Timing(math.inf, math.inf) for option in options if option.kernel not in runs}
-    return _timings(list(runs), _rounds(list(runs.values()), end)) | failed
-
-
-def _rounds(runs: Sequence[Callable[[], float]], end: float) -> list[list[float]]:
-    """Seconds of each candidate in each round; stops early when every candidate is decided."""
-    rounds: list[list[float]] = []
-    while len(rounds) < MOST_ROUNDS:
-        there = [run() for run in runs]
-        back = [run() for run in reversed(runs)][::-1]
-        rounds.append([(a + b) / 2 for a, b in zip(there, back)])
-        if len(rounds) >= FEWEST_ROUNDS and (time.perf_counter() > end or _decided(rounds)):
-            break
-    return rounds
-
-
-def _decided(rounds: Sequence[Sequence[float]]) -> bool:
-    """Whether each candidate is surely better, or surely not better, than wanted."""
-    for k in range(1, len(rounds[0])):
-        ratios = [row[k] / row[0] for row in rounds]
-        at_least = 1 / upper_bound([1 / ratio for ratio in ratios])
-        if upper_bound(ratios) > 1 - LEAST_GAIN > at_least:
-            return False
-    return True
-
-
-def _timings(kernels: Sequence[str], rounds: Sequence[Sequence[float]]) -> dict[str, Timing]:
-    found = {}
-    for k, kernel in enumerate(kernels):
-        column = sorted(row[k] for row in rounds)
-        high = upper_bound([row[k] / row[0] for row in rounds]) if k else 1.0
-        found[kernel] = Timing(column[len(column) // 2], high)
-    return found
+    return timings(list(runs), in_turns(list(runs.values()), end)) | failed
 
 
 def _inputs(layer: FusedLayer, x_shape: tuple[int, ...]) -> tuple[Tensor, ...]:
