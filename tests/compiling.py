@@ -6,10 +6,13 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from sass import Instruction, instructions, main_loop
 
 BUDGETS = Path(__file__).parent / "golden" / "kernel_budgets.json"
 ARCHITECTURES = (80, 90)
@@ -20,25 +23,52 @@ POINTERS = {
 _COPY = r"cp\.async\.c[ag]\.shared\.global.*?, 0x([0-9a-f]+)"  # bytes, in hexadecimal
 
 
-class Compiled(NamedTuple):
-    """One kernel for one architecture. `spills`: bytes of registers per thread that went to memory; `shared`: bytes;
-    `loop`: instructions of the machine's own language in the longest loop, 0 without one."""
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one architecture: PTX and machine code; registers of a thread; bytes of registers per thread that
+    went to memory; bytes of shared memory; warps of a program."""
 
     ptx: str
+    sass: str
     registers: int
     spills: int
     shared: int
-    loop: int
+    warps: int
 
     @property
     def mma(self) -> bool:
-        """Whether it runs on tensor cores."""
-        return "mma.sync" in self.ptx or "wgmma" in self.ptx
+        """Whether it has matrix instructions of tensor cores."""
+        return any(i.products for i in instructions(self.sass))
+
+    @cached_property
+    def _main_loop(self) -> list[Instruction]:
+        return main_loop(instructions(self.sass))
+
+    @property
+    def loop(self) -> int:
+        """Instructions of a warp for each time round the main loop; 0 without one."""
+        return len(self._main_loop)
+
+    @property
+    def loop_products(self) -> int:
+        """Multiply-accumulates on tensor cores that a program does each time round the main loop."""
+        return self.warps * sum(i.products for i in self._main_loop)
 
     @property
     def copies(self) -> list[int]:
         """Bytes of the asynchronous copies from global to shared memory."""
         return sorted({int(n, 16) for n in re.findall(_COPY, self.ptx)})
+
+    @property
+    def wide_loads(self) -> int:
+        """Loads of 16 bytes from global memory, into registers or shared memory."""
+        return len(re.findall(r"\bLDG(?:STS)?\.E[.\w]*\.128\b", self.sass))
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """What a budget limits, and what else a test judges, as JSON takes it."""
+        names = ("registers", "spills", "shared", "mma", "copies", "wide_loads", "loop", "loop_products")
+        return {name: getattr(self, name) for name in names}
 
 
 class Launch(NamedTuple):
@@ -126,19 +156,7 @@ def compile_kernel(
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found is not None, usage
     registers, stack, local = map(int, found.groups())
-    return Compiled(made.asm["ptx"], registers, stack + local, made.metadata.shared, longest_loop(sass))
-
-
-def longest_loop(sass: str) -> int:
-    """Instructions between the target of a backward branch and the branch, for the branch that spans most."""
-    lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.+?);", sass)]
-    addresses = [address for address, _ in lines]
-    lengths = [0]
-    for address, text in lines:
-        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        if branch and int(branch[1], 16) < address:
-            lengths.append(sum(int(branch[1], 16) <= a <= address for a in addresses))
-    return max(lengths)
+    return Compiled(made.asm["ptx"], sass, registers, stack + local, made.metadata.shared, num_warps)
 
 
 def check_budget(case: str, found: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -34,15 +33,17 @@ def run_child(file: str, what: str, **environment: str) -> dict[str, Any]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fills `torch.empty` buffers with NaN (integers: their largest value): an element that is never written shows."""
-    original = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> Tensor:
-        made = original(*args, **kwargs)
-        return made.fill_(torch.nan if made.is_floating_point() else torch.iinfo(made.dtype).max)
-
-    with patch.object(torch, "empty", empty):
+    """Fills whatever torch allocates without values with NaN (integers: their largest value): an element that is never
+    written shows."""
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
         yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def errors(found: Tensor, in_torch: Tensor, exact: Tensor) -> dict[str, float]:

@@ -3,8 +3,11 @@
 import math
 import mmap
 from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
 
 import torch
+from interpreting import poisoned
 from torch import Tensor
 
 _GUARD = 256  # elements on either side
@@ -14,7 +17,7 @@ def surrounded(tensor: Tensor) -> tuple[Tensor, Callable[[], bool]]:
     """A copy with the same strides amid NaN (integers: their largest value), and whether that is still there."""
     span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
     fill = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
-    buffer = torch.full((span + 2 * _GUARD,), fill, dtype=tensor.dtype)
+    buffer = torch.full((span + 2 * _GUARD,), fill, dtype=tensor.dtype, device=tensor.device)
     inner = buffer.as_strided(tensor.shape, tensor.stride(), _GUARD).copy_(tensor)
 
     def intact() -> bool:
@@ -22,6 +25,31 @@ def surrounded(tensor: Tensor) -> tuple[Tensor, Callable[[], bool]]:
         return bool((around.isnan() if tensor.is_floating_point() else around == fill).all())
 
     return inner, intact
+
+
+def run_guarded(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """The function's result, with NaN around every tensor that goes in and around every one that it allocates on a
+    device; what is allocated is NaN until it is written.
+
+    Raises:
+        AssertionError: something around a tensor changed.
+    """
+    guards: list[Callable[[], bool]] = []
+    empty = torch.empty
+
+    def guarded(tensor: Tensor) -> Tensor:
+        inner, intact = surrounded(tensor)
+        guards.append(intact)
+        return inner
+
+    def guarded_empty(*args: Any, **options: Any) -> Tensor:
+        return guarded(empty(*args, **options)) if options.get("device") is not None else empty(*args, **options)
+
+    inputs = [guarded(value) if isinstance(value, Tensor) else value for value in arguments]
+    with poisoned(), patch.object(torch, "empty", guarded_empty):
+        found = function(*inputs)
+    assert all(intact() for intact in guards), "written outside of a tensor"
+    return found
 
 
 def far_memory(shape: tuple[int, ...]) -> Tensor:

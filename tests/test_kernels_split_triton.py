@@ -1,24 +1,20 @@
-"""The Triton kernels without a GPU: run in the interpreter, and compiled ahead of time for sm_80 and sm_90.
+"""The split's Triton kernels in the interpreter, against torch's dense layers in fp64.
 
-The interpreter is a property of the process (triton reads its switch at import), so the work happens in a child that
-runs this file; the tests here judge the numbers it prints.
+The interpreter is a property of the process, so the work happens in a child that runs this file; the tests here judge
+the numbers that it prints. All arithmetic of these kernels is fp32, so bf16 runs as well.
 """
 
 import json
-import mmap
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreting import assert_as_good_as_torch, errors, run_child
+from kernel_memory import far_memory, run_guarded
 from test_kernels_split_reference import CONV_CASES, Split, build_split, quantised_weight
 from torch import Tensor
 
@@ -27,35 +23,11 @@ pytest.importorskip("triton")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LINEAR_SHAPES = {"row": (1, 40), "rows": (5, 40), "sequence": (2, 3, 40), "empty": (0, 40)}
 LAYOUTS = ("channels_last", "sliced")
-COMPILED = [(arch, kernel) for arch in (80, 90) for kernel in ("multiply", "gather")]
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    return run_child("interpret", TRITON_INTERPRET="1")
-
-
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, Any]:
-    return run_child("compile", TRITON_INTERPRET="0")
-
-
-def run_child(what: str, **environment: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run(
-            [sys.executable, __file__, what],
-            env=os.environ | {"TRITON_CACHE_DIR": cache} | environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def assert_as_good_as_torch(result: dict[str, float]) -> None:
-    """At most twice the error of torch's dense layer in the same precision, plus one rounding of the largest value."""
-    assert result["error"] <= 2 * result["torch_error"] + result["rounding"], result
+    return run_child(__file__, "interpret", TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,88 +70,67 @@ def test_the_comparison_notices_one_wrong_pair(interpreted: dict[str, Any], memb
         assert_as_good_as_torch(interpreted[f"wrong {member}"])
 
 
-@pytest.mark.parametrize(("arch", "kernel"), COMPILED)
-def test_compiles_without_spills(compiled: dict[str, Any], arch: int, kernel: str) -> None:
-    usage = {name: value for name, value in compiled.items() if name.startswith(f"{kernel} sm_{arch} ")}
-    assert len(usage) == 3
-    for name, value in usage.items():
-        assert value["stack"] == 0 and value["local"] == 0, (name, value)
-        assert value["registers"] <= 128, (name, value)
+# --- Below: the child process, and what other tests take from here. ---
 
 
-# --- Below: the child process. ---
+class Layer(NamedTuple):
+    """A layer and its input. `weight`: what `split` was made of, dense and in fp64; `groups`: None for a Linear."""
+
+    x: Tensor
+    weight: Tensor
+    split: Split
+    bias: Tensor | None
+    window: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    groups: int | None
 
 
-@contextmanager
-def poisoned_empty() -> Iterator[None]:
-    """Fills floating-point `torch.empty` buffers with NaN, so that an element never written shows."""
-    original = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> Tensor:
-        made = original(*args, **kwargs)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    torch.empty = empty
-    try:
-        yield
-    finally:
-        torch.empty = original
-
-
-def errors(found: Tensor, in_torch: Tensor, exact: Tensor) -> dict[str, float]:
-    if exact.numel() == 0:
-        return {"error": float(found.shape != exact.shape), "torch_error": 0.0, "rounding": 0.0}
-    return {
-        "error": (found.double() - exact).abs().max().item(),
-        "torch_error": (in_torch.double() - exact).abs().max().item(),
-        "rounding": torch.finfo(found.dtype).eps * exact.abs().max().item(),
-    }
-
-
-def conv_errors(
-    name: str,
-    dtype: torch.dtype,
-    prepare: Callable[[Tensor], Tensor] = lambda x: x,
-    damage: Callable[[Split], Split] = lambda split: split,
-) -> dict[str, float]:
-    from redpp_serve.kernels.split_triton import split_conv2d_triton
-
+def conv_layer(name: str, dtype: torch.dtype) -> Layer:
+    """One of `CONV_CASES`; every other one with a bias."""
     x_shape, w_shape, stride, padding, dilation, groups = CONV_CASES[name]
     generator = torch.Generator().manual_seed(len(name))
     x = torch.randn(x_shape, generator=generator, dtype=torch.float64).to(dtype)
     weight = quantised_weight(w_shape, generator)
     bias = torch.randn(w_shape[0], generator=generator, dtype=torch.float64).to(dtype) if len(name) % 2 else None
-    split = damage(build_split(weight, groups))
-    split = split._replace(kernels=split.kernels.to(dtype))
-    with poisoned_empty():
-        found = split_conv2d_triton(prepare(x), *split, bias, stride, padding, dilation)
-    window = (stride, padding, dilation, groups)
-    exact = F.conv2d(x.double(), weight, None if bias is None else bias.double(), *window)
-    return errors(found, F.conv2d(x, weight.to(dtype), bias, *window), exact)
+    split = build_split(weight, groups)
+    return Layer(
+        x, weight, split._replace(kernels=split.kernels.to(dtype)), bias, (stride, padding, dilation), groups
+    )
 
 
-def linear_errors(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, float]:
-    from redpp_serve.kernels.split_triton import split_linear_triton
-
+def linear_layer(shape: tuple[int, ...], dtype: torch.dtype) -> Layer:
+    """A Linear with 13 outputs for an input of this shape."""
     generator = torch.Generator().manual_seed(len(shape))
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     weight = quantised_weight((13, shape[-1]), generator)
     bias = torch.randn(13, generator=generator, dtype=torch.float64).to(dtype)
-    kernels, *rest = build_split(weight[:, :, None, None])
-    with poisoned_empty():
-        found = split_linear_triton(x, kernels.flatten().to(dtype), *rest, bias)
-    exact = F.linear(x.double(), weight, bias.double())
-    return errors(found, F.linear(x, weight.to(dtype), bias), exact)
+    split = build_split(weight[:, :, None, None])
+    return Layer(x, weight, split._replace(kernels=split.kernels.flatten().to(dtype)), bias, ((1, 1), (0, 0), (1, 1)), None)
 
 
-def damaged(member: str) -> Callable[[Split], Split]:
-    def damage(split: Split) -> Split:
-        output, column = (int(v) for v in (split.index > 0).nonzero()[0])
-        wrong = getattr(split, member).clone()
-        wrong[output, column] += -1 if member == "index" else -2 * wrong[output, column]
-        return split._replace(**{member: wrong})
+def in_torch(layer: Layer, dtype: torch.dtype) -> Tensor:
+    """The dense layer in this precision."""
+    x, weight = layer.x.to(dtype), layer.weight.to(dtype)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return F.linear(x, weight, bias) if layer.groups is None else F.conv2d(x, weight, bias, *layer.window, layer.groups)
 
-    return damage
+
+def judge(layer: Layer, split: Split | None = None) -> dict[str, float]:
+    """Errors of the kernels; with another split than the layer's own, where given."""
+    from redpp_serve.kernels.split_triton import split_conv2d_triton, split_linear_triton
+
+    arguments = (layer.x, *(split or layer.split), layer.bias)
+    if layer.groups is None:
+        found = run_guarded(split_linear_triton, *arguments)
+    else:
+        found = run_guarded(split_conv2d_triton, *arguments, *layer.window)
+    return errors(found, in_torch(layer, layer.x.dtype), in_torch(layer, torch.float64))
+
+
+def damaged(split: Split, member: str) -> Split:
+    output, column = (int(v) for v in (split.index > 0).nonzero()[0])
+    wrong = getattr(split, member).clone()
+    wrong[output, column] += -1 if member == "index" else -2 * wrong[output, column]
+    return split._replace(**{member: wrong})
 
 
 def dropped_errors(weight: Tensor) -> dict[str, float]:
@@ -189,46 +140,21 @@ def dropped_errors(weight: Tensor) -> dict[str, float]:
     kept = weight.abs().amax((0, 2, 3)) > 0
     x = torch.where(kept.view(1, -1, 1, 1), torch.ones(2, weight.shape[1], 4, 4), torch.nan)
     bias = torch.arange(float(len(weight)))
-    with poisoned_empty():
-        found = split_conv2d_triton(x, *build_split(weight), bias, (1, 1), (1, 1), (1, 1))
+    found = run_guarded(split_conv2d_triton, x, *build_split(weight), bias, (1, 1), (1, 1), (1, 1))
     dense = F.conv2d(x[:, kept], weight[:, kept], bias, 1, 1) if kept.any() else bias.view(1, -1, 1, 1).expand_as(found)
     return errors(found, dense, dense.double())
 
 
 def far_values() -> list[float]:
-    """A 1x1 convolution that reads only the corners of its images, the last ones beyond 2^31 elements.
-
-    The 6 GiB are reserved, not backed by memory: a handful of pages is touched.
-    """
+    """A 1x1 convolution that reads only the corners of its images, the last ones beyond 2^31 elements."""
     from redpp_serve.kernels.split_triton import split_conv2d_triton
 
-    side, images = 1 << 15, 3
-    memory = mmap.mmap(-1, images * side * side * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # NORESERVE
-    x = torch.frombuffer(memory, dtype=torch.float16).view(images, 1, side, side)
+    side = 1 << 15
+    x = far_memory((3, 1, side, side))
     x[2, 0, :: side - 1, :: side - 1] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     split = build_split(torch.ones(1, 1, 1, 1, dtype=torch.float16))
     found = split_conv2d_triton(x, *split, None, (side - 1, side - 1), (0, 0), (1, 1))
     return found[2].flatten().tolist()
-
-
-def interpret() -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    for key, dtype in DTYPES.items():
-        results |= {f"conv {name} {key}": conv_errors(name, dtype) for name in CONV_CASES}
-        results |= {f"linear {name} {key}": linear_errors(shape, dtype) for name, shape in LINEAR_SHAPES.items()}
-    results["layout channels_last"] = conv_errors(
-        "plain", torch.float32, lambda x: x.to(memory_format=torch.channels_last)
-    )
-    results["layout sliced"] = conv_errors("plain", torch.float32, lambda x: torch.cat([x, x], 3)[..., : x.shape[3]])
-    for member in ("index", "sign"):
-        results[f"wrong {member}"] = conv_errors("plain", torch.float16, damage=damaged(member))
-    weight = torch.zeros(3, 4, 3, 3)
-    results["all zero"] = dropped_errors(weight)
-    weight[1, 2] = 2.0
-    results["dropped"] = dropped_errors(weight)
-    results["far"] = far_values()
-    results["several launches"], results["launches"] = several_launches()
-    return results
 
 
 def several_launches() -> tuple[dict[str, float], int]:
@@ -243,55 +169,34 @@ def several_launches() -> tuple[dict[str, float], int]:
             starts.append(grid[0])
             return gather[grid]
 
-    split_triton.positions_per_launch = lambda rows, positions: 50
-    split_triton.gather_sum_kernel = Spy()
-    return conv_errors("plain", torch.float32), len(starts)
+    with (
+        patch.object(split_triton, "positions_per_launch", lambda rows, positions: 50),
+        patch.object(split_triton, "gather_sum_kernel", Spy()),
+    ):
+        return judge(conv_layer("plain", torch.float32)), len(starts)
 
 
-def compile_ahead() -> dict[str, Any]:
-    """Registers, stack and local bytes of both kernels, over precisions and shapes, by triton's own ptxas."""
-    import triton
-    from redpp_serve.kernels.split_heuristics import gather_blocks, multiply_blocks
-    from redpp_serve.kernels.split_triton import gather_sum_kernel, multiply_kernel
-
-    shapes = (("fp16", 1, (1, 1)), ("bf16", 6272, (3, 3)), ("fp32", 50, (7, 7)))
-    fixed = {"channel": "*i64", "index": "*i32", "sign": "*i8", "products": "*fp32", "start": "i64", "stop": "i64"}
+def interpret() -> dict[str, Any]:
     results: dict[str, Any] = {}
-    for arch in (80, 90):
-        for dtype, positions, (kernel_h, kernel_w) in shapes:
-            types_of = fixed | dict.fromkeys(("x", "kernels", "bias", "out"), f"*{dtype}")
-            m, g = multiply_blocks(4096, positions), gather_blocks(256, 256, positions)
-            launches = {
-                "multiply": (multiply_kernel, m.warps, (kernel_h, kernel_w, m.rows, m.positions)),
-                "gather": (gather_sum_kernel, g.warps, (True, g.outputs, g.inputs, g.positions)),
-            }
-            for name, (kernel, warps, constants) in launches.items():
-                types = {argument: types_of.get(argument, "i32") for argument in kernel.arg_names}
-                constexprs = dict(zip(kernel.arg_names[-len(constants) :], constants))
-                source = triton.compiler.ASTSource(
-                    fn=kernel,
-                    signature=types | dict.fromkeys(constexprs, "constexpr"),
-                    constexprs=constexprs,
-                    attrs={(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] == "*"},
-                )
-                target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
-                cubin = triton.compile(source, target=target, options={"num_warps": warps}).asm["cubin"]
-                results[f"{name} sm_{arch} {dtype} {positions}"] = resource_usage(cubin)
+    for key, dtype in DTYPES.items():
+        results |= {f"conv {name} {key}": judge(conv_layer(name, dtype)) for name in CONV_CASES}
+        results |= {f"linear {name} {key}": judge(linear_layer(shape, dtype)) for name, shape in LINEAR_SHAPES.items()}
+    layer = conv_layer("plain", torch.float32)
+    forms = {
+        "channels_last": layer.x.to(memory_format=torch.channels_last),
+        "sliced": torch.cat([layer.x, layer.x], 3)[..., : layer.x.shape[3]],
+    }
+    results |= {f"layout {name}": judge(layer._replace(x=x)) for name, x in forms.items()}
+    layer = conv_layer("plain", torch.float16)
+    results |= {f"wrong {name}": judge(layer, damaged(layer.split, name)) for name in ("index", "sign")}
+    weight = torch.zeros(3, 4, 3, 3)
+    results["all zero"] = dropped_errors(weight)
+    weight[1, 2] = 2.0
+    results["dropped"] = dropped_errors(weight)
+    results["far"] = far_values()
+    results["several launches"], results["launches"] = several_launches()
     return results
 
 
-def resource_usage(cubin: bytes) -> dict[str, int]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
-    assert found is not None, text
-    return dict(zip(("registers", "stack", "local"), map(int, found.groups())))
-
-
 if __name__ == "__main__":
-    print(json.dumps({"interpret": interpret, "compile": compile_ahead}[sys.argv[1]]()))
+    print(json.dumps({"interpret": interpret}[sys.argv[1]]()))
