@@ -37,14 +37,20 @@ def plan(
     Raises:
         RedppError: a folder or a device that cannot be used, or a network that does not run in the precision.
     """
-    options = _options(folder)
-    torch.set_num_threads(threads or int(options.get("threads") or 1))
     where = _device(device)
+    wanted = {"threads": threads, "batch_size": batch, "precision": precision}
+    options = {"threads": 1, "batch_size": 1, "precision": "fp32"} | _options(folder)
+    options |= {name: value for name, value in wanted.items() if value is not None}
+    for name in ("threads", "batch_size"):
+        if type(options[name]) is not int or options[name] < 1:
+            raise RedppError(f"{name} is {str(options[name])[:40]!r}", "a whole number of at least 1",
+                             f"give it with --{name.replace('_', '-')}")  # fmt: skip
+    torch.set_num_threads(options["threads"])
     found = {}
     for arm in ARMS:
         model = ServingModel(
-            _artifact(folder / f"{arm}.mar"), where, precision=precision or str(options.get("precision") or "fp32"),
-            batch=batch or int(options.get("batch_size") or 1), plan_seconds=seconds, everything=everything,
+            _artifact(folder / f"{arm}.mar"), where, precision=options["precision"], batch=options["batch_size"],
+            plan_seconds=seconds, everything=everything,
         )  # fmt: skip
         found[arm] = model.plan.to_json()
     return found
@@ -62,8 +68,9 @@ def record(folder: Path, plans: dict[str, Any]) -> bool:
 
 def _options(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / "report.json").read_text(encoding="utf-8"))["options"])
-    except (OSError, ValueError, KeyError, TypeError):
+        given = json.loads((folder / "report.json").read_text(encoding="utf-8"))["options"].items()
+        return {name: value for name, value in given if value is not None}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -79,9 +86,9 @@ def _artifact(archive: Path) -> bytes:
 def _device(name: str | None) -> str:
     if name is None:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    there = kind == "cpu" and not index or kind == "cuda" and torch.cuda.is_available() and (
-        not index or index.isdecimal() and int(index) < torch.cuda.device_count())  # fmt: skip
+    kind, colon, index = name.partition(":")
+    there = name == "cpu" or kind == "cuda" and torch.cuda.is_available() and (
+        not colon or index.isdecimal() and int(index) < torch.cuda.device_count())  # fmt: skip
     if not there:
         raise RedppError(f"--device {name}", "cpu, or cuda:N on a machine that has it", "leave out --device")
-    return name if kind == "cpu" or index else "cuda:0"
+    return "cuda:0" if name == "cuda" else name

@@ -58,12 +58,12 @@ class PlanCache:
     """Times by device and layer.
 
     Args:
-        path: the JSON file; None keeps times in memory only.
+        path: the JSON file; None, or what is there and no file, keeps times in memory only.
         shipped: the table that comes with the package; what the file has goes first.
     """
 
     def __init__(self, path: Path | None, shipped: Path | None = SHIPPED) -> None:
-        self.path = path
+        self.path = _file(path) if path else None
         self._shipped = _read(shipped) if shipped else {}
         self._entries: Entries = {}
         self._reload()
@@ -132,13 +132,22 @@ def merge(path: Path, measured: Mapping[str, Mapping[str, Mapping[str, Timing]]]
     return sum(map(len, entries.values()))
 
 
+def _file(path: Path) -> Path | None:
+    """None for a folder or a device: reading one may never end, and a file must not take its place."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        log.warning("times of kernels are not kept: %s is no file", path)
+        return None
+    return path
+
+
 def _lock(handle: Any, wait_s: float) -> None:
+    """OSError where the file system has no locks."""
     end = time.monotonic() + wait_s
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        except OSError:
+        except BlockingIOError:
             if time.monotonic() > end:
                 log.warning("another worker has been timing kernels for %.0f s; going on without it", wait_s)
                 return
