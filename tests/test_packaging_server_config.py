@@ -36,7 +36,7 @@ def test_a_large_image_as_float32_fits_into_a_request() -> None:
 
 def test_model_config_is_yaml_with_the_servers_keys() -> None:
     assert yaml.safe_load(model_config(8, 20, 2)) == {
-        "batchSize": 8, "maxBatchDelay": 20, "responseTimeout": 120, "handler": {"threads": 2, "precision": "fp32"}
+        "batchSize": 8, "maxBatchDelay": 20, "responseTimeout": 120, "startupTimeout": 300, "handler": {"threads": 2, "precision": "fp32"}
     }  # fmt: skip
 
 

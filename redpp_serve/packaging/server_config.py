@@ -77,6 +77,7 @@ def model_config(batch_size: int, max_batch_delay_ms: int, threads: int, precisi
         f"batchSize: {batch_size}\n"
         f"maxBatchDelay: {max_batch_delay_ms}\n"
         "responseTimeout: 120\n"
+        "startupTimeout: 300\n"  # workers that start together choose their kernels one after the other
         "handler:\n"
         f"  threads: {threads}\n"
         f"  precision: {precision}\n"

@@ -28,7 +28,7 @@ from .registry import Running, started
 
 KINDS = ("torchserve", "triton")
 VARIANTS = ("original", "redpp")
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 INSTALL = "pip install 'redpp-serve[serve]'"
 _POLL_S = 0.1
 
