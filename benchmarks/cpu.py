@@ -134,6 +134,21 @@ def table(networks: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def markdown(networks: list[dict[str, Any]]) -> str:
+    """The README's table: milliseconds at each batch size, and what pruning gained in this runtime (95 % interval)."""
+    head = ("network", "batch", "stock eager", "torch.compile", "ONNX Runtime", "original here", "pruned: torch.compile",
+            "ONNX Runtime", "**pruned here**", "pruned against original")  # fmt: skip
+    names = ("stock", "compiled", "onnx", "original", "compiled_redpp", "onnx_redpp", "redpp")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for network in networks:
+        for row in network["rows"]:
+            times = [f"{row['ms'][name][0]:.2f}" if name in row["ms"] else "–" for name in names]
+            ratio = row["ratios"].get(next(iter(RATIOS)))
+            gained = f"{ratio[0]:.2f}x ({ratio[1]:.2f} to {ratio[2]:.2f})" if ratio else "–"
+            lines.append(f"| {network['network']} | {row['batch']} | {' | '.join(times[:-1])} | **{times[-1]}** | {gained} |")
+    return "\n".join(lines)
+
+
 def targets(networks: list[dict[str, Any]]) -> list[str]:
     """What was wanted and whether it was reached, a line for each network, ratio and batch; a ratio counts by its median."""
     lines = []
