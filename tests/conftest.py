@@ -17,10 +17,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def plan_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Times of kernels go to a file of this run, here and in every process that a test starts."""
+    """Times of kernels are taken quickly, into a file of this run, here and in every process that a test starts."""
     path = tmp_path_factory.mktemp("plans") / "plans.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REDPP_PLAN_CACHE", str(path))
+        patch.setenv("REDPP_PLAN_SECONDS", "2")
         yield path
 
 

@@ -15,7 +15,7 @@ from .plan import LEAST_GAIN, Timing, upper_bound
 
 Make = Callable[[Mapping[str, Tensor]], Callable[..., object]]  # a layer's program that reads these weights
 
-FEWEST_ROUNDS, MOST_ROUNDS = 7, 101
+FEWEST_ROUNDS, MOST_ROUNDS = 7, 41
 _SLOT_S = 0.5e-3  # one reading covers so many calls
 _MOST_CALLS = 20
 _BETWEEN = 1 << 16  # float32 numbers that are written between two calls: a core's first cache holds none of the layer then
