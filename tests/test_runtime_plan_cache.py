@@ -3,10 +3,10 @@
 import json
 import math
 import os
-import subprocess
-import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -135,46 +135,42 @@ def test_a_file_system_without_locks_costs_no_wait(tmp_path: Path) -> None:
             assert time.monotonic() - start < 5
 
 
-WORKER = """
-import sys, time
-from pathlib import Path
-from redpp_serve.runtime.plan import Timing
-from redpp_serve.runtime.plan_cache import PlanCache
-cache = PlanCache(Path(sys.argv[1]))
-print("ready", flush=True)
-sys.stdin.readline()
-with cache.locked(wait_s=60):
-    if cache.find("key", "layer"):
-        print("read")
-    else:
-        time.sleep(0.3)
-        cache.add("key", {"layer": {"dense": Timing(1.0, 1.0)}})
-        print("measured")
-    if sys.argv[2] == "dies":
-        import os
-        os.kill(os.getpid(), 9)
-"""
-
-
-def start_worker(path: Path, end: str = "") -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", WORKER, str(path), end], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def worker(path: Path, start: Any, results: Any) -> None:
+    cache = PlanCache(path)
+    start.wait()
+    with cache.locked(wait_s=60):
+        known = cache.find(KEY, "op=a x=1x2")
+        if not known:
+            time.sleep(0.3)
+            cache.add(KEY, TIMES)
+        results.put("read" if known else "measured")
 
 
 def test_of_workers_that_start_together_one_measures(tmp_path: Path) -> None:
-    workers = [start_worker(tmp_path / "plans.json") for _ in range(3)]
-    for worker in workers:
-        assert worker.stdout and worker.stdout.readline() == "ready\n"
-    for worker in workers:
-        assert worker.stdin
-        worker.stdin.write("\n")
-        worker.stdin.flush()
-    assert sorted(worker.communicate(timeout=60)[0] for worker in workers) == ["measured\n", "read\n", "read\n"]
+    context = get_context("fork")  # no second import of torch
+    start, results = context.Barrier(4), context.Queue()
+    workers = [context.Process(target=worker, args=(tmp_path / "plans.json", start, results)) for _ in range(4)]
+    for process in workers:
+        process.start()
+    for process in workers:
+        process.join(60)
+    assert sorted(results.get(timeout=10) for _ in workers) == ["measured", "read", "read", "read"]
 
 
 def test_a_killed_holder_blocks_nobody(tmp_path: Path) -> None:
-    dead = start_worker(tmp_path / "plans.json", "dies")
-    dead.communicate("\n", timeout=60)
-    assert dead.returncode == -9
+    path, context = tmp_path / "plans.json", get_context("fork")
+    ready = context.Event()
+
+    def hold() -> None:
+        with PlanCache(path).locked(wait_s=60):
+            ready.set()
+            time.sleep(60)
+
+    process = context.Process(target=hold)
+    process.start()
+    assert ready.wait(30)
+    process.kill()
+    process.join(30)
     start = time.monotonic()
-    with PlanCache(tmp_path / "plans.json").locked(wait_s=30):
+    with PlanCache(path).locked(wait_s=30):
         assert time.monotonic() - start < 5

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,12 +17,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .candidates import signature
 from .graph import Graph
+from .layers import fused_layers
 from .plan import DENSE, Choice, Timing
 from .plan_cache import PlanCache
 from .precision import precision_dtype
 from .programs import channels_last, planned_programs
 from .timers import FEWEST_ROUNDS, ClockTimer, EventTimer, in_turns, timings
+
+log = logging.getLogger(__name__)
 
 PLANNED = "planned"
 
@@ -41,15 +47,28 @@ def confirmed(
     kept = list(choices)
     for batch in sorted({choice.batch for choice in choices if choice.kernel != DENSE}):
         kernels = {choice.layer: choice.kernel for choice in choices if choice.batch == batch}
-        name = _signature(graph, batch, kernels)
+        name = _signature(graph, batch, kernels, inputs, precision_dtype(precision))
         found = cache.find(key, name)
-        known = found[0] if found else _time(graph, batch, kernels, inputs, device, precision, end)
-        if known and not found:
+        known = found[0] if found else _time_or_fail(graph, batch, kernels, inputs, device, precision, end)
+        if known and not found and math.isfinite(known[PLANNED].seconds):
             cache.add(key, {name: known})
         if not known or known[PLANNED].high > 1.0:
             source = "network" if known else "budget"
             kept = [replace(c, kernel=DENSE, source=source) if c.batch == batch and c.kernel != DENSE else c for c in kept]
     return kept
+
+
+def _time_or_fail(
+    graph: Graph, batch: int, kernels: Mapping[str, str], inputs: Mapping[str, tuple[int, ...]], device: torch.device,
+    precision: str, end: float,
+) -> dict[str, Timing]:  # fmt: skip
+    """`_time`; infinite where the network does not run with the planned kernels, for want of memory for example."""
+    try:
+        return _time(graph, batch, kernels, inputs, device, precision, end)
+    except Exception as error:  # whatever a driver raises: a plan never stops a worker
+        log.warning("the network does not run with the kernels chosen for batch %d: %s", batch,
+                    " ".join(str(error).split())[:300])  # fmt: skip
+        return {PLANNED: Timing(math.inf, math.inf)}
 
 
 def _time(
@@ -80,9 +99,12 @@ def _example(shape: tuple[int, ...], batch: int, dtype: torch.dtype, device: tor
     return channels_last(made.to(device, dtype))
 
 
-def _signature(graph: Graph, batch: int, kernels: Mapping[str, str]) -> str:
-    """Of all that the times depend on: operators, shapes of weights and inputs, the kernels chosen."""
-    nodes = [(node.op, kernels.get(node.name, ""), list(node.refs())) for node in graph.nodes]
+def _signature(
+    graph: Graph, batch: int, kernels: Mapping[str, str], inputs: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> str:
+    """Of all that the times depend on: operators and their arguments, layers, shapes, the kernels chosen."""
+    nodes = [(node.op, kernels.get(node.name, ""), repr((node.args, node.kwargs))) for node in graph.nodes]
+    layers = [signature(graph, layer.node, inputs[layer.node.name], dtype) for layer in fused_layers(graph)]
     shapes = [(name, list(t.shape)) for name, t in graph.tensors.items()] + [(i.name, list(i.shape)) for i in graph.inputs]
-    digest = hashlib.sha256(json.dumps([nodes, shapes]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([nodes, layers, shapes]).encode()).hexdigest()[:16]
     return f"network {digest} batch={batch}"

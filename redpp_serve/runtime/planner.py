@@ -27,14 +27,16 @@ from .plan_cache import PlanCache, device_key, device_name
 from .precision import precision_dtype
 from .program import Program
 from .programs import channels_last, layer_inputs
-from .timers import Timer, in_turns, timer_for, timings
+from .timers import FEWEST_ROUNDS, Timer, in_turns, timer_for, timings
 
 log = logging.getLogger(__name__)
 
 PLAN_SECONDS = 20.0
+_FOR_LAYERS = 0.75  # of the budget; the rest is for the network as a whole, without which no choice stands
 # Largest difference from the dense kernel, in units of the dtype's rounding of the largest value: sums of thousands
 # of products in another order differ by some tens of it (measured on random layers).
 _ROUNDINGS = {torch.float32: 256.0, torch.float16: 16.0, torch.bfloat16: 16.0}
+_TF32_EPS = 2.0**-10  # products with as many binary places as fp16 has
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def make_plan(
     choosing = seconds > 0 and any(len(cell.options) > 1 for cell in cells)
     with cache.locked(wait_s=3 * seconds) if choosing else nullcontext():
         known, missing = _look_up(cells, cache, key)
-        measured = _measure(missing, timer_for(graph, device), seconds) if choosing else {}
+        measured = _measure(missing, timer_for(graph, device), _FOR_LAYERS * seconds) if choosing else {}
         cache.add(key, measured)
         choices = [choice for cell in cells for choice in _decide(cell, known, measured)]
         order = {layer.node.name: k for k, layer in enumerate(fused_layers(graph))}
@@ -100,18 +102,18 @@ def _cells(
     graph: Graph, inputs: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype,
     batches: Sequence[int], everything: bool,
 ) -> list[_Cell]:  # fmt: skip
-    found: dict[str, _Cell] = {}
+    found: dict[tuple[int, str], _Cell] = {}  # one layer's input at batch 4 may have another's shape at batch 1
     for batch in batches:
         for layer in fused_layers(graph):
             one = inputs[layer.node.name]
             shape = (one[0] * batch, *one[1:])
             text = signature(graph, layer.node, shape, dtype)
-            if text in found and found[text].batch == batch:
-                found[text] = _with_layer(found[text], layer)
+            if (batch, text) in found:
+                found[batch, text] = _with_layer(found[batch, text], layer)
                 continue
             options = candidates(graph, layer.node, shape, device, dtype)
             kept = tuple(c for c in options if c.kernel == DENSE or c.worth_timing or everything)
-            found[text] = _Cell(batch, text, (layer,), shape, kept)
+            found[batch, text] = _Cell(batch, text, (layer,), shape, kept)
     return list(found.values())
 
 
@@ -138,26 +140,31 @@ def _measure(cells: Sequence[_Cell], timer: Timer, seconds: float) -> dict[str, 
     end = time.perf_counter() + seconds
     products = {cell.signature: cell.layers[0].rows(cell.x_shape) * cell.layers[0].values.numel() for cell in cells}
     ordered = sorted(cells, key=lambda cell: -products[cell.signature] * len(cell.layers))
-    found = {}
+    found: dict[str, dict[str, Timing]] = {}
     for done, cell in enumerate(ordered):
         left = end - time.perf_counter()
         if left <= 0:
-            log.warning("%d of %d layers keep the dense kernel: the %.0f s for timing are over",
-                        len(ordered) - done, len(ordered), seconds)  # fmt: skip
             break
-        found[cell.signature] = time_candidates(cell.layers[0], cell.x_shape, cell.options, timer, left / (len(ordered) - done))
-    return found
+        if cell.signature not in found:
+            share = left / (len(ordered) - done)
+            found[cell.signature] = time_candidates(cell.layers[0], cell.x_shape, cell.options, timer, share, end)
+    if late := sum(not found.get(cell.signature) for cell in ordered):
+        log.warning("%d of %d layers keep the dense kernel: the %.0f s for timing do not reach them", late, len(ordered), seconds)
+    return {text: timings for text, timings in found.items() if timings}
 
 
 def time_candidates(
-    layer: FusedLayer, x_shape: tuple[int, ...], options: Sequence[Candidate], timer: Timer, seconds: float
-) -> dict[str, Timing]:
+    layer: FusedLayer, x_shape: tuple[int, ...], options: Sequence[Candidate], timer: Timer, seconds: float,
+    latest: float = math.inf,
+) -> dict[str, Timing]:  # fmt: skip
     """Median seconds of each candidate that computes what the dense one (the first) does.
 
     A candidate that fails or differs keeps an infinite time, so that it is not tried again; the log says why.
 
     Args:
         seconds: for all rounds; at least `timers.FEWEST_ROUNDS` are made.
+        latest: by the performance counter; nothing is timed where that many rounds of the dense kernel's duration would
+            end later.
     """
     end = time.perf_counter() + seconds
     inputs = _inputs(layer, x_shape)
@@ -168,7 +175,7 @@ def time_candidates(
             form = option.make()
             result = _program(layer, form)(*inputs)[0]
             difference = 0.0 if expected is None else _difference(result, expected)
-            if not difference <= _ROUNDINGS.get(result.dtype, 256.0):
+            if not difference <= _most_roundings(result):
                 raise ValueError(f"its result differs by {difference:.0f} roundings from the dense kernel's")
             runs[option.kernel] = timer.prepare(lambda tensors, node=form[0]: _program(layer, (node, tensors)), form[1], inputs)
         except Exception as error:  # whatever a compiler or a driver raises: this kernel is not for this device
@@ -177,7 +184,10 @@ def time_candidates(
             log.warning("%s cannot run %s with an input of shape %s: %s", option.kernel, layer.node.name, x_shape,
                         " ".join(str(error).split())[:300])  # fmt: skip
             continue
-        expected = result if expected is None else expected
+        if expected is None:
+            expected = result
+            if time.perf_counter() + 2 * FEWEST_ROUNDS * len(options) * _duration(runs[option.kernel]) > latest:
+                return {}
     failed = {option.kernel: Timing(math.inf, math.inf) for option in options if option.kernel not in runs}
     return timings(list(runs), in_turns(list(runs.values()), end)) | failed
 
@@ -200,6 +210,18 @@ def _program(layer: FusedLayer, form: Form) -> Program:
     dtype = str(layer.values.dtype).removeprefix("torch.")
     specs = tuple(InputSpec(value.name, (), dtype) for value in values)  # a program does not look at shapes
     return Program(Graph(specs, tensors, (node,), (node.name,))).eval()
+
+
+def _duration(run: Callable[[], float]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _most_roundings(result: Tensor) -> float:
+    if result.is_cuda and result.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return _ROUNDINGS[torch.float16] * _TF32_EPS / torch.finfo(torch.float32).eps
+    return _ROUNDINGS.get(result.dtype, 256.0)
 
 
 def _difference(result: Tensor, expected: Tensor) -> float:
