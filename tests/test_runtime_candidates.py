@@ -60,8 +60,8 @@ KERNELS_OF = {  # layer -> what a CPU and a GPU have beside dense
     "spatial": (["library"], ["cudnn", "depthwise"]),
     "grouped": (["library"], ["cudnn"]),
     "repeated": (["library", "split"], ["cudnn", "fused", "split"]),
-    "coded": (["onednn", "codebook:auto", "split"], ["fused", "codebook:pair", "codebook:pointer", "split"]),
-    "more": (["onednn", "codebook:auto"], ["fused", "codebook:pair", "codebook:pointer"]),
+    "coded": (["onednn", "codebook:auto", "split"], ["fused", "codebook:pointer", "split"]),
+    "more": (["onednn", "codebook:auto"], ["fused", "codebook:pointer"]),
     "head": (["onednn"], ["fused"]),
 }
 
@@ -146,7 +146,7 @@ def worth(graph: Graph, node: Node, rows: int, device: torch.device, dtype: torc
 def test_the_prior_of_codebooks() -> None:
     """Large weights, few values, few rows; bytes are those of the running dtype."""
     graph, node = linear(few_values((2048, 1024), 9))  # 8 MiB in float32
-    assert worth(graph, node, 32, CUDA) == ["dense", "codebook:pair", "codebook:pointer"]
+    assert worth(graph, node, 32, CUDA) == ["dense", "codebook:pointer"]
     assert worth(graph, node, 33, CUDA) == ["dense"]
     assert "codebook:auto" in worth(graph, node, 8, CPU)
     half, node = linear(graph.tensors["w"], torch.float16)  # 4 MiB
@@ -223,11 +223,23 @@ def test_what_repeats_in_a_weight() -> None:
     weight = few_values((32, 40), 7)
     values = repeats(weight).values
     assert values is not None and torch.equal(values, weight.unique())
-    assert torch.equal(values[weights.pack_values(weight, values)], weight)
+    assert torch.equal(values[weights.pack_values(weight, values).int()], weight)
     assert repeats(few_values((32, 40), 16)).values is not None and repeats(few_values((32, 40), 17)).values is None
     signed = torch.tensor([[0.0, -0.0], [1.0, -1.0]])
     found = repeats(signed).values
-    assert found is not None and found.tolist() == [-1, 0, 1] and torch.equal(found[weights.pack_values(signed, found)], signed)
+    assert found is not None and found.tolist() == [-1, 0, 1] and torch.equal(found[weights.pack_values(signed, found).int()], signed)
+
+
+def test_values_that_a_sample_misses_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_SAMPLE", 4)
+    monkeypatch.setattr(weights, "_CHUNK", 100)
+    for count in (5, 16, 17, 40):
+        weight = few_values((32, 40), count)
+        found = repeats(weight).values
+        assert (found is None) == (count > 16)
+        if found is not None:
+            assert torch.equal(found, weight.unique()) and torch.equal(found[weights.pack_values(weight, found).int()], weight)
+    assert repeats(torch.zeros(0, 4)).values is None  # a codebook needs a value
 
 
 def test_buckets_share_programs_and_weights() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..kernels.codebook_linear_heuristics import best_decode
 from . import forms
 from .forms import Form
 from .graph import Graph, Node
@@ -140,9 +141,8 @@ def _codebook_prior(layer: FusedLayer, values: int, rows: int) -> tuple[bool, st
 
 
 def _decodes(layer: FusedLayer, values: int, device: torch.device) -> list[str]:
-    """The strategies of `kernels.codebook_linear` for a weight."""
+    """The strategies of `kernels.codebook_linear` to choose from for a weight."""
     if device.type != "cuda":
         return ["auto"]
-    halves = layer.values.dtype in (torch.float16, torch.bfloat16)
-    by_register = ["prmt8"] if values <= 8 else ["prmt16"]
-    return [*(by_register if halves else []), "pair", "pointer"]
+    best = best_decode(values, layer.values.element_size())
+    return [best, "pair", "pointer"] if best != "pointer" else [best]

@@ -12,6 +12,7 @@ from .splitting import split_weight
 
 MOST_VALUES = 16  # that a 4-bit index names
 _SAMPLE = 4096
+_CHUNK = 1 << 22  # weights whose 64-bit indices are in memory at once
 _INPUTS = 8  # input channels that stand for all when kernels are counted
 
 
@@ -33,21 +34,28 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def repeats(weight: Tensor, groups: int = 1) -> Repeats:
     """What repeats in a weight (n_out, n_in) or (n_out, n_in / groups, kh, kw)."""
     known = _known.get(weight)
+    if weight.numel() == 0:
+        return Repeats(None, None)
     if known is None:
         known = _known[weight] = Repeats(_values(weight), _split_share(weight, groups))
     return known
 
 
 def pack_values(weight: Tensor, values: Tensor) -> Tensor:
-    """The index of each weight in the ascending values (K,), of the weight's shape, int64."""
-    return torch.searchsorted(values, weight.contiguous())
+    """The index of each weight (n_out, n_in) in the ascending values (K,), of the weight's shape, uint8."""
+    flat = weight.reshape(-1)
+    return torch.cat([torch.searchsorted(values, part).to(torch.uint8) for part in flat.split(_CHUNK)]).view(weight.shape)
 
 
 def _values(weight: Tensor) -> Tensor | None:
+    """From a sample, then what of the rest is not among it: sorting all weights of a large layer takes seconds."""
     flat = weight.reshape(-1)
-    if torch.unique(flat[:: max(1, flat.numel() // _SAMPLE)]).numel() > MOST_VALUES:
-        return None  # spares the sort of all weights
-    values = torch.unique(flat)
+    values = torch.unique(flat[:: max(1, flat.numel() // _SAMPLE)])
+    for part in flat.split(_CHUNK):
+        if values.numel() > MOST_VALUES:
+            return None
+        nearest = values[torch.searchsorted(values, part).clamp_max(values.numel() - 1)]
+        values = torch.unique(torch.cat([values, part[nearest != part]]))
     return values if values.numel() <= MOST_VALUES else None
 
 
