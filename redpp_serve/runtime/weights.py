@@ -12,7 +12,7 @@ from .splitting import split_weight
 
 MOST_VALUES = 16  # that a 4-bit index names
 _SAMPLE = 4096
-_CHUNK = 1 << 22  # weights whose 64-bit indices are in memory at once
+_CHUNK = 1 << 18  # weights that are looked at at once: they stay in a cache
 _INPUTS = 8  # input channels that stand for all when kernels are counted
 
 
@@ -44,7 +44,11 @@ def repeats(weight: Tensor, groups: int = 1) -> Repeats:
 def pack_values(weight: Tensor, values: Tensor) -> Tensor:
     """The index of each weight (n_out, n_in) in the ascending values (K,), of the weight's shape, uint8."""
     flat = weight.reshape(-1)
-    return torch.cat([torch.searchsorted(values, part).to(torch.uint8) for part in flat.split(_CHUNK)]).view(weight.shape)
+    index = torch.zeros(flat.shape, dtype=torch.uint8, device=flat.device)
+    for part, found in zip(flat.split(_CHUNK), index.split(_CHUNK)):
+        for value in values[1:].tolist():  # comparisons vectorise; a search for each weight takes ten times as long
+            found += (part >= value).view(torch.uint8)
+    return index.view(weight.shape)
 
 
 def _values(weight: Tensor) -> Tensor | None:
@@ -54,8 +58,10 @@ def _values(weight: Tensor) -> Tensor | None:
     for part in flat.split(_CHUNK):
         if values.numel() > MOST_VALUES:
             return None
-        nearest = values[torch.searchsorted(values, part).clamp_max(values.numel() - 1)]
-        values = torch.unique(torch.cat([values, part[nearest != part]]))
+        missing = torch.ones(part.shape, dtype=torch.bool, device=part.device)
+        for value in values.tolist():
+            missing &= part != value
+        values = torch.unique(torch.cat([values, part[missing]]))
     return values if values.numel() <= MOST_VALUES else None
 
 
