@@ -4,8 +4,8 @@ On each reference network and at each batch size, in one process and in turns: t
 original and the pruned network in this project's runtime, and both in torch.compile (max-autotune, frozen weights) and
 ONNX Runtime. Every arm's answers are first held against its own graph in float64; one that differs is not timed, and
 the row says so. A round calls every arm once in a random order and once in the reverse, so each round gives a ratio of
-any two; the table has medians, and bootstrap intervals of the ratios. Pruned networks are made once, with half of the
-multiply-accumulates, and kept in ``--scratch``. Needs ``onnx``, ``onnxruntime`` and ``onnxscript`` for that peer.
+any two; the table has medians, and bootstrap intervals of the ratios. Pruned networks are made once, for ``--target``
+as `redpp-serve package` takes it, and kept in ``--scratch``. Needs ``onnx``, ``onnxruntime`` and ``onnxscript`` for that peer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from redpp_serve.runtime.artifact import build, load, write_atomically
 from redpp_serve.runtime.graph import Graph, InputSpec
 from redpp_serve.runtime.program import Program
 
-KEPT_MACS, DISTIL_S, PRUNE_S = 0.5, 60.0, 240.0
+DISTIL_S, PRUNE_S = 60.0, 240.0
 TOLERANCE = 1e-3  # of the largest output: float32 sums in another order
 FEWEST_ROUNDS = 15
 # numerator and denominator of the times, and the least ratio wanted
@@ -49,11 +49,12 @@ RATIOS = {
 }
 
 
-def pruned_network(name: str, original: Graph, scratch: Path) -> Graph:
-    """The network with half of its multiply-accumulates, as `package` prunes it; kept as ``scratch/NAME.redpp``."""
-    path = scratch / f"{name}.redpp"
+def pruned_network(name: str, original: Graph, target: str, scratch: Path) -> Graph:
+    """The network as `package` prunes it for a target such as ``macs=0.5``; kept as ``scratch/NAME-TARGET.redpp``."""
+    path = scratch / f"{name}-{target}.redpp"
     if not path.exists():
-        options = Options(target_macs=KEPT_MACS, distil=DISTIL_S, time_budget=PRUNE_S)
+        kind, _, share = target.partition("=")
+        options = Options(**{f"target_{kind}": float(share)}, distil=DISTIL_S, time_budget=PRUNE_S)
         write_atomically(path, build(prune(original, options).pruned, {"name": name}))
     return load(path).graph
 
@@ -165,6 +166,7 @@ def targets(networks: list[dict[str, Any]]) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(catalog.NETWORKS), default=list(catalog.NETWORKS), metavar="NAME")
+    parser.add_argument("--target", default="macs=0.5", help="macs=R or latency=R, as package takes it (default: %(default)s)")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--seconds", type=float, default=8.0, help="for all arms of one network at one batch size")
     parser.add_argument("--plan-seconds", type=float, default=20.0, help="time budget of each plan")
@@ -179,11 +181,11 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.networks:
         module = catalog.load(name)
         original = capture(module, (InputSpec("x", catalog.NETWORKS[name].input_shape),), [])
-        found = network_rows(name, module, original, pruned_network(name, original, options.scratch), options)
+        found = network_rows(name, module, original, pruned_network(name, original, options.target, options.scratch), options)
         networks = [network for network in networks if network["network"] != name] + [found]
         print(table([found]), flush=True)
         if options.out:
-            result = {"environment": describe_machine(), "threads": options.threads, "kept_macs": KEPT_MACS, "networks": networks}
+            result = {"environment": describe_machine(), "threads": options.threads, "target": options.target, "networks": networks}
             write_atomically(options.out, (json.dumps(result, indent=1) + "\n").encode())
     print(f"\n{table(networks)}\n\n" + "\n".join(targets(networks)))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from redpp_serve.runtime.artifact import build
 from redpp_serve.runtime.graph import Graph
-from redpp_serve.runtime.model import ServingModel, serving_program
+from redpp_serve.runtime.model import ServingModel
 from redpp_serve.runtime.program import Program
 
 Call = Callable[[Tensor], Tensor]
@@ -37,8 +37,8 @@ def arms(module: nn.Module, original: Graph, pruned: Graph, plan_seconds: float)
     found = [Arm("stock", original, lambda x: module)]
     for suffix, graph in (("", original), (PRUNED, pruned)):
         found += [
-            Arm("redpp" if suffix else "original", graph, lambda x, g=graph: _planned(g, len(x), plan_seconds)),
-            Arm(f"dense{suffix}", graph, lambda x, g=graph: _dense(g)),
+            Arm("redpp" if suffix else "original", graph, lambda x, g=graph: _served(g, len(x), plan_seconds)),
+            Arm(f"dense{suffix}", graph, lambda x, g=graph: _served(g, len(x), 0.0)),
             Arm(f"compiled{suffix}", graph, lambda x, g=graph, s=suffix: _compiled(Program(g) if s else module, x)),
             Arm(f"onnx{suffix}", graph, lambda x, g=graph, s=suffix: _onnx(Program(g) if s else module, x)),
         ]
@@ -55,14 +55,9 @@ def served(graph: Graph, batch: int, plan_seconds: float) -> ServingModel:
     return model
 
 
-def _planned(graph: Graph, batch: int, plan_seconds: float) -> Call:
+def _served(graph: Graph, batch: int, plan_seconds: float) -> Call:
     model = served(graph, batch, plan_seconds)
     return lambda x: model(x)[0]
-
-
-def _dense(graph: Graph) -> Call:
-    program = serving_program(graph, torch.device("cpu"))
-    return lambda x: program(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)[0]
 
 
 def _compiled(module: nn.Module, example: Tensor) -> Call:
