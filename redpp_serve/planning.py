@@ -61,7 +61,7 @@ def record(folder: Path, plans: dict[str, Any]) -> bool:
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         write_reports({**report, "plan": plans}, folder)
-    except (OSError, ValueError, RedppError):
+    except (OSError, ValueError, TypeError, RedppError):
         return False
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,12 @@ from redpp_serve.report import markup
 from redpp_serve.report.formats import DASH, dig, number, printable, seconds, shorten
 
 VERSIONS = {"original": "original", "redpp": "pruned"}
-HEAD = ("layer", "input", "batch", "kernel", "dense", "chosen", "others")
+HEAD = ("layer", "input", "batch", "kernel", "source", "dense", "chosen", "others")
+WHY = {
+    "rule": "dense without timing: no other kernel was worth it",
+    "budget": "dense: the time for planning was over",
+    "network": "dense: the whole network was not faster with the kernel that won alone",
+}
 
 
 class Row(NamedTuple):
@@ -19,6 +25,7 @@ class Row(NamedTuple):
     shape: str
     batch: str
     kernel: str
+    source: str
     dense: str
     chosen: str
     others: str
@@ -26,30 +33,24 @@ class Row(NamedTuple):
 
 def plan_rows(plan: Mapping[str, Any]) -> list[Row]:
     """A row for each set of equal layers that had a choice, in the network's order; layers without one are left out."""
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for choice in _choices(plan):
         times = choice.get("times")
         if isinstance(times, Mapping) and times:
-            key = choice.get("shape"), choice.get("batch"), choice.get("kernel"), tuple(sorted(times.items()))
+            key = repr([*(choice.get(part) for part in ("shape", "batch", "kernel", "source")), sorted(times.items())])
             groups.setdefault(key, []).append(choice)
     return [_row(alike) for alike in groups.values()]
 
 
 def plan_summary(plan: Mapping[str, Any]) -> list[str]:
-    """What no row says: how many layers each kernel runs, what was not timed, and how long the plan took."""
-    found = []
-    for batch in plan.get("batches") or []:
-        counts: dict[str, int] = {}
-        for choice in _choices(plan):
-            if choice.get("batch") == batch:
-                name = printable(choice.get("kernel"))
-                counts[name] = counts.get(name, 0) + 1
-        found.append(f"batch {printable(batch)}: " + ", ".join(f"{n} {kernel}" for kernel, n in sorted(counts.items())))
-    for source, why in (("rule", "dense without timing: no other kernel was worth it"), ("budget", "dense: the time for planning was over"),
-                        ("network", "dense: the whole network was not faster with the kernel that won alone")):
-        layers = sum(choice.get("source") == source for choice in _choices(plan))
+    """What no row says: how many layers each kernel runs, their times in all, what was not timed, and how long the plan
+    took."""
+    choices = _choices(plan)
+    found = [_batch_line(batch, [c for c in choices if c.get("batch") == batch]) for batch in _list(plan, "batches")]
+    for source, why in WHY.items():
+        layers = sum(choice.get("source") == source for choice in choices)
         if layers:
-            found.append(f"{layers} of {len(_choices(plan))} choices {why}")
+            found.append(f"{layers} of {len(choices)} choices {why}")
     return [*found, f"plan made in {seconds(plan.get('seconds'))} on {shorten(plan.get('device') or DASH, 60)}, {printable(plan.get('precision'))}"]
 
 
@@ -69,14 +70,30 @@ def plan_section(report: Mapping[str, Any]) -> str:
     for key, title in VERSIONS.items():
         plan = dig(report, "plan", key)
         if isinstance(plan, Mapping):
-            rows = [(r.layer, r.shape, r.batch, r.kernel, r.dense, r.chosen, r.others) for r in plan_rows(plan)]
-            parts.append(markup.table(f"The {title} network", HEAD, rows, "ctntnnw", "dense", "tall"))
+            parts.append(markup.table(f"The {title} network", HEAD, plan_rows(plan), "ctnttnnw", "dense", "tall"))
             parts.append(markup.note(". ".join(plan_summary(plan)) + "."))
     return markup.section("Kernels", *parts) if parts else ""
 
 
 def _choices(plan: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    return [choice for choice in plan.get("choices") or [] if isinstance(choice, Mapping)]
+    return [choice for choice in _list(plan, "choices") if isinstance(choice, Mapping)]
+
+
+def _list(plan: Mapping[str, Any], key: str) -> list[Any]:
+    """Nothing where a file that was edited holds something else."""
+    found = plan.get(key)
+    return list(found) if isinstance(found, (list, tuple)) else []
+
+
+def _batch_line(batch: Any, choices: Sequence[Mapping[str, Any]]) -> str:
+    counts = Counter(printable(choice.get("kernel")) for choice in choices)
+    line = f"batch {printable(batch)}: " + ", ".join(f"{n} {kernel}" for kernel, n in sorted(counts.items()))
+    times = [(number(dig(c, "times", "dense")), number(dig(c, "times", str(c.get("kernel"))))) for c in choices]
+    timed = [(dense, chosen) for dense, chosen in times if dense is not None and chosen is not None]
+    if not timed:
+        return line
+    dense, chosen = map(sum, zip(*timed))
+    return f"{line}; {len(timed)} timed: {_time(dense)} with dense kernels, {_time(chosen)} as chosen"
 
 
 def _row(alike: Sequence[Mapping[str, Any]]) -> Row:
@@ -85,7 +102,7 @@ def _row(alike: Sequence[Mapping[str, Any]]) -> Row:
     more = f" and {len(alike) - 1} alike" if len(alike) > 1 else ""
     others = ", ".join(f"{printable(name)} {_time(value)}" for name, value in times.items() if name not in ("dense", kernel))
     return Row(shorten(first.get("name") or DASH, 48) + more, printable(first.get("shape")), printable(first.get("batch")),
-               printable(kernel), _time(times.get("dense")), _time(times.get(kernel)), others or DASH)  # fmt: skip
+               printable(kernel), printable(first.get("source")), _time(times.get("dense")), _time(times.get(kernel)), others or DASH)  # fmt: skip
 
 
 def _time(value: Any) -> str:

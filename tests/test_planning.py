@@ -1,0 +1,90 @@
+"""`redpp-serve plan`: on a package, again from the cache, in the report; and what it refuses."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from redpp_serve import planning
+from redpp_serve.cli import main
+from redpp_serve.errors import RedppError
+from redpp_serve.planning import plan, record
+from redpp_serve.runtime.plan import Plan
+from redpp_serve.runtime.plan_cache import VARIABLE
+
+
+@pytest.fixture
+def folder(packaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "plans.json"))
+    shutil.copytree(packaged, tmp_path / "small")
+    threads = torch.get_num_threads()
+    yield tmp_path / "small"
+    torch.set_num_threads(threads)
+
+
+def run(*words: object) -> None:
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(main([str(word) for word in words]))
+    assert ended.value.code in (0, None)
+
+
+def test_a_package_is_planned_shown_and_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = json.loads((folder / "report.json").read_text())
+    run("plan", folder, "--time-budget", "5", "--device", "cpu", "--all")
+    shown = capsys.readouterr()
+    assert shown.out.startswith("original\n") and "\npruned\n" in shown.out and "report.html" in shown.err
+    report = json.loads((folder / "report.json").read_text())
+    assert {**before, "plan": report["plan"]} == report
+    assert ">Kernels</h2>" in (folder / "report.html").read_text()
+    plans = {arm: Plan.from_json(report["plan"][arm]) for arm in planning.ARMS}
+    assert plans["redpp"].batches == (1, 2, 4) and plans["redpp"].precision == "fp32"  # what the package serves
+    assert any(choice.times for choice in plans["original"].choices)
+    run("plan", folder, "--time-budget", "5", "--device", "cpu", "--all", "--json")
+    again = json.loads(capsys.readouterr().out)
+    assert "measured" not in {choice["source"] for arm in planning.ARMS for choice in again[arm]["choices"]}
+    assert {arm: again[arm]["digest"] for arm in again} == {arm: plans[arm].digest for arm in plans}
+
+
+def test_options_go_before_the_packages(folder: Path) -> None:
+    found = plan(folder, device="cpu", precision="bf16", batch=2, seconds=0)
+    assert all(found[arm]["precision"] == "bf16" and list(found[arm]["batches"]) == [1, 2] for arm in planning.ARMS)
+    assert {c["source"] for c in found["redpp"]["choices"]} <= {"budget", "rule"}  # no time, nothing known
+
+
+@pytest.mark.parametrize(("wrong", "says"), [
+    ({"device": "cuda:99"}, "--device cuda:99"), ({"device": "cpu:"}, "--device cpu:"), ({"device": "cuda:"}, "--device cuda:"),
+    ({"device": "tpu"}, "--device tpu"), ({"device": ""}, "--device"), ({"precision": "fp8"}, "precision is 'fp8'"),
+    ({"batch": 0}, "batch_size is '0'"), ({"threads": -1}, "threads is '-1'"),
+])  # fmt: skip
+def test_what_cannot_be_used_is_named(folder: Path, wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(RedppError, match=says):
+        plan(folder, seconds=0, **wrong)
+
+
+def test_folders_that_are_no_package(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "redpp.mar").write_bytes(b"PK")
+    (folder / "file").write_text("")
+    for place, name in ((folder, "redpp.mar"), (folder / "none", "original.mar"), (folder / "file", "original.mar")):
+        with pytest.raises(RedppError, match=f"{name} is no archive"):
+            plan(place, device="cpu", seconds=0)
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(main(["plan", str(folder / "none")]))
+    assert ended.value.code == 2 and "What to do" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"options": 3}', '{"options": {"threads": null}}'])
+def test_a_damaged_report_stands_in_nothings_way(folder: Path, text: str) -> None:
+    (folder / "report.json").write_text(text)
+    assert list(plan(folder, device="cpu", seconds=0)["redpp"]["batches"]) == [1]
+    assert record(folder, {}) == (text.startswith("{"))
+
+
+def test_options_that_a_report_has_wrong_are_named(folder: Path) -> None:
+    for options, says in (({"threads": "many"}, "threads is 'many'"), ({"precision": "half"}, "precision is 'half'")):
+        (folder / "report.json").write_text(json.dumps({"options": options}))
+        with pytest.raises(RedppError, match=says):
+            plan(folder, device="cpu", seconds=0)
