@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from redpp_serve.errors import RedppError
+from redpp_serve.runtime import model as model_module
 from redpp_serve.runtime.artifact import build
 from redpp_serve.runtime.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.runtime.model import ServingModel
@@ -43,7 +45,7 @@ def network() -> Graph:
 def model(tmp_path_factory: pytest.TempPathFactory) -> ServingModel:
     path = tmp_path_factory.mktemp("model") / "model.redpp"
     path.write_bytes(build(network(), {"name": "block"}))
-    return ServingModel(path, batch=4)
+    return ServingModel(path, batch=4, plan_seconds=0.5)
 
 
 def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,6 +111,54 @@ def test_integer_inputs_and_half_precision(tmp_path: Path) -> None:
     (y,) = model(torch.tensor([[1, 8, 0]]))
     assert y.dtype is torch.float16
     torch.testing.assert_close(y, table[[1, 8, 0]].mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_precisions(precision: str) -> None:
+    model = ServingModel(build(network(), {}), precision=precision, batch=2, plan_seconds=0.2)
+    x = inputs(3)
+    exact = Program(network().to(torch.float64))(*(t.double() for t in x))
+    for got, expected in zip(model(*x), exact, strict=True):
+        assert got.dtype is torch.float32
+        assert (got - expected).norm() <= (0.02 if precision == "bf16" else 1e-5) * expected.norm()
+    assert (model.precision, model.batches, model.plan.precision) == (precision, (1, 2), precision)
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(RedppError, match="'int8'.*one of fp32, tf32, fp16, bf16"):
+        ServingModel(build(network(), {}), precision="int8")
+
+
+class Recorder:
+    """Stands in for CUDA graphs; ``fails`` as a network does that waits for the device."""
+
+    fails = False
+
+    def __init__(self, device: torch.device) -> None: ...
+
+    def record(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[Callable[[], None], tuple[torch.Tensor, ...]]:
+        if self.fails:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        outputs = tuple(y.clone() for y in run())
+        return lambda: [y.copy_(fresh) for y, fresh in zip(outputs, run(), strict=True)] and None, outputs
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_recorded_buckets_and_a_network_that_cannot_be_recorded(
+    fails: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU, where rows are padded; one that cannot be recorded serves call by call, and says why."""
+    monkeypatch.setattr(model_module, "CudaRecorder", Recorder)
+    monkeypatch.setattr(Recorder, "fails", fails)
+    model = ServingModel(build(network(), {}), batch=4, plan_seconds=0)
+    model._recorded = model._record()
+    assert (model._recorded is None) == fails
+    assert ("without CUDA graphs: operation not permitted when stream is capturing" in caplog.text) == fails
+    for rows in (1, 3, 9):
+        x = inputs(rows)
+        exact = Program(network().to(torch.float64))(*(t.double() for t in x))
+        for got, expected in zip(model(*x), exact, strict=True):
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_files_that_are_no_artifact(tmp_path: Path) -> None:

@@ -132,3 +132,27 @@ def test_weights_are_no_parameters_and_not_in_the_state_dict() -> None:
 def test_operators_off_the_list_do_not_run() -> None:
     with pytest.raises(KeyError):
         Program(Graph(X, {}, (Node("y", "aten.from_file.default", ("/etc/hostname",)),), ("y",)))
+
+
+def test_torch_compile_traces_a_program_without_a_break() -> None:
+    """Else a benchmark's peer would be cut into pieces. Its own graph goes through lists, keywords and a device."""
+    nodes = (
+        Node("size", "aten.sym_size.int", (Ref("x"), 0)),
+        Node("ones", "aten.ones.default", ([Ref("size"), 4],), {"dtype": torch.float32}),
+        Node("wide", "aten.cat.default", ([Ref("x"), Ref("ones")], 1)),
+        Node("y", "aten.linear.default", (Ref("wide"), Ref("w"))),
+    )
+    program, x = Program(Graph(X, {"w": torch.randn(3, 8)}, nodes, ("y",))).eval(), torch.randn(2, 4)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        (got,) = torch.compile(program, backend="eager", fullgraph=True)(x)
+        assert torch.equal(got, program(x)[0])
+
+
+def test_a_program_that_moved_uses_its_new_tensors() -> None:
+    program = Program(Graph(X, {"w": torch.randn(3, 4)}, (Node("y", "aten.linear.default", (Ref("x"), Ref("w"))),), ("y",)))
+    x = torch.randn(2, 4)
+    (before,) = program(x)
+    (after,) = program.double()(x.double())
+    assert after.dtype == torch.float64
+    torch.testing.assert_close(after.float(), before)
