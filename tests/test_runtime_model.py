@@ -136,7 +136,9 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None: ...
 
-    def record(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[Callable[[], None], tuple[torch.Tensor, ...]]:
+    def record(
+        self, run: Callable[[], tuple[torch.Tensor, ...]]
+    ) -> tuple[Callable[[], None], tuple[torch.Tensor, ...]]:
         if self.fails:
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
         outputs = tuple(y.clone() for y in run())
@@ -173,6 +175,7 @@ def test_a_worker_loads_no_compiler(tmp_path: Path) -> None:
     path = tmp_path / "model.redpp"
     path.write_bytes(build(network(), {"name": "block"}))
     code = ("import sys; from pathlib import Path; from redpp_serve.runtime.model import ServingModel; "
-            "ServingModel(Path(sys.argv[1]), batch=2).warm_up(); print({'torch._dynamo', 'sympy', 'triton'} & set(sys.modules))")  # fmt: skip
+            "ServingModel(Path(sys.argv[1]), batch=2, plan_seconds=0.5).warm_up(); "
+            "print({'torch._dynamo', 'sympy', 'triton'} & set(sys.modules))")  # fmt: skip
     run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "set()", run.stderr
