@@ -56,6 +56,13 @@ def test_compiles_within_its_budget(compiled: dict[str, Any], name: str, arch: i
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", [name for name in LAYERS if LAYERS[name].dtype != torch.float32])
+def test_the_loop_that_is_counted_is_one_step(compiled: dict[str, Any], name: str, arch: int) -> None:
+    """By its matrix products: neither unrolled, nor a part of it, nor work that several warps repeat."""
+    assert compiled[f"codebook {name}, sm_{arch}"]["steps"] == 1.0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_packed_weights_arrive_in_the_widest_loads(compiled: dict[str, Any], arch: int) -> None:
     assert 16 in compiled[f"codebook prmt16, 8 rows, sm_{arch}"]["copies"]
 
@@ -87,6 +94,7 @@ def compile_all() -> dict[str, Any]:
             found[f"codebook {name}, sm_{arch}"] = {
                 "registers": made.registers, "spills": made.spills, "shared": made.shared, "mma": made.mma,
                 "copies": made.copies, "per_weight": round(made.loop * launch.options["num_warps"] * 32 / weights, 2),
+                "steps": made.loop_products / (weights * named["BLOCK_ROWS"]),
             }  # fmt: skip
     return found
 

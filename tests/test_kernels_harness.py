@@ -76,7 +76,13 @@ def test_wide_loads_are_counted(compiled: dict[str, Any], arch: int) -> None:
 
 @pytest.mark.parametrize(
     ("change", "fits"),
-    [({}, True), ({"registers": 65}, False), ({"shared": 1025}, False), ({"per_weight": 4.1}, False), ({"spills": 8}, False)],
+    [
+        ({}, True),
+        ({"registers": 65}, False),
+        ({"shared": 1025}, False),
+        ({"per_weight": 4.1}, False),
+        ({"spills": 8}, False),
+    ],
 )
 def test_budgets(change: dict[str, float], fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "BUDGETS", tmp_path / "budgets.json")
@@ -120,7 +126,14 @@ def test_loops(lines: list[str], expected: list[int]) -> None:
 
 
 def test_the_main_loop_is_the_innermost_one_with_matrix_products() -> None:
-    lines = ["NOP", "HMMA.16816.F32 R4, R8, R2, RZ", "NOP", "HMMA.16816.F32 R4, R8, R2, R4", "@P0 BRA 0x20", "@P1 BRA 0x10"]
+    lines = [
+        "NOP",
+        "HMMA.16816.F32 R4, R8, R2, RZ",
+        "NOP",
+        "HMMA.16816.F32 R4, R8, R2, R4",
+        "@P0 BRA 0x20",
+        "@P1 BRA 0x10",
+    ]
     lines += ["NOP"] * 9 + ["@P2 BRA 0x60", "EXIT"]
     found = sass.main_loop(sass.instructions(listing(*lines)))
     assert [i.address for i in found] == [0x20, 0x30, 0x40]

@@ -28,7 +28,6 @@ class Layer(NamedTuple):
 
 LAYERS = {
     "Linear 4096, 1 row": Layer(torch.float16, 1, 1, 4096, 4096, 1, 8),
-    "1x1 256-256@14": Layer(torch.float32, 8, 14, 256, 256, 1, 16),
     "3x3 256-256@14": Layer(torch.bfloat16, 32, 14, 256, 256, 3, 16),
     "3x3 51-33@9 odd widths": Layer(torch.float16, 3, 9, 51, 33, 3, 33),
     "7x7 stem": Layer(torch.float32, 1, 224, 3, 64, 7, 64),

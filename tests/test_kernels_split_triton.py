@@ -92,9 +92,7 @@ def conv_layer(name: str, dtype: torch.dtype) -> Layer:
     weight = quantised_weight(w_shape, generator)
     bias = torch.randn(w_shape[0], generator=generator, dtype=torch.float64).to(dtype) if len(name) % 2 else None
     split = build_split(weight, groups)
-    return Layer(
-        x, weight, split._replace(kernels=split.kernels.to(dtype)), bias, (stride, padding, dilation), groups
-    )
+    return Layer(x, weight, split._replace(kernels=split.kernels.to(dtype)), bias, (stride, padding, dilation), groups)
 
 
 def linear_layer(shape: tuple[int, ...], dtype: torch.dtype) -> Layer:
@@ -104,7 +102,9 @@ def linear_layer(shape: tuple[int, ...], dtype: torch.dtype) -> Layer:
     weight = quantised_weight((13, shape[-1]), generator)
     bias = torch.randn(13, generator=generator, dtype=torch.float64).to(dtype)
     split = build_split(weight[:, :, None, None])
-    return Layer(x, weight, split._replace(kernels=split.kernels.flatten().to(dtype)), bias, ((1, 1), (0, 0), (1, 1)), None)
+    return Layer(
+        x, weight, split._replace(kernels=split.kernels.flatten().to(dtype)), bias, ((1, 1), (0, 0), (1, 1)), None
+    )
 
 
 def in_torch(layer: Layer, dtype: torch.dtype) -> Tensor:
