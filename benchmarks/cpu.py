@@ -122,6 +122,14 @@ def network_rows(name: str, module: torch.nn.Module, original: Graph, pruned: Gr
     }
 
 
+def merged(networks: list[dict[str, Any]], found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The networks with one of them added or measured again; its rows at other batch sizes stay."""
+    earlier = next((network for network in networks if network["network"] == found["network"]), {"rows": []})
+    rows = {row["batch"]: row for row in (*earlier["rows"], *found["rows"])}
+    whole = {**found, "rows": [rows[batch] for batch in sorted(rows)]}
+    return [whole if network is earlier else network for network in networks] + ([] if earlier in networks else [whole])
+
+
 def table(networks: list[dict[str, Any]]) -> str:
     """Milliseconds of each arm, and the ratios that have a target."""
     names = list(dict.fromkeys(arm for network in networks for row in network["rows"] for arm in row["ms"]))
@@ -173,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of every arm")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave out torch.compile and ONNX Runtime")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "redpp-cpu", help="keeps the pruned networks")
-    parser.add_argument("--out", type=Path, help="a JSON file; networks that it has already are replaced one by one")
+    parser.add_argument("--out", type=Path, help="a JSON file; rows that it has already are replaced one by one")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     options.scratch.mkdir(parents=True, exist_ok=True)
@@ -182,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
         module = catalog.load(name)
         original = capture(module, (InputSpec("x", catalog.NETWORKS[name].input_shape),), [])
         found = network_rows(name, module, original, pruned_network(name, original, options.target, options.scratch), options)
-        networks = [network for network in networks if network["network"] != name] + [found]
+        networks = merged(networks, found)
         print(table([found]), flush=True)
         if options.out:
             result = {"environment": describe_machine(), "threads": options.threads, "target": options.target, "networks": networks}

@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.cpu import RATIOS, markdown, measure, targets
+from benchmarks.cpu import RATIOS, markdown, measure, merged, targets
 from benchmarks.cpu_arms import Arm, arms
 from networks import network
 from redpp_serve.runtime.program import Program
@@ -58,6 +58,13 @@ def rows(ratio: float | None) -> list[dict]:
 @pytest.mark.parametrize(("ratio", "verdict"), [(1.5, "met"), (1.49, "missed"), (None, "not measured")])
 def test_targets(ratio: float | None, verdict: str) -> None:
     assert targets(rows(ratio))[0].startswith(f"{verdict}: n, batch 1: pruned over original")
+
+
+def test_rows_measured_later_join_those_that_are_there() -> None:
+    one = lambda name, *batches: {"network": name, "rows": [{"batch": b, "ms": name} for b in batches]}  # noqa: E731
+    found = merged(merged([one("a", 1, 8)], one("b", 1)), one("a", 8, 4) | {"macs": 3})
+    assert [(n["network"], [row["batch"] for row in n["rows"]]) for n in found] == [("a", [1, 4, 8]), ("b", [1])]
+    assert found[0]["macs"] == 3
 
 
 def test_the_readme_shows_the_committed_figures() -> None:
