@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .capture.sniff import ZIP_ERRORS
 from .errors import RedppError
 from .packaging.mar import ARTIFACT
 from .report import write_reports
@@ -61,7 +62,7 @@ def record(folder: Path, plans: dict[str, Any]) -> bool:
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         write_reports({**report, "plan": plans}, folder)
-    except (OSError, ValueError, TypeError, RedppError):
+    except (OSError, ValueError, TypeError, RecursionError, RedppError):
         return False
     return True
 
@@ -70,7 +71,7 @@ def _options(folder: Path) -> dict[str, Any]:
     try:
         given = json.loads((folder / "report.json").read_text(encoding="utf-8"))["options"].items()
         return {name: value for name, value in given if value is not None}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
@@ -78,7 +79,7 @@ def _artifact(archive: Path) -> bytes:
     try:
         with zipfile.ZipFile(archive) as file:
             return file.read(ARTIFACT)
-    except (OSError, zipfile.BadZipFile, KeyError) as error:
+    except (*ZIP_ERRORS, KeyError) as error:
         raise RedppError(f"{archive} is no archive that can be planned ({error})", "a folder with original.mar and redpp.mar",
                          "write one with 'redpp-serve package', and give that folder") from error  # fmt: skip
 

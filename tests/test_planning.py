@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from redpp_serve import planning
 from redpp_serve.cli import main
 from redpp_serve.errors import RedppError
+from redpp_serve.packaging.mar import ARTIFACT
 from redpp_serve.planning import plan, record
 from redpp_serve.runtime.plan import Plan
 from redpp_serve.runtime.plan_cache import VARIABLE
@@ -76,11 +78,31 @@ def test_folders_that_are_no_package(folder: Path, capsys: pytest.CaptureFixture
     assert ended.value.code == 2 and "What to do" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"options": 3}', '{"options": {"threads": null}}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"options": 3}', '{"options": {"threads": null}}'])
 def test_a_damaged_report_stands_in_nothings_way(folder: Path, text: str) -> None:
     (folder / "report.json").write_text(text)
     assert list(plan(folder, device="cpu", seconds=0)["redpp"]["batches"]) == [1]
     assert record(folder, {}) == (text.startswith("{"))
+
+
+def test_damaged_archives_are_no_package(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "redpp.mar") as whole:
+        artifact = whole.read(ARTIFACT)
+    with zipfile.ZipFile(folder / "redpp.mar", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr(ARTIFACT, artifact)
+        size = packed.getinfo(ARTIFACT).compress_size
+    sound = (folder / "redpp.mar").read_bytes()
+    start, table = 30 + len(ARTIFACT), sound.rindex(b"PK\x01\x02")
+    damaged = {
+        "stream": sound[:start] + b"\xff" * size + sound[start + size :],
+        "encrypted": sound[:6] + b"\1" + sound[7 : table + 8] + b"\1" + sound[table + 9 :],
+        "method": sound[:8] + b"\x63" + sound[9 : table + 10] + b"\x63" + sound[table + 11 :],
+        "end": sound[:-30],
+    }
+    for what, content in damaged.items():
+        (folder / "redpp.mar").write_bytes(content)
+        with pytest.raises(RedppError, match="redpp.mar is no archive"):
+            raise AssertionError((what, plan(folder, device="cpu", seconds=0)))
 
 
 def test_options_that_a_report_has_wrong_are_named(folder: Path) -> None:

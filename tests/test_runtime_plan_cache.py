@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,7 +43,7 @@ def test_what_others_wrote_stays(tmp_path: Path) -> None:
     "", "{", "[]", "null", "3", '{"format": 1}', '{"format": 1, "entries": []}', '{"format": 1, "entries": {"a": 1}}',
     '{"format": 1, "entries": {"a": {"b": {"dense": [-1, 1]}}}}', '{"format": 1, "entries": {"a": {"b": {"dense": [NaN, 1]}}}}',
     '{"format": 1, "entries": {"a": {"b": {"dense": ["x", 1]}}}}', '{"format": 1, "entries": {"a": {"b": {"dense": [1]}}}}',
-    "[" * 100_000, "\ud800",
+    "[" * 100_000, "\ud800", '{"format": 1, "entries": {"a": {"b": {"dense": [1%s, 1]}}}}' % ("0" * 400),
 ])  # fmt: skip
 def test_a_damaged_file_is_ignored_and_written_anew(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "plans.json"
@@ -70,6 +71,25 @@ def test_what_is_no_file_is_neither_read_nor_replaced(tmp_path: Path, caplog: py
         with cache.locked(wait_s=1):
             cache.add(KEY, TIMES)
         assert cache.find(KEY, "op=a x=1x2") and not path.is_file() and str(path) in caplog.text
+
+
+def test_a_link_stays_and_where_it_leads_is_written(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "plans.json").symlink_to(tmp_path / "shared" / "plans.json")
+    PlanCache(tmp_path / "plans.json").add(KEY, TIMES)
+    assert (tmp_path / "plans.json").is_symlink() and PlanCache(tmp_path / "shared" / "plans.json").find(KEY, "op=a x=1x2")
+
+
+def test_a_pipe_with_the_locks_name_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "plans.json.lock")  # opening it would wait for a reader
+    entered = threading.Event()
+
+    def hold() -> None:
+        with PlanCache(tmp_path / "plans.json").locked(wait_s=1):
+            entered.set()
+
+    threading.Thread(target=hold, daemon=True).start()
+    assert entered.wait(10)
 
 
 def test_a_place_that_cannot_be_written_keeps_times_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

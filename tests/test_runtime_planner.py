@@ -326,6 +326,14 @@ def test_a_network_that_fails_with_the_chosen_kernels_is_dense(caplog: pytest.Lo
     assert {c.kernel for c in confirm(graph, choices_of(graph, "library")[:3], 0.5, cache)[0]} == {"library"}  # tried again
 
 
+def test_a_confirmation_that_lacks_its_time_is_made_again() -> None:
+    graph, cache = network(), PlanCache(None)
+    choices = choices_of(graph, "library")[:3]
+    assert confirm(graph, choices, 0.5, cache) == (choices, 2)
+    cache.add("key", {name: {"dense": times["dense"]} for name, times in cache._entries["key"].items()})  # an edited file
+    assert confirm(graph, choices, 0.5, cache) == (choices, 2)
+
+
 def test_a_confirmation_is_of_one_network() -> None:
     b = Builder(4, 6, 5)
     other = serving_graph(b.graph(b.mean(b.relu(b.conv("x", "first", 4, 4, stride=2)))), CPU)

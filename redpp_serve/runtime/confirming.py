@@ -49,6 +49,8 @@ def confirmed(
         kernels = {choice.layer: choice.kernel for choice in choices if choice.batch == batch}
         name = _signature(graph, batch, kernels, inputs, precision_dtype(precision))
         found = cache.find(key, name)
+        if found and PLANNED not in found[0]:  # of a file that was edited
+            found = None
         known = found[0] if found else _time_or_fail(graph, batch, kernels, inputs, device, precision, end)
         if known and not found and math.isfinite(known[PLANNED].seconds):
             cache.add(key, {name: known})

@@ -92,7 +92,8 @@ class PlanCache:
             if self.path and fcntl:
                 with contextlib.suppress(OSError):
                     self.path.parent.mkdir(parents=True, exist_ok=True)
-                    handle = stack.enter_context(open(self.path.with_name(f"{self.path.name}.lock"), "a"))  # noqa: SIM115
+                    place = self.path.with_name(f"{self.path.name}.lock")
+                    handle = stack.enter_context(open(place, "a", opener=_open_at_once))
                     _lock(handle, wait_s)
             self._reload()
             yield
@@ -133,11 +134,17 @@ def merge(path: Path, measured: Mapping[str, Mapping[str, Mapping[str, Timing]]]
 
 
 def _file(path: Path) -> Path | None:
-    """None for a folder or a device: reading one may never end, and a file must not take its place."""
+    """Where links lead, so that they stay; None for a folder or a device: reading one may never end, and a file must not
+    take its place."""
     if os.path.exists(path) and not os.path.isfile(path):
         log.warning("times of kernels are not kept: %s is no file", path)
         return None
-    return path
+    return Path(os.path.realpath(path))
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """OSError where a pipe has the lock's name: opening one waits for a reader."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def _lock(handle: Any, wait_s: float) -> None:
@@ -166,7 +173,7 @@ def _read(path: Path) -> Entries:
                 for key, layers in document["entries"].items()}  # fmt: skip
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         log.warning("the times of kernels in %s cannot be read (%s); they will be taken again", path, error)
         return {}
 
