@@ -6,15 +6,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .split_checks import FLOATS
+from .split_checks import FLOATS, check_steps
 from .split_reference import conv_output_size
 
 _INT32 = 1 << 31
 
 
-def pair(value: int | Sequence[int]) -> tuple[int, int]:
+def pair(value: int | Sequence[int]) -> tuple[int, ...]:
     """One number for both directions, or (vertical, horizontal)."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def check_window(
@@ -38,11 +38,7 @@ def check_window(
         raise ValueError(f"{op}: x must be (n, n_in, h, w) in fp32, fp16, bf16 or fp64, found {found}")
     if weight.dim() != 4 or min(weight.shape[2:]) <= 0:
         raise ValueError(f"{op}: weight must be (outputs, inputs, kh, kw), found {tuple(weight.shape)}")
-    if min(stride) <= 0 or min(dilation) <= 0 or min(padding) < 0:
-        raise ValueError(
-            f"{op}: stride and dilation must be positive and padding not negative, found {tuple(stride)}, "
-            f"{tuple(dilation)} and {tuple(padding)}"
-        )
+    check_steps(op, stride, padding, dilation)
     out_h, out_w = conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     if out_h <= 0 or out_w <= 0:
         raise ValueError(

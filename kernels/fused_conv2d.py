@@ -51,7 +51,7 @@ def fused_conv2d(
     Raises:
         ValueError: types, shapes or positions that do not fit together, or images too large for the GPU kernel.
     """
-    channels = weight.shape[0] if channels is None else channels
+    channels = (weight.shape[0] if weight.dim() else 0) if channels is None else channels
     window = pair(stride), pair(padding), pair(dilation)
     return torch.ops.redpp.fused_conv2d(x, weight, bias, residual, positions, channels, activation, *window)
 

@@ -45,7 +45,7 @@ def fused_linear(
     Raises:
         ValueError: types, shapes or positions that do not fit together.
     """
-    channels = weight.shape[0] if channels is None else channels
+    channels = (weight.shape[0] if weight.dim() else 0) if channels is None else channels
     return torch.ops.redpp.fused_linear(x, weight, bias, residual, positions, channels, activation)
 
 

@@ -22,6 +22,8 @@ def check_positions_shape(op: str, positions: Tensor | None, n_out: int, channel
         if channels != n_out:
             raise ValueError(f"{op}: channels must be the weight's {n_out} outputs without positions, found {channels}")
         return
+    if channels < 0:
+        raise ValueError(f"{op}: channels must not be negative, found {channels}")
     fits = positions.dim() == 2 and positions.shape[0] == n_out and positions.dtype == torch.int32
     if not fits or positions.device != device:
         raise ValueError(
@@ -45,7 +47,7 @@ def check_positions(op: str, positions: Tensor | None, channels: int) -> None:
     if _accepted.get(positions) == key:
         return
     found = positions[positions != -1].sort().values.tolist()
-    if found != list(range(channels)):
+    if len(found) != channels or found != list(range(channels)):
         wrong = next((c for i, c in enumerate(found) if c != i), len(found))
         raise ValueError(
             f"{op}: positions must name every channel of 0..{channels - 1} exactly once, found {len(found)} entries; "

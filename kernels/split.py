@@ -77,8 +77,8 @@ def split_linear(
     return torch.ops.redpp.split_linear(x, values, channel, index, sign, bias)
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def _conv2d_cpu(

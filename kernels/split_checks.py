@@ -34,13 +34,9 @@ def check_conv2d_shapes(
     op = "redpp::split_conv2d"
     if x.dim() != 4:
         raise ValueError(f"{op}: x must be (n, n_in, h, w), found {tuple(x.shape)}")
-    if kernels.dim() != 3:
+    if kernels.dim() != 3 or min(kernels.shape[1:]) <= 0:
         raise ValueError(f"{op}: kernels must be (unique, kh, kw), found {tuple(kernels.shape)}")
-    if min(stride) <= 0 or min(dilation) <= 0 or min(padding) < 0:
-        raise ValueError(
-            f"{op}: stride and dilation must be positive and padding not negative, found {tuple(stride)}, "
-            f"{tuple(dilation)} and {tuple(padding)}"
-        )
+    check_steps(op, stride, padding, dilation)
     if groups <= 0 or x.shape[1] % groups != 0:
         raise ValueError(f"{op}: groups must be a divisor of the {x.shape[1]} inputs, found {groups}")
     _check_split(op, x, "kernels", kernels, channel, index, sign, bias, x.shape[1] // groups)
@@ -51,6 +47,20 @@ def check_conv2d_shapes(
         raise ValueError(
             f"{op}: the kernel {tuple(kernels.shape[1:])} with dilation {tuple(dilation)} does not fit into the input "
             f"{tuple(x.shape[2:])} with padding {tuple(padding)}"
+        )
+
+
+def check_steps(op: str, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
+    """Refuses what is no (vertical, horizontal) step of a window.
+
+    Raises:
+        ValueError: naming what it should be and what it is.
+    """
+    pairs = all(len(value) == 2 for value in (stride, padding, dilation))
+    if not pairs or min(stride) <= 0 or min(dilation) <= 0 or min(padding) < 0:
+        raise ValueError(
+            f"{op}: stride and dilation must be positive and padding not negative, each (vertical, horizontal), "
+            f"found {tuple(stride)}, {tuple(dilation)} and {tuple(padding)}"
         )
 
 
@@ -119,6 +129,8 @@ def _check_split(
         raise ValueError(f"{op}: x must be fp32, fp16, bf16 or fp64, found {x.dtype}")
     if index.dim() != 2:
         raise ValueError(f"{op}: index must be (n_out, inputs per group), found {tuple(index.shape)}")
+    if per_group == 0:
+        raise ValueError(f"{op}: x must have inputs, found {tuple(x.shape)}")
     n_out = index.shape[0]
     _expect(op, name, kernels, x.device, x.dtype, kernels.shape)
     _expect(op, "channel", channel, x.device, torch.int64, kernels.shape[:1])

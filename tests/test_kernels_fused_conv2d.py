@@ -162,6 +162,8 @@ def test_compile_without_graph_breaks() -> None:
         ({"bias": torch.zeros(8)}, r"bias must be torch.float32 of shape \(5,\)"),
         ({"residual": torch.zeros(2, 5, 5, 8)}, r"residual must be torch.float32 of shape \(2, 8, 5, 8\)"),
         ({"stride": (0, 1)}, r"stride and dilation must be positive.*found \(0, 1\)"),
+        ({"stride": (1, 1, 1)}, r"each \(vertical, horizontal\), found \(1, 1, 1\)"),
+        ({"padding": ()}, r"each \(vertical, horizontal\)"),
         ({"padding": (-1, 0)}, r"padding not negative"),
         ({"activation": "tanh"}, "activation must be one of none, relu.* found 'tanh'"),
         ({"positions": None}, "channels must be"),

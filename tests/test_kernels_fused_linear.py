@@ -91,6 +91,9 @@ def test_flops() -> None:
     [
         ({"x": torch.zeros(())}, "scalar"),
         ({"weight": torch.zeros(9, 23)}, "weight must be"),
+        ({"weight": torch.zeros(()), "channels": None}, "weight must be"),
+        ({"channels": -1}, "channels must not be negative"),
+        ({"channels": 1 << 50}, "exactly once"),
         ({"bias": torch.zeros(8)}, "bias must be"),
         ({"residual": torch.zeros(2, 3, 9)}, "residual must be"),
         ({"positions": None}, "channels must be"),

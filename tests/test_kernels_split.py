@@ -118,6 +118,7 @@ def test_compile_without_graph_breaks() -> None:
         ({"x": torch.zeros(2, 6, 8, 7)}, r"index must be torch.int32 of shape \(6, 3\)"),
         ({"x": torch.zeros(2, 4, 1, 1), "padding": 0}, "does not fit into the input"),
         ({"kernels": torch.zeros(3, 3)}, r"kernels must be \(unique, kh, kw\)"),
+        ({"kernels": torch.zeros(3, 0, 3)}, r"kernels must be \(unique, kh, kw\)"),
         ({"kernels": torch.zeros(3, 3, 3, dtype=torch.float16)}, "kernels must be torch.float32"),
         ({"channel": torch.zeros(2, dtype=torch.int64)}, "channel must be torch.int64 of shape"),
         ({"index": torch.zeros(6, 2, dtype=torch.int64)}, "index must be torch.int32"),
@@ -129,6 +130,7 @@ def test_compile_without_graph_breaks() -> None:
         ({"groups": 4, "index": torch.zeros(6, 1, dtype=torch.int32), "sign": torch.ones(6, 1, dtype=torch.int8)},
          "groups must be a divisor of the 6 outputs"),
         ({"stride": 0}, "stride and dilation must be positive"),
+        ({"dilation": (1, 1, 1)}, "each .vertical, horizontal.*found .*1, 1, 1"),
         ({"padding": -1}, "padding not negative"),
     ],
 )  # fmt: skip
@@ -144,6 +146,7 @@ def test_misfits_of_the_linear_layer_are_named() -> None:
     arguments = linear_arguments()
     for change, text in (
         ({"x": torch.tensor(1.0)}, "found a scalar"),
+        ({"x": torch.zeros(3, 0)}, "x must have inputs"),
         ({"x": torch.zeros(3, 4)}, r"index must be torch.int32 of shape \(6, 4\)"),
         ({"values": torch.zeros(3, 1)}, r"values must be \(unique,\)"),
         ({"bias": torch.zeros(6, device="meta")}, "bias must be .* on cpu, found .* on meta"),
