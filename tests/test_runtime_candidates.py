@@ -1,5 +1,7 @@
 """Every candidate computes what its layer means, and the priors say which are worth timing."""
 
+import math
+
 import pytest
 import torch
 from networks import Builder
@@ -228,6 +230,13 @@ def test_what_repeats_in_a_weight() -> None:
     signed = torch.tensor([[0.0, -0.0], [1.0, -1.0]])
     found = repeats(signed).values
     assert found is not None and found.tolist() == [-1, 0, 1] and torch.equal(found[weights.pack_values(signed, found).int()], signed)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_looked_at_too(wrong: float) -> None:
+    weight = few_values((32, 40), 3)
+    weight[:, 0] = wrong
+    assert (repeats(weight).split_share is None) == math.isnan(wrong)
 
 
 def test_values_that_a_sample_misses_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

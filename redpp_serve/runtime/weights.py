@@ -70,6 +70,8 @@ def _split_share(weight: Tensor, groups: int) -> float | None:
     a unique kernel, then an addition for each pair of output and input whose kernel is not zero."""
     few = weight if weight.dim() == 2 else weight.reshape(groups, -1, *weight.shape[1:])[0]
     few = few[:, :: max(1, few.shape[1] // _INPUTS)]
+    if few.isnan().any():  # such a kernel equals nothing, not even itself
+        return None
     split = split_weight(few)
     unique, taps = len(split.kernels), few[0, 0].numel()
     if 2 * unique > split.index.numel():
