@@ -37,6 +37,6 @@ QUICK = Settings(
     batches=(8, 1), compiled=(), plan_seconds=4.0, warm_seconds=18.0,
 )  # fmt: skip
 REHEARSAL = Settings(
-    seconds=30.0, shapes=((24, 48),), rows=(1, 3), conv_networks=("rehearsal",), conv_batches=(2,), networks=("rehearsal",),
-    batches=(2, 1), compiled=(("rehearsal", 2),), side=32, plan_seconds=0.5, warm_seconds=0.0,
+    seconds=120.0, shapes=((24, 48),), rows=(1, 3), conv_networks=("rehearsal",), conv_batches=(2,), networks=("rehearsal",),
+    batches=(2, 1), compiled=(("rehearsal", 2),), side=32, plan_seconds=3.0, warm_seconds=0.0,
 )  # fmt: skip
