@@ -65,23 +65,18 @@ def decode(packed, words, table, codebook, DECODE: tl.constexpr):
         codebook: for ``pointer``, the values.
     """
     if DECODE == "prmt8":
+        few = (packed, words[0], words[1], words[4], words[5])
         if codebook.dtype.element_ty == tl.float16:
-            low, high = tl.inline_asm_elementwise(
-                PRMT8, PRMT8_OPERANDS, (packed, words[0], words[1], words[4], words[5]), (tl.float16, tl.float16), True, 4
-            )
+            low, high = tl.inline_asm_elementwise(PRMT8, PRMT8_OPERANDS, few, (tl.float16, tl.float16), True, 4)
         else:
-            low, high = tl.inline_asm_elementwise(
-                PRMT8, PRMT8_OPERANDS, (packed, words[0], words[1], words[4], words[5]), (tl.bfloat16, tl.bfloat16), True, 4
-            )
+            low, high = tl.inline_asm_elementwise(PRMT8, PRMT8_OPERANDS, few, (tl.bfloat16, tl.bfloat16), True, 4)
     elif DECODE == "prmt16":
+        a, b, c, d, e, f, g, h = words
+        all_words = (packed, a, b, c, d, e, f, g, h)
         if codebook.dtype.element_ty == tl.float16:
-            low, high = tl.inline_asm_elementwise(
-                PRMT16, PRMT16_OPERANDS, (packed, words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]), (tl.float16, tl.float16), True, 4
-            )
+            low, high = tl.inline_asm_elementwise(PRMT16, PRMT16_OPERANDS, all_words, (tl.float16, tl.float16), True, 4)
         else:
-            low, high = tl.inline_asm_elementwise(
-                PRMT16, PRMT16_OPERANDS, (packed, words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]), (tl.bfloat16, tl.bfloat16), True, 4
-            )
+            low, high = tl.inline_asm_elementwise(PRMT16, PRMT16_OPERANDS, all_words, (tl.bfloat16, tl.bfloat16), True, 4)
     elif DECODE == "pair":
         both = tl.load(table + packed.to(tl.int32))
         low = both.to(tl.int16).to(codebook.dtype.element_ty, bitcast=True)

@@ -52,16 +52,22 @@ def decode_table(codebook: Tensor, decode: str) -> Tensor:
         decode: ``pair``: (256,) int32, a byte's two values. ``prmt8``, ``prmt16``: (8, `TABLE_ROWS`) int32, words of the
             values' low bytes and then of their high bytes, four values to a word.
     """
+    if codebook.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _table(codebook, decode)  # filled by the graph alone, so of no use to other calls
     version = 0 if codebook.is_inference() else codebook._version
     known = _tables.get(codebook)
     if known is None or known[0] != version:
         known = _tables[codebook] = (version, {})
     kind = "pair" if decode == "pair" else "words"
     if kind not in known[1]:
-        bits = torch.zeros(MOST_VALUES, dtype=torch.int32, device=codebook.device)
-        bits[: len(codebook)] = codebook.view(torch.int16).to(torch.int32) & 0xFFFF
-        known[1][kind] = _pairs(bits) if kind == "pair" else _words(bits)
+        known[1][kind] = _table(codebook, decode)
     return known[1][kind]
+
+
+def _table(codebook: Tensor, decode: str) -> Tensor:
+    bits = torch.zeros(MOST_VALUES, dtype=torch.int32, device=codebook.device)
+    bits[: len(codebook)] = codebook.view(torch.int16).to(torch.int32) & 0xFFFF
+    return _pairs(bits) if decode == "pair" else _words(bits)
 
 
 def _pairs(bits: Tensor) -> Tensor:
