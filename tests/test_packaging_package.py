@@ -18,6 +18,8 @@ from small_networks import Flat, Two
 from small import SHAPE, arguments, captured, network, outputs, randomise, write_data, write_model
 
 import redpp_serve.packaging.package as module
+from redpp_serve.capture import Captured
+from redpp_serve.capture.export import capture
 from redpp_serve.errors import GateFailed, RedppError
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.packaging.package import Serving, describe_machine, doubts, package, request_body
@@ -295,6 +297,26 @@ def test_several_inputs_and_outputs(tmp_path: Path) -> None:
     with numpy.load(tmp_path / "two" / "sample.npz") as file, numpy.load(tmp_path / "two" / "inputs.npz") as kept:
         assert set(file.files) == set(kept.files) and all((file[k] == kept[k][0]).all() for k in file.files)
     assert "--data-binary @sample.npz" in (tmp_path / "two" / "README.md").read_text()
+
+
+class Masked(torch.nn.Module):
+    """Hides with the least number of float32, which no 16 bits hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return y.masked_fill(y > 1, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_network_that_does_not_run_in_the_precision_is_refused_before_the_work(precision: str, tmp_path: Path) -> None:
+    source = Captured(capture(Masked().eval(), [InputSpec("x", (8,))], []), {})
+    with pytest.raises(RedppError, match=f"does not run in {precision}.*precision fp32"):
+        package(source, tmp_path / "out", name="masked", serving=Serving(precision=precision))
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_and_preprocessing_are_checked_first(model: Path, tmp_path: Path) -> None:

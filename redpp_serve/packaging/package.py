@@ -29,6 +29,7 @@ from ..runtime.artifact import build, load
 from ..runtime.graph import Graph, InputSpec
 from ..runtime.precision import in_precision
 from ..runtime.program import Program
+from ..runtime.programs import layer_inputs, serving_graph
 from .mar import build_mar, check_name
 from .placing import all_or_nothing, check_out, replace
 from .readme import readme, sample_name
@@ -77,6 +78,8 @@ def package(
     check_name(name)
     check_out(out)
     _check_preprocess(preprocess, captured.graph.inputs)
+    if serving.precision in ("fp16", "bf16"):  # what cannot run in it is refused before hours of pruning, not after
+        layer_inputs(serving_graph(captured.graph, torch.device("cpu"), serving.precision), torch.device("cpu"), serving.precision)
     stages = stages or Stages(quiet=True)
     scale = (preprocess.mean, preprocess.std) if preprocess else None
     data = load_verify_data(verify_data, captured.graph, scale) if verify_data else None

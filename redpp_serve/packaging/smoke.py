@@ -182,7 +182,7 @@ def run_trials(trials: Sequence[Trial], precision: str = "fp32") -> list[dict[st
             trial.prepare(folder)
             (folder / "code.py").write_text(trial.code, encoding="utf-8")
         _fork(folders)
-        return [{"archive": t.name, "milliseconds": _answer(t, folder, TOLERANCES[precision])} for t, folder in zip(trials, folders)]
+        return [{"archive": t.name, "milliseconds": _answer(t, folder, precision)} for t, folder in zip(trials, folders)]
 
 
 def _fork(folders: Sequence[Path]) -> None:
@@ -205,18 +205,18 @@ def _fork(folders: Sequence[Path]) -> None:
         parent.communicate()
 
 
-def _answer(trial: Trial, folder: Path, tolerance: float) -> float:
+def _answer(trial: Trial, folder: Path, precision: str) -> float:
     """Milliseconds that the handler took for its answer, which must hold the outputs."""
     printed, errors = (_read(folder / name) for name in ("printed", "errors"))
     try:
         answer = json.loads(printed.splitlines()[-1])
         got = [np.asarray(y, dtype=np.float64) for y in answer["reply"]["outputs"]]
-        close = all(_close(a, np.asarray(b, dtype=np.float64), tolerance) for a, b in zip(got, trial.outputs, strict=True))
+        close = all(_close(a, np.asarray(b, dtype=np.float64), TOLERANCES[precision]) for a, b in zip(got, trial.outputs, strict=True))
     except (IndexError, KeyError, ValueError, TypeError):
         why = _tail(printed if "reply" in printed else errors or printed)
-        raise _failure(trial, why if (folder / "ended").exists() else f"no answer in {TIMEOUT_S:g} s") from None
+        raise _failure(trial, why if (folder / "ended").exists() else f"no answer in {TIMEOUT_S:g} s", precision) from None
     if not close:
-        raise _failure(trial, "it gave other outputs than the network")
+        raise _failure(trial, "it gave other outputs than the network", precision)
     return round(float(answer["milliseconds"]), 3)
 
 
@@ -224,9 +224,12 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def _failure(trial: Trial, why: str) -> RedppError:
+def _failure(trial: Trial, why: str, precision: str) -> RedppError:
+    do = "report this with the model and the command"
+    if precision in ("fp16", "bf16"):  # numbers beyond 65504 are infinite in fp16
+        do = f"try --precision fp32: {precision} may hold too few digits or too small a range; if that fails as well, {do}"
     return RedppError(f"the handler of {trial.name} failed on one request: {why}",
-                      "the packaged handler gives the network's outputs", "report this with the model and the command")
+                      "the packaged handler gives the network's outputs", do)
 
 
 def _close(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
