@@ -29,8 +29,10 @@ from redpp_serve.packaging.package import describe_machine
 from redpp_serve.pruning.options import Options
 from redpp_serve.pruning.pipeline import prune
 from redpp_serve.reference import catalog
+from redpp_serve.report.plans import plan_rows
 from redpp_serve.runtime.artifact import build, load, write_atomically
 from redpp_serve.runtime.graph import Graph, InputSpec
+from redpp_serve.runtime.plan import Plan
 from redpp_serve.runtime.program import Program
 
 DISTIL_S, PRUNE_S = 60.0, 240.0
@@ -118,8 +120,14 @@ def network_rows(name: str, module: torch.nn.Module, original: Graph, pruned: Gr
         "macs": [mac_count(original), mac_count(pruned)],
         "accuracy": [accuracy(graph, task, options.plan_seconds) for graph in (original, pruned)],
         "rows": [measure(every, images[:batch], options.seconds, rng) for batch in options.batches],
-        "plans": {v: served(g, largest, options.plan_seconds).plan.to_json() for v, g in (("original", original), ("redpp", pruned))},
+        "kernels": {v: kernel_lines(served(g, largest, options.plan_seconds).plan) for v, g in (("original", original), ("redpp", pruned))},
     }
+
+
+def kernel_lines(plan: Plan) -> list[str]:
+    """One line for each set of equal layers that had a choice: what was chosen and every candidate's time, also of those
+    that lost."""
+    return [" | ".join(row) for row in plan_rows(plan.to_json())]
 
 
 def merged(networks: list[dict[str, Any]], found: dict[str, Any]) -> list[dict[str, Any]]:
