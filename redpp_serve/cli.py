@@ -163,11 +163,14 @@ def _compare(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from .planning import plan, record
     from .report.plans import plan_text
+    from .runtime.plan_cache import default_path
 
     plans = plan(options.folder, device=options.device, precision=options.precision, batch=options.batch_size,
                  threads=options.threads, seconds=options.time_budget, everything=options.all)  # fmt: skip
     print(json.dumps(plans, indent=1) if options.json else plan_text(plans))
-    if record(options.folder, plans):
+    print(f"times are kept in {default_path() or 'no file'}", file=sys.stderr)
+    as_packaged = options.precision is None and options.batch_size is None and options.threads is None
+    if as_packaged and record(options.folder, plans):
         print(f"added to {options.folder / 'report.html'}", file=sys.stderr)
 
 

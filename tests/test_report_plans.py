@@ -30,8 +30,8 @@ pruned
   stem           1x3x8x8      1  fused   measured  2.00 ms  1.00 ms  split 50.00 ms
   stem           8x3x8x8      8  dense   cached    4.00 ms  4.00 ms  fused 4.50 ms
   a and 1 alike  1x3x8x8      1  dense   network   20.0 us  20.0 us  fused 10.0 us
-  batch 1: 3 dense, 1 fused; 3 timed: 2.04 ms with dense kernels, 1.04 ms as chosen
-  batch 8: 2 dense; 1 timed: 4.00 ms with dense kernels, 4.00 ms as chosen
+  batch 1: 3 dense, 1 fused; 3 timed, which take 2.04 ms with dense kernels, 1.04 ms as chosen
+  batch 8: 2 dense; 1 timed, which take 4.00 ms with dense kernels, 4.00 ms as chosen
   1 of 6 choices dense without timing: no other kernel was worth it
   1 of 6 choices dense: the time for planning was over
   2 of 6 choices dense: the whole network was not faster with the kernel that won alone
