@@ -157,7 +157,10 @@ def test_the_metrics_of_all_instances_add_up_under_the_names_and_labels_of_torch
         assert now["redpp_worker_cpu_seconds_total", labels(variant)] > INSTANCES
     parameters = [now["redpp_model_parameters", labels(variant)] for variant in VERSIONS]
     assert parameters[0] > parameters[1] > 0
-    assert {frozenset(dict(found).keys() - {"le", "outcome", "batch", "device"}) for name, found in now
+    plans = [(name, dict(found)) for name, found in now if name.startswith("redpp_plan_")]
+    assert {found["variant"] for name, found in plans if name == "redpp_plan_info"} == set(VERSIONS)
+    assert {found["batch"] for name, found in plans if name == "redpp_plan_layers"} == {"1", "2", "4"}
+    assert {frozenset(dict(found).keys() - {"le", "outcome", "batch", "device", "precision", "digest", "kernel"}) for name, found in now
             if name.startswith("redpp_")} == {frozenset(("model", "version", "variant"))}  # fmt: skip
 
 
