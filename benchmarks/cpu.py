@@ -5,7 +5,7 @@ original and the pruned network in this project's runtime, and both in torch.com
 ONNX Runtime. Every arm's answers are first held against its own graph in float64; one that differs is not timed, and
 the row says so. A round calls every arm once in a random order and once in the reverse, so each round gives a ratio of
 any two; the table has medians, and bootstrap intervals of the ratios. Pruned networks are made once, for ``--target``
-as `redpp-serve package` takes it, and kept in ``--scratch``. Needs ``onnx``, ``onnxruntime`` and ``onnxscript`` for that peer.
+as `redpp-serve package` takes it, and kept in ``--scratch``. ``pip install '.[peers]'`` brings ONNX Runtime.
 """
 
 from __future__ import annotations
