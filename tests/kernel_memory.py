@@ -1,5 +1,6 @@
 """Buffers that show what a kernel reads or writes outside of its tensors, and tensors too large for real memory."""
 
+import ctypes
 import math
 import mmap
 from collections.abc import Callable
@@ -56,3 +57,16 @@ def far_memory(shape: tuple[int, ...]) -> Tensor:
     """Zeros in fp16 that are reserved, not backed by memory: only pages that are touched take any."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # NORESERVE
     return torch.frombuffer(mmap.mmap(-1, 2 * math.prod(shape), flags=flags), dtype=torch.float16).view(shape)
+
+
+def at_page_end(tensor: Tensor) -> Tensor:
+    """A contiguous copy whose last byte lies before memory that nobody may read: a load beyond it, even of values that are
+    then dropped, ends the process."""
+    size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
+    pages = -(-size // page) * page
+    buffer = mmap.mmap(-1, pages + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + pages), page, 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    bytes_there = torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=pages - size)
+    return bytes_there.view(tensor.dtype).view(tensor.shape).copy_(tensor)

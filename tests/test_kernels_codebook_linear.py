@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interpreting import assert_as_good_as_torch, errors, poisoned, run_child
-from kernel_memory import surrounded
+from kernel_memory import at_page_end, surrounded
 from redpp_serve import kernels
 from redpp_serve.kernels.codebook_linear_heuristics import codebook_blocks
 from redpp_serve.kernels.epilogue import ACTIVATIONS
@@ -164,6 +164,15 @@ def test_shares_are_added_in_the_same_order(interpreted: dict[str, Any]) -> None
     assert interpreted["shares"] > 1 and interpreted["repeated"] == 0.0
 
 
+def test_nothing_beyond_a_tensor_is_read() -> None:
+    """Not even where the value is dropped afterwards: a child that did so has been killed."""
+    pytest.importorskip("triton")
+    found = run_child(__file__, "at_page_ends", TRITON_INTERPRET="1")
+    assert len(found) == 4
+    for result in found.values():
+        assert_as_good_as_torch(result)
+
+
 @pytest.mark.parametrize("what", ["index", "bias", "last input"])
 def test_the_comparison_notices_one_wrong_value(interpreted: dict[str, Any], what: str) -> None:
     with pytest.raises(AssertionError):
@@ -215,5 +224,17 @@ def interpret() -> dict[str, Any]:
     return results | {f"wrong {name}": judge(given, run(given | change, "pair")) for name, change in wrong.items()}
 
 
+def at_page_ends() -> dict[str, Any]:
+    from redpp_serve.kernels.codebook_linear_triton import codebook_linear_triton
+
+    results = {}
+    for case in ("five rows", "many programs"):  # neither rows nor outputs fill their last tiles
+        for decode in STRATEGIES[torch.float16]:
+            given = arguments(torch.float16, case)
+            placed = [at_page_end(given[name]) for name in ("x", "indices", "codebook", "bias")]
+            results[f"{case} {decode}"] = judge(given, codebook_linear_triton(*placed, given["activation"], decode))
+    return results
+
+
 if __name__ == "__main__":
-    print(json.dumps({"interpret": interpret}[sys.argv[1]]()))
+    print(json.dumps({"interpret": interpret, "at_page_ends": at_page_ends}[sys.argv[1]]()))
