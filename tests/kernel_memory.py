@@ -60,8 +60,10 @@ def far_memory(shape: tuple[int, ...]) -> Tensor:
 
 
 def at_page_end(tensor: Tensor) -> Tensor:
-    """A contiguous copy whose last byte lies before memory that nobody may read: a load beyond it, even of values that are
+    """A contiguous (or channels_last) copy whose last byte lies before memory that nobody may read: a load beyond it, even of values that are
     then dropped, ends the process."""
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return at_page_end(tensor.permute(0, 2, 3, 1).flatten()).view(*(tensor.shape[k] for k in (0, 2, 3, 1))).permute(0, 3, 1, 2)
     size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
     pages = -(-size // page) * page
     buffer = mmap.mmap(-1, pages + page)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interpreting import assert_as_good_as_torch, errors, poisoned, run_child
-from kernel_memory import far_memory, surrounded
+from kernel_memory import at_page_end, far_memory, surrounded
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -77,6 +77,14 @@ def test_images_beyond_2_to_the_31(interpreted: dict[str, Any]) -> None:
 def test_the_comparison_notices_one_wrong_tap(interpreted: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
         assert_as_good_as_torch(interpreted["wrong tap"])
+
+
+def test_nothing_beyond_a_tensor_is_read() -> None:
+    """Not even where the value is dropped afterwards: a child that did so has been killed."""
+    found = run_child(__file__, "at_page_ends", TRITON_INTERPRET="1")
+    assert len(found) > 2
+    for result in found.values():
+        assert_as_good_as_torch(result)
 
 
 # --- Below: the child process. ---
@@ -169,5 +177,18 @@ def interpret() -> dict[str, Any]:
     return results
 
 
+def at_page_ends() -> dict[str, Any]:
+    from redpp_serve.kernels.depthwise_conv2d_triton import depthwise_conv2d_triton
+
+    results = {}
+    for name in tuple(CASES)[:3]:
+        call = make_call(CASES[name], torch.float16)
+        last = torch.channels_last
+        call = call._replace(x=call.x.contiguous(memory_format=last), weight=call.weight.contiguous(memory_format=last))
+        placed = (at_page_end(v) if isinstance(v, Tensor) else v for v in call)
+        results[name] = judge(call, depthwise_conv2d_triton(*placed))
+    return results
+
+
 if __name__ == "__main__":
-    print(json.dumps({"interpret": interpret}[sys.argv[1]]()))
+    print(json.dumps({"interpret": interpret, "at_page_ends": at_page_ends}[sys.argv[1]]()))
