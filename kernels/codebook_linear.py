@@ -13,9 +13,7 @@ from .codebook_linear_heuristics import check_decode
 from .codebook_packing import MOST_VALUES, packed_bytes, unpack_indices
 from .epilogue import ACTIVATIONS, check_activation
 from .registration import register
-from .split_checks import FLOATS
-from .split_checks import _expect as expect
-from .split_checks import _version as version
+from .split_checks import FLOATS, expect, version
 
 _OP = "redpp::codebook_linear"
 _BLOCK_ELEMENTS = 1 << 20  # decoded at a time by the reference: 4 MiB in fp32 stay in a cache

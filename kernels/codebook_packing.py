@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .split_checks import version
+
 GROUP = 128
 GROUP_BYTES = GROUP // 2
 MOST_VALUES = 16
@@ -54,10 +56,9 @@ def decode_table(codebook: Tensor, decode: str) -> Tensor:
     """
     if codebook.is_cuda and torch.cuda.is_current_stream_capturing():
         return _table(codebook, decode)  # filled by the graph alone, so of no use to other calls
-    version = 0 if codebook.is_inference() else codebook._version
     known = _tables.get(codebook)
-    if known is None or known[0] != version:
-        known = _tables[codebook] = (version, {})
+    if known is None or known[0] != version(codebook):
+        known = _tables[codebook] = (version(codebook), {})
     kind = "pair" if decode == "pair" else "words"
     if kind not in known[1]:
         known[1][kind] = _table(codebook, decode)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .conv_checks import as_result, check_window, empty_channels_last, pair
 from .epilogue import ACTIVATIONS, check_activation
 from .registration import register
-from .split_checks import _expect as expect
+from .split_checks import expect
 
 _OP = "redpp::depthwise_conv2d"
 

@@ -14,7 +14,7 @@ from .conv_checks import as_result, check_window, empty_channels_last, pair
 from .epilogue import ACTIVATIONS, check_activation
 from .positions import check_positions, check_positions_shape, spread
 from .registration import register
-from .split_checks import _expect as expect
+from .split_checks import expect
 
 _OP = "redpp::fused_conv2d"
 

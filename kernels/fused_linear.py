@@ -11,8 +11,7 @@ from torch import Tensor
 from .epilogue import ACTIVATIONS, check_activation
 from .positions import check_positions, check_positions_shape, spread
 from .registration import register
-from .split_checks import FLOATS
-from .split_checks import _expect as expect
+from .split_checks import FLOATS, expect
 
 _OP = "redpp::fused_linear"
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .split_checks import version
+
 # positions -> (version, channels) that it was found good with.
 _accepted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -43,7 +45,7 @@ def check_positions(op: str, positions: Tensor | None, channels: int) -> None:
     """
     if positions is None:
         return
-    key = (0 if positions.is_inference() else positions._version, channels)
+    key = (version(positions), channels)
     if _accepted.get(positions) == key:
         return
     found = positions[positions != -1].sort().values.tolist()

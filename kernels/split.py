@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .conv_checks import pair
 from .registration import register
 from .split_checks import check_conv2d_shapes, check_linear_shapes, check_values
 from .split_reference import conv_output_size, split_conv2d_reference, split_linear_reference
@@ -51,7 +52,7 @@ def split_conv2d(
     Raises:
         ValueError: types, shapes or values that do not fit together.
     """
-    pairs = _pair(stride), _pair(padding), _pair(dilation)
+    pairs = pair(stride), pair(padding), pair(dilation)
     return torch.ops.redpp.split_conv2d(x, kernels, channel, index, sign, bias, *pairs, groups)
 
 
@@ -75,10 +76,6 @@ def split_linear(
         ValueError: types, shapes or values that do not fit together.
     """
     return torch.ops.redpp.split_linear(x, values, channel, index, sign, bias)
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def _conv2d_cpu(

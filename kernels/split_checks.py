@@ -86,7 +86,7 @@ def check_values(op: str, unique: int, n_in: int, channel: Tensor, index: Tensor
         ValueError: naming the argument, the limits and the value found.
     """
     known = _accepted.get(index)
-    key = (op, unique, n_in, groups, _version(channel), _version(index), _version(sign))
+    key = (op, unique, n_in, groups, version(channel), version(index), version(sign))
     if known is not None and known[0]() is channel and known[1]() is sign and known[2] == key:
         return
     if unique and not (channel[0] >= 0 and channel[-1] < n_in and (channel[1:] >= channel[:-1]).all()):
@@ -132,17 +132,22 @@ def _check_split(
     if per_group == 0:
         raise ValueError(f"{op}: x must have inputs, found {tuple(x.shape)}")
     n_out = index.shape[0]
-    _expect(op, name, kernels, x.device, x.dtype, kernels.shape)
-    _expect(op, "channel", channel, x.device, torch.int64, kernels.shape[:1])
-    _expect(op, "index", index, x.device, torch.int32, (n_out, per_group))
-    _expect(op, "sign", sign, x.device, torch.int8, index.shape)
+    expect(op, name, kernels, x.device, x.dtype, kernels.shape)
+    expect(op, "channel", channel, x.device, torch.int64, kernels.shape[:1])
+    expect(op, "index", index, x.device, torch.int32, (n_out, per_group))
+    expect(op, "sign", sign, x.device, torch.int8, index.shape)
     if bias is not None:
-        _expect(op, "bias", bias, x.device, x.dtype, (n_out,))
+        expect(op, "bias", bias, x.device, x.dtype, (n_out,))
 
 
-def _expect(
+def expect(
     op: str, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype, shape: Sequence[int]
 ) -> None:
+    """Refuses a tensor of another device, dtype or shape, naming the argument, what it should be and what it is.
+
+    Raises:
+        ValueError: see above.
+    """
     if tensor.device != device or tensor.dtype != dtype or tensor.shape != shape:
         raise ValueError(
             f"{op}: {name} must be {dtype} of shape {tuple(shape)} on {device}, "
@@ -150,5 +155,6 @@ def _expect(
         )
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """Changes with each change in place; tensors made under `torch.inference_mode` keep no version and give 0."""
     return 0 if tensor.is_inference() else tensor._version

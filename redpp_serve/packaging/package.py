@@ -27,6 +27,7 @@ from ..pruning.verify import load_verify_data
 from ..report import write_reports
 from ..runtime.artifact import build, load
 from ..runtime.graph import Graph, InputSpec
+from ..runtime.plan_cache import device_name
 from ..runtime.precision import in_precision
 from ..runtime.program import Program
 from ..runtime.programs import layer_inputs, serving_graph
@@ -157,12 +158,7 @@ def _array(x: torch.Tensor) -> np.ndarray:
 
 def describe_machine() -> dict[str, Any]:
     """Device and versions that a figure was measured with."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:
-        pass
+    model = device_name(torch.device("cpu"))
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
         "device": f"{model}, {os.cpu_count()} cores{gpu}",

@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from .. import kernels
+from .artifact import write_atomically
 from .plan import Timing
 
 try:
@@ -191,17 +191,8 @@ def _timing(value: Any) -> Timing:
 def _write(path: Path, entries: Entries) -> None:
     plain = {key: {s: {k: [t.seconds, t.high] if math.isfinite(t.seconds) else None for k, t in times.items()}
                    for s, times in layers.items()} for key, layers in entries.items()}  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, "entries": plain}, file, sort_keys=True, indent=1)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    text = json.dumps({"format": FORMAT, "entries": plain}, sort_keys=True, indent=1)
+    write_atomically(path, f"{text}\n".encode())
 
 
 def _merged(old: Entries, new: Entries) -> Entries:
