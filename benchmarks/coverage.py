@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from benchmarks.coverage_networks import NETWORKS, arguments_of
 from redpp_serve.capture.arch import build, import_library
 from redpp_serve.capture.export import capture
+from redpp_serve.channels.coupling import Coupling, couple
 from redpp_serve.errors import RedppError
-from redpp_serve.graph.coupling import Coupling, couple
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import find_layers, parameter_count
 from redpp_serve.packaging.package import describe_machine
 from redpp_serve.pruning.merging import merge_exact
-from redpp_serve.runtime.graph import Graph, InputSpec
-from redpp_serve.runtime.program import Program
 
 OUT = Path("benchmarks/results/coverage.json")
 SIDES = (64, 96, 128, 224, 256, 299)  # pixels; the first that a network accepts is taken
@@ -117,8 +117,10 @@ def exactness(coupling: Coupling) -> dict[str, Any]:
     row = {"planted": count, "merged": merged.removed, "merge_error": gap(outputs(graph), outputs(merged.graph))}
     del graph, merged
     generator = torch.Generator().manual_seed(2)
-    kept = {c.name: torch.randperm(c.channels, generator=generator)[: -(-2 * c.channels // 3)].sort().values
-            for c in coupling.open}  # fmt: skip
+    kept = {
+        c.name: torch.randperm(c.channels, generator=generator)[: -(-2 * c.channels // 3)].sort().values
+        for c in coupling.open
+    }
     return {**row, "drop_error": gap(outputs(without(exact, kept)), outputs(exact.narrow(kept)))}
 
 
@@ -150,15 +152,20 @@ def measure(arch: str) -> dict[str, Any]:
     touched = [layer for layer in layers if layer.weight in named]
     stored = {name for layer in touched for name in (layer.weight, layer.bias) if name} | named
     row = {
-        "side": side, "parameters": parameter_count(graph), "macs": sum(layer.macs for layer in layers),
-        "classes": len(coupling.classes), "open": len(coupling.open),
+        "side": side,
+        "parameters": parameter_count(graph),
+        "macs": sum(layer.macs for layer in layers),
+        "classes": len(coupling.classes),
+        "open": len(coupling.open),
         "channels": sum(c.channels for c in coupling.open),
-        "layers": len(layers), "touched_layers": len(touched),
+        "layers": len(layers),
+        "touched_layers": len(touched),
         "parameters_share": round(sum(graph.tensors[name].numel() for name in stored) / parameter_count(graph), 4),
         "macs_share": round(sum(layer.macs for layer in touched) / max(1, sum(layer.macs for layer in layers)), 4),
         "closed": dict(Counter(plain(c.closed) for c in coupling.classes if c.closed).most_common()),
-        "capture_seconds": round(captured - start, 2), "couple_seconds": round(coupled - captured, 2),
-    }  # fmt: skip
+        "capture_seconds": round(captured - start, 2),
+        "couple_seconds": round(coupled - captured, 2),
+    }
     if coupling.open:
         row.update(exactness(coupling))
         if not (row["planted"] == row["merged"] and max(row["merge_error"], row["drop_error"]) < EXACT):
@@ -194,25 +201,62 @@ def line(arch: str, row: Mapping[str, Any]) -> str:
         return f"| {arch} | {row.get('refused') or row.get('failed')} |"
     errors = [f"{row[key]:.0e}" if key in row else "" for key in ("merge_error", "drop_error")]
     reasons = "; ".join(f"{reason} ({count})" for reason, count in row["closed"].items())
-    cells = [arch, row["side"], f"{row['parameters'] / 1e6:.1f}", f"{row['open']} / {row['classes']}", row["channels"],
-             f"{row['parameters_share']:.0%}", f"{row['macs_share']:.0%}", *errors, row["capture_seconds"],
-             row["couple_seconds"], reasons]  # fmt: skip
+    cells = [
+        arch,
+        row["side"],
+        f"{row['parameters'] / 1e6:.1f}",
+        f"{row['open']} / {row['classes']}",
+        row["channels"],
+        f"{row['parameters_share']:.0%}",
+        f"{row['macs_share']:.0%}",
+        *errors,
+        row["capture_seconds"],
+        row["couple_seconds"],
+        reasons,
+    ]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def table(result: Mapping[str, Any]) -> str:
     """The results as a page."""
-    head = ("network", "pixels", "M parameters", "open / all classes", "open channels", "parameters", "MACs",
-            "merge error", "drop error", "capture s", "couple s", "closed, why (classes)")  # fmt: skip
+    head = (
+        "network",
+        "pixels",
+        "M parameters",
+        "open / all classes",
+        "open channels",
+        "parameters",
+        "MACs",
+        "merge error",
+        "drop error",
+        "capture s",
+        "couple s",
+        "closed, why (classes)",
+    )
     rows, machine = result["networks"], result["environment"]
     counted = [row for row in rows.values() if "classes" in row]
-    summary = (f"{len(rows)} networks; {sum(row['open'] > 0 for row in counted)} have open classes; largest error of a "
-               f"merge {max((r.get('merge_error', 0) for r in counted), default=0):.0e}, "
-               f"of a removal {max((r.get('drop_error', 0) for r in counted), default=0):.0e}.")  # fmt: skip
+    summary = (
+        f"{len(rows)} networks; {sum(row['open'] > 0 for row in counted)} have open classes; largest error of a "
+        f"merge {max((r.get('merge_error', 0) for r in counted), default=0):.0e}, "
+        f"of a removal {max((r.get('drop_error', 0) for r in counted), default=0):.0e}."
+    )
     text = (__doc__ or "").split("\n\n")
-    return "\n".join(["# Coupled channels by network", "", " ".join(text[1].split()), "", summary, "",
-                      "| " + " | ".join(head) + " |", "|" + "---|" * len(head), *(line(*item) for item in rows.items()),
-                      "", f"Device: {machine['device']}; {machine['versions']}", ""])  # fmt: skip
+    return "\n".join(
+        [
+            "# Coupled channels by network",
+            "",
+            " ".join(text[1].split()),
+            "",
+            summary,
+            "",
+            "| " + " | ".join(head) + " |",
+            "|" + "---|" * len(head),
+            *(line(*item) for item in rows.items()),
+            "",
+            f"Device: {machine['device']}; {machine['versions']}",
+            "",
+        ]
+    )
 
 
 def main() -> None:

@@ -26,8 +26,12 @@ _TIMM = """
     visformer_tiny xcit_nano_12_p16_224 coatnet_0_rw_224 tiny_vit_5m_224 davit_tiny focalnet_tiny_srf
 """
 # The libraries take turns, so that a run that is cut short has seen both.
-NETWORKS = [f"{library}:{name}" for pair in zip_longest(_TORCHVISION.split(), _TIMM.split())
-            for library, name in zip(("torchvision", "timm"), pair) if name]  # fmt: skip
+NETWORKS = [
+    f"{library}:{name}"
+    for pair in zip_longest(_TORCHVISION.split(), _TIMM.split())
+    for library, name in zip(("torchvision", "timm"), pair)
+    if name
+]
 
 
 def arguments_of(arch: str, side: int) -> list[dict[str, Any]]:

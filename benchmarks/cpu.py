@@ -23,17 +23,17 @@ from torch import Tensor
 
 from benchmarks.cpu_arms import Arm, Call, arms, served
 from redpp_serve.capture.export import capture
-from redpp_serve.comparison.statistics import percentile_interval
+from redpp_serve.graph.artifact import build, load, write_atomically
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import mac_count
+from redpp_serve.options import Options
 from redpp_serve.packaging.package import describe_machine
-from redpp_serve.pruning.options import Options
 from redpp_serve.pruning.pipeline import prune
 from redpp_serve.reference import catalog
 from redpp_serve.report.plans import plan_rows
-from redpp_serve.runtime.artifact import build, load, write_atomically
-from redpp_serve.runtime.graph import Graph, InputSpec
 from redpp_serve.runtime.plan import Plan
-from redpp_serve.runtime.program import Program
+from redpp_serve.statistics.intervals import percentile_interval
 
 DISTIL_S, PRUNE_S = 60.0, 240.0
 TOLERANCE = 1e-3  # of the largest output: float32 sums in another order
@@ -105,22 +105,34 @@ def accuracy(graph: Graph, task: str, plan_seconds: float) -> float:
     """Percent right on the held-out images, through the runtime that serves."""
     inputs, labels = catalog.held_out(task)
     model = served(graph, 100, plan_seconds)
-    return round(100 * float((torch.cat([model(chunk)[0] for chunk in inputs.split(100)]).argmax(1) == labels).double().mean()), 2)
+    return round(
+        100 * float((torch.cat([model(chunk)[0] for chunk in inputs.split(100)]).argmax(1) == labels).double().mean()),
+        2,
+    )
 
 
 @torch.inference_mode()
-def network_rows(name: str, module: torch.nn.Module, original: Graph, pruned: Graph, options: argparse.Namespace) -> dict[str, Any]:
+def network_rows(
+    name: str, module: torch.nn.Module, original: Graph, pruned: Graph, options: argparse.Namespace
+) -> dict[str, Any]:
     """All rows of one network, with its plan tables."""
     rng, task = np.random.default_rng(0), catalog.NETWORKS[name].task.name
     images = catalog.held_out(task)[0]
-    every = [arm for arm in arms(module, original, pruned, options.plan_seconds) if options.peers or not arm.name.startswith(("compiled", "onnx"))]
+    every = [
+        arm
+        for arm in arms(module, original, pruned, options.plan_seconds)
+        if options.peers or not arm.name.startswith(("compiled", "onnx"))
+    ]
     largest = max(options.batches)
     return {
         "network": name,
         "macs": [mac_count(original), mac_count(pruned)],
         "accuracy": [accuracy(graph, task, options.plan_seconds) for graph in (original, pruned)],
         "rows": [measure(every, images[:batch], options.seconds, rng) for batch in options.batches],
-        "kernels": {v: kernel_lines(served(g, largest, options.plan_seconds).plan) for v, g in (("original", original), ("redpp", pruned))},
+        "kernels": {
+            v: kernel_lines(served(g, largest, options.plan_seconds).plan)
+            for v, g in (("original", original), ("redpp", pruned))
+        },
     }
 
 
@@ -153,8 +165,18 @@ def table(networks: list[dict[str, Any]]) -> str:
 
 def markdown(networks: list[dict[str, Any]]) -> str:
     """The README's table: milliseconds at each batch size, and what pruning gained in this runtime (95 % interval)."""
-    head = ("network", "batch", "stock eager", "torch.compile", "ONNX Runtime", "original here", "pruned: torch.compile",
-            "ONNX Runtime", "**pruned here**", "pruned against original")  # fmt: skip
+    head = (
+        "network",
+        "batch",
+        "stock eager",
+        "torch.compile",
+        "ONNX Runtime",
+        "original here",
+        "pruned: torch.compile",
+        "ONNX Runtime",
+        "**pruned here**",
+        "pruned against original",
+    )
     names = ("stock", "compiled", "onnx", "original", "compiled_redpp", "onnx_redpp", "redpp")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for network in networks:
@@ -162,7 +184,9 @@ def markdown(networks: list[dict[str, Any]]) -> str:
             times = [f"{row['ms'][name][0]:.2f}" if name in row["ms"] else "–" for name in names]
             ratio = row["ratios"].get(next(iter(RATIOS)))
             gained = f"{ratio[0]:.2f}x ({ratio[1]:.2f} to {ratio[2]:.2f})" if ratio else "–"
-            lines.append(f"| {network['network']} | {row['batch']} | {' | '.join(times[:-1])} | **{times[-1]}** | {gained} |")
+            lines.append(
+                f"| {network['network']} | {row['batch']} | {' | '.join(times[:-1])} | **{times[-1]}** | {gained} |"
+            )
     return "\n".join(lines)
 
 
@@ -175,20 +199,30 @@ def targets(networks: list[dict[str, Any]]) -> list[str]:
                 ratio = row["ratios"].get(title)
                 verdict = "not measured" if ratio is None else "met" if ratio[0] >= least else "missed"
                 figure = f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})" if ratio else "-"
-                lines.append(f"{verdict}: {network['network']}, batch {row['batch']}: {title} {figure}, at least {least:g} wanted")
+                lines.append(
+                    f"{verdict}: {network['network']}, batch {row['batch']}: {title} {figure}, at least {least:g} wanted"
+                )
     return lines
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=list(catalog.NETWORKS), default=list(catalog.NETWORKS), metavar="NAME")
-    parser.add_argument("--target", default="macs=0.5", help="macs=R or latency=R, as package takes it (default: %(default)s)")
+    parser.add_argument(
+        "--networks", nargs="+", choices=list(catalog.NETWORKS), default=list(catalog.NETWORKS), metavar="NAME"
+    )
+    parser.add_argument(
+        "--target", default="macs=0.5", help="macs=R or latency=R, as package takes it (default: %(default)s)"
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--seconds", type=float, default=8.0, help="for all arms of one network at one batch size")
     parser.add_argument("--plan-seconds", type=float, default=20.0, help="time budget of each plan")
     parser.add_argument("--threads", type=int, default=1, help="of every arm")
-    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave out torch.compile and ONNX Runtime")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "redpp-cpu", help="keeps the pruned networks")
+    parser.add_argument(
+        "--no-peers", dest="peers", action="store_false", help="leave out torch.compile and ONNX Runtime"
+    )
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "redpp-cpu", help="keeps the pruned networks"
+    )
     parser.add_argument("--out", type=Path, help="a JSON file; rows that it has already are replaced one by one")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -197,11 +231,18 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.networks:
         module = catalog.load(name)
         original = capture(module, (InputSpec("x", catalog.NETWORKS[name].input_shape),), [])
-        found = network_rows(name, module, original, pruned_network(name, original, options.target, options.scratch), options)
+        found = network_rows(
+            name, module, original, pruned_network(name, original, options.target, options.scratch), options
+        )
         networks = merged(networks, found)
         print(table([found]), flush=True)
         if options.out:
-            result = {"environment": describe_machine(), "threads": options.threads, "target": options.target, "networks": networks}
+            result = {
+                "environment": describe_machine(),
+                "threads": options.threads,
+                "target": options.target,
+                "networks": networks,
+            }
             write_atomically(options.out, (json.dumps(result, indent=1) + "\n").encode())
     print(f"\n{table(networks)}\n\n" + "\n".join(targets(networks)))
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from redpp_serve.runtime.artifact import build
-from redpp_serve.runtime.graph import Graph
+from redpp_serve.graph.artifact import build
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import Graph
 from redpp_serve.runtime.model import ServingModel
-from redpp_serve.runtime.program import Program
 
 Call = Callable[[Tensor], Tensor]
 PEERS = ("compiled", "onnx")  # each for the original and, with the suffix, for the pruned network

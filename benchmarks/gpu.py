@@ -33,8 +33,10 @@ from benchmarks.gpu_targets import evaluate, text
 from benchmarks.gpu_timing import Monitor
 
 SETTINGS = {"full": FULL, "quick": QUICK, "rehearse": REHEARSAL}
-NO_GPU = ("benchmarks.gpu needs a CUDA GPU, and torch finds none here (torch.cuda.is_available() is False); nothing was written. "
-          "Run it where one is; --rehearse tries the benchmark itself on a CPU.")  # fmt: skip
+NO_GPU = (
+    "benchmarks.gpu needs a CUDA GPU, and torch finds none here (torch.cuda.is_available() is False); nothing was written. "
+    "Run it where one is; --rehearse tries the benchmark itself on a CPU."
+)
 MOST_STARTS = 8
 LAST_S = 12.0  # kept for stopping the worker and for writing
 START_S = 20.0  # with less, no new worker is started
@@ -109,12 +111,17 @@ def assemble(records: list[dict[str, Any]], ends: list[str]) -> dict[str, Any]:
     done = {r["key"] for r in records if r["kind"] == "cell"}
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": machine.get("device"), "driver": driver(), "versions": machine.get("versions"), "peaks": machine.get("peaks"),
-        "rows": rows, "plans": [{k: v for k, v in r.items() if k != "kind"} for r in records if r["kind"] == "plan"],
-        "crashed": crashed, "workers ended early": ends,
+        "device": machine.get("device"),
+        "driver": driver(),
+        "versions": machine.get("versions"),
+        "peaks": machine.get("peaks"),
+        "rows": rows,
+        "plans": [{k: v for k, v in r.items() if k != "kind"} for r in records if r["kind"] == "plan"],
+        "crashed": crashed,
+        "workers ended early": ends,
         "not reached": {key: why for key, why in not_reached.items() if key not in done},
         "targets": [target.to_json() for target in evaluate(rows)],
-    }  # fmt: skip
+    }
 
 
 def driver() -> str | None:
@@ -145,8 +152,13 @@ def main(arguments: list[str] | None = None) -> int:
     kind.add_argument(
         "--quick", dest="how", action="store_const", const="quick", default="full", help="a look, in a minute"
     )
-    kind.add_argument("--rehearse", dest="how", action="store_const", const="rehearse",
-                      help="for development: every step on tiny shapes on the CPU; its times mean nothing")  # fmt: skip
+    kind.add_argument(
+        "--rehearse",
+        dest="how",
+        action="store_const",
+        const="rehearse",
+        help="for development: every step on tiny shapes on the CPU; its times mean nothing",
+    )
     options = parser.parse_args(arguments)
     if options.how != "rehearse" and not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
@@ -184,8 +196,16 @@ def merge_table(journal: Path, table: Path) -> None:
     if measured.exists():
         entries = json.loads(measured.read_text(encoding="utf-8"))["entries"]
         failed = Timing(math.inf, math.inf)
-        merge(table, {key: {signature: {kernel: Timing(*times) if times else failed for kernel, times in found.items()}
-                            for signature, found in layers.items()} for key, layers in entries.items()})  # fmt: skip
+        merge(
+            table,
+            {
+                key: {
+                    signature: {kernel: Timing(*times) if times else failed for kernel, times in found.items()}
+                    for signature, found in layers.items()
+                }
+                for key, layers in entries.items()
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from redpp_serve.kernels.epilogue import ACTIVATIONS
 from torch import Tensor, nn
 
 from benchmarks import gpu_checkout  # noqa: F401 - before the project
@@ -22,6 +21,7 @@ from benchmarks.gpu_models import MODELS, SIDE
 from benchmarks.gpu_peers import COMPILED_ROWS, compiled_linear, linear_peers
 from benchmarks.gpu_timing import Bench
 from redpp_serve import kernels
+from redpp_serve.kernels.epilogue import ACTIVATIONS
 from redpp_serve.pruning.hashing import Target, hash_weight
 
 VALUES = (16, 8)  # of a codebook
@@ -144,14 +144,26 @@ class ConvShape:
     def at_width(self, width: float) -> ConvShape:
         """With that part of its channels, in multiples of 8; an image's three stay."""
         n_in, n_out = (c if c == 3 else max(8, int(c * width) // 8 * 8) for c in (self.n_in, self.n_out))
-        return ConvShape(n_in, n_out, self.kernel, self.stride, self.padding, n_in if self.groups > 1 else 1,
-                         self.side, self.activation, self.residual)  # fmt: skip
+        return ConvShape(
+            n_in,
+            n_out,
+            self.kernel,
+            self.stride,
+            self.padding,
+            n_in if self.groups > 1 else 1,
+            self.side,
+            self.activation,
+            self.residual,
+        )
 
     @property
     def fields(self) -> dict[str, object]:
         residual = "+residual" if self.residual else ""
-        return {"layer": f"{self.n_in}->{self.n_out} {self.kernel}x{self.kernel}/{self.stride}@{self.side}"
-                         f"{' depthwise' if self.groups > 1 else ''}", "epilogue": f"bias{residual}+{self.activation}"}  # fmt: skip
+        return {
+            "layer": f"{self.n_in}->{self.n_out} {self.kernel}x{self.kernel}/{self.stride}@{self.side}"
+            f"{' depthwise' if self.groups > 1 else ''}",
+            "epilogue": f"bias{residual}+{self.activation}",
+        }
 
 
 def conv_shapes(network: str, side: int = SIDE) -> list[ConvShape]:
@@ -167,8 +179,19 @@ def conv_shapes(network: str, side: int = SIDE) -> list[ConvShape]:
             residual = network != "mobilenet_v2" and last and conv.out_channels == 4 * conv.in_channels
             linear = network == "mobilenet_v2" and last and conv.out_channels < conv.in_channels
             activation = "none" if linear else "relu6" if network == "mobilenet_v2" else "relu"
-            found[ConvShape(conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0], conv.padding[0],
-                            conv.groups, inputs[0].shape[-1], activation, residual)] = None  # fmt: skip
+            found[
+                ConvShape(
+                    conv.in_channels,
+                    conv.out_channels,
+                    conv.kernel_size[0],
+                    conv.stride[0],
+                    conv.padding[0],
+                    conv.groups,
+                    inputs[0].shape[-1],
+                    activation,
+                    residual,
+                )
+            ] = None
 
         for part in module.modules():
             if isinstance(part, nn.Conv2d):
@@ -295,9 +318,16 @@ def _split_pointwise(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor |
 
 
 def _split_call(
-    x: Tensor, unique: Tensor, channel: Tensor, index: Tensor, bias: Tensor, residual: Tensor | None, activation: str,
-    stride: int, padding: int,
-) -> Call:  # fmt: skip
+    x: Tensor,
+    unique: Tensor,
+    channel: Tensor,
+    index: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    stride: int,
+    padding: int,
+) -> Call:
     x, sign = x.clone(), torch.ones_like(index, dtype=torch.int8)
 
     def call() -> Tensor:

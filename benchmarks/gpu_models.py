@@ -32,8 +32,12 @@ class SqueezeExcite(nn.Module):
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
         self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, squeezed, 1), nn.SiLU(), nn.Conv2d(squeezed, channels, 1), nn.Sigmoid(),
-        )  # fmt: skip
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, squeezed, 1),
+            nn.SiLU(),
+            nn.Conv2d(squeezed, channels, 1),
+            nn.Sigmoid(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gate(x)
@@ -68,10 +72,12 @@ def _inverted(
 ) -> nn.Module:
     """Expansion, depthwise convolution, squeeze and excite, projection; with a shortcut where shapes allow it."""
     wide = n_in * ratio
-    body = [*(_conv(n_in, wide, 1, activation=activation) if ratio > 1 else []),
-            *_conv(wide, wide, kernel, stride, wide, activation),
-            *([SqueezeExcite(wide, max(1, n_in // 4))] if squeeze else []),
-            *_conv(wide, n_out, 1, activation=None)]  # fmt: skip
+    body = [
+        *(_conv(n_in, wide, 1, activation=activation) if ratio > 1 else []),
+        *_conv(wide, wide, kernel, stride, wide, activation),
+        *([SqueezeExcite(wide, max(1, n_in // 4))] if squeeze else []),
+        *_conv(wide, n_out, 1, activation=None),
+    ]
     block = nn.Sequential(*body)
     return Residual(block, nn.Identity(), nn.Identity()) if stride == 1 and n_in == n_out else block
 
@@ -145,9 +151,12 @@ def rehearsal() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "resnet50": resnet50, "mobilenet_v2": mobilenet_v2, "vgg16": vgg16, "efficientnet_b0": efficientnet_b0,
+    "resnet50": resnet50,
+    "mobilenet_v2": mobilenet_v2,
+    "vgg16": vgg16,
+    "efficientnet_b0": efficientnet_b0,
     "rehearsal": rehearsal,
-}  # fmt: skip
+}
 
 
 def randomised(module: nn.Module, x: Tensor) -> nn.Module:

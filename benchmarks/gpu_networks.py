@@ -24,16 +24,16 @@ from benchmarks.gpu_models import MODELS, SIDE, randomised
 from benchmarks.gpu_targets import COMPILED
 from benchmarks.gpu_timing import Bench, in_turns, ratio, spread
 from redpp_serve.capture.export import capture
-from redpp_serve.graph.coupling import couple
+from redpp_serve.channels.coupling import couple
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import find_layers
 from redpp_serve.pruning.hashing import Target, hash_weight
 from redpp_serve.runtime.cuda_graphs import BucketRunner, CudaRecorder
-from redpp_serve.runtime.graph import Graph, InputSpec
 from redpp_serve.runtime.plan import Plan
 from redpp_serve.runtime.plan_cache import PlanCache
 from redpp_serve.runtime.planner import make_plan
-from redpp_serve.runtime.program import Program
-from redpp_serve.runtime.programs import layer_inputs, planned_programs, serving_graph
+from redpp_serve.runtime.serving_graph import layer_inputs, planned_programs, serving_graph
 
 BATCHES = (8, 1, 32, 128)  # the most telling first
 WIDTH, VALUES = 0.5, 16
@@ -185,8 +185,10 @@ ARMS: dict[str, tuple[str, ArmMaker]] = {  # by name: the version that says what
     "original": ("original", lambda n, x, b: served_arm(n, x, b, "original")),
     "pruned": ("pruned", lambda n, x, b: served_arm(n, x, b, "pruned")),
 }
-COMPILED_ARMS = {COMPILED: ("original", lambda n, x, b: compiled_arm(n, x, b, "max-autotune")),
-                 **{name: ARMS[name] for name in ("original", "pruned")}}  # fmt: skip
+COMPILED_ARMS = {
+    COMPILED: ("original", lambda n, x, b: compiled_arm(n, x, b, "max-autotune")),
+    **{name: ARMS[name] for name in ("original", "pruned")},
+}
 
 
 def measure_network(
@@ -260,8 +262,13 @@ def answers(graph: Graph, images: Tensor, bench: Bench) -> tuple[Tensor, Tensor]
 
 def _network_times(ready: dict[str, Arm], batch: int, bench: Bench) -> dict[str, dict[str, Any]]:
     calls = PASS_CALLS.get(batch, 1)
-    states = {state: in_turns({name: _waited(getattr(arm, state), calls, bench) for name, arm in ready.items()}, 0.0 if bench.rehearse else ROUNDS_S)
-              for state in ("device", "host")}  # fmt: skip
+    states = {
+        state: in_turns(
+            {name: _waited(getattr(arm, state), calls, bench) for name, arm in ready.items()},
+            0.0 if bench.rehearse else ROUNDS_S,
+        )
+        for state in ("device", "host")
+    }
     first, rows = next(iter(ready)), {}
     for name in ready:
         row = rows[name] = {}

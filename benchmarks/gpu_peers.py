@@ -170,8 +170,14 @@ def _gemlite(x: Tensor, weight: Tensor) -> Contender:
         from gemlite import DType, GemLiteLinear
 
         number, scale, zero = prepared()
-        layer = GemLiteLinear(W_nbits=4, group_size=GROUP, in_features=n_in, out_features=n_out,
-                              input_dtype=DType.FP16, output_dtype=DType.FP16)  # fmt: skip
+        layer = GemLiteLinear(
+            W_nbits=4,
+            group_size=GROUP,
+            in_features=n_in,
+            out_features=n_out,
+            input_dtype=DType.FP16,
+            output_dtype=DType.FP16,
+        )
         layer.pack(number, scale, zero, bias=None)
         return lambda: layer(x)
 

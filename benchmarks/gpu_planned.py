@@ -14,11 +14,11 @@ from torch import Tensor
 from benchmarks.gpu_cells import Call, Cell, Contender, tensors_bytes
 from benchmarks.gpu_networks import Network
 from benchmarks.gpu_timing import Bench
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import Graph, InputSpec, Node
 from redpp_serve.runtime.candidates import candidates, signature
-from redpp_serve.runtime.graph import Graph, InputSpec, Node
-from redpp_serve.runtime.layers import FusedLayer, fused_layers
-from redpp_serve.runtime.program import Program
-from redpp_serve.runtime.programs import layer_inputs
+from redpp_serve.runtime.fused_layer import FusedLayer, fused_layers
+from redpp_serve.runtime.serving_graph import layer_inputs
 
 
 def planned_cells(

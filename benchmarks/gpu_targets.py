@@ -117,8 +117,13 @@ def _networks(networks: Sequence[Row]) -> list[Target]:
     single = [row for row in plain if row["batch"] == STOCK_BATCH]
 
     def over(reference: str, rows: Iterable[Row]) -> list[tuple[str, float | None]]:
-        return [(f"{row['network']}, batch {row['batch']}",
-                 quotient(median_us(row, reference, "device"), median_us(row, "pruned", "device"))) for row in rows]  # fmt: skip
+        return [
+            (
+                f"{row['network']}, batch {row['batch']}",
+                quotient(median_us(row, reference, "device"), median_us(row, "pruned", "device")),
+            )
+            for row in rows
+        ]
 
     compiled = over(COMPILED, (apart.get((row["network"], row["batch"]), row) for row in large))
     return [
@@ -132,16 +137,21 @@ def _planned(planned: Sequence[Row]) -> Target:
     points = []
     for row in planned:
         times = [(name, cell.get("warm_ratio")) for name, cell in row["contenders"].items() if name != row["reference"]]
-        points += [(f"{row['network']} {row['version']} {row['layer']} batch {row['batch']} ({name})", r[0] if r else None)
-                   for name, r in times]  # fmt: skip
+        points += [
+            (f"{row['network']} {row['version']} {row['layer']} batch {row['batch']} ({name})", r[0] if r else None)
+            for name, r in times
+        ]
     return worst("what the planner chooses over dense, measured again", PLANNED_TIMES, points)
 
 
 def text(result: Row) -> str:
     """All tables and the targets of a result."""
     rows = result["rows"]
-    parts = [_linear_table([r for r in rows if r["section"] == "linear"]), _conv_table([r for r in rows if r["section"] == "conv"]),
-             _network_table([r for r in rows if r["section"] == "network"])]  # fmt: skip
+    parts = [
+        _linear_table([r for r in rows if r["section"] == "linear"]),
+        _conv_table([r for r in rows if r["section"] == "conv"]),
+        _network_table([r for r in rows if r["section"] == "network"]),
+    ]
     failures = sorted(
         {f"{name}: {cell['failed']}" for row in rows for name, cell in row["contenders"].items() if "failed" in cell}
     )
@@ -169,8 +179,10 @@ def _linear_table(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     names = ("dense", "fused", "codebook16", "codebook8", "int4pack", "nf4", "gemlite", "fp8")
-    lines = ["Linear, microseconds (cold, warm L2); the fastest decode strategy of each codebook, and its roofline share",
-             f"{'n_out x n_in':>13}{'rows':>5}" + "".join(f"{name:>18}" for name in names) + "  codebook16/dense"]  # fmt: skip
+    lines = [
+        "Linear, microseconds (cold, warm L2); the fastest decode strategy of each codebook, and its roofline share",
+        f"{'n_out x n_in':>13}{'rows':>5}" + "".join(f"{name:>18}" for name in names) + "  codebook16/dense",
+    ]
     for row in rows:
         cells, fastest = [], best(row, "codebook16:")
         for name in names:
@@ -188,8 +200,10 @@ def _conv_table(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     names = ("dense", "cudnn", "fused", "depthwise", "split")
-    lines = ["Convolutions with epilogue, microseconds (cold, warm L2)",
-             f"{'layer':34}{'batch':>6}{'width':>6}" + "".join(f"{name:>18}" for name in names) + "  best/dense, cold"]  # fmt: skip
+    lines = [
+        "Convolutions with epilogue, microseconds (cold, warm L2)",
+        f"{'layer':34}{'batch':>6}{'width':>6}" + "".join(f"{name:>18}" for name in names) + "  best/dense, cold",
+    ]
     for row in rows:
         fastest = min(((time, n) for n in names[1:] if (time := median_us(row, n)) is not None), default=None)
         against = quotient(median_us(row, "dense"), fastest and fastest[0])
@@ -211,6 +225,8 @@ def _network_table(rows: Sequence[Row]) -> str:
             if "failed" not in cell:
                 device, host = cell["device_us"][0], cell["host_us"][0]
                 stock = quotient(median_us(row, "stock fp32", "device"), device)
-                lines.append(f"{row['network']:16}{row['batch']:>5} {name:28}{device / 1e3:>9.3f}{host / 1e3:>9.3f}{cell['images_per_s']:>10.0f}"
-                             f"{cell['peak_mb']:>9.0f}{cell['weight_mb']:>8.1f}" + (f"{stock:>8.2f}" if stock else ""))  # fmt: skip
+                lines.append(
+                    f"{row['network']:16}{row['batch']:>5} {name:28}{device / 1e3:>9.3f}{host / 1e3:>9.3f}{cell['images_per_s']:>10.0f}"
+                    f"{cell['peak_mb']:>9.0f}{cell['weight_mb']:>8.1f}" + (f"{stock:>8.2f}" if stock else "")
+                )
     return "\n".join(lines)

@@ -157,8 +157,10 @@ class Worker:
 
 def warm_up(journal: Journal, bench: Bench, budget: Budget, settings: Settings, share: int, of: int) -> None:
     """Every ``of``-th of the calls of this project's kernels, once. What fails here fails again where it is measured."""
-    cells = itertools.chain(linear_cells(bench, settings.shapes, settings.rows),
-                            conv_cells(bench, settings.conv_networks, settings.conv_batches, settings.every, settings.side))  # fmt: skip
+    cells = itertools.chain(
+        linear_cells(bench, settings.shapes, settings.rows),
+        conv_cells(bench, settings.conv_networks, settings.conv_batches, settings.every, settings.side),
+    )
     calls = ((cell, contender) for cell in cells for contender in cell.contenders if contender.name.startswith(OWN))
     for cell, contender in itertools.islice(calls, share, None, of):
         if budget.left > LEAST_S:
@@ -170,8 +172,12 @@ def warm_up(journal: Journal, bench: Bench, budget: Budget, settings: Settings, 
 def machine(bench: Bench) -> dict[str, Any]:
     """The device and all versions that a time depends on."""
     device = "CPU (rehearsal: not a measurement)" if bench.rehearse else torch.cuda.get_device_name(bench.device)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-                "cudnn": None if bench.rehearse else torch.backends.cudnn.version()}  # fmt: skip
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": None if bench.rehearse else torch.backends.cudnn.version(),
+    }
     for package in ("triton", "numpy", "bitsandbytes", "gemlite"):
         try:
             versions[package] = importlib.metadata.version(package)

@@ -21,12 +21,12 @@ import torch
 
 from redpp_serve.comparison.client import Payload
 from redpp_serve.comparison.folder import folder_payloads, read_payloads
-from redpp_serve.comparison.statistics import percentile_interval
+from redpp_serve.graph.artifact import load
+from redpp_serve.graph.executor import Program
 from redpp_serve.handlers.payload import parse
 from redpp_serve.handlers.torchserve import RedppHandler
 from redpp_serve.packaging.package import VARIANTS, describe_machine
-from redpp_serve.runtime.artifact import load
-from redpp_serve.runtime.program import Program
+from redpp_serve.statistics.intervals import percentile_interval
 
 BATCHES = (1, 2, 4, 8, 16)
 
@@ -42,10 +42,13 @@ class Arm:
         self.failures: list[Any] = []
         self.context = SimpleNamespace(
             system_properties={"model_dir": str(folder), "gpu_id": None, "batch_size": max(BATCHES)},
-            model_yaml_config={"handler": {"threads": threads}}, model_name="benchmark",
-            manifest=json.loads((folder / "MAR-INF/MANIFEST.json").read_text()), set_response_header=ignore,
-            set_response_content_type=ignore, set_response_status=lambda *args: self.failures.append(args),
-        )  # fmt: skip
+            model_yaml_config={"handler": {"threads": threads}},
+            model_name="benchmark",
+            manifest=json.loads((folder / "MAR-INF/MANIFEST.json").read_text()),
+            set_response_header=ignore,
+            set_response_content_type=ignore,
+            set_response_status=lambda *args: self.failures.append(args),
+        )
         self.handler = RedppHandler()
         self.handler.initialize(self.context)
         self.graph = load(folder / "model.redpp").graph
@@ -63,7 +66,9 @@ class Arm:
             raise SystemExit(f"wrong answers: {self.failures[:1]}, largest difference {np.abs(got - expected).max()}")
 
 
-def measure(arms: list[Arm], payloads: list[Payload], batch: int, rounds: int, rng: np.random.Generator) -> dict[str, Any]:
+def measure(
+    arms: list[Arm], payloads: list[Payload], batch: int, rounds: int, rng: np.random.Generator
+) -> dict[str, Any]:
     """Inputs per second of both arms at one batch size, and the ratio of their times."""
     seconds = np.zeros((rounds, 2))
     for k in range(rounds):
@@ -74,8 +79,15 @@ def measure(arms: list[Arm], payloads: list[Payload], batch: int, rounds: int, r
             seconds[k, arm] += time.perf_counter() - start
     ratio = percentile_interval(seconds[:, 0] / seconds[:, 1], 0.5, rng)
     medians = np.median(seconds, axis=0) / 2
-    return {"batch": batch, "original_per_s": round(batch / medians[0], 1), "redpp_per_s": round(batch / medians[1], 1),
-            "ratio": round(ratio.value, 3), "low": round(ratio.low, 3), "high": round(ratio.high, 3), "rounds": rounds}  # fmt: skip
+    return {
+        "batch": batch,
+        "original_per_s": round(batch / medians[0], 1),
+        "redpp_per_s": round(batch / medians[1], 1),
+        "ratio": round(ratio.value, 3),
+        "low": round(ratio.low, 3),
+        "high": round(ratio.high, 3),
+        "rounds": rounds,
+    }
 
 
 def main() -> None:
@@ -95,12 +107,22 @@ def main() -> None:
         rows = [measure(arms, payloads, batch, options.rounds, rng) for batch in BATCHES]
     print(f"{'batch':>5} {'original/s':>11} {'redpp/s':>9}  ratio (95 % interval)")
     for row in rows:
-        print(f"{row['batch']:>5} {row['original_per_s']:>11} {row['redpp_per_s']:>9}  {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})")
+        print(
+            f"{row['batch']:>5} {row['original_per_s']:>11} {row['redpp_per_s']:>9}  {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+        )
     if options.out:
         report = json.loads((options.folder / "report.json").read_text())
-        model = {key: {k: report[key][k] for k in ("parameters", "macs", "bytes", "accuracy") if k in report[key]} for key in ("original", "pruned")}
+        model = {
+            key: {k: report[key][k] for k in ("parameters", "macs", "bytes", "accuracy") if k in report[key]}
+            for key in ("original", "pruned")
+        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"environment": describe_machine(), "threads": options.threads, "model": {"name": report["name"], **model}, "rows": rows}
+        result = {
+            "environment": describe_machine(),
+            "threads": options.threads,
+            "model": {"name": report["name"], **model},
+            "rows": rows,
+        }
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

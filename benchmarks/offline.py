@@ -42,8 +42,22 @@ def package_once(module: nn.Module, arch: str, arch_args: str, shape: str, extra
     with tempfile.TemporaryDirectory() as folder:
         file, out = Path(folder) / "model.pt", Path(folder) / "dist"
         torch.save(module.state_dict(), file)
-        command = [sys.executable, "-m", "redpp_serve.cli", "package", str(file), "--arch", arch, "--arch-args", arch_args,
-                   "--input", shape, "--out", str(out), *extra]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "redpp_serve.cli",
+            "package",
+            str(file),
+            "--arch",
+            arch,
+            "--arch-args",
+            arch_args,
+            "--input",
+            shape,
+            "--out",
+            str(out),
+            *extra,
+        ]
         start = time.perf_counter()
         with open(os.devnull, "wb") as nothing:
             child = subprocess.Popen(command, stdout=nothing)
@@ -53,9 +67,13 @@ def package_once(module: nn.Module, arch: str, arch_args: str, shape: str, extra
             raise SystemExit(f"{' '.join(command)} ended with status {status}")
         report = json.loads((out / "report.json").read_text())
     parameters = sum(p.numel() for p in module.parameters())
-    return {"parameters": parameters, "seconds": round(seconds, 1), "peak_gigabytes": round(usage.ru_maxrss / 1e6, 2),
-            "microseconds_per_parameter": round(1e6 * seconds / parameters, 3),
-            "stages": {s["name"]: s["seconds"] for s in report["stages"]}}  # fmt: skip
+    return {
+        "parameters": parameters,
+        "seconds": round(seconds, 1),
+        "peak_gigabytes": round(usage.ru_maxrss / 1e6, 2),
+        "microseconds_per_parameter": round(1e6 * seconds / parameters, 3),
+        "stages": {s["name"]: s["seconds"] for s in report["stages"]},
+    }
 
 
 def hash_speed(weights: int = 10**7, rounds: int = 5) -> dict[str, Any]:
@@ -73,8 +91,12 @@ def hash_speed(weights: int = 10**7, rounds: int = 5) -> dict[str, Any]:
             error = float((hashed.weight - weight).norm() / weight.norm())
             if not error <= 0.0201:
                 raise SystemExit(f"{method} missed its error target: {error}")
-        rows[method] = {"seconds": round(sorted(times)[rounds // 2], 3), "slowest": round(max(times), 3),
-                        "error": error, "values": hashed.codebook.size}  # fmt: skip
+        rows[method] = {
+            "seconds": round(sorted(times)[rounds // 2], 3),
+            "slowest": round(max(times), 3),
+            "error": error,
+            "values": hashed.codebook.size,
+        }
     torch.set_num_threads(threads)
     return {"weights": weights, **rows}
 
@@ -82,7 +104,9 @@ def hash_speed(weights: int = 10**7, rounds: int = 5) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/offline.json"))
-    parser.add_argument("--reconstruct", action="store_true", help="also ResNet-50 with reconstruction in the default time budget")
+    parser.add_argument(
+        "--reconstruct", action="store_true", help="also ResNet-50 with reconstruction in the default time budget"
+    )
     options = parser.parse_args()
     torch.manual_seed(0)
     result: dict[str, Any] = {"environment": describe_machine(), "targets": TARGETS, "hash": hash_speed()}
@@ -95,8 +119,13 @@ def main() -> None:
         print("resnet50 reconstruct", result["resnet50_reconstruct"], flush=True)
     result["scaling"] = []
     for width in (42, 136, 430, 1360):  # 1e5 to 1e8 parameters
-        row = package_once(convolutions(width), f"{__file__}:convolutions", json.dumps({"width": width}), f"3x{SIDE}x{SIDE}",
-                           ["--merge", "exact"])  # fmt: skip
+        row = package_once(
+            convolutions(width),
+            f"{__file__}:convolutions",
+            json.dumps({"width": width}),
+            f"3x{SIDE}x{SIDE}",
+            ["--merge", "exact"],
+        )
         result["scaling"].append({"width": width, **row})
         print("scaling", result["scaling"][-1], flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -27,16 +27,21 @@ OUT = Path("benchmarks/results/quality.json")
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     trained = [name for name, network in catalog.NETWORKS.items() if network.checkpoint.exists()]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=trained, default=trained, metavar="NAME",
-                        help=f"of {', '.join(trained)}")  # fmt: skip
+    parser.add_argument(
+        "--networks", nargs="+", choices=trained, default=trained, metavar="NAME", help=f"of {', '.join(trained)}"
+    )
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, "stages"], default=[*METHODS, "stages"])
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS, help="shares of open classes' MACs removed")
     parser.add_argument("--batch", type=int, default=8, help="inputs in a timed call")
     parser.add_argument("--latency-seconds", type=float, default=2.0, help="for each cell; 0 for none")
     parser.add_argument("--threads", type=int, help="of torch; all cores by default")
     parser.add_argument("--again", action="store_true", help="measure the chosen cells even where the file has them")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "redpp-quality",
-                        help="keeps synthetic images between runs")  # fmt: skip
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "redpp-quality",
+        help="keeps synthetic images between runs",
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="the JSON file; tables go beside it as .md")
     return parser.parse_args(arguments)
 
@@ -47,10 +52,16 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     store, timing = Store(options.out), Timing(options.batch, options.latency_seconds)
     for name in options.networks:
-        cells = [(method, ratio) for method in options.methods
-                 for ratio in ((None,) if method == "stages" else options.ratios)]  # fmt: skip
-        todo = [(method, ratio) for method, ratio in cells
-                if options.again or not store.find(name, method, ratio, cell_key(name, method, timing))]  # fmt: skip
+        cells = [
+            (method, ratio)
+            for method in options.methods
+            for ratio in ((None,) if method == "stages" else options.ratios)
+        ]
+        todo = [
+            (method, ratio)
+            for method, ratio in cells
+            if options.again or not store.find(name, method, ratio, cell_key(name, method, timing))
+        ]
         if not todo:
             continue
         subject = load_subject(name, options.scratch)

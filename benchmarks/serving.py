@@ -27,13 +27,13 @@ import psutil
 from benchmarks.serving_load import UNVERSIONED, Cases, Run, Sent, run_load
 from benchmarks.serving_overhead import overhead
 from redpp_serve.capture import capture_file
+from redpp_serve.graph.graph import InputSpec
 from redpp_serve.handlers.preprocess import Preprocess
+from redpp_serve.options import Options
 from redpp_serve.packaging.package import VARIANTS, describe_machine, package
-from redpp_serve.pruning.options import Options
 from redpp_serve.reference import ARCH, CHECKPOINT
 from redpp_serve.reference.digits import MEAN, STD
-from redpp_serve.runtime.graph import InputSpec
-from redpp_serve.serving.folder import model_name
+from redpp_serve.serving.serve import model_name
 from redpp_serve.serving.server import KINDS, LocalServer, ask, open_server
 
 BAD_SHARE, FAULT_CLIENTS, CRASH_S, ROLL_OUT_S = 0.1, 8, 40.0, 16.0
@@ -43,44 +43,77 @@ def load_part(server: LocalServer, cases: Cases, clients: int, seconds: float) -
     """Good and bad requests to both versions from many clients."""
     run = run_load(server, cases, clients=clients, seconds=seconds, bad_share=BAD_SHARE, targets=tuple(VARIANTS))
     good, bad = ([sent for sent in run.sent if sent.good is kind] for kind in (True, False))
-    latencies = {variant: np.quantile([x.end_s - x.start_s for x in good if x.target == variant], [0.5, 0.99])
-                 for variant in VARIANTS}  # fmt: skip
-    return {"clients": clients, "seconds": seconds, "requests": len(run.sent), "good": len(good), "bad": len(bad),
-            "good_lost": sum(x.lost for x in good), "bad_misjudged": sum(x.misjudged for x in bad),
-            "throughput_rps": round(len(run.sent) / run.sent[-1].end_s, 1),
-            "latency_ms": {name: [round(1e3 * float(x), 2) for x in both] for name, both in latencies.items()},
-            "memory": _memory(run), "first_error": _first_error(run)}  # fmt: skip
+    latencies = {
+        variant: np.quantile([x.end_s - x.start_s for x in good if x.target == variant], [0.5, 0.99])
+        for variant in VARIANTS
+    }
+    return {
+        "clients": clients,
+        "seconds": seconds,
+        "requests": len(run.sent),
+        "good": len(good),
+        "bad": len(bad),
+        "good_lost": sum(x.lost for x in good),
+        "bad_misjudged": sum(x.misjudged for x in bad),
+        "throughput_rps": round(len(run.sent) / run.sent[-1].end_s, 1),
+        "latency_ms": {name: [round(1e3 * float(x), 2) for x in both] for name, both in latencies.items()},
+        "memory": _memory(run),
+        "first_error": _first_error(run),
+    }
 
 
 def crash_part(server: LocalServer, cases: Cases) -> dict[str, Any]:
     """A process of the pruned version is killed under load; the other version must not notice."""
     killed = CRASH_S / 4
-    run = run_load(server, cases, clients=FAULT_CLIENTS, seconds=CRASH_S, bad_share=BAD_SHARE, targets=tuple(VARIANTS),
-                   events=[(killed, "kill", lambda: os.kill(worker_of(server, "redpp"), signal.SIGKILL))])  # fmt: skip
+    run = run_load(
+        server,
+        cases,
+        clients=FAULT_CLIENTS,
+        seconds=CRASH_S,
+        bad_share=BAD_SHARE,
+        targets=tuple(VARIANTS),
+        events=[(killed, "kill", lambda: os.kill(worker_of(server, "redpp"), signal.SIGKILL))],
+    )
     at = run.events["kill"][0]
     lost = [x for x in run.sent if x.lost]
     recovered = max((x.end_s for x in lost if x.target == "redpp"), default=at)
     later = [x for x in run.sent if x.start_s > recovered and x.target == "redpp" and x.good]
-    return {"requests": len(run.sent), "lost_original": sum(x.target == "original" for x in lost),
-            "lost_before_the_kill": sum(x.end_s < at for x in lost), "lost_redpp": sum(x.target == "redpp" for x in lost),
-            "recovery_s": round(recovered - at, 2),
-            "longest_wait_s": round(max(x.end_s - x.start_s for x in run.sent if x.end_s > at), 2), "served_after_recovery": len(later),
-            "lost_after_recovery": sum(x.lost for x in later), "first_error": _first_error(run)}  # fmt: skip
+    return {
+        "requests": len(run.sent),
+        "lost_original": sum(x.target == "original" for x in lost),
+        "lost_before_the_kill": sum(x.end_s < at for x in lost),
+        "lost_redpp": sum(x.target == "redpp" for x in lost),
+        "recovery_s": round(recovered - at, 2),
+        "longest_wait_s": round(max(x.end_s - x.start_s for x in run.sent if x.end_s > at), 2),
+        "served_after_recovery": len(later),
+        "lost_after_recovery": sum(x.lost for x in later),
+        "first_error": _first_error(run),
+    }
 
 
 def roll_out_part(server: LocalServer, cases: Cases) -> dict[str, Any]:
     """Unversioned requests while the default version moves three times."""
     moves = [("promote", server.promote), ("rollback", server.rollback), ("promote again", server.promote)]
     events = [(ROLL_OUT_S * (k + 1) / 4, name, act) for k, (name, act) in enumerate(moves)]
-    run = run_load(server, cases, clients=FAULT_CLIENTS, seconds=ROLL_OUT_S, bad_share=0.0, targets=(UNVERSIONED,), events=events)
+    run = run_load(
+        server, cases, clients=FAULT_CLIENTS, seconds=ROLL_OUT_S, bad_share=0.0, targets=(UNVERSIONED,), events=events
+    )
     server.rollback()
     edges = [0.0, *(x for at in run.events.values() for x in at), ROLL_OUT_S * 2]
     wanted = ("original", "redpp", "original", "redpp")
-    wrong = [x for k, variant in enumerate(wanted) for x in _between(run, edges[2 * k], edges[2 * k + 1])
-             if x.answered_by and variant not in x.answered_by]  # fmt: skip
-    return {"requests": len(run.sent), "lost": sum(x.lost for x in run.sent), "answered_by_the_wrong_version": len(wrong),
-            "switch_s": {name: round(end - begin, 2) for name, (begin, end) in run.events.items()},
-            "first_error": _first_error(run)}  # fmt: skip
+    wrong = [
+        x
+        for k, variant in enumerate(wanted)
+        for x in _between(run, edges[2 * k], edges[2 * k + 1])
+        if x.answered_by and variant not in x.answered_by
+    ]
+    return {
+        "requests": len(run.sent),
+        "lost": sum(x.lost for x in run.sent),
+        "answered_by_the_wrong_version": len(wrong),
+        "switch_s": {name: round(end - begin, 2) for name, (begin, end) in run.events.items()},
+        "first_error": _first_error(run),
+    }
 
 
 def _between(run: Run, start: float, end: float) -> list[Sent]:
@@ -103,7 +136,11 @@ def _memory(run: Run) -> dict[str, float]:
     sizes = np.array([size for _, size in run.memory]) / 2**20
     quarters = np.array_split(sizes, 4)
     early, late = float(np.median(quarters[1])), float(np.median(quarters[3]))
-    return {"early_mib": round(early, 1), "late_mib": round(late, 1), "growth_percent": round(100 * (late / early - 1), 2)}
+    return {
+        "early_mib": round(early, 1),
+        "late_mib": round(late, 1),
+        "growth_percent": round(100 * (late / early - 1), 2),
+    }
 
 
 def _first_error(run: Run) -> str:
@@ -119,20 +156,33 @@ def targets(results: dict[str, Any]) -> list[str]:
 
     for kind in KINDS:
         load, crash, roll = (results[kind][part] for part in ("load", "crash", "roll_out"))
-        add(not load["good_lost"], f"{kind}: {load['good_lost']} of {load['good']} good requests lost, {load['clients']} clients, {load['seconds']:g} s")
-        add(not load["bad_misjudged"], f"{kind}: {load['bad_misjudged']} of {load['bad']} bad requests without a 4xx of their own")
+        add(
+            not load["good_lost"],
+            f"{kind}: {load['good_lost']} of {load['good']} good requests lost, {load['clients']} clients, {load['seconds']:g} s",
+        )
+        add(
+            not load["bad_misjudged"],
+            f"{kind}: {load['bad_misjudged']} of {load['bad']} bad requests without a 4xx of their own",
+        )
         growth = load["memory"]["growth_percent"]
         add(growth < 5, f"{kind}: memory grows by {growth:g} % from the second to the last quarter, below 5 % wanted")
-        add(crash["served_after_recovery"] > 0 and not crash["lost_after_recovery"] and not crash["lost_original"],
+        add(
+            crash["served_after_recovery"] > 0 and not crash["lost_after_recovery"] and not crash["lost_original"],
             f"{kind}: pruned version killed: {crash['lost_redpp']} lost, recovered after {crash['recovery_s']:g} s, then "
-            f"{crash['lost_after_recovery']} of {crash['served_after_recovery']} lost; {crash['lost_original']} of the original's lost")  # fmt: skip
-        add(not roll["lost"] and not roll["answered_by_the_wrong_version"],
+            f"{crash['lost_after_recovery']} of {crash['served_after_recovery']} lost; {crash['lost_original']} of the original's lost",
+        )
+        add(
+            not roll["lost"] and not roll["answered_by_the_wrong_version"],
             f"{kind}: promote, roll back, promote: {roll['lost']} of {roll['requests']} lost, "
-            f"{roll['answered_by_the_wrong_version']} answered by the version that was not the default")  # fmt: skip
+            f"{roll['answered_by_the_wrong_version']} answered by the version that was not the default",
+        )
     for row in results["overhead"]:
         for name, limit in (("handler", 5.0), ("metrics", 2.0)):
             value, low, high = row[f"{name}_percent"]
-            add(value <= limit, f"{name} adds {value:g} % ({low:g} to {high:g}) at batch {row['batch']}, at most {limit:g} % wanted")
+            add(
+                value <= limit,
+                f"{name} adds {value:g} % ({low:g} to {high:g}) at batch {row['batch']}, at most {limit:g} % wanted",
+            )
     return lines
 
 
@@ -142,20 +192,36 @@ def table(results: dict[str, Any]) -> str:
     rows = [["", *titles.values()], ["---"] * (1 + len(titles))]
 
     def row(title: str, cell: Any) -> None:
-        rows.append([title, *(cell(results[kind]["load"], results[kind]["crash"], results[kind]["roll_out"]) for kind in titles)])
+        rows.append(
+            [
+                title,
+                *(cell(results[kind]["load"], results[kind]["crash"], results[kind]["roll_out"]) for kind in titles),
+            ]
+        )
 
     first = results["torchserve"]["load"]
-    row(f"{first['clients']} clients, {first['seconds']:g} s: good requests lost", lambda load, *_: f"{load['good_lost']} of {load['good']:,}")
+    row(
+        f"{first['clients']} clients, {first['seconds']:g} s: good requests lost",
+        lambda load, *_: f"{load['good_lost']} of {load['good']:,}",
+    )
     row("bad ones without a 4xx of their own", lambda load, *_: f"{load['bad_misjudged']} of {load['bad']:,}")
     row("memory, second to last quarter", lambda load, *_: f"{load['memory']['growth_percent']:+.1f} %")
     row("promote, roll back, promote: requests lost", lambda _, __, roll: f"{roll['lost']} of {roll['requests']:,}")
-    row("a worker of the pruned version killed: lost", lambda _, crash, __: f"{crash['lost_redpp']} of {crash['requests']:,}")
-    row("last one lost after; longest wait", lambda _, crash, __: f"{crash['recovery_s']:g} s; {crash['longest_wait_s']:g} s")
+    row(
+        "a worker of the pruned version killed: lost",
+        lambda _, crash, __: f"{crash['lost_redpp']} of {crash['requests']:,}",
+    )
+    row(
+        "last one lost after; longest wait",
+        lambda _, crash, __: f"{crash['recovery_s']:g} s; {crash['longest_wait_s']:g} s",
+    )
     row("lost after that", lambda _, crash, __: f"{crash['lost_after_recovery']} of {crash['served_after_recovery']:,}")
     row("requests of the original lost by it", lambda _, crash, __: str(crash["lost_original"]))
     lines = ["| " + " | ".join(cells) + " |" for cells in rows]
-    costs = "; ".join(f"batch {x['batch']}: handler {_percent(x['handler_percent'])}, metrics {_percent(x['metrics_percent'])}"
-                      for x in results["overhead"])  # fmt: skip
+    costs = "; ".join(
+        f"batch {x['batch']}: handler {_percent(x['handler_percent'])}, metrics {_percent(x['metrics_percent'])}"
+        for x in results["overhead"]
+    )
     return "\n".join([*lines, "", f"Added to the time of a bare handler by ours, and to ours by its metrics: {costs}."])
 
 
@@ -167,14 +233,21 @@ def _percent(interval: list[float]) -> str:
 def _digits(folder: Path) -> Path:
     """The reference digits network, half of its multiply-accumulates pruned, without distillation."""
     captured = capture_file(CHECKPOINT, [InputSpec("image", (1, 32, 32))], arch=ARCH)
-    package(captured, folder / "digits", name="digits", options=Options(target_macs=0.5, distil=0, time_budget=60),
-            preprocess=Preprocess("L", 32, 32, (MEAN,), (STD,)))  # fmt: skip
+    package(
+        captured,
+        folder / "digits",
+        name="digits",
+        options=Options(target_macs=0.5, distil=0, time_budget=60),
+        preprocess=Preprocess("L", 32, 32, (MEAN,), (STD,)),
+    )
     return folder / "digits"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="a packaged folder (default: the digits network, packaged anew)")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="a packaged folder (default: the digits network, packaged anew)"
+    )
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--rounds", type=int, default=2000, help="of the overhead")
@@ -183,8 +256,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or _digits(Path(scratch))
         cases = Cases(folder)
-        results: dict[str, Any] = {"environment": describe_machine(), "model": model_name(folder),
-                                   "versions": {name: version(name) for name in ("torchserve", "tritonclient")}}  # fmt: skip
+        results: dict[str, Any] = {
+            "environment": describe_machine(),
+            "model": model_name(folder),
+            "versions": {name: version(name) for name in ("torchserve", "tritonclient")},
+        }
         for kind in KINDS:
             with open_server(kind, folder, name=model_name(folder), auth=True, progress=_note) as server:
                 _note(f"{kind}: load")

@@ -17,10 +17,10 @@ import torch
 from redpp_serve.comparison.client import Decoder, Exchange, Payload, Wire, as_text
 from redpp_serve.comparison.folder import endpoint, folder_payloads
 from redpp_serve.comparison.triton_client import TritonConnection, as_input
+from redpp_serve.graph.artifact import load
+from redpp_serve.graph.executor import Program
 from redpp_serve.handlers.payload import parse
 from redpp_serve.packaging.package import VARIANTS
-from redpp_serve.runtime.artifact import load
-from redpp_serve.runtime.program import Program
 from redpp_serve.serving.server import LocalServer
 
 BINARY = "application/octet-stream"
@@ -74,15 +74,21 @@ class Cases:
                 parsed = [parse({"body": payload.body}, self.inputs, None) for payload in self.good]
                 self.expected[variant] = [program(*(x[None] for x in tensors))[0][0].numpy() for tensors in parsed]
         spec = self.inputs[0]
-        nan, other = np.full(spec.shape, np.nan, np.float32), np.zeros((*spec.shape[:-1], spec.shape[-1] + 1), np.float32)
+        nan, other = (
+            np.full(spec.shape, np.nan, np.float32),
+            np.zeros((*spec.shape[:-1], spec.shape[-1] + 1), np.float32),
+        )
         self.bad_arrays = [nan, other]
         self.bad = [Payload(_npy(array), BINARY) for array in self.bad_arrays]
         self.bad += [Payload(b"garbage", BINARY), Payload(b"[1, 2", "application/json")]
 
     def answered_by(self, index: int, outputs: np.ndarray) -> tuple[str, ...]:
         """The variants that these outputs can be of."""
-        return tuple(variant for variant, known in self.expected.items()
-                     if known[index].shape == outputs.shape and _close(outputs, known[index]))  # fmt: skip
+        return tuple(
+            variant
+            for variant, known in self.expected.items()
+            if known[index].shape == outputs.shape and _close(outputs, known[index])
+        )
 
     def send_bad(self, wire: Wire, k: int) -> Exchange:
         """The ``k``-th kind of bad request. A client of Triton can only send tensors: NaN, and a wrong shape."""
@@ -111,9 +117,15 @@ Event = tuple[float, str, Callable[[], object]]
 
 
 def run_load(
-    server: LocalServer, cases: Cases, *, clients: int, seconds: float, bad_share: float, targets: Sequence[str],
+    server: LocalServer,
+    cases: Cases,
+    *,
+    clients: int,
+    seconds: float,
+    bad_share: float,
+    targets: Sequence[str],
     events: Sequence[Event] = (),
-) -> Run:  # fmt: skip
+) -> Run:
     """``clients`` closed loops for ``seconds``, each choosing target and request at random; ``events`` happen meanwhile."""
     endpoints = {target: endpoint(server, target) for target in targets}  # each reads the archive
     run, lock, start = Run(), threading.Lock(), time.perf_counter()
@@ -187,5 +199,3 @@ def _npy(array: np.ndarray) -> bytes:
 
 def _close(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(np.abs(a - b).max(initial=0.0) <= 1e-3 * max(float(np.abs(b).max(initial=0.0)), 1e-6))
-
-

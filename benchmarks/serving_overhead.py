@@ -20,9 +20,9 @@ import torch
 from benchmarks.handler import Arm
 from redpp_serve.comparison.client import Payload
 from redpp_serve.comparison.folder import folder_payloads
-from redpp_serve.comparison.statistics import percentile_interval
 from redpp_serve.handlers.metrics import DIRECTORY
 from redpp_serve.runtime.model import ServingModel
+from redpp_serve.statistics.intervals import percentile_interval
 
 BATCHES = (1, 8)
 
@@ -71,7 +71,11 @@ def _row(arms: list[Any], payloads: list[Payload], rounds: int, rng: np.random.G
             start = time.perf_counter()
             arms[arm].answer(payloads)
             seconds[k, arm] = time.perf_counter() - start
-    row: dict[str, Any] = {"batch": len(payloads), "rounds": rounds, "bare_ms": round(1e3 * float(np.median(seconds[:, 0])), 4)}
+    row: dict[str, Any] = {
+        "batch": len(payloads),
+        "rounds": rounds,
+        "bare_ms": round(1e3 * float(np.median(seconds[:, 0])), 4),
+    }
     for name, arm, base in (("handler", 2, 0), ("metrics", 2, 1)):
         added = percentile_interval(100 * (seconds[:, arm] / seconds[:, base] - 1), 0.5, rng)
         row[f"{name}_percent"] = [round(x, 2) for x in added]

@@ -10,7 +10,7 @@ import numpy
 from numpy import ndarray
 
 from benchmarks.verdict_simulation import ALPHA, autoregression
-from redpp_serve.comparison.guardrails import MINIMUM_TIMES, QUANTILE, share_bounds
+from redpp_serve.statistics.guardrails import MINIMUM_TIMES, QUANTILE, share_bounds
 
 SHARE = 9  # requests of the original for each of the pruned arm
 EVERY = 5  # requests of the pruned arm from one question about errors to the next

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import numpy
 from numpy import ndarray
 
-from redpp_serve.comparison.arms import comparable, influence
-from redpp_serve.comparison.sequences import MAXIMUM_BLOCKS, MINIMUM_BLOCKS, TARGET, best_rho2, half_width
+from redpp_serve.statistics.sequences import MAXIMUM_BLOCKS, MINIMUM_BLOCKS, TARGET, best_rho2, half_width
+from redpp_serve.statistics.unequal_traffic import comparable, influence
 
 ALPHA = 0.05
 RHO2 = best_rho2(TARGET, ALPHA)
@@ -89,7 +89,7 @@ PAIRED: dict[str, Noise] = {
 def blocks(rows: ndarray, most: float = MAXIMUM_BLOCKS) -> Iterator[tuple[int, int, ndarray]]:
     """(rows so far, block length, sums (runs, k, columns)) at each end of a block that the sequences look at.
 
-    The rule of ``redpp_serve.comparison.sequences.Blocks`` for all runs at once. ``rows`` is (runs, steps, columns).
+    The rule of ``redpp_serve.statistics.sequences.Blocks`` for all runs at once. ``rows`` is (runs, steps, columns).
     """
     sums, done, length = rows[:, :0], 0, 1
     while done + length <= rows.shape[1]:

@@ -21,18 +21,10 @@ import numpy
 from numpy import ndarray
 
 from benchmarks import verdict_guardrails as rails
-from benchmarks.verdict_simulation import (
-    ALPHA,
-    PAIRED,
-    SIZES,
-    arm_stops,
-    paired_stops,
-    split_windows,
-    t_test_stops,
-)
-from redpp_serve.comparison.arms import ArmSequence
-from redpp_serve.comparison.sequences import RatioSequence
+from benchmarks.verdict_simulation import ALPHA, PAIRED, SIZES, arm_stops, paired_stops, split_windows, t_test_stops
 from redpp_serve.packaging.package import describe_machine
+from redpp_serve.statistics.sequences import RatioSequence
+from redpp_serve.statistics.unequal_traffic import ArmSequence
 
 OUT = Path("benchmarks/results/verdicts.json")
 PAIRED_RUNS, RUNS, PAIRS, WINDOWS, REQUESTS = 4000, 2000, 8000, 4000, 4000

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import RedppError
-from ..runtime.model import ServingModel
-from ..runtime.planner import PLAN_SECONDS
-from ..runtime.precision import check_precision
-from .metrics import Metrics
+from redpp_serve.errors import RedppError
+from redpp_serve.graph.passes import check_precision
+from redpp_serve.handlers.metrics import Metrics
+from redpp_serve.runtime.model import ServingModel
+from redpp_serve.runtime.planner import PLAN_SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,9 @@ def _plan_seconds() -> float:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise RedppError(f"{PLAN_VARIABLE} is {text[:40]!r}", "seconds, 0 for no timing", f"correct or unset {PLAN_VARIABLE}")
+        raise RedppError(
+            f"{PLAN_VARIABLE} is {text[:40]!r}", "seconds, 0 for no timing", f"correct or unset {PLAN_VARIABLE}"
+        )
     return seconds
 
 

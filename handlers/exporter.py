@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .living import counted_files
+from redpp_serve.handlers.prometheus import counted_files
 
 
 class Workers:

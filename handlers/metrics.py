@@ -55,28 +55,50 @@ class Family:
 FAMILIES = {
     family.name: family
     for family in (
-        Family("histogram", "redpp_handler_seconds", "Time the handler spent on one batch, parsing to reply.",
-               buckets=SECONDS_BUCKETS),
-        Family("histogram", "redpp_inference_seconds", "Time the network alone took for one batch.",
-               buckets=SECONDS_BUCKETS),
-        Family("histogram", "redpp_batch_size", "Requests in one batch, as the server formed it.",
-               buckets=BATCH_BUCKETS),
+        Family(
+            "histogram",
+            "redpp_handler_seconds",
+            "Time the handler spent on one batch, parsing to reply.",
+            buckets=SECONDS_BUCKETS,
+        ),
+        Family(
+            "histogram",
+            "redpp_inference_seconds",
+            "Time the network alone took for one batch.",
+            buckets=SECONDS_BUCKETS,
+        ),
+        Family(
+            "histogram", "redpp_batch_size", "Requests in one batch, as the server formed it.", buckets=BATCH_BUCKETS
+        ),
         Family("counter", "redpp_requests_total", "Requests by outcome.", ("outcome",)),
         Family("counter", "redpp_batches_total", "Batches by the exact number of requests they held.", ("batch",)),
-        Family("counter", "redpp_batch_seconds_total", "Handler seconds by the exact number of requests in the batch.",
-               ("batch",)),
+        Family(
+            "counter",
+            "redpp_batch_seconds_total",
+            "Handler seconds by the exact number of requests in the batch.",
+            ("batch",),
+        ),
         Family("gauge", "redpp_model_parameters", "Parameters of the network."),
         Family("gauge", "redpp_model_macs", "Multiply-accumulates of one forward pass at batch size 1."),
         Family("gauge", "redpp_model_bytes", "Stored weights, bytes."),
-        Family("gauge", "redpp_plan_info", "1 for the plan of kernels in use: its precision and a digest of its choices.",
-               ("device", "precision", "digest")),
+        Family(
+            "gauge",
+            "redpp_plan_info",
+            "1 for the plan of kernels in use: its precision and a digest of its choices.",
+            ("device", "precision", "digest"),
+        ),
         Family("gauge", "redpp_plan_layers", "Layers that a kernel runs in a batch bucket.", ("kernel", "batch")),
         Family("counter", "redpp_worker_cpu_seconds_total", "CPU time of the worker processes since they started."),
         Family("gauge", "redpp_worker_resident_bytes", "Resident memory of the worker processes.", per_worker=True),
-        Family("gauge", "redpp_device_memory_bytes",
-               "Memory held on the device: tensors on a GPU, resident memory on a CPU.", ("device",), per_worker=True),
+        Family(
+            "gauge",
+            "redpp_device_memory_bytes",
+            "Memory held on the device: tensors on a GPU, resident memory on a CPU.",
+            ("device",),
+            per_worker=True,
+        ),
     )
-}  # fmt: skip
+}
 
 
 class Instrument(Protocol):
@@ -183,8 +205,7 @@ def open_metrics(labels: ModelLabels, device: str = "cpu") -> Metrics | None:
         log.warning("metrics are off: set %s to an empty directory to turn them on", DIRECTORY)
         return None
     os.makedirs(directory, exist_ok=True)
-    from .living import show_life
-    from .prometheus import PrometheusBinding
+    from redpp_serve.handlers.prometheus import PrometheusBinding, show_life
 
     try:
         binding = PrometheusBinding()

@@ -18,15 +18,12 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..runtime.graph import InputSpec
-from .preprocess import ImageRefused, Preprocess
+from redpp_serve.graph.graph import InputSpec
+from redpp_serve.handlers.preprocess import ImageRefused, Preprocess
 
 NPY, ZIP, PNG, JPEG = b"\x93NUMPY", b"PK\x03\x04", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _NPY_HEADER_BYTES = 16384
-_NPY_HEADERS = {
-    (1, 0): numpy.lib.format.read_array_header_1_0,
-    (2, 0): numpy.lib.format.read_array_header_2_0,
-}
+_NPY_HEADERS = {(1, 0): numpy.lib.format.read_array_header_1_0, (2, 0): numpy.lib.format.read_array_header_2_0}
 
 
 class BadRequest(ValueError):

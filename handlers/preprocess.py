@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..errors import RedppError
+from redpp_serve.errors import RedppError
 
 MAX_PIXELS = 50_000_000
 _CHANNELS = {"L": 1, "RGB": 3}

@@ -17,12 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RedppError
-from ..runtime.model import ServingModel
-from .batching import NETWORK_FAILED, NOT_FINITE, describe, load_model, run_network, set_threads, together_or_alone
-from .metrics import Metrics, ModelLabels, open_metrics
-from .payload import BadRequest, parse
-from .preprocess import Preprocess
+from redpp_serve.errors import RedppError
+from redpp_serve.handlers.batching import (
+    NETWORK_FAILED,
+    NOT_FINITE,
+    describe,
+    load_model,
+    run_network,
+    set_threads,
+    together_or_alone,
+)
+from redpp_serve.handlers.metrics import Metrics, ModelLabels, open_metrics
+from redpp_serve.handlers.payload import BadRequest, parse
+from redpp_serve.handlers.preprocess import Preprocess
+from redpp_serve.runtime.model import ServingModel
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +77,11 @@ class RedppHandler:
         device = f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu"
         artifact = Path(properties["model_dir"]) / context.manifest["model"]["serializedFile"]
         self.model = load_model(
-            artifact, device, batch=properties.get("batch_size"), precision=config.get("precision"), where="model-config.yaml"
+            artifact,
+            device,
+            batch=properties.get("batch_size"),
+            precision=config.get("precision"),
+            where="model-config.yaml",
         )
         description = self.model.description
         self.variant = str(description["variant"])

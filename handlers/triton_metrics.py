@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from .metrics import Family
+from redpp_serve.handlers.metrics import Family
 
 log = logging.getLogger(__name__)
 

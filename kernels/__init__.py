@@ -4,13 +4,13 @@ The modules of this package are copied as they are into archives that run withou
 but the standard library, torch and, when a CUDA tensor comes in, triton.
 """
 
-from .codebook_linear import codebook_linear
-from .codebook_packing import pack_indices, unpack_indices
-from .depthwise_conv2d import depthwise_conv2d
-from .fused_conv2d import fused_conv2d
-from .fused_linear import fused_linear
-from .split import split_conv2d, split_linear
-from .split_counts import OperationCounts, register_flop_formulas, split_conv2d_counts, split_linear_counts
+from redpp_serve.kernels.codebook_linear.operator import codebook_linear
+from redpp_serve.kernels.codebook_linear.packing import pack_indices, unpack_indices
+from redpp_serve.kernels.depthwise_conv2d.operator import depthwise_conv2d
+from redpp_serve.kernels.flops import OperationCounts, register_flop_formulas, split_conv2d_counts, split_linear_counts
+from redpp_serve.kernels.fused_conv2d.operator import fused_conv2d
+from redpp_serve.kernels.fused_linear.operator import fused_linear
+from redpp_serve.kernels.split.operator import split_conv2d, split_linear
 
 __all__ = [
     "OperationCounts",

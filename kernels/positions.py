@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .split_checks import version
+from redpp_serve.kernels.checks import version
 
 # positions -> (version, channels) that it was found good with.
 _accepted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

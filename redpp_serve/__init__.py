@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "capture_file": "redpp_serve.capture",
     "prune": "redpp_serve.pruning.pipeline",
-    "Options": "redpp_serve.pruning.options",
+    "Options": "redpp_serve.options",
     "package": "redpp_serve.packaging.package",
     "compare": "redpp_serve.comparison.folder",
     "RedppError": "redpp_serve.errors",

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .capture import Captured
-from .capture.sniff import FileKind, refusal, scan, shorten, sniff
-from .graph.classes import ChannelClass
-from .graph.coupling import Coupling, couple
-from .graph.layers import find_layers, mac_count, parameter_count
-from .report.text import count, layer_table, printable, size
+from redpp_serve.capture import Captured
+from redpp_serve.capture.sniff import FileKind, refusal, scan, shorten, sniff
+from redpp_serve.channels.coupling import ChannelClass, Coupling, couple
+from redpp_serve.graph.layers import find_layers, mac_count, parameter_count
+from redpp_serve.report.text import count, layer_table, printable, size
 
 _WEIGHTS = (FileKind.STATE_DICT, FileKind.LEGACY_STATE_DICT, FileKind.SAFETENSORS)
 _SHOW = {"bytes": size, "parameters": count, "MACs": count}
@@ -64,7 +63,9 @@ def describe_file(path: Path) -> Inspection:
         facts["runs code"] = "when loaded" + (f": {shorten(names)}" if names else "")
     flags = "--arch torchvision:NAME " if kind in _WEIGHTS else "--trust-file " if kind.runs_code else ""
     what = "the network that these weights belong to and its" if kind in _WEIGHTS else "its"
-    step = f"next: redpp-serve inspect {path} {flags}--input 3x224x224\n      (with {what} input shape) to see its layers"
+    step = (
+        f"next: redpp-serve inspect {path} {flags}--input 3x224x224\n      (with {what} input shape) to see its layers"
+    )
     return Inspection(facts, [], [], step)
 
 
@@ -80,19 +81,27 @@ def describe_network(captured: Captured, exclude: tuple[str, ...], channels: boo
     coupling = couple(graph, exclude)
     layers = []
     for layer in find_layers(graph):
-        layers.append({
-            "name": layer.name, "op": layer.node.op.split(".")[1], "shape": list(layer.shape),
-            "parameters": graph.tensors[layer.weight].numel() + (layer.shape[0] if layer.bias else 0), "macs": layer.macs,
-            "merge": {"channels": layer.shape[0], "reason": coupling.closed_layers.get(layer.name, "")},
-        })  # fmt: skip
+        layers.append(
+            {
+                "name": layer.name,
+                "op": layer.node.op.split(".")[1],
+                "shape": list(layer.shape),
+                "parameters": graph.tensors[layer.weight].numel() + (layer.shape[0] if layer.bias else 0),
+                "macs": layer.macs,
+                "merge": {"channels": layer.shape[0], "reason": coupling.closed_layers.get(layer.name, "")},
+            }
+        )
     touched = touched_layers(coupling)
     share = sum(r["macs"] for r in layers if r["name"] in touched) / max(1, sum(r["macs"] for r in layers))
     facts = {
-        **captured.source, "inputs": ", ".join(f"{'x'.join(map(str, i.shape))} {i.dtype}" for i in graph.inputs),
-        "operations": len(graph.nodes), "parameters": parameter_count(graph), "MACs": mac_count(graph),
+        **captured.source,
+        "inputs": ", ".join(f"{'x'.join(map(str, i.shape))} {i.dtype}" for i in graph.inputs),
+        "operations": len(graph.nodes),
+        "parameters": parameter_count(graph),
+        "MACs": mac_count(graph),
         "can be narrowed": f"{len(coupling.open)} of {len(coupling.classes)} classes of coupled channels; "
-                           f"the layers that they touch are {share:.0%} of the MACs",
-    }  # fmt: skip
+        f"the layers that they touch are {share:.0%} of the MACs",
+    }
     classes = [_class_record(c) for c in coupling.classes] if channels else None
     return Inspection(facts, layers, captured.messages, "next: redpp-serve package with the same arguments", classes)
 
@@ -107,8 +116,14 @@ def _class_record(found: ChannelClass) -> dict[str, Any]:
     readers = dict.fromkeys(reader.tensor.removesuffix(".weight") for reader in found.readers)
     producers = set(found.producers)
     others = dict.fromkeys(part.tensor.rpartition(".")[0] for part in found.parts)
-    return {"name": found.name, "channels": found.channels, "producers": list(found.producers), "readers": list(readers),
-            "with": [name for name in others if name not in producers], "closed": found.closed}  # fmt: skip
+    return {
+        "name": found.name,
+        "channels": found.channels,
+        "producers": list(found.producers),
+        "readers": list(readers),
+        "with": [name for name in others if name not in producers],
+        "closed": found.closed,
+    }
 
 
 def _class_lines(classes: list[dict[str, Any]]) -> list[str]:
@@ -120,7 +135,9 @@ def _class_lines(classes: list[dict[str, Any]]) -> list[str]:
         for key, word in (("producers", "written by"), ("with", "with"), ("readers", "read by")):
             if found[key]:
                 text = printable(f"{word} {', '.join(found[key])}")
-                lines += textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+                lines += textwrap.wrap(
+                    text, _WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+                )
     return lines
 
 

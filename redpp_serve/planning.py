@@ -9,20 +9,26 @@ from typing import Any
 
 import torch
 
-from .capture.sniff import ZIP_ERRORS
-from .errors import RedppError
-from .packaging.mar import ARTIFACT
-from .report import write_reports
-from .runtime.model import ServingModel
-from .runtime.planner import PLAN_SECONDS
+from redpp_serve.capture.sniff import ZIP_ERRORS
+from redpp_serve.errors import RedppError
+from redpp_serve.packaging.mar import ARTIFACT
+from redpp_serve.report import write_reports
+from redpp_serve.runtime.model import ServingModel
+from redpp_serve.runtime.planner import PLAN_SECONDS
 
 ARMS = ("original", "redpp")
 
 
 def plan(
-    folder: Path, *, device: str | None = None, precision: str | None = None, batch: int | None = None,
-    threads: int | None = None, seconds: float = PLAN_SECONDS, everything: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    folder: Path,
+    *,
+    device: str | None = None,
+    precision: str | None = None,
+    batch: int | None = None,
+    threads: int | None = None,
+    seconds: float = PLAN_SECONDS,
+    everything: bool = False,
+) -> dict[str, Any]:
     """Time the candidates for each layer of both versions, as a worker does at load, and keep the times for it.
 
     Args:
@@ -44,15 +50,22 @@ def plan(
     options |= {name: value for name, value in wanted.items() if value is not None}
     for name in ("threads", "batch_size"):
         if type(options[name]) is not int or options[name] < 1:
-            raise RedppError(f"{name} is {str(options[name])[:40]!r}", "a whole number of at least 1",
-                             f"give it with --{name.replace('_', '-')}")  # fmt: skip
+            raise RedppError(
+                f"{name} is {str(options[name])[:40]!r}",
+                "a whole number of at least 1",
+                f"give it with --{name.replace('_', '-')}",
+            )
     torch.set_num_threads(options["threads"])
     found = {}
     for arm in ARMS:
         model = ServingModel(
-            _artifact(folder / f"{arm}.mar"), where, precision=options["precision"], batch=options["batch_size"],
-            plan_seconds=seconds, everything=everything,
-        )  # fmt: skip
+            _artifact(folder / f"{arm}.mar"),
+            where,
+            precision=options["precision"],
+            batch=options["batch_size"],
+            plan_seconds=seconds,
+            everything=everything,
+        )
         found[arm] = model.plan.to_json()
     return found
 
@@ -80,16 +93,23 @@ def _artifact(archive: Path) -> bytes:
         with zipfile.ZipFile(archive) as file:
             return file.read(ARTIFACT)
     except (*ZIP_ERRORS, KeyError) as error:
-        raise RedppError(f"{archive} is no archive that can be planned ({error})", "a folder with original.mar and redpp.mar",
-                         "write one with 'redpp-serve package', and give that folder") from error  # fmt: skip
+        raise RedppError(
+            f"{archive} is no archive that can be planned ({error})",
+            "a folder with original.mar and redpp.mar",
+            "write one with 'redpp-serve package', and give that folder",
+        ) from error
 
 
 def _device(name: str | None) -> str:
     if name is None:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     kind, colon, index = name.partition(":")
-    there = name == "cpu" or kind == "cuda" and torch.cuda.is_available() and (
-        not colon or index.isdecimal() and int(index) < torch.cuda.device_count())  # fmt: skip
+    there = (
+        name == "cpu"
+        or kind == "cuda"
+        and torch.cuda.is_available()
+        and (not colon or index.isdecimal() and int(index) < torch.cuda.device_count())
+    )
     if not there:
         raise RedppError(f"--device {name}", "cpu, or cuda:N on a machine that has it", "leave out --device")
     return "cuda:0" if name == "cuda" else name

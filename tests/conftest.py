@@ -43,8 +43,9 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pruning runs: few inputs, few networks around the chosen one, and their latencies measured in an instant."""
-    from redpp_serve.pruning import lossy, pipeline
-    from redpp_serve.pruning.synthetic import Plan
+    from redpp_serve.pruning import choose as lossy
+    from redpp_serve.pruning import pipeline
+    from redpp_serve.pruning.inputs import Plan
 
     monkeypatch.setattr(pipeline, "plan", lambda *_: Plan(32, 16, 4))
     monkeypatch.setattr(lossy, "_FRONTIER_POINTS", 3)
@@ -54,15 +55,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package of the small network, merged exactly, with pre-processing; read only."""
-    from small import SHIFT, captured, write_model
-
     from redpp_serve.handlers.preprocess import Preprocess
+    from redpp_serve.options import Options
     from redpp_serve.packaging.package import Serving, package
-    from redpp_serve.pruning.options import Options
+    from tests.support.small import SHIFT, captured, write_model
 
     folder = tmp_path_factory.mktemp("packaged")
-    package(captured(write_model(folder)), folder / "dist" / "small", name="small", options=Options(merge="exact"),
-            serving=Serving(4, 1, 1), preprocess=Preprocess("L", 12, 12, (SHIFT,), (0.25,)))  # fmt: skip
+    package(
+        captured(write_model(folder)),
+        folder / "dist" / "small",
+        name="small",
+        options=Options(merge="exact"),
+        serving=Serving(4, 1, 1),
+        preprocess=Preprocess("L", 12, 12, (SHIFT,), (0.25,)),
+    )
     return folder / "dist" / "small"
 
 

@@ -16,16 +16,29 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
-from small import ARCH, INPUT, arguments, network, write_data, write_model
 
 import redpp_serve.packaging.package as packaging
-from attacks.files import Net
 from redpp_serve import __version__
 from redpp_serve.cli import main
 from redpp_serve.serving.ports import free_ports
+from tests.attacks.files import Net
+from tests.support.small import ARCH, INPUT, arguments, network, write_data, write_model
 
 Run = Callable[..., tuple[int, str, str]]
-COMMANDS = ("inspect", "package", "plan", "serve", "promote", "rollback", "health", "compare", "dashboard", "ab", "ab start", "demo")
+COMMANDS = (
+    "inspect",
+    "package",
+    "plan",
+    "serve",
+    "promote",
+    "rollback",
+    "health",
+    "compare",
+    "dashboard",
+    "ab",
+    "ab start",
+    "demo",
+)
 FAST = ("--merge", "exact")
 
 
@@ -70,7 +83,9 @@ def steady(text: str) -> str:
 
 def without_digits(text: str) -> str:
     """Without measured digits, and with every gap between columns of one width, for it depends on them."""
-    measured = r"multiplications|additions|stored bytes|accuracy|  (relative|multipl|exact|leaving|pruned against|same top-1)"
+    measured = (
+        r"multiplications|additions|stored bytes|accuracy|  (relative|multipl|exact|leaving|pruned against|same top-1)"
+    )
     lines, points = [], False
     for line in text.split("\n"):
         points = line.startswith("frontier") or points and line != ""
@@ -104,19 +119,35 @@ def test_inspect_a_network(run: Run, golden: Callable[[str, str], None], form: s
     words = ["inspect", "small.safetensors", "--arch", f"{ARCH}:Small", "--input", INPUT]
     code, out, err = run(*words, *(["--json"] if form == "json" else []))
     assert (code, err) == (0, "")
-    golden(f"inspect_network_{form}", json.dumps(json.loads(steady(out)), indent=1) + "\n" if form == "json" else steady(out))
+    golden(
+        f"inspect_network_{form}",
+        json.dumps(json.loads(steady(out)), indent=1) + "\n" if form == "json" else steady(out),
+    )
     assert files(Path.cwd()) == {"small.safetensors"}
 
 
 def test_inspect_the_classes_of_channels(run: Run, golden: Callable[[str, str], None]) -> None:
     save_file(network().state_dict(), "small.safetensors")
-    words = ["inspect", "small.safetensors", "--arch", f"{ARCH}:Small", "--input", INPUT, "--channels", "--exclude", "stem.*"]
+    words = [
+        "inspect",
+        "small.safetensors",
+        "--arch",
+        f"{ARCH}:Small",
+        "--input",
+        INPUT,
+        "--channels",
+        "--exclude",
+        "stem.*",
+    ]
     code, out, err = run(*words)
     assert (code, err) == (0, "")
     golden("inspect_channels", steady(out))
     classes = json.loads(run(*words, "--json")[1])["classes"]
     assert [(c["name"], c["channels"], c["closed"]) for c in classes] == [
-        ("stem.0", 8, "excluded"), ("body.0", 16, ""), ("head", 5, "is an output of the network")]  # fmt: skip
+        ("stem.0", 8, "excluded"),
+        ("body.0", 16, ""),
+        ("head", 5, "is an output of the network"),
+    ]
     assert (classes[1]["producers"], classes[1]["with"], classes[1]["readers"]) == (["body.0"], ["body.1"], ["head"])
 
 
@@ -131,8 +162,24 @@ def test_package_prints_results_to_stdout_and_stages_to_stderr(
 ) -> None:
     save_file(network().state_dict(), "small.safetensors")
     data = write_data(tmp_path / "data.npz")
-    code, out, err = run("package", "small.safetensors", "--arch", f"{ARCH}:Small", "--input", INPUT, "--keep", "0.5", "--round-to", "4", "--distil", "0",
-                         "--verify-data", data, "--preprocess", '{"mean": [0.5], "std": [0.25]}')  # fmt: skip
+    code, out, err = run(
+        "package",
+        "small.safetensors",
+        "--arch",
+        f"{ARCH}:Small",
+        "--input",
+        INPUT,
+        "--keep",
+        "0.5",
+        "--round-to",
+        "4",
+        "--distil",
+        "0",
+        "--verify-data",
+        data,
+        "--preprocess",
+        '{"mean": [0.5], "std": [0.25]}',
+    )
     assert code == 0
     golden("package", without_digits(out))
     stages = [line.split()[:2] for line in err.splitlines() if not line.startswith("note: ")]
@@ -154,7 +201,9 @@ def test_a_missed_gate_is_exit_code_3(run: Run, model: Path, tmp_path: Path) -> 
     before = files(tmp_path)
     code, out, err = run("package", *arguments(model), "--keep", "0.5", "--distil", "0", "--max-error", "0.00001")
     assert (code, out) == (3, "") and files(tmp_path) == before
-    assert re.search(r"redpp-serve package: the relative output error .* is 0\.\d+ \(measured: .*\)\. Expected: at most 1e-05", err)
+    assert re.search(
+        r"redpp-serve package: the relative output error .* is 0\.\d+ \(measured: .*\)\. Expected: at most 1e-05", err
+    )
 
 
 def test_an_interrupt_is_exit_code_130(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,15 +240,20 @@ def _truncated(path: Path) -> None:
 
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda p: p.write_bytes(b""), "is an empty file.*fetch or save the file again"),
-    "html": (lambda p: p.write_text("<!DOCTYPE html>\n<html><title>Sign in</title></html>"), "is an HTML or XML page.*login"),
-    "lfs": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
-            "Git LFS pointer.*git lfs pull"),
+    "html": (
+        lambda p: p.write_text("<!DOCTYPE html>\n<html><title>Sign in</title></html>"),
+        "is an HTML or XML page.*login",
+    ),
+    "lfs": (
+        lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
+        "Git LFS pointer.*git lfs pull",
+    ),
     "truncated": (_truncated, "truncated or damaged file.*compare its size"),
     "missing": (lambda p: None, "does not exist.*check the path"),
     "folder": (lambda p: p.mkdir(), "is a directory.*give the path of the weights file"),
     "code": (lambda p: torch.save(Net(), p), "naming .*attacks.files.Net.*--trust-file"),
     "nan": (_nan, "stem.0.weight"),
-}  # fmt: skip
+}
 
 
 def one_paragraph(command: str, err: str, found: str) -> None:
@@ -225,8 +279,10 @@ SMALL = ["--arch", f"{ARCH}:Small"]
 WORDS: dict[str, tuple[list[str], str]] = {
     "weights without arch": (["--input", INPUT], "holds weights only.*--arch torchvision:NAME"),
     "no input": (SMALL, "no --input was given.*--input 3x224x224"),
-    "other arch": (["--arch", f"{ARCH}:Two", "--input", INPUT],
-                   r"\d+ missing: .* and \d+ more; \d+ unexpected: .* and \d+ more.*--arch-args"),
+    "other arch": (
+        ["--arch", f"{ARCH}:Two", "--input", INPUT],
+        r"\d+ missing: .* and \d+ more; \d+ unexpected: .* and \d+ more.*--arch-args",
+    ),
     "other width": ([*SMALL, "--arch-args", '{"classes": 7}', "--input", INPUT], "head.weight is 5x16, not 7x16"),
     "unknown factory": (["--arch", f"{ARCH}:Smal", "--input", INPUT], "no function or class .* 'Smal'.*one of Small"),
     "unknown form": (["--arch", "resnet", "--input", INPUT], "--arch resnet is of no known form"),
@@ -234,9 +290,12 @@ WORDS: dict[str, tuple[list[str], str]] = {
     "wrong input": ([*SMALL, "--input", "3x12x12"], "rejects a batch of inputs of shape 3x12x12.*--input"),
     "bad input": ([*SMALL, "--input", "12,12"], "--input 12,12: '12,12' is not a shape"),
     "arch-args no json": ([*SMALL, "--arch-args", "{width: 8}", "--input", INPUT], "--arch-args is no JSON"),
-    "arch-args no object": ([*SMALL, "--arch-args", "[8]", "--input", INPUT], "--arch-args is .8.. Expected: a JSON object"),
+    "arch-args no object": (
+        [*SMALL, "--arch-args", "[8]", "--input", INPUT],
+        "--arch-args is .8.. Expected: a JSON object",
+    ),
     "arch-args unknown": ([*SMALL, "--arch-args", '{"depth": 1}', "--input", INPUT], "depth"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", WORDS)
@@ -248,43 +307,49 @@ def test_words_about_the_network(run: Run, model: Path, tmp_path: Path, kind: st
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize(("words", "found"), [
-    (["--name", "../x"], "the model name '../x'.*--name"),
-    (["--name", ""], "--name"),
-    (["--preprocess", "{mean: 1}"], "--preprocess is no JSON"),
-    (["--preprocess", '{"mean": [1, 2]}'], "preprocessing"),
-    (["--preprocess", '{"mode": 7}'], "preprocessing"),
-    (["--preprocess", '{"std": 0}'], "preprocessing"),
-    (["--preprocess", "imagenet"], "preprocessing"),  # three means for one channel
-    (["--keep", "1.5"], "--keep is 1.5. Expected: a number above 0 and at most 1"),
-    (["--keep", "nan"], "--keep is nan"),
-    (["--keep", "half"], "--keep"),
-    (["--keep", "0.5", "--merge", "exact"], "--keep"),
-    (["--target", "macs"], "--target: 'macs' is not macs=R or latency=R with a share R above 0 and at most 1"),
-    (["--target", "0.5"], "--target: '0.5' is not macs=R or latency=R"),
-    (["--target", "bytes=0.5"], "--target: 'bytes=0.5' is not macs=R or latency=R"),
-    (["--target", "macs=half"], "--target: 'macs=half' is not"),
-    (["--target", "macs=nan"], "--target: 'macs=nan' is not"),
-    (["--target", "macs=0"], "--target: 'macs=0' is not"),
-    (["--target", "latency=1.01"], "--target: 'latency=1.01' is not"),
-    (["--target", "macs=0.5", "--keep", "0.5"], "--target macs=0.5. Expected: not together with --keep"),
-    (["--target", "latency=0.5", "--merge", "exact"], "--target latency=0.5. Expected: no ratio with --merge exact"),
-    (["--distil", "-1"], "--distil: '-1' is not 0 or a number above it"),
-    (["--distil", "inf"], "--distil: 'inf' is not 0 or a number above it"),
-    (["--distil", "2e6"], "--distil is 2000000.0. Expected: a number from 0 to 1e\\+06"),
-    (["--hash-error", "0.1", "--hash-values", "4"], "either --hash-error or --hash-values"),
-    (["--hash-values", "1"], "--hash-values is 1"),
-    (["--min-agreement", "90"], "--min-agreement is 90.0"),
-    (["--batch-size", "0"], "--batch-size: '0' is not a whole number of at least 1"),
-    (["--threads", "-1"], "--threads"),
-    (["--time-budget", "inf"], "--time-budget: 'inf' is not a number above 0"),
-    (["--time-budget", "0.5"], "--time-budget is 0.5"),
-    (["--seed", "-1"], "--seed"),
-    (["--device", "tpu"], "--device tpu"),
-    (["--verify-data", "absent.npz"], "--verify-data absent.npz cannot be read"),
-    (["--out", "taken"], "taken .*not written by this tool.*--out"),
-    (["--colour"], "unrecognized arguments: --colour"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--name", "../x"], "the model name '../x'.*--name"),
+        (["--name", ""], "--name"),
+        (["--preprocess", "{mean: 1}"], "--preprocess is no JSON"),
+        (["--preprocess", '{"mean": [1, 2]}'], "preprocessing"),
+        (["--preprocess", '{"mode": 7}'], "preprocessing"),
+        (["--preprocess", '{"std": 0}'], "preprocessing"),
+        (["--preprocess", "imagenet"], "preprocessing"),  # three means for one channel
+        (["--keep", "1.5"], "--keep is 1.5. Expected: a number above 0 and at most 1"),
+        (["--keep", "nan"], "--keep is nan"),
+        (["--keep", "half"], "--keep"),
+        (["--keep", "0.5", "--merge", "exact"], "--keep"),
+        (["--target", "macs"], "--target: 'macs' is not macs=R or latency=R with a share R above 0 and at most 1"),
+        (["--target", "0.5"], "--target: '0.5' is not macs=R or latency=R"),
+        (["--target", "bytes=0.5"], "--target: 'bytes=0.5' is not macs=R or latency=R"),
+        (["--target", "macs=half"], "--target: 'macs=half' is not"),
+        (["--target", "macs=nan"], "--target: 'macs=nan' is not"),
+        (["--target", "macs=0"], "--target: 'macs=0' is not"),
+        (["--target", "latency=1.01"], "--target: 'latency=1.01' is not"),
+        (["--target", "macs=0.5", "--keep", "0.5"], "--target macs=0.5. Expected: not together with --keep"),
+        (
+            ["--target", "latency=0.5", "--merge", "exact"],
+            "--target latency=0.5. Expected: no ratio with --merge exact",
+        ),
+        (["--distil", "-1"], "--distil: '-1' is not 0 or a number above it"),
+        (["--distil", "inf"], "--distil: 'inf' is not 0 or a number above it"),
+        (["--distil", "2e6"], "--distil is 2000000.0. Expected: a number from 0 to 1e\\+06"),
+        (["--hash-error", "0.1", "--hash-values", "4"], "either --hash-error or --hash-values"),
+        (["--hash-values", "1"], "--hash-values is 1"),
+        (["--min-agreement", "90"], "--min-agreement is 90.0"),
+        (["--batch-size", "0"], "--batch-size: '0' is not a whole number of at least 1"),
+        (["--threads", "-1"], "--threads"),
+        (["--time-budget", "inf"], "--time-budget: 'inf' is not a number above 0"),
+        (["--time-budget", "0.5"], "--time-budget is 0.5"),
+        (["--seed", "-1"], "--seed"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--verify-data", "absent.npz"], "--verify-data absent.npz cannot be read"),
+        (["--out", "taken"], "taken .*not written by this tool.*--out"),
+        (["--colour"], "unrecognized arguments: --colour"),
+    ],
+)
 def test_other_words(run: Run, model: Path, tmp_path: Path, words: list[str], found: str) -> None:
     Path("taken").write_text("mine")
     before = files(tmp_path)
@@ -294,16 +359,19 @@ def test_other_words(run: Run, model: Path, tmp_path: Path, words: list[str], fo
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize(("words", "found"), [
-    (["serve", "absent"], "absent is not a packaged model"),
-    (["compare", "absent"], "absent is not a packaged model"),
-    (["serve", "PACKAGE", "--workers", "0"], "--workers"),
-    (["serve", "PACKAGE", "--port", "65533"], "not a port number"),
-    (["compare", "PACKAGE", "--inputs", "absent.npz"], "absent.npz cannot be read"),
-    (["compare", "PACKAGE", "--duration", "0"], "--duration: '0' is not a number above 0"),
-    (["compare", "PACKAGE", "--concurrency", "0"], "--concurrency"),
-    (["compare", "PACKAGE", "--margin", "-1"], "--margin"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["serve", "absent"], "absent is not a packaged model"),
+        (["compare", "absent"], "absent is not a packaged model"),
+        (["serve", "PACKAGE", "--workers", "0"], "--workers"),
+        (["serve", "PACKAGE", "--port", "65533"], "not a port number"),
+        (["compare", "PACKAGE", "--inputs", "absent.npz"], "absent.npz cannot be read"),
+        (["compare", "PACKAGE", "--duration", "0"], "--duration: '0' is not a number above 0"),
+        (["compare", "PACKAGE", "--concurrency", "0"], "--concurrency"),
+        (["compare", "PACKAGE", "--margin", "-1"], "--margin"),
+    ],
+)
 def test_words_about_serving(run: Run, packaged: Path, words: list[str], found: str) -> None:
     code, out, err = run(*(str(packaged) if word == "PACKAGE" else word for word in words))
     assert (code, out) == (2, "")
@@ -340,7 +408,11 @@ def test_compare_live_prints_json_alone(packaged: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
     for arm in ("original", "pruned"):
-        assert set(document[arm]["handler_ms"]) == {"p50", "p99"} and set(document[arm]["latency_ms"]) == {"p50", "p95", "p99"}
+        assert set(document[arm]["handler_ms"]) == {"p50", "p99"} and set(document[arm]["latency_ms"]) == {
+            "p50",
+            "p95",
+            "p99",
+        }
         assert document[arm]["throughput_rps"] > 0 and document[arm]["errors"] == 0
     assert set(document["speedup"]) == {"handler_p50", "end_to_end_p50", "throughput"}
     for ratio in document["speedup"].values():

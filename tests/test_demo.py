@@ -17,7 +17,18 @@ def test_the_whole_path(tmp_path: Path) -> None:
     """Twenty seconds instead of ninety for making inputs: enough for this network, and CI waits less."""
     scratch, out = tmp_path / "scratch", tmp_path / "demo"
     scratch.mkdir()
-    command = [sys.executable, "-m", "redpp_serve.cli", "demo", "--duration", "4", "--time-budget", "20", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "redpp_serve.cli",
+        "demo",
+        "--duration",
+        "4",
+        "--time-budget",
+        "20",
+        "--out",
+        str(out),
+    ]
     # importing torch.export makes a cache folder of torch's own, which is no leftover of ours
     environment = {**os.environ, "TMPDIR": str(scratch), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import network as network_of
-from small import captured, network, write_model
 
-from attacks.files import Net, exported
+from redpp_serve.channels.coupling import couple
 from redpp_serve.errors import RedppError
-from redpp_serve.graph.coupling import couple
 from redpp_serve.inspection import describe_file, describe_network, touched_layers
+from tests.attacks.files import Net, exported
+from tests.support.networks import network as network_of
+from tests.support.small import captured, network, write_model
 
 
 def test_a_state_dict_leads_to_the_architecture_it_needs(tmp_path: Path) -> None:
@@ -40,12 +40,15 @@ def test_layers_say_whether_and_why_not(tmp_path: Path) -> None:
     report = describe_network(captured(write_model(tmp_path)), ())
     found = {layer["name"]: layer for layer in report.layers}
     assert {name: layer["merge"] for name, layer in found.items()} == {
-        "stem.0": {"channels": 8, "reason": ""}, "body.0": {"channels": 16, "reason": ""},
+        "stem.0": {"channels": 8, "reason": ""},
+        "body.0": {"channels": 16, "reason": ""},
         "head": {"channels": 5, "reason": "is an output of the network"},
-    }  # fmt: skip
+    }
     assert (found["body.0"]["shape"], found["body.0"]["macs"]) == ([16, 8, 3, 3], 36 * 16 * 8 * 9)
     assert sum(layer["parameters"] for layer in found.values()) == 8 * 9 + 16 * 8 * 9 + 16 + 16 * 5 + 5
-    assert report.facts["parameters"] == sum(t.numel() for k, t in network().state_dict().items() if "num_batches" not in k)
+    assert report.facts["parameters"] == sum(
+        t.numel() for k, t in network().state_dict().items() if "num_batches" not in k
+    )
     assert report.facts["MACs"] == sum(layer["macs"] for layer in found.values())
     expected = "2 of 3 classes of coupled channels; the layers that they touch are 100% of the MACs"
     assert report.facts["can be narrowed"] == expected and report.classes is None and "classes" not in report.to_json()
@@ -53,11 +56,36 @@ def test_layers_say_whether_and_why_not(tmp_path: Path) -> None:
 
 def test_classes_are_listed_where_they_are_asked_for(tmp_path: Path) -> None:
     report = describe_network(captured(write_model(tmp_path)), (), channels=True)
-    assert report.classes == report.to_json()["classes"] == [
-        {"name": "stem.0", "channels": 8, "producers": ["stem.0"], "readers": ["body.0"], "with": ["stem.1"], "closed": ""},
-        {"name": "body.0", "channels": 16, "producers": ["body.0"], "readers": ["head"], "with": ["body.1"], "closed": ""},
-        {"name": "head", "channels": 5, "producers": ["head"], "readers": [], "with": [], "closed": "is an output of the network"},
-    ]  # fmt: skip
+    assert (
+        report.classes
+        == report.to_json()["classes"]
+        == [
+            {
+                "name": "stem.0",
+                "channels": 8,
+                "producers": ["stem.0"],
+                "readers": ["body.0"],
+                "with": ["stem.1"],
+                "closed": "",
+            },
+            {
+                "name": "body.0",
+                "channels": 16,
+                "producers": ["body.0"],
+                "readers": ["head"],
+                "with": ["body.1"],
+                "closed": "",
+            },
+            {
+                "name": "head",
+                "channels": 5,
+                "producers": ["head"],
+                "readers": [],
+                "with": [],
+                "closed": "is an output of the network",
+            },
+        ]
+    )
     text = report.to_text()
     assert "body.0: 16 channels, open\n  written by body.0\n  with body.1\n  read by head\n" in text
     assert "head: 5 channels, closed: is an output of the network" in text and "narrowable" not in text
@@ -70,7 +98,9 @@ def test_the_layers_that_open_classes_touch() -> None:
 
 def test_excluded_layers_and_their_producers_stay(tmp_path: Path) -> None:
     report = describe_network(captured(write_model(tmp_path)), ("head",))
-    assert {layer["name"]: layer["merge"]["reason"] for layer in report.layers}["body.0"] == "head, which goes with it, is excluded"
+    assert {layer["name"]: layer["merge"]["reason"] for layer in report.layers}[
+        "body.0"
+    ] == "head, which goes with it, is excluded"
     assert report.facts["can be narrowed"].startswith("1 of 3 classes of coupled channels")
 
 

@@ -23,7 +23,9 @@ MAY_IMPORT = {
     "report": {"errors"},  # renders a dictionary and knows nothing of who filled it
     "packaging": BASE | OFFLINE | {"__version__", "report", "handlers.preprocess"},  # it writes what the handlers read
     "serving": BASE | OFFLINE,
-    "comparison": BASE | OFFLINE | {"serving", "report", "handlers.preprocess", "handlers"},  # Triton's client parses as handlers do
+    "comparison": BASE
+    | OFFLINE
+    | {"serving", "report", "handlers.preprocess", "handlers"},  # Triton's client parses as handlers do
     "dashboard": {"errors", "report", "serving", "comparison"},
     "experiment": BASE | OFFLINE | {"serving", "comparison"},
     "reference": set(),
@@ -35,8 +37,12 @@ SERVERS = {"triton", "tritonclient", "triton_python_backend_utils", "ts", "torch
 
 def sources() -> Iterator[tuple[str, Path]]:
     """Every file of the product with the dotted name that it is imported by."""
-    for folder, package in (("redpp_serve", ()), ("kernels", ("kernels",)), ("handlers", ("handlers",)),
-                            ("benchmarks/reference", ("reference",))):  # fmt: skip
+    for folder, package in (
+        ("redpp_serve", ()),
+        ("kernels", ("kernels",)),
+        ("handlers", ("handlers",)),
+        ("benchmarks/reference", ("reference",)),
+    ):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = (*package, *path.relative_to(ROOT / folder).with_suffix("").parts)
             yield ".".join(("redpp_serve", *parts)), path
@@ -75,8 +81,13 @@ MODULES = dict(sources())
 
 def test_the_walk_sees_the_imports() -> None:
     """Else the rules below would hold of nothing."""
-    assert {"redpp_serve.runtime.artifact", "redpp_serve.kernels.split", "redpp_serve.handlers.torchserve",
-            "redpp_serve.reference.resnet", "redpp_serve.cli"} <= set(MODULES)  # fmt: skip
+    assert {
+        "redpp_serve.graph.artifact",
+        "redpp_serve.kernels.split.operator",
+        "redpp_serve.handlers.torchserve",
+        "redpp_serve.reference.resnet",
+        "redpp_serve.cli",
+    } <= set(MODULES)
     name = "redpp_serve.packaging.package"
     units = {unit(imported) for imported in project_imports(name, MODULES[name])}
     assert {"pruning", "runtime", "errors", "capture", "handlers.preprocess", "__version__"} <= units
@@ -125,7 +136,11 @@ print(light, servers, torch.cuda.is_initialized())
 
 
 def test_imports_load_no_server_and_touch_no_gpu() -> None:
-    names = [n.removesuffix(".__init__") for n in MODULES if not gpu_only(n) and not n.endswith(("__main__", "handlers.torchserve"))]
+    names = [
+        n.removesuffix(".__init__")
+        for n in MODULES
+        if not gpu_only(n) and not n.endswith(("__main__", "handlers.torchserve"))
+    ]
     run = subprocess.run([sys.executable, "-c", IMPORT_ALL, *names], capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "[] [] False", run.stderr[-2000:]
 

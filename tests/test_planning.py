@@ -57,11 +57,19 @@ def test_options_go_before_the_packages(folder: Path) -> None:
     assert {c["source"] for c in found["redpp"]["choices"]} <= {"budget", "rule"}  # no time, nothing known
 
 
-@pytest.mark.parametrize(("wrong", "says"), [
-    ({"device": "cuda:99"}, "--device cuda:99"), ({"device": "cpu:"}, "--device cpu:"), ({"device": "cuda:"}, "--device cuda:"),
-    ({"device": "tpu"}, "--device tpu"), ({"device": ""}, "--device"), ({"precision": "fp8"}, "precision is 'fp8'"),
-    ({"batch": 0}, "batch_size is '0'"), ({"threads": -1}, "threads is '-1'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"device": "cuda:99"}, "--device cuda:99"),
+        ({"device": "cpu:"}, "--device cpu:"),
+        ({"device": "cuda:"}, "--device cuda:"),
+        ({"device": "tpu"}, "--device tpu"),
+        ({"device": ""}, "--device"),
+        ({"precision": "fp8"}, "precision is 'fp8'"),
+        ({"batch": 0}, "batch_size is '0'"),
+        ({"threads": -1}, "threads is '-1'"),
+    ],
+)
 def test_what_cannot_be_used_is_named(folder: Path, wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(RedppError, match=says):
         plan(folder, seconds=0, **wrong)

@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import nn
 
+from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import mac_count, parameter_count
 from redpp_serve.packaging.package import describe_machine
 from redpp_serve.pruning.latency import paired_latency
 from redpp_serve.reference import catalog
-from redpp_serve.runtime.graph import Graph
 
 from .methods import DISTIL_SECONDS, METHODS, NEAR, ROUND_TO
 from .stages import stage_rows
@@ -55,9 +55,13 @@ class Store:
     def describe(self, subject: Subject, accuracy: float) -> None:
         """Note a network's own figures."""
         self.data["networks"][subject.name] = {
-            "task": subject.task, "macs": subject.macs, "open_macs": subject.cost.open_macs, "accuracy": accuracy,
-            "parameters": parameter_count(subject.graph), "images": len(subject.labels),
-        }  # fmt: skip
+            "task": subject.task,
+            "macs": subject.macs,
+            "open_macs": subject.cost.open_macs,
+            "accuracy": accuracy,
+            "parameters": parameter_count(subject.graph),
+            "images": len(subject.labels),
+        }
 
     def write(self) -> None:
         environment = describe_machine()
@@ -76,8 +80,10 @@ def _place(cell: dict[str, Any]) -> tuple[str, str, float | None]:
 
 def _order(cell: dict[str, Any]) -> tuple[int, int, float]:
     networks, methods = list(catalog.NETWORKS), list(METHODS)
-    place = [names.index(name) if name in names else len(names)
-             for names, name in ((networks, cell["network"]), (methods, cell["method"]))]  # fmt: skip
+    place = [
+        names.index(name) if name in names else len(names)
+        for names, name in ((networks, cell["network"]), (methods, cell["method"]))
+    ]
     return place[0], place[1], cell["ratio"] or 0.0
 
 
@@ -103,10 +109,20 @@ def measure_cell(
     best, network = choose(tried, ratio)
     seconds = time.perf_counter() - start
     graph = network if isinstance(network, Graph) else subject.capture(network)
-    cell = {"network": subject.name, "method": method, "ratio": ratio, "key": cell_key(subject.name, method, timing),
-            "setting": best["setting"], "macs": mac_count(graph), "removed": subject.removed(mac_count(graph)),
-            "parameters": parameter_count(graph), "accuracy": subject.accuracy(graph), "seconds": round(seconds, 1),
-            "settings": [row for row, _ in tried], "latency": _latency(subject.graph, graph, timing)}  # fmt: skip
+    cell = {
+        "network": subject.name,
+        "method": method,
+        "ratio": ratio,
+        "key": cell_key(subject.name, method, timing),
+        "setting": best["setting"],
+        "macs": mac_count(graph),
+        "removed": subject.removed(mac_count(graph)),
+        "parameters": parameter_count(graph),
+        "accuracy": subject.accuracy(graph),
+        "seconds": round(seconds, 1),
+        "settings": [row for row, _ in tried],
+        "latency": _latency(subject.graph, graph, timing),
+    }
     accuracy = cell["accuracy"]
     if abs(accuracy - best["accuracy"]) > 0.3:
         raise SystemExit(
@@ -127,8 +143,13 @@ def choose(tried: list[tuple[dict[str, Any], Any]], ratio: float) -> tuple[dict[
 
 def measure_stages(subject: Subject, timing: Timing) -> dict[str, Any]:
     """RED++'s own stages, as the cell of the method ``stages``."""
-    return {"network": subject.name, "method": "stages", "ratio": None,
-            "key": cell_key(subject.name, "stages", timing), "rows": stage_rows(subject)}  # fmt: skip
+    return {
+        "network": subject.name,
+        "method": "stages",
+        "ratio": None,
+        "key": cell_key(subject.name, "stages", timing),
+        "rows": stage_rows(subject),
+    }
 
 
 def _latency(original: Graph, pruned: Graph, timing: Timing) -> dict[str, Any] | None:

@@ -24,8 +24,13 @@ def producer_rows(members: Sequence[Member]) -> Tensor:
 
 def norm_rows(members: Sequence[Member]) -> Tensor:
     """(channels, features): scale and shift of the class's batch norms."""
-    blocks = [part.data[m.spots].flatten(1) for m in members if m.is_norm for part in (m.module.weight, m.module.bias)
-              if part is not None]  # fmt: skip
+    blocks = [
+        part.data[m.spots].flatten(1)
+        for m in members
+        if m.is_norm
+        for part in (m.module.weight, m.module.bias)
+        if part is not None
+    ]
     return torch.cat(blocks, 1) if blocks else torch.zeros(len(members[0].spots), 0)
 
 

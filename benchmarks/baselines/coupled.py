@@ -18,8 +18,14 @@ from torch import Tensor, nn
 from torch_pruning.ops import OPTYPE
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_CLOSED_OPS = {OPTYPE.SPLIT: "split", OPTYPE.UNBIND: "unbind", OPTYPE.SLICE: "slice", OPTYPE.EXPAND: "expand",
-               OPTYPE.OUTPUT: "network output", OPTYPE.PARAMETER: "a bare parameter"}  # fmt: skip
+_CLOSED_OPS = {
+    OPTYPE.SPLIT: "split",
+    OPTYPE.UNBIND: "unbind",
+    OPTYPE.SLICE: "slice",
+    OPTYPE.EXPAND: "expand",
+    OPTYPE.OUTPUT: "network output",
+    OPTYPE.PARAMETER: "a bare parameter",
+}
 
 
 @dataclass(frozen=True)

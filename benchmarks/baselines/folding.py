@@ -69,8 +69,11 @@ def _expect_variances(network: CoupledNetwork, labels: dict[str, Tensor]) -> Non
     found = []  # all first: a norm behind a concatenation belongs to several classes
     for cls in network.classes:
         members = network.members(cls)
-        found += [(norm, _mean_variance(norm, members, labels[cls.root], followers.get(norm.module)))
-                  for norm in members if norm.is_norm]  # fmt: skip
+        found += [
+            (norm, _mean_variance(norm, members, labels[cls.root], followers.get(norm.module)))
+            for norm in members
+            if norm.is_norm
+        ]
     for member, variance in found:
         member.module.running_var.data[member.spots] = variance[:, None].expand_as(member.spots)
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from torch import Tensor, nn
 
-from redpp_serve.runtime.graph import Graph
+from redpp_serve.graph.graph import Graph
 
 from . import folding, magnitude, merging, ours
 from .subject import Subject

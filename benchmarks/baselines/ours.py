@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from redpp_serve.graph.coupling import couple
+from redpp_serve.channels.coupling import couple
+from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import find_layers
-from redpp_serve.pruning.codebooks import hash_within
-from redpp_serve.pruning.distil import distil
-from redpp_serve.pruning.lossy import Narrowed, Narrower
+from redpp_serve.pruning.choose import Narrowed, Narrower
+from redpp_serve.pruning.distillation import distil
+from redpp_serve.pruning.final_codebooks import hash_within
 from redpp_serve.pruning.pipeline import CODEBOOK_DISTIL_SHARE, CODEBOOK_SHARE, LEAST_CODEBOOK_ERROR
 from redpp_serve.pruning.repair import repair_batch_norm
-from redpp_serve.pruning.verify import compare_outputs
+from redpp_serve.pruning.verification import compare_outputs
 from redpp_serve.pruning.widths import Plan, measure_errors, plan_widths
-from redpp_serve.runtime.graph import Graph
 
 from .subject import Subject
 
@@ -33,9 +33,13 @@ class _Ready:
 def _ready(subject: Subject, real: bool, round_to: int) -> _Ready:
     images = subject.real if real else subject.synthetic
     narrower = Narrower(
-        subject.graph, couple(subject.graph), lambda name: {}, (images[:-_HELD_OUT],), (images[-_HELD_OUT:],),
+        subject.graph,
+        couple(subject.graph),
+        lambda name: {},
+        (images[:-_HELD_OUT],),
+        (images[-_HELD_OUT:],),
         lambda done, total: None,
-    )  # fmt: skip
+    )
     errors = measure_errors(narrower.observed, narrower.selections, narrower.held_out)
     return _Ready(narrower, plan_widths(narrower.coupling, errors, round_to))
 
@@ -70,8 +74,14 @@ def with_codebooks(subject: Subject, target_macs: int, round_to: int, seconds: f
     graph = repair_batch_norm(found.graph, subject.graph, narrower.inputs, narrowed.places)
     books = frozenset(layer.weight for layer in find_layers(graph))
     learn = (subject.synthetic[:-_HELD_OUT],)
-    tuned = distil(graph, subject.graph, learn, narrower.held_out, narrowed.places,
-                   seconds=seconds * CODEBOOK_DISTIL_SHARE, codebooks=books).graph  # fmt: skip
+    tuned = distil(
+        graph,
+        subject.graph,
+        learn,
+        narrower.held_out,
+        narrowed.places,
+        seconds=seconds * CODEBOOK_DISTIL_SHARE,
+        codebooks=books,
+    ).graph
     four = sum(h.weight.numel() for h in found.hashed.values() if h.codebook.size <= 16)
     return tuned, f"{four / sum(h.weight.numel() for h in found.hashed.values()):.0%} of the weights in 4 bits"
-

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import find_layers
+from redpp_serve.graph.weights import encode
+from redpp_serve.options import Options
+from redpp_serve.pruning.accounting import count_dense
 from redpp_serve.pruning.hashing import hash_weight
-from redpp_serve.pruning.options import Options
 from redpp_serve.pruning.pipeline import prune
-from redpp_serve.pruning.splitting import count_dense
-from redpp_serve.runtime.codebook import encode
-from redpp_serve.runtime.graph import Graph
 
 from .subject import Subject
 
@@ -24,8 +24,10 @@ def stage_rows(subject: Subject) -> list[dict[str, Any]]:
     """
     options = Options(merge="exact")
     layers = find_layers(subject.graph)
-    hashed = {layer.weight: hash_weight(subject.graph.tensors[layer.weight], options.hash, options.hash_target).weight
-              for layer in layers}  # fmt: skip
+    hashed = {
+        layer.weight: hash_weight(subject.graph.tensors[layer.weight], options.hash, options.hash_target).weight
+        for layer in layers
+    }
     hash_only = subject.graph.with_tensors(hashed)
     pruned = prune(subject.graph, options)
     rows = [_dense_row(name, graph, subject) for name, graph in zip(STAGES, (subject.graph, hash_only, pruned.pruned))]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from redpp_serve.capture.export import capture
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import mac_count
-from redpp_serve.pruning.synthetic import plan, synthesize
+from redpp_serve.pruning.inputs import plan, synthesize
 from redpp_serve.reference import catalog
-from redpp_serve.runtime.graph import Graph, InputSpec
 from redpp_serve.runtime.model import serving_program
-from redpp_serve.runtime.program import Program
 
 from .coupled import CoupledNetwork
 from .widths import CostModel, cost_model

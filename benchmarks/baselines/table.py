@@ -38,9 +38,11 @@ def markdown(data: dict[str, Any]) -> str:
     for name, network in data["networks"].items():
         cells = cells_of(data, name)
         parts.append(f"## {name}")
-        parts.append(f"{network['accuracy']:.2f} % on {network['images']} images of the {network['task']} task; "
-                     f"{network['parameters']:,} parameters, {network['macs']:,} multiply-accumulates, "
-                     f"{network['open_macs'] / network['macs']:.0%} of them in layers with an open class.")  # fmt: skip
+        parts.append(
+            f"{network['accuracy']:.2f} % on {network['images']} images of the {network['task']} task; "
+            f"{network['parameters']:,} parameters, {network['macs']:,} multiply-accumulates, "
+            f"{network['open_macs'] / network['macs']:.0%} of them in layers with an open class."
+        )
         if cells:
             parts += [_accuracy_table(cells), _cost_table(cells)]
         parts += [_stage_table(c["rows"]) for c in data["cells"] if c["network"] == name and c["method"] == "stages"]

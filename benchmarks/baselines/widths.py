@@ -23,8 +23,11 @@ def layer_macs(module: nn.Module, example: Tensor) -> dict[str, int]:
 
         return hook
 
-    handles = [layer.register_forward_hook(count(name)) for name, layer in module.named_modules()
-               if isinstance(layer, (nn.Conv2d, nn.Linear))]  # fmt: skip
+    handles = [
+        layer.register_forward_hook(count(name))
+        for name, layer in module.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear))
+    ]
     with torch.no_grad():
         module(example)
     for handle in handles:
@@ -122,8 +125,10 @@ def uniform_widths(
     narrow, widths = at[low], dict(at[low + 1])
     if model.removed(narrow) <= removed:
         return narrow
-    left = sorted((cls.root for cls in changing if narrow[cls.root] < widths[cls.root]),
-                  key=lambda root: -model.removed({**widths, root: narrow[root]}))  # fmt: skip
+    left = sorted(
+        (cls.root for cls in changing if narrow[cls.root] < widths[cls.root]),
+        key=lambda root: -model.removed({**widths, root: narrow[root]}),
+    )
     for root in left:
         tried = {**widths, root: narrow[root]}
         if model.removed(tried) <= removed:

@@ -32,7 +32,9 @@ MEAN, STD = 0.26, 0.22
 SIZE = 32
 TRAINING, HELD_OUT, SAMPLE = 40_000, 2_000, 512
 TRAINING_FILE = FOLDER / "build" / "fonts_train.npz"
-PACKAGES = tuple(f"fonts-{name}" for name in """
+PACKAGES = tuple(
+    f"fonts-{name}"
+    for name in """
     adf-accanthis adf-baskervald adf-berenis adf-gillius adf-ikarius adf-irianis adf-libris adf-mekanus adf-romande
     adf-solothurn adf-switzera adf-tribun adf-universalis adf-verana anonymous-pro arapey averia-sans-gwf
     averia-serif-gwf b612 cabin cantarell cardo century-catalogue clear-sans comfortaa comic-neue courier-prime
@@ -41,11 +43,24 @@ PACKAGES = tuple(f"fonts-{name}" for name in """
     junicode jura karla lato league-mono league-spartan liberation lindenhill linuxlibertine lobstertwo manrope
     monofur mononoki national-park oldstandard open-sans opendyslexic oxygen paratype play prociono quattrocento
     quicksand roboto-slab roboto-unhinted routed-gothic sil-andika sil-charis sil-gentiumplus sora stix tuffy
-    urw-base35 vollkorn yanone-kaffeesatz""".split())  # fmt: skip
+    urw-base35 vollkorn yanone-kaffeesatz""".split()
+)
 # Clones of the same few designs (Helvetica, Times, Courier, Lato, ...) under many names; never held out.
 _CLONED = ("arim", "c059", "cala", "carl", "cous", "free", "lato", "libe", "nimb", "p052", "switz", "tino", "urw")
-_UNFIT = ("math", "symbol", "dingbat", "d050000l", "caps", "smcp", " sc", "-sc", "outline", "shadow", "initial",
-          "unslanted")  # fmt: skip
+_UNFIT = (
+    "math",
+    "symbol",
+    "dingbat",
+    "d050000l",
+    "caps",
+    "smcp",
+    " sc",
+    "-sc",
+    "outline",
+    "shadow",
+    "initial",
+    "unslanted",
+)
 _DRAWN_AT = 56  # pixels of an em, before the glyph is scaled down
 
 
@@ -199,9 +214,11 @@ def make(workers: int) -> dict[str, Any]:
     held_images, held_labels, families = render(sides["held_out"], HELD_OUT, seed=2, workers=workers)
     np.savez_compressed(FOLDER / "fonts_held_out.npz", inputs=held_images, labels=held_labels)
     summary = {
-        "classes": CLASSES, "mean": images.mean() / 255, "std": images.std() / 255,
+        "classes": CLASSES,
+        "mean": images.mean() / 255,
+        "std": images.std() / 255,
         **{side: {"fonts": len(some), "families": sorted({f.family for f in some})} for side, some in sides.items()},
-    }  # fmt: skip
+    }
     (FOLDER / "fonts.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 

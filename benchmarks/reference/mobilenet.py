@@ -25,9 +25,14 @@ class ConvNorm(nn.Sequential):
     """Convolution, batch norm and, where given, an activation; padded so that stride 1 keeps the size."""
 
     def __init__(
-        self, n_in: int, n_out: int, kernel: int = 1, stride: int = 1, groups: int = 1,
+        self,
+        n_in: int,
+        n_out: int,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
         act: type[nn.Module] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         conv = nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, groups=groups, bias=False)
         super().__init__(conv, nn.BatchNorm2d(n_out), *([act()] if act else []))
 
@@ -69,9 +74,15 @@ class InvertedResidualNet(nn.Module):
     """Stem, stages, a 1x1 convolution to ``features``, mean, Linear: images (N, 1, H, W) to logits (N, classes)."""
 
     def __init__(
-        self, stem: int, stem_stride: int, stages: Sequence[Stage], features: int, classes: int,
-        act: type[nn.Module] = nn.ReLU6, gated: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        stem: int,
+        stem_stride: int,
+        stages: Sequence[Stage],
+        features: int,
+        classes: int,
+        act: type[nn.Module] = nn.ReLU6,
+        gated: bool = False,
+    ) -> None:
         super().__init__()
         self.stem = ConvNorm(1, stem, 3, stem_stride, act=act)
         blocks, n_in = [], stem
@@ -89,13 +100,17 @@ class InvertedResidualNet(nn.Module):
 
 def digits_mobilenetv2() -> InvertedResidualNet:
     """MobileNetV2 for 1x32x32 digits, 10 classes."""
-    stages = (Stage(1, 16, 1, 1), Stage(6, 24, 2, 2), Stage(6, 32, 3, 1), Stage(6, 64, 3, 2),
-              Stage(6, 96, 2, 1))  # fmt: skip
+    stages = (Stage(1, 16, 1, 1), Stage(6, 24, 2, 2), Stage(6, 32, 3, 1), Stage(6, 64, 3, 2), Stage(6, 96, 2, 1))
     return InvertedResidualNet(16, 2, stages, 256, 10)
 
 
 def fonts_efficientnet() -> InvertedResidualNet:
     """EfficientNet (gates, SiLU, 3x3 and 5x5 filters) for 1x32x32 letters and digits, 47 classes."""
-    stages = (Stage(1, 16, 1, 1), Stage(6, 24, 2, 2), Stage(6, 40, 2, 1, kernel=5), Stage(6, 64, 2, 2),
-              Stage(6, 80, 2, 1, kernel=5))  # fmt: skip
+    stages = (
+        Stage(1, 16, 1, 1),
+        Stage(6, 24, 2, 2),
+        Stage(6, 40, 2, 1, kernel=5),
+        Stage(6, 64, 2, 2),
+        Stage(6, 80, 2, 1, kernel=5),
+    )
     return InvertedResidualNet(16, 2, stages, 320, 47, act=nn.SiLU, gated=True)

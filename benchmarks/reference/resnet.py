@@ -26,9 +26,7 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """A stage of ``blocks`` residual blocks for each width: images (N, channels, H, W) to logits (N, classes)."""
 
-    def __init__(
-        self, widths: tuple[int, ...], blocks: int, channels: int, classes: int, stem_stride: int = 1
-    ) -> None:
+    def __init__(self, widths: tuple[int, ...], blocks: int, channels: int, classes: int, stem_stride: int = 1) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(channels, widths[0], 3, stem_stride, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()

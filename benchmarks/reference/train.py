@@ -69,8 +69,9 @@ def augment(x: Tensor) -> Tensor:
     shift = (torch.rand(n, 2) - 0.5) * 0.3
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     theta = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).view(n, 2, 3).to(x.device)
-    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False,
-                         padding_mode="border")  # fmt: skip
+    return F.grid_sample(
+        x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False, padding_mode="border"
+    )
 
 
 def optimiser(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -92,8 +93,9 @@ def fit(network: Network, recipe: Recipe, images: Tensor, labels: Tensor) -> nn.
     net = network.factory().to(device, memory_format=torch.channels_last)
     steps = len(images) // recipe.batch
     optimise = optimiser(net, recipe)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimise, recipe.rate, total_steps=recipe.epochs * steps,
-                                                   pct_start=0.2)  # fmt: skip
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimise, recipe.rate, total_steps=recipe.epochs * steps, pct_start=0.2
+    )
     start = time.perf_counter()
     for epoch in range(recipe.epochs):
         net.train()
@@ -107,9 +109,11 @@ def fit(network: Network, recipe: Recipe, images: Tensor, labels: Tensor) -> nn.
             optimise.step()
             schedule.step()
         net.eval()
-        print(f"{network.name} epoch {epoch + 1}: loss {loss.item():.3f}  "
-              f"held out {accuracy(net, held[:500], held_labels[:500]):.2%}  {time.perf_counter() - start:.0f} s",
-              flush=True)  # fmt: skip
+        print(
+            f"{network.name} epoch {epoch + 1}: loss {loss.item():.3f}  "
+            f"held out {accuracy(net, held[:500], held_labels[:500]):.2%}  {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
     return net
 
 
@@ -159,10 +163,13 @@ def train(network: Network, device: torch.device) -> dict[str, object]:
     save_file(state, network.checkpoint)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {
-        **measure(network), "epochs": recipe.epochs,
-        "training_seconds": round(time.perf_counter() - start), "device": name,
-        "torch": torch.__version__, "python": platform.python_version(),
-    }  # fmt: skip
+        **measure(network),
+        "epochs": recipe.epochs,
+        "training_seconds": round(time.perf_counter() - start),
+        "device": name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def record(path: Path, name: str, entry: dict[str, object]) -> None:

@@ -20,9 +20,15 @@ class VGG(nn.Module):
         self.features = nn.Sequential(*layers)
         side = size >> len(stages)
         self.classifier = nn.Sequential(
-            nn.Flatten(), nn.Linear(n_in * side * side, hidden[0]), nn.ReLU(), nn.Dropout(0.3),
-            nn.Linear(hidden[0], hidden[1]), nn.ReLU(), nn.Dropout(0.3), nn.Linear(hidden[1], classes),
-        )  # fmt: skip
+            nn.Flatten(),
+            nn.Linear(n_in * side * side, hidden[0]),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Linear(hidden[0], hidden[1]),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Linear(hidden[1], classes),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x))

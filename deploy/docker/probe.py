@@ -79,8 +79,14 @@ def _triton(url: str, sample: Path, timeout_s: float) -> None:
     header, body = [], b""
     for spec in model["inputs"]:
         shape, content = tensors[spec["name"]]
-        header.append({"name": spec["name"], "datatype": spec["datatype"], "shape": [1, *shape],
-                       "parameters": {"binary_data_size": len(content)}})  # fmt: skip
+        header.append(
+            {
+                "name": spec["name"],
+                "datatype": spec["datatype"],
+                "shape": [1, *shape],
+                "parameters": {"binary_data_size": len(content)},
+            }
+        )
         body += content
     # Outputs come in binary too: the server cannot write numbers of half precision as JSON.
     described = json.dumps({"inputs": header, "parameters": {"binary_data_output": True}}).encode()

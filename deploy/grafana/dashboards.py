@@ -30,8 +30,10 @@ Rows = dict[str, list[Any]]  # title of a row to panels with their widths set
 def dashboards() -> dict[str, str]:
     """File name to JSON text, the same on every call."""
     made = {"redpp-serving.json": _serving(), "redpp-experiment.json": _experiment()}
-    return {name: json.dumps(board.build(), cls=JSONEncoder, indent=2, sort_keys=True) + "\n"
-            for name, board in made.items()}  # fmt: skip
+    return {
+        name: json.dumps(board.build(), cls=JSONEncoder, indent=2, sort_keys=True) + "\n"
+        for name, board in made.items()
+    }
 
 
 def _serving() -> builders.Dashboard:
@@ -40,29 +42,60 @@ def _serving() -> builders.Dashboard:
     board.with_variable(_variable("server", "label_values(redpp_requests_total, server)"))
     board.with_variable(_variable("model", f"label_values({served}}}, model)"))
     board.with_variable(_variable("version", f'label_values({served}, model=~"$model"}}, version)'))
-    return _with_rows(board, {"Speed-up now": _now(), "Latency": _latency(), "Load": _load(),
-                              "Resources": _resources(), "Kernels": _kernels()})  # fmt: skip
+    return _with_rows(
+        board,
+        {
+            "Speed-up now": _now(),
+            "Latency": _latency(),
+            "Load": _load(),
+            "Resources": _resources(),
+            "Kernels": _kernels(),
+        },
+    )
 
 
 def _now() -> list[Any]:
     paired = matched('redpp_ab_speedup_ratio{bound="%s"}', EXPERIMENT)
     smaller = "sum by (server, model) ({0}{{variant='original'}}) / sum by (server, model) ({0}{{variant='redpp'}})"
     return [
-        number("At equal batch size", "Handler time of the original by that of the pruned version, batches of the "
-               "same size compared. Above 1 the pruned version is faster. The fairest of these without an experiment.",
-               TIMES, {"{{model}} {{server}}": recorded("model:redpp_speedup_equal_batch:ratio5m", MODEL)},
-               SPEED).span(6),
-        number("As served", "Handler time for one request, whatever the batches: what users got.", TIMES,
-               {"{{model}} {{server}}": recorded("model:redpp_speedup_handler:ratio5m", MODEL)}, SPEED).span(4),
-        number("Network alone", "Time of the network for one request, without parsing and replies.", TIMES,
-               {"{{model}} {{server}}": recorded("model:redpp_speedup_inference:ratio5m", MODEL)}, SPEED).span(4),
-        number("Experiment, 95 % interval", "From a running experiment (redpp-serve ab): valid at any moment.", TIMES,
-               {f"{{{{source}}}} {bound}": paired % bound for bound in ("low", "mean", "high")}, SPEED)
-        .no_value("no experiment").span(6),
-        number("Smaller", "Of the original by the pruned version.", TIMES,
-               {what: matched(smaller.format(f"redpp_model_{what}"), MODEL)
-                for what in ("parameters", "macs", "bytes")}).span(4),
-    ]  # fmt: skip
+        number(
+            "At equal batch size",
+            "Handler time of the original by that of the pruned version, batches of the "
+            "same size compared. Above 1 the pruned version is faster. The fairest of these without an experiment.",
+            TIMES,
+            {"{{model}} {{server}}": recorded("model:redpp_speedup_equal_batch:ratio5m", MODEL)},
+            SPEED,
+        ).span(6),
+        number(
+            "As served",
+            "Handler time for one request, whatever the batches: what users got.",
+            TIMES,
+            {"{{model}} {{server}}": recorded("model:redpp_speedup_handler:ratio5m", MODEL)},
+            SPEED,
+        ).span(4),
+        number(
+            "Network alone",
+            "Time of the network for one request, without parsing and replies.",
+            TIMES,
+            {"{{model}} {{server}}": recorded("model:redpp_speedup_inference:ratio5m", MODEL)},
+            SPEED,
+        ).span(4),
+        number(
+            "Experiment, 95 % interval",
+            "From a running experiment (redpp-serve ab): valid at any moment.",
+            TIMES,
+            {f"{{{{source}}}} {bound}": paired % bound for bound in ("low", "mean", "high")},
+            SPEED,
+        )
+        .no_value("no experiment")
+        .span(6),
+        number(
+            "Smaller",
+            "Of the original by the pruned version.",
+            TIMES,
+            {what: matched(smaller.format(f"redpp_model_{what}"), MODEL) for what in ("parameters", "macs", "bytes")},
+        ).span(4),
+    ]
 
 
 def _latency() -> list[Any]:
@@ -73,37 +106,79 @@ def _latency() -> list[Any]:
         return matched(f"sum by (le) (increase(redpp_handler_seconds_bucket{{variant='{variant}'}}[{INTERVAL}]))")
 
     return [
-        lines("Handler, by version", "Time of one batch from parsing to reply, over all workers.", "s",
-              percentiles("handler"), min=0).span(12),
+        lines(
+            "Handler, by version",
+            "Time of one batch from parsing to reply, over all workers.",
+            "s",
+            percentiles("handler"),
+            min=0,
+        ).span(12),
         lines("Network, by version", "Time of one run of the network.", "s", percentiles("inference"), min=0).span(12),
         heat("Handler of the original", "How many batches took how long.", buckets("original")).span(12),
         heat("Handler of the pruned version", "How many batches took how long.", buckets("redpp")).span(12),
-        lines("Speed-up", "Original by pruned version; above 1 the pruned version is faster.", TIMES,
-              {"at equal batch size {{server}}": recorded("model:redpp_speedup_equal_batch:ratio5m", MODEL),
-               "as served {{server}}": recorded("model:redpp_speedup_handler:ratio5m", MODEL),
-               "network alone {{server}}": recorded("model:redpp_speedup_inference:ratio5m", MODEL)}).span(12),
-        lines("Speed-up by batch size", "Handler time of batches that held exactly so many requests.", TIMES,
-              {"batch of {{batch}} {{server}}": recorded("batch:redpp_speedup:ratio5m", MODEL)}).span(12),
-    ]  # fmt: skip
+        lines(
+            "Speed-up",
+            "Original by pruned version; above 1 the pruned version is faster.",
+            TIMES,
+            {
+                "at equal batch size {{server}}": recorded("model:redpp_speedup_equal_batch:ratio5m", MODEL),
+                "as served {{server}}": recorded("model:redpp_speedup_handler:ratio5m", MODEL),
+                "network alone {{server}}": recorded("model:redpp_speedup_inference:ratio5m", MODEL),
+            },
+        ).span(12),
+        lines(
+            "Speed-up by batch size",
+            "Handler time of batches that held exactly so many requests.",
+            TIMES,
+            {"batch of {{batch}} {{server}}": recorded("batch:redpp_speedup:ratio5m", MODEL)},
+        ).span(12),
+    ]
 
 
 def _load() -> list[Any]:
     outcomes = f"sum by (server, version, variant, outcome) (rate(redpp_requests_total[{INTERVAL}]))"
     sizes = "sum by (variant, batch) (increase(redpp_batches_total[$__range]))"
     return [
-        lines("Requests", "Each second, whatever became of them.", "reqps",
-              {OF_VERSION: recorded("version:redpp_requests:rate5m")}, min=0).span(8),
-        lines("Traffic share", "Of the model's requests.", "percentunit",
-              {OF_VERSION: recorded("version:redpp_traffic:ratio5m", MODEL)}, min=0, max=1).span(8),
-        lines("By outcome", "bad_request is the client's, error the server's.", "reqps",
-              {f"{{{{outcome}}}} {OF_VERSION}": matched(outcomes)}, min=0).span(8),
-        lines("Errors", "Share of requests that ended in an error of the server.", "percentunit",
-              {OF_VERSION: recorded("version:redpp_errors:ratio5m")}, min=0).span(8),
-        lines("Batch size", "Mean number of requests in a batch.", "none",
-              {OF_VERSION: recorded("version:redpp_batch_size:mean5m")}, min=0).span(8),
-        bars("Batches by size", "In the whole time range.", "none",
-             {"{{batch}} in a batch, {{variant}}": matched(sizes)}).span(8),
-    ]  # fmt: skip
+        lines(
+            "Requests",
+            "Each second, whatever became of them.",
+            "reqps",
+            {OF_VERSION: recorded("version:redpp_requests:rate5m")},
+            min=0,
+        ).span(8),
+        lines(
+            "Traffic share",
+            "Of the model's requests.",
+            "percentunit",
+            {OF_VERSION: recorded("version:redpp_traffic:ratio5m", MODEL)},
+            min=0,
+            max=1,
+        ).span(8),
+        lines(
+            "By outcome",
+            "bad_request is the client's, error the server's.",
+            "reqps",
+            {f"{{{{outcome}}}} {OF_VERSION}": matched(outcomes)},
+            min=0,
+        ).span(8),
+        lines(
+            "Errors",
+            "Share of requests that ended in an error of the server.",
+            "percentunit",
+            {OF_VERSION: recorded("version:redpp_errors:ratio5m")},
+            min=0,
+        ).span(8),
+        lines(
+            "Batch size",
+            "Mean number of requests in a batch.",
+            "none",
+            {OF_VERSION: recorded("version:redpp_batch_size:mean5m")},
+            min=0,
+        ).span(8),
+        bars(
+            "Batches by size", "In the whole time range.", "none", {"{{batch}} in a batch, {{variant}}": matched(sizes)}
+        ).span(8),
+    ]
 
 
 def _resources() -> list[Any]:
@@ -111,28 +186,57 @@ def _resources() -> list[Any]:
         return matched(f"sum by (server, version, variant) ({metric})")
 
     return [
-        lines("CPU", "Processor cores that the workers use.", "none",
-              {OF_VERSION: recorded("version:redpp_worker_cpu:rate5m")}, min=0).span(6),
-        lines("CPU time of a request", "CPU seconds of the workers for one request.", "s",
-              {OF_VERSION: recorded("version:redpp_worker_cpu_seconds:per_request_5m")}, min=0).span(6),
-        lines("Memory", "Resident memory of the living workers.", "bytes",
-              {OF_VERSION: memory("redpp_worker_resident_bytes")}, min=0).span(6),
-        lines("GPU memory", "Tensors on the GPU; nothing where there is none.", "bytes",
-              {f"{{{{device}}}} {OF_VERSION}": matched(
-                  "sum by (server, version, variant, device) (redpp_device_memory_bytes{device!='cpu'})")},
-              min=0).span(6),
-    ]  # fmt: skip
+        lines(
+            "CPU",
+            "Processor cores that the workers use.",
+            "none",
+            {OF_VERSION: recorded("version:redpp_worker_cpu:rate5m")},
+            min=0,
+        ).span(6),
+        lines(
+            "CPU time of a request",
+            "CPU seconds of the workers for one request.",
+            "s",
+            {OF_VERSION: recorded("version:redpp_worker_cpu_seconds:per_request_5m")},
+            min=0,
+        ).span(6),
+        lines(
+            "Memory",
+            "Resident memory of the living workers.",
+            "bytes",
+            {OF_VERSION: memory("redpp_worker_resident_bytes")},
+            min=0,
+        ).span(6),
+        lines(
+            "GPU memory",
+            "Tensors on the GPU; nothing where there is none.",
+            "bytes",
+            {
+                f"{{{{device}}}} {OF_VERSION}": matched(
+                    "sum by (server, version, variant, device) (redpp_device_memory_bytes{device!='cpu'})"
+                )
+            },
+            min=0,
+        ).span(6),
+    ]
 
 
 def _kernels() -> list[Any]:
     layers = "max by (server, version, variant, kernel, batch) (redpp_plan_layers)"
     plan = "max by (server, version, variant, device, precision, digest) (redpp_plan_info)"
     return [
-        bars("Kernels chosen", "Layers that each kernel runs, by batch bucket.", "none",
-             {f"{{{{kernel}}}}, batch of {{{{batch}}}}, {OF_VERSION}": matched(layers)}).span(14),
-        word("Plans in use", "Precision and digest of the kernels' plan. Workers of one version should agree.",
-             {f"{{{{precision}}}} {{{{digest}}}} {{{{device}}}}, {OF_VERSION}": matched(plan) + " == 1"}).span(10),
-    ]  # fmt: skip
+        bars(
+            "Kernels chosen",
+            "Layers that each kernel runs, by batch bucket.",
+            "none",
+            {f"{{{{kernel}}}}, batch of {{{{batch}}}}, {OF_VERSION}": matched(layers)},
+        ).span(14),
+        word(
+            "Plans in use",
+            "Precision and digest of the kernels' plan. Workers of one version should agree.",
+            {f"{{{{precision}}}} {{{{digest}}}} {{{{device}}}}, {OF_VERSION}": matched(plan) + " == 1"},
+        ).span(10),
+    ]
 
 
 def _experiment() -> builders.Dashboard:
@@ -146,15 +250,31 @@ def _verdict() -> list[Any]:
         return matched(f'redpp_ab_speedup_ratio{{bound="{name}"}}', EXPERIMENT)
 
     return [
-        word("Verdict", "On the time of the two versions; stays valid however often one looks.",
-             {"{{model}}: {{kind}}": matched("redpp_ab_verdict", EXPERIMENT) + " == 1"}).span(6),
-        word("Advice", "From the verdict, the guardrails and the agreement.",
-             {"{{model}}: {{kind}}": matched("redpp_ab_advice", EXPERIMENT) + " == 1"}).span(6),
-        number("Speed-up, 95 % interval", "Original by pruned version; above 1 the pruned version is faster.", TIMES,
-               {f"{{{{source}}}} {name}": bound(name) for name in ("low", "mean", "high")}, SPEED).span(6),
-        number("Agreement", "Share of pairs whose outputs agree.", "percentunit",
-               {"{{model}}": matched("redpp_ab_agreement_ratio", EXPERIMENT)}, {0: BAD, 0.99: GOOD}).span(6),
-    ]  # fmt: skip
+        word(
+            "Verdict",
+            "On the time of the two versions; stays valid however often one looks.",
+            {"{{model}}: {{kind}}": matched("redpp_ab_verdict", EXPERIMENT) + " == 1"},
+        ).span(6),
+        word(
+            "Advice",
+            "From the verdict, the guardrails and the agreement.",
+            {"{{model}}: {{kind}}": matched("redpp_ab_advice", EXPERIMENT) + " == 1"},
+        ).span(6),
+        number(
+            "Speed-up, 95 % interval",
+            "Original by pruned version; above 1 the pruned version is faster.",
+            TIMES,
+            {f"{{{{source}}}} {name}": bound(name) for name in ("low", "mean", "high")},
+            SPEED,
+        ).span(6),
+        number(
+            "Agreement",
+            "Share of pairs whose outputs agree.",
+            "percentunit",
+            {"{{model}}": matched("redpp_ab_agreement_ratio", EXPERIMENT)},
+            {0: BAD, 0.99: GOOD},
+        ).span(6),
+    ]
 
 
 def _evidence() -> list[Any]:
@@ -162,28 +282,51 @@ def _evidence() -> list[Any]:
         return matched(f'redpp_ab_speedup_ratio{{bound="{name}"}}', EXPERIMENT)
 
     return [
-        lines("Speed-up and its interval", "The interval narrows as evidence comes in; a verdict falls when it leaves "
-              "1, or the margin.", TIMES,
-              {f"{{{{source}}}} {name}": bound(name) for name in ("low", "mean", "high")}).span(12),
-        lines("Agreement", "Share of pairs whose outputs agree.", "percentunit",
-              {"{{model}}": matched("redpp_ab_agreement_ratio", EXPERIMENT)}, max=1).span(6),
-        lines("Pairs", "Shadowed requests answered by both versions, and those left out as the recorder was busy; "
-              "each second.", "reqps",
-              {"compared": matched(f"rate(redpp_ab_pairs_total[{INTERVAL}])", EXPERIMENT),
-               "left out": matched(f"rate(redpp_ab_dropped_total[{INTERVAL}])", EXPERIMENT)}, min=0).span(6),
-    ]  # fmt: skip
+        lines(
+            "Speed-up and its interval",
+            "The interval narrows as evidence comes in; a verdict falls when it leaves 1, or the margin.",
+            TIMES,
+            {f"{{{{source}}}} {name}": bound(name) for name in ("low", "mean", "high")},
+        ).span(12),
+        lines(
+            "Agreement",
+            "Share of pairs whose outputs agree.",
+            "percentunit",
+            {"{{model}}": matched("redpp_ab_agreement_ratio", EXPERIMENT)},
+            max=1,
+        ).span(6),
+        lines(
+            "Pairs",
+            "Shadowed requests answered by both versions, and those left out as the recorder was busy; each second.",
+            "reqps",
+            {
+                "compared": matched(f"rate(redpp_ab_pairs_total[{INTERVAL}])", EXPERIMENT),
+                "left out": matched(f"rate(redpp_ab_dropped_total[{INTERVAL}])", EXPERIMENT),
+            },
+            min=0,
+        ).span(6),
+    ]
 
 
 def _traffic() -> list[Any]:
     rate = f"sum by (model, arm) (rate(redpp_ab_requests_total[{INTERVAL}]))"
     share = f"{rate} / on (model) group_left () (sum by (model) (rate(redpp_ab_requests_total[{INTERVAL}])) > 0)"
     return [
-        lines("Share of the traffic", "As configured, and as it came.", "percentunit",
-              {"{{arm}}, configured": matched("redpp_ab_traffic_ratio", EXPERIMENT),
-               "{{arm}}": matched(share, EXPERIMENT)}, min=0, max=1).span(12),
-        lines("Requests by arm", "Each second, at the gateway.", "reqps",
-              {"{{arm}}": matched(rate, EXPERIMENT)}, min=0).span(12),
-    ]  # fmt: skip
+        lines(
+            "Share of the traffic",
+            "As configured, and as it came.",
+            "percentunit",
+            {
+                "{{arm}}, configured": matched("redpp_ab_traffic_ratio", EXPERIMENT),
+                "{{arm}}": matched(share, EXPERIMENT),
+            },
+            min=0,
+            max=1,
+        ).span(12),
+        lines(
+            "Requests by arm", "Each second, at the gateway.", "reqps", {"{{arm}}": matched(rate, EXPERIMENT)}, min=0
+        ).span(12),
+    ]
 
 
 def _board(uid: str, title: str, text: str) -> builders.Dashboard:

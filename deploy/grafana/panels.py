@@ -14,12 +14,7 @@ from grafana_foundation_sdk.models.common import (
     TooltipDisplayMode,
     VizOrientation,
 )
-from grafana_foundation_sdk.models.dashboard import (
-    DataSourceRef,
-    DynamicConfigValue,
-    Threshold,
-    ThresholdsMode,
-)
+from grafana_foundation_sdk.models.dashboard import DataSourceRef, DynamicConfigValue, Threshold, ThresholdsMode
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
@@ -31,8 +26,13 @@ Targets = dict[str, str]  # text of the legend to expression
 
 def lines(title: str, text: str, unit: str, targets: Targets, **limits: float) -> timeseries.Panel:
     """Values over time; ``limits`` are ``min`` and ``max`` of the axis."""
-    legend = (common.VizLegendOptions().display_mode(LegendDisplayMode.TABLE).placement(LegendPlacement.BOTTOM)
-              .show_legend(True).calcs(["lastNotNull", "mean"]))  # fmt: skip
+    legend = (
+        common.VizLegendOptions()
+        .display_mode(LegendDisplayMode.TABLE)
+        .placement(LegendPlacement.BOTTOM)
+        .show_legend(True)
+        .calcs(["lastNotNull", "mean"])
+    )
     tooltip = common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI)
     panel = timeseries.Panel().legend(legend).tooltip(tooltip).line_width(2).fill_opacity(4)
     for name, colour in (("original", ORIGINAL), ("redpp", PRUNED)):
@@ -72,8 +72,14 @@ def bars(title: str, text: str, unit: str, targets: Targets) -> bargauge.Panel:
 def heat(title: str, text: str, expression: str) -> heatmap.Panel:
     """Buckets of seconds over time; the colour says how many."""
     panel = heatmap.Panel().calculate(False).y_axis(heatmap.YAxisConfig().unit("s"))
-    panel.color(heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Oranges").fill("dark-orange")
-                .exponent(0.5).steps(64))
+    panel.color(
+        heatmap.HeatmapColorOptions()
+        .mode(HeatmapColorMode.SCHEME)
+        .scheme("Oranges")
+        .fill("dark-orange")
+        .exponent(0.5)
+        .steps(64)
+    )
     query = _query("{{le}}", expression, "A").format(PromQueryFormat.HEATMAP)
     return panel.title(title).description(text).datasource(SOURCE).with_target(query)
 

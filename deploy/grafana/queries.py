@@ -24,8 +24,9 @@ EXPERIMENT = ('model=~"$model"',)
 
 def recorded(name: str, matchers: tuple[str, ...] = VERSION) -> str:
     """The expression of a recording rule, over Grafana's interval."""
-    expressions = {rule["record"]: rule["expr"] for group in yaml.safe_load(RULES.read_text())["groups"]
-                   for rule in group["rules"]}  # fmt: skip
+    expressions = {
+        rule["record"]: rule["expr"] for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
+    }
     return matched(_expand(name, expressions).replace("[5m]", f"[{INTERVAL}]"), matchers)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..runtime.graph import Graph, InputSpec
+from redpp_serve.graph.graph import Graph, InputSpec
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ def capture_file(
     Raises:
         RedppError: see `load.load_file`, `arch.build`, `arch.load_into`, `export.capture`.
     """
-    from ..errors import RedppError
-    from .arch import build, load_into, preprocess_hints
-    from .export import capture
-    from .load import load_file
+    from redpp_serve.capture.arch import build, load_into, preprocess_hints
+    from redpp_serve.capture.export import capture
+    from redpp_serve.capture.load import load_file
+    from redpp_serve.errors import RedppError
 
     loaded = load_file(path, trust=trust)
     messages, module = list(loaded.messages), loaded.exported or loaded.module
@@ -65,9 +65,10 @@ def capture_file(
     assert module is not None
     if not inputs:
         raise RedppError(
-            "no --input was given", "the shape of one input without its batch dimension",
+            "no --input was given",
+            "the shape of one input without its batch dimension",
             "add --input 3x224x224 (repeat it for a network with several inputs)",
-        )  # fmt: skip
+        )
     graph = capture(module, inputs, messages)
     source = {"file": path.name, "kind": loaded.kind.value, "sha256": loaded.sha256, "arch": arch}
     return Captured(graph, source, messages, preprocess_hints(module))

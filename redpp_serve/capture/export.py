@@ -1,4 +1,9 @@
-"""From a module or exported program to a `Graph`, by ``torch.export`` with a dynamic batch."""
+"""From a module or exported program to a `Graph`, by ``torch.export`` with a dynamic batch.
+
+Which in-place operators of an exported program are more than a new value under an old name.
+
+A captured graph must compute what the network computes, for each input of a batch by itself.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +16,152 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
-from ..errors import RedppError
-from ..runtime.batch_norm import BATCH_NORM
-from ..runtime.folding import fold_constants
-from ..runtime.graph import Graph, InputSpec, Node, Ref
-from ..runtime.ops import ALLOWED
-from ..runtime.program import Program
-from ..runtime.tensors import DTYPES
-from .agreement import check_agreement, first_line, not_capturable
-from .aliasing import is_in_place, writes_to_views
-from .inputs import sample
+from redpp_serve.capture.inputs import sample
+from redpp_serve.errors import RedppError
+from redpp_serve.graph.artifact import DTYPES
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
+from redpp_serve.graph.operators import ALLOWED
+from redpp_serve.graph.passes import BATCH_NORM, fold_constants
+
+
+def is_in_place(target: Any) -> bool:
+    """Whether calling ``target`` changes its first argument, as ``aten.relu_.default`` does."""
+    if not isinstance(target, OpOverload) or not target._schema.arguments:
+        return False
+    alias = target._schema.arguments[0].alias_info
+    return alias is not None and alias.is_write
+
+
+def writes_to_views(exported: ExportedProgram) -> bool:
+    """Whether an in-place operator changes a parameter, a buffer, or memory that a later node reads as another view.
+
+    For all other programs, giving the in-place operator's result the old value's name keeps the meaning.
+    """
+    nodes = list(exported.graph.nodes)
+    order = {node: k for k, node in enumerate(nodes)}
+    stored = {spec.arg.name for spec in exported.graph_signature.input_specs}
+    stored -= set(exported.graph_signature.user_inputs)
+    memory: dict[torch.fx.Node, torch.fx.Node] = {}  # the node that made the memory a node's value lies in
+    value: dict[torch.fx.Node, torch.fx.Node] = {}  # the same for nodes that are one whole value, not a part of it
+    for node in nodes:
+        first = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else node
+        memory[node] = memory[first] if first is not node and _may_alias(node.target) else node
+        value[node] = value[first] if first is not node and _keeps_all(node.target) else node
+    for write in nodes:
+        if not is_in_place(write.target):
+            continue
+        changed = write.args[0]
+        if memory[changed].name in stored:
+            return True
+        for node in nodes[: order[write]]:
+            shares = memory[node] is memory[changed] and value[node] is not value[changed]
+            if shares and any(order[user] > order[write] for user in node.users):
+                return True
+    return False
+
+
+def _keeps_all(target: Any) -> bool:
+    """Whether the result is all of the first argument's memory and is captured under the same name."""
+    return is_in_place(target) or _is_dropout(target) or str(target) in ("aten.detach.default", "aten.alias.default")
+
+
+def _is_dropout(target: Any) -> bool:
+    """In eval mode it returns its argument, which its schema does not say."""
+    return isinstance(target, OpOverload) and "dropout" in target._schema.name
+
+
+def _may_alias(target: Any) -> bool:
+    """Whether the result may lie in the first argument's memory: views, in-place operators, items of a list."""
+    if not isinstance(target, OpOverload):
+        return getattr(target, "__name__", "") == "getitem"
+    return _is_dropout(target) or any(result.alias_info is not None for result in target._schema.returns)
+
+
+def check_agreement(graph: Graph, module: nn.Module, inputs: Sequence[InputSpec]) -> None:
+    """Compare graph and network on random inputs at batch sizes 2, 1 and 3.
+
+    Servers batch the requests of strangers, so the answer to one input must not depend on the others either.
+
+    Raises:
+        RedppError: another result, a failure at one of the batch sizes, or outputs that mix the inputs of a batch.
+    """
+    program = Program(graph)
+    for batch in (2, 1, 3):
+        x = sample(inputs, batch, torch.Generator().manual_seed(batch))
+        with torch.no_grad():
+            try:
+                got = program(*(t.clone() for t in x))  # a forward may write into its input
+                alone = program(*(t[-1:].clone() for t in x))
+                expected = [t for t in torch.utils._pytree.tree_leaves(module(*x)) if isinstance(t, Tensor)]
+            except Exception as error:  # whatever the user's forward raises
+                raise not_capturable(
+                    f"at batch size {batch} it fails: {first_line(error)}", "a network that takes any batch size"
+                ) from error
+        if len(got) != len(expected) or not all(map(_agree, got, expected)):
+            raise not_capturable(
+                f"at batch size {batch} the captured graph gives another result than the network",
+                "a forward that is a pure function of its inputs",
+            )
+        if odd := [tuple(y.shape) for y in got if not y.dim() or len(y) != batch]:
+            raise not_capturable(
+                f"at batch size {batch} it has an output of shape {odd[0]}",
+                "a network that takes any batch size, with outputs of shape (N, ...)",
+            )
+        if not all(_agree(y[-1:], one) for y, one in zip(got, alone)):
+            raise not_capturable(
+                "the result for one input depends on the others in its batch",
+                "outputs that are each computed from their own input",
+            )
+
+
+def not_capturable(found: str, expected: str) -> RedppError:
+    """The refusal of a network by what was found in it."""
+    return RedppError(
+        f"the network cannot be captured: {found}",
+        expected,
+        "change forward accordingly, or package a part of the network that fits",
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:300]
+
+
+def _agree(mine: Tensor, theirs: Tensor) -> bool:
+    """Equal shape and dtype, and values within 1e-4 of the largest one, or within the dtype's own rounding."""
+    if mine.shape != theirs.shape or mine.dtype is not theirs.dtype:
+        return False
+    relative = max(1e-4, 16 * torch.finfo(mine.dtype).eps) if mine.is_floating_point() else 0.0
+    mine, theirs = mine.double(), theirs.double()
+    finite = theirs[theirs.isfinite()]
+    tolerance = relative * float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(mine, theirs, rtol=0.0, atol=tolerance, equal_nan=True)
+
 
 _IGNORED = ("_assert", "sym_constrain", "_check")
 _IDENTITY = ("aten.alias.default", "aten.detach.default", "aten.lift_fresh.default")
-_DROPOUT = ("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default",
-            "aten.feature_alpha_dropout.default")  # fmt: skip
+_DROPOUT = (
+    "aten.dropout.default",
+    "aten.feature_dropout.default",
+    "aten.alpha_dropout.default",
+    "aten.feature_alpha_dropout.default",
+)
 # A view of a tensor in channels-last layout is not always possible, and a server lays tensors out as it likes.
-_RENAMED = {"aten.view.default": "aten.reshape.default", "aten._unsafe_view.default": "aten.reshape.default",
-            "aten.view_as.default": "aten.reshape_as.default", "aten.empty.memory_format": "aten.zeros.default",
-            "aten.__and__.Tensor": "aten.bitwise_and.Tensor",
-            "aten.__or__.Tensor": "aten.bitwise_or.Tensor"}  # fmt: skip
+_RENAMED = {
+    "aten.view.default": "aten.reshape.default",
+    "aten._unsafe_view.default": "aten.reshape.default",
+    "aten.view_as.default": "aten.reshape_as.default",
+    "aten.empty.memory_format": "aten.zeros.default",
+    "aten.__and__.Tensor": "aten.bitwise_and.Tensor",
+    "aten.__or__.Tensor": "aten.bitwise_or.Tensor",
+}
 _FUNCTIONAL_NORM = "aten._native_batch_norm_legit_no_training.default"
 _PLACEMENT = ("device", "pin_memory", "layout")  # the server decides
 
@@ -58,8 +186,9 @@ def capture(source: nn.Module | ExportedProgram, inputs: Sequence[InputSpec], me
     else:
         module = source
         if source.training or any(m.training for m in source.modules()):
-            messages.append("the network was in train mode; "
-                            "switched to eval mode (dropout off, batch norm by statistics)")
+            messages.append(
+                "the network was in train mode; switched to eval mode (dropout off, batch norm by statistics)"
+            )
             source.eval()
         exported = _export(source, example)
     graph = fold_constants(to_graph(exported, inputs))
@@ -108,8 +237,10 @@ def to_graph(exported: ExportedProgram, inputs: Sequence[InputSpec]) -> Graph:
             exported = exported.run_decompositions({})  # makes it functional; no operator is in the table
     signature = exported.graph_signature
     if signature.buffers_to_mutate or getattr(signature, "parameters_to_mutate", None):
-        raise not_capturable("its forward changes a buffer or parameter, as batch norm does in train mode",
-                             "a network in eval mode, a forward that keeps no state")
+        raise not_capturable(
+            "its forward changes a buffer or parameter, as batch norm does in train mode",
+            "a network in eval mode, a forward that keeps no state",
+        )
     tensors, names = _stored_tensors(exported)
     specs = _input_specs(exported, inputs, taken=set(tensors))
     names.update(zip(signature.user_inputs, (spec.name for spec in specs)))
@@ -123,8 +254,9 @@ def to_graph(exported: ExportedProgram, inputs: Sequence[InputSpec]) -> Graph:
             names[fx.name] = names[fx.args[0].name]
             continue
         if op not in ALLOWED and op != _FUNCTIONAL_NORM:
-            raise not_capturable(f"operator {fx.target} has no place in an artifact",
-                                 "operators of the allow-list (runtime/ops.py)")
+            raise not_capturable(
+                f"operator {fx.target} has no place in an artifact", "operators of the allow-list (runtime/ops.py)"
+            )
         args = tuple(_constant(a, names) for a in fx.args)
         dropped = _PLACEMENT if op != "aten.zeros.default" else (*_PLACEMENT, "memory_format")
         kwargs = {k: _constant(v, names) for k, v in fx.kwargs.items() if k not in dropped}
@@ -184,8 +316,9 @@ def _input_specs(exported: ExportedProgram, inputs: Sequence[InputSpec], taken: 
     entries = [e for e in exported.graph_signature.input_specs if e.kind is InputKind.USER_INPUT]
     if len(entries) != len(inputs) or not all(isinstance(e.arg, TensorArgument) for e in entries):
         arguments = ", ".join(str(e.arg.name) for e in entries)
-        raise not_capturable(f"forward takes {arguments}; {len(inputs)} --input given",
-                             "one --input for each, all tensors")
+        raise not_capturable(
+            f"forward takes {arguments}; {len(inputs)} --input given", "one --input for each, all tensors"
+        )
     specs = []
     for entry, spec in zip(entries, inputs):
         value, name = values[entry.arg.name], entry.arg.name
@@ -196,8 +329,9 @@ def _input_specs(exported: ExportedProgram, inputs: Sequence[InputSpec], taken: 
             shape = "x".join(str(size) for size in value.shape[1:])
             raise RedppError(
                 f"input {name} was exported as {shape}:{str(value.dtype).removeprefix('torch.')}, without its batch",
-                "the --input that the program was exported for", f"pass --input {shape}",
-            )  # fmt: skip
+                "the --input that the program was exported for",
+                f"pass --input {shape}",
+            )
         while name in taken:
             name += "_input"
         taken.add(name)

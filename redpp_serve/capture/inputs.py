@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from redpp_serve.errors import RedppError
-from redpp_serve.runtime.graph import InputSpec
+from redpp_serve.graph.graph import InputSpec
 
 DTYPES = ("float32", "float16", "float64", "bfloat16", "int64", "int32", "uint8", "bool")
 ALIASES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "fp64": "float64"}

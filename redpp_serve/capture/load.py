@@ -19,7 +19,6 @@ from redpp_serve.capture.arch import import_library
 from redpp_serve.capture.sniff import (
     BOMB_RATIO,
     BOMB_SLACK,
-    EXPECTED,
     ZIP_ERRORS,
     FileKind,
     first_line,
@@ -206,8 +205,10 @@ def _holds(value: Any, depth: int = 1) -> bool:
     """Whether weights lie in ``value``; an optimizer's state does not count, its tensors are keyed by number."""
     if isinstance(value, nn.Module) or _is_state_dict(value):
         return True
-    return isinstance(value, Mapping) and depth < MAX_NESTING and any(
-        key in WRAPPERS and _holds(inner, depth + 1) for key, inner in value.items()
+    return (
+        isinstance(value, Mapping)
+        and depth < MAX_NESTING
+        and any(key in WRAPPERS and _holds(inner, depth + 1) for key, inner in value.items())
     )
 
 

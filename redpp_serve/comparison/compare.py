@@ -9,11 +9,19 @@ import numpy
 from tqdm import tqdm
 
 from redpp_serve.comparison.client import Endpoint, Payload, Reply
-from redpp_serve.comparison.load import Throughput, plan_blocks, preflight, require_success, run_blocks, run_paired
-from redpp_serve.comparison.open_loop import OpenLoop, measure_open_loop
-from redpp_serve.comparison.sequences import RatioSequence
-from redpp_serve.comparison.statistics import Estimate, Verdict, percentile_interval, ratio_interval, verdict
+from redpp_serve.comparison.load import (
+    OpenLoop,
+    Throughput,
+    measure_open_loop,
+    plan_blocks,
+    preflight,
+    require_success,
+    run_blocks,
+    run_paired,
+)
 from redpp_serve.errors import RedppError
+from redpp_serve.statistics.intervals import Estimate, Verdict, percentile_interval, ratio_interval, verdict
+from redpp_serve.statistics.sequences import RatioSequence
 
 PAIRED_SHARE = 0.6
 LATENCY_PERCENTILES, HANDLER_PERCENTILES = (50, 95, 99), (50, 99)

@@ -13,13 +13,13 @@ import numpy as np
 from redpp_serve.comparison.client import Endpoint, Payload
 from redpp_serve.comparison.compare import Comparison, compare_endpoints
 from redpp_serve.errors import RedppError
+from redpp_serve.graph.artifact import load
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.packaging.mar import ARTIFACT
 from redpp_serve.packaging.package import VARIANTS, request_body
 from redpp_serve.report import write_reports
-from redpp_serve.runtime.artifact import load
-from redpp_serve.serving.folder import model_name
 from redpp_serve.serving.ports import ADDRESS, Ports, TritonPorts
+from redpp_serve.serving.serve import model_name
 from redpp_serve.serving.server import LocalServer, open_server
 
 _BINARY = "application/octet-stream"
@@ -58,8 +58,16 @@ def compare(
     payloads = read_payloads(inputs) if inputs else folder_payloads(folder)
     with open_server(server, folder, name=name, workers=workers, ports=ports, auth=auth, progress=note) as running:
         original, pruned = (endpoint(running, variant) for variant in VARIANTS)
-        return compare_endpoints(original, pruned, payloads, concurrency=concurrency, seconds=seconds, margin=margin, seed=seed,
-                                 rate_rps=rate_rps)  # fmt: skip
+        return compare_endpoints(
+            original,
+            pruned,
+            payloads,
+            concurrency=concurrency,
+            seconds=seconds,
+            margin=margin,
+            seed=seed,
+            rate_rps=rate_rps,
+        )
 
 
 def endpoint(server: LocalServer, variant: str) -> Endpoint:
@@ -76,8 +84,15 @@ def endpoint(server: LocalServer, variant: str) -> Endpoint:
     declared = artifact.description.get("preprocess")
     preprocess = Preprocess.from_json(declared) if declared else None
     assert isinstance(server.ports, TritonPorts)
-    return TritonEndpoint(variant, f"{ADDRESS}:{server.ports.grpc}", headers, server.name, versions[variant],
-                          artifact.graph.inputs, preprocess)  # fmt: skip
+    return TritonEndpoint(
+        variant,
+        f"{ADDRESS}:{server.ports.grpc}",
+        headers,
+        server.name,
+        versions[variant],
+        artifact.graph.inputs,
+        preprocess,
+    )
 
 
 def record(folder: Path, result: Comparison) -> bool:
@@ -93,7 +108,10 @@ def record(folder: Path, result: Comparison) -> bool:
 def with_comparison(report: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     """The report with what was measured beside what was counted. An accuracy on verification data stays."""
     kept = {"accuracy"} if "accuracy_of" in report else set()
-    arms = {arm: {**report[arm], **{k: v for k, v in measured[arm].items() if k not in kept}} for arm in ("original", "pruned")}
+    arms = {
+        arm: {**report[arm], **{k: v for k, v in measured[arm].items() if k not in kept}}
+        for arm in ("original", "pruned")
+    }
     return {**report, **measured, **arms}
 
 
@@ -113,8 +131,11 @@ def folder_payloads(folder: Path) -> list[Payload]:
         if not arrays or any(x.dim() == 0 for x in arrays):
             raise ValueError("no arrays with a batch dimension")
     except _UNREADABLE as error:
-        raise RedppError(f"{path} cannot be read: {error}", "the synthetic inputs that redpp-serve package keeps there",
-                         "give other inputs with --inputs, or package the model again") from error  # fmt: skip
+        raise RedppError(
+            f"{path} cannot be read: {error}",
+            "the synthetic inputs that redpp-serve package keeps there",
+            "give other inputs with --inputs, or package the model again",
+        ) from error
     return [Payload(request_body(arrays, k, names), _BINARY) for k in range(len(arrays[0]))]
 
 
@@ -126,9 +147,13 @@ def read_payloads(path: Path) -> list[Payload]:
     """
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
-        payloads = [Payload(p.read_bytes(), "application/json" if p.suffix.lower() == ".json" else _BINARY) for p in files]
+        payloads = [
+            Payload(p.read_bytes(), "application/json" if p.suffix.lower() == ".json" else _BINARY) for p in files
+        ]
     elif path.exists() and not path.is_file():
-        raise RedppError(f"--inputs {path} is neither a file nor a folder", "an .npz file or a folder", "point --inputs at one")
+        raise RedppError(
+            f"--inputs {path} is neither a file nor a folder", "an .npz file or a folder", "point --inputs at one"
+        )
     else:
         payloads = _from_arrays(path)
     if not payloads:
@@ -153,8 +178,11 @@ def _from_arrays(path: Path) -> list[Payload]:
             if inputs.dim() == 0 or len(labels) != len(inputs):
                 raise ValueError(f"inputs of shape {tuple(inputs.shape)} with {len(labels)} labels")
     except _UNREADABLE as error:
-        raise RedppError(f"--inputs {path} cannot be read: {error}", "an .npz file with an array 'inputs', batch first",
-                         "write it with numpy.savez, or give a folder of images") from error  # fmt: skip
+        raise RedppError(
+            f"--inputs {path} cannot be read: {error}",
+            "an .npz file with an array 'inputs', batch first",
+            "write it with numpy.savez, or give a folder of images",
+        ) from error
     if inputs.dtype == torch.uint8 and inputs.dim() == 4 and inputs.shape[1] in (1, 3):  # images travel as images
         return [Payload(_png(x.numpy()), _BINARY, label) for x, label in zip(inputs, labels)]
     return [Payload(request_body((inputs,), k), _BINARY, label) for k, label in enumerate(labels)]

@@ -13,18 +13,23 @@ from typing import Any
 import numpy
 
 from redpp_serve.comparison.client import TIMEOUT_S, Endpoint, Exchange, Payload
+from redpp_serve.graph.graph import InputSpec
 from redpp_serve.handlers.payload import BadRequest, parse
 from redpp_serve.handlers.preprocess import Preprocess
-from redpp_serve.runtime.graph import InputSpec
 
 FIRST_OUTPUT = "output_0"
 HANDLER_PARAMETER = "redpp_handler_ms"
 _KEPT_BYTES = 256 << 20  # of converted inputs, for each connection
 # As TorchServe would say it over HTTP, so that both servers' errors read alike.
 _STATUS = {
-    "INVALID_ARGUMENT": 400, "UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403, "NOT_FOUND": 404, "RESOURCE_EXHAUSTED": 413,
-    "UNAVAILABLE": 503, "DEADLINE_EXCEEDED": 504,
-}  # fmt: skip
+    "INVALID_ARGUMENT": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "RESOURCE_EXHAUSTED": 413,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,13 @@ class TritonConnection:
         client = self._open()
         start = time.perf_counter()
         try:
-            result = client.infer(self.endpoint.model, inputs, self.endpoint.version, headers=self.endpoint.headers,
-                                  client_timeout=self._timeout_s)  # fmt: skip
+            result = client.infer(
+                self.endpoint.model,
+                inputs,
+                self.endpoint.version,
+                headers=self.endpoint.headers,
+                client_timeout=self._timeout_s,
+            )
         except InferenceServerException as error:
             status = _STATUS.get(str(error.status()).removeprefix("StatusCode."), 500)
             return Exchange(start, time.perf_counter() - start, None, status, b"", error.message() or str(error))

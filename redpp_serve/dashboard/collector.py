@@ -116,15 +116,23 @@ class Collector:
             down_s = now - self._served_at if self._trend else 0.0
         report, when = self._read_report()
         return {
-            "model": self._model, "window": seconds, "windows": list(WINDOWS), "span": round(window.span, 1),
+            "model": self._model,
+            "window": seconds,
+            "windows": list(WINDOWS),
+            "span": round(window.span, 1),
             "headline": headline(self._model, window, targets, down_s)._asdict(),
             "sources": [{"url": t.url, "up": not t.problem, "text": source_text(t)} for t in targets],
             "speedups": figures.speedup_tiles(window),
-            "latency": figures.latency_rows(window), "traffic": figures.traffic_rows(window),
-            "workers": figures.worker_rows(window, gauges), "network": figures.model_rows(gauges, report),
-            "left": figures.left_shares(gauges, report), "batches": figures.batch_shares(window), "curves": curves,
-            "experiment": experiment(gauges, window), "compare": figures.compare_card(report, when),
-        }  # fmt: skip
+            "latency": figures.latency_rows(window),
+            "traffic": figures.traffic_rows(window),
+            "workers": figures.worker_rows(window, gauges),
+            "network": figures.model_rows(gauges, report),
+            "left": figures.left_shares(gauges, report),
+            "batches": figures.batch_shares(window),
+            "curves": curves,
+            "experiment": experiment(gauges, window),
+            "compare": figures.compare_card(report, when),
+        }
 
     def _curves(self, now: float) -> dict[str, Any]:
         stride = math.ceil(len(self._trend) / _POINTS) or 1

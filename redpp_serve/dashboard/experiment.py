@@ -35,9 +35,14 @@ def experiment(gauges: Mapping[Key, float], window: Window) -> dict[str, Any] | 
         text += f": {basis['low']:.2f} to {basis['high']:.2f} times as fast"
     advice = _current(gauges, "redpp_ab_advice", _ADVICE)
     return {
-        "verdict": text, "kind": kind, "advice": _ADVICE.get(advice, "No advice yet"), "advice_kind": advice,
-        "intervals": intervals, "shares": _shares(gauges), "rows": _rows(gauges, window),
-    }  # fmt: skip
+        "verdict": text,
+        "kind": kind,
+        "advice": _ADVICE.get(advice, "No advice yet"),
+        "advice_kind": advice,
+        "intervals": intervals,
+        "shares": _shares(gauges),
+        "rows": _rows(gauges, window),
+    }
 
 
 def _current(gauges: Mapping[Key, float], name: str, kinds: Mapping[str, str]) -> str:
@@ -66,8 +71,9 @@ def _shares(gauges: Mapping[Key, float]) -> list[dict[str, Any]]:
     known = [min(max(value, 0.0), 1.0) for value in found if value is not None]
     if len(known) < len(VARIANTS):
         return []
-    return [{"arm": arm, "share": share, "text": f"{NAMES[arm]} {100 * share:.0f} %"}
-            for arm, share in zip(VARIANTS, known)]  # fmt: skip
+    return [
+        {"arm": arm, "share": share, "text": f"{NAMES[arm]} {100 * share:.0f} %"} for arm, share in zip(VARIANTS, known)
+    ]
 
 
 def _rows(gauges: Mapping[Key, float], window: Window) -> list[list[str]]:
@@ -78,8 +84,10 @@ def _rows(gauges: Mapping[Key, float], window: Window) -> list[list[str]]:
     pairs = gauges.get(Key("redpp_ab_pairs_total", ""))
     if pairs:
         agreement = gauges.get(Key("redpp_ab_agreement_ratio", ""))
-        rows += [["pairs compared", exact(pairs)],
-                 ["outputs that agree", DASH if agreement is None else percent(agreement)]]  # fmt: skip
+        rows += [
+            ["pairs compared", exact(pairs)],
+            ["outputs that agree", DASH if agreement is None else percent(agreement)],
+        ]
     if dropped := gauges.get(Key("redpp_ab_dropped_total", "")):
         rows.append(["requests not compared, recorder busy", exact(dropped)])
     return rows

@@ -6,16 +6,34 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from redpp_serve.comparison.quantiles import Quantile
 from redpp_serve.dashboard.history import Window
 from redpp_serve.dashboard.scraping import VARIANTS, Key
 from redpp_serve.dashboard.speedups import (
-    BATCH, HANDLER, NETWORK, Ratio, equal_batch_ratio, network_ratio, percentile_ratio,
-)  # fmt: skip
+    BATCH,
+    HANDLER,
+    NETWORK,
+    Ratio,
+    equal_batch_ratio,
+    network_ratio,
+    percentile_ratio,
+)
 from redpp_serve.dashboard.words import span
 from redpp_serve.report.formats import (
-    DASH, count, dig, exact, milliseconds, number, percent, printable, quotient, rate, shorten, size, times,
-)  # fmt: skip
+    DASH,
+    count,
+    dig,
+    exact,
+    milliseconds,
+    number,
+    percent,
+    printable,
+    quotient,
+    rate,
+    shorten,
+    size,
+    times,
+)
+from redpp_serve.statistics.intervals import Quantile
 
 NO_TRAFFIC = "no traffic"
 Row = list[str]  # text, or text and a note below it after a line break
@@ -29,8 +47,10 @@ def speedup_tiles(window: Window) -> list[dict[str, str]]:
         ("handler mean, equal batch size", equal_batch_ratio(window), "exact; sizes seen in both versions"),
         ("network time, mean", network_ratio(window), "the network alone, without parsing and reply"),
     )
-    return [{"label": label, "value": times(ratio.value) if ratio else NO_TRAFFIC, "note": _ratio_note(ratio, note)}
-            for label, ratio, note in found]  # fmt: skip
+    return [
+        {"label": label, "value": times(ratio.value) if ratio else NO_TRAFFIC, "note": _ratio_note(ratio, note)}
+        for label, ratio, note in found
+    ]
 
 
 def _ratio_note(ratio: Ratio | None, note: str) -> str:
@@ -120,8 +140,11 @@ def _costs(
     gauges: Mapping[Key, float], report: Mapping[str, Any]
 ) -> Iterator[tuple[str, float | None, float | None, Callable[[Any], str]]]:
     """Label, the versions' values, and how to show them: as the workers say, else as report.json has it."""
-    for label, key, show in (("parameters", "parameters", count), ("MACs of one input", "macs", count),
-                             ("stored weights", "bytes", size)):  # fmt: skip
+    for label, key, show in (
+        ("parameters", "parameters", count),
+        ("MACs of one input", "macs", count),
+        ("stored weights", "bytes", size),
+    ):
         told = [gauges.get(Key(f"redpp_model_{key}", variant)) for variant in VARIANTS]
         kept = [number(dig(report, side, key)) for side in ("original", "pruned")]
         before, after = (kept[i] if told[i] is None else told[i] for i in (0, 1))
@@ -132,8 +155,11 @@ def left_shares(gauges: Mapping[Key, float], report: Mapping[str, Any]) -> dict[
     """What the pruned network still has, in percent of the original."""
     found = [(label, quotient(after, before)) for label, before, after, _ in _costs(gauges, report)]
     known = [(label, share) for label, share in found if share is not None]
-    return {"labels": [label for label, _ in known], "original": [100.0 for _ in known],
-            "redpp": [rounded(100 * share) for _, share in known]}  # fmt: skip
+    return {
+        "labels": [label for label, _ in known],
+        "original": [100.0 for _ in known],
+        "redpp": [rounded(100 * share) for _, share in known],
+    }
 
 
 def batch_shares(window: Window) -> dict[str, Any]:
@@ -141,8 +167,10 @@ def batch_shares(window: Window) -> dict[str, Any]:
     counts = [_per_bucket(window.buckets(BATCH, variant)) for variant in VARIANTS]
     edges = sorted({edge for each in counts for edge, n in each.items() if n > 0})
     known = sorted({edge for each in counts for edge in each})
-    shares = {v: [rounded(100 * each.get(e, 0.0) / sum(each.values())) if each else None for e in edges]
-              for v, each in zip(VARIANTS, counts)}  # fmt: skip
+    shares = {
+        v: [rounded(100 * each.get(e, 0.0) / sum(each.values())) if each else None for e in edges]
+        for v, each in zip(VARIANTS, counts)
+    }
     return {"labels": [_size_label(edge, known) for edge in edges], **shares}
 
 
@@ -172,8 +200,12 @@ def compare_card(report: Mapping[str, Any], when: str) -> dict[str, Any]:
         text = "Not compared yet: redpp-serve compare sends the same inputs to both versions."
         return {"text": text, "rows": [], "note": ""}
     rows = []
-    for label, key in (("handler p50", "handler_p50"), ("end-to-end p50", "end_to_end_p50"),
-                       ("end-to-end p99", "end_to_end_p99"), ("throughput", "throughput")):  # fmt: skip
+    for label, key in (
+        ("handler p50", "handler_p50"),
+        ("end-to-end p50", "end_to_end_p50"),
+        ("end-to-end p99", "end_to_end_p99"),
+        ("throughput", "throughput"),
+    ):
         ratio, low, high = (number(dig(report, "speedup", key, part)) for part in ("ratio", "low", "high"))
         if ratio is not None:
             rows.append([label, times(ratio), DASH if low is None or high is None else f"{low:.2f} to {high:.2f}"])

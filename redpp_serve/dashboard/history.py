@@ -10,8 +10,8 @@ from itertools import islice
 
 import numpy as np
 
-from redpp_serve.comparison.quantiles import Quantile, quantile
 from redpp_serve.dashboard.scraping import Key
+from redpp_serve.statistics.intervals import Quantile, quantile
 
 KEPT_S = 900.0
 MAX_KEYS = 4096  # more come only from a server that invents labels; they are left out

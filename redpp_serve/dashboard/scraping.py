@@ -212,8 +212,9 @@ def merged(gauges: Iterable[Mapping[Key, float]]) -> dict[Key, float]:
 def check_parser() -> None:
     """Raise a RedppError where the package that reads metrics is missing."""
     if find_spec("prometheus_client") is None:
-        raise RedppError("the package prometheus-client is not installed", "it, to read metrics",
-                         "pip install 'redpp-serve[serve]'")  # fmt: skip
+        raise RedppError(
+            "the package prometheus-client is not installed", "it, to read metrics", "pip install 'redpp-serve[serve]'"
+        )
 
 
 def check_urls(urls: Iterable[str]) -> Iterator[str]:
@@ -224,8 +225,11 @@ def check_urls(urls: Iterable[str]) -> Iterator[str]:
     """
     for url in dict.fromkeys(urls):
         if not _is_web_address(url):
-            raise RedppError(f"--metrics-url {url!r} is no web address", "such as http://127.0.0.1:9400/metrics",
-                             "correct it, or leave it out to find the server that runs for the folder")  # fmt: skip
+            raise RedppError(
+                f"--metrics-url {url!r} is no web address",
+                "such as http://127.0.0.1:9400/metrics",
+                "correct it, or leave it out to find the server that runs for the folder",
+            )
         yield url
 
 

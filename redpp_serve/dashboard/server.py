@@ -18,9 +18,9 @@ from urllib.parse import parse_qs, urlsplit
 from redpp_serve.dashboard.collector import WINDOWS, Collector
 from redpp_serve.dashboard.scraping import check_parser, check_urls
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.folder import model_name
 from redpp_serve.serving.ports import ADDRESS
-from redpp_serve.serving.registry import find
+from redpp_serve.serving.running import find
+from redpp_serve.serving.serve import model_name
 
 _HERE = Path(__file__).parent
 _CLIENT_TIMEOUT_S = 10.0
@@ -104,8 +104,9 @@ def _listening(port: int, collector: Collector) -> Iterator[_Server]:
     except (OSError, OverflowError) as error:
         taken = getattr(error, "errno", 0) == errno.EADDRINUSE
         why = "is in use" if taken else f"cannot be used: {getattr(error, 'strerror', None) or error}"
-        raise RedppError(f"port {port} {why}", f"a free port on {ADDRESS}",
-                         "choose another with --port, or leave it out") from error  # fmt: skip
+        raise RedppError(
+            f"port {port} {why}", f"a free port on {ADDRESS}", "choose another with --port, or leave it out"
+        ) from error
     with server:
         yield server
 
@@ -140,10 +141,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)
         for name, value in (
-            ("Content-Type", kind), ("Content-Length", str(len(body))), ("Content-Security-Policy", self._policy),
-            ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+            ("Content-Type", kind),
+            ("Content-Length", str(len(body))),
+            ("Content-Security-Policy", self._policy),
+            ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Referrer-Policy", "no-referrer"),
             ("Cross-Origin-Resource-Policy", "same-origin"),
-        ):  # fmt: skip
+        ):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)

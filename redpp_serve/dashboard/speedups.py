@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from redpp_serve.comparison.arms import comparable, influence
-from redpp_serve.comparison.quantiles import Quantile
 from redpp_serve.dashboard.history import Window
 from redpp_serve.dashboard.scraping import VARIANTS, Key
+from redpp_serve.statistics.intervals import Quantile
+from redpp_serve.statistics.unequal_traffic import comparable, influence
 
 HANDLER, NETWORK, BATCH = "redpp_handler_seconds", "redpp_inference_seconds", "redpp_batch_size"
 

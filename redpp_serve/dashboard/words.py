@@ -72,9 +72,12 @@ def _others(targets: Sequence[Target]) -> str:
 def _one_only(window: Window, variant: str) -> Headline:
     p50 = window.quantile(HANDLER, variant, 0.5)
     answers = rate(window.rate("redpp_requests_total", variant, "ok"))
-    return Headline(f"Only the {NAMES[variant]} model had traffic ({last(window)})",
-                    f"Handler time p50 {milliseconds(p50 and 1000 * p50.value)}, {answers} answers. "
-                    "Requests to both versions show which is faster.", "waiting")  # fmt: skip
+    return Headline(
+        f"Only the {NAMES[variant]} model had traffic ({last(window)})",
+        f"Handler time p50 {milliseconds(p50 and 1000 * p50.value)}, {answers} answers. "
+        "Requests to both versions show which is faster.",
+        "waiting",
+    )
 
 
 def _faster(window: Window, original: float, redpp: float) -> Headline:
@@ -82,14 +85,20 @@ def _faster(window: Window, original: float, redpp: float) -> Headline:
     counts = f"From {exact(original)} and {exact(redpp)} batches."
     error = noise(window)
     if mean and error is not None and abs(math.log(mean.value)) < 2 * error:
-        return Headline(f"No clear difference between the versions ({last(window)})",
-                        f"{_pair('Mean handler time at equal batch size', mean)} At {mean.value:.2f} times, give or "
-                        f"take {200 * error:.1f} %, the difference can be noise. {counts}", "even")  # fmt: skip
+        return Headline(
+            f"No clear difference between the versions ({last(window)})",
+            f"{_pair('Mean handler time at equal batch size', mean)} At {mean.value:.2f} times, give or "
+            f"take {200 * error:.1f} %, the difference can be noise. {counts}",
+            "even",
+        )
     if shared and mean:
         where = span(shared.low, shared.high, 1000, "ms")
-        return _sentence(mean, f"mean at equal batch size, {last(window)}",
-                         f"{_pair('Mean handler time', mean)} The p50 of both lie in one bucket, {where}, "
-                         f"and cannot be told apart. {counts}")  # fmt: skip
+        return _sentence(
+            mean,
+            f"mean at equal batch size, {last(window)}",
+            f"{_pair('Mean handler time', mean)} The p50 of both lie in one bucket, {where}, "
+            f"and cannot be told apart. {counts}",
+        )
     ratio = percentile_ratio(window, 0.5)
     if ratio is None:
         return Headline("The handler's times are too short to compare", counts, "waiting")

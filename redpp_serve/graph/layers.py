@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..runtime.graph import Graph, Node, Ref, conv2d_geometry
-from ..runtime.program import value_shapes
+from redpp_serve.graph.executor import value_shapes
+from redpp_serve.graph.graph import Graph, Node, Ref, conv2d_geometry
 
 CONV, LINEAR = "aten.conv2d.default", "aten.linear.default"
 

@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from redpp_serve.errors import RedppError
-from redpp_serve.runtime.artifact import deterministic_zip, load
+from redpp_serve.graph.artifact import deterministic_zip, load
 
 if TYPE_CHECKING:  # Python 3.10 has it elsewhere
     from importlib.resources.abc import Traversable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # Python 3.10 has it elsewhere
 ARTIFACT, CONFIG = "model.redpp", "model-config.yaml"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")
 _MODULES = ("__init__.py", "errors.py")
-_PACKAGES = ("runtime", "handlers", "kernels")
+_PACKAGES = ("graph", "runtime", "handlers", "kernels")
 _SUFFIXES = (".py", ".json")  # the code, and the times of known devices that the planner starts from
 
 _HANDLER = '''"""Entry point of this archive. Its own copy of the code comes first: the archive is what was tested."""
@@ -62,11 +62,14 @@ def build_mar(artifact: bytes, *, name: str, version: str, model_config: str) ->
         "createdOn": "01/01/1980 00:00:00",
         "runtime": "python",
         "model": {
-            "modelName": name, "modelVersion": version, "serializedFile": ARTIFACT,
-            "handler": "handler.py", "configFile": CONFIG,
+            "modelName": name,
+            "modelVersion": version,
+            "serializedFile": ARTIFACT,
+            "handler": "handler.py",
+            "configFile": CONFIG,
         },
         "archiverVersion": "0.12.0",
-    }  # fmt: skip
+    }
     entries = {
         "MAR-INF/MANIFEST.json": json.dumps(manifest, indent=2).encode(),
         ARTIFACT: artifact,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import platform
 import tempfile
@@ -14,30 +13,37 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import __version__
-from ..capture import Captured
-from ..errors import RedppError
-from ..graph.layers import mac_count, parameter_count
-from ..handlers.preprocess import Preprocess
-from ..pruning.accounting import totals
-from ..pruning.options import Options
-from ..pruning.pipeline import Pruned, prune
-from ..pruning.stages import Stages
-from ..pruning.verify import load_verify_data
-from ..report import write_reports
-from ..runtime.artifact import build, load
-from ..runtime.graph import Graph, InputSpec
-from ..runtime.plan_cache import device_name
-from ..runtime.precision import in_precision
-from ..runtime.program import Program
-from ..runtime.programs import layer_inputs, serving_graph
-from .mar import build_mar, check_name
-from .placing import all_or_nothing, check_out, replace
-from .readme import readme, sample_name
-from .server_config import LOG4J2, config_properties, model_config
-from .smoke import run_trials, try_archive, try_model
-from .triton import VERSIONS, build_repository, output_specs, write_files
-from .triton_config import to_json, to_text, triton_config
+from redpp_serve import __version__
+from redpp_serve.capture import Captured
+from redpp_serve.errors import RedppError
+from redpp_serve.graph.artifact import build, load
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import Graph, InputSpec
+from redpp_serve.graph.layers import mac_count, parameter_count
+from redpp_serve.graph.passes import in_precision
+from redpp_serve.handlers.preprocess import Preprocess
+from redpp_serve.options import Options
+from redpp_serve.packaging.mar import build_mar, check_name
+from redpp_serve.packaging.output_folder import all_or_nothing, check_out, replace
+from redpp_serve.packaging.readme import readme, sample_name
+from redpp_serve.packaging.server_config import LOG4J2, config_properties, model_config
+from redpp_serve.packaging.trials import run_trials, try_archive, try_model
+from redpp_serve.packaging.triton_repository import (
+    VERSIONS,
+    build_repository,
+    output_specs,
+    to_json,
+    to_text,
+    triton_config,
+    write_files,
+)
+from redpp_serve.pruning.accounting import totals
+from redpp_serve.pruning.pipeline import Pruned, prune
+from redpp_serve.pruning.verification import load_verify_data
+from redpp_serve.report import write_reports
+from redpp_serve.runtime.plan_cache import device_name
+from redpp_serve.runtime.serving_graph import layer_inputs, serving_graph
+from redpp_serve.stages import Stages
 
 VARIANTS = {"original": "1.0", "redpp": "2.0"}
 _FAR, _ALIKE = 0.5, 0.9  # relative output error, and agreement of classes, that nobody should deploy without a look
@@ -80,7 +86,11 @@ def package(
     check_out(out)
     _check_preprocess(preprocess, captured.graph.inputs)
     if serving.precision in ("fp16", "bf16"):  # what cannot run in it is refused before hours of pruning, not after
-        layer_inputs(serving_graph(captured.graph, torch.device("cpu"), serving.precision), torch.device("cpu"), serving.precision)
+        layer_inputs(
+            serving_graph(captured.graph, torch.device("cpu"), serving.precision),
+            torch.device("cpu"),
+            serving.precision,
+        )
     stages = stages or Stages(quiet=True)
     scale = (preprocess.mean, preprocess.std) if preprocess else None
     data = load_verify_data(verify_data, captured.graph, scale) if verify_data else None
@@ -102,9 +112,16 @@ def package(
 
 
 def _write(
-    out: Path, name: str, inputs: tuple[InputSpec, ...], built: tuple[dict[str, bytes], dict[str, bytes]],
-    report: dict[str, Any], result: Pruned, preprocess: Preprocess | None, serving: Serving, stages: Stages,
-) -> None:  # fmt: skip
+    out: Path,
+    name: str,
+    inputs: tuple[InputSpec, ...],
+    built: tuple[dict[str, bytes], dict[str, bytes]],
+    report: dict[str, Any],
+    result: Pruned,
+    preprocess: Preprocess | None,
+    serving: Serving,
+    stages: Stages,
+) -> None:
     """Fill a scratch folder beside ``out``, try the archives in it, and move it into place."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
@@ -118,9 +135,11 @@ def _write(
         first = [_array(x[0]) for x in result.samples]
         write_files(folder / "triton", build_repository(name, artifacts, to_text(config), first))
         texts = {
-            "config.properties": config_properties(), "log4j2.xml": LOG4J2, "model-config.yaml": _model_config(serving),
+            "config.properties": config_properties(),
+            "log4j2.xml": LOG4J2,
+            "model-config.yaml": _model_config(serving),
             "README.md": readme(name, inputs, preprocess),
-        }  # fmt: skip
+        }
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8")
         np.savez(folder / "inputs.npz", **{spec.name: _array(x) for spec, x in zip(inputs, result.samples)})
@@ -128,13 +147,21 @@ def _write(
             request = request_body(result.samples, 0, tuple(spec.name for spec in inputs))
             (folder / sample_name(inputs)).write_bytes(request)
             # in the handlers' precision, whose rounding is no error of theirs
-            served = {v: _outputs(in_precision(graph, serving.precision), result.samples)
-                      for v, graph in zip(VARIANTS, (result.original, result.pruned))}  # fmt: skip
+            served = {
+                v: _outputs(in_precision(graph, serving.precision), result.samples)
+                for v, graph in zip(VARIANTS, (result.original, result.pruned))
+            }
             expected = {v: [y.double().numpy() for y in ys] for v, ys in served.items()}
-            report["smoke"] = run_trials([
-                *(try_archive(folder / f"{v}.mar", request, expected[v], serving.precision) for v in VARIANTS),
-                *(try_model(folder / "triton" / name / n, to_json(config), request, expected[v]) for v, n in VERSIONS.items()),
-            ], serving.precision)  # fmt: skip
+            report["smoke"] = run_trials(
+                [
+                    *(try_archive(folder / f"{v}.mar", request, expected[v], serving.precision) for v in VARIANTS),
+                    *(
+                        try_model(folder / "triton" / name / n, to_json(config), request, expected[v])
+                        for v, n in VERSIONS.items()
+                    ),
+                ],
+                serving.precision,
+            )
             stage.reason = "both versions' handlers, for each server, answer one request as the networks do"
         report["stages"] = stages.to_json()
         write_reports(report, folder)
@@ -164,9 +191,12 @@ def describe_machine() -> dict[str, Any]:
         "device": f"{model}, {os.cpu_count()} cores{gpu}",
         "threads": torch.get_num_threads(),
         "versions": {
-            "redpp-serve": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "redpp-serve": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
         },
-    }  # fmt: skip
+    }
 
 
 def doubts(verify: dict[str, Any]) -> list[str]:
@@ -175,10 +205,14 @@ def doubts(verify: dict[str, Any]) -> list[str]:
     agreement, error = verify["agreement"], verify["output_error"]
     if error > _FAR or (agreement is not None and agreement < _ALIKE):
         classes = "" if agreement is None else f", the same class on {agreement:.1%}"
-        found.append(f"the pruned network's outputs are far from the original's (relative error {error:.2f}{classes} on held-out "
-                     "inputs): prune less, give more --time-budget and --distil, or check it with --verify-data")  # fmt: skip
+        found.append(
+            f"the pruned network's outputs are far from the original's (relative error {error:.2f}{classes} on held-out "
+            "inputs): prune less, give more --time-budget and --distil, or check it with --verify-data"
+        )
     if "cut short by --time-budget in" in verify["inputs"]:
-        found.append("error and agreement were measured on inputs that were not finished: a larger --time-budget measures better")
+        found.append(
+            "error and agreement were measured on inputs that were not finished: a larger --time-budget measures better"
+        )
     return found
 
 
@@ -214,11 +248,16 @@ def _build_archives(
     artifacts, archives = {}, {}
     for (variant, version), graph in zip(VARIANTS.items(), (result.original, result.pruned)):
         description = {
-            "name": name, "variant": variant, "version": version, "preprocess": preprocess.to_json() if preprocess else None,
+            "name": name,
+            "variant": variant,
+            "version": version,
+            "preprocess": preprocess.to_json() if preprocess else None,
             "info": {"parameters": parameter_count(graph), "macs": mac_count(graph)},
-        }  # fmt: skip
+        }
         artifacts[variant] = build(graph, description)
-        archives[variant] = build_mar(artifacts[variant], name=name, version=version, model_config=_model_config(serving))
+        archives[variant] = build_mar(
+            artifacts[variant], name=name, version=version, model_config=_model_config(serving)
+        )
     return artifacts, archives
 
 
@@ -229,8 +268,10 @@ def _model_config(serving: Serving) -> str:
 def _triton_config(
     name: str, inputs: tuple[InputSpec, ...], outputs: dict[str, list[torch.Tensor]], serving: Serving
 ) -> dict[str, Any]:
-    specs = {variant: [InputSpec("", tuple(y.shape), str(y.dtype).removeprefix("torch.")) for y in ys]
-             for variant, ys in outputs.items()}  # fmt: skip
+    specs = {
+        variant: [InputSpec("", tuple(y.shape), str(y.dtype).removeprefix("torch.")) for y in ys]
+        for variant, ys in outputs.items()
+    }
     return triton_config(name, inputs, output_specs(specs), **asdict(serving))
 
 
@@ -242,5 +283,8 @@ def _outputs(graph: Graph, samples: tuple[torch.Tensor, ...]) -> list[torch.Tens
 
 def _check_preprocess(preprocess: Preprocess | None, inputs: tuple[InputSpec, ...]) -> None:
     if preprocess and (len(inputs) != 1 or preprocess.shape != inputs[0].shape):
-        raise RedppError(f"--preprocess gives images of shape {preprocess.shape}",
-                         f"the network's input shape {[i.shape for i in inputs]}", "correct mode, height and width")  # fmt: skip
+        raise RedppError(
+            f"--preprocess gives images of shape {preprocess.shape}",
+            f"the network's input shape {[i.shape for i in inputs]}",
+            "correct mode, height and width",
+        )

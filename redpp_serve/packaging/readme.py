@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..handlers.preprocess import Preprocess
-from ..runtime.graph import InputSpec
-from .triton_config import TYPES
+from redpp_serve.graph.graph import InputSpec
+from redpp_serve.handlers.preprocess import Preprocess
+from redpp_serve.packaging.triton_repository import TYPES
 
 _TEXT = """# {name}: original (1.0) and pruned (2.0)
 
@@ -88,7 +88,11 @@ def sample_name(inputs: tuple[InputSpec, ...]) -> str:
 def readme(name: str, inputs: tuple[InputSpec, ...], preprocess: Preprocess | None) -> str:
     """The text for a model of that name."""
     shapes = "; ".join(f"`{i.name}` {'x'.join(map(str, i.shape))} {i.dtype}" for i in inputs)
-    accepted = "Accepted: `.npy` or JSON of that shape" if len(inputs) == 1 else "Accepted: `.npz` or JSON with the inputs by name"
+    accepted = (
+        "Accepted: `.npy` or JSON of that shape"
+        if len(inputs) == 1
+        else "Accepted: `.npz` or JSON with the inputs by name"
+    )
     if preprocess:
         mean, std = (", ".join(f"{v:g}" for v in values) for values in (preprocess.mean, preprocess.std))
         accepted += (

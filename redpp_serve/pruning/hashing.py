@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .density import Array, Grid, build_grid, cell_costs, cells_of, density, entropy
+from redpp_serve.pruning.density import Array, Grid, build_grid, cell_costs, cells_of, density, entropy
 
 METHODS = ("kde", "kmeans", "uniform")
 _FEW = 256  # a weight with no more distinct values than this is a codebook already
@@ -184,8 +184,10 @@ def _kmeans_family(grid: Grid) -> _Family:
 
 
 _FAMILIES: dict[str, Callable[[Grid], _Family]] = {
-    "kde": _kde_family, "kmeans": _kmeans_family, "uniform": _uniform_family,
-}  # fmt: skip
+    "kde": _kde_family,
+    "kmeans": _kmeans_family,
+    "uniform": _uniform_family,
+}
 
 
 def _lloyd_max(grid: Grid, cells: int, rounds: int = 60) -> Codebook:

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..graph.layers import Layer, find_layers
-from ..runtime.batch_norm import is_inference_norm
-from ..runtime.graph import Graph, InputSpec, Node, Ref, map_refs
-from ..runtime.model import serving_program
-from ..runtime.program import Program, value_shapes
+from redpp_serve.graph.executor import Program, value_shapes
+from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref, map_refs
+from redpp_serve.graph.layers import Layer, find_layers
+from redpp_serve.graph.passes import is_inference_norm
+from redpp_serve.runtime.model import serving_program
 
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 1000
 RESAMPLES = 1000
@@ -77,8 +77,10 @@ class LatencyModel:
         Raises:
             KeyError: a name that is no layer of the measured network.
         """
-        change = sum(self.layers[name].at(shape) - self.layers[name].at(self.layers[name].shape)
-                     for name, shape in shapes.items())  # fmt: skip
+        change = sum(
+            self.layers[name].at(shape) - self.layers[name].at(self.layers[name].shape)
+            for name, shape in shapes.items()
+        )
         return self.whole + change
 
 
@@ -227,8 +229,17 @@ def _patches(graph: Graph) -> list[tuple[Layer, _Patch]]:
         tensors = {name: graph.tensors[name] for node in nodes for name in node.refs() if name in graph.tensors}
         patch = Graph(tuple(specs), tensors, tuple(_computed(nodes, specs[1:])), (nodes[-1].name,))
         rows = shapes[specs[0].name][0]
-        geometry = (layer.shape, layer.stride, layer.padding, layer.dilation, layer.groups, layer.bias is None, rows,
-                    tuple(node.op for node in nodes), tuple((spec.shape, spec.dtype) for spec in specs))  # fmt: skip
+        geometry = (
+            layer.shape,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            layer.bias is None,
+            rows,
+            tuple(node.op for node in nodes),
+            tuple((spec.shape, spec.dtype) for spec in specs),
+        )
         found.append((layer, _Patch(layer, patch, rows, geometry)))
     return found
 
@@ -258,8 +269,10 @@ def _follow(
 def _computed(nodes: Sequence[Node], others: Sequence[InputSpec]) -> list[Node]:
     """The nodes with each other summand made by a node (a view of itself): fusion takes no network input for one."""
     names = {spec.name: f"{spec.name}.summand" for spec in others}
-    views = [Node(view, "aten.expand.default", (Ref(spec.name), [-1] * (len(spec.shape) + 1)))
-             for spec, view in zip(others, names.values())]  # fmt: skip
+    views = [
+        Node(view, "aten.expand.default", (Ref(spec.name), [-1] * (len(spec.shape) + 1)))
+        for spec, view in zip(others, names.values())
+    ]
     first, *rest = nodes
     renamed = [Node(n.name, n.op, map_refs(n.args, lambda name: Ref(names.get(name, name))), n.kwargs) for n in rest]
     return [first, *views, *renamed]

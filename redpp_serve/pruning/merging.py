@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..graph.classes import ChannelClass, Part
-from ..graph.coupling import Coupling
-from ..runtime.graph import Graph
-from .widths import unit
+from redpp_serve.channels.coupling import ChannelClass, Coupling, Part
+from redpp_serve.graph.graph import Graph
+from redpp_serve.pruning.widths import unit
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..graph.classes import ChannelClass, Reader
-from ..graph.coupling import Coupling
-from ..runtime.graph import Graph, conv2d_geometry
-from .piecewise import Piecewise, chunk_size
+from redpp_serve.channels.coupling import ChannelClass, Coupling, Reader
+from redpp_serve.graph.graph import Graph, conv2d_geometry
+from redpp_serve.pruning.piecewise import Piecewise, chunk_size
 
 _SAMPLES = 256  # positions of an input, unless a class has many channels
 _SPECTRUM_IMAGES = 8

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..runtime.graph import Graph
-from ..runtime.program import Program, value_shapes
+from redpp_serve.graph.executor import Program, value_shapes
+from redpp_serve.graph.graph import Graph
 
 _CHUNK_VALUES = 2**24  # of the widest point, run at once
 _KEPT_VALUES = 2**27  # of the values that later nodes need, over all inputs; where they are more, nodes run again

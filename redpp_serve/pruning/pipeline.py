@@ -12,24 +12,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import GateFailed, RedppError
-from ..graph.coupling import Coupling, couple, matches
-from ..graph.layers import Layer, find_layers, mac_count
-from ..runtime.graph import Graph
-from ..runtime.program import Program
-from .accounting import both_readings, hash_summary, layer_record
-from .codebooks import METHOD, hash_within
-from .distil import distil
-from .hashing import Hashed, hash_weight, retuned
-from .lossy import Choice, Narrower, choose, frontier_record, then
-from .merging import merge_exact
-from .options import NO_HASH, Options
-from .refit import Places, Reconstruction
-from .repair import repair_batch_norm
-from .splitting import Split, count_dense, count_kernels, split_weight
-from .stages import Stage, Stages
-from .synthetic import plan, smooth_noise, synthesize
-from .verify import EXACT, Difference, VerifyData, check_gate, compare_outputs, layer_errors, split_error
+from redpp_serve.channels.coupling import Coupling, couple, matches
+from redpp_serve.errors import GateFailed, RedppError
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import Graph
+from redpp_serve.graph.layers import Layer, find_layers, mac_count
+from redpp_serve.options import NO_HASH, Options
+from redpp_serve.pruning.accounting import (
+    Split,
+    both_readings,
+    count_dense,
+    count_kernels,
+    hash_summary,
+    layer_record,
+    split_weight,
+)
+from redpp_serve.pruning.choose import Choice, Narrower, choose, frontier_record
+from redpp_serve.pruning.distillation import distil
+from redpp_serve.pruning.final_codebooks import METHOD, hash_within
+from redpp_serve.pruning.fit import Places, Reconstruction
+from redpp_serve.pruning.hashing import Hashed, hash_weight, retuned
+from redpp_serve.pruning.inputs import plan, smooth_noise, synthesize
+from redpp_serve.pruning.merging import merge_exact
+from redpp_serve.pruning.repair import repair_batch_norm
+from redpp_serve.pruning.verification import (
+    EXACT,
+    Difference,
+    VerifyData,
+    check_gate,
+    compare_outputs,
+    layer_errors,
+    split_error,
+)
+from redpp_serve.stages import Stage, Stages
 
 _MATCHING_SHARE = 0.5  # of the time budget; the rest is for fitting
 _FIT_END, _FRONTIER_END = 0.8, 0.95  # of the time budget
@@ -110,8 +125,11 @@ def prune(
         RedppError: an accuracy limit without data to measure the accuracy with.
     """
     if options.max_accuracy_drop is not None and data is None:
-        raise RedppError(f"--max-accuracy-drop is {options.max_accuracy_drop:g}, but there is no data",
-                         "labelled inputs to measure accuracy with", "add --verify-data, or gate on --min-agreement")  # fmt: skip
+        raise RedppError(
+            f"--max-accuracy-drop is {options.max_accuracy_drop:g}, but there is no data",
+            "labelled inputs to measure accuracy with",
+            "add --verify-data, or gate on --min-agreement",
+        )
     run = _Run(graph, options, stages or Stages(quiet=True), graph, graph, data)
     started = time.monotonic()
     _hash(run)
@@ -171,7 +189,9 @@ def _merge(run: _Run) -> None:
             run.widths[group.name] = Reconstruction(group.name, group.channels, kept, 0.0)
         if not merged.removed:
             sets = len(coupling.open)
-            stage.reason = f"no two of the channels in {sets} classes are equal" if sets else "no open class of channels"
+            stage.reason = (
+                f"no two of the channels in {sets} classes are equal" if sets else "no open class of channels"
+            )
             return
         error = _precise_error(precise.graph, merged.graph, run.graph, run.options.seed)
         run.checks["merge_exact"] = error
@@ -222,8 +242,10 @@ def _casting_to_double(graph: Graph) -> Graph:
     def wide(value: Any) -> Any:
         return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
-    nodes = (replace(node, args=tuple(map(wide, node.args)), kwargs={k: wide(v) for k, v in node.kwargs.items()})
-             for node in graph.nodes)  # fmt: skip
+    nodes = (
+        replace(node, args=tuple(map(wide, node.args)), kwargs={k: wide(v) for k, v in node.kwargs.items()})
+        for node in graph.nodes
+    )
     return replace(graph, nodes=tuple(nodes))
 
 
@@ -236,8 +258,15 @@ def _make_inputs(run: _Run, started: float, checkpoint: Path | None) -> None:
             stage.reason = f"16 inputs of {run.inputs_note}"
             return
         how = plan(run.original, _MATCHING_SHARE * options.time_budget, options.device)
-        made = synthesize(run.original, how, seed=options.seed, device=options.device, checkpoint=checkpoint,
-                          deadline=started + 0.7 * options.time_budget, progress=stage.progress)  # fmt: skip
+        made = synthesize(
+            run.original,
+            how,
+            seed=options.seed,
+            device=options.device,
+            checkpoint=checkpoint,
+            deadline=started + 0.7 * options.time_budget,
+            progress=stage.progress,
+        )
         run.fit_inputs, run.held_out = made.divide(how.held_out)
         run.inputs_note = made.note or (
             f"matched to batch-norm statistics in {how.steps} steps, mismatch {made.losses[0]:.3g} -> {made.losses[1]:.3g}"
@@ -254,16 +283,24 @@ def _require_finite(run: _Run) -> None:
 
 
 def _not_finite(inputs: str) -> RedppError:
-    return RedppError(f"the network's own output is NaN or infinite on {inputs}", "finite outputs",
-                      "check its weights and statistics; a negative running variance is one cause")  # fmt: skip
+    return RedppError(
+        f"the network's own output is NaN or infinite on {inputs}",
+        "finite outputs",
+        "check its weights and statistics; a negative running variance is one cause",
+    )
 
 
 def _share(run: _Run, stage: Stage, graph: Graph | None = None) -> None:
     """Note what a stage has come to: output error and agreement on held-out inputs, cost, accuracy where there is data."""
     graph = run.graph if graph is None else graph
     difference = compare_outputs(run.original, graph, run.held_out)
-    record = {"stage": stage.name, "error": difference.error, "agreement": difference.agreement,
-              "macs": mac_count(graph), "seconds": stage.seconds}  # fmt: skip
+    record = {
+        "stage": stage.name,
+        "error": difference.error,
+        "agreement": difference.agreement,
+        "macs": mac_count(graph),
+        "seconds": stage.seconds,
+    }
     if run.data:
         record["accuracy"] = run.data.accuracy(graph)
     run.shares.append(record)
@@ -293,11 +330,15 @@ def _narrow(run: _Run, started: float) -> None:
             coupling = coupling.with_tensors(run.original.tensors)
         inputs = tuple(x.to(options.device) for x in run.fit_inputs)
         held_out = tuple(x.to(options.device) for x in run.held_out)
-        narrower = Narrower(run.original, coupling, run.merged, inputs, held_out, stage.progress, _excluded_tensors(run))
+        narrower = Narrower(
+            run.original, coupling, run.merged, inputs, held_out, stage.progress, _excluded_tensors(run)
+        )
         budget = options.time_budget
         run.choice = choose(narrower, options, started + _FIT_END * budget, started + _FRONTIER_END * budget)
         if run.choice.cut_short:
-            run.inputs_note += "; the search for widths was cut short by --time-budget, so it is not reproducible to the byte"
+            run.inputs_note += (
+                "; the search for widths was cut short by --time-budget, so it is not reproducible to the byte"
+            )
         narrowed = run.choice.narrowed
         run.graph, run.hashed = coupling.graph, run.hashed if "merge_exact" in run.checks else {}
         if narrowed is None:
@@ -318,8 +359,11 @@ def _require_no_target(options: Options) -> None:
     """A share of the cost that should go cannot go where every class of channels has to stay."""
     for what, share in (("macs", options.target_macs), ("latency", options.target_latency)):
         if share is not None and share < 1.0:
-            raise GateFailed(f"--target {what}={share:g} cannot be reached: no class of channels is open",
-                             "a layer that can be narrowed", "see inspect --channels for the reasons, and --exclude")  # fmt: skip
+            raise GateFailed(
+                f"--target {what}={share:g} cannot be reached: no class of channels is open",
+                "a layer that can be narrowed",
+                "see inspect --channels for the reasons, and --exclude",
+            )
 
 
 def _distil(run: _Run, checkpoint: Path | None, codebooks: frozenset[str] = frozenset()) -> None:
@@ -329,13 +373,25 @@ def _distil(run: _Run, checkpoint: Path | None, codebooks: frozenset[str] = froz
             return stage.skip("nothing was narrowed")
         if not options.distil:
             return stage.skip("--distil 0")
-        seconds = options.distil * (CODEBOOK_DISTIL_SHARE if codebooks else 1 - CODEBOOK_DISTIL_SHARE * (options.hash != NO_HASH))
+        seconds = options.distil * (
+            CODEBOOK_DISTIL_SHARE if codebooks else 1 - CODEBOOK_DISTIL_SHARE * (options.hash != NO_HASH)
+        )
         state = checkpoint.with_name(f"{checkpoint.name}.{name}") if checkpoint else None
         found = distil(
-            run.graph, run.original, run.fit_inputs, run.held_out, run.places, seconds=seconds, seed=options.seed,
-            device=options.device, deadline=time.monotonic() + 3 * seconds, checkpoint=state, progress=stage.progress,
-            codebooks=codebooks, frozen=_excluded_tensors(run),
-        )  # fmt: skip
+            run.graph,
+            run.original,
+            run.fit_inputs,
+            run.held_out,
+            run.places,
+            seconds=seconds,
+            seed=options.seed,
+            device=options.device,
+            deadline=time.monotonic() + 3 * seconds,
+            checkpoint=state,
+            progress=stage.progress,
+            codebooks=codebooks,
+            frozen=_excluded_tensors(run),
+        )
         run.graph = found.graph
         if not found.reproducible:
             run.inputs_note += f"; {name}: {found.note}"
@@ -359,7 +415,9 @@ def _codebooks(run: _Run, checkpoint: Path | None) -> None:
     with run.stages.run("codebooks") as stage:
         layers = _hashable(run)
         if options.hash == NO_HASH or options.merge == "exact" or not layers:
-            return stage.skip("--hash none" if options.hash == NO_HASH else "the weights are those of the first hashing")
+            return stage.skip(
+                "--hash none" if options.hash == NO_HASH else "the weights are those of the first hashing"
+            )
         before, weights = compare_outputs(run.original, run.graph, run.held_out).error, run.graph.tensors
         if options.hash_error is None and options.hash_values is None:
             budget = _codebook_budget(options, before)
@@ -411,8 +469,11 @@ def _require_exact(what: str, error: float) -> None:
     if error != error:  # NaN
         raise _not_finite("noise")
     if not error <= EXACT:
-        raise GateFailed(f"{what} changed the network's function by {error:.2e} (relative, float64)",
-                         f"at most {EXACT:g}, re-association error", "report this with the model; use --exclude meanwhile")  # fmt: skip
+        raise GateFailed(
+            f"{what} changed the network's function by {error:.2e} (relative, float64)",
+            f"at most {EXACT:g}, re-association error",
+            "report this with the model; use --exclude meanwhile",
+        )
 
 
 def _verify(run: _Run) -> Pruned:
@@ -430,19 +491,52 @@ def _verify(run: _Run) -> Pruned:
         except GateFailed as missed:
             raise GateFailed(f"{missed.found} (measured: {stage.reason})", missed.expected, missed.do) from None
     widths = {layer: run.widths[name] for layer, name in run.producers.items() if name in run.widths}
-    reasons = {**{layer: run.choice.left[name] for layer, name in run.producers.items() if name in run.choice.left}, **run.closed}
-    layers = [layer_record(run.original, layer, after[name], run.hashed.get(name), run.splits.get(name), widths.get(name),
-                           reasons.get(name, ""), errors.get(name)) for name, layer in before.items()]  # fmt: skip
+    reasons = {
+        **{layer: run.choice.left[name] for layer, name in run.producers.items() if name in run.choice.left},
+        **run.closed,
+    }
+    layers = [
+        layer_record(
+            run.original,
+            layer,
+            after[name],
+            run.hashed.get(name),
+            run.splits.get(name),
+            widths.get(name),
+            reasons.get(name, ""),
+            errors.get(name),
+        )
+        for name, layer in before.items()
+    ]
     return Pruned(
-        run.original, run.graph, layers,
-        hash_summary(after, run.first_hashed, run.hashed, run.splits, options.hash, str(options.hash_target), hash_error),
+        run.original,
+        run.graph,
+        layers,
+        hash_summary(
+            after, run.first_hashed, run.hashed, run.splits, options.hash, str(options.hash_target), hash_error
+        ),
         both_readings(before, after, run.graph, run.splits),
-        {"original": [count_dense(layer) for layer in before.values()],
-         "pruned": [count_kernels(layer, run.splits[n]) if n in run.splits else count_dense(layer) for n, layer in after.items()]},
-        {"merge_exact": None, "split_exact": None, **run.checks, "output_error": difference.error,
-         "agreement": difference.agreement, "images": difference.images, "inputs": run.inputs_note}, accuracy,
-        tuple(x[:_SAMPLES].cpu() for x in run.held_out), run.shares, run.choice,
-    )  # fmt: skip
+        {
+            "original": [count_dense(layer) for layer in before.values()],
+            "pruned": [
+                count_kernels(layer, run.splits[n]) if n in run.splits else count_dense(layer)
+                for n, layer in after.items()
+            ],
+        },
+        {
+            "merge_exact": None,
+            "split_exact": None,
+            **run.checks,
+            "output_error": difference.error,
+            "agreement": difference.agreement,
+            "images": difference.images,
+            "inputs": run.inputs_note,
+        },
+        accuracy,
+        tuple(x[:_SAMPLES].cpu() for x in run.held_out),
+        run.shares,
+        run.choice,
+    )
 
 
 def _verdict(difference: Difference, accuracy: tuple[float, float] | None) -> str:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.batch_norm import is_inference_norm
-from ..runtime.graph import Graph, InputSpec, Node, Ref
-from ..runtime.program import Program, value_shapes
+from redpp_serve.graph.executor import Program, value_shapes
+from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
+from redpp_serve.graph.passes import is_inference_norm
 
 _CHUNK = 16  # inputs whose squares are summed at once
 _LIVE_BYTES = 2**30  # of all values that are held at once; what is beyond costs inputs
@@ -68,10 +68,7 @@ def repair_batch_norm(
 
 @torch.no_grad()
 def _visit(
-    graph: Graph,
-    norms: Sequence[Node],
-    inputs: tuple[Tensor, ...],
-    see: Callable[[Node, Tensor], dict[str, Tensor]],
+    graph: Graph, norms: Sequence[Node], inputs: tuple[Tensor, ...], see: Callable[[Node, Tensor], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Run a graph up to its last norm; before each, ``see`` its input and take over the tensors that it changes.
 

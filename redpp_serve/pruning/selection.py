@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..graph.classes import Reader
-from .observation import Observed
+from redpp_serve.channels.coupling import Reader
+from redpp_serve.pruning.observation import Observed
 
 
 @dataclass(frozen=True)

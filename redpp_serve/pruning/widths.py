@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..graph.classes import ChannelClass
-from ..graph.coupling import Coupling
-from ..graph.layers import find_layers, mac_count
-from .observation import Observed
-from .piecewise import Piecewise, chunk_size
-from .quick_fit import quick_fit
-from .selection import Selection
-from .verify import squared_error
+from redpp_serve.channels.coupling import ChannelClass, Coupling
+from redpp_serve.graph.layers import find_layers, mac_count
+from redpp_serve.pruning.fit import quick_fit
+from redpp_serve.pruning.observation import Observed
+from redpp_serve.pruning.piecewise import Piecewise, chunk_size
+from redpp_serve.pruning.selection import Selection
+from redpp_serve.pruning.verification import squared_error
 
 Shapes = Mapping[str, tuple[int, ...]]  # of layers' weights by layer name
 Cost = Callable[[Shapes], float]  # a sum over the layers named, up to a constant

@@ -24,7 +24,7 @@ def shorten(value: object, limit: int) -> str:
     if len(line) <= limit:
         return line
     tail = (limit - 1) // 2
-    return f"{line[: limit - 1 - tail]}…{line[len(line) - tail:]}"
+    return f"{line[: limit - 1 - tail]}…{line[len(line) - tail :]}"
 
 
 def dig(tree: Any, *keys: str) -> Any:

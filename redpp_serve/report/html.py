@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from redpp_serve.report import charts, formats, frontier, markup, plans, text
+from redpp_serve.report import charts, formats, markup, plans, text
 from redpp_serve.report.formats import DASH, count, dig, error, number, percent, shorten
 from redpp_serve.report.markup import text_of
 
@@ -72,8 +72,14 @@ def _stages(report: Mapping[str, Any]) -> str:
     for stage in dig(report, "stages") or []:
         status = str(dig(stage, "status") or DASH)
         css = status if status in ("done", "skipped", "failed") else ""
-        rows.append((str(dig(stage, "name") or DASH), markup.Cell(status, css=css), str(dig(stage, "reason") or DASH),
-                     formats.seconds(dig(stage, "seconds"))))  # fmt: skip
+        rows.append(
+            (
+                str(dig(stage, "name") or DASH),
+                markup.Cell(status, css=css),
+                str(dig(stage, "reason") or DASH),
+                formats.seconds(dig(stage, "seconds")),
+            )
+        )
     table = markup.table("In the order they ran", ("stage", "status", "reason", "time"), rows, "ttwn")
     return markup.section("Stages", table)
 
@@ -88,8 +94,11 @@ def _hashing(report: Mapping[str, Any]) -> str:
     how = f"Method {dig(found, 'method') or DASH}, target: {dig(found, 'target') or DASH}."
     head = ("quantity", "predicted", "at most (bound)", "measured")
     note = text.bound_note(report)
-    return markup.section("Hashing: predicted and measured", markup.table(how, head, text.hash_rows(report), "tnnn"),
-                    markup.note(note, "worse" if "ABOVE" in note else "soft"))  # fmt: skip
+    return markup.section(
+        "Hashing: predicted and measured",
+        markup.table(how, head, text.hash_rows(report), "tnnn"),
+        markup.note(note, "worse" if "ABOVE" in note else "soft"),
+    )
 
 
 def _counting(report: Mapping[str, Any]) -> str:
@@ -116,14 +125,18 @@ def _layer_row(layer: Mapping[str, Any]) -> list[markup.Cell]:
     kept, channels = dig(layer, "merge", "kept"), dig(layer, "merge", "channels")
     unique, kernels = dig(layer, "split", "unique_kernels"), dig(layer, "split", "kernels")
     return [
-        markup.Cell(_name(layer), layer.get("name")), markup.Cell(str(layer.get("op") or DASH), layer.get("op")),
+        markup.Cell(_name(layer), layer.get("name")),
+        markup.Cell(str(layer.get("op") or DASH), layer.get("op")),
         markup.Cell(before if after in (DASH, before) else f"{before} → {after}"),
         cell(formats.exact, "hash", "values"),
-        cell(formats.bits, "hash", "entropy"), cell(error, "hash", "error"), cell(percent, "hash", "zero_kernels"),
+        cell(formats.bits, "hash", "entropy"),
+        cell(error, "hash", "error"),
+        cell(percent, "hash", "zero_kernels"),
         markup.Cell(formats.of(kept, channels), formats.quotient(kept, channels)),
-        markup.Cell(formats.of(unique, kernels), formats.quotient(unique, kernels)), cell(error, "error"),
+        markup.Cell(formats.of(unique, kernels), formats.quotient(unique, kernels)),
+        cell(error, "error"),
         markup.Cell(shorten(dig(layer, "merge", "reason") or DASH, 200), dig(layer, "merge", "reason")),
-    ]  # fmt: skip
+    ]
 
 
 def _charts(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -131,18 +144,42 @@ def _charts(layers: Sequence[Mapping[str, Any]]) -> str:
     errors = [charts.ErrorRow(_name(la), dig(la, "error"), dig(la, "hash", "error")) for la in layers]
     figures = (
         ("Kept channels", "Channels kept of those the layer had.", charts.kept_chart("kept", kept)),
-        ("Error per layer", "Bar: relative output error, pruned against original. Mark: relative RMS error of the"
-         " hashed weights. Values in this order.", charts.error_chart("errors", errors)),
-    )  # fmt: skip
-    return '<div class="pair">' + "".join(
-        markup.section(title, f"<figure><figcaption>{text_of(caption)}</figcaption>"
-                 + markup.scroll(title, f'<div class="chart">{svg}</div>', "tall") + "</figure>")
-        for title, caption, svg in figures) + "</div>"  # fmt: skip
+        (
+            "Error per layer",
+            "Bar: relative output error, pruned against original. Mark: relative RMS error of the"
+            " hashed weights. Values in this order.",
+            charts.error_chart("errors", errors),
+        ),
+    )
+    return (
+        '<div class="pair">'
+        + "".join(
+            markup.section(
+                title,
+                f"<figure><figcaption>{text_of(caption)}</figcaption>"
+                + markup.scroll(title, f'<div class="chart">{svg}</div>', "tall")
+                + "</figure>",
+            )
+            for title, caption, svg in figures
+        )
+        + "</div>"
+    )
 
 
 def _layer_section(layers: Sequence[Mapping[str, Any]]) -> str:
-    head = ("layer", "op", "shape → pruned", "values", "entropy (bits)", "RMS error", "near-zero kernels",
-            "kept channels", "unique kernels", "output error", "channels left alone because")  # fmt: skip
+    head = (
+        "layer",
+        "op",
+        "shape → pruned",
+        "values",
+        "entropy (bits)",
+        "RMS error",
+        "near-zero kernels",
+        "kept channels",
+        "unique kernels",
+        "output error",
+        "channels left alone because",
+    )
     caption = "In network order. Shapes are outputs x inputs per group x kernel; errors are relative."
     rows = [_layer_row(layer) for layer in layers]
     return markup.section("Layers", markup.table(caption, head, rows, "ctfnnnnnnnw", "dense sortable", "tall"))
@@ -195,7 +232,9 @@ def _densities(layers: Sequence[Mapping[str, Any]]) -> str:
 def _items(found: Any) -> list[tuple[str, str]]:
     """Items as text, by key: the page is the same whether made from the live report or from report.json."""
     pairs = sorted(found.items()) if isinstance(found, Mapping) else []
-    rows = (_items(v) if isinstance(v, Mapping) else [(str(k), DASH if v is None or v != v else str(v))] for k, v in pairs)
+    rows = (
+        _items(v) if isinstance(v, Mapping) else [(str(k), DASH if v is None or v != v else str(v))] for k, v in pairs
+    )
     return [row for group in rows for row in group]  # versions give one row each
 
 
@@ -238,19 +277,28 @@ def render(report: Mapping[str, Any]) -> str:
     layers = _layers(report)
     rows = [(row.label, row.original, row.pruned, row.ratio) for row in text.summary_rows(report)]
     parts = [
-        _headline(report), _tiles(report),
+        _headline(report),
+        _tiles(report),
         markup.section(
             "Original and pruned",
             markup.table("", ("quantity", "original", "pruned", "ratio"), rows, "tnnn"),
             markup.note(RATIO_NOTE),
         ),
-        frontier.frontier_section(report), frontier.share_section(report), plans.plan_section(report),
+        charts.frontier_section(report),
+        charts.share_section(report),
+        plans.plan_section(report),
         f'<div class="pair">{_stages(report)}{_verification(report)}{_hashing(report)}{_counting(report)}</div>',
-    ]  # fmt: skip
+    ]
     if layers:
         parts += [_charts(layers), _layer_section(layers), _alternatives(layers), _densities(layers)]
-    parts += ['<div class="pair">', _pairs("Options", report.get("options")), _pairs("Source", report.get("source")),
-              _pairs("Environment", report.get("environment")), _measured_where(report), "</div>"]  # fmt: skip
+    parts += [
+        '<div class="pair">',
+        _pairs("Options", report.get("options")),
+        _pairs("Source", report.get("source")),
+        _pairs("Environment", report.get("environment")),
+        _measured_where(report),
+        "</div>",
+    ]
     tool = f"{dig(report, 'tool', 'name') or 'redpp-serve'} {dig(report, 'tool', 'version') or DASH}"
     title = text_of(f"{report.get('name') or 'model'}: pruning report")
     return (

@@ -53,7 +53,10 @@ def plan_summary(plan: Mapping[str, Any]) -> list[str]:
             found.append(f"{layers} of {len(choices)} choices {why}")
     if any(_faster(choice) for choice in choices):
         found.append("a kernel with a lower median than dense is not taken where it is not surely 3 % faster")
-    return [*found, f"plan made in {seconds(plan.get('seconds'))} on {shorten(plan.get('device') or DASH, 60)}, {printable(plan.get('precision'))}"]
+    return [
+        *found,
+        f"plan made in {seconds(plan.get('seconds'))} on {shorten(plan.get('device') or DASH, 60)}, {printable(plan.get('precision'))}",
+    ]
 
 
 def plan_text(plans: Mapping[str, Any]) -> str:
@@ -105,7 +108,11 @@ def _batch_line(batch: Any, choices: Sequence[Mapping[str, Any]]) -> str:
 def _faster(choice: Mapping[str, Any]) -> bool:
     """Whether another kernel has a lower time than the dense one that stayed after timing."""
     times = choice.get("times")
-    if choice.get("kernel") != "dense" or choice.get("source") not in ("measured", "cached", "shipped") or not isinstance(times, Mapping):
+    if (
+        choice.get("kernel") != "dense"
+        or choice.get("source") not in ("measured", "cached", "shipped")
+        or not isinstance(times, Mapping)
+    ):
         return False
     found = {name: number(value) for name, value in times.items()}
     dense = found.get("dense")
@@ -116,9 +123,19 @@ def _row(alike: Sequence[Mapping[str, Any]]) -> Row:
     first, times = alike[0], alike[0]["times"]
     kernel = str(first.get("kernel"))
     more = f" and {len(alike) - 1} alike" if len(alike) > 1 else ""
-    others = ", ".join(f"{printable(name)} {_time(value)}" for name, value in times.items() if name not in ("dense", kernel))
-    return Row(shorten(first.get("name") or DASH, 48) + more, printable(first.get("shape")), printable(first.get("batch")),
-               printable(kernel), printable(first.get("source")), _time(times.get("dense")), _time(times.get(kernel)), others or DASH)  # fmt: skip
+    others = ", ".join(
+        f"{printable(name)} {_time(value)}" for name, value in times.items() if name not in ("dense", kernel)
+    )
+    return Row(
+        shorten(first.get("name") or DASH, 48) + more,
+        printable(first.get("shape")),
+        printable(first.get("batch")),
+        printable(kernel),
+        printable(first.get("source")),
+        _time(times.get("dense")),
+        _time(times.get(kernel)),
+        others or DASH,
+    )
 
 
 def _time(value: Any) -> str:
@@ -130,5 +147,10 @@ def _aligned(rows: Sequence[Row]) -> list[str]:
     """Columns as wide as their longest text, the figures to the right."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(HEAD))]
     right = {"batch", "dense", "chosen"}
-    return ["  " + "  ".join(text.rjust(w) if head in right else text.ljust(w) for text, w, head in zip(row, widths, HEAD)).rstrip()
-            for row in rows]  # fmt: skip
+    return [
+        "  "
+        + "  ".join(
+            text.rjust(w) if head in right else text.ljust(w) for text, w, head in zip(row, widths, HEAD)
+        ).rstrip()
+        for row in rows
+    ]

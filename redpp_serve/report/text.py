@@ -6,11 +6,26 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from redpp_serve.report.charts import frontier_points, thinned
 from redpp_serve.report.formats import (
-    DASH, bits, count, dig, error, exact, milliseconds, number, of, percent, printable, quotient, rate, shape, shorten,
-    size, times,
-)  # fmt: skip
-from redpp_serve.report.points import frontier_points, thinned
+    DASH,
+    bits,
+    count,
+    dig,
+    error,
+    exact,
+    milliseconds,
+    number,
+    of,
+    percent,
+    printable,
+    quotient,
+    rate,
+    shape,
+    shorten,
+    size,
+    times,
+)
 
 WIDTH = 110
 NAMES_SHOWN = 12  # names listed under one reason before "and N more"
@@ -134,8 +149,13 @@ def _left_alone(layers: Sequence[Any]) -> list[str]:
     for reason, names in groups.items():
         more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
         lines += textwrap.wrap(f"{reason}:", WIDTH, initial_indent="  ", subsequent_indent="  ")
-        lines += textwrap.wrap(", ".join(names[:NAMES_SHOWN]) + more, WIDTH, initial_indent="    ",
-                               subsequent_indent="    ", break_on_hyphens=False)  # fmt: skip
+        lines += textwrap.wrap(
+            ", ".join(names[:NAMES_SHOWN]) + more,
+            WIDTH,
+            initial_indent="    ",
+            subsequent_indent="    ",
+            break_on_hyphens=False,
+        )
     return lines
 
 
@@ -183,13 +203,18 @@ def _layer_cells(layer: Any) -> tuple[str, ...]:
     after, kept, channels = dig(layer, "pruned_shape"), dig(layer, "merge", "kept"), dig(layer, "merge", "channels")
     inspected = number(kept) is None and number(channels) is not None  # and nothing has been narrowed
     return (
-        shorten(dig(layer, "name") or DASH, 40), shorten(dig(layer, "op") or DASH, 9), shape(dig(layer, "shape")),
+        shorten(dig(layer, "name") or DASH, 40),
+        shorten(dig(layer, "op") or DASH, 9),
+        shape(dig(layer, "shape")),
         shape(after) if after != dig(layer, "shape") else DASH,
-        count(dig(layer, "parameters")), count(dig(layer, "macs")), exact(dig(layer, "hash", "values")),
-        bits(dig(layer, "hash", "entropy")), error(dig(layer, "hash", "error")),
+        count(dig(layer, "parameters")),
+        count(dig(layer, "macs")),
+        exact(dig(layer, "hash", "values")),
+        bits(dig(layer, "hash", "entropy")),
+        error(dig(layer, "hash", "error")),
         *((DASH, DASH) if inspected else (of(kept, channels), error(dig(layer, "error")))),
         *((exact(channels), "no" if dig(layer, "merge", "reason") else "yes") if inspected else (DASH, DASH)),
-    )  # fmt: skip
+    )
 
 
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:

@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..kernels.codebook_linear_heuristics import best_decode
-from . import forms
-from .forms import Form
-from .graph import Graph, Node
-from .layers import FusedLayer, fused_layer
-from .onednn import available, onednn_conv2d, onednn_linear
-from .weights import repeats
+from redpp_serve.graph.graph import Graph, Node
+from redpp_serve.graph.weights import repeats
+from redpp_serve.kernels.codebook_linear.heuristics import best_decode
+from redpp_serve.runtime import fused_layer as forms
+from redpp_serve.runtime.fused_layer import Form, FusedLayer, available, fused_layer, onednn_conv2d, onednn_linear
 
 # Priors; the timings behind them are in the project's benchmarks.
 CODEBOOK_BYTES = 8 << 20  # a smaller weight stays in a cache, and reading less of it gains nothing
@@ -103,7 +101,9 @@ def _on_cpu(layer: FusedLayer, x_shape: tuple[int, ...]) -> Iterator[Candidate]:
     products = layer.rows(x_shape) * layer.values.numel()
     if layer.is_conv:
         worth = products <= ONEDNN_CALL_PRODUCTS
-        yield Candidate("library", worth, f"torch's own call starts sooner, {products} products", lambda: forms.plain(layer))
+        yield Candidate(
+            "library", worth, f"torch's own call starts sooner, {products} products", lambda: forms.plain(layer)
+        )
     else:
         worth = products >= ONEDNN_LINEAR_PRODUCTS
         yield Candidate("onednn", worth, f"packed weights, {products} products", lambda: onednn_linear(layer))

@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .buckets import bucket_for, chunks
-from .graph import InputSpec
-from .program import Program
-from .programs import channels_last
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import InputSpec
+from redpp_serve.runtime.buckets import bucket_for, chunks
+from redpp_serve.runtime.serving_graph import channels_last
 
 WARM_UPS = 3  # runs before recording: libraries choose their algorithms and make their workspaces
 

@@ -9,16 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .artifact import load
-from .buckets import batch_buckets, bucket_for
-from .cuda_graphs import BucketRunner, CudaRecorder
-from .graph import InputSpec
-from .plan import Plan
-from .plan_cache import PlanCache, default_path
-from .planner import PLAN_SECONDS, make_plan
-from .precision import check_precision, precision_dtype, set_switches
-from .program import Program
-from .programs import channels_last, layer_inputs, planned_programs, serving_graph, serving_program
+from redpp_serve.graph.artifact import load
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import InputSpec
+from redpp_serve.graph.passes import check_precision, precision_dtype, set_switches
+from redpp_serve.runtime.buckets import batch_buckets, bucket_for
+from redpp_serve.runtime.cuda_graphs import BucketRunner, CudaRecorder
+from redpp_serve.runtime.plan import Plan
+from redpp_serve.runtime.plan_cache import PlanCache, default_path
+from redpp_serve.runtime.planner import PLAN_SECONDS, make_plan
+from redpp_serve.runtime.serving_graph import (
+    channels_last,
+    layer_inputs,
+    planned_programs,
+    serving_graph,
+    serving_program,
+)
 
 __all__ = ["ServingModel", "serving_program"]
 
@@ -50,9 +56,16 @@ class ServingModel:
     """
 
     def __init__(
-        self, source: Path | bytes, device: str = "cpu", *, precision: str = "fp32", batch: int = 1,
-        plan_seconds: float = PLAN_SECONDS, cache: PlanCache | None | str = "default", everything: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        source: Path | bytes,
+        device: str = "cpu",
+        *,
+        precision: str = "fp32",
+        batch: int = 1,
+        plan_seconds: float = PLAN_SECONDS,
+        cache: PlanCache | None | str = "default",
+        everything: bool = False,
+    ) -> None:
         check_precision(precision)
         artifact = load(source)
         self.description: dict[str, Any] = artifact.description
@@ -67,8 +80,9 @@ class ServingModel:
         graph = serving_graph(artifact.graph, self.device, precision)
         shapes = layer_inputs(graph, self.device, precision)
         kept = PlanCache(default_path()) if isinstance(cache, str) else cache
-        self.plan = make_plan(graph, self.device, precision, self.batches, shapes, seconds=plan_seconds, cache=kept,
-                              everything=everything)  # fmt: skip
+        self.plan = make_plan(
+            graph, self.device, precision, self.batches, shapes, seconds=plan_seconds, cache=kept, everything=everything
+        )
         self._programs = planned_programs(
             graph, self.batches, self.plan.kernel, shapes, self.device, precision_dtype(precision)
         )

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from .. import kernels
-from .artifact import write_atomically
-from .plan import Timing
+from redpp_serve import kernels
+from redpp_serve.graph.artifact import write_atomically
+from redpp_serve.runtime.plan import Timing
 
 try:
     import fcntl
@@ -169,8 +169,10 @@ def _read(path: Path) -> Entries:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != FORMAT:
             return {}
-        return {str(key): {str(s): {str(k): _timing(v) for k, v in times.items()} for s, times in layers.items()}
-                for key, layers in document["entries"].items()}  # fmt: skip
+        return {
+            str(key): {str(s): {str(k): _timing(v) for k, v in times.items()} for s, times in layers.items()}
+            for key, layers in document["entries"].items()
+        }
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -189,8 +191,13 @@ def _timing(value: Any) -> Timing:
 
 
 def _write(path: Path, entries: Entries) -> None:
-    plain = {key: {s: {k: [t.seconds, t.high] if math.isfinite(t.seconds) else None for k, t in times.items()}
-                   for s, times in layers.items()} for key, layers in entries.items()}  # fmt: skip
+    plain = {
+        key: {
+            s: {k: [t.seconds, t.high] if math.isfinite(t.seconds) else None for k, t in times.items()}
+            for s, times in layers.items()
+        }
+        for key, layers in entries.items()
+    }
     text = json.dumps({"format": FORMAT, "entries": plain}, sort_keys=True, indent=1)
     write_atomically(path, f"{text}\n".encode())
 
@@ -204,7 +211,7 @@ def _merged(old: Entries, new: Entries) -> Entries:
 def _sources() -> str:
     """Eight digits that differ between releases of the kernels."""
     digest = hashlib.sha256()
-    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+    for path in sorted(Path(kernels.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
 

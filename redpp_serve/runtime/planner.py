@@ -3,33 +3,147 @@
 A prior (`candidates`) says what is worth timing, a budget how long it may take. Candidates run in turns, each round
 forwards and backwards, so that a busy machine or a changing clock meets all of them alike; the dense kernel is left only
 for one that is surely faster (`plan.decide`). A candidate that fails or differs from the dense kernel's result is out.
+
+A plan's last test: the whole network with the chosen kernels against the same network with dense ones.
+
+Layers are timed alone. Within the network they find other caches and other neighbours, so a sum of small gains may be
+none: a choice for a batch size stands only where the network as a whole is surely not slower with it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .candidates import Candidate, candidates, signature
-from .forms import Form
-from .graph import Graph, InputSpec
-from .layers import FusedLayer, fused_layers
-from .confirming import confirmed
-from .plan import DENSE, Choice, Plan, Timing, decide
-from .plan_cache import PlanCache, device_key, device_name
-from .precision import precision_dtype
-from .program import Program
-from .programs import channels_last, layer_inputs
-from .timers import FEWEST_ROUNDS, Timer, in_turns, timer_for, timings
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import Graph, InputSpec
+from redpp_serve.graph.passes import precision_dtype
+from redpp_serve.runtime.candidates import Candidate, candidates, signature
+from redpp_serve.runtime.fused_layer import Form, FusedLayer, fused_layers
+from redpp_serve.runtime.plan import DENSE, Choice, Plan, Timing, decide
+from redpp_serve.runtime.plan_cache import PlanCache, device_key, device_name
+from redpp_serve.runtime.serving_graph import channels_last, layer_inputs, planned_programs
+from redpp_serve.runtime.timing import FEWEST_ROUNDS, ClockTimer, EventTimer, Timer, in_turns, timer_for, timings
 
 log = logging.getLogger(__name__)
+
+PLANNED = "planned"
+
+
+def confirmed(
+    graph: Graph,
+    choices: Sequence[Choice],
+    inputs: Mapping[str, tuple[int, ...]],
+    device: torch.device,
+    precision: str,
+    cache: PlanCache,
+    key: str,
+    seconds: float,
+) -> list[Choice]:
+    """The choices, with dense kernels for each batch size at which the others do not make the network faster.
+
+    Args:
+        graph: of `programs.serving_graph`.
+        inputs: of `programs.layer_inputs`.
+        key: of the cache, for this device.
+        seconds: for all batch sizes; where it does not suffice, or is 0 and the cache knows nothing, dense kernels stay.
+    """
+    end = time.perf_counter() + seconds
+    kept = list(choices)
+    for batch in sorted({choice.batch for choice in choices if choice.kernel != DENSE}):
+        kernels = {choice.layer: choice.kernel for choice in choices if choice.batch == batch}
+        name = _signature(graph, batch, kernels, inputs, precision_dtype(precision))
+        found = cache.find(key, name)
+        if found and PLANNED not in found[0]:  # of a file that was edited
+            found = None
+        known = found[0] if found else _time_or_fail(graph, batch, kernels, inputs, device, precision, end)
+        if known and not found and math.isfinite(known[PLANNED].seconds):
+            cache.add(key, {name: known})
+        if not known or known[PLANNED].high > 1.0:
+            source = "network" if known else "budget"
+            kept = [
+                replace(c, kernel=DENSE, source=source) if c.batch == batch and c.kernel != DENSE else c for c in kept
+            ]
+    return kept
+
+
+def _time_or_fail(
+    graph: Graph,
+    batch: int,
+    kernels: Mapping[str, str],
+    inputs: Mapping[str, tuple[int, ...]],
+    device: torch.device,
+    precision: str,
+    end: float,
+) -> dict[str, Timing]:
+    """`_time`; infinite where the network does not run with the planned kernels, for want of memory for example."""
+    try:
+        return _time(graph, batch, kernels, inputs, device, precision, end)
+    except Exception as error:  # whatever a driver raises: a plan never stops a worker
+        log.warning(
+            "the network does not run with the kernels chosen for batch %d: %s",
+            batch,
+            " ".join(str(error).split())[:300],
+        )
+        return {PLANNED: Timing(math.inf, math.inf)}
+
+
+def _time(
+    graph: Graph,
+    batch: int,
+    kernels: Mapping[str, str],
+    inputs: Mapping[str, tuple[int, ...]],
+    device: torch.device,
+    precision: str,
+    end: float,
+) -> dict[str, Timing]:
+    """Times of the network with dense and with the planned kernels; nothing where the time would not suffice."""
+    if time.perf_counter() >= end:
+        return {}
+    dtype = precision_dtype(precision)
+    programs = [
+        planned_programs(graph, (batch,), lambda layer, _, table=table: table.get(layer, DENSE), inputs, device, dtype)[
+            batch
+        ]
+        for table in ({}, kernels)
+    ]
+    x = tuple(_example(i.shape, batch, getattr(torch, i.dtype), device) for i in graph.inputs)
+    timer = ClockTimer() if device.type != "cuda" else EventTimer(device, 0)
+    start = time.perf_counter()
+    runs = [timer.prepare(lambda _, program=program: program, {}, x) for program in programs]
+    once = (time.perf_counter() - start) / 2
+    if time.perf_counter() + 2 * FEWEST_ROUNDS * once > end:
+        return {}
+    return timings((DENSE, PLANNED), in_turns(runs, end, gain=0.0))
+
+
+def _example(shape: tuple[int, ...], batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal random numbers; zeros for integers, which are valid indices everywhere."""
+    made = torch.randn(batch, *shape) if dtype.is_floating_point else torch.zeros(batch, *shape)
+    return channels_last(made.to(device, dtype))
+
+
+def _signature(
+    graph: Graph, batch: int, kernels: Mapping[str, str], inputs: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> str:
+    """Of all that the times depend on: operators and their arguments, layers, shapes, the kernels chosen."""
+    nodes = [(node.op, kernels.get(node.name, ""), repr((node.args, node.kwargs))) for node in graph.nodes]
+    layers = [signature(graph, layer.node, inputs[layer.node.name], dtype) for layer in fused_layers(graph)]
+    shapes = [(name, list(t.shape)) for name, t in graph.tensors.items()] + [
+        (i.name, list(i.shape)) for i in graph.inputs
+    ]
+    digest = hashlib.sha256(json.dumps([nodes, layers, shapes]).encode()).hexdigest()[:16]
+    return f"network {digest} batch={batch}"
+
 
 PLAN_SECONDS = 20.0
 _FOR_LAYERS = 0.75  # of the budget; the rest is for the network as a whole, without which no choice stands
@@ -52,15 +166,23 @@ class _Cell:
     def choices(self, kernel: str, source: str, timings: dict[str, Timing]) -> Iterator[Choice]:
         times = {name: timing.seconds for name, timing in timings.items() if math.isfinite(timing.seconds)}
         for layer in self.layers:
-            yield Choice(layer.node.name, layer.name, self.batch, kernel, source, times, "x".join(map(str, self.x_shape)))
+            yield Choice(
+                layer.node.name, layer.name, self.batch, kernel, source, times, "x".join(map(str, self.x_shape))
+            )
 
 
 @torch.inference_mode()
 def make_plan(
-    graph: Graph, device: torch.device, precision: str, batches: Sequence[int],
-    inputs: Mapping[str, tuple[int, ...]] | None = None, *, seconds: float = PLAN_SECONDS, cache: PlanCache | None = None,
+    graph: Graph,
+    device: torch.device,
+    precision: str,
+    batches: Sequence[int],
+    inputs: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    seconds: float = PLAN_SECONDS,
+    cache: PlanCache | None = None,
     everything: bool = False,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Choose a kernel for each layer of a network at each batch size.
 
     Args:
@@ -99,9 +221,13 @@ def _decide(
 
 
 def _cells(
-    graph: Graph, inputs: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype,
-    batches: Sequence[int], everything: bool,
-) -> list[_Cell]:  # fmt: skip
+    graph: Graph,
+    inputs: Mapping[str, tuple[int, ...]],
+    device: torch.device,
+    dtype: torch.dtype,
+    batches: Sequence[int],
+    everything: bool,
+) -> list[_Cell]:
     found: dict[tuple[int, str], _Cell] = {}  # one layer's input at batch 4 may have another's shape at batch 1
     for batch in batches:
         for layer in fused_layers(graph):
@@ -149,14 +275,23 @@ def _measure(cells: Sequence[_Cell], timer: Timer, seconds: float) -> dict[str, 
             share = left / (len(ordered) - done)
             found[cell.signature] = time_candidates(cell.layers[0], cell.x_shape, cell.options, timer, share, end)
     if late := sum(not found.get(cell.signature) for cell in ordered):
-        log.warning("%d of %d layers keep the dense kernel: the %.0f s for timing do not reach them", late, len(ordered), seconds)
+        log.warning(
+            "%d of %d layers keep the dense kernel: the %.0f s for timing do not reach them",
+            late,
+            len(ordered),
+            seconds,
+        )
     return {text: timings for text, timings in found.items() if timings}
 
 
 def time_candidates(
-    layer: FusedLayer, x_shape: tuple[int, ...], options: Sequence[Candidate], timer: Timer, seconds: float,
+    layer: FusedLayer,
+    x_shape: tuple[int, ...],
+    options: Sequence[Candidate],
+    timer: Timer,
+    seconds: float,
     latest: float = math.inf,
-) -> dict[str, Timing]:  # fmt: skip
+) -> dict[str, Timing]:
     """Median seconds of each candidate that computes what the dense one (the first) does.
 
     A candidate that fails or differs keeps an infinite time, so that it is not tried again; the log says why.
@@ -177,12 +312,19 @@ def time_candidates(
             difference = 0.0 if expected is None else _difference(result, expected)
             if not difference <= _most_roundings(result):
                 raise ValueError(f"its result differs by {difference:.0f} roundings from the dense kernel's")
-            runs[option.kernel] = timer.prepare(lambda tensors, node=form[0]: _program(layer, (node, tensors)), form[1], inputs)
+            runs[option.kernel] = timer.prepare(
+                lambda tensors, node=form[0]: _program(layer, (node, tensors)), form[1], inputs
+            )
         except Exception as error:  # whatever a compiler or a driver raises: this kernel is not for this device
             if expected is None:
                 raise
-            log.warning("%s cannot run %s with an input of shape %s: %s", option.kernel, layer.node.name, x_shape,
-                        " ".join(str(error).split())[:300])  # fmt: skip
+            log.warning(
+                "%s cannot run %s with an input of shape %s: %s",
+                option.kernel,
+                layer.node.name,
+                x_shape,
+                " ".join(str(error).split())[:300],
+            )
             continue
         if expected is None:
             expected = result

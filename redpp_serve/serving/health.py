@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from redpp_serve.errors import RedppError
-
-from .registry import Running, find
-from .server import ask
+from redpp_serve.serving.running import Running, find
+from redpp_serve.serving.server import ask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,8 +94,11 @@ def check(folder: Path, kind: str | None = None) -> list[Health]:
     results = [probe(running, variant) for variant in running.urls]
     problems = [f"{result.variant} {result.problem}" for result in results if result.problem]
     if problems:
-        raise Unhealthy("; ".join(problems), "a prediction from both versions",
-                        "see what redpp-serve serve printed; start it again where it has ended")  # fmt: skip
+        raise Unhealthy(
+            "; ".join(problems),
+            "a prediction from both versions",
+            "see what redpp-serve serve printed; start it again where it has ended",
+        )
     return results
 
 
@@ -133,11 +135,19 @@ def triton_body(inputs: Sequence[Mapping[str, Any]], arrays: Sequence[np.ndarray
         The body, and how many bytes of it are JSON.
     """
     data = [array.tobytes() for array in arrays]
-    header = json.dumps({"inputs": [
-        {"name": spec["name"], "datatype": spec["datatype"], "shape": [1, *spec["shape"][1:]],
-         "parameters": {"binary_data_size": len(content)}}
-        for spec, content in zip(inputs, data, strict=True)
-    ]}).encode()  # fmt: skip
+    header = json.dumps(
+        {
+            "inputs": [
+                {
+                    "name": spec["name"],
+                    "datatype": spec["datatype"],
+                    "shape": [1, *spec["shape"][1:]],
+                    "parameters": {"binary_data_size": len(content)},
+                }
+                for spec, content in zip(inputs, data, strict=True)
+            ]
+        }
+    ).encode()
     return b"".join([header, *data]), len(header)
 
 

@@ -20,11 +20,9 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 from redpp_serve.errors import RedppError
-
-from .guard import Guard
-from .ports import ADDRESS, Ports, TritonPorts, check_ports
-from .processes import kill_session
-from .registry import Running, started
+from redpp_serve.serving.ports import ADDRESS, Ports, TritonPorts, check_ports
+from redpp_serve.serving.processes import Guard, kill_session
+from redpp_serve.serving.running import Running, started
 
 KINDS = ("torchserve", "triton")
 VARIANTS = ("original", "redpp")
@@ -58,9 +56,17 @@ class LocalServer(ABC):
     content_type: ClassVar[str] = "application/octet-stream"
 
     def __init__(
-        self, folder: Path, *, name: str, versions: tuple[str, str], workers: int, ports: Any, auth: bool,
-        progress: Callable[[str], None], timeout_s: float,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        *,
+        name: str,
+        versions: tuple[str, str],
+        workers: int,
+        ports: Any,
+        auth: bool,
+        progress: Callable[[str], None],
+        timeout_s: float,
+    ) -> None:
         from redpp_serve.packaging.mar import check_name  # with torch, which commands on a running server do not need
 
         check_name(name)
@@ -176,12 +182,19 @@ class LocalServer(ABC):
         """What other commands need to find this server, for `registry.register`; this process supervises it."""
         urls = {variant: self.url(version) for variant, version in zip(VARIANTS, self.versions)}
         return Running(
-            folder=str(self.folder), name=self.name, kind=self.kind, pid=os.getpid(), created=started(os.getpid()) or 0.0,
-            versions=self.versions, urls={**urls, "default": self.default_url()}, management_url=self.management_url,
+            folder=str(self.folder),
+            name=self.name,
+            kind=self.kind,
+            pid=os.getpid(),
+            created=started(os.getpid()) or 0.0,
+            versions=self.versions,
+            urls={**urls, "default": self.default_url()},
+            management_url=self.management_url,
             metrics_urls=[self.metrics_url],
-            headers={api: self.headers(api) for api in ("inference", "management")}, model_config=self.model_config,
+            headers={api: self.headers(api) for api in ("inference", "management")},
+            model_config=self.model_config,
             extra=extra or {},
-        )  # fmt: skip
+        )
 
     def promote(self) -> None:
         """Requests that name no version go to the pruned network from now on; none of them fails on the way.
@@ -189,7 +202,7 @@ class LocalServer(ABC):
         Raises:
             RedppError: the server refuses or does not answer.
         """
-        from .switching import switch
+        from redpp_serve.serving.switching import switch
 
         switch(self.running(), "redpp")
 
@@ -199,7 +212,7 @@ class LocalServer(ABC):
         Raises:
             RedppError: the server refuses or does not answer.
         """
-        from .switching import switch
+        from redpp_serve.serving.switching import switch
 
         switch(self.running(), "original")
 
@@ -209,7 +222,7 @@ class LocalServer(ABC):
         Raises:
             RedppError: the server does not answer.
         """
-        from .switching import default_variant
+        from redpp_serve.serving.switching import default_variant
 
         return default_variant(self.running())
 
@@ -219,12 +232,18 @@ class LocalServer(ABC):
         try:
             with (self.home / "server.log").open("ab") as log:
                 self._leaders[what] = subprocess.Popen(
-                    command, cwd=self.home, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    command,
+                    cwd=self.home,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
                     start_new_session=True,
-                )  # fmt: skip
+                )
         except OSError as error:
-            raise RedppError(f"{what} cannot be started: {error}", f"{command[0]} as a program of this machine",
-                             "install it again") from error  # fmt: skip
+            raise RedppError(
+                f"{what} cannot be started: {error}", f"{command[0]} as a program of this machine", "install it again"
+            ) from error
         if self._guard:
             self._guard.watch(self._leaders[what])
 
@@ -259,21 +278,27 @@ class LocalServer(ABC):
 
 
 def open_server(
-    kind: str, folder: Path, *, name: str, workers: int = 1, ports: Ports | TritonPorts | None = None, auth: bool = True,
+    kind: str,
+    folder: Path,
+    *,
+    name: str,
+    workers: int = 1,
+    ports: Ports | TritonPorts | None = None,
+    auth: bool = True,
     progress: Callable[[str], None] = lambda line: None,
-) -> LocalServer:  # fmt: skip
+) -> LocalServer:
     """A server of that kind for a packaged folder; it starts on entering its context or by ``start``.
 
     Raises:
         RedppError: no such kind, or nothing in the folder that it could serve.
     """
     if kind == "torchserve":
-        from .torchserve import TorchServe
+        from redpp_serve.serving.torchserve import TorchServe
 
         assert ports is None or isinstance(ports, Ports)
         return TorchServe(folder, name=name, workers=workers, ports=ports, auth=auth, progress=progress)
     if kind == "triton":
-        from .triton import TritonServer
+        from redpp_serve.serving.triton_server import TritonServer
 
         assert ports is None or isinstance(ports, TritonPorts)
         return TritonServer(folder, name=name, workers=workers, ports=ports, auth=auth, progress=progress)

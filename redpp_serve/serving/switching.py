@@ -8,9 +8,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from redpp_serve.errors import RedppError
-
-from .registry import Running
-from .server import VARIANTS, ask
+from redpp_serve.serving.running import Running
+from redpp_serve.serving.server import VARIANTS, ask
 
 _TIMEOUT_S = 120.0  # a rollback on Triton loads a version
 
@@ -25,10 +24,12 @@ def switch(running: Running, variant: str) -> None:
         version = running.versions[VARIANTS.index(variant)]
         _manage(running, "PUT", f"/models/{running.name}/{version}/set-default")
     else:
-        from .triton_versions import load_request, versions_for
+        from redpp_serve.serving.triton_server import load_request, versions_for
 
         versions = versions_for(variant)
-        _manage(running, "POST", f"/v2/repository/models/{running.name}/load", load_request(running.model_config, versions))
+        _manage(
+            running, "POST", f"/v2/repository/models/{running.name}/load", load_request(running.model_config, versions)
+        )
 
 
 def default_variant(running: Running) -> str:
@@ -40,7 +41,7 @@ def default_variant(running: Running) -> str:
     if running.kind == "torchserve":
         version = _manage(running, "GET", f"/models/{running.name}")[0]["modelVersion"]
         return VARIANTS[running.versions.index(version)]
-    from .triton_versions import loaded_versions, variant_of
+    from redpp_serve.serving.triton_server import loaded_versions, variant_of
 
     return variant_of(loaded_versions(_manage(running, "POST", "/v2/repository/index", b"{}"), running.name))
 
@@ -56,5 +57,8 @@ def _manage(running: Running, method: str, path: str, body: bytes | None = None)
         problem = f"answers {status}: {reply.decode(errors='replace')[:300]}"
     except (OSError, ValueError, http.client.HTTPException) as error:
         problem = f"does not answer: {error}"
-    raise RedppError(f"the server for {running.folder} {problem}", "a reply of its management API",
-                     "see what redpp-serve serve printed; start it again if it has ended")  # fmt: skip
+    raise RedppError(
+        f"the server for {running.folder} {problem}",
+        "a reply of its management API",
+        "see what redpp-serve serve printed; start it again if it has ended",
+    )

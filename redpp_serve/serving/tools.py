@@ -8,8 +8,13 @@ from pathlib import Path
 
 from redpp_serve.errors import RedppError
 
-PACKAGES = {"nginx": "nginx-light", "prometheus": "prometheus", "promtool": "prometheus", "chromium": "chromium",
-            "kubectl": "kubernetes-client"}
+PACKAGES = {
+    "nginx": "nginx-light",
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+    "chromium": "chromium",
+    "kubectl": "kubernetes-client",
+}
 _ADMINISTRATION = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # not in every user's PATH, and nginx lies there
 
 
@@ -22,6 +27,9 @@ def find_tool(name: str) -> Path:
     path = os.pathsep.join([os.environ.get("PATH", ""), *_ADMINISTRATION])
     found = shutil.which(name, path=path)
     if found is None:
-        raise RedppError(f"the program {name} is not installed", f"{name} in PATH",
-                         f"install it, on Debian and Ubuntu: apt-get install {PACKAGES.get(name, name)}")  # fmt: skip
+        raise RedppError(
+            f"the program {name} is not installed",
+            f"{name} in PATH",
+            f"install it, on Debian and Ubuntu: apt-get install {PACKAGES.get(name, name)}",
+        )
     return Path(found)

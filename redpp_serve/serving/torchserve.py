@@ -17,10 +17,9 @@ from pathlib import Path
 
 from redpp_serve.errors import RedppError
 from redpp_serve.packaging.server_config import LOG4J2, config_properties
-
-from .ports import ADDRESS, Ports, free_ports
-from .processes import runs, session
-from .server import INSTALL, START_TIMEOUT_S, LocalServer, ask, require_packages
+from redpp_serve.serving.ports import ADDRESS, Ports, free_ports
+from redpp_serve.serving.processes import runs, session
+from redpp_serve.serving.server import INSTALL, START_TIMEOUT_S, LocalServer, ask, require_packages
 
 ARCHIVES = ("original.mar", "redpp.mar")  # the first is the default version
 _GRACE_S = 15.0
@@ -61,9 +60,15 @@ class TorchServe(LocalServer):
     ) -> None:
         original, redpp = (_version(Path(folder).resolve() / archive) for archive in ARCHIVES)
         super().__init__(
-            folder, name=name, versions=(original, redpp), workers=workers,
-            ports=ports or free_ports(), auth=auth, progress=progress, timeout_s=timeout_s,
-        )  # fmt: skip
+            folder,
+            name=name,
+            versions=(original, redpp),
+            workers=workers,
+            ports=ports or free_ports(),
+            auth=auth,
+            progress=progress,
+            timeout_s=timeout_s,
+        )
         self._java = java
         self._start_exporter: Callable[[], None] = lambda: None
         self._revived: deque[float] = deque(maxlen=_DEATHS)
@@ -112,15 +117,38 @@ class TorchServe(LocalServer):
         (home / "config.properties").write_text(config_properties(**ports, workers=self.workers, token_minutes=year))
         (home / "log4j2.xml").write_text(LOG4J2)
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TS_")}
-        environment |= {"JAVA_HOME": str(self._java), "TMPDIR": str(home / "tmp"), "TEMP": str(home / "tmp"),
-                        "LOG_LOCATION": str(home / "logs"), "METRICS_LOCATION": str(home / "logs"),
-                        "PROMETHEUS_MULTIPROC_DIR": str(home / "metrics")}  # fmt: skip
-        exporter = [sys.executable, "-m", "redpp_serve.handlers.exporter", "--port", str(exporter_port),
-                    "--dir", str(home / "metrics")]  # fmt: skip
-        server = ["ts.model_server", "--start", "--foreground", "--ncs", "--model-store", str(self.folder),
-                  "--ts-config", str(home / "config.properties"), "--log-config", str(home / "log4j2.xml"),
-                  *([] if self.auth else ["--disable-token-auth"]),
-                  "--models", *(f"{self.name}={archive}" for archive in ARCHIVES)]  # fmt: skip
+        environment |= {
+            "JAVA_HOME": str(self._java),
+            "TMPDIR": str(home / "tmp"),
+            "TEMP": str(home / "tmp"),
+            "LOG_LOCATION": str(home / "logs"),
+            "METRICS_LOCATION": str(home / "logs"),
+            "PROMETHEUS_MULTIPROC_DIR": str(home / "metrics"),
+        }
+        exporter = [
+            sys.executable,
+            "-m",
+            "redpp_serve.handlers.exporter",
+            "--port",
+            str(exporter_port),
+            "--dir",
+            str(home / "metrics"),
+        ]
+        server = [
+            "ts.model_server",
+            "--start",
+            "--foreground",
+            "--ncs",
+            "--model-store",
+            str(self.folder),
+            "--ts-config",
+            str(home / "config.properties"),
+            "--log-config",
+            str(home / "log4j2.xml"),
+            *([] if self.auth else ["--disable-token-auth"]),
+            "--models",
+            *(f"{self.name}={archive}" for archive in ARCHIVES),
+        ]
         self._start_exporter = partial(self._spawn, _EXPORTER, exporter, environment)
         self._start_exporter()
         self._spawn(_SERVER, [sys.executable, "-m", *server], environment)

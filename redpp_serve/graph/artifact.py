@@ -1,0 +1,282 @@
+"""The artifact: one deterministic zip of a graph, its weights and a manifest. Loading runs no code from it.
+
+``manifest.json`` (format, description, SHA-256 of the rest), ``graph.json`` (operator calls over the allow-list
+of `ops`), ``weights.safetensors``. Entries are stored uncompressed with a fixed time stamp, so equal content
+gives equal bytes. A weight with few distinct values is stored as its codebook and packed indices.
+
+A strict reader of the safetensors format, so that an archive serves where only torch is installed.
+
+Layout (github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header, the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import tempfile
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redpp_serve.errors import RedppError
+from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
+from redpp_serve.graph.operators import ALLOWED, resolve
+from redpp_serve.graph.weights import decode, encode
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_safetensors(data: bytes) -> dict[str, Tensor]:
+    """All tensors by name.
+
+    Raises:
+        ValueError: a header out of bounds, an unknown dtype, or data ranges that overlap, leave gaps or do not
+            match their shapes.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise ValueError("a weights header longer than the file")
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    body = memoryview(bytearray(data[8 + length :]))
+    tensors: dict[str, Tensor] = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
+        start, stop = entry["data_offsets"]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        if not all(type(size) is int and 0 <= size < 1 << 40 for size in (start, stop, *shape)):
+            raise ValueError(f"tensor {name[:60]!r} has a shape or data range of other than sizes")
+        if start != end or stop - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"tensor {name[:60]!r} has a data range that does not fit its shape or neighbours")
+        end = stop
+        if stop > len(body):
+            raise ValueError(f"tensor {name[:60]!r} ends past the end of the file")
+        empty = stop == start
+        tensors[name] = torch.empty(shape, dtype=dtype) if empty else _view(body[start:stop], dtype, shape)
+    if end != len(body):
+        raise ValueError("bytes behind the last tensor")
+    return tensors
+
+
+def _view(buffer: memoryview, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    return torch.frombuffer(buffer, dtype=torch.uint8).clone().view(dtype).view(shape)
+
+
+FORMAT = 1
+_MEMORY_FORMATS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
+ENTRIES = ("manifest.json", "graph.json", "weights.safetensors")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A loaded artifact: the graph and the manifest's description of it."""
+
+    graph: Graph
+    description: dict[str, Any]
+
+
+def build(graph: Graph, description: dict[str, Any]) -> bytes:
+    """The artifact's bytes. ``description`` (JSON) gains ``bytes``: what the stored weights take."""
+    from safetensors.torch import save as save_safetensors
+
+    stored: dict[str, Tensor] = {}
+    encodings: dict[str, Any] = {}
+    for name, tensor in sorted(graph.tensors.items()):
+        packed = encode(tensor)
+        if packed is None:
+            stored[name] = tensor.detach().cpu().contiguous().clone()
+        else:
+            stored[f"{name}:codebook"], stored[f"{name}:indices"] = packed.codebook, packed.indices
+            encodings[name] = {"bits": packed.bits, "shape": list(tensor.shape)}
+    weights = save_safetensors(stored)
+    document = {
+        "inputs": [{**asdict(i), "shape": list(i.shape)} for i in graph.inputs],
+        "nodes": [
+            {"name": n.name, "op": n.op, "args": _to_json(n.args), "kwargs": _to_json_map(n.kwargs)}
+            for n in graph.nodes
+        ],
+        "outputs": list(graph.outputs),
+        "encodings": encodings,
+    }
+    graph_bytes = _dump(document)
+    manifest = {
+        "format": FORMAT,
+        "description": {**description, "bytes": sum(t.numel() * t.element_size() for t in stored.values())},
+        "sha256": {"graph.json": _digest(graph_bytes), "weights.safetensors": _digest(weights)},
+    }
+    return deterministic_zip(dict(zip(ENTRIES, (_dump(manifest), graph_bytes, weights))))
+
+
+def load(source: Path | bytes) -> Artifact:
+    """Read and check an artifact.
+
+    Raises:
+        RedppError: not an artifact, damaged, or calling an operator that is not on the allow-list or that this
+            release of torch lacks.
+    """
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            infos = archive.infolist()
+            if sorted(i.filename for i in infos) != sorted(ENTRIES):
+                raise ValueError(f"entries {[i.filename for i in infos][:6]}")
+            if any(i.compress_type != zipfile.ZIP_STORED for i in infos):
+                raise ValueError("compressed entries")
+            manifest_bytes, graph_bytes, weights = (archive.read(name) for name in ENTRIES)
+        manifest = json.loads(manifest_bytes)
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+        for name, content in (("graph.json", graph_bytes), ("weights.safetensors", weights)):
+            if manifest["sha256"][name] != _digest(content):
+                raise ValueError(f"{name} does not match its SHA-256")
+        graph = _parse(json.loads(graph_bytes), read_safetensors(weights))
+        return Artifact(graph, {**manifest["description"]})
+    except RedppError:
+        raise
+    except Exception as error:  # damaged or hostile bytes: what the parsers raise has no common class
+        detail = f"{error}" if not isinstance(error, KeyError) else f"missing or unknown {error}"
+        raise RedppError(
+            f"the artifact{'' if isinstance(source, bytes) else f' {source}'} cannot be read: {detail}",
+            "an unchanged model.redpp written by redpp-serve",
+            "package the model again, or fetch the file again if it was copied",
+        ) from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that readers see the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def deterministic_zip(entries: dict[str, bytes]) -> bytes:
+    """A zip whose bytes depend on the entries alone: stored, fixed time stamps and permissions, given order."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in entries.items():
+            info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            info.create_system, info.external_attr = 3, 0o644 << 16
+            archive.writestr(info, content)
+    return buffer.getvalue()
+
+
+def _parse(document: dict[str, Any], stored: dict[str, Tensor]) -> Graph:
+    tensors = dict(stored)
+    for name, spec in document["encodings"].items():
+        codebook, indices = tensors.pop(f"{name}:codebook"), tensors.pop(f"{name}:indices")
+        if name in tensors:
+            raise ValueError(f"tensor {name[:60]!r} is stored twice")
+        tensors[name] = decode(codebook, indices, spec["bits"], spec["shape"])
+    inputs = tuple(InputSpec(i["name"], tuple(i["shape"]), i["dtype"]) for i in document["inputs"])
+    for spec in inputs:
+        if not all(type(size) is int and size > 0 for size in spec.shape):
+            raise ValueError(f"input {str(spec.name)[:60]!r} has a shape of other than sizes")
+        _dtype(spec.dtype)
+    known: set[str] = set(tensors)
+    for spec in inputs:
+        _define(spec.name, known)
+    nodes = []
+    for entry in document["nodes"]:
+        if entry["op"] not in ALLOWED:
+            raise ValueError(f"operator {str(entry['op'])[:60]!r} is not on the allow-list")
+        node = Node(
+            entry["name"],
+            entry["op"],
+            tuple(_from_json(a) for a in entry["args"]),
+            {k: _from_json(v) for k, v in entry["kwargs"].items()},
+        )
+        if unknown := set(node.refs()) - known:
+            raise ValueError(f"node {str(node.name)[:60]!r} reads values that nothing defines: {sorted(unknown)[:3]}")
+        _define(node.name, known)
+        resolve(node.op)
+        nodes.append(node)
+    if not inputs or not isinstance(document["outputs"], list) or not document["outputs"]:
+        raise ValueError("a graph without inputs or outputs")
+    if set(document["outputs"]) - known:
+        raise ValueError("outputs that nothing defines")
+    return Graph(inputs, tensors, tuple(nodes), tuple(document["outputs"]))
+
+
+def _define(name: Any, known: set[str]) -> None:
+    if not isinstance(name, str) or name in known:
+        raise ValueError(f"the name {str(name)[:60]!r} is not a text or is defined twice")
+    known.add(name)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Ref):
+        return {"ref": value.name}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.memory_format):
+        return {"memory_format": str(value).removeprefix("torch.")}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"an argument of type {type(value).__name__} has no place in an artifact")
+
+
+def _to_json_map(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: _to_json(v) for k, v in values.items()}
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "ref":
+        return Ref(str(content))
+    if kind == "float" and content in ("inf", "-inf", "nan"):
+        return float(content)
+    if kind == "dtype":
+        return _dtype(content)
+    if kind == "memory_format" and content in _MEMORY_FORMATS:
+        return getattr(torch, content)
+    raise ValueError(f"unknown constant {kind!r}")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"unknown dtype {str(name)[:40]!r}")
+    return dtype
+
+
+def _dump(document: Any) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

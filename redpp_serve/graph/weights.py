@@ -1,0 +1,236 @@
+"""What repeats in a stored weight: few distinct values, few kernels. Looked at once for as long as the weight lives.
+
+Lossless storage of a weight with few distinct values: a codebook and bit-packed indices into it.
+
+A weight as the unique kernels of each input channel (RED++, arXiv 2110.01397, input-wise splitting), bit by bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_MAX_VALUES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Packed:
+    """``codebook`` (K,) of the weight's dtype, ``indices`` (bytes,) uint8 holding ``bits`` bits a weight."""
+
+    codebook: Tensor
+    indices: Tensor
+    bits: int
+
+
+def index_bits(values: int) -> int:
+    """Storage bits of an index into ``values`` values: 1, 2, 4, 8 or 16."""
+    return next(bits for bits in (1, 2, 4, 8, 16) if 1 << bits >= values)
+
+
+def encode(tensor: Tensor) -> Packed | None:
+    """The packed form, or None where it would not be smaller. Keeps every bit of every value."""
+    if not tensor.is_floating_point() or tensor.numel() < 64:
+        return None
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    flat = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])  # -0.0 is not 0.0
+    sample = flat[:: max(1, flat.numel() // 4096)]
+    if flat.numel() > 1 << 17 and torch.unique(sample).numel() > min(2048, sample.numel() // 2):
+        return None  # plainly not a codebook: spare the sort of all weights
+    values, inverse = torch.unique(flat, return_inverse=True)
+    if values.numel() > _MAX_VALUES:
+        return None
+    bits = index_bits(values.numel())
+    size = values.numel() * tensor.element_size() + math.ceil(flat.numel() * bits / 8)
+    if size >= flat.numel() * tensor.element_size():
+        return None
+    return Packed(values.view(tensor.dtype), _pack(inverse, bits), bits)
+
+
+def decode(codebook: Tensor, indices: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
+    """The weight of that shape.
+
+    Raises:
+        ValueError: sizes that do not fit together, or an index past the codebook's end.
+    """
+    if not all(type(size) is int and size >= 0 for size in shape) or codebook.dim() != 1:
+        raise ValueError(f"a codebook of {codebook.dim()} dimensions for a weight of shape {shape}")
+    count = math.prod(shape)
+    if type(bits) is not int or bits not in (1, 2, 4, 8, 16):
+        raise ValueError(f"an index of {bits} bits")
+    if indices.dtype != torch.uint8 or indices.shape != (math.ceil(count * bits / 8),):
+        raise ValueError(f"{indices.numel()} index bytes of {bits} bits for {count} weights")
+    if bits == 16:
+        pairs = indices.view(-1, 2).long()
+        flat = pairs[:, 0] + (pairs[:, 1] << 8)
+    else:
+        shifts = torch.arange(0, 8, bits)
+        flat = (indices.long()[:, None] >> shifts & (1 << bits) - 1).view(-1)[:count]
+    if count and int(flat.max()) >= codebook.numel():
+        raise ValueError("an index past the end of its codebook")
+    return codebook[flat].view(*shape)
+
+
+def _pack(indices: Tensor, bits: int) -> Tensor:
+    if bits == 16:
+        return torch.stack([indices & 255, indices >> 8], 1).view(-1).to(torch.uint8)
+    per_byte = 8 // bits
+    padded = torch.nn.functional.pad(indices, (0, -indices.numel() % per_byte)).view(-1, per_byte)
+    return (padded << torch.arange(0, 8, bits)).sum(1).to(torch.uint8)
+
+
+SPLIT_CHUNK = 1 << 22  # weights that are looked at at once
+_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Split:
+    """A weight (n_out, n_in / groups, kh, kw) as unique kernels for each input channel.
+
+    ``kernels`` (U, kh, kw), the input channel of each in ``channel`` (U,) int64, and for each pair the row of
+    ``kernels`` (-1: all zero) in ``index`` and its ``sign``, both shaped (n_out, n_in / groups).
+    """
+
+    kernels: Tensor
+    channel: Tensor
+    index: Tensor
+    sign: Tensor
+
+    def rebuild(self) -> Tensor:
+        """The weight again, bit by bit (a zero's sign apart)."""
+        padded = torch.cat([self.kernels, self.kernels.new_zeros(1, *self.kernels.shape[1:])])
+        return padded[self.index.long()] * self.sign[..., None, None].to(padded.dtype)
+
+
+def split_weight(weight: Tensor, groups: int = 1) -> Split:
+    """Split a weight; a Linear's (n_out, n_in) counts as 1 x 1. Raises nothing; the result is checked bit by bit."""
+    if weight.dim() == 2:
+        weight = weight[..., None, None]
+    n_out, n_in, kh, kw = weight.shape
+    flat = (
+        weight.reshape(groups, n_out // groups, n_in, kh * kw)
+        .transpose(0, 1)
+        .reshape(n_out // groups, groups * n_in, -1)
+    )
+    parts, offset = [], 0
+    for start in range(0, flat.shape[1], max(1, SPLIT_CHUNK // flat[:, 0].numel())):
+        block = flat[:, start : start + max(1, SPLIT_CHUNK // flat[:, 0].numel())]
+        kernels, channel, index, sign = _split_block(block)
+        parts.append((kernels, channel + start, torch.where(index >= 0, index + offset, index), sign))
+        offset += len(kernels)
+    kernels, channel = (torch.cat([p[k] for p in parts]) for k in (0, 1))
+    index, sign = (
+        torch.cat([p[k] for p in parts], 1).view(n_out // groups, groups, n_in).transpose(0, 1).reshape(n_out, n_in)
+        for k in (2, 3)
+    )
+    return Split(kernels.view(-1, kh, kw), channel, index.to(torch.int32), sign)
+
+
+def _split_block(block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unique kernels of (n_out, inputs, taps): kernels (U, taps), their input, index and sign (n_out, inputs)."""
+    n_out, inputs, taps = block.shape
+    nonzero = block != 0
+    first = nonzero.to(torch.uint8).argmax(2, keepdim=True)
+    sign = block.gather(2, first)[..., 0].sign()
+    canonical = block * sign[..., None] + 0.0  # + 0.0 turns -0.0 into 0.0
+    for attempt in range(4):
+        key = _fingerprint(canonical, attempt)
+        ordered, order = key.sort(dim=0, stable=True)
+        fresh = torch.ones_like(ordered, dtype=torch.bool)
+        fresh[1:] = ordered[1:] != ordered[:-1]
+        fresh &= sign.gather(0, order) != 0
+        fresh_t, order_t = fresh.T.reshape(-1), order.T.reshape(-1)  # input by input
+        number = (fresh_t.cumsum(0) - 1).view(inputs, n_out)
+        index = torch.empty_like(number).scatter_(1, order.T, number).T
+        index = torch.where(sign != 0, index, -1)
+        chosen = fresh_t.nonzero().view(-1)
+        channel = chosen // n_out
+        kernels = canonical[order_t[chosen], channel]
+        if len(kernels) == 0 or torch.equal(kernels[index.clamp_min(0)] * sign.abs()[..., None], canonical):
+            return kernels, channel, index, sign.to(torch.int8)
+    raise AssertionError("four fingerprints collided")
+
+
+def _fingerprint(values: Tensor, attempt: int) -> Tensor:
+    """A 64-bit fingerprint of the last dimension; zero kernels sort together like any other."""
+    bits = values.contiguous().view(_INT[values.element_size()]).long()
+    if bits.shape[-1] == 1:
+        return bits[..., 0]
+    generator = torch.Generator().manual_seed(attempt)
+    factors = torch.randint(-(2**62), 2**62, (bits.shape[-1],), generator=generator) | 1
+    mixed = bits * -7046029254386353131  # odd constant of Weyl's sequence, 2^64 / golden ratio
+    mixed = mixed ^ mixed >> 29
+    return (mixed * factors).sum(-1)
+
+
+MOST_VALUES = 16  # that a 4-bit index names
+_SAMPLE = 4096
+_CHUNK = 1 << 18  # weights that are looked at at once: they stay in a cache
+_INPUTS = 8  # input channels that stand for all when kernels are counted
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """``values`` (K,), ascending, K <= `MOST_VALUES`, or None where there are more.
+
+    ``split_share`` estimates the operations of the split layer as a share of the dense layer's; None where fewer than
+    half of the kernels repeat.
+    """
+
+    values: Tensor | None
+    split_share: float | None
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def repeats(weight: Tensor, groups: int = 1) -> Repeats:
+    """What repeats in a weight (n_out, n_in) or (n_out, n_in / groups, kh, kw)."""
+    known = _known.get(weight)
+    if weight.numel() == 0:
+        return Repeats(None, None)
+    if known is None:
+        known = _known[weight] = Repeats(_values(weight), _split_share(weight, groups))
+    return known
+
+
+def pack_values(weight: Tensor, values: Tensor) -> Tensor:
+    """The index of each weight (n_out, n_in) in the ascending values (K,), of the weight's shape, uint8."""
+    flat = weight.reshape(-1)
+    index = torch.zeros(flat.shape, dtype=torch.uint8, device=flat.device)
+    for part, found in zip(flat.split(_CHUNK), index.split(_CHUNK)):
+        for value in values[1:].tolist():  # comparisons vectorise; a search for each weight takes ten times as long
+            found += (part >= value).view(torch.uint8)
+    return index.view(weight.shape)
+
+
+def _values(weight: Tensor) -> Tensor | None:
+    """From a sample, then what of the rest is not among it: sorting all weights of a large layer takes seconds."""
+    flat = weight.reshape(-1)
+    values = torch.unique(flat[:: max(1, flat.numel() // _SAMPLE)])
+    for part in flat.split(_CHUNK):
+        if values.numel() > MOST_VALUES:
+            return None
+        missing = torch.ones(part.shape, dtype=torch.bool, device=part.device)
+        for value in values.tolist():
+            missing &= part != value
+        values = torch.unique(torch.cat([values, part[missing]]))
+    return values if values.numel() <= MOST_VALUES else None
+
+
+def _split_share(weight: Tensor, groups: int) -> float | None:
+    """From some inputs of the first group. For each output position the split has a product and a sum for each tap of
+    a unique kernel, then an addition for each pair of output and input whose kernel is not zero."""
+    few = weight if weight.dim() == 2 else weight.reshape(groups, -1, *weight.shape[1:])[0]
+    few = few[:, :: max(1, few.shape[1] // _INPUTS)]
+    if few.isnan().any():  # such a kernel equals nothing, not even itself
+        return None
+    split = split_weight(few)
+    unique, taps = len(split.kernels), few[0, 0].numel()
+    if 2 * unique > split.index.numel():
+        return None
+    return (2 * taps * unique + int((split.index >= 0).sum())) / (2 * few.numel())

@@ -1,0 +1,122 @@
+"""Final codebooks: after merging and distillation the weights are hashed again, each layer as coarsely as an error
+budget of the outputs allows.
+
+Sixteen values a layer (4-bit indices) are tried first; where one layer alone moves the outputs too far it keeps more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from redpp_serve.graph.graph import Graph
+from redpp_serve.graph.layers import Layer, mac_count
+from redpp_serve.pruning.density import build_grid
+from redpp_serve.pruning.hashing import Hashed, Target, fit_codebook, hash_weight, quantise
+from redpp_serve.pruning.piecewise import Piecewise, chunk_size
+from redpp_serve.pruning.verification import squared_error
+
+LEVELS = (16, 32, 64, 128, 256)
+METHOD = "kmeans"  # the lowest error of the three at a given number of values
+_PROBE_MACS = 1e12  # what all measurements together may cost
+_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Codebooks:
+    """The hashed network, each layer's codebook, and the squared relative error that hashing adds to the outputs."""
+
+    graph: Graph
+    hashed: dict[str, Hashed]
+    added: float
+
+
+def hash_within(
+    graph: Graph,
+    layers: Sequence[Layer],
+    inputs: tuple[Tensor, ...],
+    budget: float,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Codebooks:
+    """Hash every layer with the fewest bits that keep the relative output error of hashing within ``budget``.
+
+    Args:
+        graph: the network; its layers' weights are hashed with `METHOD`.
+        inputs: (images, ...) for each network input; a big network uses the first few.
+        budget: relative error of the outputs, hashed against not hashed. Where even the finest of `LEVELS` exceed it,
+            they are what is used.
+    """
+    few = max(2, int(_PROBE_MACS // max(1, len(layers) * mac_count(graph))))
+    inputs = tuple(x[:few] for x in inputs)
+    run = Piecewise(graph, inputs, chunk_size(graph, len(inputs[0])))
+    expected = list(run.outputs())
+    place = {node.name: k for k, node in enumerate(graph.nodes)}
+    books = {layer.name: _Levels(graph.tensors[layer.weight]) for layer in layers}
+    alone: dict[str, float] = {}
+    for done, layer in enumerate(sorted(layers, key=lambda x: place[x.node.name])):
+        run.use(graph)
+        run.advance(place[layer.node.name])
+        run.use(graph.with_tensors({layer.weight: books[layer.name].coarsest()}))
+        alone[layer.name] = squared_error(zip(expected, run.outputs()))
+        progress(done + 1, len(layers))
+    allowed = budget
+    for left in reversed(range(_ROUNDS)):
+        levels = _choose(books, alone, allowed)
+        hashed = {name: books[name].hashed(level) for name, level in levels.items()}
+        result = graph.with_tensors({layer.weight: hashed[layer.name].weight for layer in layers})
+        whole = Piecewise(result, inputs, chunk_size(graph, len(inputs[0])))
+        added = squared_error(zip(expected, whole.outputs()))
+        if math.sqrt(added) <= budget or all(level == LEVELS[-1] for level in levels.values()):
+            break
+        allowed = allowed * 0.9 * budget / math.sqrt(added) if left > 1 else 0.0  # last, the finest there are
+    return Codebooks(result, hashed, added)
+
+
+class _Levels:
+    """One layer's codebooks of different sizes, made when asked for."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.grid = weight, build_grid(weight)
+        self._errors: dict[int, float] = {}
+        self._hashed: dict[int, Hashed] = {}
+
+    def coarsest(self) -> Tensor:
+        """The weight with the fewest values."""
+        return quantise(self.weight, self.grid, fit_codebook(self.grid, METHOD, Target(values=LEVELS[0])))
+
+    def hashed(self, values: int) -> Hashed:
+        if values not in self._hashed:
+            self._hashed[values] = hash_weight(self.weight, METHOD, Target(values=values))
+        return self._hashed[values]
+
+    def error(self, values: int) -> float:
+        """Squared relative error of the weight."""
+        if values not in self._errors:
+            self._errors[values] = fit_codebook(self.grid, METHOD, Target(values=values)).error ** 2
+        return self._errors[values]
+
+
+def _choose(books: dict[str, _Levels], alone: dict[str, float], budget: float) -> dict[str, int]:
+    """For each layer a number of values: from the coarsest on, the step that takes the most error off for its bytes.
+
+    A layer's share of the outputs' squared error is taken to be in proportion to that of its weights.
+    """
+
+    def error(name: str, level: int) -> float:
+        coarse = books[name].error(LEVELS[0])
+        return alone[name] * books[name].error(LEVELS[level]) / coarse if coarse else 0.0
+
+    at = dict.fromkeys(books, 0)
+    while sum(error(name, level) for name, level in at.items()) > budget * budget:
+        gains = {
+            name: (error(name, k) - error(name, k + 1)) / books[name].weight.numel()
+            for name, k in at.items()
+            if k + 1 < len(LEVELS)
+        }
+        if not gains:
+            break
+        at[max(gains, key=lambda name: gains[name])] += 1
+    return {name: LEVELS[k] for name, k in at.items()}

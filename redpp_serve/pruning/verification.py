@@ -1,0 +1,197 @@
+"""What pruning did to the function, measured: exact stages in float64, lossy ones on inputs no fit has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from redpp_serve.errors import GateFailed, RedppError
+from redpp_serve.graph.executor import Program, value_shapes
+from redpp_serve.graph.graph import Graph
+from redpp_serve.graph.layers import Layer
+from redpp_serve.kernels import split_conv2d
+from redpp_serve.options import Options
+from redpp_serve.pruning.accounting import Split
+
+EXACT = 1e-9  # relative, in float64: re-association moves results by 1e-16 times the length of the sums
+_CHUNK = 8
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two networks' outputs on the same inputs: relative error (norms over all outputs), share of inputs with the
+    same largest logit (None where the first output has no class dimension), and the number of inputs."""
+
+    error: float
+    agreement: float | None
+    images: int
+
+
+@torch.no_grad()
+def compare_outputs(reference: Graph, other: Graph, inputs: Sequence[Tensor]) -> Difference:
+    """Run both networks over the inputs (images, ...), chunk by chunk."""
+    a, b = Program(reference), Program(other)
+    same: list[Tensor] = []
+
+    def pairs() -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+        for chunk in zip(*(x.cpu().split(_CHUNK) for x in inputs)):
+            left, right = a(*chunk), b(*chunk)
+            if left[0].dim() == 2 and left[0].shape[1] > 1 and left[0].is_floating_point():
+                same.append(left[0].argmax(1) == right[0].argmax(1))
+            yield left, right
+
+    error = squared_error(pairs()) ** 0.5
+    agreement = float(torch.cat(same).double().mean()) if same else None
+    return Difference(error, agreement, len(inputs[0]))
+
+
+def squared_error(pairs: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> float:
+    """Squared difference over the first's squared norm, of all outputs; chunk by chunk, expected and got."""
+    lost = norm = 0.0
+    for left, right in pairs:
+        for x, y in zip(left, right):
+            lost += float((x.double() - y.double()).square().sum())
+            norm += float(x.double().square().sum())
+    return lost / max(norm, 1e-300)
+
+
+@torch.no_grad()
+def layer_errors(reference: Graph, other: Graph, layers: Sequence[Layer], inputs: Sequence[Tensor]) -> dict[str, float]:
+    """Relative error of each layer's output (of the same shape in both only), over at most 16 inputs."""
+    names = [layer.node.name for layer in layers]
+    lost, norm = torch.zeros(len(names), dtype=torch.float64), torch.zeros(len(names), dtype=torch.float64)
+    a, b = Program(reference, names), Program(other, names)
+    comparable = [True] * len(names)
+    for chunk in zip(*(x[:16].cpu().split(4) for x in inputs)):
+        for k, (x, y) in enumerate(zip(a(*chunk), b(*chunk))):
+            if x.shape != y.shape:
+                comparable[k] = False
+                continue
+            lost[k] += (x.double() - y.double()).square().sum()
+            norm[k] += x.double().square().sum()
+    errors = (lost / norm.clamp_min(1e-300)).sqrt().tolist()
+    return {layer.name: e for layer, e, usable in zip(layers, errors, comparable) if usable}
+
+
+@torch.no_grad()
+def split_error(layer: Layer, weight: Tensor, split: Split, seed: int) -> float:
+    """Relative error, in float64, of the split layer against the dense one on a small random patch of inputs.
+
+    The split must also give the weight back bit by bit; anything else is an error of 1.
+    """
+    rebuilt = split.rebuild().view(weight.shape)
+    if not torch.equal(rebuilt, weight):
+        return 1.0
+    weight = weight.double() if weight.dim() == 4 else weight.double()[..., None, None]
+    n_in = weight.shape[1] * layer.groups
+    size = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], layer.dilation)]
+    x = torch.randn(1, n_in, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
+    dense = F.conv2d(x, weight, None, *geometry)
+    got = split_conv2d(x, split.kernels.double(), split.channel, split.index, split.sign, None, *geometry)
+    return float((got - dense).norm() / dense.norm().clamp_min(1e-300))
+
+
+@dataclass(frozen=True)
+class VerifyData:
+    """Labelled inputs: float tensors as the network takes them (images, ...), labels (images,) int64."""
+
+    inputs: tuple[Tensor, ...]
+    labels: Tensor
+
+    @torch.no_grad()
+    def accuracy(self, graph: Graph) -> float:
+        """Share of inputs whose largest logit is their label."""
+        program = Program(graph)
+        right = 0
+        for *chunk, labels in zip(*(x.split(32) for x in self.inputs), self.labels.split(32)):
+            right += int((program(*chunk)[0].argmax(1) == labels).sum())
+        return right / len(self.labels)
+
+
+def load_verify_data(path: Path, graph: Graph, normalise: tuple[Sequence[float], Sequence[float]] | None) -> VerifyData:
+    """Read ``inputs`` (batch first) and ``labels`` from an .npz file.
+
+    uint8 inputs are image bytes: they are divided by 255 and normalised with the (mean, std) of the declared
+    pre-processing, as the server does. Other dtypes are taken as they are.
+    """
+    expected = "an .npz file with arrays 'inputs' (batch first) and 'labels' (one integer for each)"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            inputs, labels = file["inputs"], file["labels"]
+    except (OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, BadZipFile) as error:
+        raise RedppError(
+            f"--verify-data {path} cannot be read: {error}", expected, "write it with numpy.savez"
+        ) from error
+    out = value_shapes(graph).get(graph.outputs[0], ())
+    if len(out) != 2:
+        raise RedppError(
+            f"--verify-data with a network whose first output has shape (N, {', '.join(map(str, out[1:]))})",
+            "class scores of shape (N, classes)",
+            "leave out --verify-data and gate on --max-error",
+        )
+    spec = graph.inputs[0]
+    shaped = inputs.ndim > 0 and inputs.shape[1:] == spec.shape and labels.shape == inputs.shape[:1] and len(labels) > 0
+    if len(graph.inputs) != 1 or not shaped:
+        raise RedppError(
+            f"--verify-data {path} holds inputs {inputs.shape} and labels {labels.shape}",
+            f"inputs (N, {', '.join(map(str, spec.shape))}) and labels (N,)",
+            "match the --input shape",
+        )
+    if inputs.dtype.kind not in "fiub" or labels.dtype.kind not in "iu":
+        raise RedppError(
+            f"--verify-data {path} holds inputs of type {inputs.dtype} and labels of type {labels.dtype}",
+            "numbers, and the integer class of each",
+            "convert them before numpy.savez",
+        )
+    x = torch.from_numpy(np.ascontiguousarray(inputs))
+    if x.dtype == torch.uint8 and getattr(torch, spec.dtype).is_floating_point:
+        x = x.float() / 255
+        if normalise is not None:
+            mean, std = (torch.tensor(v).view(-1, 1, 1) for v in normalise)
+            x = (x - mean) / std
+    return VerifyData((x.to(getattr(torch, spec.dtype)),), torch.from_numpy(labels.astype(np.int64)))
+
+
+def check_gate(options: Options, difference: Difference, accuracy: tuple[float, float] | None) -> None:
+    """Hold the user's numbers against the measured ones.
+
+    Raises:
+        GateFailed: naming the first number that missed its limit.
+    """
+    limit = options.max_error if options.error_budget is None else options.error_budget
+    if limit is not None and not difference.error <= limit:
+        raise GateFailed(
+            f"the relative output error on held-out synthetic inputs is {difference.error:.4f}",
+            f"at most {limit:g} (--max-error)",
+            "keep more channels (--keep), hash more finely (--hash-error), "
+            "or raise --max-error if you accept this error",
+        )
+    if options.min_agreement is not None:
+        if difference.agreement is None:
+            raise GateFailed(
+                "the first output of the network has no classes, so there is no top-1 agreement",
+                f"at least {options.min_agreement:g} (--min-agreement)",
+                "gate on --max-error instead",
+            )
+        if difference.agreement < options.min_agreement:
+            raise GateFailed(
+                f"the top-1 agreement on held-out synthetic inputs is {difference.agreement}",
+                f"at least {options.min_agreement:g} (--min-agreement)",
+                "keep more channels (--keep) or lower --min-agreement",
+            )
+    if options.max_accuracy_drop is not None and accuracy is not None:
+        drop = 100 * (accuracy[0] - accuracy[1])
+        if drop > options.max_accuracy_drop:
+            raise GateFailed(
+                f"accuracy falls by {drop:.2f} points, from {accuracy[0]:.2%} to {accuracy[1]:.2%}",
+                f"at most {options.max_accuracy_drop:g} points (--max-accuracy-drop)",
+                "keep more channels (--keep) or allow a larger drop",
+            )

@@ -1,0 +1,222 @@
+"""oneDNN's convolution and Linear on the CPU: the weight packed once, and the part of an epilogue that it can take.
+
+The calls that torch.compile makes when it freezes a network (torch/_inductor/fx_passes/mkldnn_fusion.py), made here
+at load, without a compiler on the server.
+
+A fused node of a graph with its stored tensors at hand: what `candidates` looks at.
+
+A fused layer as the call of one kernel: the node, and the weight in the form that the kernel reads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redpp_serve import kernels
+from redpp_serve.graph.graph import Graph, Node, Ref
+from redpp_serve.graph.operators import FUSED_CONV2D, FUSED_LINEAR
+from redpp_serve.graph.weights import pack_values, repeats, split_weight
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """A node ``fused.conv2d`` or ``fused.linear``.
+
+    ``x``, ``other`` (the summand, or None), ``weight`` and ``bias`` are references; ``values`` (n_out, n_in) or
+    (n_out, n_in / groups, kh, kw) is the stored weight, ``bias_values`` (n_out,) the stored bias. Of a Linear, the geometry is that of a 1 x 1 convolution.
+    """
+
+    node: Node
+    x: Ref
+    other: Ref | None
+    weight: Ref
+    bias: Ref | None
+    activation: str
+    values: Tensor
+    bias_values: Tensor | None
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def name(self) -> str:
+        """What the user calls the layer: the name of its weight, without what loading added."""
+        return self.weight.name.removesuffix(".weight").removesuffix(".folded")
+
+    @property
+    def is_conv(self) -> bool:
+        return self.node.op == FUSED_CONV2D
+
+    @property
+    def is_depthwise(self) -> bool:
+        """One input and one output to each group."""
+        return self.is_conv and self.values.shape[1] == 1 and self.values.shape[0] == self.groups > 1
+
+    @property
+    def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """Stride, padding, dilation."""
+        return self.stride, self.padding, self.dilation
+
+    def stored_bias(self) -> dict[str, Tensor]:
+        """The bias by its name, if there is one."""
+        return {} if self.bias is None or self.bias_values is None else {self.bias.name: self.bias_values}
+
+    def rows(self, x_shape: tuple[int, ...]) -> int:
+        """Rows of the matrix product for an input of this shape: output positions of all images, or vectors."""
+        shape = self.result_shape(x_shape)
+        return math.prod(shape) // max(1, self.values.shape[0])
+
+    def result_shape(self, x_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the layer's result for an input of this shape."""
+        if not self.is_conv:
+            return (*x_shape[:-1], self.values.shape[0])
+        out = [
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, k, s, p, d in zip(x_shape[2:], self.values.shape[2:], *self.geometry)
+        ]
+        return (x_shape[0], self.values.shape[0], *out)
+
+
+def fused_layers(graph: Graph) -> list[FusedLayer]:
+    """The layers of a fused graph that have a choice of kernels, in order of execution."""
+    return [fused_layer(graph, node) for node in graph.nodes if node.op in (FUSED_CONV2D, FUSED_LINEAR)]
+
+
+def fused_layer(graph: Graph, node: Node) -> FusedLayer:
+    """The layer of a node that `fusion` made."""
+    x, other, weight, bias, *rest = node.args
+    geometry, activation = rest[:-1], rest[-1]
+    stored = graph.tensors[weight.name], None if bias is None else graph.tensors[bias.name]
+    return FusedLayer(node, x, other, weight, bias, activation, *stored, *geometry)
+
+
+Form = tuple[Node, dict[str, Tensor]]  # the node, and by name what it reads beside its input and its summand
+
+
+def plain(layer: FusedLayer) -> Form:
+    """The library's call with a separate epilogue: the node as it is."""
+    return layer.node, _stored(layer)
+
+
+def cudnn(layer: FusedLayer) -> Form:
+    """cuDNN's convolution with bias, ReLU and, if there is one, the summand."""
+    window = *layer.geometry, layer.groups
+    if layer.other is None:
+        call = "cudnn.conv2d_relu", (layer.x, layer.weight, layer.bias, *window)
+    else:
+        call = "cudnn.conv2d_add_relu", (layer.x, layer.weight, layer.other, 1.0, layer.bias, *window)
+    return Node(layer.node.name, *call), _stored(layer)
+
+
+def fused(layer: FusedLayer) -> Form:
+    """`kernels.fused_conv2d` or `kernels.fused_linear`."""
+    n_out = layer.values.shape[0]
+    args = layer.x, layer.weight, layer.bias, layer.other, None, n_out, layer.activation
+    if layer.is_conv:
+        return Node(layer.node.name, "redpp.fused_conv2d", (*args, *layer.geometry)), _stored(layer)
+    return Node(layer.node.name, "redpp.fused_linear", args), _stored(layer)
+
+
+def depthwise(layer: FusedLayer) -> Form:
+    """`kernels.depthwise_conv2d`; for a layer without a summand."""
+    args = layer.x, layer.weight, layer.bias, layer.activation, *layer.geometry
+    return Node(layer.node.name, "redpp.depthwise_conv2d", args), _stored(layer)
+
+
+def codebook(layer: FusedLayer, decode: str) -> Form:
+    """`kernels.codebook_linear`; for a weight of at most 16 distinct values."""
+    values = repeats(layer.values).values
+    assert values is not None
+    indices, book = f"{layer.node.name}.indices", f"{layer.node.name}.codebook"
+    refs = Ref(indices), Ref(book), layer.bias
+    if layer.other is None:
+        call = "redpp.codebook_linear", (layer.x, *refs, layer.activation, decode)
+    else:
+        call = "redpp.codebook_linear_then", (layer.x, layer.other, *refs, decode, layer.activation)
+    tensors = {indices: kernels.pack_indices(pack_values(layer.values, values)), book: values}
+    return Node(layer.node.name, *call), tensors | layer.stored_bias()
+
+
+def split(layer: FusedLayer) -> Form:
+    """`kernels.split_conv2d` or `kernels.split_linear`."""
+    parts = split_weight(layer.values, layer.groups)
+    unique = parts.kernels if layer.is_conv else parts.kernels.view(-1)
+    tensors = dict(
+        zip(
+            (f"{layer.node.name}.split_{part}" for part in ("kernels", "channel", "index", "sign")),
+            (unique.contiguous(), parts.channel, parts.index.contiguous(), parts.sign.contiguous()),
+        )
+    )
+    args = layer.x, layer.other, *map(Ref, tensors), layer.bias
+    if layer.is_conv:
+        call = "redpp.split_conv2d_then", (*args, *layer.geometry, layer.groups, layer.activation)
+    else:
+        call = "redpp.split_linear_then", (*args, layer.activation)
+    return Node(layer.node.name, *call), tensors | layer.stored_bias()
+
+
+def _stored(layer: FusedLayer) -> dict[str, Tensor]:
+    return {layer.weight.name: layer.values} | layer.stored_bias()
+
+
+# what oneDNN calls an activation: attribute, scalars, algorithm
+_ATTRIBUTES: dict[str, tuple[str, list[float], str]] = {
+    "none": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "relu6": ("hardtanh", [0.0, 6.0], ""),
+    "silu": ("swish", [], ""),
+    "hardswish": ("hardswish", [], ""),
+    "hardsigmoid": ("hardsigmoid", [], ""),
+    "sigmoid": ("sigmoid", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+}
+_AFTER_SUM = {"none": None, "relu": "relu"}
+
+
+def available(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this build of torch, on this processor, has oneDNN and its fused convolution in that precision."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+def onednn_conv2d(layer: FusedLayer, x_shape: tuple[int, ...]) -> tuple[Node, dict[str, Tensor]]:
+    """The node that calls oneDNN for a layer, and the packed weight that it reads.
+
+    Args:
+        x_shape: (N, n_in, H, W) of the inputs to lay the weight out for; others are served as well, a little slower.
+    """
+    name = f"{layer.node.name}.packed"
+    pack = torch.ops.mkldnn._reorder_convolution_weight
+    packed = pack(layer.values.contiguous(), layer.padding, layer.stride, layer.dilation, layer.groups, list(x_shape))
+    weights: tuple[Any, ...] = (Ref(name), layer.bias)
+    window = layer.padding, layer.stride, layer.dilation, layer.groups
+    if layer.other is None and layer.activation in _ATTRIBUTES:
+        call = "onednn.conv2d", (layer.x, *weights, *window, *_ATTRIBUTES[layer.activation])
+    elif layer.other is not None and layer.activation in _AFTER_SUM:
+        after = _AFTER_SUM[layer.activation]
+        call = "onednn.conv2d_add", (layer.x, layer.other, *weights, *window, "add", None, after, [], None)
+    else:
+        call = "onednn.conv2d_then", (layer.x, layer.other, *weights, *layer.geometry, layer.groups, layer.activation)
+    return Node(layer.node.name, *call), {name: packed} | layer.stored_bias()
+
+
+def onednn_linear(layer: FusedLayer) -> tuple[Node, dict[str, Tensor]]:
+    """The node that calls oneDNN for a Linear, and the packed weight that it reads; for any number of rows."""
+    name = f"{layer.node.name}.packed"
+    packed = torch.ops.mkldnn._reorder_linear_weight(layer.values.contiguous())
+    weights: tuple[Any, ...] = (Ref(name), layer.bias)
+    if layer.other is None and layer.activation in _ATTRIBUTES:
+        call = "onednn.linear", (layer.x, *weights, *_ATTRIBUTES[layer.activation])
+    else:
+        call = "onednn.linear_then", (layer.x, layer.other, *weights, layer.activation)
+    return Node(layer.node.name, *call), {name: packed} | layer.stored_bias()

@@ -1,0 +1,175 @@
+"""The running servers of this user: written down by the command that starts one, so that other commands find it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from redpp_serve.errors import RedppError
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that runs now.
+
+    Attributes:
+        folder: the packaged folder, absolute.
+        name: the model's name in URLs.
+        kind: ``torchserve`` or ``triton``.
+        pid: of the redpp-serve process that supervises the server.
+        created: that process's start, see `started`; a later process with its number is another one.
+        versions: of the original and of the pruned network, as in URLs.
+        urls: where to POST inputs: ``original``, ``redpp`` and ``default`` (without a version).
+        management_url: base of the server's management API.
+        metrics_urls: what Prometheus scrapes.
+        headers: for ``inference`` and ``management``; they hold the tokens.
+        model_config: of Triton: what its model was loaded with; empty for TorchServe.
+        extra: of an experiment: its gateway, state folder, split and metrics.
+    """
+
+    folder: str
+    name: str
+    kind: str
+    pid: int
+    created: float
+    versions: tuple[str, str]
+    urls: dict[str, str]
+    management_url: str
+    metrics_urls: list[str]
+    headers: dict[str, dict[str, str]]
+    model_config: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def register(running: Running) -> Iterator[None]:
+    """Other commands find the server while the body runs.
+
+    Raises:
+        RedppError: the state folder is not this user's alone, or cannot be written to.
+    """
+    path = state_dir() / f"{_key(Path(running.folder))}-{running.pid}.json"
+    try:
+        _write(path, json.dumps(asdict(running)))
+    except OSError as error:
+        raise RedppError(
+            f"{path} cannot be written: {error}",
+            "a folder for notes on running servers",
+            "point XDG_RUNTIME_DIR at one",
+        ) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def find(folder: Path, kind: str | None = None) -> Running:
+    """The server that runs for a packaged folder.
+
+    Args:
+        kind: only look for ``torchserve`` or ``triton``.
+
+    Raises:
+        RedppError: none runs, or more than one does, or the state folder is not this user's alone.
+    """
+    found = find_all(folder, kind)
+    if not found:
+        raise RedppError(
+            f"no {kind or 'server'} is running for {folder}",
+            "a server that this user has started for this folder",
+            f"start one with redpp-serve serve {shlex.quote(str(folder))}" + (f" --server {kind}" if kind else ""),
+        )
+    if len(found) > 1:
+        which = ", ".join(f"{running.kind} of process {running.pid}" for running in found)
+        raise RedppError(
+            f"{len(found)} servers are running for {folder}: {which}",
+            "one that is meant",
+            "stop the others, or choose by --server where they differ in kind",
+        )
+    return found[0]
+
+
+def find_all(folder: Path, kind: str | None = None) -> list[Running]:
+    """Every server that runs for a packaged folder.
+
+    Raises:
+        RedppError: the state folder is not this user's alone.
+    """
+    paths = sorted(state_dir().glob(f"{_key(folder)}-*.json"))
+    return [running for path in paths if (running := _living(path)) and kind in (None, running.kind)]
+
+
+def state_dir() -> Path:
+    """The folder of this user's notes on running servers, readable to nobody else; made when missing.
+
+    Raises:
+        RedppError: someone else made it, or others may write to it.
+    """
+    path = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"redpp-serve-{os.getuid()}"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.lstat()  # in a shared folder, anyone could have put a link or a folder of theirs here
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise RedppError(
+            f"{path} is not a folder of this user alone",
+            "a folder with mode 0700 that this user owns",
+            "remove it, or point XDG_RUNTIME_DIR at a private folder",
+        )
+    return path
+
+
+def started(pid: int) -> float | None:
+    """When the process started, seconds since a moment that is the same for all processes; None when it does not run.
+
+    On Linux since the machine's start: psutil counts from the epoch there, and moves every process when the clock is
+    set.
+    """
+    from psutil import LINUX, STATUS_ZOMBIE, Error, Process, boot_time
+
+    try:
+        process, since = Process(pid), boot_time() if LINUX else 0.0
+        return None if process.status() == STATUS_ZOMBIE else round(process.create_time() - since, 2)
+    except Error:
+        return None
+
+
+def _key(folder: Path) -> str:
+    return sha256(os.fsencode(folder.resolve())).hexdigest()[:24]
+
+
+def _living(path: Path) -> Running | None:
+    """What is written there, if its process still runs; a note that a killed one left is removed."""
+    running = _read(path)
+    begun = started(running.pid) if running else None
+    if running and begun is not None and abs(begun - running.created) < 1:
+        return running
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _read(path: Path) -> Running | None:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return Running(**{**document, "versions": tuple(document["versions"])})
+    except (OSError, ValueError, TypeError, KeyError):  # none, or of another release
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    """At once, and readable to this user alone from the start: the text holds tokens."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent)  # mode 0600
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise

@@ -1,0 +1,1 @@
+"""Intervals, sequences and verdicts that comparison and A/B share."""

@@ -1,0 +1,149 @@
+"""What `redpp-serve ab` refuses before anything starts, and in which words."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from redpp_serve.ab import commands
+from redpp_serve.ab import state as journal
+from redpp_serve.cli import main
+from redpp_serve.serving.running import Running, register, started
+from tests.support.tools import tool
+
+
+@pytest.fixture(autouse=True)
+def own_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--split", "90:20"], "--split 90:20 adds up to 110"),
+        (["--split", "ninety"], "--split 'ninety'"),
+        (["--sticky-header", "X User"], "--sticky-header 'X User'"),
+        (["--split", "100:0"], "no user for the pruned version and no shadow mode"),
+    ],
+)
+def test_what_the_command_line_alone_decides(
+    packaged: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    tool("nginx")
+    assert main(["ab", "start", str(packaged), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"redpp-serve ab: {message}") and "What to do:" in error
+    assert not journal.abandoned(packaged)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--tolerance", "0"],
+        ["--min-agreement", "1.1"],
+        ["--max-error-rate-gap", "-1"],
+        ["--max-p99-ratio", "x"],
+        ["--port", "70000"],
+        ["--server", "other"],
+    ],
+)
+def test_values_out_of_range(packaged: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["ab", "start", str(packaged), *arguments])
+    assert exit_.value.code == 2 and arguments[0] in capsys.readouterr().err
+
+
+def test_nginx_is_missing(packaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PATH", os.devnull)
+    monkeypatch.setattr("redpp_serve.serving.tools._ADMINISTRATION", ())
+    assert main(["ab", "start", str(packaged)]) == 2
+    assert "apt-get install nginx-light" in capsys.readouterr().err
+
+
+def test_what_is_no_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ab", "start", str(tmp_path)]) == 2
+    assert "is not a packaged model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["status", "promote", "rollback", "stop"])
+def test_nothing_runs(packaged: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main(["ab", command, str(packaged)]) == 2
+    assert f"no experiment runs for {packaged}" in capsys.readouterr().err
+
+
+def test_one_that_is_starting_and_one_that_was_killed(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with journal.supervising(packaged) as held:
+        held.write([])
+        text = next(Path(os.environ["XDG_RUNTIME_DIR"]).rglob("ab-*.lock")).read_text()
+        assert main(["ab", "status", str(packaged)]) == 2
+        assert "is still starting, or ending" in capsys.readouterr().err
+        assert main(["ab", "start", str(packaged)]) == 2
+        assert "an experiment already runs" in capsys.readouterr().err
+    journal._path(packaged).write_text(text)  # what a killed one leaves
+    assert main(["ab", "status", str(packaged)]) == 2
+    assert f"end them with redpp-serve ab stop {packaged}" in capsys.readouterr().err
+    assert main(["ab", "stop", str(packaged)]) == 0
+    assert "ended what an experiment" in capsys.readouterr().out
+    assert not journal.abandoned(packaged)
+
+
+def test_an_experiment_is_found_beside_another_server_of_its_folder(
+    packaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody ran redpp-serve serve for the same folder meanwhile."""
+    (state := tmp_path / "state" / "gateway").mkdir(parents=True)
+    server = Running(
+        str(packaged),
+        "m",
+        "torchserve",
+        os.getpid(),
+        started(os.getpid()) or 0.0,
+        ("1.0", "2.0"),
+        {},
+        "http://127.0.0.1:9",
+        [],
+        {"management": {}},
+    )
+    experiment = replace(server, extra={"state": str(state.parent), "gateway": "http://g", "ab_metrics": ""})
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        with register(experiment), register(replace(server, pid=other.pid, created=started(other.pid) or 0.0)):
+            assert main(["ab", "promote", str(packaged)]) == 0
+            assert "all users of http://g get redpp" in capsys.readouterr().out and (state / "promoted").exists()
+            read, write = os.pipe()
+            os.close(read)  # as head does when it has seen enough
+            command = [sys.executable, "-m", "redpp_serve.cli", "ab", "promote", str(packaged)]
+            quiet = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60)
+            os.close(write)
+            assert (quiet.returncode, quiet.stderr) == (128 + signal.SIGPIPE, b"")
+            shutil.rmtree(state)
+            assert main(["ab", "promote", str(packaged)]) == 2
+            assert "users cannot be moved" in capsys.readouterr().err
+            shutil.rmtree(state.parent)
+            assert main(["ab", "status", str(packaged)]) == 2
+            assert f"folder {state.parent} is gone" in capsys.readouterr().err
+            assert main(["ab", "stop", str(packaged), "--keep", str(tmp_path / "keep")]) == 2
+            assert f"folder {state.parent} is gone" in capsys.readouterr().err and not (tmp_path / "keep").exists()
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_supervisor_that_fails_says_why(
+    packaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that fails in a way nobody foresaw: the end of its log is shown, and its folder goes."""
+    tool("nginx")
+    made: list[Path] = []
+    private = commands.private_folder
+    monkeypatch.setattr(commands, "private_folder", lambda prefix: made.append(private(prefix)) or made[-1])
+    monkeypatch.setattr(commands, "write_json", lambda path, document: path.write_text("{}"))
+    assert main(["ab", "start", str(packaged)]) == 2
+    error = capsys.readouterr().err
+    assert "the experiment did not start" in error and "KeyError: 'spec'" in error
+    assert made and not made[0].exists()

@@ -1,0 +1,286 @@
+"""A whole experiment with a real server: start, load, verdict, promotion without a lost request, faults, an end that
+leaves nothing behind."""
+
+import http.client
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+
+from redpp_serve.ab.status import Status
+from redpp_serve.cli import main
+from redpp_serve.serving.health import sample_request
+from redpp_serve.serving.running import Running, find
+from tests.support.rollout import read
+from tests.support.tools import tool
+
+CLIENTS = 4
+
+
+class Client:
+    """Users of an experiment's gateway; every reply is counted by status and arm, and its outputs are looked at."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.running: Running = find(folder, kind)
+        self.url = urlsplit(self.running.extra["gateway"])
+        request = sample_request(self.running)
+        self.body, self.headers = request.body, {**self.running.headers["inference"], **request.headers}
+        self.seen: Counter[Any] = Counter()
+        self._lock = threading.Lock()
+
+    def send(
+        self, connection: http.client.HTTPConnection, body: bytes | None = None, **headers: str
+    ) -> tuple[int, str | None]:
+        given = {
+            **self.headers,
+            "X-User-Id": str(random.random()),
+            **{k.replace("_", "-"): v for k, v in headers.items()},
+        }
+        connection.request("POST", self.url.path, self.body if body is None else body, given)
+        response = connection.getresponse()
+        content, arm = response.read(), response.getheader("X-Redpp-Arm")
+        if response.status == 200:
+            assert read(self.running.kind, response, content)[0] == arm, "the arm is another one than it says"
+        return response.status, arm
+
+    def one(self, **arguments: Any) -> tuple[int, str | None]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.url.port, timeout=60)
+        try:
+            return self.send(connection, **arguments)
+        finally:
+            connection.close()
+
+    def load(self, requests: int, pause_s: float = 0.0, until: Callable[[], bool] = lambda: True) -> None:
+        """So many requests from each of `CLIENTS` kept connections, and on until ``until``; nothing may be lost."""
+
+        def client() -> None:
+            connection, sent = http.client.HTTPConnection("127.0.0.1", self.url.port, timeout=60), 0
+            while sent < requests or not until():
+                try:
+                    key: Any = self.send(connection)
+                except Exception as error:  # counted as lost
+                    key = repr(error)
+                    connection.close()
+                with self._lock:
+                    self.seen[key] += 1
+                sent += 1
+                time.sleep(pause_s)
+            connection.close()
+
+        threads = [threading.Thread(target=client) for _ in range(CLIENTS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has just ended
+        return []
+
+
+def until(condition: Callable[[], Any], seconds: float = 15.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+    return result
+
+
+def status(folder: Path) -> Status:
+    from redpp_serve.ab.commands import status as now
+
+    return now(folder)
+
+
+def family(client: Client) -> list[psutil.Process]:
+    supervisor = psutil.Process(client.running.pid)
+    return living([supervisor, *supervisor.children(recursive=True)])
+
+
+def living(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that run. The supervisor is a child of this process, which nobody has waited for."""
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def start(folder: Path, *arguments: str) -> None:
+    assert main(["ab", "start", str(folder), "--margin", "3", "--max-p99-ratio", "50", *arguments]) == 0
+
+
+def switch_under_load(folder: Path, client: Client) -> Counter[Any]:
+    """Promote and roll back twice while users ask; the replies by status and arm."""
+    client.seen.clear()
+    switched = threading.Event()
+    loaded = threading.Thread(target=client.load, args=(300, 0.0, switched.is_set))
+    loaded.start()
+    try:
+        for command, arm in (("promote", "redpp"), ("rollback", "original")) * 2:
+            time.sleep(0.3)
+            assert main(["ab", command, str(folder)]) == 0
+            assert {client.one() for _ in range(5)} == {(200, arm)}, f"{command} acts later than at the next request"
+    finally:
+        switched.set()
+        loaded.join()
+    return client.seen
+
+
+@pytest.fixture(scope="module")
+def folder(packaged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tool("nginx")
+    return Path(shutil.copytree(packaged, tmp_path_factory.mktemp("live") / "small"))
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[Client]:
+    """Of an experiment on TorchServe that runs for the whole module."""
+    candidate = shutil.copytree(folder, folder.parent / "candidate")
+    start(folder, "--split", "50:50", "--shadow", "--sticky-header", "X-User-Id", "--candidate", str(candidate))
+    yield Client(folder, "torchserve")
+    main(["ab", "stop", str(folder)])
+
+
+def test_users_are_served_and_a_verdict_comes(folder: Path, client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    decided = until(
+        lambda: (
+            client.load(15, 0.03)
+            or next(
+                (f for f in status(folder).findings if f.source == "shadow" and f.verdict.kind != "undecided"), None
+            )
+        ),
+        40,
+    )
+    assert decided.verdict.kind == "equivalent"  # both are within a factor of 4: it is the same network
+    assert set(client.seen) == {(200, "original"), (200, "redpp")}, "a user's request was lost"
+    total = sum(client.seen.values())
+    now = until(lambda: (s := status(folder)).arms["original"].requests + s.arms["redpp"].requests == total and s)
+    assert {arm: now.arms[arm].requests for arm in now.arms} == {arm: client.seen[200, arm] for arm in now.arms}
+    assert now.shadow and now.shadow["agreement"] == 1.0 and now.shadow["top1"] == 1.0
+    assert now.problems == [] and now.arms["redpp"].handler_ms["p50"] and now.arms["redpp"].gateway_ms["p50"]
+    capsys.readouterr()
+    assert main(["ab", "status", str(folder), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["verdicts"][0]["kind"] == "equivalent" and document["advice"]["kind"] in ("promote", "wait")
+    assert main(["ab", "status", str(folder)]) == 0
+    assert "redpp is as fast as original" in capsys.readouterr().out
+
+
+def test_the_experiments_metrics_are_served(client: Client) -> None:
+    url = urlsplit(client.running.extra["ab_metrics"])
+    connection = http.client.HTTPConnection("127.0.0.1", url.port)
+    connection.request("GET", url.path)
+    text = connection.getresponse().read().decode()
+    connection.close()
+    names = {line.split("{")[0] for line in text.splitlines() if line.startswith("redpp_ab_")}
+    assert names == {
+        f"redpp_ab_{name}"
+        for name in (
+            "traffic_ratio",
+            "requests_total",
+            "pairs_total",
+            "agreement_ratio",
+            "speedup_ratio",
+            "verdict",
+            "advice",
+            "dropped_total",
+        )
+    }
+
+
+def test_bad_requests_are_their_senders_own(folder: Path, client: Client) -> None:
+    before = status(folder)
+    answers = {
+        client.one(body=b"no input")[0],
+        client.one(body=b"", X_Redpp_Arm="redpp")[0],
+        client.one(Authorization="Bearer wrong")[0],
+    }
+    assert all(400 <= code < 500 for code in answers)
+    refused = until(
+        lambda: (s := status(folder)) and sum(a.refused - before.arms[k].refused for k, a in s.arms.items()) == 3 and s
+    )
+    assert refused.arms["redpp"].errors == refused.arms["original"].errors == 0
+    assert refused.shadow and refused.shadow["agreement"] == 1.0, "a request that both refuse counts as a disagreement"
+
+
+def test_no_request_is_lost_while_all_are_moved(folder: Path, client: Client) -> None:
+    seen = switch_under_load(folder, client)
+    assert set(seen) == {(200, "original"), (200, "redpp")} and sum(seen.values()) >= 1000
+    assert status(folder).all_to == "original"
+
+
+def test_a_second_one_is_refused(folder: Path, client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ab", "start", str(folder)]) == 2
+    assert "an experiment already runs" in capsys.readouterr().err
+    port = str(client.url.port)
+    other = shutil.copytree(folder, folder.parent / "other")
+    assert main(["ab", "start", str(other), "--port", port]) == 2
+    assert f"port {port} for gateway: Address already in use" in capsys.readouterr().err
+    assert main(["ab", "stop", str(other)]) == 2
+    assert "no experiment runs" in capsys.readouterr().err
+
+
+def test_nginx_recorder_and_exporter_are_started_again(folder: Path, client: Client) -> None:
+    def named(word: str) -> set[int]:
+        return {p.pid for p in family(client) if word in " ".join(words_of(p))}
+
+    before = named("nginx: master"), named("experiment.recorder"), named("handlers.exporter")
+    assert all(len(pids) == 1 for pids in before)
+    for pid in set().union(*before):
+        os.kill(pid, signal.SIGKILL)
+    # the worker that the master has left is ended too: it holds the port
+    until(lambda: len(named("nginx: master") - before[0]) == 1 and len(named("experiment.recorder") - before[1]) == 1)
+    until(lambda: client.one()[0] == 200)
+    until(lambda: len(named("handlers.exporter") - before[2]) == 1 and status(folder).problems == [])
+
+
+def test_a_dead_server_is_reported_and_users_get_json(folder: Path, client: Client) -> None:
+    java = next(p for p in family(client) if "org.pytorch.serve.ModelServer" in words_of(p))
+    java.kill()
+    java.wait(10)
+    assert until(lambda: client.one())[0] == 502
+    problems = until(lambda: status(folder).problems)
+    assert "TorchServe has ended" in problems[0] and "PROBLEM" in status(folder).to_text()
+
+
+def test_the_end_leaves_nothing_behind(
+    folder: Path, client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processes, state = family(client), Path(client.running.extra["state"])
+    assert len(processes) > 4 and state.is_dir()
+    assert main(["ab", "stop", str(folder), "--keep", str(tmp_path / "kept")]) == 0
+    assert not living(processes), "processes are left"
+    assert not state.exists()
+    assert {"pairs.jsonl", "windows.jsonl", "counts.json", "access.log", "experiment.json"} <= set(
+        os.listdir(tmp_path / "kept")
+    )
+    capsys.readouterr()
+    for command in ("status", "promote", "rollback", "stop"):
+        assert main(["ab", command, str(folder)]) == 2
+        assert f"no experiment runs for {folder}" in capsys.readouterr().err
+
+
+def test_the_same_on_triton(folder: Path) -> None:
+    start(folder, "--split", "80:20", "--server", "triton")
+    client = Client(folder, "triton")
+    processes = family(client)
+    try:
+        seen = switch_under_load(folder, client)
+        assert set(seen) == {(200, "original"), (200, "redpp")} and sum(seen.values()) >= 1000
+        assert client.one(body=b"no input")[0] == 400
+        now = until(lambda: (s := status(folder)).arms["redpp"].handler_ms["p50"] and s)
+        assert now.kind == "triton" and now.problems == [] and now.findings[0].source == "split"
+    finally:
+        assert main(["ab", "stop", str(folder)]) == 0
+    assert not living(processes)

@@ -1,0 +1,357 @@
+"""The running verdict from an experiment's files, and how it is shown and exported."""
+
+import json
+import time
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from prometheus_client import generate_latest
+
+from redpp_serve.ab.counts import Counters, as_json
+from redpp_serve.ab.evidence import Evidence
+from redpp_serve.ab.exporter import deciding_kind, registry
+from redpp_serve.ab.gateway import switch
+from redpp_serve.ab.spec import Limits, Spec, Split
+from redpp_serve.ab.state import COUNTS, GATEWAY, PAIRS, RECORDER, SPEC, STATUS, WINDOWS, read_json, write_json
+from redpp_serve.ab.status import Status, read_status
+from redpp_serve.errors import RedppError
+
+URLS = {"gateway": "http://127.0.0.1:1/predictions/m", "metrics": "http://127.0.0.1:2/metrics"}
+BOUNDS = (0.005, 0.007, 0.01, 0.014, 0.02, 0.028)
+
+
+class Experiment:
+    """A state folder as an experiment writes it, with a known truth."""
+
+    def __init__(self, state: Path, *, shadow: bool = True, split: str = "50:50", **limits: float) -> None:
+        shares = [Decimal(part) for part in split.split(":")]
+        self.state, self.rng = state, numpy.random.default_rng(0)
+        folder = state / "package"
+        folder.mkdir()
+        write_json(folder / "report.json", {"verify": {"agreement": 1.0, "output_error": 0.05, "images": 500}})
+        self.spec = Spec(folder, None, "torchserve", Split(*shares), "X-User-Id", shadow, Limits(**limits))
+        (state / GATEWAY).mkdir()
+        write_json(state / SPEC, {"spec": self.spec.to_json(), "started": time.time() - 90, "name": "m"})
+        self.users(500, 500)
+
+    def pairs(self, count: int, redpp: float = 1.0, **changes: Any) -> None:
+        """Pairs of about 10 ms, where the pruned version takes ``redpp`` times as long."""
+        with (self.state / PAIRS).open("a") as file:
+            for _ in range(count):
+                a, b = 0.01 * numpy.exp(self.rng.normal(0, 0.05, 2))
+                pair = {
+                    "time": 0,
+                    "request_id": "",
+                    "first": "redpp",
+                    "quiet": True,
+                    "status": [200, 200],
+                    "seconds": [a, redpp * b],
+                    "handler": None,
+                    "difference": 0.01,
+                    "top1": True,
+                    **changes,
+                }
+                file.write(json.dumps(pair) + "\n")
+
+    def windows(self, count: int, redpp: float = 1.0) -> None:
+        """Windows with 20 batches of an arm, of about 10 ms."""
+        with (self.state / WINDOWS).open("a") as file:
+            for _ in range(count):
+                a, b = 0.01 * numpy.exp(self.rng.normal(0, 0.05, 2)) * 20
+                file.write(json.dumps({"time": 0, "batches": {"1": [20, a, 20, redpp * b]}}) + "\n")
+
+    def users(self, original: int, redpp: int, errors: int = 0, slow: int = 0) -> None:
+        """Users' requests, ``errors`` of the pruned arm failed; ``slow`` of its batches of 1000 took more than twice as long."""
+        counters = Counters()
+        counters.buckets = {
+            "original": dict(zip((*BOUNDS, float("inf")), (0, 500, 1000, 1000, 1000, 1000, 1000))),
+            "redpp": dict(zip((*BOUNDS, float("inf")), (0, 0, *3 * (1000 - slow,), 1000, 1000))),
+        }
+        users = {
+            "requests": {"original": original, "redpp": redpp},
+            "errors": {"redpp": errors},
+            "milliseconds": {"original": {"10": original}, "redpp": {"9": redpp}},
+        }
+        write_json(self.state / COUNTS, {"users": users, "buckets": as_json(counters), "divided": as_json(counters)})
+
+    def status(self) -> Status:
+        return read_status(self.state, URLS)
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    return Experiment(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("redpp", "kind", "advice"),
+    [(0.8, "faster", "promote"), (1.25, "slower", "rollback"), (1.0, "equivalent", "promote")],
+)
+def test_the_truth_is_found_in_both_sources(tmp_path: Path, redpp: float, kind: str, advice: str) -> None:
+    experiment = Experiment(tmp_path, margin=0.05, max_error_rate_gap=0.05)
+    experiment.pairs(1500, redpp)
+    experiment.windows(200, redpp)
+    status = experiment.status()
+    assert [(f.source, f.verdict.kind) for f in status.findings] == [("shadow", kind), ("split", kind)]
+    assert status.findings[0].verdict.low < 1 / redpp < status.findings[0].verdict.high
+    assert status.advice.kind == advice and deciding_kind(status) == kind
+
+
+def test_nothing_is_known_at_first(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path, split="100:0")
+    (tmp_path / COUNTS).unlink()
+    status = experiment.status()
+    assert status.advice.kind == "wait" and [f.verdict.kind for f in status.findings] == ["undecided"]
+    assert "-" in status.to_text() and json.dumps(status.to_json(), allow_nan=False)
+    assert status.arms["redpp"].share is None and status.arms["redpp"].handler_ms == {"p50": None, "p99": None}
+
+
+def test_errors_agreement_and_tail_advise_to_roll_back(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path)
+    experiment.pairs(1500, 0.8)
+    experiment.users(1000, 1000, errors=100)
+    status = experiment.status()
+    assert status.advice.kind == "rollback" and "errors" in status.advice.text  # faster, but it fails
+    experiment.users(3000, 3000)
+    experiment.pairs(500, 0.8, top1=False)
+    status = experiment.status()
+    assert status.advice.kind == "rollback" and "agreement" in status.advice.text
+    assert status.shadow["agreement"] == 0.75
+
+
+@pytest.mark.parametrize("split", ["100:0", "90:10"])
+def test_a_server_that_was_down_is_no_fault_of_the_pruned_version(tmp_path: Path, split: str) -> None:
+    """While it is down replays fail at once, so they are more: a larger part of replays is no larger share of errors."""
+    experiment = Experiment(tmp_path, split=split)
+    experiment.pairs(1500, 0.8)
+    experiment.pairs(1500, status=[0, 0], difference=None, top1=None)
+    counts = read_json(tmp_path / COUNTS)
+    redpp = 0 if split == "100:0" else 500
+    users = {
+        "requests": {"original": 5000, "redpp": redpp + 1},
+        "errors": {"original": 500, "redpp": redpp // 10},
+        "by_header": {"redpp": 1},
+    }
+    write_json(tmp_path / COUNTS, {**counts, "users": users})
+    status = experiment.status()
+    rails = [rail for rail in status.guardrails if rail.name == "errors"]
+    assert all(rail.ok is not False for rail in rails) and status.advice.kind != "rollback"
+    assert [rail.text.split(":")[0] for rail in rails] == ["errors", "errors of replays"][split == "100:0" :]
+    experiment.pairs(300, status=[200, 500], difference=None, top1=None)
+    assert experiment.status().advice.kind == "rollback"
+
+
+@pytest.mark.parametrize(
+    ("report", "advice", "words"),
+    [
+        (
+            {"verify": {"agreement": 0.06, "output_error": 1.35, "images": 32}},
+            "rollback",
+            "when it was packaged 6.00% of 32 inputs agreed, 99.00% wanted",
+        ),
+        ({"verify": {"agreement": 0.97, "output_error": 0.2, "images": 32}}, "wait", "97.00% of 32 inputs agreed"),
+        (
+            {
+                "verify": {"agreement": 0.06, "output_error": 1.35, "images": 32},
+                "agreement": {"top1": 0.998, "mean_relative_difference": 0.09, "inputs": 500},
+            },
+            "promote",
+            "in the last comparison 99.80% of 500",
+        ),
+        ({"verify": {"agreement": None, "output_error": 0.05, "images": 32}}, "promote", "100.00% of 32"),
+        ({}, "wait", "the package's report says nothing of it"),
+    ],
+)
+def test_a_split_compares_no_outputs_and_says_what_is_known_of_them(
+    tmp_path: Path, report: dict[str, Any], advice: str, words: str
+) -> None:
+    experiment = Experiment(tmp_path, shadow=False)
+    write_json(experiment.spec.folder / "report.json", report)
+    experiment.windows(300, 0.8)
+    experiment.users(3000, 3000)
+    status = experiment.status()
+    (rail,) = [rail for rail in status.guardrails if rail.name == "agreement"]
+    assert "not compared under a split (add --shadow)" in rail.text and words.split(" of ")[0] in rail.text
+    assert status.advice.kind == advice and "not compared under a split" in status.to_text()
+
+
+def test_a_tolerance_is_held_against_the_outputs_not_the_class(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path, tolerance=0.1)
+    experiment.pairs(300, difference=0.2, top1=True)
+    assert (
+        experiment.status().shadow["agreement"] == 0.0
+        and "within 0.1 of the original's" in experiment.status().to_text()
+    )
+
+
+def test_users_who_get_no_answer_advise_to_roll_back(tmp_path: Path) -> None:
+    """A version that hangs fails nobody whose patience ends before the gateway's."""
+    experiment = Experiment(tmp_path, shadow=False)
+    experiment.windows(200, 0.8)
+    counts = read_json(tmp_path / COUNTS)
+    users = {"requests": {"original": 1000, "redpp": 1000}, "refused": {"redpp": 100}, "abandoned": {"redpp": 0}}
+    write_json(tmp_path / COUNTS, {**counts, "users": users})
+    status = experiment.status()
+    assert status.advice.kind == "promote" and "left unanswered" not in status.to_text()
+    write_json(tmp_path / COUNTS, {**counts, "users": {**users, "abandoned": {"redpp": 100}}})
+    status = experiment.status()
+    assert status.advice.kind == "rollback" and "100 of 1000 against 0 of 1000" in status.advice.text
+    assert status.arms["redpp"].abandoned == 100 and "left unanswered" in status.to_text()
+
+
+def test_a_long_tail_advises_to_roll_back(tmp_path: Path) -> None:
+    for shadow in (True, False):
+        (tmp_path / str(shadow)).mkdir()
+        experiment = Experiment(tmp_path / str(shadow), shadow=shadow)
+        experiment.pairs(1500, 0.8)
+        experiment.windows(200, 0.8)
+        assert "p99" not in experiment.status().advice.text
+        experiment.users(1000, 1000, slow=0 if shadow else 200)
+        experiment.pairs(100, seconds=[0.01, 0.03])  # 6 %
+        advice = experiment.status().advice
+        assert advice.kind == "rollback" and "p99: at least" in advice.text, advice
+
+
+def test_pairs_count_for_what_they_can_tell(experiment: Experiment) -> None:
+    experiment.pairs(10)
+    experiment.pairs(5, quiet=False, seconds=[1.0, 9.0])  # disturbed: outputs only
+    experiment.pairs(4, status=[200, 500], difference=None, top1=None)
+    experiment.pairs(3, status=[200, 0], difference=None, top1=None)
+    experiment.pairs(2, status=[400, 400], difference=None, top1=None)  # the user's mistake
+    experiment.pairs(1, status=[500, 200], difference=None, top1=None)
+    experiment.pairs(6, top1=False, handler=[0.001, 0.002])
+    write_json(experiment.state / RECORDER, {"received": 40, "dropped": 9, "pairs": 31})
+    shadow = experiment.status().shadow
+    assert shadow == {
+        "received": 40,
+        "dropped": 9,
+        "pairs": 31,
+        "quiet_pairs": 16,
+        "errors": {"original": 1, "redpp": 7},
+        "compared_outputs": 28,
+        "agreeing": 15,
+        "agreement": 15 / 28,
+        "top1": 15 / 21,
+    }
+    evidence = Evidence(experiment.state, experiment.spec)
+    evidence.refresh()
+    assert evidence.pairs.latency.values == 16 and evidence.pairs.handler.mean == pytest.approx(numpy.log(0.5))
+    users, replays = (rail for rail in evidence.guardrails() if rail.name == "errors")
+    assert "(0 of 500 against 0 of 500)" in users.text
+    assert "errors of replays" in replays.text and "(7 of 31 against 1 of 31)" in replays.text
+
+
+def test_evidence_that_grows_is_that_of_the_whole(experiment: Experiment) -> None:
+    growing = Evidence(experiment.state, experiment.spec)
+    for _ in range(5):
+        experiment.pairs(37, 0.9)
+        experiment.windows(11)
+        growing.refresh()
+    whole = Evidence(experiment.state, experiment.spec)
+    whole.refresh()
+    assert growing.findings() == whole.findings() and growing.guardrails() == whole.guardrails()
+    assert growing.pairs.total == 185 and growing.arms.windows == 55
+
+
+def test_without_shadow_mode_pairs_are_not_waited_for(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path, shadow=False, split="90:10", margin=0.05, max_error_rate_gap=0.05)
+    experiment.windows(200, 0.8)
+    status = experiment.status()
+    assert status.advice.kind == "promote" and status.shadow is None
+    assert {rail.name for rail in status.guardrails} == {"errors", "p99", "agreement"}
+
+
+def test_the_text(experiment: Experiment) -> None:
+    experiment.pairs(300, 0.8)
+    experiment.windows(200, 0.8)
+    write_json(experiment.state / RECORDER, {"received": 400, "dropped": 100, "pairs": 300})
+    text = experiment.status().to_text()
+    assert text.splitlines()[:10] == [
+        "m on torchserve: 50 % of users to original, 50 % to redpp, by X-User-Id",
+        "http://127.0.0.1:1/predictions/m, shadow mode, running for 90 s",
+        "",
+        "                  original  redpp",
+        "requests               500    500",
+        "share                50.0%  50.0%",
+        "failed (5xx)             0      0",
+        "refused (4xx)            0      0",
+        "gateway p50 (ms)        10      9",
+        "gateway p99 (ms)        10      9",
+    ]
+    for part in (
+        "handler p99 (ms)",
+        "The arms carry different loads",
+        "300 pairs, 300 of them undisturbed",
+        "want of time: 100 of 400 requests",
+        "300 of 300 agree",
+        "same class on 100.00%",
+        "open    p99:",
+        "shadow  redpp is 1.2",
+        "split   redpp is 1.2",
+    ):
+        assert part in text, part
+    assert text.splitlines()[-1] == experiment.status().advice.text
+
+
+def test_problems_and_promotion_are_shown(experiment: Experiment) -> None:
+    write_json(experiment.state / STATUS, {"ready": True, "problems": ["TorchServe has ended"]})
+    switch(experiment.state / GATEWAY, "redpp")
+    text = experiment.status().to_text()
+    assert "PROBLEM: TorchServe has ended" in text and "m on torchserve: all users go to redpp" in text
+
+
+def test_the_metrics(experiment: Experiment) -> None:
+    experiment.pairs(1500, 0.8)
+    experiment.windows(200, 0.8)
+    write_json(experiment.state / RECORDER, {"received": 1600, "dropped": 100, "pairs": 1500})
+    latest: list[Status | None] = [None]
+    own = registry(lambda: latest[0])
+    assert generate_latest(own) == b""
+    latest[0] = experiment.status()
+    samples = dict(
+        line.rsplit(" ", 1) for line in generate_latest(own).decode().splitlines() if not line.startswith("#")
+    )
+    assert samples['redpp_ab_traffic_ratio{arm="redpp",model="m"}'] == "0.5"
+    assert samples['redpp_ab_requests_total{arm="original",model="m"}'] == "500.0"
+    assert (
+        samples['redpp_ab_pairs_total{model="m"}'] == "1500.0"
+        and samples['redpp_ab_dropped_total{model="m"}'] == "100.0"
+    )
+    assert samples['redpp_ab_agreement_ratio{model="m"}'] == "1.0"
+    assert samples['redpp_ab_verdict{kind="faster",model="m"}'] == "1.0"
+    assert sum(float(value) for name, value in samples.items() if "redpp_ab_verdict" in name) == 1
+    assert sum(float(value) for name, value in samples.items() if "redpp_ab_advice" in name) == 1
+    for source in ("shadow", "split"):
+        low, mean, high = (
+            float(samples[f'redpp_ab_speedup_ratio{{bound="{bound}",model="m",source="{source}"}}'])
+            for bound in ("low", "mean", "high")
+        )
+        assert 1 < low < mean < high and low < 1.25 < high
+    switch(experiment.state / GATEWAY, "original")
+    latest[0] = experiment.status()
+    assert 'redpp_ab_traffic_ratio{arm="original",model="m"} 1.0' in generate_latest(own).decode()
+
+
+def test_the_spec_goes_through_json() -> None:
+    spec = Spec(
+        Path("/a"),
+        Path("/b"),
+        "triton",
+        Split(Decimal("99.5"), Decimal("0.5")),
+        None,
+        False,
+        Limits(0.2),
+        3,
+        8000,
+        False,
+    )
+    assert Spec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+@pytest.mark.parametrize("header", ["", "X User", "X_User", "X-User;", "1-User", "X-User\n"])
+def test_a_header_that_is_no_name_is_refused(header: str) -> None:
+    with pytest.raises(RedppError, match="--sticky-header"):
+        Spec(Path("/a"), None, "triton", Split(Decimal(50), Decimal(50)), header, False)

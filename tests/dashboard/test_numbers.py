@@ -1,0 +1,344 @@
+"""Windows, percentiles, speed-ups, and the words made of them, against samples that are known one by one."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram
+
+from redpp_serve.dashboard import history as history_module
+from redpp_serve.dashboard.collector import Collector
+from redpp_serve.dashboard.experiment import experiment
+from redpp_serve.dashboard.figures import (
+    batch_shares,
+    latency_rows,
+    left_shares,
+    model_rows,
+    speedup_tiles,
+    traffic_rows,
+    worker_rows,
+)
+from redpp_serve.dashboard.history import History, Window
+from redpp_serve.dashboard.scraping import Key, Target
+from redpp_serve.dashboard.speedups import equal_batch_ratio, network_ratio, noise, percentile_ratio
+from redpp_serve.dashboard.words import headline
+from redpp_serve.handlers.metrics import SECONDS_BUCKETS
+from redpp_serve.report.formats import DASH
+from redpp_serve.statistics.intervals import quantile
+from tests.support.live_metrics import Exporter
+
+
+def buckets(samples: list[float]) -> dict[float, float]:
+    """What prometheus_client's own histogram counts."""
+    registry = CollectorRegistry()
+    histogram = Histogram("t", "t", buckets=SECONDS_BUCKETS, registry=registry)
+    for sample in samples:
+        histogram.observe(sample)
+    return {float(s.labels["le"]): s.value for f in registry.collect() for s in f.samples if s.name == "t_bucket"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(1e-5, 10.0), min_size=1, max_size=80), st.sampled_from([0.5, 0.95, 0.99]))
+def test_a_percentile_lies_in_the_bucket_of_the_true_one(samples: list[float], share: float) -> None:
+    found = quantile(buckets(samples), share)
+    true = np.quantile(samples, share, method="inverted_cdf")
+    assert found is not None
+    assert found.low <= found.value <= found.high
+    assert found.low < true <= found.high or math.isclose(true, found.low)
+
+
+def test_interpolation_is_linear_within_the_bucket() -> None:
+    found = quantile({0.001: 10.0, 0.002: 30.0, 0.004: 40.0, math.inf: 40.0}, 0.5)
+    assert found == pytest.approx((0.0015, 0.001, 0.002))
+    assert quantile({0.001: 4.0, math.inf: 4.0}, 0.5) == pytest.approx((0.0005, 0.0, 0.001))
+    assert quantile({0.001: 1.0, math.inf: 4.0}, 0.99) == (0.001, 0.001, math.inf)
+    assert quantile({0.001: 0.0, math.inf: 0.0}, 0.5) is None and quantile({}, 0.5) is None
+
+
+KEY = Key("redpp_requests_total", "original", "ok")
+
+
+def test_a_window_holds_what_came_within_it() -> None:
+    history = History()
+    for second in range(101):
+        history.add(float(second), {KEY: 0.0 if second == 0 else 5.0 if second <= 90 else 20.0})
+    assert history.window(10).rate(*KEY) == pytest.approx(20.0) and history.window(10).span == 10.0
+    assert history.window(60).total(*KEY) == 50 * 5 + 10 * 20
+    uneven = History()
+    for tick in range(100):
+        uneven.add(1.03 * tick, {KEY: 1.0})
+    assert uneven.window(60).span == pytest.approx(58 * 1.03)
+    assert uneven.window(60.3).span == pytest.approx(59 * 1.03)
+    early = History()
+    early.add(0.0, {})
+    assert early.window(60).rate(*KEY) is None
+    early.add(4.0, {KEY: 8.0})
+    assert early.window(60).span == 4.0 and early.window(60).rate(*KEY) == 2.0
+
+
+def test_history_is_bounded_in_time_and_in_series(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history_module, "MAX_KEYS", 50)
+    history = History()
+    for second in range(2000):
+        history.add(float(second), {Key("redpp_batches_total", "redpp", str(second)): 1.0, KEY: 1.0})
+    assert history.window(10_000).span == history_module.KEPT_S
+    assert history.window(900).total(*KEY) == 900
+    assert len(history._places) == 50 and len(history._snapshots) == 901
+
+
+def window(original: dict[int, tuple[int, float]], redpp: dict[int, tuple[int, float]]) -> Window:
+    """The gains of a minute with so many batches of each size, each of which took so many seconds."""
+    with Exporter() as exporter:
+        target, history = Target(exporter.url), History()
+        history.add(0.0, target.scrape("small"))
+        for variant, batches in (("original", original), ("redpp", redpp)):
+            for size, (times, seconds) in batches.items():
+                exporter.batches(variant, size, seconds, times)
+        history.add(60.0, target.scrape("small"))
+        return history.window(60)
+
+
+def test_speedups_of_known_times() -> None:
+    found = window({1: (40, 0.003)}, {1: (10, 0.0015)})
+    assert equal_batch_ratio(found) == pytest.approx((2.0, 0.003, 0.0015, None, None))
+    assert network_ratio(found).value == pytest.approx(2.0)
+    ratio = percentile_ratio(found, 0.5)  # both in the middle of their bucket
+    assert (ratio.original, ratio.redpp) == pytest.approx(((0.00283 + 0.004) / 2, (0.00141 + 0.002) / 2))
+    assert ratio.low <= 2.0 <= ratio.high
+
+
+def test_unequal_batches_do_not_make_a_version_faster() -> None:
+    """The pruned network takes half the time at each size, but gets the large batches."""
+    found = window({1: (90, 0.001), 8: (10, 0.004)}, {1: (10, 0.0005), 8: (90, 0.002)})
+    assert found.mean("redpp_handler_seconds", "original") < found.mean("redpp_handler_seconds", "redpp")
+    assert equal_batch_ratio(found).value == pytest.approx(2.0)
+    assert equal_batch_ratio(window({1: (5, 0.001)}, {2: (5, 0.001)})) is None
+
+
+def words(found: Window, problem: str = "", serves: bool = True, down_s: float = 0.0) -> tuple[str, str, str]:
+    target = Target("http://127.0.0.1:1/metrics")
+    target.problem, target.serves = problem, serves
+    return headline("small", found, [target], down_s)
+
+
+def test_the_headline_says_what_the_numbers_say() -> None:
+    faster = words(window({1: (40, 0.003)}, {1: (10, 0.0015)}))
+    assert faster.text == "The pruned model answers 2.00 times as fast (p50, last 60 s)" and faster.state == "faster"
+    assert "Within bucket precision the factor is 1.42 to 2.84. From 40 and 10 batches." in faster.detail
+    slower = words(window({1: (40, 0.0015)}, {1: (10, 0.003)}))
+    assert slower.text == "The pruned model answers 0.50 times as fast (p50, last 60 s)" and slower.state == "slower"
+
+
+def test_where_a_bucket_hides_the_difference_the_mean_speaks() -> None:
+    close = words(window({1: (40, 0.0027)}, {1: (40, 0.0022)}))
+    assert close.text == "The pruned model answers 1.23 times as fast (mean at equal batch size, last 60 s)"
+    assert "lie in one bucket, 2.00 to 2.83 ms, and cannot be told apart" in close.detail
+    even = words(window({1: (40, 0.0027)}, {1: (40, 0.00269)}))
+    assert even.text == "Both versions answer equally fast (mean at equal batch size, last 60 s)"
+    assert even.state == "even"
+
+
+def test_a_difference_within_the_noise_is_not_called_one() -> None:
+    """The same two times on average; once they swing from second to second by much more than they differ."""
+    for swing, text in (
+        (0.5, "No clear difference between the versions (last 32 s)"),
+        (0.0, "The pruned model answers 1.10 times as fast (mean at equal batch size, last 32 s)"),
+    ):
+        history = History()
+        history.add(0.0, {})
+        for second in range(1, 33):
+            gains: dict[Key, float] = {}
+            for variant, seconds, period in (("original", 0.0022, 2), ("redpp", 0.0020, 4)):
+                took = seconds * (1 + swing if second % period < period / 2 else 1 - swing)
+                gains |= {
+                    Key("redpp_batches_total", variant, "1"): 10.0,
+                    Key("redpp_batch_seconds_total", variant, "1"): 10 * took,
+                    Key("redpp_handler_seconds_count", variant): 10.0,
+                    Key("redpp_handler_seconds_bucket", variant, "0.002"): 0.0,
+                    Key("redpp_handler_seconds_bucket", variant, "0.004"): 10.0,
+                    Key("redpp_handler_seconds_bucket", variant, "+Inf"): 10.0,
+                }
+            history.add(float(second), gains)
+        found = words(history.window(60))
+        assert found.text == text
+        assert ("give or take" in found.detail) == (swing > 0)
+
+
+def test_the_error_of_the_ratio_is_what_it_says() -> None:
+    """Against the spread of the ratio over many runs."""
+    random = np.random.default_rng(1)
+    ratios, errors = [], []
+    for _ in range(300):
+        history = History()
+        history.add(0.0, {})
+        for second in range(1, 41):
+            took = random.exponential(0.002, 2)
+            gains = {Key("redpp_batches_total", variant, "2"): 5.0 for variant in ("original", "redpp")}
+            times = zip(("original", "redpp"), took.tolist())
+            gains |= {Key("redpp_batch_seconds_total", variant, "2"): 5 * each for variant, each in times}
+            history.add(float(second), gains)
+        window = history.window(60)
+        ratios.append(math.log(equal_batch_ratio(window).value))
+        errors.append(noise(window))
+    assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.15)
+    assert noise(Window({}, 0.0)) is None
+
+
+def test_what_is_not_there_is_said_in_words() -> None:
+    silent = window({}, {})
+    assert words(silent).text == "No traffic in the last 60 s" and words(silent).state == "waiting"
+    assert words(Window({}, 0.0)).text == "No traffic yet"
+    one = words(window({1: (40, 0.003)}, {}))
+    assert one.text == "Only the original model had traffic (last 60 s)" and "0.7 /s answers" in one.detail
+    down = words(silent, problem="Connection refused", down_s=12.0)
+    assert down.text == "The server does not answer" and down.detail.startswith("For 12 s: Connection refused.")
+    assert words(silent, serves=False).text == "No metrics of small so far"
+    tiles = speedup_tiles(silent)
+    assert [tile["value"] for tile in tiles] == ["no traffic"] * 3
+    assert all(row[1:3] == ["no traffic", "no traffic"] for row in latency_rows(silent) + traffic_rows(silent))
+    assert all(row[3] == DASH for row in latency_rows(silent))
+    assert worker_rows(silent, {})[0] == ["CPU", "idle", "idle"]
+    assert batch_shares(silent)["labels"] == []
+    assert model_rows({}, {})[0] == ["parameters", DASH, DASH, DASH]
+
+
+def test_every_row_has_its_unit() -> None:
+    found = window({1: (30, 0.003), 3: (10, 0.005)}, {1: (10, 0.0015)})
+    rows = {row[0]: row[1:] for row in latency_rows(found) + traffic_rows(found)}
+    assert rows["mean"] == ["3.50 ms", "1.50 ms", "2.33x"]
+    assert rows["p99"][0].endswith("\nbucket 4.00 to 5.66 ms")
+    assert rows["throughput, answered"] == ["1.0 /s", "0.2 /s"]
+    assert rows["mean batch size"] == ["1.50 requests", "1.00 requests"]
+    assert rows["errors (500)"] == ["0 of 60", "0 of 10"]
+    assert batch_shares(found) == {"labels": ["1", "3 to 4"], "original": [75.0, 25.0], "redpp": [100.0, 0.0]}
+
+
+def test_errors_are_counted_by_outcome() -> None:
+    with Exporter() as exporter:
+        target, history = Target(exporter.url), History()
+        history.add(0.0, target.scrape("small"))
+        exporter.batches("redpp", 1, 0.002, times=3, outcome="error")
+        exporter.batches("redpp", 1, 0.002, times=1)
+        history.add(60.0, target.scrape("small"))
+    rows = {row[0]: row[1:] for row in traffic_rows(history.window(60))}
+    assert rows["errors (500)"] == ["no traffic", "3 of 4\n75.00 % of requests"]
+    assert rows["bad requests (400)"] == ["no traffic", "0 of 4"]
+
+
+def test_cpu_memory_and_network() -> None:
+    history = History()
+    history.add(0.0, {})
+    history.add(60.0, {Key("redpp_worker_cpu_seconds_total", "redpp"): 15.0})
+    gauges = {
+        Key("redpp_worker_resident_bytes", "redpp"): 5e8,
+        Key("redpp_device_memory_bytes", "redpp", "cuda:0"): 2e9,
+        Key("redpp_device_memory_bytes", "redpp", "cpu"): 5e8,
+        Key("redpp_model_macs", "original"): 4e6,
+        Key("redpp_model_macs", "redpp"): 1e6,
+    }
+    assert worker_rows(history.window(60), gauges) == [
+        ["CPU", "idle", "25.0 % of a core"],
+        ["resident memory", "unknown", "500.0 MB"],
+        ["tensors on cuda:0", "unknown", "2.0 GB"],
+    ]
+    report = {"original": {"parameters": 1000}, "pruned": {"parameters": 250}}
+    rows = model_rows(gauges, report)
+    assert rows[0] == ["parameters", "1.00 k", "250", "25.0 % left"]
+    assert rows[1] == ["MACs of one input", "4.00 M", "1.00 M", "25.0 % left"]
+    assert left_shares(gauges, report) == {
+        "labels": ["parameters", "MACs of one input"],
+        "original": [100.0, 100.0],
+        "redpp": [25.0, 25.0],
+    }
+
+
+def test_an_experiment_shows_verdict_advice_and_interval() -> None:
+    assert experiment({}, Window({}, 0.0)) is None
+    bounds = {"low": 1.2, "mean": 1.4, "high": 1.6}
+    gauges = {Key("redpp_ab_speedup_ratio", "", f"split {bound}"): value for bound, value in bounds.items()}
+    gauges |= {
+        Key("redpp_ab_traffic_ratio", "", "original"): 0.9,
+        Key("redpp_ab_traffic_ratio", "", "redpp"): 0.1,
+        Key("redpp_ab_verdict", "", "faster"): 1.0,
+        Key("redpp_ab_verdict", "", "slower"): 0.0,
+        Key("redpp_ab_advice", "", "promote"): 1.0,
+        Key("redpp_ab_pairs_total", ""): 120.0,
+        Key("redpp_ab_agreement_ratio", ""): 0.995,
+    }
+    sent = {Key("redpp_ab_requests_total", "", "original"): 88.0, Key("redpp_ab_requests_total", "", "redpp"): 12.0}
+    card = experiment(gauges, Window(sent, 60.0))
+    assert card["verdict"] == "The pruned model is faster: 1.20 to 1.60 times as fast"
+    assert card["advice"] == "Promote the pruned model"
+    assert card["intervals"] == [{"label": "split traffic", "text": "1.40x (1.20 to 1.60)", **bounds}]
+    assert [share["text"] for share in card["shares"]] == ["original 90 %", "pruned 10 %"]
+    assert card["rows"] == [
+        ["share of the requests in this window", "original 88.0 % and pruned 12.0 %"],
+        ["pairs compared", "120"],
+        ["outputs that agree", "99.50 %"],
+    ]
+
+
+def test_a_verdict_is_shown_with_the_interval_that_it_can_rest_on() -> None:
+    gauges = {
+        Key("redpp_ab_speedup_ratio", "", f"{source} {bound}"): value
+        for source, values in (("shadow", (0.9, 1.0, 1.2)), ("split", (0.5, 0.6, 0.7)))
+        for bound, value in zip(("low", "mean", "high"), values)
+    }
+    said = {
+        kind: experiment({**gauges, Key("redpp_ab_verdict", "", kind): 1.0}, Window({}, 0.0))["verdict"]
+        for kind in ("slower", "undecided", "faster")
+    }
+    assert said == {
+        "slower": "The pruned model is slower: 0.50 to 0.70 times as fast",
+        "undecided": "Undecided so far: 0.90 to 1.20 times as fast",
+        "faster": "The pruned model is faster",
+    }
+
+
+def test_the_collector_goes_through_an_outage_and_a_restart_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"name": "small", "verdict": "as fast"}', encoding="utf-8")
+    with Exporter() as second:
+        with Exporter() as first:
+            urls = [first.url]
+            collector = Collector(tmp_path, "small", lambda: urls)
+            collector.step(0.0)
+            first.batches("original", 1, 0.003, times=10)
+            first.batches("redpp", 1, 0.0015, times=10)
+            collector.step(1.0)
+            assert collector.data(10)["headline"]["state"] == "faster"
+        collector.step(2.0)
+        collector.step(5.0)
+        data = collector.data(10)
+        assert data["headline"]["text"] == "The server does not answer"
+        assert data["headline"]["detail"].startswith("For 4 s: ")
+        assert data["sources"][0] == {"url": first.url, "up": False, "text": "down: Connection refused"}
+        urls[:] = [second.url]
+        collector.step(6.0)  # finds the other address, and what it has counted before does not count
+        second.batches("redpp", 1, 0.0015, times=4)
+        collector.step(20.0)
+        data = collector.data(10)
+    assert data["headline"]["text"] == "Only the pruned model had traffic (last 14 s)"
+    assert [source["url"] for source in data["sources"]] == [second.url]
+    assert data["compare"]["text"] == "as fast"
+    assert data["curves"]["seconds"] == [-20.0, -19.0, -18.0, -15.0, -14.0, 0.0]
+    assert data["curves"]["throughput"]["redpp"] == [None, 10.0, None, None, 1.667, 0.2857]  # None: it did not answer
+
+
+def test_curves_are_thinned_and_the_report_is_read_again(tmp_path: Path) -> None:
+    with Exporter() as exporter:
+        collector = Collector(tmp_path, "small", lambda: [exporter.url])
+        for second in range(400):
+            exporter.batches("redpp", 1, 0.0015)
+            collector.step(float(second)) if second % 40 == 0 else collector._trend.append(
+                (second + 1000, float(second), collector._trend[-1][2])
+            )
+    data = collector.data(60)
+    assert len(data["curves"]["seconds"]) == len(data["curves"]["p50"]["redpp"]) <= 300
+    assert data["compare"]["text"].startswith("Not compared yet")
+    (tmp_path / "report.json").write_text('{"verdict": "faster by far"}', encoding="utf-8")
+    assert collector.data(60)["compare"]["text"] == "faster by far"
+    (tmp_path / "report.json").write_text("{", encoding="utf-8")
+    assert collector.data(60)["compare"]["text"] == "faster by far"

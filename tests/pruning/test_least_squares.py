@@ -1,0 +1,91 @@
+"""Ridge least squares from sums: the solution NumPy finds, and a sound one where there is none."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from redpp_serve.pruning.least_squares import Sums, moments, solve
+from tests.support.networks import few, seeds
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def halves(u, y):
+    return [Sums.of(u[::2], y[::2]), Sums.of(u[1::2], y[1::2])]
+
+
+@given(seeds, st.integers(1, 9), st.integers(1, 4))
+@few
+def test_exact_targets_are_found_whatever_the_start(seed, d, n_out):
+    scale = torch.logspace(-3, 3, d, dtype=torch.float64)
+    u = (gaussian(200, d, seed=seed) + 5) * scale
+    weight, start = (gaussian(d, n_out, seed=seed + k) / scale[:, None] for k in (1, 2))
+    new, constant, lost = solve(halves(u, u @ weight + 3), start)
+    assert lost < 1e-9
+    torch.testing.assert_close(u @ new + constant, u @ weight + 3, rtol=1e-3, atol=1e-2)
+
+
+def test_noisy_targets_give_the_least_squares_solution():
+    u, noise = gaussian(4000, 6) @ gaussian(6, 6, seed=1) - 2, gaussian(4000, 3, seed=2)
+    y = u @ gaussian(6, 3, seed=3) + noise
+    new, constant, lost = solve(halves(u, y), torch.zeros(6, 3, dtype=torch.float64))
+    features = np.c_[u.numpy(), np.ones(4000)]
+    best = np.linalg.lstsq(features, y.numpy(), rcond=None)[0]
+    left, least = y - u @ new - constant, y - torch.from_numpy(features @ best)
+    assert left.square().sum() < 1.001 * least.square().sum() and left.mean(0).abs().max() < 1e-9
+    assert lost == pytest.approx(float(left.square().sum() / (y - y.mean(0)).square().sum()), rel=1e-6)
+
+
+def test_wide_rank_deficient_features_leave_less_than_a_percent():
+    """48 channels kept of 512 that have rank 40."""
+    u = gaussian(2000, 40) @ gaussian(40, 512, seed=1)
+    y = u @ gaussian(512, 64, seed=2)
+    weight, _, lost = solve(halves(u[:, :48], y), torch.zeros(48, 64, dtype=torch.float64))
+    assert weight.isfinite().all() and lost**0.5 < 1e-3
+
+
+def test_fewer_samples_than_unknowns_stay_near_a_good_start():
+    """With 40 samples of 200 unknowns the fit must not do worse on new samples than a start that is nearly right."""
+    weight = gaussian(200, 5, seed=1)
+    start = weight + 0.1 * gaussian(200, 5, seed=2)
+    u, new_u = gaussian(40, 200, seed=3), gaussian(500, 200, seed=4)
+    got, constant, _ = solve(halves(u, u @ weight + 2 * gaussian(40, 5, seed=5)), start)
+    error, before = (float((new_u @ w + c - new_u @ weight).norm()) for w, c in ((got, constant), (start, 0)))
+    assert error < 1.2 * before
+
+
+def test_features_that_are_constant_keep_their_start():
+    u = gaussian(100, 4)
+    u[:, 2] = 7
+    start = torch.ones(4, 2, dtype=torch.float64)
+    new, constant, lost = solve(halves(u, u @ gaussian(4, 2, seed=1)), start)
+    assert torch.equal(new[2], start[2]) and lost < 1e-9
+    dead = solve(halves(0 * u, 0 * u[:, :2] + 3), start)
+    assert torch.equal(dead[0], start) and dead[1].tolist() == [3, 3] and dead[2] == 0
+
+
+def test_sums_add_up():
+    u, y = gaussian(30, 4) + 3, gaussian(30, 2, seed=1)
+    whole, first = Sums.of(u, y), Sums.of(u[:7], y[:7])
+    first.add(Sums.of(u[7:], y[7:]))
+    for parts in ([whole], [first], halves(u, y)):
+        m = moments(parts)
+        np.testing.assert_allclose(m.uu, np.cov(u.T, bias=True), atol=1e-9)
+        np.testing.assert_allclose(m.yy, np.var(y.numpy(), axis=0).sum(), atol=1e-9)
+        assert m.lost(torch.zeros(4, 2, dtype=torch.float64)) == m.yy
+
+
+@given(seeds)
+@few
+def test_features_that_vary_less_than_their_sums_are_exact_do_no_harm(seed):
+    u = gaussian(300, 12, seed=seed)
+    u[:, :6] = 100 + 1e-6 * u[:, :6]  # their variance is below the rounding of their squares
+    weight = gaussian(12, 3, seed=seed + 1)
+    y = u @ weight
+    new, constant, lost = solve(halves(u, y), torch.zeros(12, 3, dtype=torch.float64))
+    left = y - u @ new - constant
+    assert lost < 1e-3 and left.square().mean() < 1e-3 * (y - y.mean(0)).square().mean()

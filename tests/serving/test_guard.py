@@ -1,0 +1,86 @@
+"""A server whose supervisor is killed: its processes, its folder and its shared memory go; dismissed, nothing does."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from redpp_serve.serving.processes import wait_and_end
+from redpp_serve.serving.running import started
+
+# Its leader ends at once, and leaves a process in the session, as a server does that was killed.
+_SUPERVISOR = """
+import os, subprocess, sys
+from pathlib import Path
+from redpp_serve.serving.processes import Guard
+guard = Guard(Path(sys.argv[1]))
+leader = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!"], stdout=subprocess.PIPE, start_new_session=True)
+guard.watch(leader)
+print(leader.stdout.readline().decode().strip(), guard._process.pid, flush=True)
+leader.wait()
+if sys.argv[2] == "dismiss":
+    guard.dismiss()
+else:
+    os.kill(os.getpid(), 9)
+"""
+
+
+def home(tmp_path: Path) -> Path:
+    """Its name is no other test's: shared memory has no folders."""
+    return tmp_path / f"home{os.getpid()}"
+
+
+@pytest.fixture
+def end(tmp_path: Path) -> Callable[[str], tuple[psutil.Process, int]]:
+    """Lets a supervisor end in that way; its server's process, and the guard's number."""
+    home(tmp_path).mkdir()
+
+    def run(how: str) -> tuple[psutil.Process, int]:
+        command = [sys.executable, "-c", _SUPERVISOR, str(home(tmp_path)), how]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
+        server, guard = map(int, done.stdout.split())
+        return psutil.Process(server), guard
+
+    return run
+
+
+def test_what_a_killed_supervisor_leaves_is_ended(
+    tmp_path: Path, end: Callable[[str], tuple[psutil.Process, int]]
+) -> None:
+    memory = Path("/dev/shm") / f"{home(tmp_path).name}-memory"
+    memory.touch()
+    try:
+        server, guard = end("kill")
+        deadline = time.monotonic() + 30
+        while started(guard) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not started(guard) and not started(server.pid)
+        assert not home(tmp_path).exists() and not memory.exists()
+    finally:
+        memory.unlink(missing_ok=True)
+
+
+def test_a_dismissed_guard_ends_and_touches_nothing(
+    tmp_path: Path, end: Callable[[str], tuple[psutil.Process, int]]
+) -> None:
+    server, guard = end("dismiss")
+    try:
+        assert not started(guard) and server.is_running() and home(tmp_path).exists()
+    finally:
+        server.kill()
+
+
+def test_a_number_that_is_somebody_elses_by_now_is_left_alone(tmp_path: Path) -> None:
+    other = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        wait_and_end(home(tmp_path), [f"{other.pid} 12.5"])
+        assert other.poll() is None
+        wait_and_end(home(tmp_path), [f"{other.pid} {started(other.pid)}"])
+        assert not started(other.pid)
+    finally:
+        other.kill()

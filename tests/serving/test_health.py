@@ -1,0 +1,105 @@
+"""Probing and switching a running server by what it wrote down, here a TorchServe; Triton's part is with its launcher."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from redpp_serve import cli
+from redpp_serve.errors import RedppError
+from redpp_serve.serving.health import Health, Unhealthy, check, probe, sample_request, triton_body
+from redpp_serve.serving.running import Running, register
+from redpp_serve.serving.serve import roll_out
+from redpp_serve.serving.server import LocalServer, open_server
+from tests.support.rollout import switch_under_load
+
+
+@pytest.fixture(scope="module")
+def server(packaged: Path) -> Iterator[LocalServer]:
+    with open_server("torchserve", packaged, name="small") as running:
+        yield running
+
+
+@pytest.fixture
+def running(server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    """Registered for this test."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with register(server.running()):
+        yield server.running()
+
+
+def test_no_request_fails_while_versions_are_switched(server: LocalServer) -> None:
+    answered = switch_under_load(server, cycles=5, least=1000)
+    assert answered.total() >= 1000 and min(answered["original"], answered["redpp"]) > 50
+
+
+def test_the_commands_act_on_the_running_server(
+    server: LocalServer, running: Running, packaged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command, variant in (("promote", "redpp"), ("promote", "redpp"), ("rollback", "original")):
+        assert cli.main([command, str(packaged)]) == 0
+        assert capsys.readouterr().out == f"requests to {server.default_url()} now go to {variant}\n"
+        assert server.default_variant() == variant
+    assert cli.main(["health", str(packaged), "--server", "torchserve"]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
+        ["original", "ok,"],
+        ["redpp", "ok,"],
+        ["default", "ok,"],
+    ]
+    for command, code in (("promote", 2), ("rollback", 2), ("health", 1)):
+        assert cli.main([command, str(packaged), "--server", "triton"]) == code
+        assert "no triton is running" in capsys.readouterr().err
+
+
+def test_what_does_not_answer_is_named(server: LocalServer, running: Running, packaged: Path) -> None:
+    assert probe(running, "redpp").problem == ""
+    unknown = replace(running, urls={**running.urls, "redpp": server.url("9.9")})
+    assert "answers 404" in probe(unknown, "redpp").problem
+    assert "answers 400" in probe(replace(running, headers={"inference": {}}), "original").problem
+    down = replace(running, pid=os.getpid(), urls={"original": "http://127.0.0.1:9/predictions/small/1.0"})
+    with register(down), pytest.raises(Unhealthy, match="original does not answer: .*refused") as caught:
+        check(packaged)
+    assert caught.value.exit_code == 1
+
+
+def test_an_experiment_is_not_switched_behind_its_back(running: Running, packaged: Path) -> None:
+    with register(replace(running, extra={"gateway": "http://127.0.0.1:9"})):
+        with pytest.raises(RedppError, match="an experiment divides.*redpp-serve ab rollback"):
+            roll_out(packaged, "original")
+
+
+def test_a_server_that_has_ended_meanwhile_is_an_error(running: Running, packaged: Path) -> None:
+    with register(replace(running, management_url="http://127.0.0.1:9")):
+        with pytest.raises(RedppError, match="does not answer.*start it again"):
+            roll_out(packaged, "redpp")
+
+
+def test_without_a_sample_there_is_no_probe(running: Running, tmp_path: Path) -> None:
+    with pytest.raises(RedppError, match="no sample.npy or sample.npz.*package the model again"):
+        sample_request(replace(running, folder=str(tmp_path)))
+
+
+def test_several_inputs_are_put_one_behind_the_other() -> None:
+    specs = [{"name": "a", "datatype": "FP32", "shape": [-1, 2]}, {"name": "b", "datatype": "INT64", "shape": [-1, 1]}]
+    body, length = triton_body(specs, [np.array([1, 2], np.float32), np.array(3)])
+    assert body[length:] == np.array([1, 2], np.float32).tobytes() + np.array([3]).tobytes()
+    assert (
+        b'"shape": [1, 2], "parameters": {"binary_data_size": 8}' in body[:length]
+        and b'"shape": [1, 1]' in body[:length]
+    )
+
+
+def test_health_is_one_line() -> None:
+    assert Health("redpp", 0.0123).to_text() == "redpp     ok, 12.3 ms"
+    assert Health("redpp", 0.01, "answers 500: x").to_text() == "redpp     answers 500: x"
+
+
+def test_a_probe_starts_without_torch() -> None:
+    """It runs every few seconds where an orchestrator asks."""
+    code = "import sys, redpp_serve.serving.health, redpp_serve.serving.serve; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

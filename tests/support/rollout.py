@@ -1,0 +1,83 @@
+"""Requests without a version that never pause while the default version of a running server is moved to and fro."""
+
+import http.client
+import json
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy
+import pytest
+import torch
+
+from redpp_serve.serving.health import sample_request
+from redpp_serve.serving.server import LocalServer
+from tests.support.small import outputs
+
+CLIENTS = 4
+
+
+def switch_under_load(server: LocalServer, cycles: int, least: int) -> Counter[str]:
+    """Promote and roll back that often, and on until there were ``least`` requests; each must be answered in full by one
+    of the versions. Returns how many each variant answered."""
+    running = server.running()
+    request, url = sample_request(running), urlsplit(server.default_url())
+    headers = {**server.headers(), **request.headers}
+    expected = expected_outputs(server.folder)
+    answered: Counter[str] = Counter()
+    failures: list[object] = []
+    done, lock = threading.Event(), threading.Lock()
+
+    def client() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", url.port, timeout=60)
+        while not done.is_set() and len(failures) < 10:
+            try:
+                connection.request("POST", url.path, request.body, headers)
+                response = connection.getresponse()
+                body = response.read()
+                variant, values = read(server.kind, response, body)
+                assert values == pytest.approx(expected[variant], rel=1e-3, abs=1e-4)
+                with lock:
+                    answered[variant] += 1
+            except Exception as error:
+                failures.append(repr(error))
+                connection.close()
+        connection.close()
+
+    threads = [threading.Thread(target=client) for _ in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    try:
+        switches = 0
+        while switches < cycles or answered.total() < least and not failures:
+            server.promote()
+            assert server.default_variant() == "redpp"
+            time.sleep(0.2)
+            server.rollback()
+            assert server.default_variant() == "original"
+            time.sleep(0.2)
+            switches += 1
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    return answered
+
+
+def expected_outputs(folder: Path) -> dict[str, list[float]]:
+    """Each variant's outputs for the package's sample."""
+    x = torch.from_numpy(numpy.load(folder / "sample.npy"))
+    return {variant: outputs(folder / f"{variant}.mar", x)[0] for variant in ("original", "redpp")}
+
+
+def read(kind: str, response: http.client.HTTPResponse, body: bytes) -> tuple[str, list[float]]:
+    """Which variant answered, and its outputs."""
+    assert response.status == 200, (response.status, body)
+    document = json.loads(body)
+    if kind == "torchserve":
+        return str(response.headers["X-Redpp-Variant"]), document["outputs"][0]
+    variants = {"1": "original", "2": "redpp", "3": "original", "4": "original"}
+    return variants[document["model_version"]], document["outputs"][0]["data"]
