@@ -40,12 +40,12 @@ TOLERANCE = 1e-3  # of the largest output: float32 sums in another order
 FEWEST_ROUNDS = 15
 # numerator and denominator of the times, and the least ratio wanted
 RATIOS = {
-    "pruned over original, same runtime": ("original", "redpp", 1.5),
+    "pruned over original, same runtime": ("original", "pruned", 1.5),
     "original here over the stock handler": ("stock", "original", 1.0),
     "original planned over dense": ("dense", "original", 0.98),
-    "pruned planned over dense": ("dense_redpp", "redpp", 0.98),
-    "pruned over torch.compile of the original": ("compiled", "redpp", None),
-    "pruned over ONNX Runtime of the original": ("onnx", "redpp", None),
+    "pruned planned over dense": ("dense_pruned", "pruned", 0.98),
+    "pruned over torch.compile of the original": ("compiled", "pruned", None),
+    "pruned over ONNX Runtime of the original": ("onnx", "pruned", None),
     "original over torch.compile": ("compiled", "original", None),
     "original over ONNX Runtime": ("onnx", "original", None),
 }
@@ -131,7 +131,7 @@ def network_rows(
         "rows": [measure(every, images[:batch], options.seconds, rng) for batch in options.batches],
         "kernels": {
             v: kernel_lines(served(g, largest, options.plan_seconds).plan)
-            for v, g in (("original", original), ("redpp", pruned))
+            for v, g in (("original", original), ("pruned", pruned))
         },
     }
 
@@ -177,7 +177,7 @@ def markdown(networks: list[dict[str, Any]]) -> str:
         "**pruned here**",
         "pruned against original",
     )
-    names = ("stock", "compiled", "onnx", "original", "compiled_redpp", "onnx_redpp", "redpp")
+    names = ("stock", "compiled", "onnx", "original", "compiled_pruned", "onnx_pruned", "pruned")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for network in networks:
         for row in network["rows"]:

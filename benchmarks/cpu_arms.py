@@ -17,7 +17,7 @@ from redpp_serve.runtime.model import ServingModel
 
 Call = Callable[[Tensor], Tensor]
 PEERS = ("compiled", "onnx")  # each for the original and, with the suffix, for the pruned network
-PRUNED = "_redpp"
+PRUNED = "_pruned"
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Arm:
 def arms(module: nn.Module, original: Graph, pruned: Graph, plan_seconds: float) -> list[Arm]:
     """All arms; the first is what TorchServe's own handler runs: the module as it is, called eagerly.
 
-    ``original`` and ``redpp`` are this project's runtime with its plan, ``dense`` the same without a choice of kernels.
+    ``original`` and ``pruned`` are this project's runtime with its plan, ``dense`` the same without a choice of kernels.
     """
     found = [Arm("stock", original, lambda x: module)]
     for suffix, graph in (("", original), (PRUNED, pruned)):
         found += [
-            Arm("redpp" if suffix else "original", graph, lambda x, g=graph: _served(g, len(x), plan_seconds)),
+            Arm("pruned" if suffix else "original", graph, lambda x, g=graph: _served(g, len(x), plan_seconds)),
             Arm(f"dense{suffix}", graph, lambda x, g=graph: _served(g, len(x), 0.0)),
             Arm(f"compiled{suffix}", graph, lambda x, g=graph, s=suffix: _compiled(Program(g) if s else module, x)),
             Arm(f"onnx{suffix}", graph, lambda x, g=graph, s=suffix: _onnx(Program(g) if s else module, x)),

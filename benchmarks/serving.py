@@ -29,12 +29,13 @@ from benchmarks.serving_overhead import overhead
 from redpp_serve.capture import capture_file
 from redpp_serve.graph.graph import InputSpec
 from redpp_serve.handlers.preprocess import Preprocess
+from redpp_serve.loopback import ask
 from redpp_serve.options import Options
 from redpp_serve.packaging.package import VARIANTS, describe_machine, package
 from redpp_serve.reference import ARCH, CHECKPOINT
 from redpp_serve.reference.digits import MEAN, STD
 from redpp_serve.serving.serve import model_name
-from redpp_serve.serving.server import KINDS, LocalServer, ask, open_server
+from redpp_serve.serving.server import KINDS, LocalServer, open_server
 
 BAD_SHARE, FAULT_CLIENTS, CRASH_S, ROLL_OUT_S = 0.1, 8, 40.0, 16.0
 
@@ -72,17 +73,17 @@ def crash_part(server: LocalServer, cases: Cases) -> dict[str, Any]:
         seconds=CRASH_S,
         bad_share=BAD_SHARE,
         targets=tuple(VARIANTS),
-        events=[(killed, "kill", lambda: os.kill(worker_of(server, "redpp"), signal.SIGKILL))],
+        events=[(killed, "kill", lambda: os.kill(worker_of(server, "pruned"), signal.SIGKILL))],
     )
     at = run.events["kill"][0]
     lost = [x for x in run.sent if x.lost]
-    recovered = max((x.end_s for x in lost if x.target == "redpp"), default=at)
-    later = [x for x in run.sent if x.start_s > recovered and x.target == "redpp" and x.good]
+    recovered = max((x.end_s for x in lost if x.target == "pruned"), default=at)
+    later = [x for x in run.sent if x.start_s > recovered and x.target == "pruned" and x.good]
     return {
         "requests": len(run.sent),
         "lost_original": sum(x.target == "original" for x in lost),
         "lost_before_the_kill": sum(x.end_s < at for x in lost),
-        "lost_redpp": sum(x.target == "redpp" for x in lost),
+        "lost_pruned": sum(x.target == "pruned" for x in lost),
         "recovery_s": round(recovered - at, 2),
         "longest_wait_s": round(max(x.end_s - x.start_s for x in run.sent if x.end_s > at), 2),
         "served_after_recovery": len(later),
@@ -100,7 +101,7 @@ def roll_out_part(server: LocalServer, cases: Cases) -> dict[str, Any]:
     )
     server.rollback()
     edges = [0.0, *(x for at in run.events.values() for x in at), ROLL_OUT_S * 2]
-    wanted = ("original", "redpp", "original", "redpp")
+    wanted = ("original", "pruned", "original", "pruned")
     wrong = [
         x
         for k, variant in enumerate(wanted)
@@ -168,7 +169,7 @@ def targets(results: dict[str, Any]) -> list[str]:
         add(growth < 5, f"{kind}: memory grows by {growth:g} % from the second to the last quarter, below 5 % wanted")
         add(
             crash["served_after_recovery"] > 0 and not crash["lost_after_recovery"] and not crash["lost_original"],
-            f"{kind}: pruned version killed: {crash['lost_redpp']} lost, recovered after {crash['recovery_s']:g} s, then "
+            f"{kind}: pruned version killed: {crash['lost_pruned']} lost, recovered after {crash['recovery_s']:g} s, then "
             f"{crash['lost_after_recovery']} of {crash['served_after_recovery']} lost; {crash['lost_original']} of the original's lost",
         )
         add(
@@ -209,7 +210,7 @@ def table(results: dict[str, Any]) -> str:
     row("promote, roll back, promote: requests lost", lambda _, __, roll: f"{roll['lost']} of {roll['requests']:,}")
     row(
         "a worker of the pruned version killed: lost",
-        lambda _, crash, __: f"{crash['lost_redpp']} of {crash['requests']:,}",
+        lambda _, crash, __: f"{crash['lost_pruned']} of {crash['requests']:,}",
     )
     row(
         "last one lost after; longest wait",

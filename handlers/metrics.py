@@ -25,7 +25,7 @@ _USAGE_EVERY_S = 0.5
 
 @dataclass(frozen=True)
 class ModelLabels:
-    """The labels on every sample: served name, version of the artifact, and ``original`` or ``redpp``."""
+    """The labels on every sample: served name, version of the artifact, and ``original`` or ``pruned``."""
 
     model: str
     version: str

@@ -149,7 +149,7 @@ def _package(options: argparse.Namespace) -> None:
     print(
         "\ndry run: nothing was written"
         if options.dry_run
-        else f"\nwrote {out}: report.html, original.mar (1.0), redpp.mar (2.0), triton/ (1, 2)\nnext: redpp-serve compare {out}"
+        else f"\nwrote {out}: report.html, original.mar (1.0), pruned.mar (2.0), triton/ (1, 2)\nnext: redpp-serve compare {out}"
     )
 
 
@@ -167,7 +167,7 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _promote(options: argparse.Namespace) -> None:
-    _roll_out(options, "redpp")
+    _roll_out(options, "pruned")
 
 
 def _rollback(options: argparse.Namespace) -> None:
@@ -260,7 +260,7 @@ def _ab(options: argparse.Namespace) -> None:
     elif options.action == "stop":
         say(commands.stop(folder, options.keep))
     else:
-        say(commands.send_all(folder, "redpp" if options.action == "promote" else "original"))
+        say(commands.send_all(folder, "pruned" if options.action == "promote" else "original"))
 
 
 def _experiment(options: argparse.Namespace) -> Any:
@@ -301,7 +301,7 @@ def _device(name: str | None) -> str:
 
 
 def _ports(first: int | None, kind: str) -> Any:
-    from redpp_serve.serving.ports import Ports, TritonPorts, consecutive_ports
+    from redpp_serve.loopback import Ports, TritonPorts, consecutive_ports
 
     return None if first is None else consecutive_ports(TritonPorts if kind == "triton" else Ports, first)
 

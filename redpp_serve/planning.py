@@ -16,7 +16,7 @@ from redpp_serve.report import write_reports
 from redpp_serve.runtime.model import ServingModel
 from redpp_serve.runtime.planner import PLAN_SECONDS
 
-ARMS = ("original", "redpp")
+ARMS = ("original", "pruned")
 
 
 def plan(
@@ -39,7 +39,7 @@ def plan(
         everything: time also what the rules hold for hopeless.
 
     Returns:
-        for ``original`` and ``redpp`` what `runtime.plan.Plan.to_json` gives.
+        for ``original`` and ``pruned`` what `runtime.plan.Plan.to_json` gives.
 
     Raises:
         RedppError: a folder or a device that cannot be used, or a network that does not run in the precision.
@@ -95,7 +95,7 @@ def _artifact(archive: Path) -> bytes:
     except (*ZIP_ERRORS, KeyError) as error:
         raise RedppError(
             f"{archive} is no archive that can be planned ({error})",
-            "a folder with original.mar and redpp.mar",
+            "a folder with original.mar and pruned.mar",
             "write one with 'redpp-serve package', and give that folder",
         ) from error
 

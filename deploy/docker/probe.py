@@ -4,7 +4,7 @@ A server whose worker is dead can say that it is ready for ever; a prediction ca
 the package's folder, so that it runs in a container as a health check and in Kubernetes as a probe.
 
 Environment: SERVER (``torchserve`` or ``triton``), MODEL_NAME, MODELS (the package's folder), VARIANT (``original``,
-``redpp`` or ``both``); optional URL (base of inference) and PROBE_TIMEOUT_S (for each request).
+``pruned`` or ``both``); optional URL (base of inference) and PROBE_TIMEOUT_S (for each request).
 On a TorchServe with tokens the token is read from ``key_file.json`` in TMPDIR/redpp.
 """
 

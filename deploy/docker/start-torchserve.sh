@@ -1,13 +1,13 @@
 #!/bin/sh
-# Serves a package with TorchServe: VARIANT original, redpp, or both under one name. See the Dockerfile for the variables.
+# Serves a package with TorchServe: VARIANT original, pruned, or both under one name. See the Dockerfile for the variables.
 # With TOKENS=off requests need no token: for several replicas, each of which would have tokens of its own.
 set -eu
 : "${MODEL_NAME:?the name of the packaged model is needed}"
 here=$(dirname "$0")
 case "${VARIANT:-both}" in
-  both) models="$MODEL_NAME=original.mar $MODEL_NAME=redpp.mar" ;;  # the first one answers where no version is named
-  original|redpp) models="$MODEL_NAME=$VARIANT.mar" ;;
-  *) echo "VARIANT is '$VARIANT', expected original, redpp or both" >&2; exit 2 ;;
+  both) models="$MODEL_NAME=original.mar $MODEL_NAME=pruned.mar" ;;  # the first one answers where no version is named
+  original|pruned) models="$MODEL_NAME=$VARIANT.mar" ;;
+  *) echo "VARIANT is '$VARIANT', expected original, pruned or both" >&2; exit 2 ;;
 esac
 case "${TOKENS:-on}" in
   on) tokens= ;;

@@ -1,12 +1,12 @@
 #!/bin/sh
-# Serves a package with Triton Inference Server: VARIANT original, redpp, or both as versions 1 and 2 of one model.
+# Serves a package with Triton Inference Server: VARIANT original, pruned, or both as versions 1 and 2 of one model.
 set -eu
 : "${MODEL_NAME:?the name of the packaged model is needed}"
 case "${VARIANT:-both}" in
   both) other= ;;
   original) other=2 ;;
-  redpp) other=1 ;;
-  *) echo "VARIANT is '$VARIANT', expected original, redpp or both" >&2; exit 2 ;;
+  pruned) other=1 ;;
+  *) echo "VARIANT is '$VARIANT', expected original, pruned or both" >&2; exit 2 ;;
 esac
 packaged="$MODELS/triton/$MODEL_NAME"
 if [ ! -f "$packaged/config.pbtxt" ]; then

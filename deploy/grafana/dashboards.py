@@ -56,7 +56,7 @@ def _serving() -> builders.Dashboard:
 
 def _now() -> list[Any]:
     paired = matched('redpp_ab_speedup_ratio{bound="%s"}', EXPERIMENT)
-    smaller = "sum by (server, model) ({0}{{variant='original'}}) / sum by (server, model) ({0}{{variant='redpp'}})"
+    smaller = "sum by (server, model) ({0}{{variant='original'}}) / sum by (server, model) ({0}{{variant='pruned'}})"
     return [
         number(
             "At equal batch size",
@@ -115,7 +115,7 @@ def _latency() -> list[Any]:
         ).span(12),
         lines("Network, by version", "Time of one run of the network.", "s", percentiles("inference"), min=0).span(12),
         heat("Handler of the original", "How many batches took how long.", buckets("original")).span(12),
-        heat("Handler of the pruned version", "How many batches took how long.", buckets("redpp")).span(12),
+        heat("Handler of the pruned version", "How many batches took how long.", buckets("pruned")).span(12),
         lines(
             "Speed-up",
             "Original by pruned version; above 1 the pruned version is faster.",

@@ -35,7 +35,7 @@ def lines(title: str, text: str, unit: str, targets: Targets, **limits: float) -
     )
     tooltip = common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI)
     panel = timeseries.Panel().legend(legend).tooltip(tooltip).line_width(2).fill_opacity(4)
-    for name, colour in (("original", ORIGINAL), ("redpp", PRUNED)):
+    for name, colour in (("original", ORIGINAL), ("pruned", PRUNED)):
         panel.override_by_regexp(f"/\\b{name}\\b/", [_set("color", {"mode": "fixed", "fixedColor": colour})])
     for start, dash in (("p95", [10, 10]), ("p99", [2, 6])):  # of one colour, told apart by strokes
         panel.override_by_regexp(f"/\\b{start}\\b/", [_set("custom.lineStyle", {"fill": "dash", "dash": dash})])

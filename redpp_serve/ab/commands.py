@@ -26,8 +26,9 @@ from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import load
 from redpp_serve.graph.graph import InputSpec
 from redpp_serve.packaging.mar import ARTIFACT
+from redpp_serve.processes import started
 from redpp_serve.serving.health import sample_request
-from redpp_serve.serving.running import Running, find_all, started
+from redpp_serve.serving.running import Running, find_all
 from redpp_serve.serving.serve import model_name
 from redpp_serve.serving.switching import switch as switch_server
 from redpp_serve.serving.tools import find_tool
@@ -40,7 +41,7 @@ def mixed_folder(original: Path, candidate: Path, into: Path) -> Path:
         RedppError: one is no package, or their networks take different inputs.
     """
     name, other = model_name(original), model_name(candidate)
-    ours, theirs = _inputs(original / "original.mar"), _inputs(candidate / "redpp.mar")
+    ours, theirs = _inputs(original / "original.mar"), _inputs(candidate / "pruned.mar")
     if ours != theirs:
         raise RedppError(
             f"{original} takes {_words(ours)}, and {candidate} takes {_words(theirs)}",
@@ -49,9 +50,9 @@ def mixed_folder(original: Path, candidate: Path, into: Path) -> Path:
         )
     into.mkdir()
     for path in original.iterdir():
-        if path.name not in ("redpp.mar", "triton"):
+        if path.name not in ("pruned.mar", "triton"):
             (into / path.name).symlink_to(path.resolve())
-    (into / "redpp.mar").symlink_to((candidate / "redpp.mar").resolve())
+    (into / "pruned.mar").symlink_to((candidate / "pruned.mar").resolve())
     if (original / "triton").is_dir() and (candidate / "triton").is_dir():
         model = into / "triton" / name
         model.mkdir(parents=True)
@@ -98,7 +99,7 @@ def start(spec: Spec, *, foreground: bool, say: Say, note: Say) -> None:
     """
     model_name(spec.folder)
     find_tool("nginx")
-    if spec.split.redpp == 0 and not spec.shadow:
+    if spec.split.pruned == 0 and not spec.shadow:
         raise RedppError(
             "no user for the pruned version and no shadow mode",
             "something to compare",
@@ -127,7 +128,7 @@ def status(folder: Path) -> Status:
 
 
 def send_all(folder: Path, arm: str) -> str:
-    """Send all users to ``redpp`` (promote) or ``original`` (rollback). No request is lost; returns what was done.
+    """Send all users to ``pruned`` (promote) or ``original`` (rollback). No request is lost; returns what was done.
 
     The gateway's requests name their version, so it alone decides over users; the server's own default moves with them.
 
@@ -146,7 +147,7 @@ def send_all(folder: Path, arm: str) -> str:
         ) from error
     gateway = running.extra["gateway"]
     done = f"all users of {gateway} get {arm} from their next request on, except those who ask by {ARM_HEADER}"
-    if arm == "redpp":
+    if arm == "pruned":
         with suppress(RedppError):  # a lost folder has lost the advice too; users are moved all the same
             now = read_status(state, {}).advice
             done += "" if now.kind == "promote" else f"; the advice was another one: {now.text.rstrip('.')}"
@@ -304,7 +305,7 @@ def _how_to_ask(spec: Spec, running: Running, state: Path) -> list[str]:
         "gateway": gateway,
         "metrics": " ".join(running.metrics_urls),
         "try": f"curl -i {given}--data-binary @{shlex.quote(str(path))} {gateway}",
-        "arms": f"-H '{ARM_HEADER}: redpp' or original asks for one; gRPC goes past the gateway and is not split",
+        "arms": f"-H '{ARM_HEADER}: pruned' or original asks for one; gRPC goes past the gateway and is not split",
         "log": str(state / GATEWAY / "access.log"),
         "next": f"redpp-serve ab status {folder}   then promote, rollback or stop",
     }

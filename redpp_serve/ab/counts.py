@@ -42,9 +42,9 @@ class Counters:
 
     def histogram(self) -> tuple[list[float], list[int], list[int]]:
         """Finite bounds that both arms have, then each arm's cumulative counts, one more: the last is of all."""
-        bounds = sorted(set(self.buckets["original"]) & set(self.buckets["redpp"]))
-        original, redpp = ([int(self.buckets[arm][bound]) for bound in bounds] for arm in ARMS)
-        return [bound for bound in bounds if math.isfinite(bound)], original, redpp
+        bounds = sorted(set(self.buckets["original"]) & set(self.buckets["pruned"]))
+        original, pruned = ([int(self.buckets[arm][bound]) for bound in bounds] for arm in ARMS)
+        return [bound for bound in bounds if math.isfinite(bound)], original, pruned
 
 
 def read_counters(text: str, model: str) -> Counters:

@@ -78,7 +78,7 @@ def _measured(report: dict[str, Any], tolerance: float | None) -> tuple[float, i
 
 _BOUNDS = tuple(0.001 * 2 ** (k / 4) for k in range(57))  # of a replay's time, 1 ms to 16 s
 _ALPHA = 0.05  # chance that the verdict on speed is ever wrong where the versions are equally fast
-_WORDS = {"baseline": "original", "candidate": "redpp"}
+_WORDS = {"baseline": "original", "candidate": "pruned"}
 
 
 class Pairs:
@@ -133,8 +133,8 @@ class Pairs:
 
     def histogram(self) -> tuple[list[float], list[int], list[int]]:
         """As `Counters.histogram`, of the quiet pairs' times end to end."""
-        original, redpp = (list(accumulate(counts)) for counts in self._times)
-        return list(_BOUNDS), original, redpp
+        original, pruned = (list(accumulate(counts)) for counts in self._times)
+        return list(_BOUNDS), original, pruned
 
     @property
     def agreement(self) -> float | None:
@@ -204,9 +204,9 @@ class Evidence:
         """
         limits, pairs = self._limits, self.pairs
         rails = self._error_guardrails()
-        bounds, original, redpp = (self.pairs if self._shadow else self.divided).histogram()
+        bounds, original, pruned = (self.pairs if self._shadow else self.divided).histogram()
         if bounds:
-            rails.append(p99_guardrail(bounds, original, redpp, limits.max_p99_ratio))
+            rails.append(p99_guardrail(bounds, original, pruned, limits.max_p99_ratio))
         if self._shadow:
             rails.append(agreement_guardrail(pairs.agreeing, pairs.answered, limits.min_agreement))
         elif self._beforehand:
@@ -225,8 +225,8 @@ class Evidence:
         alpha = _ALPHA / 2 if self._shadow and divided else _ALPHA
         rails = []
         if divided or not self._shadow:
-            original, redpp = ((users.errors[arm] + users.abandoned[arm], users.requests[arm]) for arm in ARMS)
-            rails.append(error_guardrail(*original, *redpp, gap, alpha))
+            original, pruned = ((users.errors[arm] + users.abandoned[arm], users.requests[arm]) for arm in ARMS)
+            rails.append(error_guardrail(*original, *pruned, gap, alpha))
         if self._shadow:
             rail = error_guardrail(pairs.errors[0], pairs.total, pairs.errors[1], pairs.total, gap, alpha)
             rails.append(replace(rail, text=rail.text.replace("errors:", "errors of replays:", 1)))

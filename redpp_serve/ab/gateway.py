@@ -26,12 +26,12 @@ from redpp_serve.ab.nginx import (
     gateway_config,
 )
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.processes import kill_session
+from redpp_serve.processes import kill_session
 from redpp_serve.serving.tools import find_tool
 
 LOG_BYTES = 32 << 20  # of the access log before it is put aside; one old file is kept
 _START_S, _STOP_S, _POLL_S = 10.0, 10.0, 0.02
-_SWITCHES = {"redpp": PROMOTED, "original": ROLLED_BACK}
+_SWITCHES = {"pruned": PROMOTED, "original": ROLLED_BACK}
 
 
 def worker_account() -> tuple[str, str] | None:

@@ -102,20 +102,20 @@ _LOG = """    log_format redpp escape=json '{{"time":"$time_iso8601","request_id
 
 def _division(gateway: Gateway) -> str:
     """Who gets which arm: the header that asks for one, else the user's part of the split."""
-    split, (original, redpp) = gateway.split, gateway.paths
+    split, (original, pruned) = gateway.split, gateway.paths
     key, named = "$request_id", ""
     if gateway.sticky:
         user, key = header_variable(gateway.sticky), "$split_key"
         named = f'    map {user} {key} {{ "" $request_id; default {user}; }}\n'
-    shares = {"original": split.original, "redpp": split.redpp}
+    shares = {"original": split.original, "pruned": split.pruned}
     whole = next((arm for arm, share in shares.items() if share == 100), None)
-    parts = f"* {whole};" if whole else f"{split.redpp}% redpp; * original;"
+    parts = f"* {whole};" if whole else f"{split.pruned}% pruned; * original;"
     asked = header_variable(ARM_HEADER)
     return (
         f"{named}"
         f'    split_clients "{gateway.salt}{key}" $split_arm {{ {parts} }}\n'
-        f'    map {asked} $asked_arm {{ "" ""; original original; redpp redpp; default unknown; }}\n'
-        f"    map $arm $arm_path {{ redpp {redpp}; default {original}; }}\n"
+        f'    map {asked} $asked_arm {{ "" ""; original original; pruned pruned; default unknown; }}\n'
+        f"    map $arm $arm_path {{ pruned {pruned}; default {original}; }}\n"
     )
 
 
@@ -154,10 +154,10 @@ def _server(gateway: Gateway) -> str:
 
         location = {gateway.public} {{
             if ($request_method !~ ^(POST|PUT)$) {{ return 405; }}
-            if ($asked_arm = unknown) {{ return 400 '{_error(f"{ARM_HEADER} is neither original nor redpp")}'; }}
+            if ($asked_arm = unknown) {{ return 400 '{_error(f"{ARM_HEADER} is neither original nor pruned")}'; }}
             set $arm $split_arm;
             set $chosen_by split;
-            if (-f {gateway.folder}/{PROMOTED}) {{ set $arm redpp; set $chosen_by promote; }}
+            if (-f {gateway.folder}/{PROMOTED}) {{ set $arm pruned; set $chosen_by promote; }}
             if (-f {gateway.folder}/{ROLLED_BACK}) {{ set $arm original; set $chosen_by rollback; }}
             if ($asked_arm) {{ set $arm $asked_arm; set $chosen_by header; }}
 {mirror}            proxy_pass http://model$arm_path;

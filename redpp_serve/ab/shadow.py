@@ -1,6 +1,6 @@
 """The shadow recorder: takes mirrored requests from nginx, and sends each to both versions when they have time.
 
-``python -m redpp_serve.ab.shadow --state DIR --port N --original URL --redpp URL`` runs until SIGTERM.
+``python -m redpp_serve.ab.shadow --state DIR --port N --original URL --pruned URL`` runs until SIGTERM.
 nginx gets its 204 before anything else happens, so neither a busy recorder nor a slow version reaches a user.
 
 Mirrored requests that wait for their replay, and when users' requests came in.
@@ -284,11 +284,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--original", required=True, help="URL of the original version")
-    parser.add_argument("--redpp", required=True, help="URL of the pruned version")
+    parser.add_argument("--pruned", required=True, help="URL of the pruned version")
     options = parser.parse_args(arguments)
 
     async def run() -> None:
-        task = asyncio.ensure_future(Recorder(options.state, (options.original, options.redpp)).run(options.port))
+        task = asyncio.ensure_future(Recorder(options.state, (options.original, options.pruned)).run(options.port))
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         with suppress(asyncio.CancelledError):

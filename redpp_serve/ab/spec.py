@@ -13,7 +13,7 @@ from typing import Any
 
 from redpp_serve.errors import RedppError
 
-ARMS = ("original", "redpp")  # the words of header, log and metrics, the baseline first
+ARMS = ("original", "pruned")  # the words of header, log and metrics, the baseline first
 _PERCENT = r"\d{1,3}(?:\.\d{1,2})?"
 _FORM = re.compile(rf"({_PERCENT})[:/]({_PERCENT})")
 
@@ -23,10 +23,10 @@ class Split:
     """Percentages of users for each arm; they add up to 100. ``str()`` gives the form that `parse_split` reads."""
 
     original: Decimal
-    redpp: Decimal
+    pruned: Decimal
 
     def __str__(self) -> str:
-        return f"{self.original}:{self.redpp}"
+        return f"{self.original}:{self.pruned}"
 
     def ratio(self, arm: str) -> float:
         """The share of ``arm``, 0 to 1."""
@@ -34,7 +34,7 @@ class Split:
 
 
 def parse_split(text: str) -> Split:
-    """``original:redpp`` in per cent, up to two decimals, with ``:`` or ``/`` between.
+    """``original:pruned`` in per cent, up to two decimals, with ``:`` or ``/`` between.
 
     Raises:
         RedppError: another form, or numbers that do not add up to 100.
@@ -46,14 +46,14 @@ def parse_split(text: str) -> Split:
             "per cent for the original and for the pruned version, up to two decimals",
             "write for example --split 90:10",
         )
-    original, redpp = map(Decimal, match.groups())
-    if original + redpp != 100:
+    original, pruned = map(Decimal, match.groups())
+    if original + pruned != 100:
         raise RedppError(
-            f"--split {text} adds up to {original + redpp}",
+            f"--split {text} adds up to {original + pruned}",
             "two numbers that add up to 100",
-            f"write for example --split {max(0, 100 - min(redpp, 100))}:{min(redpp, 100)}",
+            f"write for example --split {max(0, 100 - min(pruned, 100))}:{min(pruned, 100)}",
         )
-    return Split(original, redpp)
+    return Split(original, pruned)
 
 
 TOLERANCE = 0.1  # of outputs that are no classes, where the user sets none

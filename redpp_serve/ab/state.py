@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.running import started, state_dir
+from redpp_serve.files import state_folder
+from redpp_serve.processes import started
 
 # In the state folder. Whatever is read later, by `ab status` too, is in these files and nowhere else.
 SPEC = "experiment.json"  # the supervisor writes it: what was asked for
@@ -170,7 +171,7 @@ def already_runs(folder: Path) -> RedppError:
 
 
 def _path(folder: Path) -> Path:
-    return state_dir() / f"ab-{sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.lock"
+    return state_folder() / f"ab-{sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.lock"
 
 
 @contextmanager

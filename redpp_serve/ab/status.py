@@ -97,9 +97,9 @@ class Status:
             yield f"{self.name} on {self.kind}: all {whom} go to {self.all_to}"
         else:
             by = f", by {spec.sticky}" if spec.sticky else ""
-            shares = f"{spec.split.original} % of {whom} to original, {spec.split.redpp} % to redpp"
+            shares = f"{spec.split.original} % of {whom} to original, {spec.split.pruned} % to pruned"
             yield f"{self.name} on {self.kind}: {shares}{by}"
-        extras = [f"redpp from {spec.candidate}"] if spec.candidate else []
+        extras = [f"pruned from {spec.candidate}"] if spec.candidate else []
         extras += ["shadow mode"] if spec.shadow else []
         yield ", ".join([self.urls["gateway"], *extras, f"running for {_span(self.seconds)}"])
         for problem in self.problems:
@@ -221,7 +221,7 @@ def _shadow_lines(shadow: dict[str, Any], tolerance: float | None) -> Iterator[s
     if shadow["dropped"]:
         yield f"Not replayed for want of time: {shadow['dropped']} of {shadow['received']} requests"
     if any(shadow["errors"].values()):
-        yield f"Replays failed: {shadow['errors']['original']} on original, {shadow['errors']['redpp']} on redpp"
+        yield f"Replays failed: {shadow['errors']['original']} on original, {shadow['errors']['pruned']} on pruned"
     if shadow["compared_outputs"]:
         top1 = "" if shadow["top1"] is None else f", same class on {shadow['top1']:.2%}"
         within = "" if tolerance is None else f" within {tolerance:g} of the original's (relative difference)"

@@ -44,7 +44,7 @@ from redpp_serve.ab.state import (
 )
 from redpp_serve.ab.status import Status, read_status
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.ports import GatewayPorts, Ports, TritonPorts, check_ports, consecutive_ports, free_ports
+from redpp_serve.loopback import GatewayPorts, Ports, TritonPorts, check_ports, consecutive_ports, free_ports
 from redpp_serve.serving.running import Running, register
 from redpp_serve.serving.serve import model_name
 from redpp_serve.serving.server import LocalServer, open_server
@@ -73,7 +73,7 @@ class RecorderProcess:
             str(port),
             "--original",
             urls[0],
-            "--redpp",
+            "--pruned",
             urls[1],
         ]
         self._process: subprocess.Popen[bytes] | None = None
@@ -193,8 +193,8 @@ class Supervisor:
         return self._server
 
     def _start_recorder(self, stack: ExitStack, ports: GatewayPorts, server: LocalServer) -> RecorderProcess:
-        original, redpp = map(server.url, server.versions)
-        recorder = RecorderProcess(self._state, ports.recorder, (original, redpp))
+        original, pruned = map(server.url, server.versions)
+        recorder = RecorderProcess(self._state, ports.recorder, (original, pruned))
         stack.callback(recorder.stop)
         recorder.start()
         return recorder
@@ -301,14 +301,14 @@ def _ports(spec: Spec) -> tuple[GatewayPorts, Ports | TritonPorts | None]:
 
 def _gateway(spec: Spec, folder: Path, ports: GatewayPorts, server: LocalServer) -> Gateway:
     default = urlsplit(server.default_url())
-    original, redpp = (urlsplit(server.url(version)).path for version in server.versions)
+    original, pruned = (urlsplit(server.url(version)).path for version in server.versions)
     assert default.port is not None
     return Gateway(
         folder=folder,
         port=ports.gateway,
         server=default.port,
         public=default.path,
-        paths=(original, redpp),
+        paths=(original, pruned),
         split=spec.split,
         sticky=spec.sticky,
         salt=secrets.token_hex(8),

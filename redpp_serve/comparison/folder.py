@@ -15,10 +15,10 @@ from redpp_serve.comparison.compare import Comparison, compare_endpoints
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import load
 from redpp_serve.handlers.preprocess import Preprocess
+from redpp_serve.loopback import ADDRESS, Ports, TritonPorts
 from redpp_serve.packaging.mar import ARTIFACT
 from redpp_serve.packaging.package import VARIANTS, request_body
 from redpp_serve.report import write_reports
-from redpp_serve.serving.ports import ADDRESS, Ports, TritonPorts
 from redpp_serve.serving.serve import model_name
 from redpp_serve.serving.server import LocalServer, open_server
 
@@ -71,7 +71,7 @@ def compare(
 
 
 def endpoint(server: LocalServer, variant: str) -> Endpoint:
-    """Where a running server answers for ``original``, ``redpp``, or ``default``: without a version."""
+    """Where a running server answers for ``original``, ``pruned``, or ``default``: without a version."""
     versions = {**dict(zip(VARIANTS, server.versions)), "default": ""}
     headers = server.headers("inference")
     if server.kind == "torchserve":

@@ -30,7 +30,7 @@ class Difference(NamedTuple):
     """How far apart two answers are.
 
     Attributes:
-        relative: the largest over the outputs of |original - redpp| / |original| (Euclidean); infinite where shapes
+        relative: the largest over the outputs of |original - pruned| / |original| (Euclidean); infinite where shapes
             or numbers of outputs differ.
         top1: whether the first output has its largest value at the same places; None where it is no vector of
             classes.
@@ -77,12 +77,12 @@ def _tensors(outputs: Sequence[dict[str, Any]], binary: bytes) -> list[numpy.nda
     return arrays
 
 
-def difference(original: Sequence[numpy.ndarray], redpp: Sequence[numpy.ndarray]) -> Difference:
+def difference(original: Sequence[numpy.ndarray], pruned: Sequence[numpy.ndarray]) -> Difference:
     """Compare the outputs of one request, each of any shape."""
-    if [array.shape for array in original] != [array.shape for array in redpp]:
+    if [array.shape for array in original] != [array.shape for array in pruned]:
         return Difference(math.inf, False)
-    relative = max(_relative(a, b) for a, b in zip(original, redpp))
-    first, other = original[0], redpp[0]
+    relative = max(_relative(a, b) for a, b in zip(original, pruned))
+    first, other = original[0], pruned[0]
     if first.ndim == 0 or first.ndim > 2 or first.shape[-1] < 2:
         return Difference(relative, None)
     return Difference(relative, bool((first.argmax(-1) == other.argmax(-1)).all()))

@@ -140,7 +140,7 @@ class Collector:
         found: dict[str, Any] = {"seconds": [round(at - now, 1) for at, _ in points]}
         for curve in _CURVES:
             found[curve] = {v: [figures.rounded(point.get(f"{curve} {v}")) for _, point in points] for v in VARIANTS}
-        found["speedup"] = {"redpp": [figures.rounded(point.get("speedup")) for _, point in points]}
+        found["speedup"] = {"pruned": [figures.rounded(point.get("speedup")) for _, point in points]}
         return found
 
     def _read_report(self) -> tuple[dict[str, Any], str]:

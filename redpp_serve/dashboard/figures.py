@@ -56,7 +56,7 @@ def speedup_tiles(window: Window) -> list[dict[str, str]]:
 def _ratio_note(ratio: Ratio | None, note: str) -> str:
     if ratio is None:
         return "needs requests to both versions"
-    return f"{milliseconds(1000 * ratio.original)} against {milliseconds(1000 * ratio.redpp)}; {note}"
+    return f"{milliseconds(1000 * ratio.original)} against {milliseconds(1000 * ratio.pruned)}; {note}"
 
 
 def latency_rows(window: Window) -> list[Row]:
@@ -158,7 +158,7 @@ def left_shares(gauges: Mapping[Key, float], report: Mapping[str, Any]) -> dict[
     return {
         "labels": [label for label, _ in known],
         "original": [100.0 for _ in known],
-        "redpp": [rounded(100 * share) for _, share in known],
+        "pruned": [rounded(100 * share) for _, share in known],
     }
 
 

@@ -1,6 +1,6 @@
 "use strict";
 // Fills the page once a second from data.json. Whatever comes from there is set as text, never as markup.
-const NAMES = {original: "original", redpp: "pruned"};
+const NAMES = {original: "original", pruned: "pruned"};
 const $ = id => document.getElementById(id);
 const shown = new Map(); // element -> what it shows, so that nothing is redrawn in vain
 let latest = null, seconds = 60, headlineAt = -Infinity;
@@ -126,7 +126,7 @@ function drawLine(svg, name, at, values, x, y, bottom) {
     if (ends) area += `L${x(at[i]).toFixed(1)} ${bottom}Z`;
     if (begins && ends) shape(svg, "circle", {cx: x(at[i]), cy: y(value), r: 2, class: `fill ${name}`});
   });
-  if (name === "redpp") shape(svg, "path", {d: area, class: `area ${name}`});
+  if (name === "pruned") shape(svg, "path", {d: area, class: `area ${name}`});
   shape(svg, "path", {d: path, class: `line ${name}`});
   const end = values.length - 1;
   if (values[end] !== null) shape(svg, "circle", {cx: x(at[end]), cy: y(values[end]), r: 5, class: `dot fill ${name}`});
@@ -147,7 +147,7 @@ function readOut(figure) {
 }
 
 // Two bars for each label: percent of the original and of the pruned model.
-function drawPairs(id, {labels, original, redpp}) {
+function drawPairs(id, {labels, original, pruned}) {
   const svg = $(id), width = svg.clientWidth, row = 38;
   if (!width) return;
   svg.replaceChildren();
@@ -155,14 +155,14 @@ function drawPairs(id, {labels, original, redpp}) {
   const left = 16 + 6.6 * Math.max(0, ...labels.map(t => t.length)), full = width - left - 58;
   labels.forEach((label, i) => {
     shape(svg, "text", {x: left - 10, y: i * row + 22, "text-anchor": "end", class: "value"}, label);
-    [["original", original], ["redpp", redpp]].forEach(([name, shares], k) => {
+    [["original", original], ["pruned", pruned]].forEach(([name, shares], k) => {
       const share = shares[i], y = i * row + 4 + k * 15;
       shape(svg, "rect", {x: left, y, width: full, height: 11, rx: 3, class: "track"});
       if (share) shape(svg, "rect", {x: left, y, width: Math.max(full * share / 100, 2), height: 11, rx: 3, class: `fill ${name}`});
       shape(svg, "text", {x: width, y: y + 10, "text-anchor": "end"}, share === null ? "no traffic" : `${share.toFixed(1)} %`);
     });
   });
-  const words = labels.map((label, i) => `${label}: original ${original[i] ?? "none"} %, pruned ${redpp[i] ?? "none"} %`);
+  const words = labels.map((label, i) => `${label}: original ${original[i] ?? "none"} %, pruned ${pruned[i] ?? "none"} %`);
   svg.setAttribute("aria-label", words.join("; ") || "no traffic");
 }
 
@@ -200,7 +200,7 @@ function drawIntervals(intervals) {
     shape(svg, "text", {x: 12, y: i * row + 16, class: "value halo"}, `${each.label}: ${each.text}`);
     shape(svg, "line", {x1: x(each.low), x2: x(each.high), y1: y, y2: y, class: "whisker"});
     for (const end of [each.low, each.high]) shape(svg, "line", {x1: x(end), x2: x(end), y1: y - 6, y2: y + 6, class: "whisker"});
-    shape(svg, "circle", {cx: x(each.mean), cy: y, r: 6, class: "dot fill redpp"});
+    shape(svg, "circle", {cx: x(each.mean), cy: y, r: 6, class: "dot fill pruned"});
   });
 }
 

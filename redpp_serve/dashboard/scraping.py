@@ -18,7 +18,7 @@ TIMEOUT_S = 2.0
 MAX_BYTES = 4_000_000
 MAX_SERIES = 4096
 _ABSURD = 1e200  # no count of anything; its running total would be infinite one day, and stay so
-VARIANTS = ("original", "redpp")
+VARIANTS = ("original", "pruned")
 _HISTOGRAMS = ("redpp_handler_seconds", "redpp_inference_seconds", "redpp_batch_size")
 _PARTS = {"_bucket": "le", "_sum": "", "_count": ""}
 # Sample name -> the label that tells its series apart besides the version.

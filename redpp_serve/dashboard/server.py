@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 from redpp_serve.dashboard.collector import WINDOWS, Collector
 from redpp_serve.dashboard.scraping import check_parser, check_urls
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.ports import ADDRESS
+from redpp_serve.loopback import ADDRESS
 from redpp_serve.serving.running import find
 from redpp_serve.serving.serve import model_name
 

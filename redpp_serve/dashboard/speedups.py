@@ -23,7 +23,7 @@ class Ratio(NamedTuple):
 
     value: float
     original: float
-    redpp: float
+    pruned: float
     low: float | None = None
     high: float | None = None
 
@@ -33,15 +33,15 @@ def percentile_ratio(window: Window, share: float) -> Ratio | None:
     found = [window.quantile(HANDLER, variant, share) for variant in VARIANTS]
     if any(each is None or each.value <= 0 for each in found):
         return None
-    original, redpp = found
-    high = original.high / redpp.low if redpp.low > 0 else math.inf
-    return Ratio(original.value / redpp.value, original.value, redpp.value, original.low / redpp.high, high)
+    original, pruned = found
+    high = original.high / pruned.low if pruned.low > 0 else math.inf
+    return Ratio(original.value / pruned.value, original.value, pruned.value, original.low / pruned.high, high)
 
 
 def same_bucket(window: Window, share: float) -> Quantile | None:
     """The original's percentile, where both versions' lie in one bucket: their ratio then says nothing."""
-    original, redpp = (window.quantile(HANDLER, variant, share) for variant in VARIANTS)
-    return original if original and redpp and original.low == redpp.low else None
+    original, pruned = (window.quantile(HANDLER, variant, share) for variant in VARIANTS)
+    return original if original and pruned and original.low == pruned.low else None
 
 
 def noise(window: Window) -> float | None:
@@ -64,9 +64,9 @@ def equal_batch_ratio(window: Window) -> Ratio | None:
     strata = np.array([_stratum(window, size) for size in window.details("redpp_batches_total", "original")])
     if not strata.size:
         return None
-    original, redpp = comparable(strata).tolist()[:2]
+    original, pruned = comparable(strata).tolist()[:2]
     weight = float(comparable(strata[:, [0, 0, 2, 2]])[0])  # as many "seconds" as batches: their weighted number
-    return Ratio(original / redpp, original / weight, redpp / weight) if original > 0 and redpp > 0 else None
+    return Ratio(original / pruned, original / weight, pruned / weight) if original > 0 and pruned > 0 else None
 
 
 def _stratum(window: Window, size: str) -> list[float]:
@@ -76,5 +76,5 @@ def _stratum(window: Window, size: str) -> list[float]:
 
 def network_ratio(window: Window) -> Ratio | None:
     """Of the mean time of one run of the network, batch sizes as they came."""
-    original, redpp = (window.mean(NETWORK, variant) for variant in VARIANTS)
-    return Ratio(original / redpp, original, redpp) if original and redpp else None
+    original, pruned = (window.mean(NETWORK, variant) for variant in VARIANTS)
+    return Ratio(original / pruned, original, pruned) if original and pruned else None

@@ -11,7 +11,7 @@ from redpp_serve.dashboard.scraping import VARIANTS, Target
 from redpp_serve.dashboard.speedups import HANDLER, Ratio, equal_batch_ratio, noise, percentile_ratio, same_bucket
 from redpp_serve.report.formats import exact, milliseconds, printable, rate, shorten
 
-NAMES = {"original": "original", "redpp": "pruned"}
+NAMES = {"original": "original", "pruned": "pruned"}
 _EVEN = 0.02  # ratios nearer to 1 are not called faster or slower
 
 
@@ -59,7 +59,7 @@ def headline(model: str, window: Window, targets: Sequence[Target], down_s: floa
         return Headline(f"No traffic {when}", "Requests to both versions show which is faster.", "waiting")
     if len(busy) == 1:
         return _one_only(window, busy[0])
-    return _faster(window, batches["original"], batches["redpp"])
+    return _faster(window, batches["original"], batches["pruned"])
 
 
 def _others(targets: Sequence[Target]) -> str:
@@ -80,9 +80,9 @@ def _one_only(window: Window, variant: str) -> Headline:
     )
 
 
-def _faster(window: Window, original: float, redpp: float) -> Headline:
+def _faster(window: Window, original: float, pruned: float) -> Headline:
     shared, mean = same_bucket(window, 0.5), equal_batch_ratio(window)
-    counts = f"From {exact(original)} and {exact(redpp)} batches."
+    counts = f"From {exact(original)} and {exact(pruned)} batches."
     error = noise(window)
     if mean and error is not None and abs(math.log(mean.value)) < 2 * error:
         return Headline(
@@ -108,7 +108,7 @@ def _faster(window: Window, original: float, redpp: float) -> Headline:
 
 
 def _pair(what: str, ratio: Ratio) -> str:
-    return f"{what}: original {milliseconds(1000 * ratio.original)}, pruned {milliseconds(1000 * ratio.redpp)}."
+    return f"{what}: original {milliseconds(1000 * ratio.original)}, pruned {milliseconds(1000 * ratio.pruned)}."
 
 
 def _sentence(ratio: Ratio, basis: str, detail: str) -> Headline:

@@ -13,7 +13,7 @@ from redpp_serve.errors import RedppError
 
 _WRITTEN = {
     "original.mar",
-    "redpp.mar",
+    "pruned.mar",
     "config.properties",
     "log4j2.xml",
     "model-config.yaml",

@@ -45,7 +45,7 @@ from redpp_serve.runtime.plan_cache import device_name
 from redpp_serve.runtime.serving_graph import layer_inputs, serving_graph
 from redpp_serve.stages import Stages
 
-VARIANTS = {"original": "1.0", "redpp": "2.0"}
+VARIANTS = {"original": "1.0", "pruned": "2.0"}
 _FAR, _ALIKE = 0.5, 0.9  # relative output error, and agreement of classes, that nobody should deploy without a look
 
 
@@ -232,7 +232,7 @@ def _report(
         "verify": result.verify,
         "stages_share": result.shares,
     }
-    for key, variant, graph in (("original", "original", result.original), ("pruned", "redpp", result.pruned)):
+    for key, variant, graph in (("original", "original", result.original), ("pruned", "pruned", result.pruned)):
         stored = int(load(artifacts[variant]).description["bytes"])
         report[key] = totals(graph, result.counts[key], stored)
     if result.accuracy:

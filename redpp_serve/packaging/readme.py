@@ -18,7 +18,7 @@ Or with a TorchServe of your own: torchserve, torch, numpy, pillow, PyYAML and a
 redpp-serve is not.
 ```
 torchserve --start --foreground --ncs --ts-config config.properties --log-config log4j2.xml \\
-    --model-store . --models {name}=original.mar {name}=redpp.mar
+    --model-store . --models {name}=original.mar {name}=pruned.mar
 ```
 The first one listed is the default; always ask for a version by its URL. TorchServe writes tokens to
 `key_file.json` in the folder it was started in; send the one under `inference` with each request.

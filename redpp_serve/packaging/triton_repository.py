@@ -153,7 +153,7 @@ def _warmup(size: int, inputs: Sequence[InputSpec]) -> dict[str, Any]:
 
 
 CONFIG = "config.pbtxt"
-VERSIONS = {"original": "1", "redpp": "2"}  # Triton's versions are whole numbers
+VERSIONS = {"original": "1", "pruned": "2"}  # Triton's versions are whole numbers
 
 _MODEL = f'''"""Entry point of this version. Its own copy of the code comes first: it is what was tested."""
 
@@ -184,7 +184,7 @@ def build_repository(
 
     Args:
         name: the model's name in URLs.
-        artifacts: of the variants ``original`` and ``redpp``.
+        artifacts: of the variants ``original`` and ``pruned``.
         config: text of ``config.pbtxt``, see `triton_config.triton_config`.
         sample: one input without batch for each of the network's; what Triton warms up with.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from redpp_serve.report import markup
 from redpp_serve.report.formats import DASH, dig, number, printable, seconds, shorten
 
-VERSIONS = {"original": "original", "redpp": "pruned"}
+VERSIONS = {"original": "original", "pruned": "pruned"}
 HEAD = ("layer", "input", "batch", "kernel", "source", "dense", "chosen", "others")
 WHY = {
     "rule": "dense without timing: no other kernel was worth it",

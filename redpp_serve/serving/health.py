@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from redpp_serve.errors import RedppError
+from redpp_serve.loopback import ask
 from redpp_serve.serving.running import Running, find
-from redpp_serve.serving.server import ask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +48,7 @@ class Health:
     """What came of a probe.
 
     Attributes:
-        variant: ``original``, ``redpp`` or ``default``.
+        variant: ``original``, ``pruned`` or ``default``.
         seconds: until the reply.
         problem: why there was none; empty where there was one.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from redpp_serve.errors import RedppError
+from redpp_serve.files import state_folder
+from redpp_serve.processes import started
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Running:
         pid: of the redpp-serve process that supervises the server.
         created: that process's start, see `started`; a later process with its number is another one.
         versions: of the original and of the pruned network, as in URLs.
-        urls: where to POST inputs: ``original``, ``redpp`` and ``default`` (without a version).
+        urls: where to POST inputs: ``original``, ``pruned`` and ``default`` (without a version).
         management_url: base of the server's management API.
         metrics_urls: what Prometheus scrapes.
         headers: for ``inference`` and ``management``; they hold the tokens.
@@ -57,7 +58,7 @@ def register(running: Running) -> Iterator[None]:
     Raises:
         RedppError: the state folder is not this user's alone, or cannot be written to.
     """
-    path = state_dir() / f"{_key(Path(running.folder))}-{running.pid}.json"
+    path = state_folder() / f"{_key(Path(running.folder))}-{running.pid}.json"
     try:
         _write(path, json.dumps(asdict(running)))
     except OSError as error:
@@ -104,41 +105,8 @@ def find_all(folder: Path, kind: str | None = None) -> list[Running]:
     Raises:
         RedppError: the state folder is not this user's alone.
     """
-    paths = sorted(state_dir().glob(f"{_key(folder)}-*.json"))
+    paths = sorted(state_folder().glob(f"{_key(folder)}-*.json"))
     return [running for path in paths if (running := _living(path)) and kind in (None, running.kind)]
-
-
-def state_dir() -> Path:
-    """The folder of this user's notes on running servers, readable to nobody else; made when missing.
-
-    Raises:
-        RedppError: someone else made it, or others may write to it.
-    """
-    path = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"redpp-serve-{os.getuid()}"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.lstat()  # in a shared folder, anyone could have put a link or a folder of theirs here
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise RedppError(
-            f"{path} is not a folder of this user alone",
-            "a folder with mode 0700 that this user owns",
-            "remove it, or point XDG_RUNTIME_DIR at a private folder",
-        )
-    return path
-
-
-def started(pid: int) -> float | None:
-    """When the process started, seconds since a moment that is the same for all processes; None when it does not run.
-
-    On Linux since the machine's start: psutil counts from the epoch there, and moves every process when the clock is
-    set.
-    """
-    from psutil import LINUX, STATUS_ZOMBIE, Error, Process, boot_time
-
-    try:
-        process, since = Process(pid), boot_time() if LINUX else 0.0
-        return None if process.status() == STATUS_ZOMBIE else round(process.create_time() - since, 2)
-    except Error:
-        return None
 
 
 def _key(folder: Path) -> str:

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
+from redpp_serve.loopback import Ports, TritonPorts
 from redpp_serve.serving.health import sample_request
-from redpp_serve.serving.ports import Ports, TritonPorts
 from redpp_serve.serving.running import Running, find, find_all, register
 from redpp_serve.serving.server import LocalServer, open_server
 from redpp_serve.serving.switching import switch
@@ -73,14 +73,14 @@ def serve(
 
 
 def roll_out(folder: Path, variant: str, kind: str | None = None) -> Running:
-    """Have the running server give requests without a version to ``original`` or ``redpp``.
+    """Have the running server give requests without a version to ``original`` or ``pruned``.
 
     Raises:
         RedppError: none runs, it refuses, or an experiment divides its requests.
     """
     running = find(folder, kind)
     if "gateway" in running.extra:
-        command = "promote" if variant == "redpp" else "rollback"
+        command = "promote" if variant == "pruned" else "rollback"
         raise RedppError(
             f"an experiment divides the requests for {folder}",
             "a server of redpp-serve serve",
@@ -104,8 +104,8 @@ def _how_to_ask(server: LocalServer, running: Running) -> list[str]:
         **running.urls,
         "metrics": running.metrics_urls[0],
         "token": next(iter(headers.values()), "").removeprefix("Bearer "),
-        "try": f"curl {given}--data-binary @{shlex.quote(str(path))} {running.urls['redpp']}",
-        "promote": f"redpp-serve promote {folder}: default, now original, becomes redpp; rollback undoes it",
+        "try": f"curl {given}--data-binary @{shlex.quote(str(path))} {running.urls['pruned']}",
+        "promote": f"redpp-serve promote {folder}: default, now original, becomes pruned; rollback undoes it",
     }
     return [*(f"{key:<9} {value}" for key, value in lines.items() if value), "Ctrl-C stops the server."]
 

@@ -6,7 +6,6 @@ that several servers run side by side and nothing is left behind.
 
 from __future__ import annotations
 
-import http.client
 import os
 import shutil
 import subprocess
@@ -20,12 +19,12 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.ports import ADDRESS, Ports, TritonPorts, check_ports
-from redpp_serve.serving.processes import Guard, kill_session
-from redpp_serve.serving.running import Running, started
+from redpp_serve.loopback import Ports, TritonPorts, check_ports
+from redpp_serve.processes import Guard, kill_session, started
+from redpp_serve.serving.running import Running
 
 KINDS = ("torchserve", "triton")
-VARIANTS = ("original", "redpp")
+VARIANTS = ("original", "pruned")
 START_TIMEOUT_S = 300.0
 INSTALL = "pip install 'redpp-serve[serve]'"
 _POLL_S = 0.1
@@ -204,7 +203,7 @@ class LocalServer(ABC):
         """
         from redpp_serve.serving.switching import switch
 
-        switch(self.running(), "redpp")
+        switch(self.running(), "pruned")
 
     def rollback(self) -> None:
         """Requests that name no version go to the original from now on; none of them fails on the way.
@@ -217,7 +216,7 @@ class LocalServer(ABC):
         switch(self.running(), "original")
 
     def default_variant(self) -> str:
-        """Where requests that name no version go now: ``original`` or ``redpp``.
+        """Where requests that name no version go now: ``original`` or ``pruned``.
 
         Raises:
             RedppError: the server does not answer.
@@ -303,23 +302,6 @@ def open_server(
         assert ports is None or isinstance(ports, TritonPorts)
         return TritonServer(folder, name=name, workers=workers, ports=ports, auth=auth, progress=progress)
     raise RedppError(f"server {kind!r}", " or ".join(KINDS), "choose one of them with --server")
-
-
-def ask(
-    port: int, path: str, headers: dict[str, str], method: str = "GET", body: bytes | None = None, timeout_s: float = 5
-) -> tuple[int, bytes]:
-    """Status and body; without urllib, which would send loopback traffic through a configured proxy.
-
-    Raises:
-        OSError, http.client.HTTPException: nobody answers there, or not in HTTP.
-    """
-    connection = http.client.HTTPConnection(ADDRESS, port, timeout=timeout_s)
-    try:
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        return response.status, response.read()
-    finally:
-        connection.close()
 
 
 def require_packages(packages: Iterable[tuple[str, str]]) -> None:

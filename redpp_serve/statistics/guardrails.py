@@ -74,8 +74,8 @@ def share_bounds(hits: int, trials: int, alpha: float) -> tuple[float, float]:
 def error_guardrail(
     errors_original: int,
     requests_original: int,
-    errors_redpp: int,
-    requests_redpp: int,
+    errors_pruned: int,
+    requests_pruned: int,
     max_gap: float = 0.01,
     alpha: float = 0.05,
 ) -> Guardrail:
@@ -84,13 +84,13 @@ def error_guardrail(
     Each arm's rate has bounds at half of ``alpha``; the gap's bounds are the worst of both.
     """
     low_a, high_a = share_bounds(errors_original, requests_original, alpha / 2)
-    low_b, high_b = share_bounds(errors_redpp, requests_redpp, alpha / 2)
+    low_b, high_b = share_bounds(errors_pruned, requests_pruned, alpha / 2)
     low, high = low_b - high_a, high_b - low_a
-    if not requests_original or not requests_redpp:
+    if not requests_original or not requests_pruned:
         return Guardrail("errors", None, "errors: no requests yet on both arms", None, low, high, max_gap)
-    value = errors_redpp / requests_redpp - errors_original / requests_original
+    value = errors_pruned / requests_pruned - errors_original / requests_original
     ok = False if low > max_gap else True if high <= max_gap else None
-    counts = f"{errors_redpp} of {requests_redpp} against {errors_original} of {requests_original}"
+    counts = f"{errors_pruned} of {requests_pruned} against {errors_original} of {requests_original}"
     text = {
         True: f"errors: at most {_points(max(high, 0))} more than the original's, within {_points(max_gap)} ({counts})",
         False: f"errors: at least {_points(low)} more than the original's, above {_points(max_gap)} ({counts})",
@@ -104,7 +104,7 @@ def _points(share: float) -> str:
 
 
 def p99_guardrail(
-    bounds: Sequence[float], original: Sequence[int], redpp: Sequence[int], max_ratio: float = 1.5, alpha: float = 0.05
+    bounds: Sequence[float], original: Sequence[int], pruned: Sequence[int], max_ratio: float = 1.5, alpha: float = 0.05
 ) -> Guardrail:
     """Whether the pruned arm's 99th percentile of time exceeds the original's by more than the factor ``max_ratio``.
 
@@ -117,7 +117,7 @@ def p99_guardrail(
         bounds: (b,) upper bounds of the buckets in seconds, ascending, without infinity.
         original: (b + 1,) counts of times up to each bound since the experiment began, the last of all times
             (cumulative, as Prometheus has them). Both arms' shares of the traffic must not have changed meanwhile.
-        redpp: the same of the pruned arm.
+        pruned: the same of the pruned arm.
         max_ratio: the limit.
         alpha: chance, over the whole run, of any wrong answer.
 
@@ -125,18 +125,18 @@ def p99_guardrail(
         RedppError: bounds do not ascend, or counts do not fit them.
     """
     _check_histogram(bounds, original)
-    _check_histogram(bounds, redpp)
+    _check_histogram(bounds, pruned)
     edges = [0.0, *bounds, math.inf]
     low_a, high_a = _percentile_bucket(edges, original, alpha / 2)
-    low_b, high_b = _percentile_bucket(edges, redpp, alpha / 2)
+    low_b, high_b = _percentile_bucket(edges, pruned, alpha / 2)
     low = low_b / high_a if math.isfinite(high_a) else 0.0
     high = high_b / low_a if low_a and math.isfinite(high_b) else math.inf
     step = max(b / a for a, b in zip(bounds[:-1], bounds[1:], strict=True)) if len(bounds) > 1 else 1.0
-    a, b = (measured(dict(zip(edges[1:], counts, strict=True)), QUANTILE) for counts in (original, redpp))
+    a, b = (measured(dict(zip(edges[1:], counts, strict=True)), QUANTILE) for counts in (original, pruned))
     value = b / a if a and b else None
     ok = False if low > max_ratio else True if high <= max_ratio * step * (1 + 1e-9) else None
-    if min(original[-1], redpp[-1]) < MINIMUM_TIMES:
-        text = f"p99: {original[-1]} and {redpp[-1]} times, at least {MINIMUM_TIMES} of each arm needed"
+    if min(original[-1], pruned[-1]) < MINIMUM_TIMES:
+        text = f"p99: {original[-1]} and {pruned[-1]} times, at least {MINIMUM_TIMES} of each arm needed"
         return Guardrail("p99", None, text, value, low, high, max_ratio)
     told = f"limit {max_ratio:g}, buckets a factor {step:.2g} wide"
     text = {

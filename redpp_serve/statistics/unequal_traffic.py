@@ -179,7 +179,7 @@ def split_verdict(
     alpha: float = 0.05,
     *,
     baseline: str = "original",
-    candidate: str = "redpp",
+    candidate: str = "pruned",
     measure: str = "in the handler",
 ) -> Verdict:
     """Decide between two arms under live traffic, from windows in order of time.

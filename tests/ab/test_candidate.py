@@ -24,7 +24,7 @@ def package(folder: Path, name: str, spec: InputSpec | None = None) -> Path:
         first = replace(graph.nodes[0], args=(Ref(spec.name), *graph.nodes[0].args[1:]))
         graph = replace(graph, inputs=(spec,), nodes=(first, *graph.nodes[1:]))
         data = artifact("2.0", graph, preprocess=None)
-        (folder / "redpp.mar").write_bytes(
+        (folder / "pruned.mar").write_bytes(
             build_mar(data, name="tiny", version="2.0", model_config=model_config(4, 20, 1))
         )
     (folder / "report.json").write_text(json.dumps({"name": name}))
@@ -39,7 +39,7 @@ def test_the_folder_holds_one_version_of_each(tmp_path: Path) -> None:
     first, second = package(tmp_path / "a", "one"), package(tmp_path / "b", "two")
     mixed = mixed_folder(first, second, tmp_path / "mixed")
     assert os.path.samefile(mixed / "original.mar", first / "original.mar")
-    assert os.path.samefile(mixed / "redpp.mar", second / "redpp.mar")
+    assert os.path.samefile(mixed / "pruned.mar", second / "pruned.mar")
     model = mixed / "triton" / "one"
     assert sorted(path.name for path in (mixed / "triton").iterdir()) == ["one"]
     assert (model / "config.pbtxt").read_text() == "one"
@@ -65,10 +65,10 @@ def test_what_is_no_package_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RedppError, match="not a packaged model"):
         mixed_folder(first, tmp_path, tmp_path / "mixed")
     for damage in (b"no zip", b""):
-        (second / "redpp.mar").write_bytes(damage)
-        with pytest.raises(RedppError, match="redpp.mar cannot be read"):
+        (second / "pruned.mar").write_bytes(damage)
+        with pytest.raises(RedppError, match="pruned.mar cannot be read"):
             mixed_folder(first, second, tmp_path / "mixed")
-    with zipfile.ZipFile(second / "redpp.mar", "w") as file:
+    with zipfile.ZipFile(second / "pruned.mar", "w") as file:
         file.writestr("x", "y")
-    with pytest.raises(RedppError, match="redpp.mar cannot be read"):
+    with pytest.raises(RedppError, match="pruned.mar cannot be read"):
         mixed_folder(first, second, tmp_path / "mixed")

@@ -13,7 +13,8 @@ import pytest
 from redpp_serve.ab import commands
 from redpp_serve.ab import state as journal
 from redpp_serve.cli import main
-from redpp_serve.serving.running import Running, register, started
+from redpp_serve.processes import started
+from redpp_serve.serving.running import Running, register
 from tests.support.tools import tool
 
 
@@ -114,7 +115,7 @@ def test_an_experiment_is_found_beside_another_server_of_its_folder(
     try:
         with register(experiment), register(replace(server, pid=other.pid, created=started(other.pid) or 0.0)):
             assert main(["ab", "promote", str(packaged)]) == 0
-            assert "all users of http://g get redpp" in capsys.readouterr().out and (state / "promoted").exists()
+            assert "all users of http://g get pruned" in capsys.readouterr().out and (state / "promoted").exists()
             read, write = os.pipe()
             os.close(read)  # as head does when it has seen enough
             command = [sys.executable, "-m", "redpp_serve.cli", "ab", "promote", str(packaged)]

@@ -30,8 +30,8 @@ def text(batches: dict[str, dict[int, tuple[float, float]]], model: str = "m") -
 
 
 def test_the_counters_of_one_model_are_read() -> None:
-    counters = read_counters(text({"original": {1: (5, 0.5), 4: (1, 0.2)}, "redpp": {1: (2, 0.1)}}), "m")
-    assert counters.batches == {"original": {1: [5, 0.5], 4: [1, 0.2]}, "redpp": {1: [2, 0.1]}}
+    counters = read_counters(text({"original": {1: (5, 0.5), 4: (1, 0.2)}, "pruned": {1: (2, 0.1)}}), "m")
+    assert counters.batches == {"original": {1: [5, 0.5], 4: [1, 0.2]}, "pruned": {1: [2, 0.1]}}
     assert counters.histogram() == ([0.1], [6, 6], [2, 2])
     assert read_counters(text({"original": {1: (5, 0.5)}}), "other") == Counters()
     assert from_json(json.loads(json.dumps(as_json(counters)))).buckets == counters.buckets
@@ -39,11 +39,11 @@ def test_the_counters_of_one_model_are_read() -> None:
 
 def test_what_is_no_metric_is_refused() -> None:
     with pytest.raises(RedppError, match="metrics that cannot be read"):
-        read_counters('redpp_batches_total{model="m",variant="redpp",batch="x"} 1\n', "m")
+        read_counters('redpp_batches_total{model="m",variant="pruned",batch="x"} 1\n', "m")
 
 
-def counted(original: dict[int, tuple[float, float]], redpp: dict[int, tuple[float, float]]) -> Counters:
-    return read_counters(text({"original": original, "redpp": redpp}), "m")
+def counted(original: dict[int, tuple[float, float]], pruned: dict[int, tuple[float, float]]) -> Counters:
+    return read_counters(text({"original": original, "pruned": pruned}), "m")
 
 
 def test_a_window_holds_what_happened_in_it() -> None:
@@ -64,12 +64,12 @@ def test_times_while_all_users_have_one_arm_are_no_part_of_the_tails_compared(
     divided = []
     for step in range(6):
         if step == 2:
-            switch(gateway, "redpp")
+            switch(gateway, "pruned")
         if step == 4:
             (gateway / "promoted").unlink()
         assert counting.count() == []
         counts = read_json(tmp_path / COUNTS)
-        divided.append(from_json(counts["divided"]).histogram()[1:] if counts["divided"]["redpp"] else None)
+        divided.append(from_json(counts["divided"]).histogram()[1:] if counts["divided"]["pruned"] else None)
     assert from_json(counts["buckets"]).histogram()[1:] == ([50, 50], [5, 5])
     one, two = ([10, 10], [1, 1]), ([20, 20], [2, 2])
     assert divided == [None, one, one, one, one, two]  # a window in which it changed is left out too
@@ -104,7 +104,7 @@ def test_ranges_of_times_that_shrink_are_another_servers(before: tuple[int, ...]
         return made
 
     windows = Windows(counters(before))
-    assert windows.cut(counters(after)) == {} and windows.since.buckets["redpp"] == {}
+    assert windows.cut(counters(after)) == {} and windows.since.buckets["pruned"] == {}
     windows.cut(counters(tuple(count + 1 for count in after)))
     assert windows.since.histogram() == ([0.1, 0.2], [1, 1, 1], [1, 1, 1])
 
@@ -115,28 +115,28 @@ def line(arm: str, status: int = 200, seconds: float | None = 0.01, by: str = "s
 
 def test_users_are_counted_by_arm() -> None:
     traffic = Traffic()
-    assert traffic.share("redpp") is None and traffic.percentile_ms("redpp", 0.5) is None
+    assert traffic.share("pruned") is None and traffic.percentile_ms("pruned", 0.5) is None
     traffic.take(
         [
             *[line("original", seconds=k / 1000) for k in range(1, 101)],
-            line("redpp", 500),
-            line("redpp", 404),
-            line("redpp", 502, None),
-            line("redpp", by="header"),
+            line("pruned", 500),
+            line("pruned", 404),
+            line("pruned", 502, None),
+            line("pruned", by="header"),
             line("", 404, None),
             line("original", 499, None),
         ]
     )
     again = Traffic(json.loads(json.dumps(traffic.to_json())))
     for each in (traffic, again):
-        assert (each.requests["original"], each.requests["redpp"]) == (101, 4)
-        assert (each.errors["redpp"], each.refused["redpp"], each.by_header["redpp"]) == (2, 1, 1)
+        assert (each.requests["original"], each.requests["pruned"]) == (101, 4)
+        assert (each.errors["pruned"], each.refused["pruned"], each.by_header["pruned"]) == (2, 1, 1)
         assert (each.errors["original"], each.refused["original"], each.abandoned["original"]) == (0, 0, 1)
-        assert each.share("redpp") == 4 / 105
+        assert each.share("pruned") == 4 / 105
         assert [each.percentile_ms("original", q) for q in (0.5, 0.99)] == [50, 99]
-        assert each.percentile_ms("redpp", 0.5) == 10
-    traffic.take([line("redpp", seconds=12.3456)] * 9)
-    assert traffic.percentile_ms("redpp", 0.99) == 12300  # three digits
+        assert each.percentile_ms("pruned", 0.5) == 10
+    traffic.take([line("pruned", seconds=12.3456)] * 9)
+    assert traffic.percentile_ms("pruned", 0.99) == 12300  # three digits
 
 
 def test_counting_survives_an_outage_and_a_log_that_is_put_aside(
@@ -162,10 +162,10 @@ def test_counting_survives_an_outage_and_a_log_that_is_put_aside(
     now[0] = counted({1: (3, 1.5)}, {1: (1, 0.2)})
     log.replace(log.with_suffix(".log.1"))
     counting.put_aside()
-    write(log.with_suffix(".log.1"), "redpp")  # nginx had not opened the new one yet
-    write(log, "redpp")
+    write(log.with_suffix(".log.1"), "pruned")  # nginx had not opened the new one yet
+    write(log, "pruned")
     assert counting.count() == []
     counts = read_json(tmp_path / COUNTS)
-    assert counts["users"]["requests"] == {"original": 1, "redpp": 2}
+    assert counts["users"]["requests"] == {"original": 1, "pruned": 2}
     assert [w["batches"] for w in Lines(tmp_path / WINDOWS).new()] == [{"1": [2, 0.5, 1, 0.2]}]
-    assert from_json(counts["buckets"]).buckets["redpp"] == {0.1: 1, math.inf: 1}
+    assert from_json(counts["buckets"]).buckets["pruned"] == {0.1: 1, math.inf: 1}

@@ -127,7 +127,7 @@ def switch_under_load(folder: Path, client: Client) -> Counter[Any]:
     loaded = threading.Thread(target=client.load, args=(300, 0.0, switched.is_set))
     loaded.start()
     try:
-        for command, arm in (("promote", "redpp"), ("rollback", "original")) * 2:
+        for command, arm in (("promote", "pruned"), ("rollback", "original")) * 2:
             time.sleep(0.3)
             assert main(["ab", command, str(folder)]) == 0
             assert {client.one() for _ in range(5)} == {(200, arm)}, f"{command} acts later than at the next request"
@@ -163,18 +163,18 @@ def test_users_are_served_and_a_verdict_comes(folder: Path, client: Client, caps
         40,
     )
     assert decided.verdict.kind == "equivalent"  # both are within a factor of 4: it is the same network
-    assert set(client.seen) == {(200, "original"), (200, "redpp")}, "a user's request was lost"
+    assert set(client.seen) == {(200, "original"), (200, "pruned")}, "a user's request was lost"
     total = sum(client.seen.values())
-    now = until(lambda: (s := status(folder)).arms["original"].requests + s.arms["redpp"].requests == total and s)
+    now = until(lambda: (s := status(folder)).arms["original"].requests + s.arms["pruned"].requests == total and s)
     assert {arm: now.arms[arm].requests for arm in now.arms} == {arm: client.seen[200, arm] for arm in now.arms}
     assert now.shadow and now.shadow["agreement"] == 1.0 and now.shadow["top1"] == 1.0
-    assert now.problems == [] and now.arms["redpp"].handler_ms["p50"] and now.arms["redpp"].gateway_ms["p50"]
+    assert now.problems == [] and now.arms["pruned"].handler_ms["p50"] and now.arms["pruned"].gateway_ms["p50"]
     capsys.readouterr()
     assert main(["ab", "status", str(folder), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["verdicts"][0]["kind"] == "equivalent" and document["advice"]["kind"] in ("promote", "wait")
     assert main(["ab", "status", str(folder)]) == 0
-    assert "redpp is as fast as original" in capsys.readouterr().out
+    assert "pruned is as fast as original" in capsys.readouterr().out
 
 
 def test_the_experiments_metrics_are_served(client: Client) -> None:
@@ -203,20 +203,20 @@ def test_bad_requests_are_their_senders_own(folder: Path, client: Client) -> Non
     before = status(folder)
     answers = {
         client.one(body=b"no input")[0],
-        client.one(body=b"", X_Redpp_Arm="redpp")[0],
+        client.one(body=b"", X_Redpp_Arm="pruned")[0],
         client.one(Authorization="Bearer wrong")[0],
     }
     assert all(400 <= code < 500 for code in answers)
     refused = until(
         lambda: (s := status(folder)) and sum(a.refused - before.arms[k].refused for k, a in s.arms.items()) == 3 and s
     )
-    assert refused.arms["redpp"].errors == refused.arms["original"].errors == 0
+    assert refused.arms["pruned"].errors == refused.arms["original"].errors == 0
     assert refused.shadow and refused.shadow["agreement"] == 1.0, "a request that both refuse counts as a disagreement"
 
 
 def test_no_request_is_lost_while_all_are_moved(folder: Path, client: Client) -> None:
     seen = switch_under_load(folder, client)
-    assert set(seen) == {(200, "original"), (200, "redpp")} and sum(seen.values()) >= 1000
+    assert set(seen) == {(200, "original"), (200, "pruned")} and sum(seen.values()) >= 1000
     assert status(folder).all_to == "original"
 
 
@@ -277,9 +277,9 @@ def test_the_same_on_triton(folder: Path) -> None:
     processes = family(client)
     try:
         seen = switch_under_load(folder, client)
-        assert set(seen) == {(200, "original"), (200, "redpp")} and sum(seen.values()) >= 1000
+        assert set(seen) == {(200, "original"), (200, "pruned")} and sum(seen.values()) >= 1000
         assert client.one(body=b"no input")[0] == 400
-        now = until(lambda: (s := status(folder)).arms["redpp"].handler_ms["p50"] and s)
+        now = until(lambda: (s := status(folder)).arms["pruned"].handler_ms["p50"] and s)
         assert now.kind == "triton" and now.problems == [] and now.findings[0].source == "split"
     finally:
         assert main(["ab", "stop", str(folder)]) == 0

@@ -16,8 +16,8 @@ from redpp_serve.ab.gateway import NginxProcess, connection_limit, private_folde
 from redpp_serve.ab.nginx import Gateway, gateway_config, header_variable
 from redpp_serve.ab.spec import parse_split
 from redpp_serve.ab.state import Lines
+from redpp_serve.loopback import GatewayPorts, free_ports
 from redpp_serve.packaging.server_config import MAX_REQUEST_BYTES
-from redpp_serve.serving.ports import GatewayPorts, free_ports
 from tests.support.stubs import StubServer, ask, stub
 from tests.support.tools import tool
 
@@ -80,14 +80,14 @@ def test_users_are_divided_as_asked_and_keep_their_arm(live: NginxProcess, upstr
         [arm(ask(0, PUBLIC, headers={"X-User-Id": f"user-{k}"}, connection=connection)) for k in range(USERS)]
         for _ in range(2)
     )
-    share, width = first.count("redpp") / USERS, 4 * math.sqrt(0.2 * 0.8 / USERS)
+    share, width = first.count("pruned") / USERS, 4 * math.sqrt(0.2 * 0.8 / USERS)
     assert first == again
     assert abs(share - 0.2) < width
-    assert upstream.seen == {PATHS[0]: 2 * first.count("original"), PATHS[1]: 2 * first.count("redpp")}
+    assert upstream.seen == {PATHS[0]: 2 * first.count("original"), PATHS[1]: 2 * first.count("pruned")}
     without = {
         arm(ask(0, PUBLIC, connection=connection)) for _ in range(60)
     }  # a user without a name: each request anew
-    assert without == {"original", "redpp"}
+    assert without == {"original", "pruned"}
 
 
 def test_another_salt_divides_the_same_users_differently(
@@ -99,18 +99,18 @@ def test_another_salt_divides_the_same_users_differently(
     live.gateway = replace(live.gateway, salt="salt-2")
     live.start()
     after = [arm(ask(live.gateway.port, PUBLIC, headers=user)) for user in users]
-    assert before != after and {"original", "redpp"} == set(after)
+    assert before != after and {"original", "pruned"} == set(after)
 
 
 def test_a_header_asks_for_an_arm_and_is_not_passed_on(live: NginxProcess, upstream: StubServer) -> None:
     user = {"X-User-Id": "user-1", "Authorization": "Bearer t", "Inference-Header-Content-Length": "3"}
-    for wanted in ("original", "redpp"):
+    for wanted in ("original", "pruned"):
         assert arm(ask(live.gateway.port, PUBLIC, headers={**user, "X-Redpp-Arm": wanted})) == wanted
     assert "x-redpp-arm" not in upstream.headers[-1]
     assert upstream.headers[-1]["authorization"] == "Bearer t"
     assert upstream.headers[-1]["inference-header-content-length"] == "3"
-    status, _, body = ask(live.gateway.port, PUBLIC, headers={"X-Redpp-Arm": "pruned"})
-    assert status == 400 and "is neither original nor redpp" in json.loads(body)["error"]
+    status, _, body = ask(live.gateway.port, PUBLIC, headers={"X-Redpp-Arm": "candidate"})
+    assert status == 400 and "is neither original nor pruned" in json.loads(body)["error"]
 
 
 def test_the_request_id_is_one_for_all(live: NginxProcess, upstream: StubServer) -> None:
@@ -125,10 +125,10 @@ def test_promote_and_rollback_act_at_the_next_request_of_a_connection(folder: Pa
     def seen() -> set[str]:
         return {arm(ask(0, PUBLIC, headers=user, connection=connection)) for user in users}
 
-    assert seen() == {"original", "redpp"}
+    assert seen() == {"original", "pruned"}
     local = connection.sock.getsockname()
     assert switched(folder) is None
-    for to in ("redpp", "original", "redpp"):
+    for to in ("pruned", "original", "pruned"):
         switch(folder, to)
         assert switched(folder) == to and seen() == {to}
     assert connection.sock.getsockname() == local, "the connection was cut"
@@ -157,14 +157,14 @@ def test_a_user_who_leaves_is_no_error_and_no_refusal(live: NginxProcess, upstre
     upstream.answer = lambda path, body, headers: (time.sleep(1), (200, {}))[1]
     with pytest.raises(TimeoutError):
         impatient = http.client.HTTPConnection("127.0.0.1", live.gateway.port, timeout=0.3)
-        ask(0, PUBLIC, headers={"X-Redpp-Arm": "redpp"}, connection=impatient)
+        ask(0, PUBLIC, headers={"X-Redpp-Arm": "pruned"}, connection=impatient)
     impatient.close()
     deadline, traffic = time.monotonic() + 5, Traffic()
     lines = Lines(live.access_log)
     while not traffic.requests.total() and time.monotonic() < deadline:
         traffic.take(lines.new())
         time.sleep(0.02)
-    assert traffic.abandoned == {"redpp": 1} and not traffic.errors.total() and not traffic.refused.total()
+    assert traffic.abandoned == {"pruned": 1} and not traffic.errors.total() and not traffic.refused.total()
 
 
 MALFORMED = [
@@ -203,7 +203,7 @@ def test_the_servers_own_errors_pass_through(live: NginxProcess, upstream: StubS
         upstream.answer = lambda path, body, headers, code=code: (code, {"error": f"my {code}"})
         status, headers, body = ask(live.gateway.port, PUBLIC)
         assert (status, json.loads(body)) == (code, {"error": f"my {code}"})
-        assert headers["x-redpp-arm"] in ("original", "redpp")
+        assert headers["x-redpp-arm"] in ("original", "pruned")
 
 
 def test_a_server_that_is_down_is_a_502_in_json(folder: Path) -> None:
@@ -216,14 +216,14 @@ def test_a_server_that_is_down_is_a_502_in_json(folder: Path) -> None:
         finally:
             nginx.stop()
     assert status == 502 and "does not answer" in json.loads(body)["error"]
-    assert headers["x-redpp-arm"] in ("original", "redpp")
+    assert headers["x-redpp-arm"] in ("original", "pruned")
 
 
 def test_the_log_is_json_without_bodies_and_users(live: NginxProcess, upstream: StubServer) -> None:
     secret = 'some"one\\'
     upstream.answer = lambda path, body, headers: time.sleep(0.05) or (200, {})
     _, headers, _ = ask(
-        live.gateway.port, PUBLIC, body=b"the body", headers={"X-User-Id": secret, "X-Redpp-Arm": "redpp"}
+        live.gateway.port, PUBLIC, body=b"the body", headers={"X-User-Id": secret, "X-Redpp-Arm": "pruned"}
     )
     ask(live.gateway.port, '/no"where')
     live.stop()
@@ -231,7 +231,7 @@ def test_the_log_is_json_without_bodies_and_users(live: NginxProcess, upstream: 
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["status"] for line in lines] == [200, 404]
     assert lines[0]["request_id"] == headers["x-request-id"]
-    assert (lines[0]["arm"], lines[0]["chosen_by"], lines[1]["arm"]) == ("redpp", "header", "")
+    assert (lines[0]["arm"], lines[0]["chosen_by"], lines[1]["arm"]) == ("pruned", "header", "")
     assert lines[0]["request_time"] >= 0.04 and lines[0]["upstream_time"] >= 0.04  # by clocks of 1 ms
     assert lines[1]["upstream_time"] is None
     assert "some" not in text and "the body" not in text
@@ -253,7 +253,7 @@ def test_a_large_log_is_put_aside_while_requests_go_on(live: NginxProcess, monke
 
 
 def test_shares_of_nothing_and_of_everything(folder: Path, upstream: StubServer) -> None:
-    for split, expected in (("100:0", "original"), ("0:100", "redpp")):
+    for split, expected in (("100:0", "original"), ("0:100", "pruned")):
         nginx = NginxProcess(gateway(folder, upstream.port, split, sticky=None))
         nginx.start()
         try:
@@ -270,7 +270,7 @@ def test_a_refused_configuration_says_why(folder: Path) -> None:
 
 def test_the_text_holds_what_it_depends_on(tmp_path: Path) -> None:
     text = gateway_config(gateway(tmp_path, 4711, "99.5:0.5", recorder=4712, account=("who", "group")))
-    assert '"salt-1$split_key" $split_arm { 0.5% redpp; * original; }' in text
+    assert '"salt-1$split_key" $split_arm { 0.5% pruned; * original; }' in text
     assert "user who group;" in text and f"client_max_body_size {MAX_REQUEST_BYTES};" in text
     assert "127.0.0.1:4711" in text and "mirror /.shadow" in text and "127.0.0.1:4712" in text
     plain = gateway_config(gateway(tmp_path, 4711, sticky=None, account=None))

@@ -21,7 +21,7 @@ from redpp_serve.ab.gateway import NginxProcess
 from redpp_serve.ab.shadow import Inbox, Mirrored, Replayer
 from redpp_serve.ab.state import PAIRS, RECORDER, Lines, read_json, write_json
 from redpp_serve.comparison.outputs import difference, read_outputs
-from redpp_serve.serving.ports import GatewayPorts, free_ports
+from redpp_serve.loopback import GatewayPorts, free_ports
 from redpp_serve.statistics.intervals import Verdict, verdict
 from redpp_serve.statistics.sequences import RatioSequence
 from tests.ab.test_nginx import PATHS, PUBLIC, folder, gateway  # noqa: F401 (a fixture)
@@ -46,7 +46,7 @@ def recorder(state: Path, port: int, server: int) -> Iterator[subprocess.Popen[b
             str(port),
             "--original",
             urls[0],
-            "--redpp",
+            "--pruned",
             urls[1],
         ]
     )
@@ -84,7 +84,7 @@ def pairs(state: Path) -> list[dict[str, Any]]:
 def decide(state: Path) -> Verdict:
     sequence = RatioSequence()
     sequence.update([numpy.log(a / b) for a, b in (pair["seconds"] for pair in pairs(state) if pair["quiet"])])
-    return verdict(sequence, 0.02, baseline="original", candidate="redpp", measure="end to end")
+    return verdict(sequence, 0.02, baseline="original", candidate="pruned", measure="end to end")
 
 
 def test_a_version_that_is_a_fifth_slower_and_answers_differently(folder: Path) -> None:  # noqa: F811
@@ -109,7 +109,7 @@ def test_a_version_that_is_a_fifth_slower_and_answers_differently(folder: Path) 
         counts = until(lambda: (c := read_json(state / RECORDER) or {}).get("pairs") == k and c)
         forwarded, seen = server.headers[-1], pairs(state)
     assert server.seen == {PATHS[0]: 2 * k, PATHS[1]: k} and counts == {"received": k, "dropped": 0, "pairs": k}
-    assert forwarded["x-mine"] == "yes" and {pair["first"] for pair in seen} == {"original", "redpp"}
+    assert forwarded["x-mine"] == "yes" and {pair["first"] for pair in seen} == {"original", "pruned"}
     assert sum(pair["quiet"] for pair in seen) > 0.8 * k, "nobody but the recorder asked"
     assert decision.kind == "slower" and decision.low < 10 / 12 * 1.05 and decision.high > 10 / 12 * 0.95, decision
     distance = float(numpy.linalg.norm([0, 0.5, -1]) / numpy.linalg.norm([1, 2, 3]))

@@ -20,8 +20,8 @@ from redpp_serve.errors import RedppError
 )
 def test_what_is_taken(text: str, shown: str, ratio: float) -> None:
     split = parse_split(text)
-    assert str(split) == shown and split.ratio("redpp") == pytest.approx(ratio)
-    assert split.ratio("original") + split.ratio("redpp") == pytest.approx(1)
+    assert str(split) == shown and split.ratio("pruned") == pytest.approx(ratio)
+    assert split.ratio("original") + split.ratio("pruned") == pytest.approx(1)
     assert parse_split(str(split)) == split
 
 

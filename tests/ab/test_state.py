@@ -14,7 +14,7 @@ import pytest
 
 from redpp_serve.ab.state import abandoned, clean, supervised, supervising
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.running import started
+from redpp_serve.processes import started
 
 # Starts a child in a session of its own, which starts another and ends: as a launcher does with Java.
 SUPERVISOR = """

@@ -37,18 +37,18 @@ class Experiment:
         write_json(state / SPEC, {"spec": self.spec.to_json(), "started": time.time() - 90, "name": "m"})
         self.users(500, 500)
 
-    def pairs(self, count: int, redpp: float = 1.0, **changes: Any) -> None:
-        """Pairs of about 10 ms, where the pruned version takes ``redpp`` times as long."""
+    def pairs(self, count: int, pruned: float = 1.0, **changes: Any) -> None:
+        """Pairs of about 10 ms, where the pruned version takes ``pruned`` times as long."""
         with (self.state / PAIRS).open("a") as file:
             for _ in range(count):
                 a, b = 0.01 * numpy.exp(self.rng.normal(0, 0.05, 2))
                 pair = {
                     "time": 0,
                     "request_id": "",
-                    "first": "redpp",
+                    "first": "pruned",
                     "quiet": True,
                     "status": [200, 200],
-                    "seconds": [a, redpp * b],
+                    "seconds": [a, pruned * b],
                     "handler": None,
                     "difference": 0.01,
                     "top1": True,
@@ -56,24 +56,24 @@ class Experiment:
                 }
                 file.write(json.dumps(pair) + "\n")
 
-    def windows(self, count: int, redpp: float = 1.0) -> None:
+    def windows(self, count: int, pruned: float = 1.0) -> None:
         """Windows with 20 batches of an arm, of about 10 ms."""
         with (self.state / WINDOWS).open("a") as file:
             for _ in range(count):
                 a, b = 0.01 * numpy.exp(self.rng.normal(0, 0.05, 2)) * 20
-                file.write(json.dumps({"time": 0, "batches": {"1": [20, a, 20, redpp * b]}}) + "\n")
+                file.write(json.dumps({"time": 0, "batches": {"1": [20, a, 20, pruned * b]}}) + "\n")
 
-    def users(self, original: int, redpp: int, errors: int = 0, slow: int = 0) -> None:
+    def users(self, original: int, pruned: int, errors: int = 0, slow: int = 0) -> None:
         """Users' requests, ``errors`` of the pruned arm failed; ``slow`` of its batches of 1000 took more than twice as long."""
         counters = Counters()
         counters.buckets = {
             "original": dict(zip((*BOUNDS, float("inf")), (0, 500, 1000, 1000, 1000, 1000, 1000))),
-            "redpp": dict(zip((*BOUNDS, float("inf")), (0, 0, *3 * (1000 - slow,), 1000, 1000))),
+            "pruned": dict(zip((*BOUNDS, float("inf")), (0, 0, *3 * (1000 - slow,), 1000, 1000))),
         }
         users = {
-            "requests": {"original": original, "redpp": redpp},
-            "errors": {"redpp": errors},
-            "milliseconds": {"original": {"10": original}, "redpp": {"9": redpp}},
+            "requests": {"original": original, "pruned": pruned},
+            "errors": {"pruned": errors},
+            "milliseconds": {"original": {"10": original}, "pruned": {"9": pruned}},
         }
         write_json(self.state / COUNTS, {"users": users, "buckets": as_json(counters), "divided": as_json(counters)})
 
@@ -87,16 +87,16 @@ def experiment(tmp_path: Path) -> Experiment:
 
 
 @pytest.mark.parametrize(
-    ("redpp", "kind", "advice"),
+    ("pruned", "kind", "advice"),
     [(0.8, "faster", "promote"), (1.25, "slower", "rollback"), (1.0, "equivalent", "promote")],
 )
-def test_the_truth_is_found_in_both_sources(tmp_path: Path, redpp: float, kind: str, advice: str) -> None:
+def test_the_truth_is_found_in_both_sources(tmp_path: Path, pruned: float, kind: str, advice: str) -> None:
     experiment = Experiment(tmp_path, margin=0.05, max_error_rate_gap=0.05)
-    experiment.pairs(1500, redpp)
-    experiment.windows(200, redpp)
+    experiment.pairs(1500, pruned)
+    experiment.windows(200, pruned)
     status = experiment.status()
     assert [(f.source, f.verdict.kind) for f in status.findings] == [("shadow", kind), ("split", kind)]
-    assert status.findings[0].verdict.low < 1 / redpp < status.findings[0].verdict.high
+    assert status.findings[0].verdict.low < 1 / pruned < status.findings[0].verdict.high
     assert status.advice.kind == advice and deciding_kind(status) == kind
 
 
@@ -106,7 +106,7 @@ def test_nothing_is_known_at_first(tmp_path: Path) -> None:
     status = experiment.status()
     assert status.advice.kind == "wait" and [f.verdict.kind for f in status.findings] == ["undecided"]
     assert "-" in status.to_text() and json.dumps(status.to_json(), allow_nan=False)
-    assert status.arms["redpp"].share is None and status.arms["redpp"].handler_ms == {"p50": None, "p99": None}
+    assert status.arms["pruned"].share is None and status.arms["pruned"].handler_ms == {"p50": None, "p99": None}
 
 
 def test_errors_agreement_and_tail_advise_to_roll_back(tmp_path: Path) -> None:
@@ -129,11 +129,11 @@ def test_a_server_that_was_down_is_no_fault_of_the_pruned_version(tmp_path: Path
     experiment.pairs(1500, 0.8)
     experiment.pairs(1500, status=[0, 0], difference=None, top1=None)
     counts = read_json(tmp_path / COUNTS)
-    redpp = 0 if split == "100:0" else 500
+    pruned = 0 if split == "100:0" else 500
     users = {
-        "requests": {"original": 5000, "redpp": redpp + 1},
-        "errors": {"original": 500, "redpp": redpp // 10},
-        "by_header": {"redpp": 1},
+        "requests": {"original": 5000, "pruned": pruned + 1},
+        "errors": {"original": 500, "pruned": pruned // 10},
+        "by_header": {"pruned": 1},
     }
     write_json(tmp_path / COUNTS, {**counts, "users": users})
     status = experiment.status()
@@ -192,14 +192,14 @@ def test_users_who_get_no_answer_advise_to_roll_back(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path, shadow=False)
     experiment.windows(200, 0.8)
     counts = read_json(tmp_path / COUNTS)
-    users = {"requests": {"original": 1000, "redpp": 1000}, "refused": {"redpp": 100}, "abandoned": {"redpp": 0}}
+    users = {"requests": {"original": 1000, "pruned": 1000}, "refused": {"pruned": 100}, "abandoned": {"pruned": 0}}
     write_json(tmp_path / COUNTS, {**counts, "users": users})
     status = experiment.status()
     assert status.advice.kind == "promote" and "left unanswered" not in status.to_text()
-    write_json(tmp_path / COUNTS, {**counts, "users": {**users, "abandoned": {"redpp": 100}}})
+    write_json(tmp_path / COUNTS, {**counts, "users": {**users, "abandoned": {"pruned": 100}}})
     status = experiment.status()
     assert status.advice.kind == "rollback" and "100 of 1000 against 0 of 1000" in status.advice.text
-    assert status.arms["redpp"].abandoned == 100 and "left unanswered" in status.to_text()
+    assert status.arms["pruned"].abandoned == 100 and "left unanswered" in status.to_text()
 
 
 def test_a_long_tail_advises_to_roll_back(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_pairs_count_for_what_they_can_tell(experiment: Experiment) -> None:
         "dropped": 9,
         "pairs": 31,
         "quiet_pairs": 16,
-        "errors": {"original": 1, "redpp": 7},
+        "errors": {"original": 1, "pruned": 7},
         "compared_outputs": 28,
         "agreeing": 15,
         "agreement": 15 / 28,
@@ -270,10 +270,10 @@ def test_the_text(experiment: Experiment) -> None:
     write_json(experiment.state / RECORDER, {"received": 400, "dropped": 100, "pairs": 300})
     text = experiment.status().to_text()
     assert text.splitlines()[:10] == [
-        "m on torchserve: 50 % of users to original, 50 % to redpp, by X-User-Id",
+        "m on torchserve: 50 % of users to original, 50 % to pruned, by X-User-Id",
         "http://127.0.0.1:1/predictions/m, shadow mode, running for 90 s",
         "",
-        "                  original  redpp",
+        "                  original  pruned",
         "requests               500    500",
         "share                50.0%  50.0%",
         "failed (5xx)             0      0",
@@ -289,8 +289,8 @@ def test_the_text(experiment: Experiment) -> None:
         "300 of 300 agree",
         "same class on 100.00%",
         "open    p99:",
-        "shadow  redpp is 1.2",
-        "split   redpp is 1.2",
+        "shadow  pruned is 1.2",
+        "split   pruned is 1.2",
     ):
         assert part in text, part
     assert text.splitlines()[-1] == experiment.status().advice.text
@@ -298,9 +298,9 @@ def test_the_text(experiment: Experiment) -> None:
 
 def test_problems_and_promotion_are_shown(experiment: Experiment) -> None:
     write_json(experiment.state / STATUS, {"ready": True, "problems": ["TorchServe has ended"]})
-    switch(experiment.state / GATEWAY, "redpp")
+    switch(experiment.state / GATEWAY, "pruned")
     text = experiment.status().to_text()
-    assert "PROBLEM: TorchServe has ended" in text and "m on torchserve: all users go to redpp" in text
+    assert "PROBLEM: TorchServe has ended" in text and "m on torchserve: all users go to pruned" in text
 
 
 def test_the_metrics(experiment: Experiment) -> None:
@@ -314,7 +314,7 @@ def test_the_metrics(experiment: Experiment) -> None:
     samples = dict(
         line.rsplit(" ", 1) for line in generate_latest(own).decode().splitlines() if not line.startswith("#")
     )
-    assert samples['redpp_ab_traffic_ratio{arm="redpp",model="m"}'] == "0.5"
+    assert samples['redpp_ab_traffic_ratio{arm="pruned",model="m"}'] == "0.5"
     assert samples['redpp_ab_requests_total{arm="original",model="m"}'] == "500.0"
     assert (
         samples['redpp_ab_pairs_total{model="m"}'] == "1500.0"

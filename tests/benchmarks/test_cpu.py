@@ -30,12 +30,12 @@ def test_a_wrong_or_failing_arm_is_named_and_not_timed() -> None:
     every = [
         Arm("stock", graph, lambda x: lambda x: program(x)[0]),
         Arm("original", graph, lambda x: lambda x: program(x)[0] * 1.01),
-        Arm("redpp", graph, broken),
+        Arm("pruned", graph, broken),
     ]
     with torch.inference_mode():
         row = measure(every, x, 0.01, numpy.random.default_rng(0))
     assert set(row["ms"]) == {"stock"} and row["ratios"] == {}
-    assert "wrong by" in row["not timed"]["original"] and "no such compiler" in row["not timed"]["redpp"]
+    assert "wrong by" in row["not timed"]["original"] and "no such compiler" in row["not timed"]["pruned"]
 
 
 def test_every_arm_of_a_pair_computes_its_own_graph() -> None:
@@ -46,7 +46,7 @@ def test_every_arm_of_a_pair_computes_its_own_graph() -> None:
         module = lambda x: Program(original)(x)[0]  # noqa: E731
         every = [arm for arm in arms(module, original, pruned, 1.0) if not arm.name.startswith(("compiled", "onnx"))]
         row = measure(every, x, 0.01, numpy.random.default_rng(0))
-    assert set(row["ms"]) == {"stock", "original", "dense", "redpp", "dense_redpp"} and row["not timed"] == {}
+    assert set(row["ms"]) == {"stock", "original", "dense", "pruned", "dense_pruned"} and row["not timed"] == {}
     assert set(row["ratios"]) == set(list(RATIOS)[:4])
 
 

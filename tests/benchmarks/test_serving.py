@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
 
 
 def sent(
-    target: str = "redpp", good: bool = True, status: int = 200, answered_by: tuple[str, ...] = ("redpp",)
+    target: str = "pruned", good: bool = True, status: int = 200, answered_by: tuple[str, ...] = ("pruned",)
 ) -> Sent:
     return Sent(target, good, 0.0, 1.0, status, answered_by, "")
 
@@ -54,7 +54,7 @@ class Wire:
         self.count += 1
         if payload in self.cases.bad:
             return Exchange(0.0, 0.001, None, 200 if payload is self.cases.bad[0] else 400, b'{"outputs": [[0]]}', "")
-        if self.variant == "redpp" and self.count % 10 == 0:
+        if self.variant == "pruned" and self.count % 10 == 0:
             return Exchange(0.0, 0.001, None, 503, b"busy", "")
         outputs = self.cases.expected[self.variant][self.cases.good.index(payload)]
         return Exchange(0.0, 0.001, None, 200, json.dumps({"outputs": [outputs.tolist()]}).encode(), "")
@@ -68,9 +68,9 @@ def test_what_is_lost_and_misjudged_is_counted(packaged: Path, monkeypatch: pyte
     monkeypatch.setattr("benchmarks.serving_load.endpoint", lambda _, variant: Endpoint(variant, "http://x", {}))
     monkeypatch.setattr(Endpoint, "connect", lambda self: Wire(cases, self.label))
     server: Any = Server()
-    run = run_load(server, cases, clients=2, seconds=0.5, bad_share=0.3, targets=("original", "redpp"))
+    run = run_load(server, cases, clients=2, seconds=0.5, bad_share=0.3, targets=("original", "pruned"))
     lost = [x for x in run.sent if x.lost]
-    assert {(x.target, x.status) for x in lost} == {("redpp", 503)}
+    assert {(x.target, x.status) for x in lost} == {("pruned", 503)}
     good, bad = ([x for x in run.sent if x.good is kind] for kind in (True, False))
     assert 0.02 < len(lost) / len(good) < 0.08 and 0.15 < sum(x.misjudged for x in bad) / len(bad) < 0.35
     part = load_part(server, cases, 2, 0.5)

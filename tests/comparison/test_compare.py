@@ -15,7 +15,7 @@ PAYLOADS = [Payload(str(i).encode(), "text/plain", label=0) for i in range(1, 5)
 
 def run(a: Server, b: Server, seconds: float = 0.6, payloads: list[Payload] = PAYLOADS) -> Comparison:
     return compare_endpoints(
-        a.endpoint("original"), b.endpoint("redpp"), payloads, concurrency=1, seconds=seconds, progress=False
+        a.endpoint("original"), b.endpoint("pruned"), payloads, concurrency=1, seconds=seconds, progress=False
     )
 
 
@@ -25,7 +25,7 @@ def test_faster_and_almost_the_same(start: Start) -> None:  # noqa: F811
 
     result = run(start(0.012), start(0.003, answer=altered), seconds=2.5)
     assert result.verdict.kind == "faster"
-    assert "redpp is " in result.verdict.text and "end to end" in result.verdict.text
+    assert "pruned is " in result.verdict.text and "end to end" in result.verdict.text
     assert result.handler_verdict is not None and result.handler_verdict.kind == "faster"
     for name in ("handler_p50", "end_to_end_p50", "throughput"):
         estimate = result.speedup[name]
@@ -59,7 +59,7 @@ def test_a_rate_is_kept_whatever_the_answers_take(start: Start) -> None:  # noqa
     slow, fast = start(0.02, one_at_a_time=True), start(0.002, one_at_a_time=True)
     result = compare_endpoints(
         slow.endpoint("original"),
-        fast.endpoint("redpp"),
+        fast.endpoint("pruned"),
         PAYLOADS,
         concurrency=1,
         seconds=3.0,
@@ -69,11 +69,11 @@ def test_a_rate_is_kept_whatever_the_answers_take(start: Start) -> None:  # noqa
     measured = result.open_loop
     assert measured is not None and measured.failed == (0, 0)
     assert all(12 <= sent <= 45 for sent in measured.sent)  # 27 expected
-    original, redpp = measured.latency_ms
-    assert original is not None and redpp is not None
-    assert original["p50"].value > 20 > redpp["p50"].value
+    original, pruned = measured.latency_ms
+    assert original is not None and pruned is not None
+    assert original["p50"].value > 20 > pruned["p50"].value
     data = result.to_json()["open_loop"]
-    assert data["rate_rps"] == 45 and data["pruned"]["latency_ms"]["p50"] == redpp["p50"].value
+    assert data["rate_rps"] == 45 and data["pruned"]["latency_ms"]["p50"] == pruned["p50"].value
     assert "at 45/s p99 (ms)" in result.to_text() and "at 45/s failed" in result.to_text()
 
 
@@ -81,12 +81,12 @@ def test_failed_requests_are_counted_and_quoted(start: Start) -> None:  # noqa: 
     result = run(start(0.003), start(0.003, reject=("3",)))
     assert result.original.errors == 0 and 0 < result.pruned.errors < result.pruned.requests / 2
     assert result.agreement.inputs == 3
-    assert 'redpp failed first with: {"message": "bad input"}' in result.to_text()
+    assert 'pruned failed first with: {"message": "bad input"}' in result.to_text()
 
 
 def test_an_arm_that_answers_nothing_is_refused_with_its_text(start: Start) -> None:  # noqa: F811
     good, bad = start(0.0), start(0.0, reject=tuple("1234"))
-    with pytest.raises(RedppError, match=r'redpp \(http.*answered none of 4 requests: status 400: .*"bad input"'):
+    with pytest.raises(RedppError, match=r'pruned \(http.*answered none of 4 requests: status 400: .*"bad input"'):
         run(good, bad)
     assert bad.requests == 4, "found before any load"
 
@@ -123,15 +123,15 @@ def arm(label: str, scale: float, **options: object) -> Arm:
 def test_table_to_the_letter() -> None:
     result = Comparison(
         original=arm("original", 1.0, accuracy=0.9812),
-        pruned=arm("redpp", 0.5, accuracy=0.98, errors=2, first_error="503 busy"),
+        pruned=arm("pruned", 0.5, accuracy=0.98, errors=2, first_error="503 busy"),
         agreement=Agreement(0.995, 0.25, 0.0123, 360),
         speedup={
             "handler_p50": Estimate(2.0, 1.95, 2.05),
             "end_to_end_p50": Estimate(1.62, 1.58, 1.66),
             "throughput": None,
         },
-        verdict=Verdict("faster", "redpp is 1.62 times as fast as original end to end (...)", 1.58, 1.66),
-        handler_verdict=Verdict("faster", "redpp is 2.00 times as fast as original in the handler (...)", 1.95, 2.05),
+        verdict=Verdict("faster", "pruned is 1.62 times as fast as original end to end (...)", 1.58, 1.66),
+        handler_verdict=Verdict("faster", "pruned is 2.00 times as fast as original in the handler (...)", 1.95, 2.05),
         pairs=800,
         concurrency=4,
         seconds=20.0,
@@ -140,7 +140,7 @@ def test_table_to_the_letter() -> None:
     expected = """\
 800 pairs, 4 requests at a time, 20 s
 
-                  original     redpp  ratio (95 % interval)
+                  original     pruned  ratio (95 % interval)
 handler p50 (ms)      4.00      2.00  2.00 (1.95 to 2.05)
 handler p99 (ms)      9.50      4.75
 latency p50 (ms)      6.00      3.00  1.62 (1.58 to 1.66)
@@ -150,10 +150,10 @@ throughput (1/s)     400.0     800.0
 failed requests   0 of 900  2 of 900
 accuracy            98.12%    98.00%
 
-redpp failed first with: 503 busy
+pruned failed first with: 503 busy
 Outputs: same class on 99.50% of 360 inputs, mean relative difference 0.0123, largest difference 0.25
-redpp is 2.00 times as fast as original in the handler (...).
-redpp is 1.62 times as fast as original end to end (...)."""
+pruned is 2.00 times as fast as original in the handler (...).
+pruned is 1.62 times as fast as original end to end (...)."""
     assert result.to_text() == expected
 
 

@@ -47,7 +47,7 @@ class Standin:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 standin.seen.append((self.path, self.headers["Authorization"]))
-                variant = "original" if self.path.endswith("/1.0") else "redpp"
+                variant = "original" if self.path.endswith("/1.0") else "pruned"
                 if (variant, body) not in replies:
                     x = torch.from_numpy(numpy.load(io.BytesIO(body)))
                     answer = outputs(standin.folder / f"{variant}.mar", x)
@@ -99,7 +99,7 @@ def test_both_versions_are_measured_and_the_server_is_left(packaged: Path, stand
     assert document["original"]["errors"] == document["pruned"]["errors"] == 0
     assert 1.4 <= document["speedup"]["handler_p50"]["ratio"] <= 1.6
     assert 0 < document["agreement"]["mean_relative_difference"] < 0.2
-    assert (result.original.label, result.pruned.label) == ("original", "redpp")
+    assert (result.original.label, result.pruned.label) == ("original", "pruned")
 
 
 def test_without_auth_no_token_is_sent(packaged: Path, standin: list[Standin]) -> None:

@@ -126,7 +126,7 @@ def test_images_are_preprocessed_as_the_handler_does(service: tuple[Service, Tri
 def test_connections_have_sockets_of_their_own(service: tuple[Service, TritonEndpoint]) -> None:
     """Else all clients would share one connection's flow control, and the comparison its queue."""
     served, endpoint = service
-    run_paired(endpoint, replace(endpoint, label="redpp", version="2"), [npy(1, 2, 3, 4)], 3, 6, None, 0)
+    run_paired(endpoint, replace(endpoint, label="pruned", version="2"), [npy(1, 2, 3, 4)], 3, 6, None, 0)
     assert len(served.peers) == 6
 
 
@@ -134,7 +134,7 @@ def test_the_comparison_reads_as_on_torchserve(service: tuple[Service, TritonEnd
     _, endpoint = service
     result = compare_endpoints(
         endpoint,
-        replace(endpoint, label="redpp", version="2"),
+        replace(endpoint, label="pruned", version="2"),
         [npy(1, 2, 3, k) for k in range(4)],
         concurrency=2,
         seconds=2.0,

@@ -83,18 +83,18 @@ def test_history_is_bounded_in_time_and_in_series(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(history_module, "MAX_KEYS", 50)
     history = History()
     for second in range(2000):
-        history.add(float(second), {Key("redpp_batches_total", "redpp", str(second)): 1.0, KEY: 1.0})
+        history.add(float(second), {Key("redpp_batches_total", "pruned", str(second)): 1.0, KEY: 1.0})
     assert history.window(10_000).span == history_module.KEPT_S
     assert history.window(900).total(*KEY) == 900
     assert len(history._places) == 50 and len(history._snapshots) == 901
 
 
-def window(original: dict[int, tuple[int, float]], redpp: dict[int, tuple[int, float]]) -> Window:
+def window(original: dict[int, tuple[int, float]], pruned: dict[int, tuple[int, float]]) -> Window:
     """The gains of a minute with so many batches of each size, each of which took so many seconds."""
     with Exporter() as exporter:
         target, history = Target(exporter.url), History()
         history.add(0.0, target.scrape("small"))
-        for variant, batches in (("original", original), ("redpp", redpp)):
+        for variant, batches in (("original", original), ("pruned", pruned)):
             for size, (times, seconds) in batches.items():
                 exporter.batches(variant, size, seconds, times)
         history.add(60.0, target.scrape("small"))
@@ -106,14 +106,14 @@ def test_speedups_of_known_times() -> None:
     assert equal_batch_ratio(found) == pytest.approx((2.0, 0.003, 0.0015, None, None))
     assert network_ratio(found).value == pytest.approx(2.0)
     ratio = percentile_ratio(found, 0.5)  # both in the middle of their bucket
-    assert (ratio.original, ratio.redpp) == pytest.approx(((0.00283 + 0.004) / 2, (0.00141 + 0.002) / 2))
+    assert (ratio.original, ratio.pruned) == pytest.approx(((0.00283 + 0.004) / 2, (0.00141 + 0.002) / 2))
     assert ratio.low <= 2.0 <= ratio.high
 
 
 def test_unequal_batches_do_not_make_a_version_faster() -> None:
     """The pruned network takes half the time at each size, but gets the large batches."""
     found = window({1: (90, 0.001), 8: (10, 0.004)}, {1: (10, 0.0005), 8: (90, 0.002)})
-    assert found.mean("redpp_handler_seconds", "original") < found.mean("redpp_handler_seconds", "redpp")
+    assert found.mean("redpp_handler_seconds", "original") < found.mean("redpp_handler_seconds", "pruned")
     assert equal_batch_ratio(found).value == pytest.approx(2.0)
     assert equal_batch_ratio(window({1: (5, 0.001)}, {2: (5, 0.001)})) is None
 
@@ -151,7 +151,7 @@ def test_a_difference_within_the_noise_is_not_called_one() -> None:
         history.add(0.0, {})
         for second in range(1, 33):
             gains: dict[Key, float] = {}
-            for variant, seconds, period in (("original", 0.0022, 2), ("redpp", 0.0020, 4)):
+            for variant, seconds, period in (("original", 0.0022, 2), ("pruned", 0.0020, 4)):
                 took = seconds * (1 + swing if second % period < period / 2 else 1 - swing)
                 gains |= {
                     Key("redpp_batches_total", variant, "1"): 10.0,
@@ -176,8 +176,8 @@ def test_the_error_of_the_ratio_is_what_it_says() -> None:
         history.add(0.0, {})
         for second in range(1, 41):
             took = random.exponential(0.002, 2)
-            gains = {Key("redpp_batches_total", variant, "2"): 5.0 for variant in ("original", "redpp")}
-            times = zip(("original", "redpp"), took.tolist())
+            gains = {Key("redpp_batches_total", variant, "2"): 5.0 for variant in ("original", "pruned")}
+            times = zip(("original", "pruned"), took.tolist())
             gains |= {Key("redpp_batch_seconds_total", variant, "2"): 5 * each for variant, each in times}
             history.add(float(second), gains)
         window = history.window(60)
@@ -213,15 +213,15 @@ def test_every_row_has_its_unit() -> None:
     assert rows["throughput, answered"] == ["1.0 /s", "0.2 /s"]
     assert rows["mean batch size"] == ["1.50 requests", "1.00 requests"]
     assert rows["errors (500)"] == ["0 of 60", "0 of 10"]
-    assert batch_shares(found) == {"labels": ["1", "3 to 4"], "original": [75.0, 25.0], "redpp": [100.0, 0.0]}
+    assert batch_shares(found) == {"labels": ["1", "3 to 4"], "original": [75.0, 25.0], "pruned": [100.0, 0.0]}
 
 
 def test_errors_are_counted_by_outcome() -> None:
     with Exporter() as exporter:
         target, history = Target(exporter.url), History()
         history.add(0.0, target.scrape("small"))
-        exporter.batches("redpp", 1, 0.002, times=3, outcome="error")
-        exporter.batches("redpp", 1, 0.002, times=1)
+        exporter.batches("pruned", 1, 0.002, times=3, outcome="error")
+        exporter.batches("pruned", 1, 0.002, times=1)
         history.add(60.0, target.scrape("small"))
     rows = {row[0]: row[1:] for row in traffic_rows(history.window(60))}
     assert rows["errors (500)"] == ["no traffic", "3 of 4\n75.00 % of requests"]
@@ -231,13 +231,13 @@ def test_errors_are_counted_by_outcome() -> None:
 def test_cpu_memory_and_network() -> None:
     history = History()
     history.add(0.0, {})
-    history.add(60.0, {Key("redpp_worker_cpu_seconds_total", "redpp"): 15.0})
+    history.add(60.0, {Key("redpp_worker_cpu_seconds_total", "pruned"): 15.0})
     gauges = {
-        Key("redpp_worker_resident_bytes", "redpp"): 5e8,
-        Key("redpp_device_memory_bytes", "redpp", "cuda:0"): 2e9,
-        Key("redpp_device_memory_bytes", "redpp", "cpu"): 5e8,
+        Key("redpp_worker_resident_bytes", "pruned"): 5e8,
+        Key("redpp_device_memory_bytes", "pruned", "cuda:0"): 2e9,
+        Key("redpp_device_memory_bytes", "pruned", "cpu"): 5e8,
         Key("redpp_model_macs", "original"): 4e6,
-        Key("redpp_model_macs", "redpp"): 1e6,
+        Key("redpp_model_macs", "pruned"): 1e6,
     }
     assert worker_rows(history.window(60), gauges) == [
         ["CPU", "idle", "25.0 % of a core"],
@@ -251,7 +251,7 @@ def test_cpu_memory_and_network() -> None:
     assert left_shares(gauges, report) == {
         "labels": ["parameters", "MACs of one input"],
         "original": [100.0, 100.0],
-        "redpp": [25.0, 25.0],
+        "pruned": [25.0, 25.0],
     }
 
 
@@ -261,14 +261,14 @@ def test_an_experiment_shows_verdict_advice_and_interval() -> None:
     gauges = {Key("redpp_ab_speedup_ratio", "", f"split {bound}"): value for bound, value in bounds.items()}
     gauges |= {
         Key("redpp_ab_traffic_ratio", "", "original"): 0.9,
-        Key("redpp_ab_traffic_ratio", "", "redpp"): 0.1,
+        Key("redpp_ab_traffic_ratio", "", "pruned"): 0.1,
         Key("redpp_ab_verdict", "", "faster"): 1.0,
         Key("redpp_ab_verdict", "", "slower"): 0.0,
         Key("redpp_ab_advice", "", "promote"): 1.0,
         Key("redpp_ab_pairs_total", ""): 120.0,
         Key("redpp_ab_agreement_ratio", ""): 0.995,
     }
-    sent = {Key("redpp_ab_requests_total", "", "original"): 88.0, Key("redpp_ab_requests_total", "", "redpp"): 12.0}
+    sent = {Key("redpp_ab_requests_total", "", "original"): 88.0, Key("redpp_ab_requests_total", "", "pruned"): 12.0}
     card = experiment(gauges, Window(sent, 60.0))
     assert card["verdict"] == "The pruned model is faster: 1.20 to 1.60 times as fast"
     assert card["advice"] == "Promote the pruned model"
@@ -306,7 +306,7 @@ def test_the_collector_goes_through_an_outage_and_a_restart_elsewhere(tmp_path: 
             collector = Collector(tmp_path, "small", lambda: urls)
             collector.step(0.0)
             first.batches("original", 1, 0.003, times=10)
-            first.batches("redpp", 1, 0.0015, times=10)
+            first.batches("pruned", 1, 0.0015, times=10)
             collector.step(1.0)
             assert collector.data(10)["headline"]["state"] == "faster"
         collector.step(2.0)
@@ -317,26 +317,26 @@ def test_the_collector_goes_through_an_outage_and_a_restart_elsewhere(tmp_path: 
         assert data["sources"][0] == {"url": first.url, "up": False, "text": "down: Connection refused"}
         urls[:] = [second.url]
         collector.step(6.0)  # finds the other address, and what it has counted before does not count
-        second.batches("redpp", 1, 0.0015, times=4)
+        second.batches("pruned", 1, 0.0015, times=4)
         collector.step(20.0)
         data = collector.data(10)
     assert data["headline"]["text"] == "Only the pruned model had traffic (last 14 s)"
     assert [source["url"] for source in data["sources"]] == [second.url]
     assert data["compare"]["text"] == "as fast"
     assert data["curves"]["seconds"] == [-20.0, -19.0, -18.0, -15.0, -14.0, 0.0]
-    assert data["curves"]["throughput"]["redpp"] == [None, 10.0, None, None, 1.667, 0.2857]  # None: it did not answer
+    assert data["curves"]["throughput"]["pruned"] == [None, 10.0, None, None, 1.667, 0.2857]  # None: it did not answer
 
 
 def test_curves_are_thinned_and_the_report_is_read_again(tmp_path: Path) -> None:
     with Exporter() as exporter:
         collector = Collector(tmp_path, "small", lambda: [exporter.url])
         for second in range(400):
-            exporter.batches("redpp", 1, 0.0015)
+            exporter.batches("pruned", 1, 0.0015)
             collector.step(float(second)) if second % 40 == 0 else collector._trend.append(
                 (second + 1000, float(second), collector._trend[-1][2])
             )
     data = collector.data(60)
-    assert len(data["curves"]["seconds"]) == len(data["curves"]["p50"]["redpp"]) <= 300
+    assert len(data["curves"]["seconds"]) == len(data["curves"]["p50"]["pruned"]) <= 300
     assert data["compare"]["text"].startswith("Not compared yet")
     (tmp_path / "report.json").write_text('{"verdict": "faster by far"}', encoding="utf-8")
     assert collector.data(60)["compare"]["text"] == "faster by far"

@@ -17,7 +17,8 @@ from redpp_serve.cli import main
 from redpp_serve.dashboard import collector
 from redpp_serve.dashboard.server import metrics_urls, page, serving
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.running import Running, register, started
+from redpp_serve.processes import started
+from redpp_serve.serving.running import Running, register
 from tests.support.browser import Browser
 from tests.support.live_metrics import Exporter, while_down
 
@@ -78,7 +79,7 @@ def table(browser: Browser, name: str) -> dict[str, list[str]]:
 def both(exporter: Exporter, times: int = 40) -> None:
     with exporter.lock:
         exporter.batches("original", 2, 0.0034, times)
-        exporter.batches("redpp", 2, 0.0017, times)
+        exporter.batches("pruned", 2, 0.0017, times)
 
 
 def test_the_page_shows_the_numbers_of_moving_counters(
@@ -103,7 +104,7 @@ def test_the_page_shows_the_numbers_of_moving_counters(
         assert traffic["mean batch size"] == ["2.00 requests", "2.00 requests"]
         assert network["parameters"] == ["2.00 k", "500", "25.0 % left"]
         with exporter.lock:
-            exporter.batches("redpp", 2, 0.0017, 20, outcome="error")
+            exporter.batches("pruned", 2, 0.0017, 20, outcome="error")
         browser.wait("document.querySelector('#traffic').innerText.includes('40 of 120\\n33.33 % of requests')")
         assert browser.evaluate("document.querySelectorAll('[data-curve=p50] svg path.line').length") == 2
         assert browser.evaluate("document.querySelector('#batches').textContent") == "2100.0 %100.0 %"
@@ -134,7 +135,7 @@ def test_labels_and_reports_are_text_and_never_markup(
     folder: Path, exporter: Exporter, browser: Browser, often: None
 ) -> None:
     label = HOSTILE.replace('"', '\\"')
-    exporter.text = f'redpp_model_bytes{{model="{label}",variant="redpp"}} 1\n'.encode()
+    exporter.text = f'redpp_model_bytes{{model="{label}",variant="pruned"}} 1\n'.encode()
     with serving(folder, urls=[exporter.url]) as address:
         browser.open(address)
         browser.wait("document.querySelector('#detail').textContent.includes('has metrics of')")
@@ -157,7 +158,7 @@ def test_an_experiment_and_a_narrow_dark_window(
 ) -> None:
     for name, value, labels in (
         ("redpp_ab_traffic_ratio", 0.9, {"arm": "original"}),
-        ("redpp_ab_traffic_ratio", 0.1, {"arm": "redpp"}),
+        ("redpp_ab_traffic_ratio", 0.1, {"arm": "pruned"}),
         ("redpp_ab_speedup_ratio", 1.2, {"source": "shadow", "bound": "low"}),
         ("redpp_ab_speedup_ratio", 1.4, {"source": "shadow", "bound": "mean"}),
         ("redpp_ab_speedup_ratio", 1.6, {"source": "shadow", "bound": "high"}),

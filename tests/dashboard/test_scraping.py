@@ -27,16 +27,16 @@ def test_only_what_happens_after_the_first_scrape_counts(exporter: Exporter) -> 
     target = Target(exporter.url)
     assert target.scrape("small") == {} and target.problem == ""
     exporter.batches("original", 2, 0.003, times=3)
-    exporter.batches("redpp", 4, 0.0015)  # a batch size that was not there before
+    exporter.batches("pruned", 4, 0.0015)  # a batch size that was not there before
     gained = target.scrape("small")
     assert gained[Key(REQUESTS, "original", "ok")] == 6
-    assert gained[Key(REQUESTS, "redpp", "ok")] == 4
-    assert gained[Key("redpp_batches_total", "redpp", "4")] == 1
+    assert gained[Key(REQUESTS, "pruned", "ok")] == 4
+    assert gained[Key("redpp_batches_total", "pruned", "4")] == 1
     assert gained[Key("redpp_batch_seconds_total", "original", "2")] == pytest.approx(0.009)
     assert gained[Key("redpp_handler_seconds_count", "original")] == 3
     assert gained[Key("redpp_handler_seconds_bucket", "original", "0.00283")] == 0
     assert gained[Key("redpp_handler_seconds_bucket", "original", "0.004")] == 3
-    assert target.gauges[Key("redpp_model_parameters", "redpp")] == 500
+    assert target.gauges[Key("redpp_model_parameters", "pruned")] == 500
 
 
 def test_a_counter_that_fell_began_again_from_zero(exporter: Exporter) -> None:
@@ -70,14 +70,14 @@ def test_an_outage_without_a_restart_loses_nothing(exporter: Exporter) -> None:
     with while_down(exporter):
         assert target.scrape("small") == {}
         assert "refused" in target.problem and target.gauges == {}
-    exporter.batches("redpp", 1, 0.002, times=7)
-    assert target.scrape("small")[Key(REQUESTS, "redpp", "ok")] == 7
+    exporter.batches("pruned", 1, 0.002, times=7)
+    assert target.scrape("small")[Key(REQUESTS, "pruned", "ok")] == 7
     assert target.problem == "" and target.serves
 
 
 def test_workers_are_summed_and_the_network_is_not() -> None:
     lines = [
-        f'{name}{{model="m",version="1",variant="redpp",pid="{pid}"}} {value}'
+        f'{name}{{model="m",version="1",variant="pruned",pid="{pid}"}} {value}'
         for name, pid, value in (
             ("redpp_worker_cpu_seconds_total", 1, 2),
             ("redpp_worker_cpu_seconds_total", 2, 3),
@@ -89,8 +89,8 @@ def test_workers_are_summed_and_the_network_is_not() -> None:
     ]
     samples, _ = parse("\n".join(lines) + "\n", "m")
     gauges = merged({s.key: s.value} for s in samples)
-    assert gauges[Key("redpp_worker_resident_bytes", "redpp")] == 30
-    assert gauges[Key("redpp_model_bytes", "redpp")] == 40
+    assert gauges[Key("redpp_worker_resident_bytes", "pruned")] == 30
+    assert gauges[Key("redpp_model_bytes", "pruned")] == 40
 
 
 def test_samples_of_other_models_and_other_programs_are_left_out() -> None:

@@ -17,8 +17,8 @@ import psutil
 import pytest
 from packaging.specifiers import SpecifierSet
 
+from redpp_serve.loopback import TritonPorts, free_ports
 from redpp_serve.packaging.server_config import LOG4J2, config_properties
-from redpp_serve.serving.ports import TritonPorts, free_ports
 from redpp_serve.serving.triton_binary import find_triton, link_backend
 from tests.support.manifests import DEPLOY
 from tests.support.served import SHAPE, npy, write_archives
@@ -127,7 +127,7 @@ def environment(**values: object) -> dict[str, str]:
     return {**own, "PATH": path, **{key: str(value) for key, value in values.items()}}
 
 
-@pytest.mark.parametrize("variant,versions", [("both", ["1", "2"]), ("original", ["1"]), ("redpp", ["2"])])
+@pytest.mark.parametrize("variant,versions", [("both", ["1", "2"]), ("original", ["1"]), ("pruned", ["2"])])
 def test_triton_starts_on_the_versions_asked_for(tmp_path: Path, variant: str, versions: list[str]) -> None:
     """A stand-in for the server's program says what it was started with."""
     for version in ("1", "2"):
@@ -158,9 +158,9 @@ def test_triton_starts_on_the_versions_asked_for(tmp_path: Path, variant: str, v
     [
         ("triton", {}, "MODEL_NAME"),
         ("triton", {"MODEL_NAME": "tiny"}, "config.pbtxt is missing"),
-        ("triton", {"MODEL_NAME": "tiny", "VARIANT": "2.0"}, "expected original, redpp or both"),
+        ("triton", {"MODEL_NAME": "tiny", "VARIANT": "2.0"}, "expected original, pruned or both"),
         ("torchserve", {}, "MODEL_NAME"),
-        ("torchserve", {"MODEL_NAME": "tiny", "VARIANT": "new"}, "expected original, redpp or both"),
+        ("torchserve", {"MODEL_NAME": "tiny", "VARIANT": "new"}, "expected original, pruned or both"),
         ("torchserve", {"MODEL_NAME": "tiny", "TOKENS": "none"}, "expected on or off"),
     ],
 )
@@ -205,16 +205,16 @@ def test_torchserve_as_the_image_starts_it(tmp_path: Path) -> None:
         SERVER="torchserve",
         MODELS=models,
         MODEL_NAME="tiny",
-        VARIANT="redpp",
+        VARIANT="pruned",
         TMPDIR=tmp_path / "tmp",
         TEMP=tmp_path / "tmp",
         PROMETHEUS_MULTIPROC_DIR=metrics,
         CONFIG=tmp_path / "torchserve.properties",
         URL=f"http://127.0.0.1:{ports.inference}",
     )
-    exporting = environment(PYTHONPATH=models / "redpp.mar")
+    exporting = environment(PYTHONPATH=models / "pruned.mar")
     where = [sys.executable, "-P", "-c", "import redpp_serve.handlers.exporter as e; print(e.__file__)"]
-    assert "redpp.mar" in subprocess.run(where, env=exporting, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert "pruned.mar" in subprocess.run(where, env=exporting, cwd=tmp_path, capture_output=True, text=True).stdout
     exporter_command = [
         sys.executable,
         "-P",
@@ -244,7 +244,7 @@ def test_torchserve_as_the_image_starts_it(tmp_path: Path) -> None:
             while (answers := re.findall(served, _get(exported)))[0][1] == "0.0":  # workers write ten times a second
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
-            assert len(answers) == 1 and 'variant="redpp",version="2.0"' in answers[0][0]
+            assert len(answers) == 1 and 'variant="pruned",version="2.0"' in answers[0][0]
             with pytest.raises(urllib.error.HTTPError):  # tokens are on
                 _get(f"http://127.0.0.1:{ports.inference}/ping")
             key_file = tmp_path / "tmp/redpp/key_file.json"
@@ -284,7 +284,7 @@ def test_triton_as_the_image_starts_it(packaged: Path, tmp_path: Path) -> None:
         SERVER="triton",
         MODELS=packaged,
         MODEL_NAME="small",
-        VARIANT="redpp",
+        VARIANT="pruned",
         TMPDIR=tmp_path / "tmp",
         HTTP_PORT=ports.http,
         URL=f"http://127.0.0.1:{ports.http}",
@@ -305,7 +305,7 @@ def test_triton_as_the_image_starts_it(packaged: Path, tmp_path: Path) -> None:
             time.sleep(0.3)
         metrics = _get(f"http://127.0.0.1:{ports.metrics}/metrics")
         assert (
-            re.search(r'redpp_handler_seconds_count{.*variant="redpp".*} [1-9]', metrics)
+            re.search(r'redpp_handler_seconds_count{.*variant="pruned".*} [1-9]', metrics)
             and 'variant="original"' not in metrics
         )
         for path in (

@@ -140,7 +140,7 @@ MUTATIONS = {
     "the header's arm": (
         lambda d: _first("HTTPRoute")(d)["rules"][0]["matches"][0]["headers"][0],
         "value",
-        "redpp",
+        "pruned",
         "sends X-Redpp-Arm",
     ),
     "a path": (
@@ -238,7 +238,7 @@ def test_a_broken_manifest_is_noticed(built: dict[str, list[Document]], what: st
     [
         ("runtime", "redpp-tritn", "which its runtime does not serve"),
         ("storageUri", "pvc://models", "which does not exist"),
-        ("env", [{"name": "VARIANT", "value": "redpp"}], "serves ['redpp']"),
+        ("env", [{"name": "VARIANT", "value": "pruned"}], "serves ['pruned']"),
         ("modelFormats", {}, "modelFormats"),
     ],
 )

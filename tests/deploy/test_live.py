@@ -17,10 +17,10 @@ import yaml
 
 from redpp_serve.ab import commands
 from redpp_serve.ab.spec import Spec, parse_split
+from redpp_serve.loopback import ask, free_ports
 from redpp_serve.serving.health import sample_request
-from redpp_serve.serving.ports import free_ports
 from redpp_serve.serving.running import Running, find
-from redpp_serve.serving.server import KINDS, ask
+from redpp_serve.serving.server import KINDS
 from tests.support.boards import GPU_ONLY, Target, filled, targets
 from tests.support.tools import tool
 
@@ -75,7 +75,7 @@ def load(running: Running) -> Iterator[list[int]]:
             statuses.append(response.status)
         connection.close()
 
-    targets = [(running.urls[variant], 0.01) for variant in ("original", "redpp") for _ in range(THREADS)]
+    targets = [(running.urls[variant], 0.01) for variant in ("original", "pruned") for _ in range(THREADS)]
     targets.append((running.extra["gateway"], 0.2))
     threads = [threading.Thread(target=send, args=target) for target in targets]
     for thread in threads:
@@ -113,7 +113,7 @@ def answered(port: int, expr: str) -> bool:
     """Whether a query has values that are numbers, of both versions where it tells them apart."""
     result = api(port, "query", query=expr)["result"]
     variants = {sample["metric"].get("variant") for sample in result if sample["value"][1] != "NaN"}
-    return variants in ({None}, {"original", "redpp"})
+    return variants in ({None}, {"original", "pruned"})
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -11,7 +11,7 @@ import yaml
 from redpp_serve.ab import supervisor
 from redpp_serve.ab.spec import Spec, parse_split
 from redpp_serve.handlers.metrics import FAMILIES
-from redpp_serve.serving.ports import Ports, TritonPorts, consecutive_ports
+from redpp_serve.loopback import Ports, TritonPorts, consecutive_ports
 from tests.support.tools import tool
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "prometheus"
@@ -57,7 +57,7 @@ def test_every_rule_and_every_alert_has_a_unit_test() -> None:
         ("rules.yml", '{outcome="error"}', ""),
         ("rules.yml", " > 0)", ")"),  # NaN where nothing was served
         ("rules.yml", "by (server, model, variant, batch)", "by (model, variant, batch)"),  # mixes two servers
-        ("rules.yml", '* ignoring (variant) (batch:redpp_batches:rate5m{variant="redpp"} > 0)', ""),
+        ("rules.yml", '* ignoring (variant) (batch:redpp_batches:rate5m{variant="pruned"} > 0)', ""),
         (
             "rules.yml",
             "model:redpp_speedup_handler:ratio5m\n        expr: >-\n          variant:redpp_handler_seconds",
@@ -65,7 +65,7 @@ def test_every_rule_and_every_alert_has_a_unit_test() -> None:
         ),
         ("alerts.yml", "ratio5m < 1\n", "ratio5m > 1\n"),
         ("alerts.yml", "* 300 >= 30", "* 300 >= 0"),
-        ("alerts.yml", 'or ignoring (variant) 0 * variant:redpp_errors:ratio5m{variant="redpp"}', ""),
+        ("alerts.yml", 'or ignoring (variant) 0 * variant:redpp_errors:ratio5m{variant="pruned"}', ""),
         ("alerts.yml", "> 0.01", "> 0.001"),
         ("alerts.yml", "for: 5m", "for: 0m"),
         ("alerts.yml", " and redpp_ab_pairs_total >= 100", ""),

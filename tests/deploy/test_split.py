@@ -21,8 +21,8 @@ import pytest
 from redpp_serve.ab.gateway import worker_account
 from redpp_serve.ab.nginx import Gateway, gateway_config
 from redpp_serve.ab.spec import parse_split
+from redpp_serve.loopback import GatewayPorts, free_ports
 from redpp_serve.packaging.server_config import MAX_REQUEST_BYTES
-from redpp_serve.serving.ports import GatewayPorts, free_ports
 from tests.ab.test_nginx import MALFORMED
 from tests.support.composed import read_compose
 from tests.support.manifests import DEPLOY
@@ -159,7 +159,7 @@ def test_users_are_divided_stickily_and_as_the_local_experiment_divides_them(
     port, _ = gateway
     users = [f"user-{k}" for k in range(USERS)]
     divided = arms(port, users)
-    assert abs(Counter(divided.values())["redpp"] / USERS - 0.10) < 0.02
+    assert abs(Counter(divided.values())["pruned"] / USERS - 0.10) < 0.02
     assert arms(port, users[::-5]) == {user: divided[user] for user in users[::-5]}
     local = free_ports(GatewayPorts).gateway
     with open_folder() as folder:
@@ -171,7 +171,7 @@ def test_users_are_divided_stickily_and_as_the_local_experiment_divides_them(
             paths=("/predictions/tiny/1.0", "/predictions/tiny/2.0"),
             split=parse_split("90:10"),
             sticky="X-User-Id",
-            salt="redpp",
+            salt="pruned",
             account=worker_account(),
             connections=256,
         )
@@ -187,7 +187,7 @@ def connection(gateway: tuple[int, Path]) -> Iterator[http.client.HTTPConnection
         yield opened
 
 
-@pytest.mark.parametrize("arm,path", [("original", "/predictions/tiny/1.0"), ("redpp", "/predictions/tiny/2.0")])
+@pytest.mark.parametrize("arm,path", [("original", "/predictions/tiny/1.0"), ("pruned", "/predictions/tiny/2.0")])
 def test_the_header_asks_for_an_arm(connection: http.client.HTTPConnection, arm: str, path: str) -> None:
     for user in range(20):
         status, answered, answer = ask(
@@ -198,7 +198,7 @@ def test_the_header_asks_for_an_arm(connection: http.client.HTTPConnection, arm:
 
 
 def test_requests_without_a_user_are_divided_one_by_one(connection: http.client.HTTPConnection) -> None:
-    assert {ask(connection, {})[1] for _ in range(200)} == {"original", "redpp"}
+    assert {ask(connection, {})[1] for _ in range(200)} == {"original", "pruned"}
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_file_promotes_and_rolls_back_without_a_reload(
 ) -> None:
     _, folder = gateway
     try:
-        for file, arm in (("promoted", "redpp"), ("rolled_back", "original")):  # the roll-back wins over a promotion
+        for file, arm in (("promoted", "pruned"), ("rolled_back", "original")):  # the roll-back wins over a promotion
             (folder / file).touch()
             assert {ask(connection, {"X-User-Id": str(user)})[1] for user in range(50)} == {arm}
     finally:
@@ -247,20 +247,20 @@ def test_a_file_promotes_and_rolls_back_without_a_reload(
 
 
 def test_the_access_log_names_arm_and_times(gateway: tuple[int, Path], connection: http.client.HTTPConnection) -> None:
-    ask(connection, {"X-Redpp-Arm": "redpp", "X-User-Id": "someone"})
+    ask(connection, {"X-Redpp-Arm": "pruned", "X-User-Id": "someone"})
     for _ in range(50):
         lines = [json.loads(line) for line in (gateway[1] / "access.log").read_text().splitlines()]
         if lines and lines[-1]["chosen_by"] == "header":
             break
         time.sleep(0.02)
     last = lines[-1]
-    assert (last["arm"], last["status"], last["chosen_by"]) == ("redpp", 200, "header")
+    assert (last["arm"], last["status"], last["chosen_by"]) == ("pruned", 200, "header")
     assert last["request_time"] >= 0 and last["upstream_time"] >= 0 and len(last["request_id"]) == 32
     assert "someone" not in json.dumps(last)
 
 
 @pytest.mark.parametrize("server", ["torchserve", "triton"])
-@pytest.mark.parametrize("split", ["10% redpp; * original;", "* redpp;", "* original;", "0.5% redpp; * original;"])
+@pytest.mark.parametrize("split", ["10% pruned; * original;", "* pruned;", "* original;", "0.5% pruned; * original;"])
 def test_every_documented_split_is_one_for_nginx(tmp_path: Path, server: str, split: str) -> None:
     changed = read_compose()
     changed["services"][f"{server}-gateway"]["environment"]["REDPP_SPLIT"] = split

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from redpp_serve.serving.ports import free_ports
+from redpp_serve.loopback import free_ports
 from tests.handlers.test_metrics import work
 
 

@@ -43,7 +43,7 @@ def work(folder: Path, version: str, variant: str) -> None:
 def registry(tmp_path_factory: pytest.TempPathFactory) -> CollectorRegistry:
     """Two workers of version 1.0 and one of 2.0; the folder does not exist before the first."""
     folder = tmp_path_factory.mktemp("metrics") / "new"
-    for version, variant in (("1.0", "original"), ("1.0", "original"), ("2.0", "redpp")):
+    for version, variant in (("1.0", "original"), ("1.0", "original"), ("2.0", "pruned")):
         work(folder, version, variant)
     return collected(folder)
 
@@ -56,7 +56,7 @@ def collected(folder: Path) -> CollectorRegistry:
 
 
 ORIGINAL = {"model": "digits", "version": "1.0", "variant": "original"}
-PRUNED = {"model": "digits", "version": "2.0", "variant": "redpp"}
+PRUNED = {"model": "digits", "version": "2.0", "variant": "pruned"}
 
 
 @pytest.mark.parametrize(("labels", "workers"), [(ORIGINAL, 2), (PRUNED, 1)])

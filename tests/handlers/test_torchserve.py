@@ -65,7 +65,7 @@ def test_every_reply_names_its_time_variant_and_type(tmp_path: Path) -> None:
     for index in (0, 1):
         headers = context.headers[index]
         assert 0 < float(headers[HANDLER_MS_HEADER]) < 60_000
-        assert headers[VARIANT_HEADER] == "redpp" and headers["content-type"] == "application/json"
+        assert headers[VARIANT_HEADER] == "pruned" and headers["content-type"] == "application/json"
 
 
 def test_a_batch_of_bad_requests_does_not_run_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,16 @@ def test_the_sources_are_those_that_serving_needs_and_no_more() -> None:
         "redpp_serve/handlers/torchserve.py",
         "redpp_serve/kernels/__init__.py",
     } <= set(names)
-    assert {name.split("/")[1] for name in names} == {"__init__.py", "errors.py", "runtime", "handlers", "kernels"}
+    assert {name.split("/")[1] for name in names} == {
+        "__init__.py",
+        "errors.py",
+        "files.py",
+        "variants.py",
+        "graph",
+        "runtime",
+        "handlers",
+        "kernels",
+    }
     assert {name for name in names if not name.endswith(".py")} == {"redpp_serve/runtime/plans.json"}
     assert names["redpp_serve/runtime/plans.json"] == SHIPPED.read_bytes()
 

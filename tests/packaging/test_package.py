@@ -31,7 +31,7 @@ from tests.support.small_networks import Flat, Two
 
 FILES = {
     "original.mar",
-    "redpp.mar",
+    "pruned.mar",
     "config.properties",
     "log4j2.xml",
     "model-config.yaml",
@@ -139,7 +139,7 @@ def test_a_whole_package_with_every_file_and_key(model: Path, tmp_path: Path) ->
     assert (on_disk["options"]["keep"], on_disk["options"]["batch_size"], on_disk["options"]["threads"]) == (0.5, 4, 2)
     assert [s["archive"] for s in on_disk["smoke"]] == [
         "original.mar",
-        "redpp.mar",
+        "pruned.mar",
         "triton version 1",
         "triton version 2",
     ]
@@ -159,7 +159,7 @@ def test_exact_merging_removes_the_twins_and_keeps_the_function(packaged: Path) 
     statuses = {stage["name"]: (stage["status"], stage["reason"]) for stage in report["stages"]}
     assert statuses["reconstruct"] == ("skipped", "--merge exact") and "8 duplicate channels" in statuses["merge"][1]
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
-    original, pruned = (outputs(packaged / f"{v}.mar", x)[0] for v in ("original", "redpp"))
+    original, pruned = (outputs(packaged / f"{v}.mar", x)[0] for v in ("original", "pruned"))
     assert numpy.linalg.norm(numpy.subtract(original, pruned)) <= 0.1 * numpy.linalg.norm(original)
 
 
@@ -180,7 +180,7 @@ def test_equal_input_gives_equal_archives_in_every_process(model: Path, tmp_path
     ]
     code = (
         "import sys, redpp_serve.packaging.package as p, redpp_serve.pruning.pipeline as q, redpp_serve.cli as c\n"
-        "from redpp_serve.pruning import lossy\n"
+        "from redpp_serve.pruning import choose as lossy\n"
         "from redpp_serve.pruning.inputs import Plan\n"  # fewer inputs and no trial runs: faster
         "p.run_trials, q.plan = lambda *_: [], lambda *_: Plan(32, 16, 4)\n"
         "lossy._LATENCY_SECONDS, d = 0.01, q.distil\n"  # a busy machine must not cut it short
@@ -201,10 +201,10 @@ def test_equal_input_gives_equal_archives_in_every_process(model: Path, tmp_path
     for child in children:
         _, printed = child.communicate(timeout=300)
         assert child.returncode == 0 and "not reproducible" not in printed, printed
-    for name in ("original.mar", "redpp.mar"):
+    for name in ("original.mar", "pruned.mar"):
         first, second = (tmp_path / seed / name for seed in ("1", "2"))
         assert first.read_bytes() == second.read_bytes()
-    assert (tmp_path / "1" / "original.mar").read_bytes() != (tmp_path / "1" / "redpp.mar").read_bytes()
+    assert (tmp_path / "1" / "original.mar").read_bytes() != (tmp_path / "1" / "pruned.mar").read_bytes()
 
 
 def test_a_dry_run_writes_nothing_at_all(model: Path, tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_names_and_preprocessing_are_checked_first(model: Path, tmp_path: Path) 
 
 
 def test_the_archive_holds_no_paths_or_times_of_this_machine(packaged: Path) -> None:
-    with zipfile.ZipFile(packaged / "redpp.mar") as file:
+    with zipfile.ZipFile(packaged / "pruned.mar") as file:
         assert {info.date_time for info in file.infolist()} == {(1980, 1, 1, 0, 0, 0)}
         assert not any(str(packaged.parent).encode() in file.read(name) for name in file.namelist())
 

@@ -45,12 +45,12 @@ def no_child_left() -> bool:
 
 def test_right_outputs_pass_with_their_time(archives: list[Path]) -> None:
     results = run_archives(archives, npy(X), [right(version) for version in VARIANTS])
-    assert [r["archive"] for r in results] == ["original.mar", "redpp.mar"]
+    assert [r["archive"] for r in results] == ["original.mar", "pruned.mar"]
     assert all(0 < float(str(r["milliseconds"])) < 60_000 for r in results)
 
 
 def test_other_outputs_are_refused_by_name(archives: list[Path]) -> None:
-    with pytest.raises(RedppError, match="handler of redpp.mar failed.*other outputs than the network"):
+    with pytest.raises(RedppError, match="handler of pruned.mar failed.*other outputs than the network"):
         run_archives(archives, npy(X), [right("1.0"), [right("2.0")[0] * 1.01]])
     assert no_child_left()
 

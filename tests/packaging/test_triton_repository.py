@@ -171,8 +171,8 @@ assert len(loaded) > 8 and all(path.is_relative_to(folder) for path in loaded), 
 def test_outputs_that_differ_between_the_variants_are_refused() -> None:
     same = {
         "original": [InputSpec("", (5,)), InputSpec("", (2,), "int64")],
-        "redpp": [InputSpec("", (5,)), InputSpec("", (2,), "int64")],
+        "pruned": [InputSpec("", (5,)), InputSpec("", (2,), "int64")],
     }
     assert output_specs(same) == (InputSpec("output_0", (5,)), InputSpec("output_1", (2,), "int64"))
     with pytest.raises(RedppError, match="outputs .* of the pruned network"):
-        output_specs({**same, "redpp": [InputSpec("", (4,)), InputSpec("", (2,), "int64")]})
+        output_specs({**same, "pruned": [InputSpec("", (4,)), InputSpec("", (2,), "int64")]})

@@ -51,8 +51,8 @@ pruned
 
 
 def test_the_terminal_shows_each_time_and_why() -> None:
-    assert plan_text({"redpp": PLAN}) == GOLDEN
-    both = plan_text({"original": PLAN, "redpp": PLAN})
+    assert plan_text({"pruned": PLAN}) == GOLDEN
+    both = plan_text({"original": PLAN, "pruned": PLAN})
     assert both.startswith("original\n") and both.endswith(GOLDEN)
 
 
@@ -78,7 +78,7 @@ class Texts(HTMLParser):
 
 def test_the_page_has_a_section_only_where_a_plan_was_made() -> None:
     assert plan_section({}) == "" and "Kernels" not in Texts(render({})).texts
-    found = Texts(render({"plan": {"original": PLAN, "redpp": PLAN}})).texts
+    found = Texts(render({"plan": {"original": PLAN, "pruned": PLAN}})).texts
     assert "Kernels" in found and "The original network" in found and "split 50.00 ms" in found
     assert any("3 dense, 1 fused" in text for text in found)
 
@@ -92,9 +92,9 @@ def test_names_cannot_break_out() -> None:
         "device": hostile,
         "precision": hostile,
     }
-    section = Texts(plan_section({"plan": {"redpp": plan}}))
+    section = Texts(plan_section({"plan": {"pruned": plan}}))
     assert "script" not in section.tags and any("<script>" in text for text in section.texts)
-    assert not any(c in plan_text({"redpp": plan}) for c in "\x1b\u202e")
+    assert not any(c in plan_text({"pruned": plan}) for c in "\x1b\u202e")
 
 
 @pytest.mark.parametrize(
@@ -112,5 +112,5 @@ def test_names_cannot_break_out() -> None:
 )
 def test_a_damaged_plan_shows_what_is_left(damage: dict[str, Any]) -> None:
     plan = {**PLAN, **damage}
-    assert plan_text({"redpp": plan}) and "Kernels" in plan_section({"plan": {"redpp": plan}}) and plan_summary(plan)
-    assert plan_text({"redpp": 3}) == "" and plan_section({"plan": 3}) == ""
+    assert plan_text({"pruned": plan}) and "Kernels" in plan_section({"plan": {"pruned": plan}}) and plan_summary(plan)
+    assert plan_text({"pruned": 3}) == "" and plan_section({"plan": 3}) == ""

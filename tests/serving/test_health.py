@@ -35,20 +35,20 @@ def running(server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_no_request_fails_while_versions_are_switched(server: LocalServer) -> None:
     answered = switch_under_load(server, cycles=5, least=1000)
-    assert answered.total() >= 1000 and min(answered["original"], answered["redpp"]) > 50
+    assert answered.total() >= 1000 and min(answered["original"], answered["pruned"]) > 50
 
 
 def test_the_commands_act_on_the_running_server(
     server: LocalServer, running: Running, packaged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for command, variant in (("promote", "redpp"), ("promote", "redpp"), ("rollback", "original")):
+    for command, variant in (("promote", "pruned"), ("promote", "pruned"), ("rollback", "original")):
         assert cli.main([command, str(packaged)]) == 0
         assert capsys.readouterr().out == f"requests to {server.default_url()} now go to {variant}\n"
         assert server.default_variant() == variant
     assert cli.main(["health", str(packaged), "--server", "torchserve"]) == 0
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
         ["original", "ok,"],
-        ["redpp", "ok,"],
+        ["pruned", "ok,"],
         ["default", "ok,"],
     ]
     for command, code in (("promote", 2), ("rollback", 2), ("health", 1)):
@@ -57,9 +57,9 @@ def test_the_commands_act_on_the_running_server(
 
 
 def test_what_does_not_answer_is_named(server: LocalServer, running: Running, packaged: Path) -> None:
-    assert probe(running, "redpp").problem == ""
-    unknown = replace(running, urls={**running.urls, "redpp": server.url("9.9")})
-    assert "answers 404" in probe(unknown, "redpp").problem
+    assert probe(running, "pruned").problem == ""
+    unknown = replace(running, urls={**running.urls, "pruned": server.url("9.9")})
+    assert "answers 404" in probe(unknown, "pruned").problem
     assert "answers 400" in probe(replace(running, headers={"inference": {}}), "original").problem
     down = replace(running, pid=os.getpid(), urls={"original": "http://127.0.0.1:9/predictions/small/1.0"})
     with register(down), pytest.raises(Unhealthy, match="original does not answer: .*refused") as caught:
@@ -76,7 +76,7 @@ def test_an_experiment_is_not_switched_behind_its_back(running: Running, package
 def test_a_server_that_has_ended_meanwhile_is_an_error(running: Running, packaged: Path) -> None:
     with register(replace(running, management_url="http://127.0.0.1:9")):
         with pytest.raises(RedppError, match="does not answer.*start it again"):
-            roll_out(packaged, "redpp")
+            roll_out(packaged, "pruned")
 
 
 def test_without_a_sample_there_is_no_probe(running: Running, tmp_path: Path) -> None:
@@ -95,8 +95,8 @@ def test_several_inputs_are_put_one_behind_the_other() -> None:
 
 
 def test_health_is_one_line() -> None:
-    assert Health("redpp", 0.0123).to_text() == "redpp     ok, 12.3 ms"
-    assert Health("redpp", 0.01, "answers 500: x").to_text() == "redpp     answers 500: x"
+    assert Health("pruned", 0.0123).to_text() == "pruned     ok, 12.3 ms"
+    assert Health("pruned", 0.01, "answers 500: x").to_text() == "pruned     answers 500: x"
 
 
 def test_a_probe_starts_without_torch() -> None:

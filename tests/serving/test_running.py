@@ -12,7 +12,9 @@ import psutil
 import pytest
 
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.running import Running, find, find_all, register, started, state_dir
+from redpp_serve.files import state_folder
+from redpp_serve.processes import started
+from redpp_serve.serving.running import Running, find, find_all, register
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +118,7 @@ def test_damaged_notes_are_ignored(tmp_path: Path, state: Path, content: str) ->
 
 
 def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path, state: Path) -> None:
-    state_dir().chmod(0o777)
+    state_folder().chmod(0o777)
     with pytest.raises(RedppError, match="not a folder of this user alone.*XDG_RUNTIME_DIR"):
         find(tmp_path)
 

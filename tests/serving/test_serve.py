@@ -21,8 +21,9 @@ import torch
 import redpp_serve.serving.serve as module
 from redpp_serve.comparison.folder import folder_payloads
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.ports import Ports
-from redpp_serve.serving.running import find, state_dir
+from redpp_serve.files import state_folder
+from redpp_serve.loopback import Ports
+from redpp_serve.serving.running import find
 from redpp_serve.serving.serve import model_name, serve
 from redpp_serve.serving.server import LocalServer
 from tests.support.small import SHAPE, outputs
@@ -101,7 +102,7 @@ def test_urls_and_token_are_printed(packaged: Path, standin: type[Standin]) -> N
     serve(packaged, workers=3, ports=Ports(), say=lines.append)
     assert lines[:5] == [
         "original  http://127.0.0.1:8080/predictions/small/1.0",
-        "redpp     http://127.0.0.1:8080/predictions/small/2.0",
+        "pruned     http://127.0.0.1:8080/predictions/small/2.0",
         "default   http://127.0.0.1:8080/predictions/small",
         "metrics   http://127.0.0.1:9400/metrics",
         "token     secret-of-inference",
@@ -122,7 +123,7 @@ def test_other_commands_find_it_while_it_runs(packaged: Path, standin: type[Stan
     serve(packaged, say=lambda line: None)
     assert (found[0].kind, found[0].pid, found[0].name) == ("torchserve", os.getpid(), "small")
     assert found[0].headers["management"] == {"Authorization": "Bearer secret-of-management"}
-    assert not any(state_dir().iterdir())
+    assert not any(state_folder().iterdir())
     with pytest.raises(RedppError, match="no server is running for .*redpp-serve serve"):
         find(packaged)
 
@@ -217,15 +218,15 @@ def test_live_servers_print_urls_answer_and_end_by_either_signal(
                     break
                 key, _, value = line.strip().partition(" ")
                 printed[key] = value.strip()
-            assert {"original", "redpp", "metrics", "try"} <= set(printed), (tmp_path / f"{number}.err").read_text()
+            assert {"original", "pruned", "metrics", "try"} <= set(printed), (tmp_path / f"{number}.err").read_text()
             token = printed.get("token")
             assert (token is None) == (number == signal.SIGTERM) and SHAPE == tuple(x.shape)
-            for variant in ("original", "redpp"):
+            for variant in ("original", "pruned"):
                 expected = outputs(packaged / f"{variant}.mar", x)[0]
                 assert ask(printed[variant], payload.body, token) == pytest.approx(expected, rel=1e-3, abs=1e-4)
             if token:
                 with pytest.raises(urllib.error.HTTPError):
-                    ask(printed["redpp"], payload.body, None)
+                    ask(printed["pruned"], payload.body, None)
             processes = psutil.Process(server.pid).children(recursive=True)
             assert len(processes) >= 5  # launcher, Java, two workers, exporter
             server.send_signal(number)

@@ -20,9 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
+from redpp_serve.loopback import Ports, free_ports
 from redpp_serve.packaging.server_config import config_properties
-from redpp_serve.serving.ports import Ports, free_ports
-from redpp_serve.serving.processes import kill_session
+from redpp_serve.processes import kill_session
 from tests.support.small import SHIFT, outputs
 
 START_S = 180
@@ -108,7 +108,7 @@ def test_this_project_is_not_installed_there(stock_python: Path) -> None:
     assert failed.returncode == 1 and "ModuleNotFoundError" in failed.stderr
 
 
-@pytest.mark.parametrize(("version", "variant"), [("1.0", "original"), ("2.0", "redpp")])
+@pytest.mark.parametrize(("version", "variant"), [("1.0", "original"), ("2.0", "pruned")])
 def test_both_versions_answer_arrays_and_images_as_their_graphs_do(
     server: tuple[str, str], packaged: Path, version: str, variant: str
 ) -> None:

@@ -20,16 +20,16 @@ import tritonclient.grpc as over_grpc
 import tritonclient.http as over_http
 from prometheus_client.parser import text_string_to_metric_families
 
+from redpp_serve.loopback import TritonPorts, free_ports
 from redpp_serve.packaging.package import VARIANTS
-from redpp_serve.serving.ports import TritonPorts, free_ports
-from redpp_serve.serving.processes import kill_session
+from redpp_serve.processes import kill_session
 from redpp_serve.serving.triton_binary import link_backend
 from tests.support.small import outputs
 from tests.support.tools import triton
 
 START_S = 120
 INSTANCES = 2
-VERSIONS = {"original": "1", "redpp": "2"}
+VERSIONS = {"original": "1", "pruned": "2"}
 RANDOM = numpy.random.default_rng(4)
 
 
@@ -133,16 +133,16 @@ def test_a_bad_request_in_a_batch_costs_its_sender_alone(server: TritonPorts, pa
                     == "Found input 'x' with NaN, infinity or values beyond float32, expected finite ones"
                 )
             else:
-                assert answer == right(package, "redpp", x)
+                assert answer == right(package, "pruned", x)
     gained = wait_for(
         server,
         before,
         lambda gain: (
-            gain("redpp_batches_total", "redpp", batch="4") == 1
-            and gain("redpp_requests_total", "redpp", outcome="ok") == 3
+            gain("redpp_batches_total", "pruned", batch="4") == 1
+            and gain("redpp_requests_total", "pruned", outcome="ok") == 3
         ),
     )
-    assert gained("redpp_requests_total", "redpp", outcome="bad_request") == 1
+    assert gained("redpp_requests_total", "pruned", outcome="bad_request") == 1
     with over_http.InferenceServerClient(f"127.0.0.1:{server.http}") as client:
         for x, message in (
             (images(5), "batch-size must be <= 4"),
@@ -156,7 +156,7 @@ def test_a_bad_request_in_a_batch_costs_its_sender_alone(server: TritonPorts, pa
 
 def test_the_metrics_of_all_instances_add_up_under_the_names_and_labels_of_torchserve(server: TritonPorts) -> None:
     before = settled(server)
-    counts = {"original": 40, "redpp": 23}
+    counts = {"original": 40, "pruned": 23}
     with over_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client, ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(_ask, client, images(1), VERSIONS[v]) for v, n in counts.items() for _ in range(n)]
         assert all(isinstance(a.result(), numpy.ndarray) for a in asked)
@@ -203,7 +203,7 @@ def test_the_readme_asks_as_its_code_says(server: TritonPorts, package: Path) ->
     assert result.returncode == 0, result.stderr
     numbers = [float(number) for number in re.findall(r"-?[\d.]+(?:e-?\d+)?", result.stdout)]
     assert numbers == pytest.approx(
-        outputs(package / "redpp.mar", torch.from_numpy(numpy.load(package / "sample.npy")))[0], rel=1e-3, abs=1e-4
+        outputs(package / "pruned.mar", torch.from_numpy(numpy.load(package / "sample.npy")))[0], rel=1e-3, abs=1e-4
     )
 
 

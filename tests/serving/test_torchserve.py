@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from redpp_serve.errors import RedppError
 from redpp_serve.handlers.prometheus import WRITE_EVERY_S
-from redpp_serve.serving.ports import free_ports
+from redpp_serve.loopback import free_ports
 from redpp_serve.serving.torchserve import TorchServe
 from tests.support.served import INFO, PREPROCESS, SHAPE, VARIANTS, expected, npy, picture, write_archives
 

@@ -23,9 +23,9 @@ import pytest
 
 import redpp_serve.serving.triton_server as module
 from redpp_serve.errors import RedppError
+from redpp_serve.loopback import TritonPorts, free_ports
+from redpp_serve.processes import session
 from redpp_serve.serving.health import probe, sample_request
-from redpp_serve.serving.ports import TritonPorts, free_ports
-from redpp_serve.serving.processes import session
 from redpp_serve.serving.server import open_server
 from redpp_serve.serving.triton_server import TritonServer, load_request, loaded_versions, variant_of, versions_for
 from tests.support.rollout import expected_outputs, read, switch_under_load
@@ -84,7 +84,7 @@ def server(packaged: Path) -> Iterator[TritonServer]:
 
 def test_both_versions_and_the_default_answer(server: TritonServer, packaged: Path) -> None:
     expected = expected_outputs(packaged)
-    for version, variant in ((server.versions[0], "original"), (server.versions[1], "redpp"), (None, "original")):
+    for version, variant in ((server.versions[0], "original"), (server.versions[1], "pruned"), (None, "original")):
         response, body = infer(server, version)
         assert read("triton", response, body)[0] == variant
         assert read("triton", response, body)[1] == pytest.approx(expected[variant], rel=1e-3, abs=1e-4)
@@ -102,7 +102,7 @@ def test_tritonclient_needs_the_token_in_one_and_the_same_header(
     tensor = client.InferInput("x", list(x.shape), "FP32")
     tensor.set_data_from_numpy(x)
     address = server.grpc_address if protocol == "grpc" else urlsplit(server.default_url()).netloc
-    expected = expected_outputs(packaged)["redpp"]
+    expected = expected_outputs(packaged)["pruned"]
     with client.InferenceServerClient(address) as connection:
         result = connection.infer("small", [tensor], model_version="2", headers=server.headers())
         assert result.as_numpy("output_0")[0] == pytest.approx(expected, rel=1e-3, abs=1e-4)
@@ -179,10 +179,10 @@ def test_nothing_listens_beyond_loopback(server: TritonServer) -> None:
 def test_no_request_fails_while_versions_are_switched(server: TritonServer) -> None:
     kept = {v: pids(server, v) for v in server.versions}
     answered = switch_under_load(server, cycles=3, least=1000)
-    assert answered.total() >= 1000 and min(answered["original"], answered["redpp"]) > 50
+    assert answered.total() >= 1000 and min(answered["original"], answered["pruned"]) > 50
     assert {v: pids(server, v) for v in server.versions} == kept  # neither version was loaded anew
     server.promote()
-    assert read("triton", *infer(server, None))[0] == "redpp"
+    assert read("triton", *infer(server, None))[0] == "pruned"
     server.rollback()
     server.rollback()  # once more changes nothing
     assert read("triton", *infer(server, None))[0] == "original"
@@ -204,15 +204,15 @@ def kill_worker(server: TritonServer, version: str) -> int:
     return pid
 
 
-@pytest.mark.parametrize("victim", ["original", "redpp", "default"])
+@pytest.mark.parametrize("victim", ["original", "pruned", "default"])
 def test_a_dead_worker_is_noticed_and_replaced(server: TritonServer, victim: str) -> None:
     """Triton calls itself ready all the while."""
     running = server.running()
-    version = {"original": "1", "redpp": "2"}.get(victim) or next(v for v in ("3", "4") if pids(server, v))
+    version = {"original": "1", "pruned": "2"}.get(victim) or next(v for v in ("3", "4") if pids(server, v))
     pid = kill_worker(server, version)
     health = probe(running, victim)
     assert "answers 500" in health.problem and health.variant == victim
-    others = {"original", "redpp", "default"} - {victim}
+    others = {"original", "pruned", "default"} - {victim}
     assert [probe(running, variant).problem for variant in sorted(others)] == ["", ""]
     connection = http.client.HTTPConnection("127.0.0.1", server.ports.http)
     connection.request("GET", "/v2/health/ready")
@@ -242,11 +242,11 @@ def test_a_server_that_has_died_comes_back_as_it_was(server: TritonServer) -> No
     before = session(server._leaders[server.title])
     server._leaders[server.title].kill()
     server._leaders[server.title].wait(STOP_S)
-    assert "does not answer" in probe(server.running(), "redpp").problem
+    assert "does not answer" in probe(server.running(), "pruned").problem
     server._revived.clear()
     server.check_alive()
-    assert [probe(server.running(), variant).problem for variant in ("original", "redpp", "default")] == [""] * 3
-    assert server.default_variant() == "redpp" and not psutil.wait_procs(before, timeout=STOP_S)[1]
+    assert [probe(server.running(), variant).problem for variant in ("original", "pruned", "default")] == [""] * 3
+    assert server.default_variant() == "pruned" and not psutil.wait_procs(before, timeout=STOP_S)[1]
     server.rollback()
     server._revived.clear()
 
@@ -268,7 +268,7 @@ def test_a_server_that_aborts_while_it_is_started_again_gets_another_try(
         server.check_alive()
         assert server._leaders[server.title].poll() is not None
     server.check_alive()
-    assert [probe(server.running(), variant).problem for variant in ("original", "redpp", "default")] == [""] * 3
+    assert [probe(server.running(), variant).problem for variant in ("original", "pruned", "default")] == [""] * 3
     server._revived.clear()
 
 
@@ -303,14 +303,14 @@ def test_sigterm_ends_serve_and_leaves_nothing(
                 break
             key, _, value = line.strip().partition(" ")
             printed[key] = value.strip()
-        assert set(printed) == {"original", "redpp", "default", "metrics", "token", "try", "promote"}, (
+        assert set(printed) == {"original", "pruned", "default", "metrics", "token", "try", "promote"}, (
             process.stderr.read()
         )
         started = psutil.Process(process.pid).children(recursive=True)
         assert len(started) >= 4  # the server, both versions and the stand-in
         asked = subprocess.run(["bash", "-c", printed["try"]], capture_output=True, timeout=60)
         assert json.loads(asked.stdout)["model_version"] == "2", asked.stderr
-        assert run("promote").stdout == f"requests to {printed['default']} now go to redpp\n"
+        assert run("promote").stdout == f"requests to {printed['default']} now go to pruned\n"
         health = run("health")
         assert health.returncode == 0 and re.fullmatch(r"(\w+ +ok, [\d.]+ ms\n){3}", health.stdout)
         assert run("rollback").stdout.endswith("now go to original\n")
@@ -390,9 +390,9 @@ def test_what_cannot_be_served_is_refused(packaged: Path, tmp_path: Path, monkey
 
 
 def test_the_default_is_the_highest_version_that_is_loaded() -> None:
-    for variant in ("original", "redpp"):
+    for variant in ("original", "pruned"):
         assert variant_of(versions_for(variant)) == variant
-        assert max(versions_for(variant)) == {"original": "3", "redpp": "2"}[variant]
+        assert max(versions_for(variant)) == {"original": "3", "pruned": "2"}[variant]
     index = [
         {"name": "a", "version": "1", "state": "READY"},
         {"name": "a", "version": "3", "state": "UNAVAILABLE"},

@@ -80,18 +80,18 @@ def histogram(times: numpy.ndarray) -> list[int]:
 
 def test_tails() -> None:
     rng = numpy.random.default_rng(0)
-    original, redpp = (0.01 * rng.lognormal(0, 0.4, count) for count in (90_000, 10_000))
+    original, pruned = (0.01 * rng.lognormal(0, 0.4, count) for count in (90_000, 10_000))
     base, bounds = histogram(original), BOUNDS.tolist()
-    kept = p99_guardrail(bounds, base, histogram(redpp))
+    kept = p99_guardrail(bounds, base, histogram(pruned))
     assert kept.ok is True and kept.value == pytest.approx(1.0, abs=0.15) and kept.low <= kept.value <= kept.high
-    broken = p99_guardrail(bounds, base, histogram(4 * redpp))
+    broken = p99_guardrail(bounds, base, histogram(4 * pruned))
     assert broken.ok is False and 1.5 < broken.low <= 4 <= broken.high and broken.text.startswith("p99: at least 2")
-    assert p99_guardrail(bounds, base, histogram(4 * redpp), max_ratio=6).ok is True
-    undecided = p99_guardrail(bounds, base, histogram(redpp[:150]))
+    assert p99_guardrail(bounds, base, histogram(4 * pruned), max_ratio=6).ok is True
+    undecided = p99_guardrail(bounds, base, histogram(pruned[:150]))
     assert undecided.ok is None and undecided.low < 1 < undecided.high and "not yet decided" in undecided.text
-    few = p99_guardrail(bounds, base, histogram(4 * redpp[:99]))
+    few = p99_guardrail(bounds, base, histogram(4 * pruned[:99]))
     assert few.ok is None and few.text == "p99: 90000 and 99 times, at least 100 of each arm needed"
-    assert p99_guardrail(bounds, base, histogram(1000 * redpp)).value is None, "beyond the last bucket"
+    assert p99_guardrail(bounds, base, histogram(1000 * pruned)).value is None, "beyond the last bucket"
 
 
 def test_the_vectorised_guardrails_are_the_product_s() -> None:

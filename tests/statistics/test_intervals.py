@@ -8,7 +8,7 @@ import pytest
 from redpp_serve.statistics.intervals import mean_interval, percentile_interval, ratio_interval, rounded, verdict
 from redpp_serve.statistics.sequences import RatioSequence
 
-NAMES = {"baseline": "original", "candidate": "redpp", "measure": "end to end"}
+NAMES = {"baseline": "original", "candidate": "pruned", "measure": "end to end"}
 
 
 def autoregressive(rng: numpy.random.Generator, steps: int, phi: float) -> numpy.ndarray:
@@ -72,7 +72,7 @@ def test_verdict_faster() -> None:
     result = verdict(sequence_of(1.62, 0.1), **NAMES)
     assert result.kind == "faster"
     assert result.text == (
-        "redpp is 1.62 times as fast as original end to end (95 % confidence sequence 1.60 to 1.64 from 800 pairs)"
+        "pruned is 1.62 times as fast as original end to end (95 % confidence sequence 1.60 to 1.64 from 800 pairs)"
     )
     assert (result.mean, result.needed) == (pytest.approx(1.62), 0)
     assert result.low == pytest.approx(1.60, abs=0.005) and result.high == pytest.approx(1.64, abs=0.005)
@@ -81,7 +81,9 @@ def test_verdict_faster() -> None:
 def test_verdict_slower_is_told_as_a_longer_time() -> None:
     result = verdict(sequence_of(0.8, 0.0), **NAMES)
     assert result.kind == "slower" and result.high < 1
-    assert result.text.startswith("redpp takes 1.25 times as long as original end to end (95 % confidence sequence 1.2")
+    assert result.text.startswith(
+        "pruned takes 1.25 times as long as original end to end (95 % confidence sequence 1.2"
+    )
 
 
 def test_verdict_equivalent_within_the_margin() -> None:
@@ -98,7 +100,7 @@ def test_verdict_undecided() -> None:
     assert result.text.endswith(f"from 800 pairs); measure longer: {more}")
     few = verdict(sequence_of(2.0, 0.1, pairs=40), **NAMES)
     assert (few.kind, few.low, few.high, few.mean, few.needed) == ("undecided", 0.0, math.inf, None, None)
-    assert few.text == "no decision end to end between redpp and original: 40 pairs, at least 80 needed"
+    assert few.text == "no decision end to end between pruned and original: 40 pairs, at least 80 needed"
 
 
 def test_a_forecast_has_two_digits() -> None:

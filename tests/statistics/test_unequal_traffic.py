@@ -42,7 +42,7 @@ def test_the_ratio_is_that_of_batches_of_one_size_at_one_time() -> None:
     halved = [{n: (a, x, b, y / 2) for n, (a, x, b, y) in window.items()} for window in (fast, slow)]
     result = split_verdict(halved * 100)
     assert result.kind == "faster" and result.mean == pytest.approx(2.0)
-    assert "redpp is 2.00 times as fast as original in the handler (95 % confidence sequence" in result.text
+    assert "pruned is 2.00 times as fast as original in the handler (95 % confidence sequence" in result.text
 
 
 def test_few_and_unequal_counts_do_not_bias_the_ratio() -> None:
@@ -59,7 +59,7 @@ def test_a_difference_is_found_with_its_size() -> None:
     result = split_verdict(simulated(1, 1500, share=0.1, rate=100, effect=math.log(1.2), swings=True, phi=0.5))
     assert result.kind == "faster" and result.low < 1.2 < result.high and result.needed == 0
     slower = split_verdict(simulated(2, 1500, share=0.1, rate=100, effect=math.log(0.8), swings=True, phi=0.5))
-    assert slower.kind == "slower" and slower.text.startswith("redpp takes 1.2")
+    assert slower.kind == "slower" and slower.text.startswith("pruned takes 1.2")
 
 
 def test_portions_give_the_same_interval_to_the_last_bit() -> None:
@@ -70,7 +70,7 @@ def test_portions_give_the_same_interval_to_the_last_bit() -> None:
         single.update([window])
     assert whole.interval() == single.interval() and math.isfinite(whole.interval()[0])
     assert (whole.mean, whole.values, whole.basis) == (single.mean, single.values, single.basis)
-    names = {"baseline": "original", "candidate": "redpp", "measure": "in the handler"}
+    names = {"baseline": "original", "candidate": "pruned", "measure": "in the handler"}
     assert verdict(single, **names) == split_verdict(windows)
 
 

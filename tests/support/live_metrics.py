@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from redpp_serve.handlers.metrics import Family, Metrics, ModelLabels
 
 KINDS = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
-VERSIONS = {"original": "1.0", "redpp": "2.0"}
+VERSIONS = {"original": "1.0", "pruned": "2.0"}
 
 
 class OneProcess:

@@ -94,7 +94,7 @@ def _selectors(documents: list[Document]) -> Iterator[str]:
             yield f"{_name(document)} selects the pods of {selected}"
     for name, template in _templates(documents).items():
         labels = template["metadata"]["labels"]
-        if (name, labels.get("version")) not in {("model-original", "1.0"), ("model-redpp", "2.0")}:
+        if (name, labels.get("version")) not in {("model-original", "1.0"), ("model-pruned", "2.0")}:
             yield f"Deployment {name} has version {labels.get('version')}"
         if labels.get("variant") != name.removeprefix("model-"):
             yield f"Deployment {name} has variant {labels.get('variant')}"
@@ -125,7 +125,7 @@ def _routes(documents: list[Document]) -> Iterator[str]:
                 asked.add(header["value"])
                 if [b["name"].split("-")[1] for b in backends] != [header["value"]]:
                     yield f"{_name(route)} sends {header['name']}: {header['value']} to {backends[0]['name']}"
-        if asked != {"original", "redpp"}:
+        if asked != {"original", "pruned"}:
             yield f"{_name(route)} lets the header ask for {sorted(asked)}"
         if len({m["path"]["value"] for rule in route["spec"]["rules"] for m in rule["matches"]}) != 1:
             yield f"{_name(route)} has rules with different paths"

@@ -53,7 +53,7 @@ def switch_under_load(server: LocalServer, cycles: int, least: int) -> Counter[s
         switches = 0
         while switches < cycles or answered.total() < least and not failures:
             server.promote()
-            assert server.default_variant() == "redpp"
+            assert server.default_variant() == "pruned"
             time.sleep(0.2)
             server.rollback()
             assert server.default_variant() == "original"
@@ -70,7 +70,7 @@ def switch_under_load(server: LocalServer, cycles: int, least: int) -> Counter[s
 def expected_outputs(folder: Path) -> dict[str, list[float]]:
     """Each variant's outputs for the package's sample."""
     x = torch.from_numpy(numpy.load(folder / "sample.npy"))
-    return {variant: outputs(folder / f"{variant}.mar", x)[0] for variant in ("original", "redpp")}
+    return {variant: outputs(folder / f"{variant}.mar", x)[0] for variant in ("original", "pruned")}
 
 
 def read(kind: str, response: http.client.HTTPResponse, body: bytes) -> tuple[str, list[float]]:
@@ -79,5 +79,5 @@ def read(kind: str, response: http.client.HTTPResponse, body: bytes) -> tuple[st
     document = json.loads(body)
     if kind == "torchserve":
         return str(response.headers["X-Redpp-Variant"]), document["outputs"][0]
-    variants = {"1": "original", "2": "redpp", "3": "original", "4": "original"}
+    variants = {"1": "original", "2": "pruned", "3": "original", "4": "original"}
     return variants[document["model_version"]], document["outputs"][0]["data"]

@@ -17,7 +17,7 @@ from redpp_serve.packaging.server_config import model_config
 SHAPE = (3, 8, 8)
 PREPROCESS = Preprocess("RGB", 8, 8, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 INFO = {"parameters": 135, "macs": 6932}
-VARIANTS = {"1.0": "original", "2.0": "redpp"}
+VARIANTS = {"1.0": "original", "2.0": "pruned"}
 
 
 def network(seed: int = 0) -> Graph:

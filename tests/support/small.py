@@ -15,7 +15,7 @@ from tests.support.small_networks import Small
 
 SHAPE, CLASSES, SHIFT = (1, 12, 12), 5, 0.5
 INPUT = "1x12x12"
-ARCH = Path(__file__).parent.parent / "small_networks.py"
+ARCH = Path(__file__).with_name("small_networks.py")
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -16,10 +16,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from redpp_serve.serving.running import started
-
 if TYPE_CHECKING:
     from psutil import Process
+
+
+def started(pid: int) -> float | None:
+    """When the process started, seconds since a moment that is the same for all processes; None when it does not run.
+
+    On Linux since the machine's start: psutil counts from the epoch there, and moves every process when the clock is
+    set.
+    """
+    from psutil import LINUX, STATUS_ZOMBIE, Error, Process, boot_time
+
+    try:
+        process, since = Process(pid), boot_time() if LINUX else 0.0
+        return None if process.status() == STATUS_ZOMBIE else round(process.create_time() - since, 2)
+    except Error:
+        return None
 
 
 def session(leader: subprocess.Popen[bytes]) -> list[Process]:

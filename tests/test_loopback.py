@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.ports import GatewayPorts, Ports, TritonPorts, check_ports, consecutive_ports, free_ports
+from redpp_serve.loopback import GatewayPorts, Ports, TritonPorts, check_ports, consecutive_ports, free_ports
 
 
 def test_chosen_ports_are_different_and_free() -> None:

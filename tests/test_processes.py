@@ -10,14 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from redpp_serve.serving.processes import wait_and_end
-from redpp_serve.serving.running import started
+from redpp_serve.processes import started, wait_and_end
 
 # Its leader ends at once, and leaves a process in the session, as a server does that was killed.
 _SUPERVISOR = """
 import os, subprocess, sys
 from pathlib import Path
-from redpp_serve.serving.processes import Guard
+from redpp_serve.processes import Guard
 guard = Guard(Path(sys.argv[1]))
 leader = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!"], stdout=subprocess.PIPE, start_new_session=True)
 guard.watch(leader)

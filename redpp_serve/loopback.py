@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import random
 import socket
 from contextlib import ExitStack
@@ -110,3 +111,20 @@ def _bound(held: ExitStack, port: int) -> int:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do: a closed one is not "in use"
     listener.bind((ADDRESS, port))
     return port
+
+
+def ask(
+    port: int, path: str, headers: dict[str, str], method: str = "GET", body: bytes | None = None, timeout_s: float = 5
+) -> tuple[int, bytes]:
+    """Status and body; without urllib, which would send loopback traffic through a configured proxy.
+
+    Raises:
+        OSError, http.client.HTTPException: nobody answers there, or not in HTTP.
+    """
+    connection = http.client.HTTPConnection(ADDRESS, port, timeout=timeout_s)
+    try:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
