@@ -67,7 +67,7 @@ def smallest(arch: str) -> tuple[nn.Module, int]:
                 with torch.no_grad():
                     module(torch.zeros(2, 3, side, side))
                 return module, side
-            except Exception as error:  # noqa: BLE001 - whatever a network raises for a size it does not take
+            except Exception as error:
                 errors.append(str(error).split("\n")[0])
     raise SystemExit(f"{arch} accepts no size: {errors[-1]}")
 
@@ -191,7 +191,7 @@ def in_process(arch: str, timeout: float) -> dict[str, Any]:
 def _send_row(arch: str, send: Connection) -> None:
     try:
         send.send(measure(arch))
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - one network that fails does not end the run
+    except (Exception, SystemExit) as error:
         send.send({"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
 
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from benchmarks.cpu_arms import Arm, Call, arms, served
 from redpp_serve.capture.export import capture
-from redpp_serve.graph.artifact import build, load, write_atomically
+from redpp_serve.files import write_atomically
+from redpp_serve.graph.artifact import build, load
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import mac_count

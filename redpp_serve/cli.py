@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextmanager
 def _signals_unwind() -> Iterator[None]:
     """The first of these signals ends the command as an exception, so that servers are stopped and scratch files removed
-    on the way; whatever comes after it is ignored, for that must not be interrupted."""
+    on the way; whatever comes after it is ignored, for that must not be interrupted.
+    """
     ours = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def leave(number: int, _: object) -> None:
@@ -295,7 +296,7 @@ def _device(name: str | None) -> str:
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda") or name.startswith("cuda") and not torch.cuda.is_available():
+    if name.split(":")[0] not in ("cpu", "cuda") or (name.startswith("cuda") and not torch.cuda.is_available()):
         raise RedppError(f"--device {name}", "cpu, or cuda on a machine that has it", "leave out --device")
     return name
 

@@ -22,7 +22,8 @@ _DIGEST_SHOWN = 16  # of 64 characters, enough to tell files apart by eye
 @dataclass(frozen=True)
 class Inspection:
     """Facts by name, a record for each layer where the network could be captured, notes, what to do next, and the
-    classes of coupled channels where they were asked for."""
+    classes of coupled channels where they were asked for.
+    """
 
     facts: dict[str, Any]
     layers: list[dict[str, Any]]

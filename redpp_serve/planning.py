@@ -104,11 +104,10 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     kind, colon, index = name.partition(":")
-    there = (
-        name == "cpu"
-        or kind == "cuda"
+    there = name == "cpu" or (
+        kind == "cuda"
         and torch.cuda.is_available()
-        and (not colon or index.isdecimal() and int(index) < torch.cuda.device_count())
+        and (not colon or (index.isdecimal() and int(index) < torch.cuda.device_count()))
     )
     if not there:
         raise RedppError(f"--device {name}", "cpu, or cuda:N on a machine that has it", "leave out --device")

@@ -88,7 +88,7 @@ def without_digits(text: str) -> str:
     )
     lines, points = [], False
     for line in text.split("\n"):
-        points = line.startswith("frontier") or points and line != ""
+        points = line.startswith("frontier") or (points and line != "")
         if points or re.match(measured, line):
             line = re.sub(r"(?<![\w-])\d[\d.]*(e-\d+)?( [kMG]?B?\b)?", "#", line)
         lines.append(re.sub(r"(?<=\S) {2,}", "  ", line))
@@ -183,7 +183,20 @@ def test_package_prints_results_to_stdout_and_stages_to_stderr(
     assert code == 0
     golden("package", without_digits(out))
     stages = [line.split()[:2] for line in err.splitlines() if not line.startswith("note: ")]
-    names = "capture hash merge inputs reconstruct distil codebooks split verify package frontier try".split()
+    names = [
+        "capture",
+        "hash",
+        "merge",
+        "inputs",
+        "reconstruct",
+        "distil",
+        "codebooks",
+        "split",
+        "verify",
+        "package",
+        "frontier",
+        "try",
+    ]
     assert [first for first, _ in stages] == names
     report = json.loads(Path("dist/small/report.json").read_text())
     assert [s["name"] for s in report["stages"]][:2] == ["capture", "hash"]

@@ -72,7 +72,7 @@ def _accuracy(cell: dict[str, Any] | None) -> str:
 
 def _cost_table(cells: Cells) -> str:
     """What the headline's points cost; without it, those of the last method there is."""
-    shown = next((name for name in (HEADLINE, *reversed(METHODS)) if any(m == name for m, _ in cells)))
+    shown = next(name for name in (HEADLINE, *reversed(METHODS)) if any(m == name for m, _ in cells))
     rows = []
     for ratio in ratios_of(cells):
         cell = cells.get((shown, ratio))

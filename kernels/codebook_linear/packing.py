@@ -35,7 +35,7 @@ def pack_indices(index: Tensor) -> Tensor:
         raise ValueError(
             f"pack_indices: index must be integers (n_out, n_in), found {index.dtype} {tuple(index.shape)}"
         )
-    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < MOST_VALUES):
+    if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < MOST_VALUES):
         raise ValueError(f"pack_indices: index must lie within 0..15, found {int(index.min())}..{int(index.max())}")
     padded = torch.nn.functional.pad(index.to(torch.uint8), (0, -index.shape[1] % GROUP))
     low, high = padded.view(len(index), padded.shape[1] // GROUP, 2, GROUP_BYTES).unbind(2)

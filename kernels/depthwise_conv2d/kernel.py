@@ -29,7 +29,7 @@ def load_row(x, y, z, height, width, channel, inside, channels):
 
 @triton.jit
 def add_tap(total, value, taps, inside, R: tl.constexpr, offset_s, stride_r, KERNEL_H: tl.constexpr):
-    """total + value * the window's row R; `total` where the window has no such row."""
+    """Total + value * the window's row R; `total` where the window has no such row."""
     if R >= 0:
         if R < KERNEL_H:
             tap = tl.load(taps + (R * stride_r + offset_s), mask=inside, other=0.0)

@@ -73,7 +73,7 @@ def gateway_config(gateway: Gateway) -> str:
 
 
 def header_variable(header: str) -> str:
-    """nginx's name for a request header."""
+    """Nginx's name for a request header."""
     return "$http_" + header.lower().replace("-", "_")
 
 

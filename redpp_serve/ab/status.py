@@ -51,7 +51,8 @@ class ArmStatus:
 @dataclass(frozen=True)
 class Status:
     """See the module. ``all_to`` is the arm that all users are sent to, None while they are divided; ``problems`` are
-    what the supervisor could not mend."""
+    what the supervisor could not mend.
+    """
 
     name: str
     kind: str

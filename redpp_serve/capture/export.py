@@ -200,7 +200,7 @@ def _export(module: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
     try:
         with torch.no_grad():
             module(*example)
-    except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
+    except Exception as error:
         shapes = ", ".join(f"{'x'.join(map(str, x.shape[1:]))}:{str(x.dtype).removeprefix('torch.')}" for x in example)
         raise RedppError(
             f"the network rejects a batch of inputs of shape {shapes}: {first_line(error)}",
@@ -219,9 +219,9 @@ def _export(module: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
                 shapes[x] = {0: Dim.DYNAMIC}
             try:
                 return torch.export.export(module, example, dynamic_shapes=shapes)
-            except Exception:  # noqa: BLE001 - a forward that fixes its batch; the check at other batch sizes decides
+            except Exception:
                 return torch.export.export(module, tuple(x.clone() for x in example))  # the first try left marks
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise RedppError(
                 f"torch.export cannot capture the network: {first_line(error)}",
                 "a forward without data-dependent control flow, tensors in and tensors out",

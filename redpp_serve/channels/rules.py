@@ -132,5 +132,8 @@ RULES: dict[str, Rule] = {
     "aten.reshape_as.default": reshape_as,
     "aten.sym_size.int": number,
     "py.getitem": getitem,
-    **{f"py.{name}": number for name in "add sub mul floordiv truediv mod neg eq ne lt le gt ge".split()},
+    **{
+        f"py.{name}": number
+        for name in ["add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge"]
+    },
 }

@@ -350,12 +350,13 @@ class Walk:
 
     def join_later(self, one: Tensor, many: Tensor, node: str) -> None:
         """Join ``one`` with ``many``, which it is broadcast over: at the end, when it shows which channels of ``many``
-        go by themselves (the heads of an attention, say, while ``one`` is the same for each head)."""
+        go by themselves (the heads of an attention, say, while ``one`` is the same for each head).
+        """
         self._joins.append((one, many, node))
 
     def is_own(self, tensor: Any) -> bool:
         """Whether an argument is absent, or a stored tensor that is only ever used as a layer's own."""
-        return tensor is None or isinstance(tensor, Ref) and tensor.name in self._roles
+        return tensor is None or (isinstance(tensor, Ref) and tensor.name in self._roles)
 
     def constant(self, name: str) -> Tensor | None:
         """The value of a stored tensor, or of a call that only stored tensors lead to; None for other values."""

@@ -134,7 +134,7 @@ def _key(name: str, labels: Mapping[str, str]) -> Key | None:
     if name.startswith("redpp_ab_"):
         return Key(name, "", labels.get(label, ""))
     variant, detail = labels.get("variant", ""), labels.get(label, "")
-    if variant not in VARIANTS or label in ("le", "batch") and not _is_number(detail):
+    if variant not in VARIANTS or (label in ("le", "batch") and not _is_number(detail)):
         return None
     return Key(name, variant, detail)
 

@@ -19,7 +19,8 @@ _LEAST = 5
 
 class Ratio(NamedTuple):
     """``value`` = time of the original / time of the pruned network, above 1 where the latter is faster; times in
-    seconds. ``low`` and ``high``: what the width of the buckets leaves open; None where nothing is left open."""
+    seconds. ``low`` and ``high``: what the width of the buckets leaves open; None where nothing is left open.
+    """
 
     value: float
     original: float
@@ -46,7 +47,8 @@ def same_bucket(window: Window, share: float) -> Quantile | None:
 
 def noise(window: Window) -> float | None:
     """Standard error of log(`equal_batch_ratio`) from its spread over the scrapes, taken as independent; None where
-    fewer than `_LEAST` of them hold both versions."""
+    fewer than `_LEAST` of them hold both versions.
+    """
     sizes = list(window.details("redpp_batches_total", "original"))
     names = ("redpp_batches_total", "redpp_batch_seconds_total")
     keys = [Key(name, variant, size) for size in sizes for variant in VARIANTS for name in names]
@@ -60,7 +62,8 @@ def noise(window: Window) -> float | None:
 
 def equal_batch_ratio(window: Window) -> Ratio | None:
     """Of the mean handler time at equal batch size, weighted as in an A/B test; None where no size was seen in both
-    versions."""
+    versions.
+    """
     strata = np.array([_stratum(window, size) for size in window.details("redpp_batches_total", "original")])
     if not strata.size:
         return None

@@ -15,8 +15,6 @@ import hashlib
 import io
 import json
 import math
-import os
-import tempfile
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor
 
 from redpp_serve.errors import RedppError
+from redpp_serve.files import deterministic_zip
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.graph.operators import ALLOWED, resolve
 from redpp_serve.graph.weights import decode, encode
@@ -158,33 +157,6 @@ def load(source: Path | bytes) -> Artifact:
             "an unchanged model.redpp written by redpp-serve",
             "package the model again, or fetch the file again if it was copied",
         ) from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that readers see the old file or the whole new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def deterministic_zip(entries: dict[str, bytes]) -> bytes:
-    """A zip whose bytes depend on the entries alone: stored, fixed time stamps and permissions, given order."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in entries.items():
-            info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-            info.create_system, info.external_attr = 3, 0o644 << 16
-            archive.writestr(info, content)
-    return buffer.getvalue()
 
 
 def _parse(document: dict[str, Any], stored: dict[str, Tensor]) -> Graph:

@@ -199,7 +199,23 @@ where.ScalarSelf where.self zero.default zeros.default zeros_like.default
 """
 
 _PYTHON: dict[str, Callable[..., Any]] = {
-    name: getattr(operator, name) for name in "add sub mul floordiv truediv mod neg getitem eq ne lt le gt ge".split()
+    name: getattr(operator, name)
+    for name in [
+        "add",
+        "sub",
+        "mul",
+        "floordiv",
+        "truediv",
+        "mod",
+        "neg",
+        "getitem",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+    ]
 }
 
 ALLOWED = frozenset({f"aten.{name}" for name in _ATEN.split()} | {f"py.{name}" for name in _PYTHON})

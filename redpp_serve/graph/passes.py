@@ -124,7 +124,7 @@ def fuse_epilogues(graph: Graph) -> Graph:
     replaced: dict[str, Node] = {}
     absorbed: set[str] = set()
     for node in graph.nodes:
-        if not _is_layer(graph, node) or node.op == _CONV and len(types[node.name][0]) != 4:
+        if not _is_layer(graph, node) or (node.op == _CONV and len(types[node.name][0]) != 4):
             continue
         last, other, activation = node, None, "none"
         follower = _only_reader(graph, users, last)

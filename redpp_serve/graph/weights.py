@@ -224,7 +224,8 @@ def _values(weight: Tensor) -> Tensor | None:
 
 def _split_share(weight: Tensor, groups: int) -> float | None:
     """From some inputs of the first group. For each output position the split has a product and a sum for each tap of
-    a unique kernel, then an addition for each pair of output and input whose kernel is not zero."""
+    a unique kernel, then an addition for each pair of output and input whose kernel is not zero.
+    """
     few = weight if weight.dim() == 2 else weight.reshape(groups, -1, *weight.shape[1:])[0]
     few = few[:, :: max(1, few.shape[1] // _INPUTS)]
     if few.isnan().any():  # such a kernel equals nothing, not even itself

@@ -12,7 +12,8 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from redpp_serve.errors import RedppError
-from redpp_serve.graph.artifact import deterministic_zip, load
+from redpp_serve.files import deterministic_zip
+from redpp_serve.graph.artifact import load
 
 if TYPE_CHECKING:  # Python 3.10 has it elsewhere
     from importlib.resources.abc import Traversable

@@ -52,7 +52,8 @@ _FAR, _ALIKE = 0.5, 0.9  # relative output error, and agreement of classes, that
 @dataclass(frozen=True)
 class Serving:
     """How the archives are to be served: requests in a batch, how long a batch waits, a worker's torch threads and
-    precision (see `runtime.precision`)."""
+    precision (see `runtime.precision`).
+    """
 
     batch_size: int = 8
     max_batch_delay_ms: int = 2

@@ -137,7 +137,8 @@ def _tensor(spec: InputSpec) -> dict[str, Any]:
 
 def _warmup(size: int, inputs: Sequence[InputSpec]) -> dict[str, Any]:
     """One batch of that many equal requests before the version is ready. A real input: zeros may have no finite output,
-    and then Triton would refuse to load the model."""
+    and then Triton would refuse to load the model.
+    """
     values = [
         {
             "key": spec.name,

@@ -234,7 +234,7 @@ def _frontier(
     found = []
     for index in picked:
         widths = plan.points[index].widths
-        if widths == chosen.widths or index and abs(costs[index] - own) < 0.02 * macs:
+        if widths == chosen.widths or (index and abs(costs[index] - own) < 0.02 * macs):
             continue
         if not index:
             graph, error = narrower.original, 0.0

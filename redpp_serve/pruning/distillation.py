@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from redpp_serve.graph.artifact import write_atomically
+from redpp_serve.files import write_atomically
 from redpp_serve.graph.executor import Program, value_shapes
 from redpp_serve.graph.graph import Graph, Node
 from redpp_serve.graph.layers import mac_count
@@ -59,7 +59,8 @@ _STEPS_OF_A_CHAIN = _ACTIVATIONS | frozenset(
 class Distilled:
     """The better of what came in and what was learnt, the steps taken, and the relative output error on the held-out
     inputs before and after. ``note`` is not empty where something other than the plan happened; ``reproducible`` says
-    whether the same call gives the same bytes on a machine of the same kind."""
+    whether the same call gives the same bytes on a machine of the same kind.
+    """
 
     graph: Graph
     steps: int
@@ -318,7 +319,8 @@ def _distance(value: Tensor, target: Tensor) -> Tensor:
 
 class _Examination:
     """The relative output error on held-out inputs, as `verify.compare_outputs` defines it, on any device; the
-    original runs once."""
+    original runs once.
+    """
 
     def __init__(self, original: Graph, held_out: tuple[Tensor, ...], device: str) -> None:
         chunks = zip(*(x.to(device).split(_EXAMINED_AT_ONCE) for x in held_out))

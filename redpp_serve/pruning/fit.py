@@ -184,7 +184,7 @@ def reconstruct(
     readers = {reader.node for group in narrowed for reader in group.readers}
     layers = [x for x in find_layers(start) if x.groups == 1]
     first = next((k for k, x in enumerate(layers) if x.node.name in readers), len(layers))
-    todo = [x for k, x in enumerate(layers) if x.node.name in readers or every_layer and k > first]
+    todo = [x for k, x in enumerate(layers) if x.node.name in readers or (every_layer and k > first)]
     todo = [x for x in todo if x.weight not in frozen]
     places = coupling.kept_positions(kept)
 
@@ -266,7 +266,8 @@ class _Goal:
 
     def rows(self, mine: Piecewise, theirs: Piecewise, most: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Chunk by chunk: the layer's input, which output positions to fit to (at most about ``most`` an image), and
-        the desired output there, (samples, n_out)."""
+        the desired output there, (samples, n_out).
+        """
         name, others = self.layer.node.name, [self.follows.other] if self.follows.other else []
         sides = mine.values([self.layer.node.args[0].name, *others]), theirs.values([name, *others])
         axis = 1 if self.layer.is_conv else -1

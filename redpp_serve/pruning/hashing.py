@@ -106,7 +106,8 @@ def retuned(hashed: Hashed, weight: Tensor) -> Hashed:
 
 def fit_codebook(grid: Grid, method: str, target: Target) -> Codebook:
     """The coarsest codebook of that method that meets an error target (the finest, if none does), or the finest that
-    meets a number of values (the coarsest, if none does)."""
+    meets a number of values (the coarsest, if none does).
+    """
     family = _FAMILIES[method](grid)
     if method == "kmeans" and target.values is not None:
         return _lloyd_max(grid, target.values - bool(grid.zeros))  # zeros have a value of their own

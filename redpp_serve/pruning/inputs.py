@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redpp_serve.graph.artifact import write_atomically
+from redpp_serve.files import write_atomically
 from redpp_serve.graph.executor import Program, value_shapes
 from redpp_serve.graph.graph import Graph, InputSpec, Node
 from redpp_serve.graph.layers import mac_count
@@ -38,7 +38,8 @@ _CLASS_WEIGHT = 0.1  # of the cross-entropy of the drawn classes, beside the mis
 @dataclass(frozen=True)
 class Plan:
     """How many inputs to make, in batches of ``batch``, with ``steps`` of optimisation each. The last batch (a fifth
-    of the inputs where there are more than five) is held out from all fitting."""
+    of the inputs where there are more than five) is held out from all fitting.
+    """
 
     images: int
     batch: int
@@ -61,7 +62,8 @@ def plan(graph: Graph, seconds: float, device: str = "cpu") -> Plan:
 @dataclass(frozen=True)
 class Synthetic:
     """``inputs``: one tensor (images, ...) for each network input. ``losses``: mismatch of the statistics before and
-    after. ``note`` is not empty where something other than the plan happened."""
+    after. ``note`` is not empty where something other than the plan happened.
+    """
 
     inputs: tuple[Tensor, ...]
     losses: tuple[float, float]
@@ -157,7 +159,8 @@ def smooth_noise(inputs: tuple[InputSpec, ...], count: int, seed: int) -> tuple[
 
 class _Matcher:
     """The loss of a batch: how far its statistics are from those stored, over all batch norms, and its scores from
-    the classes drawn for it. Scores of a network with norms that are left out say nothing: not ``sure``."""
+    the classes drawn for it. Scores of a network with norms that are left out say nothing: not ``sure``.
+    """
 
     def __init__(self, graph: Graph, norms: list[Node], device: str, sure: bool = True) -> None:
         scores = value_shapes(graph).get(graph.outputs[0], ())

@@ -29,7 +29,14 @@ RESAMPLES = 1000
 GPU_CALLS = 10
 EPILOGUES = frozenset(
     f"aten.{name}"
-    for name in "relu.default relu6.default silu.default gelu.default hardswish.default hardsigmoid.default".split()
+    for name in [
+        "relu.default",
+        "relu6.default",
+        "silu.default",
+        "gelu.default",
+        "hardswish.default",
+        "hardsigmoid.default",
+    ]
 )
 
 

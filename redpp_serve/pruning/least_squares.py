@@ -93,7 +93,8 @@ def _towards(m: Moments, start: Tensor, scale: Tensor, ridges: Sequence[float]) 
 
 def _factor(gram: Tensor, ridge: float) -> Tensor:
     """The Cholesky factor of gram + ridge. Features that hardly vary beside their mean have moments with rounding
-    errors, which can leave gram indefinite by more than a small ridge; a larger one then stands in."""
+    errors, which can leave gram indefinite by more than a small ridge; a larger one then stands in.
+    """
     unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     while True:
         factor, failed = torch.linalg.cholesky_ex(gram + ridge * unit)

@@ -37,7 +37,8 @@ class Piecewise:
 
     def use(self, graph: Graph) -> None:
         """Go on with a graph of the same nodes; those before the place must be as they were, or be gone for want of
-        readers (a narrowed shuffle no longer asks for the batch's size)."""
+        readers (a narrowed shuffle no longer asks for the batch's size).
+        """
         self._graph = graph
         self._place = sum(node.name in self._done for node in graph.nodes)
 
@@ -60,7 +61,8 @@ class Piecewise:
 
     def _live(self, position: int) -> list[str]:
         """Inputs and nodes before ``position`` that nodes behind it, or the outputs, need; tensors first, then sizes and
-        lists, since a program computes where its first input lies."""
+        lists, since a program computes where its first input lies.
+        """
         needed = set(self._graph.outputs).union(*(node.refs() for node in self._graph.nodes[position:]))
         made = [spec.name for spec in self._graph.inputs] + [node.name for node in self._graph.nodes[:position]]
         tensors = {spec.name for spec in self._graph.inputs} | set(self._sizes)

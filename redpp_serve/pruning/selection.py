@@ -15,7 +15,8 @@ from redpp_serve.pruning.observation import Observed
 @dataclass(frozen=True)
 class Selection:
     """Of one class: ``order`` (channels,) int64, the most needed first; ``curve`` (channels + 1,) float64, entry k the
-    predicted share of the readers' output variance that the first k channels lose (1 for none of them)."""
+    predicted share of the readers' output variance that the first k channels lose (1 for none of them).
+    """
 
     order: Tensor
     curve: Tensor

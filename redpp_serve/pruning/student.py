@@ -69,7 +69,8 @@ class Student:
 
     def learn(self, loss: Tensor, rate: float, step: int) -> bool:
         """One step at ``rate``, in units of each tensor's size; False, and nothing changed, where the loss or a
-        gradient is not finite."""
+        gradient is not finite.
+        """
         gradients = torch.autograd.grad(loss, self.leaves, allow_unused=True)
         found = [self._gradient(k, g) for k, g in enumerate(gradients)]
         length = torch.stack([(g * s).square().sum() for g, s in zip(found, self.scales)]).sum().sqrt()
@@ -91,7 +92,8 @@ class Student:
 
     def _orthogonal_step(self, k: int, gradient: Tensor) -> Tensor:
         """Muon (Jordan et al., 2024): momentum with all its singular values made nearly equal, of unit mean square.
-        A few hundred steps of it do what takes thousands of Adam's."""
+        A few hundred steps of it do what takes thousands of Adam's.
+        """
         self.first[k].lerp_(gradient, 1 - _MOMENTUM)
         move = orthogonalised(gradient.lerp(self.first[k], _MOMENTUM).flatten(1)).view(gradient.shape)
         return move / move.square().mean().sqrt().clamp_min(1e-12)

@@ -27,7 +27,8 @@ _CHUNK = 8
 @dataclass(frozen=True)
 class Difference:
     """Of two networks' outputs on the same inputs: relative error (norms over all outputs), share of inputs with the
-    same largest logit (None where the first output has no class dimension), and the number of inputs."""
+    same largest logit (None where the first output has no class dimension), and the number of inputs.
+    """
 
     error: float
     agreement: float | None

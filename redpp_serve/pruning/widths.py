@@ -37,7 +37,8 @@ _NO_CURVE = 1e-7  # added to predicted errors: what is measured where nothing is
 @dataclass(frozen=True)
 class Point:
     """One network of the frontier: the width of each class that may change, its cost, and its error relative to the
-    outputs, predicted and, where the network was built, measured on held-out inputs."""
+    outputs, predicted and, where the network was built, measured on held-out inputs.
+    """
 
     widths: Mapping[str, int]
     cost: float
@@ -143,7 +144,8 @@ def measure_errors(
 
 def scaled_curve(curve: Tensor, measured: Mapping[int, float]) -> Tensor:
     """An error curve (channels + 1,) scaled to the errors measured at some widths: the logarithm of the factor is
-    linear between them and constant outside."""
+    linear between them and constant outside.
+    """
     at = sorted(measured)
     channels = len(curve) - 1
     curve = curve + _NO_CURVE

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from redpp_serve.errors import RedppError
+from redpp_serve.files import write_atomically
 from redpp_serve.report.html import render
 
 
@@ -29,16 +30,6 @@ def _clean(value: Any) -> Any:
     raise TypeError(f"a report holds numbers, text, lists and dicts, not {type(value).__name__}")
 
 
-def _write_atomically(path: Path, content: str) -> None:
-    """A reader sees the old file or the new one, never half of it; a failure leaves nothing behind."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_reports(report: Mapping[str, Any], folder: Path) -> None:
     """Write report.json (sorted keys, finite numbers only) and report.html into `folder`, each atomically.
 
@@ -55,7 +46,7 @@ def write_reports(report: Mapping[str, Any], folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            _write_atomically(folder / name, content)
+            write_atomically(folder / name, content)
     except OSError as problem:
         raise RedppError(
             f"cannot write the report into {folder}: {problem.strerror or problem}",

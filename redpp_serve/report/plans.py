@@ -44,7 +44,8 @@ def plan_rows(plan: Mapping[str, Any]) -> list[Row]:
 
 def plan_summary(plan: Mapping[str, Any]) -> list[str]:
     """What no row says: how many layers each kernel runs, their times in all, what was not timed, and how long the plan
-    took."""
+    took.
+    """
     choices = _choices(plan)
     found = [_batch_line(batch, [c for c in choices if c.get("batch") == batch]) for batch in _list(plan, "batches")]
     for source, why in WHY.items():

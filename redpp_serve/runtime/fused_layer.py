@@ -105,7 +105,7 @@ def plain(layer: FusedLayer) -> Form:
 
 
 def cudnn(layer: FusedLayer) -> Form:
-    """cuDNN's convolution with bias, ReLU and, if there is one, the summand."""
+    """CuDNN's convolution with bias, ReLU and, if there is one, the summand."""
     window = *layer.geometry, layer.groups
     if layer.other is None:
         call = "cudnn.conv2d_relu", (layer.x, layer.weight, layer.bias, *window)

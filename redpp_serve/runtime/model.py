@@ -63,7 +63,7 @@ class ServingModel:
         precision: str = "fp32",
         batch: int = 1,
         plan_seconds: float = PLAN_SECONDS,
-        cache: PlanCache | None | str = "default",
+        cache: PlanCache | str | None = "default",
         everything: bool = False,
     ) -> None:
         check_precision(precision)

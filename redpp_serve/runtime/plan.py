@@ -25,7 +25,8 @@ SOURCES = {
 @dataclass(frozen=True)
 class Timing:
     """One kernel of one layer: median ``seconds`` of a call, and what its ratio to the dense kernel stays below
-    (99 % one-sided bound of the median over paired rounds; 1 for the dense kernel)."""
+    (99 % one-sided bound of the median over paired rounds; 1 for the dense kernel).
+    """
 
     seconds: float
     high: float
@@ -34,7 +35,8 @@ class Timing:
 @dataclass(frozen=True)
 class Choice:
     """``kernel`` for a layer at a batch size. ``name`` is the user's for the layer, ``layer`` the graph's; ``times`` are median seconds of each kernel that was timed, and ``shape``
-    is of the layer's input. ``source`` is a key of `SOURCES`."""
+    is of the layer's input. ``source`` is a key of `SOURCES`.
+    """
 
     layer: str
     name: str

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from redpp_serve import kernels
-from redpp_serve.graph.artifact import write_atomically
+from redpp_serve.files import write_atomically
 from redpp_serve.runtime.plan import Timing
 
 try:
@@ -127,7 +127,8 @@ def device_name(device: torch.device) -> str:
 
 def merge(path: Path, measured: Mapping[str, Mapping[str, Mapping[str, Timing]]]) -> int:
     """Add measured times, by device key and signature, to a table such as the one that is shipped; how many layers it
-    then holds."""
+    then holds.
+    """
     entries = _merged(_read(path), {key: {s: dict(t) for s, t in layers.items()} for key, layers in measured.items()})
     _write(path, entries)
     return sum(map(len, entries.values()))
@@ -135,7 +136,8 @@ def merge(path: Path, measured: Mapping[str, Mapping[str, Mapping[str, Timing]]]
 
 def _file(path: Path) -> Path | None:
     """Where links lead, so that they stay; None for a folder or a device: reading one may never end, and a file must not
-    take its place."""
+    take its place.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         log.warning("times of kernels are not kept: %s is no file", path)
         return None

@@ -1,5 +1,6 @@
 """Whether a running server answers: by asking it for a prediction, since servers call themselves ready whose workers are
-dead."""
+dead.
+"""
 
 from __future__ import annotations
 

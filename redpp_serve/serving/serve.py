@@ -117,7 +117,8 @@ class _Stop(BaseException):
 @contextmanager
 def _stopped_by_signal() -> Iterator[threading.Event]:
     """SIGINT, SIGTERM or SIGHUP ends the body, also while it waits for the server to start. Once the event is set, or a
-    signal has come, further ones are ignored: stopping must not be interrupted half-way."""
+    signal has come, further ones are ignored: stopping must not be interrupted half-way.
+    """
     stop = threading.Event()
 
     def ask(*_: object) -> None:

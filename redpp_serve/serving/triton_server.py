@@ -54,7 +54,8 @@ def loaded_versions(index: list[dict[str, str]], name: str) -> set[str]:
 
 def load_request(config: dict[str, Any], versions: Iterable[str]) -> bytes:
     """The body that has Triton load these versions and no other. ``config`` is what the model was loaded with: Triton
-    keeps the processes of versions that stay only where nothing else in it differs."""
+    keeps the processes of versions that stay only where nothing else in it differs.
+    """
     policy = {"specific": {"versions": sorted(versions)}}
     return json.dumps({"parameters": {"config": json.dumps({**config, "version_policy": policy})}}).encode()
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from redpp_serve.graph.artifact import ENTRIES, build, deterministic_zip
+from redpp_serve.files import deterministic_zip
+from redpp_serve.graph.artifact import ENTRIES, build
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 
 Edit = Callable[[dict[str, Any]], Any]

@@ -24,7 +24,7 @@ def calls(count: list[int], x: Tensor) -> Tensor:
 IMPURE: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "random": (lambda net, x: x + torch.rand(8), "operator aten.rand.default"),
     "dropout in eval mode": (lambda net, x: F.dropout(x, 0.5, True), "operator aten.dropout.default"),
-    "state in Python": (lambda net, x, count=[0]: calls(count, x), "another result than the network"),  # noqa: B006
+    "state in Python": (lambda net, x, count=[0]: calls(count, x), "another result than the network"),
     "control by data": (lambda net, x: x * 2 if x.sum() > 0 else x, "data-dependent"),
     "torch.cond": (lambda net, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)), "operator cond"),
     "fixed batch": (lambda net, x: x.view(2, 192), "batch"),

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from redpp_serve.graph.artifact import ENTRIES, build, deterministic_zip, load, write_atomically
+from redpp_serve.files import deterministic_zip, write_atomically
+from redpp_serve.graph.artifact import ENTRIES, build, load
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from tests.attacks.artifacts import entries, tiny

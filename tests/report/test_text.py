@@ -338,7 +338,20 @@ def test_measured_error_above_the_bound_is_said() -> None:
 def test_layer_table_names_every_layer_and_fits() -> None:
     table = text.layer_table(sample_layers())
     lines = table.splitlines()
-    assert lines[0].split() == "layer op shape pruned to params MACs values bits RMS kept error".split()
+    assert lines[0].split() == [
+        "layer",
+        "op",
+        "shape",
+        "pruned",
+        "to",
+        "params",
+        "MACs",
+        "values",
+        "bits",
+        "RMS",
+        "kept",
+        "error",
+    ]
     row = "blocks.0.conv1 conv2d 16x16x3x3 8x16x3x3 2.30 k 590 k 12 3.18 1.50 % 8/16 1.44 %"
     assert lines[2].split() == row.split()
     assert max(map(len, lines)) <= text.WIDTH

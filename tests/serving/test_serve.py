@@ -220,7 +220,7 @@ def test_live_servers_print_urls_answer_and_end_by_either_signal(
                 printed[key] = value.strip()
             assert {"original", "pruned", "metrics", "try"} <= set(printed), (tmp_path / f"{number}.err").read_text()
             token = printed.get("token")
-            assert (token is None) == (number == signal.SIGTERM) and SHAPE == tuple(x.shape)
+            assert (token is None) == (number == signal.SIGTERM) and tuple(x.shape) == SHAPE
             for variant in ("original", "pruned"):
                 expected = outputs(packaged / f"{variant}.mar", x)[0]
                 assert ask(printed[variant], payload.body, token) == pytest.approx(expected, rel=1e-3, abs=1e-4)

@@ -170,15 +170,14 @@ def test_bad_requests_leave_no_traceback_in_the_log(server: TorchServe) -> None:
 
 def test_a_second_server_runs_beside_and_an_exception_ends_it_whole(server: TorchServe, folder: Path) -> None:
     before = set(mine())
-    with pytest.raises(ZeroDivisionError):
-        with TorchServe(folder, name="other", auth=False) as second:
-            started = set(mine()) - before
-            home = second.home
-            assert home and home.is_dir() and home.stat().st_mode & 0o077 == 0
-            assert second.headers() == {} and len(started) >= 5  # launcher, Java, two workers, exporter
-            assert post(second, "2.0", *GOOD[0])[0] == post(server, "2.0", *GOOD[0])[0] == 200
-            assert {key[0] for key in samples(second)["redpp_model_bytes"]} == {"other"}
-            raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), TorchServe(folder, name="other", auth=False) as second:
+        started = set(mine()) - before
+        home = second.home
+        assert home and home.is_dir() and home.stat().st_mode & 0o077 == 0
+        assert second.headers() == {} and len(started) >= 5  # launcher, Java, two workers, exporter
+        assert post(second, "2.0", *GOOD[0])[0] == post(server, "2.0", *GOOD[0])[0] == 200
+        assert {key[0] for key in samples(second)["redpp_model_bytes"]} == {"other"}
+        raise ZeroDivisionError
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in started)
     assert set(mine()) <= before and not home.exists() and second.home is None
     second.stop()  # once more does nothing

@@ -51,7 +51,7 @@ def switch_under_load(server: LocalServer, cycles: int, least: int) -> Counter[s
         thread.start()
     try:
         switches = 0
-        while switches < cycles or answered.total() < least and not failures:
+        while switches < cycles or (answered.total() < least and not failures):
             server.promote()
             assert server.default_variant() == "pruned"
             time.sleep(0.2)
