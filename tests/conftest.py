@@ -45,9 +45,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pruning runs: few inputs, few networks around the chosen one, and their latencies measured in an instant."""
     from redpp_serve.pruning import choose as lossy
     from redpp_serve.pruning import pipeline
-    from redpp_serve.pruning.inputs import Plan
+    from redpp_serve.pruning.inputs import SynthesisBudget
 
-    monkeypatch.setattr(pipeline, "plan", lambda *_: Plan(32, 16, 4))
+    monkeypatch.setattr(pipeline, "synthesis_budget", lambda *_: SynthesisBudget(32, 16, 4))
     monkeypatch.setattr(lossy, "_FRONTIER_POINTS", 3)
     monkeypatch.setattr(lossy, "_LATENCY_SECONDS", 0.01)
 

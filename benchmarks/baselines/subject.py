@@ -13,7 +13,7 @@ from redpp_serve.capture.export import capture
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import mac_count
-from redpp_serve.pruning.inputs import plan, synthesize
+from redpp_serve.pruning.inputs import synthesis_budget, synthesize
 from redpp_serve.reference import catalog
 from redpp_serve.runtime.model import serving_program
 
@@ -57,7 +57,7 @@ class Subject:
     def synthetic(self) -> Tensor:
         """Images (n, ...) that the product makes from the network's own statistics, without data."""
         self.scratch.mkdir(parents=True, exist_ok=True)
-        how = plan(self.graph, _SYNTHESIS_SECONDS)
+        how = synthesis_budget(self.graph, _SYNTHESIS_SECONDS)
         return synthesize(self.graph, how, checkpoint=self.scratch / f"{self.name}.inputs").inputs[0]
 
     @cached_property

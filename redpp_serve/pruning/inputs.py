@@ -36,7 +36,7 @@ _CLASS_WEIGHT = 0.1  # of the cross-entropy of the drawn classes, beside the mis
 
 
 @dataclass(frozen=True)
-class Plan:
+class SynthesisBudget:
     """How many inputs to make, in batches of ``batch``, with ``steps`` of optimisation each. The last batch (a fifth
     of the inputs where there are more than five) is held out from all fitting.
     """
@@ -50,13 +50,13 @@ class Plan:
         return max(1, self.images // self.batch // 5) * self.batch
 
 
-def plan(graph: Graph, seconds: float, device: str = "cpu") -> Plan:
+def synthesis_budget(graph: Graph, seconds: float, device: str = "cpu") -> SynthesisBudget:
     """The plan that fits into ``seconds``: a pure function of the network's cost, the budget and the kind of device."""
     macs = mac_count(graph) + _OVERHEAD_MACS
     affordable = seconds * _MACS_PER_SECOND[device.split(":")[0]] / (_FORWARD_AND_BACKWARD * macs)  # inputs times steps
     batch = 32 if affordable >= 1280 and macs < 1e9 else 16 if affordable >= 640 and macs < 1e9 else 8
     images = int(min(_MOST_IMAGES, max(2 * batch, affordable / _STEPS_AN_IMAGE // batch * batch)))
-    return Plan(images, batch, int(min(_MOST_STEPS, max(4, affordable // images))))
+    return SynthesisBudget(images, batch, int(min(_MOST_STEPS, max(4, affordable // images))))
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Synthetic:
 
 def synthesize(
     graph: Graph,
-    how: Plan,
+    how: SynthesisBudget,
     *,
     seed: int = 0,
     device: str = "cpu",
@@ -219,7 +219,7 @@ class _Matcher:
         return tuple(x.cpu() for x in best_batch), (first, last), True
 
 
-def _key(graph: Graph, how: Plan, seed: int) -> str:
+def _key(graph: Graph, how: SynthesisBudget, seed: int) -> str:
     digest = hashlib.sha256(f"{how} {seed} {graph.inputs} {graph.nodes}".encode())
     for name, tensor in sorted(graph.tensors.items()):
         digest.update(name.encode())

@@ -32,7 +32,7 @@ from redpp_serve.pruning.distillation import distil
 from redpp_serve.pruning.final_codebooks import METHOD, hash_within
 from redpp_serve.pruning.fit import Places, Reconstruction
 from redpp_serve.pruning.hashing import Hashed, hash_weight, retuned
-from redpp_serve.pruning.inputs import plan, smooth_noise, synthesize
+from redpp_serve.pruning.inputs import smooth_noise, synthesis_budget, synthesize
 from redpp_serve.pruning.merging import merge_exact
 from redpp_serve.pruning.repair import repair_batch_norm
 from redpp_serve.pruning.verification import (
@@ -257,7 +257,7 @@ def _make_inputs(run: _Run, started: float, checkpoint: Path | None) -> None:
             run.inputs_note = "smooth noise (inputs are matched to batch norm for reconstruction only)"
             stage.reason = f"16 inputs of {run.inputs_note}"
             return
-        how = plan(run.original, _MATCHING_SHARE * options.time_budget, options.device)
+        how = synthesis_budget(run.original, _MATCHING_SHARE * options.time_budget, options.device)
         made = synthesize(
             run.original,
             how,

@@ -181,8 +181,8 @@ def test_equal_input_gives_equal_archives_in_every_process(model: Path, tmp_path
     code = (
         "import sys, redpp_serve.packaging.package as p, redpp_serve.pruning.pipeline as q, redpp_serve.cli as c\n"
         "from redpp_serve.pruning import choose as lossy\n"
-        "from redpp_serve.pruning.inputs import Plan\n"  # fewer inputs and no trial runs: faster
-        "p.run_trials, q.plan = lambda *_: [], lambda *_: Plan(32, 16, 4)\n"
+        "from redpp_serve.pruning.inputs import SynthesisBudget\n"  # fewer inputs and no trial runs: faster
+        "p.run_trials, q.synthesis_budget = lambda *_: [], lambda *_: SynthesisBudget(32, 16, 4)\n"
         "lossy._LATENCY_SECONDS, d = 0.01, q.distil\n"  # a busy machine must not cut it short
         "q.distil = lambda *a, **k: d(*a, **{**k, 'deadline': float('inf')})\nsys.exit(c.main(sys.argv[1:]))"
     )

@@ -13,10 +13,10 @@ from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import InputSpec, Ref
 from redpp_serve.graph.layers import mac_count
 from redpp_serve.pruning import inputs as synthetic
-from redpp_serve.pruning.inputs import Plan, plan, smooth_noise, synthesize, trained_norms
+from redpp_serve.pruning.inputs import SynthesisBudget, smooth_noise, synthesis_budget, synthesize, trained_norms
 from tests.support.networks import Builder, calibrated, many, network
 
-SMALL = Plan(images=24, batch=8, steps=6)
+SMALL = SynthesisBudget(images=24, batch=8, steps=6)
 
 
 def trained(kind):
@@ -30,7 +30,7 @@ def equal(a, b):
 
 
 def test_matching_lowers_the_mismatch_and_leaves_unit_scale():
-    made = synthesize(trained("residual"), Plan(32, 16, 40), seed=1)
+    made = synthesize(trained("residual"), SynthesisBudget(32, 16, 40), seed=1)
     assert made.note == "" and made.losses[1] < 0.1 * made.losses[0]
     assert made.inputs[0].shape == (32, 3, 6, 5) and made.inputs[0].isfinite().all()
     assert 0.3 < float(made.inputs[0].std()) < 3
@@ -42,7 +42,7 @@ def matcher(graph):
 
 def test_the_statistics_of_each_batch_norm_are_approached():
     graph = trained("chain")
-    made = synthesize(graph, Plan(32, 32, 60))
+    made = synthesize(graph, SynthesisBudget(32, 32, 60))
     before, after = (
         float(matcher(graph).losses(x, torch.zeros(32, dtype=torch.int64))[0].detach())
         for x in (smooth_noise(graph.inputs, 32, 0), made.inputs)
@@ -57,7 +57,7 @@ def test_the_network_takes_each_input_for_a_class_drawn_for_it(monkeypatch):
     assert matcher(graph).classes == classes and set(drawn.tolist()) == set(range(classes))
 
     def surprise():
-        scores = Program(graph)(*synthesize(graph, Plan(32, 32, 60), seed=5).inputs)[0]
+        scores = Program(graph)(*synthesize(graph, SynthesisBudget(32, 32, 60), seed=5).inputs)[0]
         return float(torch.nn.functional.cross_entropy(scores, drawn))
 
     with_classes = surprise()
@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_made_again(tmp_path, damage):
 def test_a_deadline_ends_the_run_with_a_note(tmp_path):
     graph, checkpoint = network("chain"), tmp_path / "inputs.safetensors"
     start = time.monotonic()
-    made = synthesize(graph, Plan(80, 8, 100000), deadline=start + 0.3, checkpoint=checkpoint)
+    made = synthesize(graph, SynthesisBudget(80, 8, 100000), deadline=start + 0.3, checkpoint=checkpoint)
     assert time.monotonic() - start < 5
     assert len(made.inputs[0]) == 8 and "--time-budget" in made.note and "batch 1 of 10" in made.note
     assert made.losses[1] < made.losses[0] and not checkpoint.exists()  # an unfinished batch is not kept
@@ -237,8 +237,8 @@ def test_image_noise_has_low_spatial_frequencies():
 @many
 def test_a_plan_fits_its_budget_and_depends_on_nothing_else(seconds, device, width):
     graph = network("chain", width)
-    how = plan(graph, seconds, device)
-    assert how == plan(graph, seconds, device)
+    how = synthesis_budget(graph, seconds, device)
+    assert how == synthesis_budget(graph, seconds, device)
     assert how.images % how.batch == 0 and how.images >= 2 * how.batch and 4 <= how.steps <= 60
     assert how.batch <= how.held_out <= how.images // 2
     spent = (
@@ -253,13 +253,13 @@ def test_a_plan_fits_its_budget_and_depends_on_nothing_else(seconds, device, wid
 
 def test_a_plan_for_a_huge_network_is_the_smallest_one(monkeypatch):
     monkeypatch.setattr(synthetic, "mac_count", lambda graph: 10**12)
-    assert plan(network("chain"), 10.0) == Plan(16, 8, 4)
+    assert synthesis_budget(network("chain"), 10.0) == SynthesisBudget(16, 8, 4)
     monkeypatch.setattr(synthetic, "mac_count", lambda graph: 4 * 10**9)
-    how = plan(network("chain"), 600.0)
+    how = synthesis_budget(network("chain"), 600.0)
     assert how.images * how.steps * 3 * 4e9 <= 600 * 25e9 and how.images > 16
 
 
 def test_dividing_holds_the_last_inputs_out():
-    made = synthesize(network("bare"), Plan(40, 8, 4))
+    made = synthesize(network("bare"), SynthesisBudget(40, 8, 4))
     fit, held_out = made.divide(8)
     assert torch.equal(torch.cat([fit[0], held_out[0]]), made.inputs[0]) and len(held_out[0]) == 8

@@ -20,7 +20,7 @@ from redpp_serve.options import Options
 from redpp_serve.pruning import choose as lossy
 from redpp_serve.pruning import merging, pipeline
 from redpp_serve.pruning.accounting import split_weight
-from redpp_serve.pruning.inputs import Plan
+from redpp_serve.pruning.inputs import SynthesisBudget
 from redpp_serve.pruning.pipeline import prune
 from redpp_serve.pruning.verification import EXACT, VerifyData
 from redpp_serve.stages import Stages
@@ -39,7 +39,7 @@ HALF = fast(keep=0.5)
 
 @pytest.fixture(autouse=True)
 def short_plan(monkeypatch):
-    monkeypatch.setattr(pipeline, "plan", lambda graph, seconds, device: Plan(48, 16, 10))
+    monkeypatch.setattr(pipeline, "synthesis_budget", lambda graph, seconds, device: SynthesisBudget(48, 16, 10))
     monkeypatch.setattr(lossy, "_FRONTIER_POINTS", 3)
     distil = pipeline.distil  # a busy machine must not cut it short
     monkeypatch.setattr(pipeline, "distil", lambda *a, **k: distil(*a, **{**k, "deadline": float("inf")}))
@@ -122,7 +122,7 @@ def test_one_seed_one_result(options):
 
 def test_another_process_gives_the_same_tensors():
     code = (
-        "import tests.pruning.test_pipeline as t; t.pipeline.plan = lambda *a: t.Plan(48, 16, 10); "
+        "import tests.pruning.test_pipeline as t; t.pipeline.synthesis_budget = lambda *a: t.SynthesisBudget(48, 16, 10); "
         "print(t.digest(t.prune(t.trained('depthwise'), t.HALF).pruned))"
     )
     run = subprocess.run(
