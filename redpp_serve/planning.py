@@ -13,6 +13,7 @@ from redpp_serve.capture.sniff import ZIP_ERRORS
 from redpp_serve.errors import RedppError
 from redpp_serve.packaging.mar import ARTIFACT
 from redpp_serve.report import write_reports
+from redpp_serve.runtime.device import parse_device
 from redpp_serve.runtime.model import ServingModel
 from redpp_serve.runtime.planner import PLAN_SECONDS
 
@@ -44,7 +45,7 @@ def plan(
     Raises:
         RedppError: a folder or a device that cannot be used, or a network that does not run in the precision.
     """
-    where = _device(device)
+    where = str(parse_device(device))
     wanted = {"threads": threads, "batch_size": batch, "precision": precision}
     options = {"threads": 1, "batch_size": 1, "precision": "fp32"} | _options(folder)
     options |= {name: value for name, value in wanted.items() if value is not None}
@@ -98,17 +99,3 @@ def _artifact(archive: Path) -> bytes:
             "a folder with original.mar and pruned.mar",
             "write one with 'redpp-serve package', and give that folder",
         ) from error
-
-
-def _device(name: str | None) -> str:
-    if name is None:
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    kind, colon, index = name.partition(":")
-    there = name == "cpu" or (
-        kind == "cuda"
-        and torch.cuda.is_available()
-        and (not colon or (index.isdecimal() and int(index) < torch.cuda.device_count()))
-    )
-    if not there:
-        raise RedppError(f"--device {name}", "cpu, or cuda:N on a machine that has it", "leave out --device")
-    return "cuda:0" if name == "cuda" else name

@@ -41,7 +41,7 @@ from redpp_serve.pruning.accounting import totals
 from redpp_serve.pruning.pipeline import Pruned, prune
 from redpp_serve.pruning.verification import load_verify_data
 from redpp_serve.report import write_reports
-from redpp_serve.runtime.plan_cache import device_name
+from redpp_serve.runtime.device import device_name
 from redpp_serve.runtime.serving_graph import layer_inputs, serving_graph
 from redpp_serve.stages import Stages
 

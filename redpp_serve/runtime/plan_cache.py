@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import platform
 import time
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -24,6 +23,7 @@ import torch
 
 from redpp_serve import kernels
 from redpp_serve.files import write_atomically
+from redpp_serve.runtime.device import device_name
 from redpp_serve.runtime.plan import Timing
 
 try:
@@ -111,18 +111,6 @@ def device_key(device: torch.device, precision: str) -> str:
     else:
         parts.append(f"{torch.get_num_threads()} threads")
     return ", ".join([*parts, f"kernels {_sources()}", precision])
-
-
-@cache
-def device_name(device: torch.device) -> str:
-    """The product's name, as its maker gives it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def merge(path: Path, measured: Mapping[str, Mapping[str, Mapping[str, Timing]]]) -> int:

@@ -28,9 +28,10 @@ from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.passes import precision_dtype
 from redpp_serve.runtime.candidates import Candidate, candidates, signature
+from redpp_serve.runtime.device import device_name
 from redpp_serve.runtime.fused_layer import Form, FusedLayer, fused_layers
 from redpp_serve.runtime.plan import DENSE, Choice, Plan, Timing, decide
-from redpp_serve.runtime.plan_cache import PlanCache, device_key, device_name
+from redpp_serve.runtime.plan_cache import PlanCache, device_key
 from redpp_serve.runtime.serving_graph import channels_last, layer_inputs, planned_programs
 from redpp_serve.runtime.timing import FEWEST_ROUNDS, ClockTimer, EventTimer, Timer, in_turns, timer_for, timings
 
