@@ -26,8 +26,12 @@ _CHUNK = 8
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two networks' outputs on the same inputs: relative error (norms over all outputs), share of inputs with the
-    same largest logit (None where the first output has no class dimension), and the number of inputs.
+    """The distance between two networks' outputs on the same inputs.
+
+    Attributes:
+        error: norm of the difference of all outputs, relative to the norm of the original's.
+        agreement: share of inputs with the same largest logit; None where the first output has no class dimension.
+        images: number of inputs.
     """
 
     error: float
@@ -35,29 +39,70 @@ class Difference:
     images: int
 
 
-@torch.no_grad()
+class Reference:
+    """The original network's outputs on inputs that no fit has seen; every later network is measured against them.
+
+    The original runs once, when the reference is made.
+
+    Args:
+        original: the network to compare with.
+        inputs: (images, ...) for each network input.
+        device: where the networks run.
+        chunk: number of inputs run at once; rounding depends on it.
+    """
+
+    def __init__(self, original: Graph, inputs: Sequence[Tensor], device: str = "cpu", chunk: int = _CHUNK) -> None:
+        self.original, self.inputs, self.device, self._chunk = original, tuple(inputs), device, chunk
+        self._chunks = list(zip(*(x.to(device).split(chunk) for x in inputs), strict=True))
+        self._outputs = list(self._run(Program(original)))
+
+    def on(self, device: str, chunk: int) -> Reference:
+        """Return a reference to the same network and inputs on another device or in chunks of another size."""
+        same = (device, chunk) == (self.device, self._chunk)
+        return self if same else Reference(self.original, self.inputs, device, chunk)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all outputs of the original are finite numbers."""
+        return all(bool(y.isfinite().all()) for ys in self._outputs for y in ys if y.is_floating_point())
+
+    def error(self, other: Graph | Program) -> float:
+        """Return the relative output error of a network, or of a program on this reference's device."""
+        program = other if isinstance(other, Program) else Program(other)
+        return squared_error(zip(self._outputs, self._run(program), strict=True)) ** 0.5
+
+    def compare(self, other: Graph) -> Difference:
+        """Return the relative output error of a network and its agreement with the original."""
+        first = self._outputs[0][0]
+        has_classes = first.dim() == 2 and first.shape[1] > 1 and first.is_floating_point()
+        same: list[Tensor] = []
+
+        def pairs() -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+            for expected, got in zip(self._outputs, self._run(Program(other)), strict=True):
+                if has_classes:
+                    same.append(expected[0].argmax(1) == got[0].argmax(1))
+                yield expected, got
+
+        error = squared_error(pairs()) ** 0.5
+        return Difference(error, float(torch.cat(same).double().mean()) if same else None, len(self.inputs[0]))
+
+    @torch.no_grad()
+    def _run(self, program: Program) -> Iterator[tuple[Tensor, ...]]:
+        program = program.to(self.device)
+        for chunk in self._chunks:
+            yield program(*chunk)
+
+
 def compare_outputs(reference: Graph, other: Graph, inputs: Sequence[Tensor]) -> Difference:
-    """Run both networks over the inputs (images, ...), chunk by chunk."""
-    a, b = Program(reference), Program(other)
-    same: list[Tensor] = []
-
-    def pairs() -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
-        for chunk in zip(*(x.cpu().split(_CHUNK) for x in inputs)):
-            left, right = a(*chunk), b(*chunk)
-            if left[0].dim() == 2 and left[0].shape[1] > 1 and left[0].is_floating_point():
-                same.append(left[0].argmax(1) == right[0].argmax(1))
-            yield left, right
-
-    error = squared_error(pairs()) ** 0.5
-    agreement = float(torch.cat(same).double().mean()) if same else None
-    return Difference(error, agreement, len(inputs[0]))
+    """Run both networks over the inputs (images, ...)."""
+    return Reference(reference, inputs).compare(other)
 
 
 def squared_error(pairs: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> float:
-    """Squared difference over the first's squared norm, of all outputs; chunk by chunk, expected and got."""
+    """Return the squared error of outputs relative to the expected ones; pairs of both come chunk by chunk."""
     lost = norm = 0.0
     for left, right in pairs:
-        for x, y in zip(left, right):
+        for x, y in zip(left, right, strict=True):
             lost += float((x.double() - y.double()).square().sum())
             norm += float(x.double().square().sum())
     return lost / max(norm, 1e-300)
