@@ -16,8 +16,7 @@ from redpp_serve.report import write_reports
 from redpp_serve.runtime.device import parse_device
 from redpp_serve.runtime.model import ServingModel
 from redpp_serve.runtime.planner import PLAN_SECONDS
-
-ARMS = ("original", "pruned")
+from redpp_serve.variants import VARIANTS
 
 
 def plan(
@@ -58,16 +57,16 @@ def plan(
             )
     torch.set_num_threads(options["threads"])
     found = {}
-    for arm in ARMS:
+    for variant in VARIANTS:
         model = ServingModel(
-            _artifact(folder / f"{arm}.mar"),
+            _artifact(variant.archive_in(folder)),
             where,
             precision=options["precision"],
             batch=options["batch_size"],
             plan_seconds=seconds,
             everything=everything,
         )
-        found[arm] = model.plan.to_json()
+        found[variant.name] = model.plan.to_json()
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Variant:
     def archive(self) -> str:
         """The file name of the TorchServe archive in a packaged folder."""
         return f"{self.name}.mar"
+
+    def archive_in(self, folder: Path) -> Path:
+        """Return where this version's archive is, or would be, in a packaged folder of this or the former release."""
+        today, former = folder / self.archive, folder / f"{self.former_name}.mar"
+        return former if former.exists() and not today.exists() else today
 
 
 ORIGINAL = Variant("original", "1.0", "1", "original")

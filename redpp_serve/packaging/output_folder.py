@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
+from redpp_serve.variants import VARIANTS
 
 _WRITTEN = {
-    "original.mar",
-    "pruned.mar",
+    *(f"{name}.mar" for variant in VARIANTS for name in (variant.name, variant.former_name)),
     "config.properties",
     "log4j2.xml",
     "model-config.yaml",

@@ -20,8 +20,8 @@ from redpp_serve.loopback import ADDRESS, Ports, ask, free_ports
 from redpp_serve.packaging.server_config import LOG4J2, config_properties
 from redpp_serve.processes import runs, session
 from redpp_serve.serving.server import INSTALL, START_TIMEOUT_S, LocalServer, require_packages
+from redpp_serve.variants import VARIANTS
 
-ARCHIVES = ("original.mar", "pruned.mar")  # the first is the default version
 _GRACE_S = 15.0
 _DEATHS = 3  # worker deaths while starting; TorchServe itself would try again for five minutes. Also of the exporter,
 _WITHIN_S = 60.0  # within this time
@@ -58,7 +58,10 @@ class TorchServe(LocalServer):
         progress: Callable[[str], None] = lambda line: None,
         timeout_s: float = START_TIMEOUT_S,
     ) -> None:
-        original, pruned = (_version(Path(folder).resolve() / archive) for archive in ARCHIVES)
+        self._archives = [
+            variant.archive_in(Path(folder).resolve()) for variant in VARIANTS
+        ]  # the default version first
+        original, pruned = map(_version, self._archives)
         super().__init__(
             folder,
             name=name,
@@ -147,7 +150,7 @@ class TorchServe(LocalServer):
             str(home / "log4j2.xml"),
             *([] if self.auth else ["--disable-token-auth"]),
             "--models",
-            *(f"{self.name}={archive}" for archive in ARCHIVES),
+            *(f"{self.name}={archive.name}" for archive in self._archives),
         ]
         self._start_exporter = partial(self._spawn, _EXPORTER, exporter, environment)
         self._start_exporter()
@@ -179,7 +182,7 @@ class TorchServe(LocalServer):
 
     def _ready(self) -> tuple[int, int]:
         """Ready workers over both versions; 0 while the server does not answer yet."""
-        wanted = self.workers * len(ARCHIVES)
+        wanted = self.workers * len(VARIANTS)
         try:
             status, body = ask(self.ports.management, f"/models/{self.name}/all", self.headers("management"))
             models = json.loads(body) if status == 200 else []
@@ -221,7 +224,7 @@ def _version(archive: Path) -> str:
     except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
         raise RedppError(
             f"{archive} is no archive that can be served ({error})",
-            f"a folder with {' and '.join(ARCHIVES)}",
+            f"a folder with {' and '.join(variant.archive for variant in VARIANTS)}",
             "write one with 'redpp-serve package', and give that folder",
         ) from error
 
