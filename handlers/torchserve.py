@@ -30,11 +30,11 @@ from redpp_serve.handlers.batching import (
 from redpp_serve.handlers.metrics import Metrics, ModelLabels, open_metrics
 from redpp_serve.handlers.payload import BadRequest, parse
 from redpp_serve.handlers.preprocess import Preprocess
+from redpp_serve.handlers.wire import HANDLER_HEADER, OUTPUTS_KEY, VARIANT_HEADER, write_seconds
 from redpp_serve.runtime.model import ServingModel
 
 log = logging.getLogger(__name__)
 
-HANDLER_MS_HEADER, VARIANT_HEADER = "X-Redpp-Handler-Ms", "X-Redpp-Variant"
 _OUTCOMES = {200: "ok", 400: "bad_request", 500: "error"}
 
 
@@ -103,7 +103,7 @@ class RedppHandler:
             if reply.status != 200:
                 context.set_response_status(reply.status, reply.reason, index)
             context.set_response_content_type(index, "application/json")
-            context.set_response_header(index, HANDLER_MS_HEADER, f"{seconds * 1000:.3f}")
+            context.set_response_header(index, HANDLER_HEADER, write_seconds(seconds))
             context.set_response_header(index, VARIANT_HEADER, self.variant)
         if self.metrics:
             self.metrics.batch(len(replies), seconds)
@@ -131,7 +131,7 @@ class RedppHandler:
             for index, reply in enumerate(group):
                 try:
                     rows = [output[index].tolist() for output in outputs]
-                    reply.body = json.dumps({"outputs": rows}, separators=(",", ":"), allow_nan=False).encode()
+                    reply.body = json.dumps({OUTPUTS_KEY: rows}, separators=(",", ":"), allow_nan=False).encode()
                 except ValueError:  # JSON has no NaN
                     reply.fail(500, NOT_FINITE)
 

@@ -30,12 +30,12 @@ from redpp_serve.handlers.batching import (
 )
 from redpp_serve.handlers.metrics import Metrics, ModelLabels
 from redpp_serve.handlers.triton_metrics import TritonBinding
+from redpp_serve.handlers.wire import HANDLER_PARAMETER, output_name, write_seconds
 from redpp_serve.runtime.model import ServingModel
 
 log = logging.getLogger(__name__)
 
 CONFIG = "config.pbtxt"
-HANDLER_PARAMETER = "redpp_handler_ms"  # of a response, where the back end has such parameters; 24.10 has none
 
 
 @dataclass
@@ -187,8 +187,8 @@ class RedppModel:
         if item.outcome != "ok":
             codes = {"bad_request": backend.TritonError.INVALID_ARG, "error": backend.TritonError.INTERNAL}
             return backend.InferenceResponse(error=backend.TritonError(item.reason, codes[item.outcome]))
-        outputs = [backend.Tensor.from_dlpack(f"output_{k}", y) for k, y in enumerate(item.outputs)]
-        told = {"parameters": {HANDLER_PARAMETER: f"{seconds * 1000:.3f}"}} if self._answers_parameters else {}
+        outputs = [backend.Tensor.from_dlpack(output_name(k), y) for k, y in enumerate(item.outputs)]
+        told = {"parameters": {HANDLER_PARAMETER: write_seconds(seconds)}} if self._answers_parameters else {}
         return backend.InferenceResponse(output_tensors=outputs, **told)
 
 

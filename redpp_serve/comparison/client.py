@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 import numpy
 
 from redpp_serve.errors import RedppError
+from redpp_serve.handlers.wire import HANDLER_HEADER, OUTPUTS_KEY, read_seconds
 
-HANDLER_HEADER = "X-Redpp-Handler-Ms"
 TIMEOUT_S = 30.0
 ERROR_CHARACTERS = 2000
 
@@ -146,19 +146,11 @@ class Connection:
         self._http.request("POST", self._path, body=payload.body, headers=headers)
         response = self._http.getresponse()
         body = response.read()
-        return response.status, _seconds(response.getheader(HANDLER_HEADER)), body or response.reason.encode()
+        return response.status, read_seconds(response.getheader(HANDLER_HEADER)), body or response.reason.encode()
 
     def close(self) -> None:
         """Close the socket."""
         self._http.close()
-
-
-def _seconds(milliseconds: str | None) -> float | None:
-    try:
-        value = float(milliseconds) / 1000 if milliseconds else 0.0
-    except ValueError:
-        return None
-    return value if value > 0 and numpy.isfinite(value) else None
 
 
 class Decoder:
@@ -189,7 +181,7 @@ class Decoder:
         known = self._last.get(key)
         if known and (known[0] == body if isinstance(body, bytes) else numpy.array_equal(known[0], body)):
             return known[1]
-        first = json.loads(body)["outputs"][0] if isinstance(body, bytes) else body
+        first = json.loads(body)[OUTPUTS_KEY][0] if isinstance(body, bytes) else body
         outputs = numpy.asarray(first, dtype=numpy.float64)
         if not numpy.isfinite(outputs).all():
             raise ValueError("it holds NaN or infinity")

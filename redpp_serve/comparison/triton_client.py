@@ -16,9 +16,8 @@ from redpp_serve.comparison.client import TIMEOUT_S, Endpoint, Exchange, Payload
 from redpp_serve.graph.graph import InputSpec
 from redpp_serve.handlers.payload import BadRequest, parse
 from redpp_serve.handlers.preprocess import Preprocess
+from redpp_serve.handlers.wire import HANDLER_PARAMETER, output_name, read_seconds
 
-FIRST_OUTPUT = "output_0"
-HANDLER_PARAMETER = "redpp_handler_ms"
 _KEPT_BYTES = 256 << 20  # of converted inputs, for each connection
 # As TorchServe would say it over HTTP, so that both servers' errors read alike.
 _STATUS = {
@@ -59,7 +58,7 @@ class TritonConnection:
     def __init__(self, endpoint: TritonEndpoint, timeout_s: float = TIMEOUT_S) -> None:
         self.endpoint, self._timeout_s = endpoint, timeout_s
         self._client: Any = None
-        self._converted: dict[int, list[Any]] = {}
+        self._converted: dict[Payload, list[Any]] = {}
         self._bytes = 0
 
     def send(self, payload: Payload) -> Exchange:
@@ -88,7 +87,7 @@ class TritonConnection:
             status = _STATUS.get(str(error.status()).removeprefix("StatusCode."), 500)
             return Exchange(start, time.perf_counter() - start, None, status, b"", error.message() or str(error))
         seconds = time.perf_counter() - start
-        return Exchange(start, seconds, _handler_seconds(result), 200, result.as_numpy(FIRST_OUTPUT)[0], "")
+        return Exchange(start, seconds, _handler_seconds(result), 200, result.as_numpy(output_name(0))[0], "")
 
     def _open(self) -> Any:
         from tritonclient.grpc import InferenceServerClient
@@ -100,13 +99,13 @@ class TritonConnection:
 
     def _inputs(self, payload: Payload) -> list[Any]:
         """The payload as Triton's inputs of batch 1; kept for the next time as long as there is room."""
-        if id(payload) in self._converted:
-            return self._converted[id(payload)]
+        if payload in self._converted:
+            return self._converted[payload]
         tensors = parse({"body": payload.body}, self.endpoint.inputs, self.endpoint.preprocess)
         inputs = [as_input(spec.name, tensor[None].numpy()) for spec, tensor in zip(self.endpoint.inputs, tensors)]
         self._bytes += sum(tensor.nbytes for tensor in tensors)
         if self._bytes <= _KEPT_BYTES:
-            self._converted[id(payload)] = inputs
+            self._converted[payload] = inputs
         return inputs
 
     def close(self) -> None:
@@ -128,4 +127,4 @@ def as_input(name: str, array: numpy.ndarray) -> Any:
 
 def _handler_seconds(result: Any) -> float | None:
     parameters = result.get_response().parameters
-    return parameters[HANDLER_PARAMETER].double_param / 1000 if HANDLER_PARAMETER in parameters else None
+    return read_seconds(parameters[HANDLER_PARAMETER].string_param) if HANDLER_PARAMETER in parameters else None

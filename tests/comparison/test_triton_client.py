@@ -16,9 +16,10 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from redpp_serve.comparison import Payload, compare_endpoints
 from redpp_serve.comparison.client import Decoder
 from redpp_serve.comparison.load import run_paired
-from redpp_serve.comparison.triton_client import HANDLER_PARAMETER, TritonEndpoint, as_input
+from redpp_serve.comparison.triton_client import TritonEndpoint, as_input
 from redpp_serve.graph.graph import InputSpec
 from redpp_serve.handlers.preprocess import Preprocess
+from redpp_serve.handlers.wire import HANDLER_PARAMETER, write_seconds
 
 INPUT = InputSpec("image", (1, 2, 2))
 BINARY = "application/octet-stream"
@@ -44,7 +45,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
             context.abort(grpc.StatusCode.INTERNAL, "the stub is dead")
         time.sleep(self.delay_s.get(request.model_version, 0))
         reply = service_pb2.ModelInferResponse(model_name="m", model_version=request.model_version)
-        reply.parameters[HANDLER_PARAMETER].double_param = 1000 * self.delay_s.get(request.model_version, 0)
+        reply.parameters[HANDLER_PARAMETER].string_param = write_seconds(self.delay_s.get(request.model_version, 0))
         reply.outputs.add(name="output_0", datatype="FP32", shape=[1, 2])
         reply.raw_output_contents.append(numpy.array([x.sum(), x.max()], numpy.float32).tobytes())
         return reply

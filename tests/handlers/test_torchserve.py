@@ -11,7 +11,8 @@ import torch
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.handlers.preprocess import Preprocess
-from redpp_serve.handlers.torchserve import HANDLER_MS_HEADER, VARIANT_HEADER, RedppHandler
+from redpp_serve.handlers.torchserve import RedppHandler
+from redpp_serve.handlers.wire import HANDLER_HEADER, VARIANT_HEADER
 from tests.support.served import PREPROCESS, SHAPE, Context, artifact, expected, network, npy, picture
 
 RANDOM = numpy.random.default_rng(0)
@@ -64,7 +65,7 @@ def test_every_reply_names_its_time_variant_and_type(tmp_path: Path) -> None:
     served.handle([{"body": npy(values())}, {"body": b"?"}], context)
     for index in (0, 1):
         headers = context.headers[index]
-        assert 0 < float(headers[HANDLER_MS_HEADER]) < 60_000
+        assert 0 < float(headers[HANDLER_HEADER]) < 60_000
         assert headers[VARIANT_HEADER] == "pruned" and headers["content-type"] == "application/json"
 
 

@@ -1,6 +1,5 @@
 """The model of Triton's back end with a stand-in for the server: one bad request costs nobody else anything."""
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +14,8 @@ from redpp_serve.handlers.triton_metrics import TritonBinding, summed
 from redpp_serve.handlers.triton_server import RedppModel, non_finite_rows
 from redpp_serve.packaging import triton_stub as stand_in
 from redpp_serve.runtime.model import ServingModel
-from tests.support.served import INFO, SHAPE, artifact, expected, network
+from tests.support.served import INFO, SHAPE, artifact, expected, network, triton_arguments
 
-CONFIG = {"name": "tiny", "max_batch_size": 8, "parameters": {"threads": {"string_value": "1"}}}
 ORIGINAL = {"model": "tiny", "version": "1.0", "variant": "original"}
 
 
@@ -33,15 +31,7 @@ def _backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def model(folder: Path, data: bytes | None = None, **config: Any) -> RedppModel:
     (folder / "model.redpp").write_bytes(artifact() if data is None else data)
     made = type("TritonPythonModel", (RedppModel,), {"artifact": folder / "model.redpp"})()
-    made.initialize(
-        {
-            "model_config": json.dumps({**CONFIG, **config}),
-            "model_name": "tiny",
-            "model_version": "1",
-            "model_instance_kind": "CPU",
-            "model_instance_device_id": "0",
-        }
-    )
+    made.initialize(triton_arguments(**config))
     return made
 
 
@@ -286,21 +276,6 @@ def test_a_gpu_that_torch_does_not_find_is_said_and_not_used(
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert _device(args) == "cuda:1" and chosen == [1]
     assert _device({**args, "model_instance_kind": "CPU"}) == "cpu"
-
-
-def test_answers_name_their_time_where_the_back_end_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Newer(stand_in.InferenceResponse):
-        def __init__(
-            self, output_tensors: Any = (), error: Any = None, parameters: dict[str, str] | None = None
-        ) -> None:
-            super().__init__(output_tensors, error)
-            self.parameters = parameters
-
-    (plain,) = model(tmp_path).execute([stand_in.InferenceRequest({"x": values()})])
-    assert not hasattr(plain, "parameters")
-    monkeypatch.setattr(stand_in, "InferenceResponse", Newer)
-    good, bad = model(tmp_path).execute([stand_in.InferenceRequest({"x": values() * s}) for s in (1, float("nan"))])
-    assert 0 < float(good.parameters["redpp_handler_ms"]) < 60_000 and bad.parameters is None
 
 
 def test_a_binding_posts_what_is_set(tmp_path: Path) -> None:

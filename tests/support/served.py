@@ -1,6 +1,7 @@
 """A tiny network, its artifacts and archives, and a stand-in for the server's context."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,15 @@ class Context:
 
     def set_response_content_type(self, idx: int, value: str) -> None:
         self.set_response_header(idx, "content-type", value)
+
+
+def triton_arguments(**config: Any) -> dict[str, str]:
+    """Return what Triton hands to ``initialize``; ``config`` overrides entries of the model's configuration."""
+    given = {"name": "tiny", "max_batch_size": 8, "parameters": {"threads": {"string_value": "1"}}, **config}
+    return {
+        "model_config": json.dumps(given),
+        "model_name": "tiny",
+        "model_version": "1",
+        "model_instance_kind": "CPU",
+        "model_instance_device_id": "0",
+    }

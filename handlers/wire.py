@@ -1,0 +1,34 @@
+"""Names and encodings of what a reply carries, for both of its ends.
+
+The handlers write replies with this module, `comparison` reads them with it, and tests/wires checks the two together.
+TorchServe's handler answers ``{"outputs": [...]}`` with headers, Triton's model tensors with response parameters. It
+needs the standard library alone, so that a client can import it without torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+HANDLER_HEADER = "X-Redpp-Handler-Ms"  # on every reply: the batch's time in the handler
+VARIANT_HEADER = "X-Redpp-Variant"  # on every reply: ``original`` or ``pruned``
+HANDLER_PARAMETER = "redpp_handler_ms"  # the same time as a response parameter, where the back end takes those
+OUTPUTS_KEY = "outputs"
+
+
+def output_name(index: int) -> str:
+    """Return Triton's name of the network's output with this index."""
+    return f"output_{index}"
+
+
+def write_seconds(seconds: float) -> str:
+    """Encode a duration as text, in milliseconds: HTTP headers are text, and Triton's parameters have no fractions."""
+    return f"{1000 * seconds:.3f}"
+
+
+def read_seconds(milliseconds: str | None) -> float | None:
+    """Decode `write_seconds`; None for a text that is missing, not a number, not finite or not positive."""
+    try:
+        seconds = float(milliseconds or 0) / 1000
+    except ValueError:
+        return None
+    return seconds if 0 < seconds < math.inf else None
