@@ -98,7 +98,6 @@ def start(spec: Spec, *, foreground: bool, say: Say, note: Say) -> None:
         RedppError: something is missing, a port in use, another experiment or server running for the folder.
     """
     model_name(spec.folder)
-    find_tool("nginx")
     if spec.split.pruned == 0 and not spec.shadow:
         raise RedppError(
             "no user for the pruned version and no shadow mode",
@@ -106,6 +105,7 @@ def start(spec: Spec, *, foreground: bool, say: Say, note: Say) -> None:
             "give it a part of --split, or add --shadow",
         )
     _refuse_second(spec)
+    find_tool("nginx")
     state = private_folder("redpp-ab-")
     write_json(state / SPEC, {"spec": spec.to_json(), "started": time.time()})
     if foreground:

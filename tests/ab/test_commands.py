@@ -15,7 +15,16 @@ from redpp_serve.ab import state as journal
 from redpp_serve.cli import main
 from redpp_serve.processes import started
 from redpp_serve.serving.running import Running, register
+from tests.support.served import write_archives
 from tests.support.tools import tool
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the two archives and the name of a package; no server is started on it."""
+    folder = write_archives(tmp_path_factory.mktemp("packaged") / "tiny")
+    (folder / "report.json").write_text('{"name": "tiny"}')
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +44,6 @@ def own_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_the_command_line_alone_decides(
     packaged: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    tool("nginx")
     assert main(["ab", "start", str(packaged), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"redpp-serve ab: {message}") and "What to do:" in error
@@ -135,6 +143,7 @@ def test_an_experiment_is_found_beside_another_server_of_its_folder(
         other.wait()
 
 
+@pytest.mark.server
 def test_a_supervisor_that_fails_says_why(
     packaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

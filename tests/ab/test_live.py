@@ -25,6 +25,7 @@ from redpp_serve.serving.running import Running, find
 from tests.support.rollout import read
 from tests.support.tools import tool
 
+pytestmark = pytest.mark.server
 CLIENTS = 4
 
 
@@ -235,12 +236,12 @@ def test_nginx_recorder_and_exporter_are_started_again(folder: Path, client: Cli
     def named(word: str) -> set[int]:
         return {p.pid for p in family(client) if word in " ".join(words_of(p))}
 
-    before = named("nginx: master"), named("experiment.recorder"), named("handlers.exporter")
+    before = named("nginx: master"), named("redpp_serve.ab.shadow"), named("handlers.exporter")
     assert all(len(pids) == 1 for pids in before)
     for pid in set().union(*before):
         os.kill(pid, signal.SIGKILL)
     # the worker that the master has left is ended too: it holds the port
-    until(lambda: len(named("nginx: master") - before[0]) == 1 and len(named("experiment.recorder") - before[1]) == 1)
+    until(lambda: len(named("nginx: master") - before[0]) == 1 and len(named("redpp_serve.ab.shadow") - before[1]) == 1)
     until(lambda: client.one()[0] == 200)
     until(lambda: len(named("handlers.exporter") - before[2]) == 1 and status(folder).problems == [])
 

@@ -74,6 +74,7 @@ def arm(reply: tuple[int, dict[str, str], bytes]) -> str:
     return reply[1]["x-redpp-arm"]
 
 
+@pytest.mark.server
 def test_users_are_divided_as_asked_and_keep_their_arm(live: NginxProcess, upstream: StubServer) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", live.gateway.port)
     first, again = (
@@ -90,6 +91,7 @@ def test_users_are_divided_as_asked_and_keep_their_arm(live: NginxProcess, upstr
     assert without == {"original", "pruned"}
 
 
+@pytest.mark.server
 def test_another_salt_divides_the_same_users_differently(
     folder: Path, live: NginxProcess, upstream: StubServer
 ) -> None:
@@ -102,6 +104,7 @@ def test_another_salt_divides_the_same_users_differently(
     assert before != after and {"original", "pruned"} == set(after)
 
 
+@pytest.mark.server
 def test_a_header_asks_for_an_arm_and_is_not_passed_on(live: NginxProcess, upstream: StubServer) -> None:
     user = {"X-User-Id": "user-1", "Authorization": "Bearer t", "Inference-Header-Content-Length": "3"}
     for wanted in ("original", "pruned"):
@@ -113,11 +116,13 @@ def test_a_header_asks_for_an_arm_and_is_not_passed_on(live: NginxProcess, upstr
     assert status == 400 and "is neither original nor pruned" in json.loads(body)["error"]
 
 
+@pytest.mark.server
 def test_the_request_id_is_one_for_all(live: NginxProcess, upstream: StubServer) -> None:
     _, headers, _ = ask(live.gateway.port, PUBLIC, headers={"X-Request-Id": "mine"})
     assert headers["x-request-id"] == upstream.headers[-1]["x-request-id"] != "mine"
 
 
+@pytest.mark.server
 def test_promote_and_rollback_act_at_the_next_request_of_a_connection(folder: Path, live: NginxProcess) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", live.gateway.port)
     users = [{"X-User-Id": f"user-{k}"} for k in range(40)]
@@ -137,6 +142,7 @@ def test_promote_and_rollback_act_at_the_next_request_of_a_connection(folder: Pa
     )  # asked for: that stands
 
 
+@pytest.mark.server
 def test_what_is_not_served_is_refused_in_json(live: NginxProcess) -> None:
     port = live.gateway.port
     cases = [
@@ -153,6 +159,7 @@ def test_what_is_not_served_is_refused_in_json(live: NginxProcess) -> None:
     assert status == 200 and json.loads(body)["bytes"] == MAX_REQUEST_BYTES
 
 
+@pytest.mark.server
 def test_a_user_who_leaves_is_no_error_and_no_refusal(live: NginxProcess, upstream: StubServer) -> None:
     upstream.answer = lambda path, body, headers: (time.sleep(1), (200, {}))[1]
     with pytest.raises(TimeoutError):
@@ -181,6 +188,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("shadow", [False, True])
+@pytest.mark.server
 def test_what_is_no_http_is_refused_in_json_and_counts_for_no_arm(folder: Path, shadow: bool) -> None:
     nginx = NginxProcess(gateway(folder, 9, recorder=9 if shadow else None))
     nginx.start()
@@ -198,6 +206,7 @@ def test_what_is_no_http_is_refused_in_json_and_counts_for_no_arm(folder: Path, 
     assert len(logged) == len(MALFORMED) and {line["arm"] for line in logged} == {""}
 
 
+@pytest.mark.server
 def test_the_servers_own_errors_pass_through(live: NginxProcess, upstream: StubServer) -> None:
     for code in (400, 404, 500, 503):
         upstream.answer = lambda path, body, headers, code=code: (code, {"error": f"my {code}"})
@@ -206,6 +215,7 @@ def test_the_servers_own_errors_pass_through(live: NginxProcess, upstream: StubS
         assert headers["x-redpp-arm"] in ("original", "pruned")
 
 
+@pytest.mark.server
 def test_a_server_that_is_down_is_a_502_in_json(folder: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -219,6 +229,7 @@ def test_a_server_that_is_down_is_a_502_in_json(folder: Path) -> None:
     assert headers["x-redpp-arm"] in ("original", "pruned")
 
 
+@pytest.mark.server
 def test_the_log_is_json_without_bodies_and_users(live: NginxProcess, upstream: StubServer) -> None:
     secret = 'some"one\\'
     upstream.answer = lambda path, body, headers: time.sleep(0.05) or (200, {})
@@ -238,6 +249,7 @@ def test_the_log_is_json_without_bodies_and_users(live: NginxProcess, upstream: 
     assert live.log_tail() == "", "nginx has something to warn of"
 
 
+@pytest.mark.server
 def test_a_large_log_is_put_aside_while_requests_go_on(live: NginxProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("redpp_serve.ab.gateway.LOG_BYTES", 1)
     ask(live.gateway.port, PUBLIC)
@@ -252,6 +264,7 @@ def test_a_large_log_is_put_aside_while_requests_go_on(live: NginxProcess, monke
     assert len(live.access_log.with_suffix(".log.1").read_text().splitlines()) == 1
 
 
+@pytest.mark.server
 def test_shares_of_nothing_and_of_everything(folder: Path, upstream: StubServer) -> None:
     for split, expected in (("100:0", "original"), ("0:100", "pruned")):
         nginx = NginxProcess(gateway(folder, upstream.port, split, sticky=None))
@@ -262,6 +275,7 @@ def test_shares_of_nothing_and_of_everything(folder: Path, upstream: StubServer)
             nginx.stop()
 
 
+@pytest.mark.server
 def test_a_refused_configuration_says_why(folder: Path) -> None:
     nginx = NginxProcess(gateway(folder, 1, public="/a { }"))
     with pytest.raises(Exception, match="nginx refuses its configuration"):

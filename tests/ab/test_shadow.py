@@ -87,6 +87,7 @@ def decide(state: Path) -> Verdict:
     return verdict(sequence, 0.02, baseline="original", candidate="pruned", measure="end to end")
 
 
+@pytest.mark.server
 def test_a_version_that_is_a_fifth_slower_and_answers_differently(folder: Path) -> None:  # noqa: F811
     state, port = folder.parent, free_ports(GatewayPorts).recorder
     outputs = {"1.0": [1.0, 2.0, 3.0], "2.0": [1.0, 2.5, 2.0]}
@@ -117,6 +118,7 @@ def test_a_version_that_is_a_fifth_slower_and_answers_differently(folder: Path) 
     assert all(pair["status"] == [200, 200] for pair in seen)
 
 
+@pytest.mark.server
 def test_errors_of_one_version_are_told_apart(folder: Path) -> None:  # noqa: F811
     state, port = folder.parent, free_ports(GatewayPorts).recorder
     write_json(state / RECORDER, {"received": 5, "dropped": 2, "pairs": 1})  # of a recorder that was started anew
@@ -150,6 +152,7 @@ def timed(nginx: NginxProcess, requests: int) -> float:
     return slowest
 
 
+@pytest.mark.server
 def test_users_do_not_notice_a_dead_or_hung_recorder(folder: Path) -> None:  # noqa: F811
     state, port = folder.parent, free_ports(GatewayPorts).recorder
     with stub(arms(EQUAL, SAME)) as server:
@@ -164,6 +167,7 @@ def test_users_do_not_notice_a_dead_or_hung_recorder(folder: Path) -> None:  # n
     assert dead < 2.0 and hung < 3.0 and took < 15.0, (dead, hung, took)
 
 
+@pytest.mark.server
 def test_a_full_disk_costs_pairs_and_nothing_else(folder: Path) -> None:  # noqa: F811
     state = folder.parent
     with stub(arms(EQUAL, SAME)) as server:
@@ -177,6 +181,7 @@ def test_a_full_disk_costs_pairs_and_nothing_else(folder: Path) -> None:  # noqa
             assert read_json(state / RECORDER)["pairs"] == 0 and process.poll() is None
 
 
+@pytest.mark.server
 def test_users_do_not_notice_a_pruned_version_that_hangs(folder: Path) -> None:  # noqa: F811
     state, port = folder.parent, free_ports(GatewayPorts).recorder
     release = threading.Event()

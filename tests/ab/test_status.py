@@ -274,12 +274,12 @@ def test_the_text(experiment: Experiment) -> None:
         "http://127.0.0.1:1/predictions/m, shadow mode, running for 90 s",
         "",
         "                  original  pruned",
-        "requests               500    500",
-        "share                50.0%  50.0%",
-        "failed (5xx)             0      0",
-        "refused (4xx)            0      0",
-        "gateway p50 (ms)        10      9",
-        "gateway p99 (ms)        10      9",
+        "requests               500     500",
+        "share                50.0%   50.0%",
+        "failed (5xx)             0       0",
+        "refused (4xx)            0       0",
+        "gateway p50 (ms)        10       9",
+        "gateway p99 (ms)        10       9",
     ]
     for part in (
         "handler p99 (ms)",

@@ -182,6 +182,7 @@ def _probe(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=30)
 
 
+@pytest.mark.server
 def test_torchserve_as_the_image_starts_it(tmp_path: Path) -> None:
     """A real server on loopback ports: the probe with its token, the exporter out of an archive, a quiet end."""
     models, ports = write_archives(tmp_path / "models"), free_ports()
@@ -264,6 +265,7 @@ def test_torchserve_as_the_image_starts_it(tmp_path: Path) -> None:
                     child.kill()
 
 
+@pytest.mark.server
 def test_triton_as_the_image_starts_it(packaged: Path, tmp_path: Path) -> None:
     """A real server on loopback ports: the probe, what is closed, the metrics, and a worker that dies unnoticed."""
     binary, ports = find_triton(print), free_ports(TritonPorts)

@@ -24,6 +24,7 @@ from redpp_serve.serving.server import KINDS
 from tests.support.boards import GPU_ONLY, Target, filled, targets
 from tests.support.tools import tool
 
+pytestmark = pytest.mark.server
 RULES = Path(__file__).parents[2] / "deploy" / "prometheus"
 WAIT_S = 30.0
 THREADS = 3  # for each version: its batches hold one to three requests

@@ -111,7 +111,7 @@ def test_the_probe_sends_torchserve_the_sample_and_its_token(
     handler, url = fake
     (tmp_path / "sample.npy").write_bytes(npy(X))
     if token:
-        (tmp_path / "pruned").mkdir()
+        (tmp_path / "redpp").mkdir()
         (tmp_path / "redpp/key_file.json").write_text(json.dumps({"inference": {"key": token}}))
     for variant, paths in (("both", ["/1.0", "/2.0"]), ("pruned", [""])):
         handler.seen.clear()

@@ -153,6 +153,7 @@ def arms(port: int, users: list[str]) -> dict[str, str]:
         return {user: arm for part in pool.map(of, [users[k::4] for k in range(4)]) for user, arm in part.items()}
 
 
+@pytest.mark.server
 def test_users_are_divided_stickily_and_as_the_local_experiment_divides_them(
     gateway: tuple[int, Path], model: int
 ) -> None:
@@ -171,7 +172,7 @@ def test_users_are_divided_stickily_and_as_the_local_experiment_divides_them(
             paths=("/predictions/tiny/1.0", "/predictions/tiny/2.0"),
             split=parse_split("90:10"),
             sticky="X-User-Id",
-            salt="pruned",
+            salt="redpp",
             account=worker_account(),
             connections=256,
         )
@@ -188,6 +189,7 @@ def connection(gateway: tuple[int, Path]) -> Iterator[http.client.HTTPConnection
 
 
 @pytest.mark.parametrize("arm,path", [("original", "/predictions/tiny/1.0"), ("pruned", "/predictions/tiny/2.0")])
+@pytest.mark.server
 def test_the_header_asks_for_an_arm(connection: http.client.HTTPConnection, arm: str, path: str) -> None:
     for user in range(20):
         status, answered, answer = ask(
@@ -197,6 +199,7 @@ def test_the_header_asks_for_an_arm(connection: http.client.HTTPConnection, arm:
         assert answer["headers"]["authorization"] == "Bearer t" and "x-redpp-arm" not in answer["headers"]
 
 
+@pytest.mark.server
 def test_requests_without_a_user_are_divided_one_by_one(connection: http.client.HTTPConnection) -> None:
     assert {ask(connection, {})[1] for _ in range(200)} == {"original", "pruned"}
 
@@ -210,6 +213,7 @@ def test_requests_without_a_user_are_divided_one_by_one(connection: http.client.
         ("/predictions/tiny", {}, MAX_REQUEST_BYTES + 1, 413),
     ],
 )
+@pytest.mark.server
 def test_other_requests_are_refused_in_words(
     gateway: tuple[int, Path], path: str, headers: dict[str, str], size: int, status: int
 ) -> None:
@@ -223,6 +227,7 @@ def test_other_requests_are_refused_in_words(
     connection.close()
 
 
+@pytest.mark.server
 def test_what_is_no_http_is_refused_as_the_local_gateway_does(gateway: tuple[int, Path]) -> None:
     for sent, code in MALFORMED:
         with socket.create_connection(("127.0.0.1", gateway[0]), timeout=5) as wire:
@@ -232,6 +237,7 @@ def test_what_is_no_http_is_refused_as_the_local_gateway_does(gateway: tuple[int
         assert json.loads(body)["error"] and b"application/json" in head, (sent[:40], body)
 
 
+@pytest.mark.server
 def test_a_file_promotes_and_rolls_back_without_a_reload(
     gateway: tuple[int, Path], connection: http.client.HTTPConnection
 ) -> None:
@@ -246,6 +252,7 @@ def test_a_file_promotes_and_rolls_back_without_a_reload(
     assert len({ask(connection, {"X-User-Id": str(user)})[1] for user in range(50)}) == 2
 
 
+@pytest.mark.server
 def test_the_access_log_names_arm_and_times(gateway: tuple[int, Path], connection: http.client.HTTPConnection) -> None:
     ask(connection, {"X-Redpp-Arm": "pruned", "X-User-Id": "someone"})
     for _ in range(50):
