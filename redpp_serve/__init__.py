@@ -7,7 +7,7 @@ first used, so that ``import redpp_serve`` stays light; each archive carries a c
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {
     "capture_file": "redpp_serve.capture",

@@ -1,385 +1,380 @@
-"""The command line: ``redpp-serve inspect | package | plan | serve | promote | rollback | health | compare | ab | demo``."""
+"""The command line: which commands there are, what they take, and how they end.
+
+Parsing needs neither torch nor a server library; `commands` imports what a command needs when it runs.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from redpp_serve.arguments import parser
+from redpp_serve import __version__, commands
 from redpp_serve.errors import RedppError
+from redpp_serve.options import (
+    SERVERS,
+    ComparisonOptions,
+    Limits,
+    Options,
+    PlanOptions,
+    Range,
+    ServerOptions,
+    Serving,
+    Source,
+    add_options,
+    option,
+    whole,
+)
+from redpp_serve.signals import unwinding
 
-_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+EXIT_CODES = (
+    "exit codes: 0 done; 1 a server does not answer; 2 bad input; 3 a number missed its limit or target; 130 Ctrl-C"
+)
+FIRST_STEPS = """Prune a trained PyTorch network without data, serve it beside the original, and measure both.
+
+Try it:       redpp-serve demo
+Your network: redpp-serve inspect model.pt --arch torchvision:resnet50 --input 3x224x224
+              redpp-serve package model.pt --arch torchvision:resnet50 --input 3x224x224 --preprocess imagenet
+              redpp-serve compare dist/model
+All commands: redpp-serve --help
+"""
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """What `inspect` shows."""
+
+    exclude: tuple[str, ...] = option((), "layers to leave alone; repeatable", metavar="PATTERN")
+    channels: bool = option(False, "list every set of coupled channels, and why the closed ones are closed")
+    json: bool = option(False, "print JSON")
+
+
+@dataclass(frozen=True)
+class PackageOptions:
+    """Where `package` writes, and what it is given besides the options of pruning and serving."""
+
+    out: Path | None = option(
+        None, "folder to write; an earlier package there is replaced (default: dist/NAME)", metavar="FOLDER", takes=Path
+    )
+    name: str | None = option(
+        None, "the model's name in URLs (default: the file's name without its ending)", metavar="NAME"
+    )
+    verify_data: Path | None = option(
+        None, "arrays inputs and labels, used only to measure accuracy", metavar="FILE.npz", takes=Path
+    )
+    preprocess: str | None = option(
+        None,
+        'how the server turns images into inputs: {{"mode": "RGB", "mean": [..], "std": [..]}} '
+        "(default: what the architecture declares)",
+        metavar="JSON|imagenet",
+    )
+    dry_run: bool = option(False, "do everything but write")
+
+
+@dataclass(frozen=True)
+class Json:
+    """The form of the output."""
+
+    json: bool = option(False, "print JSON")
+
+
+@dataclass(frozen=True)
+class AnyServer:
+    """Which of several running servers is meant."""
+
+    server: str | None = option(None, "which server, if both kinds serve the folder", takes=SERVERS)
+
+
+@dataclass(frozen=True)
+class DashboardOptions:
+    """Where the dashboard is, and what it reads."""
+
+    port: int | None = option(None, "port of the page (default: a free one)", metavar="N", takes=whole(1, 65535))
+    metrics_url: tuple[str, ...] = option(
+        (), "where metrics are; repeatable (default: those of the server that runs for the folder)", metavar="URL"
+    )
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """How long the demo takes, and where it writes."""
+
+    out: Path = option(Path("redpp-demo"), "folder to write (default: {default})", metavar="FOLDER", takes=Path)
+    duration: float = option(30.0, "seconds of load (default: {default:g})", metavar="S", takes=Range(above=True))
+    time_budget: float = option(
+        90.0, "seconds for making inputs and fitting (default: {default:g})", metavar="S", takes=Range(above=True)
+    )
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """How `ab start` divides or mirrors traffic."""
+
+    split: str | None = option(
+        None,
+        "per cent of users for the original and for the pruned version (default: 90:10, with --shadow 100:0)",
+        metavar="O:P",
+    )
+    sticky_header: str | None = option(
+        None,
+        "request header that names the user, who then keeps one version; without it every request is assigned anew",
+        metavar="NAME",
+    )
+    shadow: bool = option(False, "replay users' requests on both versions, and compare outputs and times")
+    candidate: Path | None = option(
+        None, "take the pruned version from another package with the same inputs", metavar="FOLDER", takes=Path
+    )
+    foreground: bool = option(False, "stay until Ctrl-C instead of returning")
+
+
+@dataclass(frozen=True)
+class GatewayOptions:
+    """The server behind `ab start`."""
+
+    server: str = option("torchserve", "server to run (default: {default})", takes=SERVERS)
+    workers: int = option(1, "worker processes for each version (default: {default})", metavar="N", takes=whole(1))
+    port: int | None = option(
+        None,
+        "port of the gateway; recorder, metrics and server take those after it (default: free ones)",
+        metavar="N",
+        takes=whole(1, 65_000),
+    )
+    demo_auth_off: bool = option(False, "take requests without a token")
+
+
+@dataclass(frozen=True)
+class StatusOptions:
+    """How `ab status` prints."""
+
+    json: bool = option(False, "print JSON")
+    watch: bool = option(False, "print it again every two seconds until Ctrl-C")
+
+
+@dataclass(frozen=True)
+class StopOptions:
+    """What `ab stop` keeps."""
+
+    keep: Path | None = option(
+        None, "new folder to copy pairs, windows, counts and logs to", metavar="FOLDER", takes=Path
+    )
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the command line.
+
+    Attributes:
+        run: the function that runs it on the parsed arguments.
+        help: one line.
+        records: the option records that it takes.
+        examples: command lines without the program's name.
+        positional: what it works on: ``file``, ``folder`` or nothing.
+    """
+
+    run: commands.Run
+    help: str
+    records: tuple[type, ...] = ()
+    examples: tuple[str, ...] = ()
+    positional: str = "folder"
+
+
+_MODEL = "model.pt --arch torchvision:resnet50 --input 3x224x224"
+COMMANDS = {
+    "inspect": Command(
+        commands.inspect,
+        "say what a file is and what could be pruned; write nothing",
+        (Source, InspectOptions),
+        ("inspect model.pt", f"inspect {_MODEL} --channels"),
+        "file",
+    ),
+    "package": Command(
+        commands.package,
+        "prune, verify, and write a folder that both versions are served from",
+        (Source, PackageOptions, Options, Serving),
+        (f"package {_MODEL} --preprocess imagenet", f"package {_MODEL} --target macs=0.5 --out dist/half"),
+        "file",
+    ),
+    "plan": Command(
+        commands.plan,
+        "time the kernels that could run each layer on this machine, and choose",
+        (PlanOptions, Json),
+        ("plan dist/model", "plan dist/model --all"),
+    ),
+    "serve": Command(
+        commands.serve,
+        "serve both versions on the loopback address",
+        (ServerOptions,),
+        ("serve dist/model", "serve dist/model --server triton --workers 2"),
+    ),
+    "promote": Command(
+        commands.promote,
+        "send requests that name no version to the pruned network",
+        (AnyServer,),
+        ("promote dist/model",),
+    ),
+    "rollback": Command(
+        commands.rollback, "send requests that name no version to the original", (AnyServer,), ("rollback dist/model",)
+    ),
+    "health": Command(
+        commands.health,
+        "ask the running server for predictions; exit 1 if one is missing",
+        (AnyServer,),
+        ("health dist/model",),
+    ),
+    "compare": Command(
+        commands.compare,
+        "send the same inputs to both versions and say which is faster",
+        (ServerOptions, ComparisonOptions, Json),
+        ("compare dist/model", "compare dist/model --inputs images/ --rate 50"),
+    ),
+    "dashboard": Command(
+        commands.dashboard,
+        "show a page with live numbers of both versions while they are served",
+        (DashboardOptions,),
+        ("dashboard dist/model",),
+    ),
+    "ab start": Command(
+        commands.ab_start,
+        "start server and gateway, and return when they take requests",
+        (StartOptions, Limits, GatewayOptions),
+        ("ab start dist/model --split 90:10 --sticky-header X-User-Id", "ab start dist/model --shadow"),
+    ),
+    "ab status": Command(
+        commands.ab_status,
+        "show requests, times, the running verdict and advice",
+        (StatusOptions,),
+        ("ab status dist/model --watch",),
+    ),
+    "ab promote": Command(
+        commands.ab_promote,
+        "give all users the pruned version from their next request on",
+        (),
+        ("ab promote dist/model",),
+    ),
+    "ab rollback": Command(
+        commands.ab_rollback, "give all users the original from their next request on", (), ("ab rollback dist/model",)
+    ),
+    "ab stop": Command(
+        commands.ab_stop,
+        "end the A/B test and every process of it",
+        (StopOptions,),
+        ("ab stop dist/model --keep results/",),
+    ),
+    "demo": Command(
+        commands.demo,
+        "run all of it on the shipped digits network, in two to three minutes",
+        (DemoOptions,),
+        ("demo",),
+        "",
+    ),
+    "completion": Command(
+        commands.completion,
+        "print a completion script for a shell",
+        (),
+        ("completion bash >> ~/.bash_completion",),
+        "shell",
+    ),
+}
+_POSITIONALS = {
+    "file": "state_dict (.pt, .pth, .safetensors), or with --trust-file a module, TorchScript or .pt2",
+    "folder": "packaged folder, such as dist/NAME",
+}
+_AB = "split or mirror live traffic, and get a running verdict"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 done, 1 a server that does not answer, 2 bad input, 3 a verification number missed its limit, 130 Ctrl-C. SIGTERM and SIGHUP exit with 128 and their number.
+        The exit code, see `EXIT_CODES`. SIGTERM and SIGHUP exit with 128 and their number.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    options = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if not words:
+        print(FIRST_STEPS, end="")
+        return 0
+    options = parser().parse_args(words)
     try:
-        with _signals_unwind():
-            _COMMANDS[options.command](options)
+        with unwinding():
+            COMMANDS[options.command].run(options)
     except RedppError as error:
         print(f"redpp-serve {options.command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"redpp-serve {options.command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
+        return 128 + signal.SIGPIPE
     return 0
 
 
-@contextmanager
-def _signals_unwind() -> Iterator[None]:
-    """The first of these signals ends the command as an exception, so that servers are stopped and scratch files removed
-    on the way; whatever comes after it is ignored, for that must not be interrupted.
-    """
-    ours = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+class _Parser(argparse.ArgumentParser):
+    """Say what is wrong in one line instead of below twenty lines of usage."""
 
-    def leave(number: int, _: object) -> None:
-        for each in ours:
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-    previous = {number: signal.signal(number, leave) for number in ours}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. What to do: see '{self.prog} --help'.\n")
 
 
-def _captured(options: argparse.Namespace) -> Any:
-    from redpp_serve.capture import capture_file
-    from redpp_serve.capture.inputs import parse_input
-
-    inputs = [parse_input(text, k) for k, text in enumerate(options.input)]
-    return capture_file(
-        options.file,
-        inputs,
-        arch=options.arch,
-        arch_args=_json("--arch-args", options.arch_args),
-        trust=options.trust_file,
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands; ``command`` in its result is the key in `COMMANDS`."""
+    root = _new_parser(
+        "Prune a trained PyTorch network without data, serve it beside the original, and measure both.",
+        ("demo", f"package {_MODEL}", "compare dist/model"),
+        prog="redpp-serve",
     )
+    root.add_argument("--version", action="version", version=f"redpp-serve {__version__}")
+    groups = {"": root.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)}
+    for name, command in COMMANDS.items():
+        group, _, word = name.rpartition(" ")
+        if group not in groups:
+            above = groups[""].add_parser(group, **_texts(_AB, ()))
+            groups[group] = above.add_subparsers(required=True, metavar="ACTION", parser_class=_Parser)
+        one = groups[group].add_parser(word, **_texts(command.help, command.examples))
+        one.set_defaults(command=name)
+        if command.positional == "shell":
+            one.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="shell to complete for")
+        elif command.positional:
+            one.add_argument(command.positional, type=Path, help=_POSITIONALS[command.positional])
+        for record in command.records:
+            if record is Options:
+                one.add_argument(
+                    "--target",
+                    type=commands.target,
+                    default={},
+                    metavar="macs=R|latency=R",
+                    help="share to keep of the multiply-accumulates, or of the latency measured here at batch 1",
+                )
+                add_options(one, record, leave_out=("target_macs", "target_latency", "device"))
+                one.add_argument("--device", help="device to prune on (default: cuda where there is one, else cpu)")
+            else:
+                add_options(one, record)
+    return root
 
 
-def _inspect(options: argparse.Namespace) -> None:
-    from redpp_serve.inspection import describe_file, describe_network
-
-    if not options.input:
-        if options.channels:
-            raise RedppError(
-                "--channels without --input", "the shape of one input, to capture the network", "add --input 3x224x224"
-            )
-        report = describe_file(options.file)
-    else:
-        report = describe_network(_captured(options), tuple(options.exclude), options.channels)
-    print(json.dumps(report.to_json(), indent=1) if options.json else report.to_text())
-
-
-def _package(options: argparse.Namespace) -> None:
-    from redpp_serve.channels.coupling import unmatched
-    from redpp_serve.options import Options
-    from redpp_serve.packaging.mar import check_name
-    from redpp_serve.packaging.package import Serving, check_out, package
-    from redpp_serve.report.text import package_summary
-    from redpp_serve.stages import Stages
-
-    name = options.file.stem if options.name is None else options.name
-    check_name(name)  # all that the command line alone can decide comes before any work
-    out = options.out or Path("dist") / name
-    check_out(out)
-    _declared_preprocess(options.preprocess)
-    fields = (
-        "hash",
-        "hash_error",
-        "hash_values",
-        "merge",
-        "keep",
-        "max_error",
-        "min_agreement",
-        "max_accuracy_drop",
-        "round_to",
-        "seed",
-        "time_budget",
-        "distil",
-    )
-    choice = Options(
-        **{f: getattr(options, f) for f in fields},
-        **options.target,
-        exclude=tuple(options.exclude),
-        device=_device(options.device),
-    )
-    serving = Serving(options.batch_size, options.max_batch_delay, options.threads, options.precision)
-    stages = Stages()
-    with stages.run("capture") as stage:
-        captured = _captured(options)
-        stage.reason = f"{captured.source['kind']}, {len(captured.graph.nodes)} operations"
-    for message in (*captured.messages, *unmatched(captured.graph, choice.exclude)):
-        print(f"note: {message}", file=sys.stderr)
-    report = package(
-        captured,
-        out,
-        name=name,
-        options=choice,
-        serving=serving,
-        verify_data=options.verify_data,
-        preprocess=_preprocess(options.preprocess, captured),
-        stages=stages,
-        dry_run=options.dry_run,
-    )
-    print(package_summary(report))
-    for message in report["messages"][len(captured.messages) :]:
-        print(f"note: {message}", file=sys.stderr)
-    print(
-        "\ndry run: nothing was written"
-        if options.dry_run
-        else f"\nwrote {out}: report.html, original.mar (1.0), pruned.mar (2.0), triton/ (1, 2)\nnext: redpp-serve compare {out}"
-    )
-
-
-def _serve(options: argparse.Namespace) -> None:
-    from redpp_serve.serving.serve import serve
-
-    serve(
-        options.folder,
-        kind=options.server,
-        workers=options.workers,
-        ports=_ports(options.port, options.server),
-        auth=not options.demo_auth_off,
-        say=lambda line: print(line, flush=True),
-    )
-
-
-def _promote(options: argparse.Namespace) -> None:
-    _roll_out(options, "pruned")
-
-
-def _rollback(options: argparse.Namespace) -> None:
-    _roll_out(options, "original")
-
-
-def _roll_out(options: argparse.Namespace, variant: str) -> None:
-    from redpp_serve.serving.serve import roll_out
-
-    running = roll_out(options.folder, variant, options.server)
-    print(f"requests to {running.urls['default']} now go to {variant}")
-
-
-def _health(options: argparse.Namespace) -> None:
-    from redpp_serve.serving.health import check
-
-    for result in check(options.folder, options.server):
-        print(result.to_text())
-
-
-def _compare(options: argparse.Namespace) -> None:
-    from redpp_serve.comparison.folder import compare, record
-
-    result = compare(
-        options.folder,
-        inputs=options.inputs,
-        concurrency=options.concurrency,
-        seconds=options.duration,
-        margin=options.margin,
-        seed=options.seed,
-        rate_rps=options.rate,
-        server=options.server,
-        workers=options.workers,
-        ports=_ports(options.port, options.server),
-        auth=not options.demo_auth_off,
-        note=lambda line: print(line, file=sys.stderr, flush=True),
-    )
-    print(json.dumps(result.to_json(), indent=1) if options.json else result.to_text())
-    if record(options.folder, result):
-        print(f"added to {options.folder / 'report.html'}", file=sys.stderr)
-
-
-def _plan(options: argparse.Namespace) -> None:
-    from redpp_serve.planning import plan, record
-    from redpp_serve.report.plans import plan_text
-    from redpp_serve.runtime.plan_cache import default_path
-
-    plans = plan(
-        options.folder,
-        device=options.device,
-        precision=options.precision,
-        batch=options.batch_size,
-        threads=options.threads,
-        seconds=options.time_budget,
-        everything=options.all,
-    )
-    print(json.dumps(plans, indent=1) if options.json else plan_text(plans))
-    print(f"times are kept in {default_path() or 'no file'}", file=sys.stderr)
-    as_packaged = options.precision is None and options.batch_size is None and options.threads is None
-    if as_packaged and record(options.folder, plans):
-        print(f"added to {options.folder / 'report.html'}", file=sys.stderr)
-
-
-def _ab(options: argparse.Namespace) -> None:
-    from redpp_serve.ab import commands
-
-    def say(line: str) -> None:
-        try:
-            print(line, flush=True)
-        except BrokenPipeError:  # whoever reads, such as head, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
-            raise SystemExit(128 + signal.SIGPIPE) from None
-
-    folder = options.folder.resolve()
-    if options.action == "start":
-        commands.start(
-            _experiment(options),
-            foreground=options.foreground,
-            say=say,
-            note=lambda line: print(line, file=sys.stderr, flush=True),
-        )
-    elif options.action == "status":
-        while True:
-            status = commands.status(folder)
-            say(json.dumps(status.to_json(), indent=1) if options.json else status.to_text())
-            if not options.watch:
-                break
-            say("")
-            time.sleep(2.0)
-    elif options.action == "stop":
-        say(commands.stop(folder, options.keep))
-    else:
-        say(commands.send_all(folder, "pruned" if options.action == "promote" else "original"))
-
-
-def _experiment(options: argparse.Namespace) -> Any:
-    from redpp_serve.ab.spec import Limits, Spec, parse_split
-
-    split = options.split if options.split is not None else "100:0" if options.shadow else "90:10"
-    limits = Limits(
-        options.tolerance, options.margin, options.max_error_rate_gap, options.max_p99_ratio, options.min_agreement
-    )
-    return Spec(
-        folder=options.folder.resolve(),
-        candidate=options.candidate and options.candidate.resolve(),
-        kind=options.server,
-        split=parse_split(split),
-        sticky=options.sticky_header,
-        shadow=options.shadow,
-        limits=limits,
-        workers=options.workers,
-        port=options.port,
-        auth=not options.demo_auth_off,
-    )
-
-
-def _demo(options: argparse.Namespace) -> None:
-    from redpp_serve.demo import demo
-
-    demo(options.out, options.duration, options.time_budget)
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda") or (name.startswith("cuda") and not torch.cuda.is_available()):
-        raise RedppError(f"--device {name}", "cpu, or cuda on a machine that has it", "leave out --device")
-    return name
-
-
-def _ports(first: int | None, kind: str) -> Any:
-    from redpp_serve.loopback import Ports, TritonPorts, consecutive_ports
-
-    return None if first is None else consecutive_ports(TritonPorts if kind == "triton" else Ports, first)
-
-
-def _preprocess(text: str | None, captured: Any) -> Any:
-    """What the user declared, completed by the input's shape; else what the architecture declares; else None."""
-    from redpp_serve.handlers.preprocess import Preprocess
-
-    shape = captured.graph.inputs[0].shape
-    declared = captured.hints if text is None else _declared_preprocess(text)
-    if declared is None:
-        return None
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        if text is None:
-            return None
-        raise RedppError(
-            f"--preprocess for an input of shape {shape}", "one image input, 1 or 3 channels", "leave out --preprocess"
-        )
-    complete = {
-        "mode": "L" if shape[0] == 1 else "RGB",
-        "height": shape[1],
-        "width": shape[2],
-        "mean": [0.0],
-        "std": [1.0],
-        **declared,
+def _texts(text: str, examples: Sequence[str]) -> dict[str, Any]:
+    shown = "".join(f"  redpp-serve {example}\n" for example in examples)
+    epilog = (f"examples:\n{shown}\n" if examples else "") + EXIT_CODES
+    return {
+        "help": text,
+        "description": f"{text[0].upper()}{text[1:]}.".replace("..", "."),
+        "epilog": epilog,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
-    for key in ("mean", "std"):  # one number stands for every channel
-        if isinstance(complete[key], list) and len(complete[key]) == 1:
-            complete[key] = complete[key] * shape[0]
-    return Preprocess.from_json(complete)
 
 
-def _declared_preprocess(text: str | None) -> dict[str, Any]:
-    if text == "imagenet":
-        return _IMAGENET
-    if text is not None and not text.lstrip().startswith("{"):
-        raise RedppError(
-            f"--preprocess is {text}",
-            "imagenet, or a JSON object with mean and std",
-            'correct it, e.g. --preprocess \'{"mean": [0.5], "std": [0.5]}\'',
-        )
-    return _json("--preprocess", text)
+def _new_parser(description: str, examples: Sequence[str], prog: str) -> _Parser:
+    texts = _texts(description, examples)
+    del texts["help"]
+    return _Parser(prog=prog, **texts)
 
-
-def _json(flag: str, text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RedppError(
-            f"{flag} is no JSON: {error}", "a JSON object", f"quote it: {flag} '{{\"key\": 1}}'"
-        ) from error
-    if not isinstance(value, dict):
-        raise RedppError(f"{flag} is {text}", "a JSON object", f"quote it: {flag} '{{\"key\": 1}}'")
-    return value
-
-
-def _dashboard(options: argparse.Namespace) -> None:
-    from redpp_serve.dashboard.server import dashboard
-
-    dashboard(options.folder, port=options.port, urls=options.metrics_url, say=lambda line: print(line, flush=True))
-
-
-_COMMANDS = {
-    "ab": _ab,
-    "dashboard": _dashboard,
-    "inspect": _inspect,
-    "package": _package,
-    "serve": _serve,
-    "promote": _promote,
-    "rollback": _rollback,
-    "health": _health,
-    "compare": _compare,
-    "plan": _plan,
-    "demo": _demo,
-}
 
 if __name__ == "__main__":
     sys.exit(main())

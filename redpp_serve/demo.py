@@ -16,8 +16,8 @@ from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import InputSpec
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.inspection import describe_network
-from redpp_serve.options import Options
-from redpp_serve.packaging.package import Serving, package
+from redpp_serve.options import Options, Serving
+from redpp_serve.packaging.package import package
 from redpp_serve.report import write_reports
 from redpp_serve.report.text import package_summary
 from redpp_serve.stages import Stages

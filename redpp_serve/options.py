@@ -1,85 +1,217 @@
-"""What a user can ask of the pruning; values are checked when the object is made."""
+"""The options of every command, each defined once: parser, Python API, help and ``options.md`` come from these records.
+
+A field's metadata holds its help and the values it takes. ``python -m redpp_serve.documentation`` writes the
+documentation. Nothing here imports torch, so that the command line answers at once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
 
 from redpp_serve.errors import RedppError
-from redpp_serve.pruning.hashing import METHODS, Target
 
-MERGES = ("reconstruct", "exact")
-DEFAULT_MAX_ERROR = 0.1
-DEFAULT_DISTIL = 60.0
+HASHES = ("kde", "kmeans", "uniform")
 NO_HASH = "none"  # leave the weights as they are
+MERGES = ("reconstruct", "exact")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+SERVERS = ("torchserve", "triton")
+DEFAULT_MAX_ERROR = 0.1
+DEFAULT_HASH_ERROR = 0.02
 _WIDTHS = ("keep", "target_macs", "target_latency")  # at most one of them
+
+_LARGEST = 2.0**62  # what still fits a signed integer of 64 bits
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of one pruning run; the command line's flags have the same names.
+class Range:
+    """The numbers that an option takes: from ``low`` to ``high``, without ``low`` itself where ``above`` is set."""
 
-    ``hash_error`` is a relative RMS error of each layer's weights, ``hash_values`` a number of values a layer (one
-    of them); without them the final codebooks are as small as the error budget allows. What is pruned follows from one
-    of: ``keep``, the share of every class's channels that stays; ``target_macs`` or ``target_latency``, the share of
-    the network's multiply-accumulates or of its measured latency that stays; ``max_error``, the relative output error
-    on held-out synthetic inputs. ``min_agreement`` (top-1, 0..1, same inputs) and ``max_accuracy_drop`` (points, needs
-    data) only gate. ``distil``, the budget of distillation, and ``time_budget``, that of everything else, in seconds.
+    low: float = 0.0
+    high: float = math.inf
+    above: bool = False
+    whole: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.above else self.low <= value) and value <= self.high and value != math.inf
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        if self.above:
+            return f"{kind} above {self.low:g}" + (f" and at most {self.high:g}" if self.high < math.inf else "")
+        if self.high < _LARGEST:
+            return f"{kind} from {self.low:g} to {self.high:g}"
+        return f"{kind} of at least {self.low:g}"
+
+    def parse(self, text: str) -> float:
+        """Read a number of this range for argparse.
+
+        Raises:
+            argparse.ArgumentTypeError: the text is no such number.
+        """
+        try:
+            value = int(text) if self.whole else float(text)
+        except ValueError:
+            value = math.nan
+        if value not in self:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {self}")
+        return value
+
+
+SHARE = Range(0.0, 1.0)
+RATIO = Range(0.0, 1.0, above=True)
+POSITIVE = Range(above=True)
+SECONDS = Range(0.0, 1e6)
+
+
+def whole(low: int, high: float = _LARGEST) -> Range:
+    """Return the whole numbers from ``low`` to ``high``."""
+    return Range(low, high, whole=True)
+
+
+def option(default: Any, text: str, *, metavar: str | None = None, takes: Any = None, flag: str | None = None) -> Any:
+    """Declare one option as a dataclass field.
+
+    Args:
+        default: its value where it is not given; a boolean makes it a switch, an empty tuple makes it repeatable.
+        text: the help, to which the default is added where ``{default}`` stands.
+        metavar: placeholder of its value in the help.
+        takes: the values it takes: a `Range`, a tuple of choices, or a function that reads the text.
+        flag: the flag, where it is not the field's name.
     """
+    return field(default=default, metadata={"help": text, "metavar": metavar, "takes": takes, "flag": flag})
 
-    hash: str = "kde"
-    hash_error: float | None = None
-    hash_values: int | None = None
-    merge: str = "reconstruct"
-    keep: float | None = None
-    target_macs: float | None = None
-    target_latency: float | None = None
-    max_error: float | None = None
-    min_agreement: float | None = None
-    max_accuracy_drop: float | None = None
-    round_to: int = 8
-    exclude: tuple[str, ...] = ()
-    seed: int = 0
-    time_budget: float = 600.0
-    distil: float = DEFAULT_DISTIL
-    device: str = "cpu"
+
+def flag_of(item: Field[Any]) -> str:
+    """Return the command-line flag of an option, such as ``--round-to``."""
+    return item.metadata.get("flag") or "--" + item.name.replace("_", "-")
+
+
+class Checked:
+    """Refuses values that an option does not take, when the record is made."""
 
     def __post_init__(self) -> None:
-        _one_of("hash", self.hash, (*METHODS, NO_HASH))
-        _one_of("merge", self.merge, MERGES)
-        for name, low, high in (
-            ("hash_error", 1e-4, 1.0),
-            ("max_error", 0.0, 10.0),
-            ("min_agreement", 0.0, 1.0),
-            ("max_accuracy_drop", 0.0, 100.0),
-            ("distil", 0.0, 1e6),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise _bad(name, value, f"a number from {low:g} to {high:g}")
-        for name in _WIDTHS:
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value <= 1.0:
-                raise _bad(name, value, "a number above 0 and at most 1")
-        for name, low in (("hash_values", 2), ("round_to", 1), ("time_budget", 1)):
-            value = getattr(self, name)
-            if value is not None and not value >= low:
-                raise _bad(name, value, f"a number of at least {low}")
+        for item in fields(self):  # type: ignore[arg-type]
+            value, takes = getattr(self, item.name), item.metadata.get("takes")
+            if value is None or takes is None:
+                continue
+            if (isinstance(takes, Range) and value not in takes) or (isinstance(takes, tuple) and value not in takes):
+                expected = str(takes) if isinstance(takes, Range) else " or ".join(takes)
+                raise refusal(self, item.name, expected)
+
+
+def refusal(record: object, name: str, expected: str) -> RedppError:
+    """Return the error for an option's value, with its flag."""
+    item = next(item for item in fields(record) if item.name == name)  # type: ignore[arg-type]
+    flag, value = flag_of(item), getattr(record, name)
+    found = f"{flag}{value}" if flag.endswith("=") else f"{flag} is {value}"
+    return RedppError(found, expected, f"change or leave out {flag.rstrip('=')}")
+
+
+@dataclass(frozen=True)
+class HashTarget:
+    """The aim of a codebook's search: a relative RMS ``error`` of a layer's weights, or a number of ``values``."""
+
+    error: float | None = None
+    values: int | None = None
+
+    def __str__(self) -> str:
+        return f"relative RMS {self.error:g}" if self.error is not None else f"at most {self.values} values"
+
+
+@dataclass(frozen=True)
+class Options(Checked):
+    """How far a network is pruned, and how.
+
+    What is pruned follows from one of ``keep``, ``target_macs``, ``target_latency`` and ``max_error``; without any of
+    them the error budget is 0.1. ``min_agreement`` and ``max_accuracy_drop`` only gate.
+    """
+
+    target_macs: float | None = option(
+        None, "share of the multiply-accumulates to keep", metavar="R", takes=RATIO, flag="--target macs="
+    )
+    target_latency: float | None = option(
+        None,
+        "share of the latency to keep, measured on this machine at batch 1",
+        metavar="R",
+        takes=RATIO,
+        flag="--target latency=",
+    )
+    keep: float | None = option(
+        None,
+        "share of every set of coupled channels to keep, such as 0.5, instead of a target",
+        metavar="R",
+        takes=RATIO,
+    )
+    max_error: float | None = option(
+        None,
+        "limit of the relative output error on held-out synthetic inputs; without --target and --keep it decides how "
+        f"much is pruned (default then: {DEFAULT_MAX_ERROR})",
+        metavar="E",
+        takes=Range(0.0, 10.0),
+    )
+    min_agreement: float | None = option(
+        None, "gate: share of those inputs that get the original's top-1 class", metavar="A", takes=SHARE
+    )
+    max_accuracy_drop: float | None = option(
+        None, "gate: points of accuracy lost on --verify-data", metavar="P", takes=Range(0.0, 100.0)
+    )
+    merge: str = option(
+        "reconstruct",
+        "remove channels that the others can reconstruct, or only exact duplicates (default: {default})",
+        takes=MERGES,
+    )
+    hash: str = option("kde", "method that turns weights into codebooks (default: {default})", takes=(*HASHES, NO_HASH))
+    hash_error: float | None = option(
+        None,
+        f"relative RMS error of each layer's weights (default: {DEFAULT_HASH_ERROR} before merging; after it the "
+        "fewest values per layer, at least 16, that the error budget allows)",
+        metavar="E",
+        takes=Range(1e-4, 1.0),
+    )
+    hash_values: int | None = option(
+        None, "at most N values per layer, instead of --hash-error", metavar="N", takes=whole(2)
+    )
+    distil: float = option(
+        60.0,
+        "seconds of distillation on synthetic inputs, 0 for none (default: {default:g})",
+        metavar="S",
+        takes=SECONDS,
+    )
+    time_budget: float = option(
+        600.0,
+        "seconds for making inputs and fitting, before distillation (default: {default:g})",
+        metavar="S",
+        takes=Range(1.0),
+    )
+    round_to: int = option(8, "make widths multiples of N (default: {default})", metavar="N", takes=whole(1))
+    exclude: tuple[str, ...] = option((), "leave these layers alone, such as 'layer4.*'; repeatable", metavar="PATTERN")
+    seed: int = option(0, "seed of the synthetic inputs (default: {default})", metavar="N", takes=whole(0))
+    device: str = option("cpu", "device to prune on (default: cuda where there is one, else cpu)", metavar="DEVICE")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.hash_error is not None and self.hash_values is not None:
-            raise _bad("hash_values", self.hash_values, "either --hash-error or --hash-values")
+            raise refusal(self, "hash_values", "either --hash-error or --hash-values")
         chosen = [name for name in _WIDTHS if getattr(self, name) is not None]
         if len(chosen) > 1:
-            raise _bad(chosen[1], getattr(self, chosen[1]), f"not together with {_flag(chosen[0])}")
+            first = next(flag_of(item) for item in fields(self) if item.name == chosen[0])
+            raise refusal(self, chosen[1], f"not together with {first.rstrip('=')}")
         if self.merge == "exact" and chosen:
-            raise _bad(
-                chosen[0], getattr(self, chosen[0]), "no ratio with --merge exact, which keeps what is not a duplicate"
-            )
+            raise refusal(self, chosen[0], "no ratio with --merge exact, which removes nothing but duplicates")
 
     @property
-    def hash_target(self) -> Target:
+    def hash_target(self) -> HashTarget:
+        """The aim of every layer's codebook before merging."""
         if self.hash_values is not None:
-            return Target(values=self.hash_values)
-        return Target(error=0.02 if self.hash_error is None else self.hash_error)
+            return HashTarget(values=self.hash_values)
+        return HashTarget(error=DEFAULT_HASH_ERROR if self.hash_error is None else self.hash_error)
 
     @property
     def error_budget(self) -> float | None:
@@ -89,19 +221,153 @@ class Options:
         return DEFAULT_MAX_ERROR if self.max_error is None else self.max_error
 
     def to_json(self) -> dict[str, Any]:
+        """Return the options as plain data for report.json."""
         return {**asdict(self), "exclude": list(self.exclude)}
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise _bad(name, value, " or ".join(choices))
+@dataclass(frozen=True)
+class Serving(Checked):
+    """How both versions of a package are served."""
+
+    batch_size: int = option(
+        8, "requests that the server may put in one batch (default: {default})", metavar="N", takes=whole(1, 4096)
+    )
+    max_batch_delay_ms: int = option(
+        2,
+        "milliseconds that a batch waits for more requests (default: {default})",
+        metavar="MS",
+        takes=whole(0, 60_000),
+        flag="--max-batch-delay",
+    )
+    threads: int = option(1, "torch threads of each worker (default: {default})", metavar="N", takes=whole(1, 1024))
+    precision: str = option("fp32", "precision that both versions compute in (default: {default})", takes=PRECISIONS)
 
 
-def _flag(name: str) -> str:
-    return f"--target {name.removeprefix('target_')}" if name.startswith("target_") else "--" + name.replace("_", "-")
+@dataclass(frozen=True)
+class Source:
+    """The file of a trained network, and what is needed to read it."""
+
+    arch: str | None = option(
+        None, "architecture of a state_dict: torchvision:NAME, timm:NAME or path/to/file.py:factory", metavar="ARCH"
+    )
+    arch_args: str | None = option(
+        None, "keyword arguments of the architecture, such as '{{\"num_classes\": 10}}'", metavar="JSON"
+    )
+    input: tuple[str, ...] = option(
+        (), "shape of one input without the batch, 3x224x224[:dtype]; repeat it for several inputs", metavar="SHAPE"
+    )
+    trust_file: bool = option(False, "load a format that can run code; only for files you trust")
 
 
-def _bad(name: str, value: object, expected: str) -> RedppError:
-    flag = _flag(name)
-    found = f"{flag}={value}" if name.startswith("target_") else f"{flag} is {value}"
-    return RedppError(found, expected, f"change or leave out {flag}")
+@dataclass(frozen=True)
+class PlanOptions(Checked):
+    """How `redpp-serve plan` times kernels."""
+
+    device: str | None = option(None, "cpu or cuda:N (default: a GPU where there is one)", metavar="DEVICE")
+    precision: str | None = option(None, "precision to compute in (default: the package's)", takes=PRECISIONS)
+    batch_size: int | None = option(None, "largest batch (default: the package's)", metavar="N", takes=whole(1, 4096))
+    threads: int | None = option(None, "torch threads (default: the package's)", metavar="N", takes=whole(1, 1024))
+    time_budget: float = option(
+        20.0, "seconds of timing for each version (default: {default:g})", metavar="S", takes=SECONDS
+    )
+    all: bool = option(False, "also time kernels that the heuristics would skip")
+
+
+@dataclass(frozen=True)
+class ServerOptions(Checked):
+    """Which server runs, and where it listens."""
+
+    server: str = option("torchserve", "server to run (default: {default})", takes=SERVERS)
+    workers: int = option(1, "worker processes for each version (default: {default})", metavar="N", takes=whole(1))
+    port: int | None = option(
+        None, "first of six consecutive ports, of three for triton (default: free ones)", metavar="N", takes=whole(1)
+    )
+    demo_auth_off: bool = option(False, "take requests without a token")
+
+
+@dataclass(frozen=True)
+class ComparisonOptions(Checked):
+    """The load that `redpp-serve compare` sends."""
+
+    inputs: Path | None = option(
+        None,
+        ".npz file with inputs (and labels), or a folder of images or .npy files (default: synthetic inputs kept in "
+        "the package)",
+        metavar="PATH",
+        takes=Path,
+    )
+    concurrency: int = option(4, "requests in flight (default: {default})", metavar="N", takes=whole(1))
+    duration: float = option(30.0, "seconds of load (default: {default:g})", metavar="S", takes=POSITIVE)
+    rate: float | None = option(
+        None,
+        "also measure latency at R requests a second, whether or not earlier ones are answered",
+        metavar="R",
+        takes=POSITIVE,
+    )
+    margin: float = option(
+        0.02, "relative difference in speed that counts as none (default: {default:g})", metavar="R", takes=POSITIVE
+    )
+    seed: int = option(0, "seed of the order of requests (default: {default})", metavar="N", takes=whole(0))
+
+
+@dataclass(frozen=True)
+class Limits(Checked):
+    """The limits that the pruned version must keep to in an A/B test.
+
+    Attributes:
+        tolerance: relative difference of outputs (Euclidean) up to which they agree; None: classes agree where the
+            largest is the same, other outputs within 0.1.
+    """
+
+    tolerance: float | None = option(
+        None,
+        "relative difference up to which outputs agree (default: the same class; 0.1 where outputs are not classes)",
+        metavar="R",
+        takes=POSITIVE,
+    )
+    min_agreement: float = option(
+        0.99, "share of shadowed requests whose outputs must agree (default: {default:g})", metavar="A", takes=SHARE
+    )
+    margin: float = option(
+        0.02, "relative difference in speed that counts as none (default: {default:g})", metavar="R", takes=POSITIVE
+    )
+    max_error_rate_gap: float = option(
+        0.01,
+        "how far the pruned version's share of errors may exceed the original's (default: {default:g})",
+        metavar="G",
+        takes=SHARE,
+    )
+    max_p99_ratio: float = option(
+        1.5,
+        "how many times the original's p99 the pruned version's may be (default: {default:g})",
+        metavar="R",
+        takes=POSITIVE,
+    )
+
+
+def add_options(parser: argparse.ArgumentParser, record: type, leave_out: Sequence[str] = ()) -> None:
+    """Add the options of a record to a parser."""
+    for item in fields(record):
+        if item.name in leave_out or "help" not in item.metadata:
+            continue
+        takes, default = item.metadata["takes"], item.default
+        words: dict[str, Any] = {"help": item.metadata["help"].format(default=default), "dest": item.name}
+        if default is False:
+            words["action"] = "store_true"
+        else:
+            words |= {"default": default, "metavar": item.metadata["metavar"]}
+        if default == ():
+            words |= {"action": "append", "default": []}
+        elif isinstance(takes, tuple):
+            words |= {"choices": takes, "metavar": None}
+        elif takes is not None:
+            words["type"] = takes.parse if isinstance(takes, Range) else takes
+        parser.add_argument(flag_of(item), **words)
+
+
+def from_arguments(record: type[Record], arguments: argparse.Namespace, **others: Any) -> Record:
+    """Make a record from parsed arguments; ``others`` are fields that no flag gives as it stands."""
+    names = [item.name for item in fields(record) if hasattr(arguments, item.name)]  # type: ignore[arg-type]
+    given = {name: getattr(arguments, name) for name in names}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return record(**{**given, **others})

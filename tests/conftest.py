@@ -56,8 +56,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package of the small network, merged exactly, with pre-processing; read only."""
     from redpp_serve.handlers.preprocess import Preprocess
-    from redpp_serve.options import Options
-    from redpp_serve.packaging.package import Serving, package
+    from redpp_serve.options import Options, Serving
+    from redpp_serve.packaging.package import package
     from tests.support.small import SHIFT, captured, write_model
 
     folder = tmp_path_factory.mktemp("packaged")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from redpp_serve.errors import RedppError
+from redpp_serve.options import Limits
 
 ARMS = ("original", "pruned")  # the words of header, log and metrics, the baseline first
 _PERCENT = r"\d{1,3}(?:\.\d{1,2})?"
@@ -58,26 +59,6 @@ def parse_split(text: str) -> Split:
 
 TOLERANCE = 0.1  # of outputs that are no classes, where the user sets none
 _HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the pruned arm has to keep to.
-
-    Attributes:
-        tolerance: relative difference of outputs (Euclidean) up to which they agree; None: classes agree where the
-            largest is the same, other outputs within 0.1.
-        margin: relative difference in speed that counts as none.
-        max_error_rate_gap: by how much the pruned arm's share of errors may exceed the original's, 0 to 1.
-        max_p99_ratio: how many times the original's the pruned arm's p99 in the handler may be.
-        min_agreement: share of shadowed requests whose outputs have to agree, 0 to 1.
-    """
-
-    tolerance: float | None = None
-    margin: float = 0.02
-    max_error_rate_gap: float = 0.01
-    max_p99_ratio: float = 1.5
-    min_agreement: float = 0.99
 
 
 @dataclass(frozen=True)

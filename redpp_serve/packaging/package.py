@@ -6,7 +6,7 @@ import io
 import os
 import platform
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import mac_count, parameter_count
 from redpp_serve.graph.passes import in_precision
 from redpp_serve.handlers.preprocess import Preprocess
-from redpp_serve.options import Options
+from redpp_serve.options import Options, Serving
 from redpp_serve.packaging.mar import build_mar, check_name
 from redpp_serve.packaging.output_folder import all_or_nothing, check_out, replace
 from redpp_serve.packaging.readme import readme, sample_name
@@ -47,18 +47,6 @@ from redpp_serve.stages import Stages
 
 VARIANTS = {"original": "1.0", "pruned": "2.0"}
 _FAR, _ALIKE = 0.5, 0.9  # relative output error, and agreement of classes, that nobody should deploy without a look
-
-
-@dataclass(frozen=True)
-class Serving:
-    """How the archives are to be served: requests in a batch, how long a batch waits, a worker's torch threads and
-    precision (see `runtime.precision`).
-    """
-
-    batch_size: int = 8
-    max_batch_delay_ms: int = 2
-    threads: int = 1
-    precision: str = "fp32"
 
 
 def package(

@@ -15,23 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from redpp_serve.options import HASHES
+from redpp_serve.options import HashTarget as Target
 from redpp_serve.pruning.density import Array, Grid, build_grid, cell_costs, cells_of, density, entropy
 
-METHODS = ("kde", "kmeans", "uniform")
+METHODS = HASHES
 _FEW = 256  # a weight with no more distinct values than this is a codebook already
 _MOST_CELLS = 8192
 _SMOOTHING = 0.5  # bandwidth, in units of RMS / weights^0.2, of the density that k-means starts from
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the bisection aims at: a relative RMS ``error`` of a layer's weights, or a number of ``values``."""
-
-    error: float | None = None
-    values: int | None = None
-
-    def __str__(self) -> str:
-        return f"relative RMS {self.error:g}" if self.error is not None else f"at most {self.values} values"
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from redpp_serve.ab.counts import Counters, as_json
 from redpp_serve.ab.evidence import Evidence
 from redpp_serve.ab.exporter import deciding_kind, registry
 from redpp_serve.ab.gateway import switch
-from redpp_serve.ab.spec import Limits, Spec, Split
+from redpp_serve.ab.spec import Spec, Split
 from redpp_serve.ab.state import COUNTS, GATEWAY, PAIRS, RECORDER, SPEC, STATUS, WINDOWS, read_json, write_json
 from redpp_serve.ab.status import Status, read_status
 from redpp_serve.errors import RedppError
+from redpp_serve.options import Limits
 
 URLS = {"gateway": "http://127.0.0.1:1/predictions/m", "metrics": "http://127.0.0.1:2/metrics"}
 BOUNDS = (0.005, 0.007, 0.01, 0.014, 0.02, 0.028)

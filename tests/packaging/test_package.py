@@ -21,8 +21,8 @@ from redpp_serve.capture.export import capture
 from redpp_serve.errors import GateFailed, RedppError
 from redpp_serve.graph.graph import InputSpec
 from redpp_serve.handlers.preprocess import Preprocess
-from redpp_serve.options import Options
-from redpp_serve.packaging.package import Serving, describe_machine, doubts, package, request_body
+from redpp_serve.options import Options, Serving
+from redpp_serve.packaging.package import describe_machine, doubts, package, request_body
 from redpp_serve.pruning import choose as lossy
 from redpp_serve.pruning import pipeline
 from redpp_serve.stages import Stages
