@@ -18,17 +18,16 @@ from redpp_serve.ab.counts import Counters, Traffic, from_json
 from redpp_serve.ab.spec import ARMS, TOLERANCE, Spec
 from redpp_serve.ab.state import COUNTS, PAIRS, RECORDER, WINDOWS, Lines, read_json
 from redpp_serve.statistics.guardrails import (
-    Advice,
     Guardrail,
-    advice,
     agreement_guardrail,
     error_guardrail,
     p99_guardrail,
     share_bounds,
 )
-from redpp_serve.statistics.intervals import Verdict, measured, verdict
+from redpp_serve.statistics.intervals import finite_quantile
 from redpp_serve.statistics.sequences import RatioSequence
 from redpp_serve.statistics.unequal_traffic import ArmSequence
+from redpp_serve.statistics.verdicts import Advice, Verdict, advice, verdict
 
 _HERE = "not compared under a split (add --shadow)"
 
@@ -78,7 +77,6 @@ def _measured(report: dict[str, Any], tolerance: float | None) -> tuple[float, i
 
 _BOUNDS = tuple(0.001 * 2 ** (k / 4) for k in range(57))  # of a replay's time, 1 ms to 16 s
 _ALPHA = 0.05  # chance that the verdict on speed is ever wrong where the versions are equally fast
-_WORDS = {"baseline": "original", "candidate": "pruned"}
 
 
 class Pairs:
@@ -190,9 +188,9 @@ class Evidence:
             measures = [("end to end", self.pairs.latency), ("in the handler", self.pairs.handler)]
             for measure, sequence in measures:
                 if sequence.blocks or measure == "end to end":
-                    found.append(Finding("shadow", measure, verdict(sequence, margin, **_WORDS, measure=measure)))
+                    found.append(Finding("shadow", measure, verdict(sequence, margin, measure=measure)))
         if not self._shadow or all(self.arms.batches):
-            split = verdict(self.arms, margin, **_WORDS, measure="in the handler, batch for batch")
+            split = verdict(self.arms, margin, measure="in the handler, batch for batch")
             found.append(Finding("split", "in the handler, batch for batch", split))
         return found
 
@@ -240,7 +238,7 @@ class Evidence:
 
     def handler_ms(self, arm: str, q: float) -> float | None:
         """The ``q`` quantile (0..1) of the handler's time for a batch, interpolated in its bucket; None if unknown."""
-        seconds = measured(self.counters.buckets[arm], q)
+        seconds = finite_quantile(self.counters.buckets[arm], q)
         return None if seconds is None else 1000 * seconds
 
 

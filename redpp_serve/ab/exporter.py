@@ -11,9 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from redpp_serve.ab.spec import ARMS
 from redpp_serve.ab.status import Status
-
-VERDICTS = ("faster", "slower", "equivalent", "undecided")
-ADVICE = ("promote", "rollback", "wait")
+from redpp_serve.statistics.verdicts import ADVICE_KINDS, KINDS
 
 
 class ExperimentCollector:
@@ -71,14 +69,14 @@ def _families(status: Status) -> Iterator[Metric]:
         "redpp_ab_verdict",
         "1 for the verdict that holds now.",
         "kind",
-        {name: float(name == kind) for name in VERDICTS},
+        {name: float(name == kind) for name in KINDS},
     )
     yield family(
         GaugeMetricFamily,
         "redpp_ab_advice",
         "1 for what to do now.",
         "kind",
-        {name: float(name == status.advice.kind) for name in ADVICE},
+        {name: float(name == status.advice.kind) for name in ADVICE_KINDS},
     )
 
 

@@ -15,7 +15,8 @@ from redpp_serve.ab.gateway import switched
 from redpp_serve.ab.spec import ARMS, Spec
 from redpp_serve.ab.state import GATEWAY, SPEC, STATUS, read_json
 from redpp_serve.errors import RedppError
-from redpp_serve.statistics.guardrails import Advice, Guardrail
+from redpp_serve.statistics.guardrails import Guardrail
+from redpp_serve.statistics.verdicts import Advice
 
 _SILENT_S, _FULL_BYTES = 10.0, 1 << 20
 _LOADS = "The arms carry different loads: compare batches of equal size (below), not these percentiles."

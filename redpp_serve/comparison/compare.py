@@ -20,8 +20,9 @@ from redpp_serve.comparison.load import (
     run_paired,
 )
 from redpp_serve.errors import RedppError
-from redpp_serve.statistics.intervals import Estimate, Verdict, percentile_interval, ratio_interval, verdict
+from redpp_serve.statistics.intervals import Estimate, percentile_interval, ratio_interval
 from redpp_serve.statistics.sequences import RatioSequence
+from redpp_serve.statistics.verdicts import Verdict, verdict
 
 PAIRED_SHARE = 0.6
 LATENCY_PERCENTILES, HANDLER_PERCENTILES = (50, 95, 99), (50, 99)
@@ -202,7 +203,6 @@ def compare_endpoints(
         _arm(endpoint, [pair[i] for pair in pairs], payloads, count, rng, block)
         for i, (endpoint, count) in enumerate(((original, served.a), (pruned, served.b)))
     ]
-    labels = (original.label, pruned.label)
 
     def ratio(times: numpy.ndarray) -> Estimate:
         return ratio_interval(times[:, 0], times[:, 1], 0.5, rng, block=block)
@@ -216,8 +216,8 @@ def compare_endpoints(
             "end_to_end_p50": ratio(latencies),
             "throughput": served.ratio,
         },
-        verdict=_decide(latencies, labels, concurrency, margin, "end to end"),
-        handler_verdict=_decide(handlers, labels, concurrency, margin, "in the handler") if handlers.size else None,
+        verdict=_decide(latencies, concurrency, margin, "end to end"),
+        handler_verdict=_decide(handlers, concurrency, margin, "in the handler") if handlers.size else None,
         pairs=len(good),
         concurrency=concurrency,
         seconds=seconds,
@@ -289,11 +289,11 @@ def _agreement(pairs: list[tuple[Reply, Reply]]) -> Agreement:
     return Agreement(float(numpy.mean(same)) if same else None, largest, float(numpy.mean(relative)), len(relative))
 
 
-def _decide(times: numpy.ndarray, labels: tuple[str, str], concurrency: int, margin: float, measure: str) -> Verdict:
+def _decide(times: numpy.ndarray, concurrency: int, margin: float, measure: str) -> Verdict:
     """``times`` (pairs, 2): seconds of original and pruned, in order of time; a block is at first about one round."""
     sequence = RatioSequence(block=concurrency)
     sequence.update(numpy.log(times[:, 0] / times[:, 1]))
-    return verdict(sequence, margin, baseline=labels[0], candidate=labels[1], measure=measure)
+    return verdict(sequence, margin, measure=measure)
 
 
 def _ratio(estimate: Estimate | None) -> str:

@@ -1,35 +1,33 @@
-"""Promote, roll back, or wait: one sentence from the verdict on speed and the guardrails.
-
-Limits that the pruned arm must keep, each with bounds that hold at all times at once: errors, tail, agreement.
-"""
+"""Limits that the pruned version must keep: errors, tail and agreement, with bounds that hold at all times at once."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from redpp_serve.errors import RedppError
-from redpp_serve.statistics.intervals import Verdict, measured
+from redpp_serve.statistics.intervals import finite_quantile
 
 BISECTIONS = 60
 QUANTILE = 0.99
-# Times per arm before its tail is judged: the first after a start are slow for reasons of their own.
+# Times per version before its tail is judged: the first after a start are slow for reasons of their own.
 MINIMUM_TIMES = 100
 
 
 @dataclass(frozen=True)
 class Guardrail:
-    """Whether a limit is kept: True, False, or None while the evidence allows neither.
+    """The answer to the question whether a limit is kept.
 
     Attributes:
         name: "errors", "p99" or "agreement".
-        ok: see above.
+        ok: True if it is kept, False if it is broken, None while the evidence allows neither.
         text: one sentence without its full stop.
         value: the quantity as measured; None while there is nothing to measure.
         low: lower bound of the true quantity, valid at all times at once.
         high: upper bound.
-        limit: what ``value`` is held against.
+        limit: the bound that ``value`` must keep.
     """
 
     name: str
@@ -42,10 +40,10 @@ class Guardrail:
 
 
 def share_bounds(hits: int, trials: int, alpha: float) -> tuple[float, float]:
-    """Bounds of a probability that hold after every trial at once, with chance 1 - ``alpha``.
+    """Bound a probability so that the bounds hold after every trial at once, with chance 1 - ``alpha``.
 
-    All p at which the likelihood, mixed over p with Beta(1/2, 1/2), stays below 1/alpha times that of p (Robbins
-    1970). It assumes that trials are independent.
+    They enclose all p at which the likelihood, mixed over p with Beta(1/2, 1/2), stays below 1/alpha times that of p
+    (Robbins 1970), provided that trials are independent.
 
     Raises:
         RedppError: the counts are negative or there are more hits than trials.
@@ -79,24 +77,24 @@ def error_guardrail(
     max_gap: float = 0.01,
     alpha: float = 0.05,
 ) -> Guardrail:
-    """Whether the pruned arm's rate of server errors exceeds the original's by more than ``max_gap`` (0..1).
+    """Judge whether the pruned version's rate of server errors exceeds the original's by more than ``max_gap`` (0..1).
 
-    Each arm's rate has bounds at half of ``alpha``; the gap's bounds are the worst of both.
+    Each version's rate has bounds at half of ``alpha``; the gap's bounds are the worst of both.
     """
     low_a, high_a = share_bounds(errors_original, requests_original, alpha / 2)
     low_b, high_b = share_bounds(errors_pruned, requests_pruned, alpha / 2)
     low, high = low_b - high_a, high_b - low_a
     if not requests_original or not requests_pruned:
-        return Guardrail("errors", None, "errors: no requests yet on both arms", None, low, high, max_gap)
-    value = errors_pruned / requests_pruned - errors_original / requests_original
+        return Guardrail("errors", None, "errors: no requests yet to both versions", None, low, high, max_gap)
     ok = False if low > max_gap else True if high <= max_gap else None
-    counts = f"{errors_pruned} of {requests_pruned} against {errors_original} of {requests_original}"
+    counts = f"({errors_pruned} of {requests_pruned} against {errors_original} of {requests_original})"
     text = {
-        True: f"errors: at most {_points(max(high, 0))} more than the original's, within {_points(max_gap)} ({counts})",
-        False: f"errors: at least {_points(low)} more than the original's, above {_points(max_gap)} ({counts})",
-        None: f"errors: not yet known whether the gap stays within {_points(max_gap)} ({counts})",
+        True: f"at most {_points(max(high, 0))} more than the original's, within {_points(max_gap)}",
+        False: f"at least {_points(low)} more than the original's, above {_points(max_gap)}",
+        None: f"not yet known whether the gap stays within {_points(max_gap)}",
     }[ok]
-    return Guardrail("errors", ok, text, value, low, high, max_gap)
+    value = errors_pruned / requests_pruned - errors_original / requests_original
+    return Guardrail("errors", ok, f"errors: {text} {counts}", value, low, high, max_gap)
 
 
 def _points(share: float) -> str:
@@ -106,18 +104,18 @@ def _points(share: float) -> str:
 def p99_guardrail(
     bounds: Sequence[float], original: Sequence[int], pruned: Sequence[int], max_ratio: float = 1.5, alpha: float = 0.05
 ) -> Guardrail:
-    """Whether the pruned arm's 99th percentile of time exceeds the original's by more than the factor ``max_ratio``.
+    """Judge whether the pruned version's 99th percentile of time exceeds ``max_ratio`` times the original's.
 
     The percentile lies above a bucket's bound where more than 1 % of all times surely do; one binomial bound per side
-    and arm is enough for all buckets, as counts beyond a bound only fall with it. A percentile is known to its bucket
-    at best, so a tail counts as too long only where the distance between buckets shows it, and as kept where the
-    ratio is at most ``max_ratio`` times one bucket's factor.
+    and version is enough for all buckets, as counts beyond a bound only fall with it. A percentile is known to its
+    bucket at best, so a tail counts as too long only where the distance between buckets shows it, and as kept where
+    the ratio is at most ``max_ratio`` times one bucket's factor.
 
     Args:
         bounds: (b,) upper bounds of the buckets in seconds, ascending, without infinity.
         original: (b + 1,) counts of times up to each bound since the experiment began, the last of all times
-            (cumulative, as Prometheus has them). Both arms' shares of the traffic must not have changed meanwhile.
-        pruned: the same of the pruned arm.
+            (cumulative, as in Prometheus). Both versions' shares of the traffic must not have changed meanwhile.
+        pruned: the same for the pruned version.
         max_ratio: the limit.
         alpha: chance, over the whole run, of any wrong answer.
 
@@ -131,31 +129,31 @@ def p99_guardrail(
     low_b, high_b = _percentile_bucket(edges, pruned, alpha / 2)
     low = low_b / high_a if math.isfinite(high_a) else 0.0
     high = high_b / low_a if low_a and math.isfinite(high_b) else math.inf
-    step = max(b / a for a, b in zip(bounds[:-1], bounds[1:], strict=True)) if len(bounds) > 1 else 1.0
-    a, b = (measured(dict(zip(edges[1:], counts, strict=True)), QUANTILE) for counts in (original, pruned))
+    step = max((b / a for a, b in pairwise(bounds)), default=1.0)
+    a, b = (finite_quantile(dict(zip(edges[1:], counts, strict=True)), QUANTILE) for counts in (original, pruned))
     value = b / a if a and b else None
-    ok = False if low > max_ratio else True if high <= max_ratio * step * (1 + 1e-9) else None
     if min(original[-1], pruned[-1]) < MINIMUM_TIMES:
-        text = f"p99: {original[-1]} and {pruned[-1]} times, at least {MINIMUM_TIMES} of each arm needed"
+        text = f"p99: {original[-1]} and {pruned[-1]} times, at least {MINIMUM_TIMES} of each version needed"
         return Guardrail("p99", None, text, value, low, high, max_ratio)
-    told = f"limit {max_ratio:g}, buckets a factor {step:.2g} wide"
+    ok = False if low > max_ratio else True if high <= max_ratio * step * (1 + 1e-9) else None
     text = {
-        True: f"p99: at most {high:.3g} times the original's ({told})",
-        False: f"p99: at least {low:.3g} times the original's ({told})",
-        None: f"p99: {_range(low, high)}not yet decided ({told})",
+        True: f"at most {high:.3g} times the original's",
+        False: f"at least {low:.3g} times the original's",
+        None: f"{_range(low, high)}not yet decided",
     }[ok]
-    return Guardrail("p99", ok, text, value, low, high, max_ratio)
+    limit = f"(limit {max_ratio:g}, buckets a factor {step:.2g} wide)"
+    return Guardrail("p99", ok, f"p99: {text} {limit}", value, low, high, max_ratio)
 
 
 def _range(low: float, high: float) -> str:
-    """What is known so far, with a comma; nothing is empty."""
+    """Say what is known so far, with a comma; empty if nothing is."""
     if math.isinf(high):
         return f"at least {low:.3g} times the original's, " if low else ""
     return f"{low:.3g} to {high:.3g} times the original's, " if low else f"at most {high:.3g} times the original's, "
 
 
 def _percentile_bucket(edges: Sequence[float], cumulative: Sequence[int], alpha: float) -> tuple[float, float]:
-    """(low, high) edges between which the percentile surely lies."""
+    """Return the (low, high) edges between which the percentile surely lies."""
     total, low, high = cumulative[-1], 0.0, math.inf
     for edge, below in zip(edges[1:], cumulative, strict=True):
         least, most = share_bounds(total - below, total, alpha)
@@ -168,7 +166,7 @@ def _percentile_bucket(edges: Sequence[float], cumulative: Sequence[int], alpha:
 
 def _check_histogram(bounds: Sequence[float], cumulative: Sequence[int]) -> None:
     ascending = all(a < b for a, b in zip([0.0, *bounds], [*bounds, math.inf], strict=True))
-    growing = all(0 <= a <= b for a, b in zip(cumulative, cumulative[1:], strict=False))
+    growing = all(0 <= a <= b for a, b in pairwise(cumulative))
     if not bounds or not ascending or not growing or len(cumulative) != len(bounds) + 1:
         raise RedppError(
             f"a histogram with bounds {list(bounds)} and counts {list(cumulative)}",
@@ -178,40 +176,15 @@ def _check_histogram(bounds: Sequence[float], cumulative: Sequence[int]) -> None
 
 
 def agreement_guardrail(agreeing: int, pairs: int, limit: float = 0.99, alpha: float = 0.05) -> Guardrail:
-    """Whether the share of pairs whose outputs agree is at least ``limit`` (0..1)."""
+    """Judge whether the share of pairs whose outputs agree is at least ``limit`` (0..1)."""
     low, high = share_bounds(agreeing, pairs, alpha)
     if not pairs:
         return Guardrail("agreement", None, "agreement: no pairs yet", None, low, high, limit)
     ok = True if low >= limit else False if high < limit else None
     counts = f"{agreeing} of {pairs} pairs"
     text = {
-        True: f"agreement: at least {low:.2%} of outputs agree, as required ({limit:.2%}; {counts})",
-        False: f"agreement: at most {high:.2%} of outputs agree, below {limit:.2%} ({counts})",
-        None: f"agreement: not yet known whether {limit:.2%} of outputs agree ({counts})",
+        True: f"at least {low:.2%} of outputs agree, as required ({limit:.2%}; {counts})",
+        False: f"at most {high:.2%} of outputs agree, below {limit:.2%} ({counts})",
+        None: f"not yet known whether {limit:.2%} of outputs agree ({counts})",
     }[ok]
-    return Guardrail("agreement", ok, text, agreeing / pairs, low, high, limit)
-
-
-@dataclass(frozen=True)
-class Advice:
-    """What to do: ``kind`` is "promote", "rollback" or "wait"; ``text`` says why, in one sentence with a full stop."""
-
-    kind: str
-    text: str
-
-
-def advice(verdict: Verdict, guardrails: Sequence[Guardrail] = ()) -> Advice:
-    """A broken limit or a slower network: roll back. Faster or as fast, with all limits kept: promote. Else wait."""
-    broken = [rail.text for rail in guardrails if rail.ok is False]
-    if broken:
-        return Advice("rollback", f"Roll back: {'; '.join(broken)}.")
-    if verdict.kind == "slower":
-        return Advice("rollback", f"Roll back: {verdict.text}.")
-    if verdict.kind == "undecided":
-        return Advice("wait", f"Wait: {verdict.text}.")
-    unknown = [rail.text for rail in guardrails if rail.ok is None]
-    if unknown:
-        return Advice("wait", f"Wait: {verdict.text}, but {'; '.join(unknown)}.")
-    limits = ", and every limit is kept" if guardrails else ""
-    gain = "" if verdict.kind == "faster" else ": it costs no speed and wins none"
-    return Advice("promote", f"Promote: {verdict.text}{limits}{gain}.")
+    return Guardrail("agreement", ok, f"agreement: {text}", agreeing / pairs, low, high, limit)

@@ -1,37 +1,38 @@
-"""An interval for a running mean that holds at all times at once, also where neighbouring values are correlated."""
+"""Confidence sequences: intervals for a running mean that hold at all times at once, despite correlated neighbours."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-import numpy
+import numpy as np
 from numpy.typing import ArrayLike
 
 from redpp_serve.errors import RedppError
 
-# Before this many blocks the estimated variance is too rough for any statement.
+# With fewer blocks the estimated variance is too rough for any statement.
 MINIMUM_BLOCKS = 20
-# At this many blocks neighbours are joined two by two: later there are always half to all of them, each twice as long.
+# At this number of blocks neighbours are joined in pairs: from then on there are half to all of them, twice as long.
 MAXIMUM_BLOCKS = 96
-# Values near which an interval is tightest. Within 10 % of the tightest for its size from 800 to 20 000 values.
+# Number of values near which an interval is tightest. From 800 to 20,000 values it is within 10 % of the tightest.
 TARGET = 2000.0
 # Relative differences of times that are rounding errors: blocks this much alike have no correlation.
 NOTHING = 1e-12
-# A decision that would take more values than this is no forecast.
+# A decision that would take more values than this gets no forecast.
 FORESEEABLE = 1e8
 
 
 def best_rho2(target: float, alpha: float) -> float:
-    """The mixture's rho^2 that makes the sequence tightest near ``target`` values.
+    """Return the mixture's rho^2 that makes the sequence tightest near ``target`` values.
 
     Waudby-Smith et al., arXiv 2103.06476, appendix B.2: (-2 log alpha + log(-2 log alpha + 1)) / t.
     """
     return (-2 * math.log(alpha) + math.log(1 - 2 * math.log(alpha))) / target
 
 
-def half_width(influence: ArrayLike, values: ArrayLike, rho2: float, alpha: float) -> numpy.ndarray:
-    """Half the width (...,) of a confidence sequence for the mean of blocks.
+def half_width(influence: ArrayLike, values: ArrayLike, rho2: float, alpha: float) -> np.ndarray:
+    """Return half the width (...,) of a confidence sequence for the mean of blocks.
 
     It is the sequential t-test with a normal mixture over the effect (Lai 1976; Wang and Ramdas, arXiv 2310.03722),
     exact for independent normal blocks: with k blocks and x = values * rho^2,
@@ -43,33 +44,40 @@ def half_width(influence: ArrayLike, values: ArrayLike, rho2: float, alpha: floa
 
     Args:
         influence: (..., k) each block's mean minus the mean of all blocks, in order of time.
-        values: (...,) how many observations all blocks hold together; the mixture's clock.
+        values: (...,) number of observations in all blocks together; the mixture's clock.
         rho2: the mixture's parameter (``best_rho2``).
         alpha: chance, over all times, that the interval ever misses.
     """
-    centred, clock = numpy.asarray(influence, dtype=numpy.float64), numpy.asarray(values, dtype=numpy.float64) * rho2
+    centred, clock = np.asarray(influence, dtype=np.float64), np.asarray(values, dtype=np.float64) * rho2
     blocks = centred.shape[-1]
-    squares = numpy.square(centred).sum(axis=-1)
+    squares = np.square(centred).sum(axis=-1)
     growth = _growth(centred, squares)
-    power = numpy.exp(numpy.minimum((numpy.log1p(clock) - 2 * math.log(alpha)) * growth / blocks, 700.0))
+    power = np.exp(np.minimum((np.log1p(clock) - 2 * math.log(alpha)) * growth / blocks, 700.0))
     room = 1 - power / (1 + clock)
-    with numpy.errstate(divide="ignore", invalid="ignore"):
-        half = numpy.sqrt(squares / blocks * growth * (power - 1) / room)
-    return numpy.where(room > 0, half, math.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        half = np.sqrt(squares / blocks * growth * (power - 1) / room)
+    return np.where(room > 0, half, math.inf)
 
 
-def _growth(centred: numpy.ndarray, squares: numpy.ndarray) -> numpy.ndarray:
-    """(1 + r) / (1 - r) of blocks (..., k) with these sums of squares; 1 where all blocks are alike."""
+def _growth(centred: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """Return (1 + r) / (1 - r) of blocks (..., k) with these sums of squares; 1 where all blocks are alike."""
     blocks = centred.shape[-1]
     products = (centred[..., 1:] * centred[..., :-1]).sum(axis=-1)
     varied = squares > blocks * NOTHING**2
-    lag1 = numpy.divide(products, squares, out=numpy.zeros_like(squares), where=varied)
-    lag1 = numpy.clip(lag1 + (1 + 3 * lag1) / blocks, 0.0, 1 - 1 / blocks)
-    return numpy.where(varied, (1 + lag1) / (1 - lag1), 1.0)
+    lag1 = np.divide(products, squares, out=np.zeros_like(squares), where=varied)
+    lag1 = np.clip(lag1 + (1 + 3 * lag1) / blocks, 0.0, 1 - 1 / blocks)
+    return np.where(varied, (1 + lag1) / (1 - lag1), 1.0)
+
+
+def long_run_variance(means: np.ndarray) -> float:
+    """Return the variance of block means (k >= 2,), corrected for their lag-1 correlation as in ``half_width``."""
+    centred = means - means.mean()
+    squares = np.square(centred).sum()
+    return float(squares / (len(means) - 1) * _growth(centred, np.asarray(squares)))
 
 
 def values_needed(mean: float, spread: float, margin: float, rho2: float, alpha: float) -> float | None:
-    """How many values in all a decision likely takes, if mean and noise stay what they are.
+    """Forecast the total number of values for a decision, if mean and noise stay what they are.
 
     Args:
         mean: of the log-ratios so far.
@@ -79,7 +87,7 @@ def values_needed(mean: float, spread: float, margin: float, rho2: float, alpha:
         alpha: of the sequence.
 
     Returns:
-        The smaller number of the two for superiority and for equivalence; None where it is beyond ``FORESEEABLE``.
+        The smaller of the numbers for superiority and for equivalence; None where it is beyond ``FORESEEABLE``.
     """
     distance = max(abs(mean), math.log1p(margin) - abs(mean))
 
@@ -99,7 +107,7 @@ def values_needed(mean: float, spread: float, margin: float, rho2: float, alpha:
 
 
 class Blocks:
-    """Sums of consecutive rows over blocks whose length doubles, so that their number stays below a bound.
+    """Sums of consecutive rows over blocks whose length doubles, so that their number stays bounded.
 
     Feeding rows one at a time or all at once gives the same sums to the last bit.
 
@@ -118,9 +126,9 @@ class Blocks:
         return len(self._sums)
 
     @property
-    def sums(self) -> numpy.ndarray:
+    def sums(self) -> np.ndarray:
         """(blocks, columns) of the finished blocks, in order of time."""
-        return numpy.array(self._sums, dtype=numpy.float64).reshape(-1, self._columns)
+        return np.array(self._sums, dtype=np.float64).reshape(-1, self._columns)
 
     def extend(self, rows: Sequence[list[float]]) -> None:
         """Take in rows in order of time; an unfinished block waits."""
@@ -141,9 +149,83 @@ class Blocks:
             self.length *= 2
 
 
-class RatioSequence:
-    """An interval for the mean of log-ratios, one per pair, that holds at all times at once: one may look, and stop,
-    whenever one likes.
+class ConfidenceSequence(ABC):
+    """An interval for a mean of log(time of the original / time of the pruned version), valid at all times at once.
+
+    One may look at it, and stop, at any time.
+
+    Attributes:
+        alpha: chance, over the whole run, that the interval ever misses.
+        rho2: the mixture's parameter (``best_rho2``).
+        unit: what observations are called in texts.
+    """
+
+    unit: str
+
+    def __init__(self, alpha: float, target: float, blocks: Blocks) -> None:
+        self.alpha, self.rho2 = alpha, best_rho2(target, alpha)
+        self._blocks = blocks
+
+    @property
+    def blocks(self) -> int:
+        """The number of finished blocks."""
+        return len(self._blocks)
+
+    @property
+    @abstractmethod
+    def values(self) -> float:
+        """The number of values behind the interval; an unfinished block waits."""
+
+    @property
+    @abstractmethod
+    def mean(self) -> float:
+        """The mean of the finished blocks; 0 before the first."""
+
+    @property
+    @abstractmethod
+    def basis(self) -> str:
+        """The data behind the interval, in words."""
+
+    @property
+    def missing(self) -> str:
+        """The reason why there is no interval yet, in words; empty where there is one."""
+        if not self._enough:
+            return self._shortage()
+        return "too few or too unsteady for an interval yet" if math.isinf(self.interval()[1]) else ""
+
+    def interval(self) -> tuple[float, float]:
+        """Return (low, high) around the mean; infinite while there is too little to compare."""
+        if not self._enough:
+            return -math.inf, math.inf
+        half = float(half_width(self._influence(), self.values, self.rho2, self.alpha))
+        return self.mean - half, self.mean + half
+
+    def needed(self, margin: float) -> int | None:
+        """Forecast how many more observations a decision takes (``values_needed``); None where nothing can be said."""
+        if not self._enough:
+            return None
+        spread = math.sqrt(long_run_variance(self._influence()) * self.values / len(self._blocks))
+        total = values_needed(self.mean, spread, margin, self.rho2, self.alpha)
+        return None if total is None else self._more(total)
+
+    @property
+    def _enough(self) -> bool:
+        return len(self._blocks) >= MINIMUM_BLOCKS
+
+    @abstractmethod
+    def _influence(self) -> np.ndarray:
+        """Each finished block's mean minus the mean of all, (blocks,)."""
+
+    @abstractmethod
+    def _shortage(self) -> str: ...
+
+    @abstractmethod
+    def _more(self, total: float) -> int:
+        """Return the number of observations still missing to ``total`` values."""
+
+
+class RatioSequence(ConfidenceSequence):
+    """The sequence of paired requests: each value is the log-ratio of one pair.
 
     Pairs come from concurrent requests on a machine with other work, so neighbours are correlated, over times that
     nobody knows beforehand. The mean is taken over blocks of consecutive values whose length doubles as data comes in
@@ -160,46 +242,23 @@ class RatioSequence:
     unit = "pairs"
 
     def __init__(self, alpha: float = 0.05, block: int = 1, target: float = TARGET) -> None:
-        self.alpha, self.block = alpha, block
-        self.rho2 = best_rho2(target, alpha)
-        self._blocks = Blocks(1, block)
-
-    @property
-    def blocks(self) -> int:
-        """How many finished blocks there are."""
-        return len(self._blocks)
+        super().__init__(alpha, target, Blocks(1, block))
+        self._first_block = block
 
     @property
     def values(self) -> int:
-        """How many values the interval rests on; an unfinished block waits."""
+        """The number of pairs behind the interval; an unfinished block waits."""
         return len(self._blocks) * self._blocks.length
 
     @property
-    def basis(self) -> str:
-        """What the interval rests on, in words."""
-        return f"{self.values} pairs"
-
-    @property
-    def missing(self) -> str:
-        """What the first interval still waits for, in words; empty where there is one."""
-        if len(self._blocks) < MINIMUM_BLOCKS:
-            return f"at least {MINIMUM_BLOCKS * self.block} needed"
-        return "too few or too unsteady for an interval yet" if math.isinf(self.interval()[1]) else ""
-
-    @property
-    def means(self) -> numpy.ndarray:
-        """(blocks,) means of the finished blocks."""
-        return self._blocks.sums[:, 0] / self._blocks.length
-
-    @property
     def mean(self) -> float:
-        """Mean of the finished blocks; 0 before the first."""
-        return float(self.means.mean()) if len(self._blocks) else 0.0
+        """The mean log-ratio of the finished blocks; 0 before the first."""
+        return float(self._means.mean()) if len(self._blocks) else 0.0
 
     @property
-    def variance(self) -> float:
-        """Long-run variance of one value: that of the mean is this over ``values``. At least two blocks."""
-        return self._blocks.length * long_run_variance(self.means)
+    def basis(self) -> str:
+        """The data behind the interval, in words."""
+        return f"{self.values} pairs"
 
     def update(self, values: ArrayLike) -> None:
         """Take in values in order of time.
@@ -207,32 +266,23 @@ class RatioSequence:
         Raises:
             RedppError: a value is NaN or infinite; nothing is taken in.
         """
-        array = numpy.ravel(numpy.asarray(values, dtype=numpy.float64))
-        if not numpy.isfinite(array).all():
-            bad = array[~numpy.isfinite(array)][0]
+        array = np.ravel(np.asarray(values, dtype=np.float64))
+        if not np.isfinite(array).all():
+            bad = array[~np.isfinite(array)][0]
             raise RedppError(f"a log-ratio of {bad}", "finite numbers", "leave failed or unmeasured requests out")
         self._blocks.extend(array[:, None].tolist())
 
-    def interval(self) -> tuple[float, float]:
-        """(low, high) around the mean; infinite before ``MINIMUM_BLOCKS`` blocks."""
-        if len(self._blocks) < MINIMUM_BLOCKS:
-            return -math.inf, math.inf
-        means = self.means
-        mean = float(means.mean())
-        half = float(half_width(means - mean, self.values, self.rho2, self.alpha))
-        return mean - half, mean + half
+    @property
+    def _means(self) -> np.ndarray:
+        means: np.ndarray = self._blocks.sums[:, 0] / self._blocks.length
+        return means
 
-    def needed(self, margin: float) -> int | None:
-        """How many more values a decision likely takes (``values_needed``); None where it cannot be said."""
-        if len(self._blocks) < MINIMUM_BLOCKS:
-            return None
-        spread = math.sqrt(self.variance)
-        total = values_needed(self.mean, spread, margin, self.rho2, self.alpha)
-        return None if total is None else max(math.ceil(total - self.values), self._blocks.length)
+    def _influence(self) -> np.ndarray:
+        means = self._means
+        return means - means.mean()
 
+    def _shortage(self) -> str:
+        return f"at least {MINIMUM_BLOCKS * self._first_block} needed"
 
-def long_run_variance(means: numpy.ndarray) -> float:
-    """Of block means (k >= 2,), corrected for their lag-1 correlation as in ``half_width``."""
-    centred = means - means.mean()
-    squares = numpy.square(centred).sum()
-    return float(squares / (len(means) - 1) * _growth(centred, numpy.asarray(squares)))
+    def _more(self, total: float) -> int:
+        return max(math.ceil(total - self.values), self._blocks.length)

@@ -22,8 +22,8 @@ from redpp_serve.ab.shadow import Inbox, Mirrored, Replayer
 from redpp_serve.ab.state import PAIRS, RECORDER, Lines, read_json, write_json
 from redpp_serve.comparison.outputs import difference, read_outputs
 from redpp_serve.loopback import GatewayPorts, free_ports
-from redpp_serve.statistics.intervals import Verdict, verdict
 from redpp_serve.statistics.sequences import RatioSequence
+from redpp_serve.statistics.verdicts import Verdict, verdict
 from tests.ab.test_nginx import PATHS, PUBLIC, folder, gateway  # noqa: F401 (a fixture)
 from tests.support.stubs import arms, ask, stub
 
@@ -84,7 +84,7 @@ def pairs(state: Path) -> list[dict[str, Any]]:
 def decide(state: Path) -> Verdict:
     sequence = RatioSequence()
     sequence.update([numpy.log(a / b) for a, b in (pair["seconds"] for pair in pairs(state) if pair["quiet"])])
-    return verdict(sequence, 0.02, baseline="original", candidate="pruned", measure="end to end")
+    return verdict(sequence, 0.02, measure="end to end")
 
 
 @pytest.mark.server

@@ -7,7 +7,8 @@ import pytest
 from redpp_serve.comparison import Comparison, Payload, compare_endpoints
 from redpp_serve.comparison.compare import Agreement, Arm
 from redpp_serve.errors import RedppError
-from redpp_serve.statistics.intervals import Estimate, Verdict
+from redpp_serve.statistics.intervals import Estimate
+from redpp_serve.statistics.verdicts import Verdict
 from tests.comparison.test_load import Server, Start, start  # noqa: F401  (start is a fixture)
 
 PAYLOADS = [Payload(str(i).encode(), "text/plain", label=0) for i in range(1, 5)]
