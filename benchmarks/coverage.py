@@ -2,10 +2,10 @@
 where it stopped).
 
 Each torchvision or timm classifier is built with random weights, captured and coupled, one at a time in a process of
-its own. Its row says how many classes of channels are open, the share of parameters and multiply-accumulates in layers
-that touch one, and why the others are closed. Two checks in float64 at batch 2 prove the classes: with copies planted
-in a third of every open class, exact merging must take out as many channels and leave the outputs as they were; and
-narrowing every class at random must equal the whole network with the columns of the removed channels at zero.
+its own. Its row says how many channel sets are open, the share of parameters and multiply-accumulates in layers
+that touch one, and why the others are closed. Two checks in float64 at batch 2 prove the sets: with copies planted
+in a third of every open channel set, exact merging must take out as many channels and leave the outputs as they were; and
+narrowing every channel set at random must equal the whole network with the columns of the removed channels at zero.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ def smallest(arch: str) -> tuple[nn.Module, int]:
 
 
 def planted(coupling: Coupling) -> tuple[Graph, int]:
-    """The graph where the second third of every open class is a copy of the first, and how many copies that makes."""
+    """The graph where the second third of every open channel set is a copy of the first, and how many copies that makes."""
     tensors, count = dict(coupling.graph.tensors), 0
-    for group in coupling.open:
-        third = group.channels // 3
+    for channel_set in coupling.open:
+        third = channel_set.channels // 3
         count += third
-        for part in group.parts:
+        for part in channel_set.parts:
             source, target = part.positions[:third].flatten(), part.positions[third : 2 * third].flatten()
             value = tensors[part.tensor]
             tensors[part.tensor] = value.index_copy(part.dim, target, value.index_select(part.dim, source))
@@ -88,10 +88,10 @@ def planted(coupling: Coupling) -> tuple[Graph, int]:
 def without(coupling: Coupling, kept: Mapping[str, Tensor]) -> Graph:
     """The whole network with the readers' columns of the channels that are not kept at zero."""
     tensors = dict(coupling.graph.tensors)
-    for group in coupling.open:
-        gone = torch.ones(group.channels, dtype=torch.bool)
-        gone[kept[group.name]] = False
-        for reader in group.readers:
+    for channel_set in coupling.open:
+        gone = torch.ones(channel_set.channels, dtype=torch.bool)
+        gone[kept[channel_set.name]] = False
+        for reader in channel_set.readers:
             tensors[reader.tensor] = tensors[reader.tensor].index_fill(reader.dim, reader.positions[gone].flatten(), 0)
     return coupling.graph.with_tensors(tensors)
 
@@ -155,14 +155,14 @@ def measure(arch: str) -> dict[str, Any]:
         "side": side,
         "parameters": parameter_count(graph),
         "macs": sum(layer.macs for layer in layers),
-        "classes": len(coupling.classes),
+        "sets": len(coupling.sets),
         "open": len(coupling.open),
         "channels": sum(c.channels for c in coupling.open),
         "layers": len(layers),
         "touched_layers": len(touched),
         "parameters_share": round(sum(graph.tensors[name].numel() for name in stored) / parameter_count(graph), 4),
         "macs_share": round(sum(layer.macs for layer in touched) / max(1, sum(layer.macs for layer in layers)), 4),
-        "closed": dict(Counter(plain(c.closed) for c in coupling.classes if c.closed).most_common()),
+        "closed": dict(Counter(plain(c.closed) for c in coupling.sets if c.closed).most_common()),
         "capture_seconds": round(captured - start, 2),
         "couple_seconds": round(coupled - captured, 2),
     }
@@ -197,7 +197,7 @@ def _send_row(arch: str, send: Connection) -> None:
 
 def line(arch: str, row: Mapping[str, Any]) -> str:
     """One line of the table."""
-    if "classes" not in row:
+    if "sets" not in row:
         return f"| {arch} | {row.get('refused') or row.get('failed')} |"
     errors = [f"{row[key]:.0e}" if key in row else "" for key in ("merge_error", "drop_error")]
     reasons = "; ".join(f"{reason} ({count})" for reason, count in row["closed"].items())
@@ -205,7 +205,7 @@ def line(arch: str, row: Mapping[str, Any]) -> str:
         arch,
         row["side"],
         f"{row['parameters'] / 1e6:.1f}",
-        f"{row['open']} / {row['classes']}",
+        f"{row['open']} / {row['sets']}",
         row["channels"],
         f"{row['parameters_share']:.0%}",
         f"{row['macs_share']:.0%}",
@@ -223,7 +223,7 @@ def table(result: Mapping[str, Any]) -> str:
         "network",
         "pixels",
         "M parameters",
-        "open / all classes",
+        "open / all sets",
         "open channels",
         "parameters",
         "MACs",
@@ -231,12 +231,12 @@ def table(result: Mapping[str, Any]) -> str:
         "drop error",
         "capture s",
         "couple s",
-        "closed, why (classes)",
+        "closed, why (sets)",
     )
     rows, machine = result["networks"], result["environment"]
-    counted = [row for row in rows.values() if "classes" in row]
+    counted = [row for row in rows.values() if "sets" in row]
     summary = (
-        f"{len(rows)} networks; {sum(row['open'] > 0 for row in counted)} have open classes; largest error of a "
+        f"{len(rows)} networks; {sum(row['open'] > 0 for row in counted)} have open sets; largest error of a "
         f"merge {max((r.get('merge_error', 0) for r in counted), default=0):.0e}, "
         f"of a removal {max((r.get('drop_error', 0) for r in counted), default=0):.0e}."
     )

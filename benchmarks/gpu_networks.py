@@ -1,7 +1,7 @@
 """Whole networks: the stock eager handler, the original and the pruned network in this project's runtime, torch.compile.
 
 Weights are random, with batch-norm statistics of random images. The pruned network keeps half of the channels of every
-class of coupled channels, and its Linear layers have 16 values each. Each arm is held against its own network in fp32
+channel set, and its Linear layers have 16 values each. Each arm is held against its own network in fp32
 before it is timed; its error may be twice that of torch's plain run in half precision.
 """
 
@@ -81,12 +81,12 @@ def prepare(name: str, bench: Bench, side: int = SIDE) -> Network:
 
 
 def narrowed(graph: Graph, width: float) -> Graph:
-    """That part of the channels of each class, drawn at random, in multiples of 8."""
+    """That part of the channels of each channel set, drawn at random, in multiples of 8."""
     coupling, generator = couple(graph), torch.Generator().manual_seed(0)
     kept = {}
-    for group in coupling.open:
-        count = max(8, int(group.channels * width) // 8 * 8) if group.channels > 8 else group.channels
-        kept[group.name] = torch.randperm(group.channels, generator=generator)[:count].sort().values
+    for channel_set in coupling.open:
+        count = max(8, int(channel_set.channels * width) // 8 * 8) if channel_set.channels > 8 else channel_set.channels
+        kept[channel_set.name] = torch.randperm(channel_set.channels, generator=generator)[:count].sort().values
     return coupling.narrow(kept)
 
 

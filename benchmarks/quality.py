@@ -1,7 +1,7 @@
 """Accuracy against cost of pruning without data: ``python -m benchmarks.quality`` (hours; it goes on where it stopped).
 
 For each reference network, method and share of multiply-accumulates removed: the held-out accuracy, the cost, and the
-latency in turns with the original. Peers run side by side on the same networks, the same classes of channels and the
+latency in turns with the original. Peers run side by side on the same networks, the same channel sets and the
 same count. Needs ``torch-pruning==1.6.0`` and ``scikit-learn``. Correctness comes before figures: a graph that differs
 from its module, or a runtime that differs from its graph, ends the run.
 """
@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--networks", nargs="+", choices=trained, default=trained, metavar="NAME", help=f"of {', '.join(trained)}"
     )
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, "stages"], default=[*METHODS, "stages"])
-    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS, help="shares of open classes' MACs removed")
+    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS, help="shares of open sets' MACs removed")
     parser.add_argument("--batch", type=int, default=8, help="inputs in a timed call")
     parser.add_argument("--latency-seconds", type=float, default=2.0, help="for each cell; 0 for none")
     parser.add_argument("--threads", type=int, help="of torch; all cores by default")

@@ -9,7 +9,7 @@ from typing import Any
 
 from redpp_serve.capture import Captured
 from redpp_serve.capture.sniff import FileKind, refusal, scan, shorten, sniff
-from redpp_serve.channels.coupling import ChannelClass, Coupling, couple
+from redpp_serve.channels.coupling import ChannelSet, Coupling, couple
 from redpp_serve.graph.layers import find_layers, mac_count, parameter_count
 from redpp_serve.report.text import count, layer_table, printable, size
 
@@ -22,28 +22,28 @@ _DIGEST_SHOWN = 16  # of 64 characters, enough to tell files apart by eye
 @dataclass(frozen=True)
 class Inspection:
     """Facts by name, a record for each layer where the network could be captured, notes, what to do next, and the
-    classes of coupled channels where they were asked for.
+    sets of coupled channels where they were asked for.
     """
 
     facts: dict[str, Any]
     layers: list[dict[str, Any]]
     notes: list[str]
     next_step: str
-    classes: list[dict[str, Any]] | None = None
+    sets: list[dict[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and texts, keys in lower case without spaces."""
         facts = {key.lower().replace(" ", "_"): value for key, value in self.facts.items()}
         found = {**facts, "notes": self.notes, "layers": self.layers}
-        return found if self.classes is None else {**found, "classes": self.classes}
+        return found if self.sets is None else {**found, "channel_sets": self.sets}
 
     def to_text(self) -> str:
         """Facts, the table of layers with reasons, and the next step, for the terminal."""
         width = max(map(len, self.facts))
         lines = [f"{key:<{width}}  {_shown(key, value)}" for key, value in self.facts.items() if value is not None]
         lines += [f"{'note':<{width}}  {printable(note)}" for note in self.notes]
-        if self.classes is not None:
-            lines += ["", *_class_lines(self.classes)]
+        if self.sets is not None:
+            lines += ["", *_set_lines(self.sets)]
         elif self.layers:
             lines += ["", layer_table(self.layers)]
         return "\n".join([*lines, "", self.next_step])
@@ -76,7 +76,7 @@ def describe_network(captured: Captured, exclude: tuple[str, ...], channels: boo
     Args:
         captured: the network.
         exclude: shell patterns of layer names that must not change.
-        channels: also list every class of coupled channels.
+        channels: also list every channel set.
     """
     graph = captured.graph
     coupling = couple(graph, exclude)
@@ -100,20 +100,20 @@ def describe_network(captured: Captured, exclude: tuple[str, ...], channels: boo
         "operations": len(graph.nodes),
         "parameters": parameter_count(graph),
         "MACs": mac_count(graph),
-        "can be narrowed": f"{len(coupling.open)} of {len(coupling.classes)} classes of coupled channels; "
+        "can be narrowed": f"{len(coupling.open)} of {len(coupling.sets)} sets of coupled channels; "
         f"the layers that they touch are {share:.0%} of the MACs",
     }
-    classes = [_class_record(c) for c in coupling.classes] if channels else None
-    return Inspection(facts, layers, captured.messages, "next: redpp-serve package with the same arguments", classes)
+    sets = [_set_record(c) for c in coupling.sets] if channels else None
+    return Inspection(facts, layers, captured.messages, "next: redpp-serve package with the same arguments", sets)
 
 
 def touched_layers(coupling: Coupling) -> set[str]:
-    """Names of the layers whose cost falls when open classes are narrowed."""
+    """Names of the layers whose cost falls when open sets are narrowed."""
     tensors = {part.tensor for c in coupling.open for part in (*c.parts, *c.readers)}
     return {layer.name for layer in find_layers(coupling.graph) if layer.weight in tensors}
 
 
-def _class_record(found: ChannelClass) -> dict[str, Any]:
+def _set_record(found: ChannelSet) -> dict[str, Any]:
     readers = dict.fromkeys(reader.tensor.removesuffix(".weight") for reader in found.readers)
     producers = set(found.producers)
     others = dict.fromkeys(part.tensor.rpartition(".")[0] for part in found.parts)
@@ -127,10 +127,10 @@ def _class_record(found: ChannelClass) -> dict[str, Any]:
     }
 
 
-def _class_lines(classes: list[dict[str, Any]]) -> list[str]:
-    """One block for each class: its channels, who writes and who reads them, or why they stay."""
+def _set_lines(sets: list[dict[str, Any]]) -> list[str]:
+    """One block for each channel set: its channels, who writes and who reads them, or why they stay."""
     lines = []
-    for found in classes:
+    for found in sets:
         state = f"closed: {found['closed']}" if found["closed"] else "open"
         lines.append(f"{printable(found['name'])}: {found['channels']} channels, {state}")
         for key, word in (("producers", "written by"), ("with", "with"), ("readers", "read by")):

@@ -146,7 +146,7 @@ def test_inspect_a_network(run: Run, golden: Callable[[str, str], None], form: s
     assert files(Path.cwd()) == {"small.safetensors"}
 
 
-def test_inspect_the_classes_of_channels(run: Run, golden: Callable[[str, str], None]) -> None:
+def test_inspect_the_channel_sets(run: Run, golden: Callable[[str, str], None]) -> None:
     save_file(network().state_dict(), "small.safetensors")
     words = [
         "inspect",
@@ -162,16 +162,16 @@ def test_inspect_the_classes_of_channels(run: Run, golden: Callable[[str, str], 
     code, out, err = run(*words)
     assert (code, err) == (0, "")
     golden("inspect_channels", steady(out))
-    classes = json.loads(run(*words, "--json")[1])["classes"]
-    assert [(c["name"], c["channels"], c["closed"]) for c in classes] == [
+    sets = json.loads(run(*words, "--json")[1])["channel_sets"]
+    assert [(c["name"], c["channels"], c["closed"]) for c in sets] == [
         ("stem.0", 8, "excluded"),
         ("body.0", 16, ""),
         ("head", 5, "is an output of the network"),
     ]
-    assert (classes[1]["producers"], classes[1]["with"], classes[1]["readers"]) == (["body.0"], ["body.1"], ["head"])
+    assert (sets[1]["producers"], sets[1]["with"], sets[1]["readers"]) == (["body.0"], ["body.1"], ["head"])
 
 
-def test_the_classes_need_a_captured_network(run: Run, model: Path) -> None:
+def test_the_channel_sets_need_a_captured_network(run: Run, model: Path) -> None:
     code, out, err = run("inspect", model, "--channels")
     assert (code, out) == (2, "")
     one_paragraph("inspect", err, "--channels without --input.*add --input")

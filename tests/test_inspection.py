@@ -50,15 +50,17 @@ def test_layers_say_whether_and_why_not(tmp_path: Path) -> None:
         t.numel() for k, t in network().state_dict().items() if "num_batches" not in k
     )
     assert report.facts["MACs"] == sum(layer["macs"] for layer in found.values())
-    expected = "2 of 3 classes of coupled channels; the layers that they touch are 100% of the MACs"
-    assert report.facts["can be narrowed"] == expected and report.classes is None and "classes" not in report.to_json()
+    expected = "2 of 3 sets of coupled channels; the layers that they touch are 100% of the MACs"
+    assert (
+        report.facts["can be narrowed"] == expected and report.sets is None and "channel_sets" not in report.to_json()
+    )
 
 
-def test_classes_are_listed_where_they_are_asked_for(tmp_path: Path) -> None:
+def test_sets_are_listed_where_they_are_asked_for(tmp_path: Path) -> None:
     report = describe_network(captured(write_model(tmp_path)), (), channels=True)
     assert (
-        report.classes
-        == report.to_json()["classes"]
+        report.sets
+        == report.to_json()["channel_sets"]
         == [
             {
                 "name": "stem.0",
@@ -91,7 +93,7 @@ def test_classes_are_listed_where_they_are_asked_for(tmp_path: Path) -> None:
     assert "head: 5 channels, closed: is an output of the network" in text and "narrowable" not in text
 
 
-def test_the_layers_that_open_classes_touch() -> None:
+def test_the_layers_that_open_sets_touch() -> None:
     assert touched_layers(couple(network_of("residual"))) == {"stem", "inner", "second", "head"}
     assert touched_layers(couple(network_of("residual"), ["stem"])) == {"inner", "second"}
 
@@ -101,7 +103,7 @@ def test_excluded_layers_and_their_producers_stay(tmp_path: Path) -> None:
     assert {layer["name"]: layer["merge"]["reason"] for layer in report.layers}[
         "body.0"
     ] == "head, which goes with it, is excluded"
-    assert report.facts["can be narrowed"].startswith("1 of 3 classes of coupled channels")
+    assert report.facts["can be narrowed"].startswith("1 of 3 sets of coupled channels")
 
 
 def test_json_holds_numbers_and_the_whole_digest(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which channels of a class go together: k-means of what its layers do with them."""
+"""Which channels of a channel set go together: k-means of what its layers do with them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .coupled import Member
 
 
 def producer_rows(members: Sequence[Member]) -> Tensor:
-    """(channels, features): the weights and biases of all the class's producers, which make each channel."""
+    """(channels, features): the weights and biases of all the channel set's producers, which make each channel."""
     blocks = []
     for member in members:
         if member.is_producer:
@@ -23,7 +23,7 @@ def producer_rows(members: Sequence[Member]) -> Tensor:
 
 
 def norm_rows(members: Sequence[Member]) -> Tensor:
-    """(channels, features): scale and shift of the class's batch norms."""
+    """(channels, features): scale and shift of the channel set's batch norms."""
     blocks = [
         part.data[m.spots].flatten(1)
         for m in members
@@ -35,7 +35,7 @@ def norm_rows(members: Sequence[Member]) -> Tensor:
 
 
 def reader_columns(members: Sequence[Member]) -> Tensor:
-    """(channels, features): what the class's readers do with each channel."""
+    """(channels, features): what the channel set's readers do with each channel."""
     return torch.cat([m.module.weight.data.transpose(0, 1)[m.spots].flatten(1) for m in members if not m.out], 1)
 
 

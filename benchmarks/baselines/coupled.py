@@ -1,7 +1,7 @@
-"""Coupled channels of a module, found by Torch-Pruning, so that every peer prunes the very same classes.
+"""Coupled channels of a module, found by Torch-Pruning, so that every peer prunes the very same sets.
 
-A class is what one convolution's or Linear's output channels drag along: other producers of the same residual
-stream, batch norms, depthwise filters, gates, and the input columns of every reader. Open is a class whose channels
+A channel set is what one convolution's or Linear's output channels drag along: other producers of the same residual
+stream, batch norms, depthwise filters, gates, and the input columns of every reader. Open is a channel set whose channels
 can be averaged and summed: layer norms, attention, grouped convolutions and network outputs close theirs.
 """
 
@@ -30,8 +30,8 @@ _CLOSED_OPS = {
 
 @dataclass(frozen=True)
 class Member:
-    """A layer that a class touches. ``spots`` (channels, n) int64: which of the layer's own output channels (``out``)
-    or input columns belong to each channel of the class; n is above 1 behind a flatten."""
+    """A layer that a channel set touches. ``spots`` (channels, n) int64: which of the layer's own output channels (``out``)
+    or input columns belong to each channel of the channel set; n is above 1 behind a flatten."""
 
     name: str
     module: nn.Module
@@ -44,12 +44,12 @@ class Member:
 
     @property
     def is_producer(self) -> bool:
-        """Its rows make the class's channels (a depthwise filter counts)."""
+        """Its rows make the channel set's channels (a depthwise filter counts)."""
         return self.out and not self.is_norm
 
 
 @dataclass(frozen=True)
-class ChannelClass:
+class ChannelSet:
     """Coupled channels under the name of the layer that makes them first."""
 
     root: str
@@ -57,24 +57,24 @@ class ChannelClass:
 
 
 class CoupledNetwork:
-    """A copy of a module whose classes of channels can be merged or dropped, in place.
+    """A copy of a module whose channel sets can be merged or dropped, in place.
 
     Args:
         module: in eval mode; it is left as it is.
         example: one batched input (1, ...).
 
-    ``classes`` are the open ones in order of execution, ``closed`` gives the others' reasons by root.
+    ``sets`` are the open ones in order of execution, ``closed`` gives the others' reasons by root.
     """
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
         self.module = copy.deepcopy(module).eval()
         with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it tells of bare parameters, whose classes are closed here
+            warnings.simplefilter("ignore")  # it tells of bare parameters, whose sets are closed here
             self.graph = tp.DependencyGraph().build_dependency(self.module, example_inputs=example)
             groups = list(self.graph.get_all_groups())
         self.names = {m: name for name, m in self.module.named_modules()}
         self.modules = dict(self.module.named_modules())
-        self.classes: list[ChannelClass] = []
+        self.sets: list[ChannelSet] = []
         self.closed: dict[str, str] = {}
         for group in groups:
             root = self.names[group[0].dep.target.module]
@@ -82,19 +82,19 @@ class CoupledNetwork:
             if reason:
                 self.closed[root] = reason
             else:
-                self.classes.append(ChannelClass(root, len(group[0].idxs)))
+                self.sets.append(ChannelSet(root, len(group[0].idxs)))
 
-    def members(self, cls: ChannelClass) -> list[Member]:
-        """The layers with weights that the class touches, as they are now."""
+    def members(self, cls: ChannelSet) -> list[Member]:
+        """The layers with weights that the channel set touches, as they are now."""
         return self._members(self._group(cls, range(self._width(cls))))
 
-    def keep(self, cls: ChannelClass, kept: Sequence[int]) -> None:
-        """Drop every channel of the class that is not in ``kept``."""
+    def keep(self, cls: ChannelSet, kept: Sequence[int]) -> None:
+        """Drop every channel of the channel set that is not in ``kept``."""
         dropped = sorted(set(range(self._width(cls))) - set(kept))
         if dropped:
             self._group(cls, dropped).prune()
 
-    def merge(self, cls: ChannelClass, labels: Tensor) -> None:
+    def merge(self, cls: ChannelSet, labels: Tensor) -> None:
         """One channel for each value of ``labels`` (channels,): rows and norms averaged, readers' columns summed."""
         clusters = [(labels == label).nonzero().view(-1) for label in labels.unique()]
         with torch.no_grad():
@@ -114,10 +114,10 @@ class CoupledNetwork:
                     pairs[module] = reader.module
         return pairs
 
-    def _width(self, cls: ChannelClass) -> int:
+    def _width(self, cls: ChannelSet) -> int:
         return self.graph.get_out_channels(self.modules[cls.root])
 
-    def _group(self, cls: ChannelClass, channels: Sequence[int]) -> tp.Group:
+    def _group(self, cls: ChannelSet, channels: Sequence[int]) -> tp.Group:
         root = self.modules[cls.root]
         prune = self.graph.get_pruner_of_module(root).prune_out_channels
         return self.graph.get_pruning_group(root, prune, list(channels))

@@ -1,7 +1,7 @@
 """Model folding, written from its paper as a baseline of this project.
 
 Wang, Sikic, Thiele and Saukh, "Forget the Data and Fine-Tuning! Just Fold the Network to Compress" (ICLR 2025,
-arXiv 2502.10216): channels are clustered with k-means on the weights of every layer that a coupled class touches, a
+arXiv 2502.10216): channels are clustered with k-means on the weights of every layer that a coupled channel set touches, a
 cluster becomes its mean and its readers' columns their sum. Means have less variance than what they replace, which
 the paper repairs without data in one of two ways:
 
@@ -33,12 +33,12 @@ _LEAST_VARIANCE = 1e-3  # of a mean of channels, relative to theirs, where their
 def fold_labels(
     module: nn.Module, example: Tensor, widths: dict[str, int], normalise: bool, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Which channels of each class are folded together, by root; ``widths`` by root."""
+    """Which channels of each channel set are folded together, by root; ``widths`` by root."""
     network = CoupledNetwork(module, example)
     if normalise:
         absorb_norms(network, scale=False)
     labels = {}
-    for cls in network.classes:
+    for cls in network.sets:
         members = network.members(cls)
         features = torch.cat([producer_rows(members), norm_rows(members), reader_columns(members)], 1)
         labels[cls.root] = cluster(features, widths[cls.root], seed)
@@ -48,7 +48,7 @@ def fold_labels(
 def fold(
     module: nn.Module, example: Tensor, labels: dict[str, Tensor], normalise: bool = False, repair: bool = False
 ) -> nn.Module:
-    """Fold every class by its labels; with ``repair`` by the approximate repair (Fold-AR), else with none.
+    """Fold every channel set by its labels; with ``repair`` by the approximate repair (Fold-AR), else with none.
 
     ``normalise``: average rows that the batch norm's statistics have been moved into.
     """
@@ -57,7 +57,7 @@ def fold(
         absorb_norms(network, scale=False)
     if repair:
         _expect_variances(network, labels)
-    for cls in network.classes:
+    for cls in network.sets:
         network.merge(cls, labels[cls.root])
     return network.module
 
@@ -66,8 +66,8 @@ def fold(
 def _expect_variances(network: CoupledNetwork, labels: dict[str, Tensor]) -> None:
     """Give every norm, for all channels of a cluster, the variance that the cluster's mean is expected to have."""
     followers = {norm: layer for layer, norm in network.followers().items()}
-    found = []  # all first: a norm behind a concatenation belongs to several classes
-    for cls in network.classes:
+    found = []  # all first: a norm behind a concatenation belongs to several sets
+    for cls in network.sets:
         members = network.members(cls)
         found += [
             (norm, _mean_variance(norm, members, labels[cls.root], followers.get(norm.module)))

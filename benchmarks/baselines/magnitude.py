@@ -1,4 +1,4 @@
-"""Torch-Pruning's own pruner with L1 and FPGM importance, on the classes and the cost that all methods share."""
+"""Torch-Pruning's own pruner with L1 and FPGM importance, on the sets and the cost that all methods share."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def importance(name: str) -> tp.importance.Importance:
 
 
 def prune_uniformly(module: nn.Module, example: Tensor, widths: dict[str, int], name: str) -> nn.Module:
-    """Widths (by class root) given through the library's dictionary of ratios."""
+    """Widths (by the set's root) given through the library's dictionary of ratios."""
     ratios = {}
     network = CoupledNetwork(module, example)
-    channels = {cls.root: cls.channels for cls in network.classes}
+    channels = {cls.root: cls.channels for cls in network.sets}
     for root, width in widths.items():  # half a channel more, so that no rounding of the ratio takes one too many
         ratios[root] = max(0.0, 1 - (width + 0.5) / channels[root])
     pruned = copy.deepcopy(module).eval()
@@ -53,7 +53,7 @@ def prune_globally(module: nn.Module, example: Tensor, removed: float, round_to:
 
 
 def _prune(module: nn.Module, example: Tensor, name: str, closed: Iterable[str], **how: Any) -> None:
-    """One step of the library's pruner on ``module``; the classes whose roots are in ``closed`` are left alone."""
+    """One step of the library's pruner on ``module``; the sets whose roots are in ``closed`` are left alone."""
     names = dict(module.named_modules())
     ignored = [names[root] for root in closed]
     with torch.enable_grad(), warnings.catch_warnings():

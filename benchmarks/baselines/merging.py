@@ -1,4 +1,4 @@
-"""Baselines that bring classes of channels to given widths without data: by chance, and by means of clusters."""
+"""Baselines that bring channel sets to given widths without data: by chance, and by means of clusters."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .coupled import CoupledNetwork
 
 
 def random_channels(module: nn.Module, example: Tensor, widths: dict[str, int], seed: int) -> nn.Module:
-    """Keep channels by chance; ``widths`` by class root."""
+    """Keep channels by chance; ``widths`` by the set's root."""
     network = CoupledNetwork(module, example)
     generator = torch.Generator().manual_seed(seed)
-    for cls in network.classes:
+    for cls in network.sets:
         order = torch.randperm(cls.channels, generator=generator)
         network.keep(cls, sorted(order[: widths[cls.root]].tolist()))
     return network.module
@@ -22,7 +22,7 @@ def random_channels(module: nn.Module, example: Tensor, widths: dict[str, int], 
 def cluster_mean(
     module: nn.Module, example: Tensor, widths: dict[str, int], absorb: bool = False, seed: int = 0
 ) -> nn.Module:
-    """k-means of the rows that make a class's channels; rows and norms averaged, readers' columns summed.
+    """k-means of the rows that make a channel set's channels; rows and norms averaged, readers' columns summed.
 
     With ``absorb`` a batch norm that directly follows its layer first becomes part of that layer's rows, so that the
     mean is taken of what the next layer sees.
@@ -30,8 +30,8 @@ def cluster_mean(
     network = CoupledNetwork(module, example)
     if absorb:
         absorb_norms(network, scale=True)
-    labels = {cls.root: cluster(producer_rows(network.members(cls)), widths[cls.root], seed) for cls in network.classes}
-    for cls in network.classes:
+    labels = {cls.root: cluster(producer_rows(network.members(cls)), widths[cls.root], seed) for cls in network.sets}
+    for cls in network.sets:
         network.merge(cls, labels[cls.root])
     return network.module
 

@@ -15,7 +15,7 @@ from .subject import Subject
 from .widths import spreads
 
 ROUND_TO = 8
-NEAR = 0.02  # share of the open classes' multiply-accumulates by which a point may miss its target
+NEAR = 0.02  # share of the open sets' multiply-accumulates by which a point may miss its target
 DISTIL_SECONDS = 45.0  # the share of the default 60 that comes before the codebooks
 _SEEDS = 3
 
@@ -52,7 +52,7 @@ def _magnitude(importance: str) -> Callable[[Subject, float], Candidates]:
         for spread, widths in _spreads(subject, ratio):
             yield f"{spread}, one ratio", magnitude.prune_uniformly(module, example, widths, importance)
         removed = ratio * subject.cost.open_macs
-        yield "all classes, global ranking", magnitude.prune_globally(module, example, removed, ROUND_TO, importance)
+        yield "all sets, global ranking", magnitude.prune_globally(module, example, removed, ROUND_TO, importance)
 
     return run
 

@@ -23,7 +23,7 @@ _HELD_OUT = 32  # images of the synthetic ones on which widths are chosen and di
 
 @dataclass(frozen=True)
 class _Ready:
-    """A network observed on a set of images, and the order in which its classes give up channels."""
+    """A network observed on a set of images, and the order in which its sets give up channels."""
 
     narrower: Narrower
     plan: Plan

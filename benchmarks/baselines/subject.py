@@ -1,4 +1,4 @@
-"""One reference network, made ready for every method: module, graph, images, and what its open classes cost."""
+"""One reference network, made ready for every method: module, graph, images, and what its open sets cost."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ class Subject:
         return mac_count(self.graph)
 
     def target_macs(self, ratio: float) -> int:
-        """Multiply-accumulates of the whole network when ``ratio`` of those of its open classes are gone."""
+        """Multiply-accumulates of the whole network when ``ratio`` of those of its open sets are gone."""
         return round(self.macs - ratio * self.cost.open_macs)
 
     def removed(self, macs: int) -> float:
-        """Which share of the open classes' multiply-accumulates is gone when the whole network has ``macs``."""
+        """Which share of the open sets' multiply-accumulates is gone when the whole network has ``macs``."""
         return (self.macs - macs) / self.cost.open_macs
 
     def capture(self, module: nn.Module) -> Graph:

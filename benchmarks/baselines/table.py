@@ -8,7 +8,7 @@ from typing import Any
 from .methods import METHODS, NEAR
 
 HEADLINE = "distilled"  # the method that the targets are about
-DROPS = {"digits": 0.5, "fonts": 1.0}  # points, with half of the open classes' multiply-accumulates removed
+DROPS = {"digits": 0.5, "fonts": 1.0}  # points, with half of the open sets' multiply-accumulates removed
 SMALL_DROP = 0.3  # with 30 % removed
 WANTED = {"baseline": "ahead of every data-free baseline", "ceiling": "at or above least squares on real images"}
 Cells = dict[tuple[str, float], dict[str, Any]]  # of one network, by method and ratio
@@ -29,7 +29,7 @@ def markdown(data: dict[str, Any]) -> str:
     parts = [
         "# Quality: accuracy against cost, without data and without fine-tuning",
         "Accuracy in percent on held-out images, by the share of multiply-accumulates (of layers that touch an open "
-        "class of coupled channels) that is removed. All methods prune the same classes to multiples of 8 and are "
+        "channel set) that is removed. All methods prune the same sets to multiples of 8 and are "
         "counted the same way. Where a method has several settings, its most accurate one is shown. A figure in "
         f"brackets missed its target cost by more than {NEAR:.0%}; the share it did remove stands beside it. Model "
         "folding is this project's implementation from its paper. The ceiling alone sees real training images.",
@@ -41,7 +41,7 @@ def markdown(data: dict[str, Any]) -> str:
         parts.append(
             f"{network['accuracy']:.2f} % on {network['images']} images of the {network['task']} task; "
             f"{network['parameters']:,} parameters, {network['macs']:,} multiply-accumulates, "
-            f"{network['open_macs'] / network['macs']:.0%} of them in layers with an open class."
+            f"{network['open_macs'] / network['macs']:.0%} of them in layers with an open channel set."
         )
         if cells:
             parts += [_accuracy_table(cells), _cost_table(cells)]

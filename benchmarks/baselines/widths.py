@@ -1,4 +1,4 @@
-"""How wide each class becomes for a given number of multiply-accumulates: one ratio for all, in steps of 8."""
+"""How wide each channel set becomes for a given number of multiply-accumulates: one ratio for all, in steps of 8."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .coupled import ChannelClass, CoupledNetwork, Member, is_depthwise
+from .coupled import ChannelSet, CoupledNetwork, Member, is_depthwise
 
 
 def layer_macs(module: nn.Module, example: Tensor) -> dict[str, int]:
@@ -37,25 +37,25 @@ def layer_macs(module: nn.Module, example: Tensor) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class CostModel:
-    """What the layers cost when classes get narrower.
+    """What the layers cost when sets get narrower.
 
-    ``uses`` holds for each layer with an open class: its multiply-accumulates now, and the shares of its rows and of
-    its columns that belong to each class, by the class's root. ``inner`` are the roots of classes with a single
+    ``uses`` holds for each layer with an open channel set: its multiply-accumulates now, and the shares of its rows and of
+    its columns that belong to each channel set, by the channel set's root. ``inner`` are the roots of sets with a single
     producer, depthwise filters and gates apart: all but residual streams.
     """
 
-    classes: tuple[ChannelClass, ...]
+    sets: tuple[ChannelSet, ...]
     uses: dict[str, tuple[int, dict[str, float], dict[str, float]]]
     inner: frozenset[str]
 
     @property
     def open_macs(self) -> int:
-        """Of all layers that touch an open class."""
+        """Of all layers that touch an open channel set."""
         return sum(macs for macs, _, _ in self.uses.values())
 
     def removed(self, widths: dict[str, int]) -> float:
-        """Multiply-accumulates saved by these widths (by root; a class that is left out stays)."""
-        gone = {cls.root: 1 - widths.get(cls.root, cls.channels) / cls.channels for cls in self.classes}
+        """Multiply-accumulates saved by these widths (by root; a channel set that is left out stays)."""
+        gone = {cls.root: 1 - widths.get(cls.root, cls.channels) / cls.channels for cls in self.sets}
         saved = 0.0
         for macs, rows, columns in self.uses.values():
             left = 1.0
@@ -70,7 +70,7 @@ def cost_model(network: CoupledNetwork, example: Tensor) -> CostModel:
     macs = layer_macs(network.module, example)
     uses: dict[str, tuple[int, dict[str, float], dict[str, float]]] = {}
     inner = set()
-    for cls in network.classes:
+    for cls in network.sets:
         members = network.members(cls)
         if _producers(members, macs) == 1:
             inner.add(cls.root)
@@ -83,21 +83,21 @@ def cost_model(network: CoupledNetwork, example: Tensor) -> CostModel:
             else:
                 size = member.module.weight.shape[0 if member.out else 1]
                 (rows if member.out else columns)[cls.root] = member.spots.numel() / size
-    return CostModel(tuple(network.classes), uses, frozenset(inner))
+    return CostModel(tuple(network.sets), uses, frozenset(inner))
 
 
 def _producers(members: Sequence[Member], macs: dict[str, int]) -> int:
-    """How many layers write a class's channels; gates, which have one position, count only where nothing else does."""
+    """How many layers write a channel set's channels; gates, which have one position, count only where nothing else does."""
     writers = [m for m in members if m.is_producer and not is_depthwise(m.module)]
     positions = [macs[m.name] // m.module.weight.numel() for m in writers]
     return sum(p == max(positions) for p in positions) if max(positions) == 1 else sum(p > 1 for p in positions)
 
 
 def spreads(model: CostModel, removed: float, round_to: int, near: float) -> Iterator[tuple[str, dict[str, int]]]:
-    """The usual ways to spread a ratio: over all classes, and over inner channels only, with residual streams left
+    """The usual ways to spread a ratio: over all sets, and over inner channels only, with residual streams left
     whole, where that comes within ``near`` multiply-accumulates of the target and differs."""
     everywhere = uniform_widths(model, removed, round_to)
-    yield "all classes", everywhere
+    yield "all sets", everywhere
     inside = uniform_widths(model, removed, round_to, model.inner)
     if inside != everywhere and abs(model.removed(inside) - removed) <= near:
         yield "inner channels", inside
@@ -106,16 +106,16 @@ def spreads(model: CostModel, removed: float, round_to: int, near: float) -> Ite
 def uniform_widths(
     model: CostModel, removed: float, round_to: int, roots: frozenset[str] | None = None
 ) -> dict[str, int]:
-    """Widths by root that keep one share of every class, as near to ``removed`` multiply-accumulates as steps allow.
+    """Widths by root that keep one share of every channel set, as near to ``removed`` multiply-accumulates as steps allow.
 
-    Only the classes in ``roots`` change, if given.
+    Only the sets in ``roots`` change, if given.
 
-    One more or one less step of all classes alike is coarse where layers are narrow. So the classes take the last
+    One more or one less step of all sets alike is coarse where layers are narrow. So the sets take the last
     step one by one, the most expensive first, while the saving stays within ``removed``; the smallest of the others
     follows where that is nearer.
     """
-    changing = [cls for cls in model.classes if roots is None or cls.root in roots]
-    whole = {cls.root: cls.channels for cls in model.classes}
+    changing = [cls for cls in model.sets if roots is None or cls.root in roots]
+    whole = {cls.root: cls.channels for cls in model.sets}
     steps = {step / cls.channels for cls in changing for step in range(round_to, cls.channels, round_to)}
     shares = sorted(steps | {1.0})
     at = [{**whole, **{cls.root: _width(cls, share, round_to) for cls in changing}} for share in shares]
@@ -137,6 +137,6 @@ def uniform_widths(
     return min([widths, *over], key=lambda w: abs(model.removed(w) - removed))
 
 
-def _width(cls: ChannelClass, share: float, round_to: int) -> int:
+def _width(cls: ChannelSet, share: float, round_to: int) -> int:
     steps = max(1, math.ceil(round(share * cls.channels / round_to, 6)))
     return min(cls.channels, steps * round_to)

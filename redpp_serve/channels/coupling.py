@@ -1,12 +1,12 @@
-"""Which channels of a network are coupled: the classes that pruning works on, found by union-find over its operators.
+"""Which channels of a network are coupled: the sets that pruning works on, found by union-find over its operators.
 
 Channels are coupled where operators make them meet: a residual add joins the outputs of all its writers, a
-squeeze-excite gate joins trunk and gate, a concatenation puts classes side by side, a grouped convolution ties a group.
-A class is open where every operator that its channels pass has a rule; what closes one is kept as a reason.
+squeeze-excite gate joins trunk and gate, a concatenation puts sets side by side, a grouped convolution ties a group.
+A channel set is open where every operator that its channels pass has a rule; what closes one is kept as a reason.
 
 Classes of coupled channels: what must be kept or taken out together, and where it lies in a network's tensors.
 
-One channel of a class is everything that computes or scales it (rows of each producer's weight, entries of biases
+One channel of a channel set is everything that computes or scales it (rows of each producer's weight, entries of biases
 and norms, filters of depthwise convolutions) and everything that reads it (columns of each reader's weight).
 
 Where each channel's entries stand in many tensors, found with whole arrays.
@@ -47,7 +47,7 @@ class Reader:
     """A call that sums over the channels: entries ``positions[c]`` (channels, m) of dimension ``dim`` of its weight
     multiply the same entries of axis ``axis`` of ``value``, its input.
 
-    m is 1, or H * W behind a flatten, or the size of a group or head. Other entries may belong to other classes.
+    m is 1, or H * W behind a flatten, or the size of a group or head. Other entries may belong to other sets.
     """
 
     node: str
@@ -59,10 +59,10 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class ChannelClass:
-    """One class. ``name`` is its first producer's layer name; ``producers`` are layer names in order of execution.
+class ChannelSet:
+    """One set of coupled channels. ``name`` is its first producer's layer name; ``producers`` are layer names in order of execution.
 
-    ``closed`` is the reason why these channels must stay, empty for an open class.
+    ``closed`` is the reason why these channels must stay, empty for an open channel set.
     """
 
     name: str
@@ -108,35 +108,35 @@ class Places:
 
 @dataclass(frozen=True)
 class Coupling:
-    """The classes of a graph, and where their channels lie in every value and stored tensor.
+    """The sets of a graph, and where their channels lie in every value and stored tensor.
 
     ``closed_layers`` says for each convolution or Linear whose output channels stay why they do.
     """
 
     graph: Graph
-    classes: tuple[ChannelClass, ...]
+    sets: tuple[ChannelSet, ...]
     closed_layers: dict[str, str]
     _axes: dict[str, dict[int, Tensor]]
-    _roots: dict[str, Tensor]  # by class, the representatives of its channels
+    _roots: dict[str, Tensor]  # by channel set, the representatives of its channels
     _walk: Walk
 
     @property
-    def open(self) -> tuple[ChannelClass, ...]:
-        """The classes that may be narrowed, in order of execution."""
-        return tuple(c for c in self.classes if not c.closed)
+    def open(self) -> tuple[ChannelSet, ...]:
+        """The sets that may be narrowed, in order of execution."""
+        return tuple(c for c in self.sets if not c.closed)
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Coupling:
         """The same coupling over other values of the same tensors."""
         return replace(self, graph=self.graph.with_tensors(tensors))
 
     def narrow(self, kept: Mapping[str, Tensor]) -> Graph:
-        """The graph with only the kept channels, (k,) ascending int64 by class name; classes not named stay whole.
+        """The graph with only the kept channels, (k,) ascending int64 by its name; sets not named stay whole.
 
         Readers lose the columns of the channels that went; nothing makes up for them.
         """
-        return narrow(self.graph, self._walk, self.kept_positions(kept))
+        return narrow(self.graph, self._walk, self.kept(kept))
 
-    def kept_positions(self, kept: Mapping[str, Tensor]) -> Callable[[str], dict[int, Tensor]]:
+    def kept(self, kept: Mapping[str, Tensor]) -> Callable[[str], dict[int, Tensor]]:
         """For a value's or tensor's name the positions that stay along each axis that loses some, ascending."""
         highest = max((int(roots.max()) for axes in self._axes.values() for roots in axes.values()), default=0)
         stays = torch.ones(highest + 1, dtype=torch.bool)
@@ -153,18 +153,18 @@ class Coupling:
 
 
 def couple(graph: Graph, exclude: Sequence[str] = ()) -> Coupling:
-    """Find all classes of coupled channels.
+    """Find all sets of coupled channels.
 
     Args:
         graph: a captured network.
         exclude: shell patterns of layer names that must not change.
     """
     walk = Walk(graph).run()
-    classes, roots = _build(walk)
-    classes = [_excluded(c, exclude) for c in classes]
-    coupling = Coupling(graph, tuple(classes), {}, walk.axes(), roots, walk)
-    classes = _tried(coupling)
-    return replace(coupling, classes=classes, closed_layers=_closed_layers(walk, classes))
+    sets, roots = _build(walk)
+    sets = [_excluded(c, exclude) for c in sets]
+    coupling = Coupling(graph, tuple(sets), {}, walk.axes(), roots, walk)
+    sets = _tried(coupling)
+    return replace(coupling, sets=sets, closed_layers=_closed_layers(walk, sets))
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -178,8 +178,8 @@ def unmatched(graph: Graph, patterns: Sequence[str]) -> list[str]:
     return [f"--exclude {p} names no layer" for p in patterns if not fnmatch.filter(names, p)]
 
 
-def _build(walk: Walk) -> tuple[list[ChannelClass], dict[str, Tensor]]:
-    """Channels that share a producer, and have as many entries in each tensor, are one class."""
+def _build(walk: Walk) -> tuple[list[ChannelSet], dict[str, Tensor]]:
+    """Channels that share a producer, and have as many entries in each tensor, are one channel set."""
     (closed, tied), alone = walk.labels.reasons(), walk.alone()
     produced = [(p, set(walk.labels.find(p.labels).tolist())) for p in walk.produced]
     leaders = _leaders([roots for _, roots in produced])
@@ -192,7 +192,7 @@ def _build(walk: Walk) -> tuple[list[ChannelClass], dict[str, Tensor]]:
                 key = (group_of.pop(root), places.signature(root), root in closed, root in alone)
                 members.setdefault(key, []).append(root)
     read_tensors = {(read.tensor, read.dim) for read in walk.reads}
-    classes, roots, taken = [], {}, Counter()
+    sets, roots, taken = [], {}, Counter()
     for (leader, *_), channels in members.items():
         held, linked = set(channels), (made for k, made in enumerate(produced) if leaders[k] == leader)
         makers = dict.fromkeys(p.layer for p, created in linked if not held.isdisjoint(created))
@@ -213,8 +213,8 @@ def _build(walk: Walk) -> tuple[list[ChannelClass], dict[str, Tensor]]:
         if not reason and not (parts and readers):
             reason = "is not read by a layer" if parts else "its weights are read along the same channels"
         roots[name] = torch.tensor(channels)
-        classes.append(ChannelClass(name, len(channels), tuple(makers), tuple(parts), tuple(readers), reason))
-    return classes, roots
+        sets.append(ChannelSet(name, len(channels), tuple(makers), tuple(parts), tuple(readers), reason))
+    return sets, roots
 
 
 def _leaders(groups: Sequence[set[int]]) -> list[int]:
@@ -234,7 +234,7 @@ def _leaders(groups: Sequence[set[int]]) -> list[int]:
     return [lead(k) for k in range(len(groups))]
 
 
-def _excluded(found: ChannelClass, patterns: Sequence[str]) -> ChannelClass:
+def _excluded(found: ChannelSet, patterns: Sequence[str]) -> ChannelSet:
     if found.closed or not patterns:
         return found
     names = [t.removesuffix(".weight") for t in (*(p.tensor for p in found.parts), *(r.tensor for r in found.readers))]
@@ -244,17 +244,17 @@ def _excluded(found: ChannelClass, patterns: Sequence[str]) -> ChannelClass:
     return replace(found, closed="excluded" if hit in found.producers else f"{hit}, which goes with it, is excluded")
 
 
-def _tried(coupling: Coupling) -> tuple[ChannelClass, ...]:
-    """The classes, closed where a graph without their last channel could not run."""
+def _tried(coupling: Coupling) -> tuple[ChannelSet, ...]:
+    """The sets, closed where a graph without their last channel could not run."""
     every = {c.name: torch.arange(c.channels - 1) for c in coupling.open}
     if not every or not _fails(coupling, every):
-        return coupling.classes
+        return coupling.sets
     failed = {name: _fails(coupling, {name: kept}) for name, kept in every.items()}
     if not any(failed.values()):
-        failed = dict.fromkeys(every, "narrowing every class at once fails")
+        failed = dict.fromkeys(every, "narrowing every channel set at once fails")
     return tuple(
         replace(c, closed=f"the narrowed network would not run: {failed[c.name]}") if failed.get(c.name) else c
-        for c in coupling.classes
+        for c in coupling.sets
     )
 
 
@@ -271,10 +271,10 @@ def _fails(coupling: Coupling, kept: Mapping[str, Tensor]) -> str:
     return "" if same else "its outputs change shape"
 
 
-def _closed_layers(walk: Walk, classes: Sequence[ChannelClass]) -> dict[str, str]:
+def _closed_layers(walk: Walk, sets: Sequence[ChannelSet]) -> dict[str, str]:
     reasons = dict(walk.refused)
-    opened = {layer for c in classes if not c.closed for layer in c.producers}
-    for found in classes:
+    opened = {layer for c in sets if not c.closed for layer in c.producers}
+    for found in sets:
         for layer in found.producers:
             if found.closed and layer not in opened:
                 reasons.setdefault(layer, found.closed)

@@ -75,7 +75,7 @@ class Labels:
         self._parent[met] = self._find(met)
 
     def tie(self, labels: Tensor, dim: int, reason: str) -> None:
-        """Join all labels along a dimension; the reason is kept for those whose class has nothing else left."""
+        """Join all labels along a dimension; the reason is kept for those whose channel set has nothing else left."""
         labels = once(labels)
         if labels.shape[dim] < 2:
             return

@@ -1,4 +1,4 @@
-"""The lossy part of a run: how wide each class stays, the narrowed and fitted network, and the frontier around it."""
+"""The lossy part of a run: how wide each channel set stays, the narrowed and fitted network, and the frontier around it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from redpp_serve.channels.coupling import Coupling
+from redpp_serve.channels.narrowing import Kept
 from redpp_serve.errors import GateFailed
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import mac_count
 from redpp_serve.options import Options
-from redpp_serve.pruning.fit import Places, Reconstruction, quick_fit, reconstruct
+from redpp_serve.pruning.fit import Reconstruction, quick_fit, reconstruct
 from redpp_serve.pruning.latency import Latency, layer_model, paired_latency
 from redpp_serve.pruning.observation import observe
 from redpp_serve.pruning.repair import repair_batch_norm
@@ -38,7 +39,7 @@ class Narrowed:
     """A narrowed and fitted network; ``places`` maps a value's name to what it still has of the original's."""
 
     graph: Graph
-    places: Places
+    places: Kept
     widths: Mapping[str, int]
     records: list[Reconstruction]
     seconds: float = 0.0
@@ -67,8 +68,8 @@ class Choice:
     cut_short: bool = False
 
 
-def then(first: Places, second: Places) -> Places:
-    """Places after two narrowings in a row."""
+def then(first: Kept, second: Kept) -> Kept:
+    """Kept after two narrowings in a row."""
 
     def places(name: str) -> dict[int, Tensor]:
         before, after = first(name), second(name)
@@ -85,7 +86,7 @@ class Narrower:
 
     Args:
         original: the network whose outputs are the target.
-        coupling: the network to narrow, and its classes.
+        coupling: the network to narrow, and its sets.
         merged: what ``coupling.graph`` still has of the original's values, where exact merging took some.
         inputs, held_out: (images, ...) for each network input, to fit to (the first `FIT_IMAGES`) and to measure on.
         frozen: weights that stay as they are.
@@ -95,7 +96,7 @@ class Narrower:
         self,
         original: Graph,
         coupling: Coupling,
-        merged: Places,
+        merged: Kept,
         inputs: tuple[Tensor, ...],
         held_out: tuple[Tensor, ...],
         progress: Progress,
@@ -108,7 +109,7 @@ class Narrower:
         self._built: dict[tuple[tuple[str, int], ...], Narrowed] = {}
 
     def kept(self, widths: Mapping[str, int]) -> dict[str, Tensor]:
-        full = {group.name: group.channels for group in self.coupling.open}
+        full = {channel_set.name: channel_set.channels for channel_set in self.coupling.open}
         return {name: self.selections[name].kept(width) for name, width in widths.items() if width < full[name]}
 
     def build(self, widths: Mapping[str, int]) -> Narrowed:
@@ -116,7 +117,7 @@ class Narrower:
         key = tuple(sorted(widths.items()))
         if key not in self._built:
             start, kept = time.monotonic(), self.kept(widths)
-            places = then(self.merged, self.coupling.kept_positions(kept))
+            places = then(self.merged, self.coupling.kept(kept))
             graph, records = reconstruct(
                 self.coupling,
                 self.original,
@@ -156,7 +157,7 @@ def choose(narrower: Narrower, options: Options, deadline: float, frontier_deadl
     choice = Choice(None, "", plan.left)
     if options.keep is not None:
         widths = uniform([c for c in coupling.open if c.name in full], options.keep, options.round_to)
-        why = f"{options.keep:.0%} of each class"
+        why = f"{options.keep:.0%} of each channel set"
     elif options.target_macs is not None:
         index = plan.within(options.target_macs * macs)
         widths, why = plan.points[index].widths, f"--target macs={options.target_macs:g}"

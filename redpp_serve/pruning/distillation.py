@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from redpp_serve.channels.narrowing import Kept
 from redpp_serve.files import write_atomically
 from redpp_serve.graph.executor import Program, value_shapes
 from redpp_serve.graph.graph import Graph, Node
 from redpp_serve.graph.layers import mac_count
 from redpp_serve.pruning.student import Student, update_macs
-
-Kept = Callable[[str], dict[int, Tensor]]  # from a value's name to the original's positions it still has, by axis
 
 # What one second is assumed to buy, and what each input and each step cost beside their layers, in
 # multiply-accumulates. Constants, not measurements, so that the number of steps, and with it the result, is the same

@@ -1,7 +1,7 @@
 """Reconstructive merging: fewer channels, and readers whose weights are fitted to make up for the ones that left.
 
 Exact merging is the special case in which a channel equals another. Here a channel may be any linear combination
-of the kept ones. All classes are narrowed at once, with a quick fit of their readers; then every reader, in order of
+of the kept ones. All sets are narrowed at once, with a quick fit of their readers; then every reader, in order of
 execution, gets the ridge least-squares weights that map the *pruned* network's input of the layer to the *original*
 network's output. Where a layer adds to a residual stream, its target makes up for the error the stream already has,
 so that errors do not pile up. The activations come from synthetic inputs, so no data is needed.
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redpp_serve.channels.coupling import Coupling, Reader
+from redpp_serve.channels.narrowing import Kept
 from redpp_serve.graph.executor import Program, value_shapes
 from redpp_serve.graph.graph import Graph, Node, Ref
 from redpp_serve.graph.layers import Layer, find_layers
@@ -32,23 +33,23 @@ _RIDGE = 1e-6  # of channels scaled to unit variance
 
 
 def quick_fit(observed: Observed, kept: Mapping[str, Tensor]) -> Graph:
-    """The network with only those channels of those classes, its readers making up for the ones that left.
+    """The network with only those channels of those sets, its readers making up for the ones that left.
 
     Each channel that left is replaced by the linear combination of kept ones that predicts it best; means are
-    preserved. The fit is to the activations of the whole network, so errors of several classes add up.
+    preserved. The fit is to the activations of the whole network, so errors of several sets add up.
     """
     graph = observed.coupling.graph
     weights: dict[str, Tensor] = {}
     nodes = {}
-    for group in observed.coupling.open:
-        if group.name not in kept or len(kept[group.name]) == group.channels:
+    for channel_set in observed.coupling.open:
+        if channel_set.name not in kept or len(kept[channel_set.name]) == channel_set.channels:
             continue
-        for reader in group.readers:
-            mix = mix_of(observed.grams[group.name, reader.value], kept[group.name])
+        for reader in channel_set.readers:
+            mix = mix_of(observed.grams[channel_set.name, reader.value], kept[channel_set.name])
             old = weights.get(reader.tensor, graph.tensors[reader.tensor].double())
-            weights[reader.tensor] = _mixed(old, reader, kept[group.name], mix)
+            weights[reader.tensor] = _mixed(old, reader, kept[channel_set.name], mix)
             nodes[reader.node] = reader
-    narrow, places = observed.coupling.narrow(kept), observed.coupling.kept_positions(kept)
+    narrow, places = observed.coupling.narrow(kept), observed.coupling.kept(kept)
     cut = {name: _cut(weight, places(name)).to(graph.tensors[name]) for name, weight in weights.items()}
     narrow = narrow.with_tensors(cut)
     for node, reader in nodes.items():
@@ -130,12 +131,10 @@ _MAX_UNKNOWNS = 6000  # for one output; beyond, the quick fit stays and each out
 _SAMPLES = 128  # output positions of an input, unless a layer has many unknowns
 _LEAST_SCALE = 1e-3  # of the largest: a batch norm's scale below it hides its channel, whose target stays as it is
 
-Places = Callable[[str], dict[int, Tensor]]
-
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What merging did to one class of channels; ``error`` is the relative RMS error of its readers' outputs."""
+    """What merging did to one channel set of channels; ``error`` is the relative RMS error of its readers' outputs."""
 
     layer: str
     channels: int
@@ -158,7 +157,7 @@ def reconstruct(
     start: Graph,
     inputs: Sequence[Tensor],
     *,
-    rows: Places = lambda name: {},
+    rows: Kept = lambda name: {},
     compensate: bool = True,
     every_layer: bool = True,
     frozen: Collection[str] = (),
@@ -167,9 +166,9 @@ def reconstruct(
     """Fit the readers of narrowed channels, in order of execution.
 
     Args:
-        coupling: the network before narrowing (possibly already hashed and merged) and its classes.
+        coupling: the network before narrowing (possibly already hashed and merged) and its sets.
         original: the network whose outputs are the target; same node names.
-        kept: for each class the channels that stay, (k,) int64 ascending.
+        kept: for each channel set the channels that stay, (k,) int64 ascending.
         start: the network narrowed to them, `quick_fit`.
         inputs: (images, ...) for each network input, on the device to compute on.
         rows: by value, which of the original's entries ``coupling.graph`` still has, where exact merging took some.
@@ -178,15 +177,19 @@ def reconstruct(
         frozen: weights that stay as they are.
 
     Returns:
-        the fitted network, and for each narrowed class what was done.
+        the fitted network, and for each narrowed channel set what was done.
     """
-    narrowed = [group for group in coupling.open if len(kept.get(group.name, ())) not in (0, group.channels)]
-    readers = {reader.node for group in narrowed for reader in group.readers}
+    narrowed = [
+        channel_set
+        for channel_set in coupling.open
+        if len(kept.get(channel_set.name, ())) not in (0, channel_set.channels)
+    ]
+    readers = {reader.node for channel_set in narrowed for reader in channel_set.readers}
     layers = [x for x in find_layers(start) if x.groups == 1]
     first = next((k for k, x in enumerate(layers) if x.node.name in readers), len(layers))
     todo = [x for k, x in enumerate(layers) if x.node.name in readers or (every_layer and k > first)]
     todo = [x for x in todo if x.weight not in frozen]
-    places = coupling.kept_positions(kept)
+    places = coupling.kept(kept)
 
     def cut(name: str, value: Tensor) -> Tensor:
         """What the narrowed network still has of a value of the original."""
@@ -212,9 +215,9 @@ def reconstruct(
         graph, errors[name] = fit(graph, layer, goal, mine, theirs)
         progress(done + 1, len(todo))
     records = []
-    for group in narrowed:
-        error = max((errors.get(reader.node, 0.0) for reader in group.readers), default=0.0)
-        records.append(Reconstruction(group.name, group.channels, len(kept[group.name]), error))
+    for channel_set in narrowed:
+        error = max((errors.get(reader.node, 0.0) for reader in channel_set.readers), default=0.0)
+        records.append(Reconstruction(channel_set.name, channel_set.channels, len(kept[channel_set.name]), error))
     return graph, records
 
 

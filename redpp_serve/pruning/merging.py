@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from redpp_serve.channels.coupling import ChannelClass, Coupling, Part
+from redpp_serve.channels.coupling import ChannelSet, Coupling, Part
 from redpp_serve.graph.graph import Graph
 from redpp_serve.pruning.widths import unit
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The merged graph, and by class the channels that stayed, (k,) int64 ascending, where some went."""
+    """The merged graph, and by channel set the channels that stayed, (k,) int64 ascending, where some went."""
 
     graph: Graph
     kept: dict[str, Tensor]
@@ -24,20 +24,20 @@ class Merged:
 
 
 def merge_exact(coupling: Coupling, round_to: int) -> Merged:
-    """Merge the channels of every open class that are equal in all its tensors.
+    """Merge the channels of every open channel set that are equal in all its tensors.
 
     Channels that all readers ignore (columns of zeros) go as well. Widths of layers stay multiples of ``round_to`` by
     leaving some duplicates in place. Exact up to re-association of the readers' sums.
     """
     tensors, kept, removed = dict(coupling.graph.tensors), {}, 0
-    for group in coupling.open:
-        first, stays = _survivors(group, tensors, round_to)
+    for channel_set in coupling.open:
+        first, stays = _survivors(channel_set, tensors, round_to)
         if bool(stays.all()):
             continue
-        kept[group.name] = stays.nonzero().view(-1)
-        removed += group.channels - len(kept[group.name])
+        kept[channel_set.name] = stays.nonzero().view(-1)
+        removed += channel_set.channels - len(kept[channel_set.name])
         seen = set()
-        for reader in group.readers:
+        for reader in channel_set.readers:
             if (reader.tensor, reader.dim) not in seen:  # a weight that two calls share is summed once
                 seen.add((reader.tensor, reader.dim))
                 tensors[reader.tensor] = _summed(tensors[reader.tensor], reader.dim, reader.positions, first, stays)
@@ -46,17 +46,17 @@ def merge_exact(coupling: Coupling, round_to: int) -> Merged:
     return Merged(coupling.with_tensors(tensors).narrow(kept), kept, removed)
 
 
-def _survivors(group: ChannelClass, tensors: dict[str, Tensor], round_to: int) -> tuple[Tensor, Tensor]:
+def _survivors(channel_set: ChannelSet, tensors: dict[str, Tensor], round_to: int) -> tuple[Tensor, Tensor]:
     """For each channel the one that stands for it, (channels,) int64, and which channels stay, (channels,) bool."""
-    first = first_equal([_rows(tensors, part) for part in group.parts])
-    ignored = torch.ones(group.channels, dtype=torch.bool)
-    for reader in group.readers:
+    first = first_equal([_rows(tensors, part) for part in channel_set.parts])
+    ignored = torch.ones(channel_set.channels, dtype=torch.bool)
+    for reader in channel_set.readers:
         columns = tensors[reader.tensor].movedim(reader.dim, 0)[reader.positions]
         ignored &= (columns == 0).flatten(1).all(1)
-    stays = (first == torch.arange(group.channels)) & ~_all_of_group(ignored, first)
-    step = unit(group, round_to)
+    stays = (first == torch.arange(channel_set.channels)) & ~_all_of_group(ignored, first)
+    step = unit(channel_set, round_to)
     width = int(stays.sum())
-    missing = min(group.channels, -(-max(width, 1) // step) * step) - width
+    missing = min(channel_set.channels, -(-max(width, 1) // step) * step) - width
     extra = (~stays).nonzero().view(-1)[:missing]
     stays[extra] = True
     first[extra] = extra

@@ -12,21 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from redpp_serve.channels.coupling import ChannelClass, Coupling, Reader
+from redpp_serve.channels.coupling import ChannelSet, Coupling, Reader
 from redpp_serve.graph.graph import Graph, conv2d_geometry
 from redpp_serve.pruning.piecewise import Piecewise, chunk_size
 
-_SAMPLES = 256  # positions of an input, unless a class has many channels
+_SAMPLES = 256  # positions of an input, unless a channel set has many channels
 _SPECTRUM_IMAGES = 8
 
-Reading = tuple[str, str]  # a class, and a value or node that it is read from or by
+Reading = tuple[str, str]  # a channel set, and a value or node that it is read from or by
 
 
 @dataclass(frozen=True)
 class Observed:
     """Second moments in float64, on the CPU.
 
-    ``grams``: by class and value that it is read from, (channels, channels), centred, the mean over a channel's
+    ``grams``: by channel set and value that it is read from, (channels, channels), centred, the mean over a channel's
     entries in the value. ``entries``: for the same, how a channel's m entries correlate, (m, m). ``taps``: by reader,
     how its input at one tap of the kernel correlates with that at another, (taps, taps). ``means``: by value, its mean
     over the inputs. ``power``: by reader, its output's variance, summed over its channels.
@@ -46,16 +46,16 @@ def observe(
     """Run the network once over the inputs; what is kept of each value are sums over them.
 
     Args:
-        coupling: the network and its classes.
+        coupling: the network and its sets.
         inputs: (images, ...) for each network input, on the device to compute on.
         progress: called with readers done and in all.
     """
     graph = coupling.graph
     place = {node.name: k for k, node in enumerate(graph.nodes)}
-    readers: dict[str, list[tuple[ChannelClass, Reader]]] = {}
-    for group in coupling.open:
-        for reader in group.readers:
-            readers.setdefault(reader.node, []).append((group, reader))
+    readers: dict[str, list[tuple[ChannelSet, Reader]]] = {}
+    for channel_set in coupling.open:
+        for reader in channel_set.readers:
+            readers.setdefault(reader.node, []).append((channel_set, reader))
     ordered = sorted(readers, key=place.__getitem__)
     found = Observed(coupling, {}, {}, {}, {}, {})
     run = Piecewise(graph, inputs, chunk_size(graph, len(inputs[0])))
@@ -66,9 +66,13 @@ def observe(
     return found
 
 
-def _observe_reader(found: Observed, run: Piecewise, node: str, readers: Sequence[tuple[ChannelClass, Reader]]) -> None:
+def _observe_reader(found: Observed, run: Piecewise, node: str, readers: Sequence[tuple[ChannelSet, Reader]]) -> None:
     graph, value = found.coupling.graph, readers[0][1].value
-    sums = {(group.name, value): _Sums(reader) for group, reader in readers if (group.name, value) not in found.grams}
+    sums = {
+        (channel_set.name, value): _Sums(reader)
+        for channel_set, reader in readers
+        if (channel_set.name, value) not in found.grams
+    }
     spectrum = _Spectrum(graph, node)
     axis, mean, total, square, images, count = output_axis(graph, node), 0.0, 0.0, 0.0, 0, 0
     for x, y in run.values([value, node]):
@@ -86,7 +90,7 @@ def _observe_reader(found: Observed, run: Piecewise, node: str, readers: Sequenc
 
 
 class _Sums:
-    """Sums over samples of the channels of one class in one value."""
+    """Sums over samples of the channels of one channel set in one value."""
 
     def __init__(self, reader: Reader) -> None:
         self.axis, self.positions = reader.axis, reader.positions

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from redpp_serve.channels.coupling import Coupling, couple, matches
+from redpp_serve.channels.narrowing import Kept
 from redpp_serve.errors import GateFailed, RedppError
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph
@@ -30,7 +31,7 @@ from redpp_serve.pruning.accounting import (
 from redpp_serve.pruning.choose import Choice, Narrower, choose, frontier_record
 from redpp_serve.pruning.distillation import distil
 from redpp_serve.pruning.final_codebooks import METHOD, hash_within
-from redpp_serve.pruning.fit import Places, Reconstruction
+from redpp_serve.pruning.fit import Reconstruction
 from redpp_serve.pruning.hashing import Hashed, hash_weight, retuned
 from redpp_serve.pruning.inputs import smooth_noise, synthesis_budget, synthesize
 from redpp_serve.pruning.merging import merge_exact
@@ -87,10 +88,10 @@ class _Run:
     data: VerifyData | None
     first_hashed: dict[str, Hashed] = field(default_factory=dict)  # of the network as it came
     hashed: dict[str, Hashed] = field(default_factory=dict)  # of the present graph
-    widths: dict[str, Reconstruction] = field(default_factory=dict)  # by class
+    widths: dict[str, Reconstruction] = field(default_factory=dict)  # by channel set
     coupling: Coupling | None = None  # of the graph behind exact merging
-    merged: Places = lambda name: {}  # what that graph still has of the original's values
-    places: Places = lambda name: {}  # what the present graph still has of the original's values
+    merged: Kept = lambda name: {}  # what that graph still has of the original's values
+    places: Kept = lambda name: {}  # what the present graph still has of the original's values
     producers: dict[str, str] = field(default_factory=dict)  # layer to class
     closed: dict[str, str] = field(default_factory=dict)
     splits: dict[str, Split] = field(default_factory=dict)
@@ -179,19 +180,17 @@ def _merge(run: _Run) -> None:
     with run.stages.run("merge") as stage:
         coupling = couple(run.graph, run.options.exclude)
         run.closed, run.coupling = coupling.closed_layers, coupling
-        for group in coupling.classes:
-            run.producers.update({layer: group.name for layer in group.producers if not group.closed})
+        for channel_set in coupling.sets:
+            run.producers.update({layer: channel_set.name for layer in channel_set.producers if not channel_set.closed})
         _check_narrowing(run, coupling)
         precise = coupling.with_tensors(run.graph.to(torch.float64).tensors)
         merged = merge_exact(precise, run.options.round_to)
-        for group in coupling.open:
-            kept = len(merged.kept.get(group.name, range(group.channels)))
-            run.widths[group.name] = Reconstruction(group.name, group.channels, kept, 0.0)
+        for channel_set in coupling.open:
+            kept = len(merged.kept.get(channel_set.name, range(channel_set.channels)))
+            run.widths[channel_set.name] = Reconstruction(channel_set.name, channel_set.channels, kept, 0.0)
         if not merged.removed:
             sets = len(coupling.open)
-            stage.reason = (
-                f"no two of the channels in {sets} classes are equal" if sets else "no open class of channels"
-            )
+            stage.reason = f"no two of the channels in {sets} channel sets are equal" if sets else "no open channel set"
             return
         error = _precise_error(precise.graph, merged.graph, run.graph, run.options.seed)
         run.checks["merge_exact"] = error
@@ -199,20 +198,20 @@ def _merge(run: _Run) -> None:
         types = {name: t.dtype for name, t in run.graph.tensors.items()}
         back = {name: t.to(types.get(name, t.dtype)) for name, t in merged.graph.tensors.items()}
         run.graph = replace(merged.graph, tensors=back, inputs=run.graph.inputs)
-        run.merged = run.places = coupling.kept_positions(merged.kept)
+        run.merged = run.places = coupling.kept(merged.kept)
         run.coupling = couple(run.graph, run.options.exclude)
         stage.reason = f"{merged.removed} duplicate channels merged; differs by {error:.1e} in float64"
 
 
 def _check_narrowing(run: _Run, coupling: Coupling) -> None:
-    """Leaving out channels must be the same as having nobody read them: checked for all classes at once, in float64."""
+    """Leaving out channels must be the same as having nobody read them: checked for all channel sets at once, in float64."""
     if not coupling.open:
         return
-    kept = {group.name: torch.arange(group.channels)[::2] for group in coupling.open}
+    kept = {channel_set.name: torch.arange(channel_set.channels)[::2] for channel_set in coupling.open}
     precise = coupling.with_tensors(run.graph.to(torch.float64).tensors)
     unread = dict(precise.graph.tensors)
-    for group in coupling.open:
-        for reader in group.readers:
+    for channel_set in coupling.open:
+        for reader in channel_set.readers:
             unread[reader.tensor] = unread[reader.tensor].index_fill(reader.dim, reader.positions[1::2].flatten(), 0.0)
     error = _precise_error(precise.graph.with_tensors(unread), precise.narrow(kept), run.graph, run.options.seed)
     run.checks["narrow_exact"] = error
@@ -325,7 +324,7 @@ def _narrow(run: _Run, started: float) -> None:
             return stage.skip("--merge exact")
         if not coupling.open:
             _require_no_target(options)
-            return stage.skip("no open class of channels")
+            return stage.skip("no open channel set")
         if "merge_exact" not in run.checks:
             coupling = coupling.with_tensors(run.original.tensors)
         inputs = tuple(x.to(options.device) for x in run.fit_inputs)
@@ -349,18 +348,20 @@ def _narrow(run: _Run, started: float) -> None:
             run.widths[record.layer] = replace(record, channels=run.widths[record.layer].channels)
         kept = sum(run.widths[record.layer].kept for record in narrowed.records)
         of = sum(record.channels for record in narrowed.records)
-        left = f"; {len(run.choice.left)} classes too small to narrow" if run.choice.left else ""
-        stage.reason = f"{run.choice.reason}: {kept} of {of} channels kept in {len(narrowed.records)} classes{left}"
+        left = f"; {len(run.choice.left)} channel sets too small to narrow" if run.choice.left else ""
+        stage.reason = (
+            f"{run.choice.reason}: {kept} of {of} channels kept in {len(narrowed.records)} channel sets{left}"
+        )
     if narrowed is not None:
         _share(run, stage)
 
 
 def _require_no_target(options: Options) -> None:
-    """A share of the cost that should go cannot go where every class of channels has to stay."""
+    """A share of the cost that should go cannot go where every channel set has to stay."""
     for what, share in (("macs", options.target_macs), ("latency", options.target_latency)):
         if share is not None and share < 1.0:
             raise GateFailed(
-                f"--target {what}={share:g} cannot be reached: no class of channels is open",
+                f"--target {what}={share:g} cannot be reached: no channel set is open",
                 "a layer that can be narrowed",
                 "see inspect --channels for the reasons, and --exclude",
             )

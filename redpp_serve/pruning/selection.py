@@ -1,4 +1,4 @@
-"""Which channels of a class to keep: those that the others follow from least, weighted by what their readers do."""
+"""Which channels of a channel set to keep: those that the others follow from least, weighted by what their readers do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from redpp_serve.pruning.observation import Observed
 
 @dataclass(frozen=True)
 class Selection:
-    """Of one class: ``order`` (channels,) int64, the most needed first; ``curve`` (channels + 1,) float64, entry k the
+    """Of one channel set: ``order`` (channels,) int64, the most needed first; ``curve`` (channels + 1,) float64, entry k the
     predicted share of the readers' output variance that the first k channels lose (1 for none of them).
     """
 
@@ -27,24 +27,24 @@ class Selection:
 
 
 def select(observed: Observed) -> dict[str, Selection]:
-    """The order and the error curve of every open class."""
+    """The order and the error curve of every open channel set."""
     found = {}
-    for group in observed.coupling.open:
+    for channel_set in observed.coupling.open:
         uses: dict[str, Tensor] = {}
-        for reader in group.readers:
-            columns = _columns(observed, group.name, reader)
+        for reader in channel_set.readers:
+            columns = _columns(observed, channel_set.name, reader)
             use = columns @ columns.T / max(observed.power[reader.node], 1e-30)
             uses[reader.value] = uses[reader.value] + use if reader.value in uses else use
-        readings = [(observed.grams[group.name, value], use) for value, use in uses.items()]
-        found[group.name] = Selection(*select_channels(readings))
+        readings = [(observed.grams[channel_set.name, value], use) for value, use in uses.items()]
+        found[channel_set.name] = Selection(*select_channels(readings))
     return found
 
 
-def _columns(observed: Observed, group: str, reader: Reader) -> Tensor:
+def _columns(observed: Observed, channel_set: str, reader: Reader) -> Tensor:
     """What a reader does with each channel, (channels, ...), in terms of uncorrelated parts of a channel's entries."""
     weight = observed.coupling.graph.tensors[reader.tensor].double().cpu().movedim(reader.dim, 0)
     columns = weight[reader.positions.flatten()].reshape(*reader.positions.shape, -1)
-    columns = torch.einsum("cmr,mn->cnr", columns, _root(observed.entries[group, reader.value]))
+    columns = torch.einsum("cmr,mn->cnr", columns, _root(observed.entries[channel_set, reader.value]))
     taps = observed.taps[reader.node]
     return (columns.reshape(len(columns), -1, len(taps)) @ _root(taps)).flatten(1)
 

@@ -1,7 +1,7 @@
-"""How many channels of each class to keep: least error for each operation, or second, that is saved.
+"""How many channels of each channel set to keep: least error for each operation, or second, that is saved.
 
-The error curves of `selection` say how the error of a class grows as it loses channels; a few measurements of the
-whole network, one class narrowed at a time, say how much of it reaches the outputs. Squared errors of several classes
+The error curves of `selection` say how the error of a channel set grows as it loses channels; a few measurements of the
+whole network, one channel set narrowed at a time, say how much of it reaches the outputs. Squared errors of several sets
 add up. From the whole network on, each step takes channels where they add the least error for what they save, so
 every prefix of the steps is a point of the frontier of error against cost.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from redpp_serve.channels.coupling import ChannelClass, Coupling
+from redpp_serve.channels.coupling import ChannelSet, Coupling
 from redpp_serve.graph.layers import find_layers, mac_count
 from redpp_serve.pruning.fit import quick_fit
 from redpp_serve.pruning.observation import Observed
@@ -26,8 +26,8 @@ from redpp_serve.pruning.verification import squared_error
 Shapes = Mapping[str, tuple[int, ...]]  # of layers' weights by layer name
 Cost = Callable[[Shapes], float]  # a sum over the layers named, up to a constant
 
-SHARES = (0.75, 0.5, 0.25)  # of a class's channels, at which the network is measured
-LEAST_SHARE = 0.125  # of its channels that a class keeps, unless the outputs hardly need it
+SHARES = (0.75, 0.5, 0.25)  # of a channel set's channels, at which the network is measured
+LEAST_SHARE = 0.125  # of its channels that a channel set keeps, unless the outputs hardly need it
 _HARDLY = 1e-6  # squared relative error of the outputs at the least of SHARES
 _PROBE_MACS = 2e12  # what all measurements together may cost
 _FEWEST_PROBES = 4
@@ -36,7 +36,7 @@ _NO_CURVE = 1e-7  # added to predicted errors: what is measured where nothing is
 
 @dataclass(frozen=True)
 class Point:
-    """One network of the frontier: the width of each class that may change, its cost, and its error relative to the
+    """One network of the frontier: the width of each channel set that may change, its cost, and its error relative to the
     outputs, predicted and, where the network was built, measured on held-out inputs.
     """
 
@@ -48,7 +48,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """Points from the whole network to the narrowest; ``left`` names the classes that stay, with the reason."""
+    """Points from the whole network to the narrowest; ``left`` names the sets that stay, with the reason."""
 
     points: tuple[Point, ...]
     left: Mapping[str, str]
@@ -59,28 +59,28 @@ class Plan:
 
 
 class ShapeModel:
-    """The shapes of all layers' weights as functions of the classes' widths."""
+    """The shapes of all layers' weights as functions of the sets' widths."""
 
     def __init__(self, coupling: Coupling) -> None:
         layers = find_layers(coupling.graph)
         self.full = {layer.name: layer.shape for layer in layers}
         self._positions = {layer.name: layer.positions for layer in layers}
         named = {layer.weight: layer.name for layer in layers}
-        self.channels = {group.name: group.channels for group in coupling.open}
+        self.channels = {channel_set.name: channel_set.channels for channel_set in coupling.open}
         self._entries: dict[str, list[tuple[str, int, int]]] = {name: [] for name in self.full}
         self.touched: dict[str, set[str]] = {}
-        for group in coupling.open:
-            places = {(x.tensor, x.dim): x.positions.shape[1] for x in (*group.parts, *group.readers)}
+        for channel_set in coupling.open:
+            places = {(x.tensor, x.dim): x.positions.shape[1] for x in (*channel_set.parts, *channel_set.readers)}
             for (tensor, dim), entries in places.items():
                 if tensor in named:
-                    self._entries[named[tensor]].append((group.name, dim, entries))
-            self.touched[group.name] = {named[tensor] for tensor, _ in places if tensor in named}
+                    self._entries[named[tensor]].append((channel_set.name, dim, entries))
+            self.touched[channel_set.name] = {named[tensor] for tensor, _ in places if tensor in named}
 
     def shape(self, layer: str, widths: Mapping[str, int]) -> tuple[int, ...]:
-        """One layer's shape; classes that ``widths`` does not name are whole."""
+        """One layer's shape; sets that ``widths`` does not name are whole."""
         shape = list(self.full[layer])
-        for group, dim, entries in self._entries[layer]:
-            shape[dim] -= entries * (self.channels[group] - widths.get(group, self.channels[group]))
+        for channel_set, dim, entries in self._entries[layer]:
+            shape[dim] -= entries * (self.channels[channel_set] - widths.get(channel_set, self.channels[channel_set]))
         return tuple(shape)
 
     def shapes(self, widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
@@ -91,18 +91,20 @@ class ShapeModel:
         return sum(self._positions[name] * math.prod(shape) for name, shape in shapes.items())
 
 
-def unit(group: ChannelClass, round_to: int) -> int:
-    """The step of a class's widths, in channels, such that its layers' widths are multiples of ``round_to``."""
-    entries = max(part.positions.shape[1] for part in group.parts)
+def unit(channel_set: ChannelSet, round_to: int) -> int:
+    """The step of a channel set's widths, in channels, such that its layers' widths are multiples of ``round_to``."""
+    entries = max(part.positions.shape[1] for part in channel_set.parts)
     return round_to // math.gcd(round_to, entries)
 
 
-def uniform(classes: Sequence[ChannelClass], share: float, round_to: int) -> dict[str, int]:
-    """The same share of every class, rounded up."""
+def uniform(sets: Sequence[ChannelSet], share: float, round_to: int) -> dict[str, int]:
+    """The same share of every channel set, rounded up."""
     widths = {}
-    for group in classes:
-        step = unit(group, round_to)
-        widths[group.name] = min(group.channels, -(-max(1, round(share * group.channels)) // step) * step)
+    for channel_set in sets:
+        step = unit(channel_set, round_to)
+        widths[channel_set.name] = min(
+            channel_set.channels, -(-max(1, round(share * channel_set.channels)) // step) * step
+        )
     return widths
 
 
@@ -112,33 +114,33 @@ def measure_errors(
     inputs: Sequence[Tensor],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Tensor]:
-    """Narrow one class at a time, with a quick fit, and measure what reaches the outputs.
+    """Narrow one channel set at a time, with a quick fit, and measure what reaches the outputs.
 
     Args:
         observed: from inputs other than these.
         inputs: (images, ...) for each network input; a big network uses the first few.
 
     Returns:
-        for each open class (channels + 1,) float64: the squared relative error of the outputs at each width, measured
-        at `SHARES` and between them in the form of the class's error curve; falling, and 0 at full width.
+        for each open channel set (channels + 1,) float64: the squared relative error of the outputs at each width, measured
+        at `SHARES` and between them in the form of the channel set's error curve; falling, and 0 at full width.
     """
     coupling = observed.coupling
-    graph, classes = coupling.graph, coupling.open
-    probes = max(len(classes) * len(SHARES) * mac_count(graph), 1)
+    graph, sets = coupling.graph, coupling.open
+    probes = max(len(sets) * len(SHARES) * mac_count(graph), 1)
     inputs = [x[: max(_FEWEST_PROBES, int(_PROBE_MACS // probes))] for x in inputs]
     run = Piecewise(graph, inputs, chunk_size(graph, len(inputs[0])))
     expected = list(run.outputs())
     first = _first_nodes(coupling)
     found = {}
-    for done, group in enumerate(sorted(classes, key=lambda c: first[c.name])):
+    for done, channel_set in enumerate(sorted(sets, key=lambda c: first[c.name])):
         run.use(graph)
-        run.advance(first[group.name])
+        run.advance(first[channel_set.name])
         errors = {}
-        for width in sorted({max(1, round(share * group.channels)) for share in SHARES} - {group.channels}):
-            run.use(quick_fit(observed, {group.name: selections[group.name].kept(width)}))
+        for width in sorted({max(1, round(share * channel_set.channels)) for share in SHARES} - {channel_set.channels}):
+            run.use(quick_fit(observed, {channel_set.name: selections[channel_set.name].kept(width)}))
             errors[width] = squared_error(zip(expected, run.outputs()))
-        found[group.name] = scaled_curve(selections[group.name].curve, errors)
-        progress(done + 1, len(classes))
+        found[channel_set.name] = scaled_curve(selections[channel_set.name].curve, errors)
+        progress(done + 1, len(sets))
     return found
 
 
@@ -170,23 +172,25 @@ def plan_widths(
     """Steps from the whole network to the narrowest, each the one that adds the least squared error for what it saves.
 
     Args:
-        coupling: the classes.
-        errors: for each open class the squared relative error at each width, from `measure_errors`.
-        round_to: widths of layers are multiples of this; a class of less than two such steps stays.
+        coupling: the sets.
+        errors: for each open channel set the squared relative error at each width, from `measure_errors`.
+        round_to: widths of layers are multiples of this; a channel set of less than two such steps stays.
         cost: a sum over the layers in the shapes given, up to a constant; by default multiply-accumulates.
     """
     shapes = shapes or ShapeModel(coupling)
     cost = cost or shapes.macs
     left, choices = {}, {}
-    for group in coupling.open:
-        step = unit(group, round_to)
-        if group.channels < 2 * step:
-            left[group.name] = f"{group.channels} channels are fewer than two steps of {step}"
+    for channel_set in coupling.open:
+        step = unit(channel_set, round_to)
+        if channel_set.channels < 2 * step:
+            left[channel_set.name] = f"{channel_set.channels} channels are fewer than two steps of {step}"
             continue
-        quarter = float(errors[group.name][max(1, round(min(SHARES) * group.channels))])
-        least = 1 if quarter < _HARDLY else math.ceil(LEAST_SHARE * group.channels)
+        quarter = float(errors[channel_set.name][max(1, round(min(SHARES) * channel_set.channels))])
+        least = 1 if quarter < _HARDLY else math.ceil(LEAST_SHARE * channel_set.channels)
         lowest = -(-least // step) * step
-        choices[group.name] = [k for k in range((group.channels - 1) // step * step, 0, -step) if k >= lowest]
+        choices[channel_set.name] = [
+            k for k in range((channel_set.channels - 1) // step * step, 0, -step) if k >= lowest
+        ]
     widths = {name: shapes.channels[name] for name in choices}
     best: dict[str, tuple[float, int]] = {}
     points = [Point(dict(widths), cost(shapes.shapes(widths)), 0.0)]
@@ -260,12 +264,12 @@ def with_measured(plan: Plan, measured: Mapping[int, float]) -> Plan:
 
 
 def _first_nodes(coupling: Coupling) -> dict[str, int]:
-    """For each open class the position of the first node that its narrowing changes."""
+    """For each open channel set the position of the first node that its narrowing changes."""
     first: dict[str, int] = {}
     used: dict[str, int] = {}
     for k, node in enumerate(coupling.graph.nodes):
         for name in node.refs():
             used.setdefault(name, k)
-    for group in coupling.open:
-        first[group.name] = min(used[x.tensor] for x in (*group.parts, *group.readers))
+    for channel_set in coupling.open:
+        first[channel_set.name] = min(used[x.tensor] for x in (*channel_set.parts, *channel_set.readers))
     return first

@@ -100,7 +100,7 @@ def make(name: str) -> nn.Module:
 def plant(module: nn.Module) -> dict[str, int]:
     """Make the last 8 channels of every class equal to its first 8; the widths that lose nothing."""
     network = CoupledNetwork(module, EXAMPLE)
-    for cls in network.classes:
+    for cls in network.sets:
         for member in network.members(cls):
             layer = module.get_submodule(member.name)
             parts = [layer.weight, layer.bias] if member.out else []
@@ -108,7 +108,7 @@ def plant(module: nn.Module) -> dict[str, int]:
             for part in parts:
                 if part is not None:
                     part.data[member.spots[-8:]] = part.data[member.spots[:8]].clone()
-    return {cls.root: cls.channels - 8 for cls in network.classes}
+    return {cls.root: cls.channels - 8 for cls in network.sets}
 
 
 def images(count: int = 32) -> Tensor:
@@ -131,15 +131,15 @@ def _no_grad():
 
 def test_open_classes() -> None:
     found = {name: CoupledNetwork(make(name), EXAMPLE) for name in NETWORKS}
-    assert sorted(c.channels for c in found["residual"].classes) == [16, 16, 24, 32]
-    assert [c.channels for c in found["dense"].classes] == [16, 16, 16]
-    assert [c.root for c in found["tokens"].classes] == ["mlp.0"]
+    assert sorted(c.channels for c in found["residual"].sets) == [16, 16, 24, 32]
+    assert [c.channels for c in found["dense"].sets] == [16, 16, 16]
+    assert [c.root for c in found["tokens"].sets] == ["mlp.0"]
     assert all("head" in " ".join(f.closed) for f in found.values())
 
 
 def test_inner_channels_are_all_but_residual_streams() -> None:
     cost = cost_of(make("residual"))
-    stream = next(cls for cls in cost.classes if cls.root not in cost.inner)
+    stream = next(cls for cls in cost.sets if cls.root not in cost.inner)
     assert stream.root in ("stem.0", "project.0") and len(cost.inner) == 3
     (_, everywhere), (name, inside) = spreads(cost, 0.3 * cost.open_macs, 4, cost.open_macs)
     assert name == "inner channels" and inside[stream.root] == 16 > everywhere[stream.root]
@@ -163,7 +163,7 @@ def test_folding_of_planted_duplicates_changes_nothing(name: str, normalise: boo
     module = make(name)
     network = CoupledNetwork(module, EXAMPLE)
     plant(module)
-    labels = {c.root: torch.cat([torch.arange(c.channels - 8), torch.arange(8)]) for c in network.classes}
+    labels = {c.root: torch.cat([torch.arange(c.channels - 8), torch.arange(8)]) for c in network.sets}
     folded = folding.fold(module, EXAMPLE, labels, normalise, repair)
     torch.testing.assert_close(folded(images()), module(images()), rtol=1e-3, atol=1e-4)
 
@@ -172,12 +172,12 @@ def test_folding_finds_duplicates_that_are_read_alike() -> None:
     module = make("residual")
     widths = plant(module)
     network = CoupledNetwork(module, EXAMPLE)
-    for cls in network.classes:  # folding also looks at the readers
+    for cls in network.sets:  # folding also looks at the readers
         for member in network.members(cls):
             if not member.out:
                 columns = module.get_submodule(member.name).weight.data.transpose(0, 1)
                 columns[member.spots[-8:]] = columns[member.spots[:8]].clone()
-    for cls in network.classes:
+    for cls in network.sets:
         labels = folding.fold_labels(module, EXAMPLE, widths, normalise=False)[cls.root]
         assert torch.equal(labels[:8], labels[-8:])
 
@@ -198,7 +198,7 @@ def test_approximate_repair_restores_the_variance_of_a_mean() -> None:
     module.norm.running_mean, module.norm.running_var = values.mean((0, 2, 3)), values.var((0, 2, 3))
     labels = {
         c.root: torch.arange(c.channels) // 4 if c.root == "conv" else torch.arange(c.channels)
-        for c in CoupledNetwork(module, inputs[:1]).classes
+        for c in CoupledNetwork(module, inputs[:1]).sets
     }
     deviations = [
         folding.fold(module, inputs[:1], labels, n, r)[:2](inputs).std((0, 2, 3)).mean()

@@ -1,4 +1,4 @@
-"""Coupling as a whole: over random networks, what it calls a class can be narrowed, permuted and merged."""
+"""Coupling as a whole: over random networks, what it calls a channel set can be narrowed, permuted and merged."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from redpp_serve.channels.coupling import couple, matches, unmatched
 from redpp_serve.pruning.merging import merge_exact
 from tests.support.networks import Builder, difference, few
 from tests.support.random_networks import BLOCKS, build, random_networks
-from tests.support.rule_networks import OPEN, R, classes_of, gap, head, permuted, some_kept, with_copies, without
+from tests.support.rule_networks import OPEN, R, gap, head, permuted, some_kept, widths_of, with_copies, without
 
 EXACT = 1e-12
 some = settings(few, max_examples=25)
@@ -22,17 +22,17 @@ def test_narrowing_any_network_is_dropping_the_readers_columns(graph, seed, batc
     kept = some_kept(coupling, seed)
     assert coupling.open
     assert gap(without(coupling, kept), coupling.narrow(kept), batch) < EXACT
-    assert not any("would not run" in c.closed for c in coupling.classes)
+    assert not any("would not run" in c.closed for c in coupling.sets)
 
 
 @given(random_networks(), st.data())
 @few
-def test_the_channels_of_a_class_can_be_permuted(graph, data):
-    """If a tensor were missing from a class, this would change the outputs."""
+def test_the_channels_of_a_channel_set_can_be_permuted(graph, data):
+    """If a tensor were missing from a channel set, this would change the outputs."""
     coupling = couple(graph.to(torch.float64))
-    group = data.draw(st.sampled_from(coupling.open))
-    order = torch.tensor(data.draw(st.permutations(range(group.channels))))
-    assert gap(coupling.graph, permuted(coupling, group, order)) < 1e-9
+    channel_set = data.draw(st.sampled_from(coupling.open))
+    order = torch.tensor(data.draw(st.permutations(range(channel_set.channels))))
+    assert gap(coupling.graph, permuted(coupling, channel_set, order)) < 1e-9
 
 
 @given(random_networks(), st.integers(0, 1000))
@@ -40,10 +40,10 @@ def test_the_channels_of_a_class_can_be_permuted(graph, data):
 def test_planted_copies_are_merged_and_nothing_else(graph, seed):
     coupling = couple(graph.to(torch.float64))
     generator, planted = torch.Generator().manual_seed(seed), 0
-    for group in coupling.open:
-        order = torch.randperm(group.channels, generator=generator).tolist()
-        copies = dict(zip(order[: group.channels // 3], order[group.channels // 3 :]))
-        coupling = coupling.with_tensors(with_copies(coupling, group, copies).tensors)
+    for channel_set in coupling.open:
+        order = torch.randperm(channel_set.channels, generator=generator).tolist()
+        copies = dict(zip(order[: channel_set.channels // 3], order[channel_set.channels // 3 :]))
+        coupling = coupling.with_tensors(with_copies(coupling, channel_set, copies).tensors)
         planted += len(copies)
     merged = merge_exact(coupling, 1)
     assert merged.removed == planted
@@ -52,16 +52,19 @@ def test_planted_copies_are_merged_and_nothing_else(graph, seed):
 
 @given(random_networks())
 @few
-def test_every_channel_that_a_layer_creates_is_in_one_class(graph):
+def test_every_channel_that_a_layer_creates_is_in_one_channel_set(graph):
     coupling = couple(graph)
     seen = {}
-    for group in coupling.classes:
-        assert group.channels == len(group.parts[0].positions) and group.producers[0] == group.name.partition("[")[0]
-        for part in group.parts:
+    for channel_set in coupling.sets:
+        assert (
+            channel_set.channels == len(channel_set.parts[0].positions)
+            and channel_set.producers[0] == channel_set.name.partition("[")[0]
+        )
+        for part in channel_set.parts:
             for position in part.positions.flatten().tolist():
-                assert seen.setdefault((part.tensor, part.dim, position), group.name) == group.name
+                assert seen.setdefault((part.tensor, part.dim, position), channel_set.name) == channel_set.name
                 assert 0 <= position < graph.tensors[part.tensor].shape[part.dim]
-    created = {p for group in coupling.classes for p in group.producers}
+    created = {p for channel_set in coupling.sets for p in channel_set.producers}
     for name in created:
         rows = graph.tensors[f"{name}.weight"].shape[0]
         assert all((f"{name}.weight", 0, row) in seen for row in range(rows))
@@ -69,12 +72,12 @@ def test_every_channel_that_a_layer_creates_is_in_one_class(graph):
 
 @given(random_networks())
 @settings(few, max_examples=6)
-def test_the_same_network_gives_the_same_classes(graph):
+def test_the_same_network_gives_the_same_sets(graph):
     one, two = couple(graph), couple(graph)
-    assert [(c.name, c.channels, c.producers, c.closed) for c in one.classes] == [
-        (c.name, c.channels, c.producers, c.closed) for c in two.classes
+    assert [(c.name, c.channels, c.producers, c.closed) for c in one.sets] == [
+        (c.name, c.channels, c.producers, c.closed) for c in two.sets
     ]
-    for a, b in zip(one.classes, two.classes):
+    for a, b in zip(one.sets, two.sets):
         pairs = zip((*a.parts, *a.readers), (*b.parts, *b.readers), strict=True)
         assert all(torch.equal(p.positions, q.positions) for p, q in pairs)
 
@@ -83,26 +86,28 @@ def test_the_same_network_gives_the_same_classes(graph):
 def test_each_block_alone(block):
     coupling = couple(build([block], 1, flat=True))
     assert coupling.open, block
-    for group in coupling.open:  # one class at a time leaves the others whole
-        kept = {group.name: torch.arange(group.channels)[::2]}
+    for channel_set in coupling.open:  # one channel set at a time leaves the others whole
+        kept = {channel_set.name: torch.arange(channel_set.channels)[::2]}
         assert gap(without(coupling, kept), coupling.narrow(kept)) < EXACT
 
 
 def test_a_copy_in_one_producer_of_a_residual_add_is_not_merged():
     coupling = couple(OPEN["residual"][0]())
-    (group,) = (c for c in coupling.open if c.name == "stem")
-    assert group.producers == ("stem", "outer")
-    own = [p for p in group.parts if p.tensor.startswith(("stem", "bn0"))]
-    one = type(group)(group.name, group.channels, group.producers, tuple(own), group.readers)
+    (channel_set,) = (c for c in coupling.open if c.name == "stem")
+    assert channel_set.producers == ("stem", "outer")
+    own = [p for p in channel_set.parts if p.tensor.startswith(("stem", "bn0"))]
+    one = type(channel_set)(
+        channel_set.name, channel_set.channels, channel_set.producers, tuple(own), channel_set.readers
+    )
     half = with_copies(coupling, one, {3: 1})
     assert merge_exact(coupling.with_tensors(half.tensors), 1).removed == 0
-    both = with_copies(coupling, group, {3: 1})
+    both = with_copies(coupling, channel_set, {3: 1})
     assert merge_exact(coupling.with_tensors(both.tensors), 1).removed == 1
 
 
-def test_the_classes_come_in_order_of_execution_with_all_that_goes_with_them():
+def test_the_sets_come_in_order_of_execution_with_all_that_goes_with_them():
     coupling = couple(OPEN["squeeze_excite"][0]())
-    trunk, squeeze, last = coupling.classes
+    trunk, squeeze, last = coupling.sets
     assert (trunk.name, squeeze.name, last.name) == ("trunk", "squeeze", "head")
     assert trunk.producers == ("trunk", "excite")
     assert {(r.tensor, r.dim, r.axis) for r in trunk.readers} == {("squeeze.weight", 1, 1), ("head.weight", 1, 1)}
@@ -139,11 +144,11 @@ def test_a_channel_is_a_group_a_head_or_all_its_positions():
         ("other", ""),
     ],
 )
-def test_exclude_names_any_layer_of_the_class(pattern, closed):
+def test_exclude_names_any_layer_of_the_channel_set(pattern, closed):
     coupling = couple(OPEN["squeeze_excite"][0](), [pattern])
-    assert coupling.classes[0].closed == closed
+    assert coupling.sets[0].closed == closed
     if closed:
-        assert "trunk" not in classes_of(coupling) and coupling.closed_layers["trunk"] == closed
+        assert "trunk" not in widths_of(coupling) and coupling.closed_layers["trunk"] == closed
 
 
 def test_patterns_that_name_no_layer_are_told():
@@ -152,7 +157,7 @@ def test_patterns_that_name_no_layer_are_told():
     assert matches("stage.0.conv", ["stage.*"]) and not matches("stage", ["stage.*"])
 
 
-def test_a_class_whose_narrowed_network_would_not_run_is_closed_and_the_others_stay_open():
+def test_a_channel_set_whose_narrowed_network_would_not_run_is_closed_and_the_others_stay_open():
     b = Builder(4, 6, 6)
     x = b.relu(b.conv(b.conv("x", "first", 4, 8), "second", 8, 6))
     b.op("zero", "mul.Scalar", R(b.op("plane", "mean.dim", R("x"), [1], True)), 0.0)
@@ -161,15 +166,17 @@ def test_a_class_whose_narrowed_network_would_not_run_is_closed_and_the_others_s
     b.nodes.append(type(b.nodes[0])("end", "py.add", (7, 0)))
     y = b.op("cut", "slice.Tensor", R(start), 1, 0, R("end"))
     coupling = couple(head(b, y, 7))
-    assert classes_of(coupling) == {"first": 8}
-    assert coupling.classes[1].closed == "the narrowed network would not run: a slice computes its bounds"
-    assert coupling.closed_layers["second"] == coupling.classes[1].closed
+    assert widths_of(coupling) == {"first": 8}
+    assert coupling.sets[1].closed == "the narrowed network would not run: a slice computes its bounds"
+    assert coupling.closed_layers["second"] == coupling.sets[1].closed
 
 
 def test_two_calls_of_one_weight_are_two_readers_of_the_same_columns():
     coupling = couple(OPEN["tied_readers"][0]().to(torch.float64))
-    group = coupling.open[0]
-    assert group.producers == ("first", "other") and [r.tensor for r in group.readers] == ["second.weight"] * 2
-    planted = coupling.with_tensors(with_copies(coupling, group, {4: 2, 5: 2}).tensors)
+    channel_set = coupling.open[0]
+    assert (
+        channel_set.producers == ("first", "other") and [r.tensor for r in channel_set.readers] == ["second.weight"] * 2
+    )
+    planted = coupling.with_tensors(with_copies(coupling, channel_set, {4: 2, 5: 2}).tensors)
     merged = merge_exact(planted, 1)
     assert merged.removed == 2 and gap(planted.graph, merged.graph) < 1e-12

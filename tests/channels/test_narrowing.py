@@ -79,7 +79,7 @@ def test_a_shuffle_of_what_is_left_is_one_indexing(groups, seed, operator):
         assert not {"view", "swap"} & {n.name for n in narrow.nodes}
     assert gap(without(coupling, kept), narrow) < 1e-12
     again = couple(narrow)
-    assert [c.channels for c in again.open] == [c.channels for c in again.classes[:-1] if c.channels > 1]
+    assert [c.channels for c in again.open] == [c.channels for c in again.sets[:-1] if c.channels > 1]
 
 
 def test_a_shuffle_is_narrowed_twice():
@@ -104,7 +104,7 @@ def test_a_shuffle_of_tokens_beside_channels():
 
 def test_positions_that_stay_by_value_and_tensor():
     coupling = couple(OPEN["flatten_into_linear"][0]())
-    positions = coupling.kept_positions({"first": torch.tensor([0, 3]), "fc": torch.tensor([6])})
+    positions = coupling.kept({"first": torch.tensor([0, 3]), "fc": torch.tensor([6])})
     assert {k: v.tolist() for k, v in positions("first.weight").items()} == {0: [0, 3]}
     assert {k: v.tolist() for k, v in positions("bn").items()} == {1: [0, 3]}
     assert positions("fc.weight")[1].tolist() == [*range(36), *range(108, 144)]
@@ -125,13 +125,13 @@ def test_a_computed_size_gives_way_to_the_channels():
 
 
 @pytest.mark.parametrize("sizes", [[-1, R("channels"), 36]])
-def test_two_computed_sizes_close_the_class(sizes):
+def test_two_computed_sizes_close_the_channel_set(sizes):
     b = Builder(4, 6, 6)
     x = b.relu(b.conv("x", "first", 4, 8))
     b.op("channels", "sym_size.int", R(x), 1)
     y = b.op("flat", "reshape.default", R(x), sizes)
     coupling = couple(b.graph(b.linear(b.op("mean", "mean.dim", R(y), [2]), "head", 8, 3)))
-    assert coupling.classes[0].closed == "the narrowed network would not run: flat computes two of its sizes"
+    assert coupling.sets[0].closed == "the narrowed network would not run: flat computes two of its sizes"
 
 
 def test_split_by_a_size_is_written_as_sizes():

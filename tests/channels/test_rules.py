@@ -1,4 +1,4 @@
-"""Each operator's rule: which classes it leaves open, and that these can go without harm to what others compute."""
+"""Each operator's rule: which sets it leaves open, and that these can go without harm to what others compute."""
 
 import pytest
 import torch
@@ -7,15 +7,15 @@ from redpp_serve.channels import rules
 from redpp_serve.channels.coupling import couple
 from redpp_serve.graph.graph import Node
 from tests.support.networks import Builder
-from tests.support.rule_networks import OPEN, R, classes_of, gap, head, items, some_kept, with_copies, without
+from tests.support.rule_networks import OPEN, R, gap, head, items, some_kept, widths_of, with_copies, without
 
 EXACT = 1e-12
 
 
 @pytest.mark.parametrize("case", OPEN)
-def test_the_classes_of_each_network(case):
+def test_the_sets_of_each_network(case):
     build, expected = OPEN[case]
-    assert classes_of(couple(build())) == expected
+    assert widths_of(couple(build())) == expected
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -28,10 +28,10 @@ def test_narrowing_is_dropping_the_readers_columns(case, batch):
 
 
 @pytest.mark.parametrize("case", OPEN)
-def test_a_narrowed_network_has_the_same_classes(case):
+def test_a_narrowed_network_has_the_same_sets(case):
     coupling = couple(OPEN[case][0]())
     kept = {c.name: torch.arange(c.channels - 1) for c in coupling.open if c.channels > 2}  # a single group is none
-    again = {c.name: c.channels for c in couple(coupling.narrow(kept)).classes if c.name in kept}
+    again = {c.name: c.channels for c in couple(coupling.narrow(kept)).sets if c.name in kept}
     assert again == {name: len(stay) for name, stay in kept.items()}
 
 
@@ -39,22 +39,22 @@ def test_a_narrowed_network_has_the_same_classes(case):
 def test_a_copy_in_every_part_computes_the_same_and_a_copy_in_all_but_one_does_not(case):
     """The parts are complete, and none is there for nothing: moving a copy's columns to its original tells."""
     coupling = couple(OPEN[case][0]().to(torch.float64))
-    for group in coupling.open:
-        planted = coupling.with_tensors(with_copies(coupling, group, {1: 0}).tensors)
-        assert gap(planted.graph, moved(planted, group)) < 1e-9
-        for part in (p for p in group.parts if p.tensor != "k.bias"):  # a softmax takes away what all keys share
+    for channel_set in coupling.open:
+        planted = coupling.with_tensors(with_copies(coupling, channel_set, {1: 0}).tensors)
+        assert gap(planted.graph, moved(planted, channel_set)) < 1e-9
+        for part in (p for p in channel_set.parts if p.tensor != "k.bias"):  # a softmax takes away what all keys share
             value = planted.graph.tensors[part.tensor]
             index = part.positions[1]
             noise = torch.rand(value.index_select(part.dim, index).shape, generator=torch.Generator().manual_seed(1))
             other = value.index_copy(part.dim, index, value.index_select(part.dim, index) + 1 + noise.double())
             changed = planted.with_tensors({part.tensor: other})
-            assert gap(changed.graph, moved(changed, group)) > 1e-9, part.tensor
+            assert gap(changed.graph, moved(changed, channel_set)) > 1e-9, part.tensor
 
 
-def moved(coupling, group):
+def moved(coupling, channel_set):
     """The network where the readers' columns of channel 1 are added to those of channel 0 and are zero themselves."""
     tensors = {}
-    for reader in {(r.tensor, r.dim): r for r in group.readers}.values():
+    for reader in {(r.tensor, r.dim): r for r in channel_set.readers}.values():
         weight, (first, second) = coupling.graph.tensors[reader.tensor], reader.positions[:2]
         weight = weight.index_add(reader.dim, first, weight.index_select(reader.dim, second))
         tensors[reader.tensor] = weight.index_fill(reader.dim, second, 0)
@@ -212,15 +212,15 @@ CLOSED = {  # the whole list of reasons, word for word
 def test_what_is_closed_has_the_right_reason(case):
     build, expected, *n = CLOSED[case]
     coupling = couple(build(*n) if n else build(8))
-    assert {c.name: c.closed for c in coupling.classes if c.name in expected} == expected
+    assert {c.name: c.closed for c in coupling.sets if c.name in expected} == expected
 
 
-def test_nothing_of_a_closed_class_changes():
+def test_nothing_of_a_closed_set_changes():
     b = Builder(4, 6, 6)
     stem = b.relu(_layer_norm(b, b.conv("x", "stem", 4, 8)))
     graph = head(b, b.add(stem, b.conv(b.relu(b.conv(stem, "inner", 8, 6)), "outer", 6, 8)), 8)
     coupling = couple(graph)
-    assert classes_of(coupling) == {"inner": 6}
+    assert widths_of(coupling) == {"inner": 6}
     narrow = coupling.narrow({"inner": torch.tensor([0, 4])})
     changed = {k for k, v in graph.tensors.items() if narrow.tensors[k].shape != v.shape}
     assert changed == {"inner.weight", "inner.bias", "outer.weight"}
@@ -242,14 +242,14 @@ def test_a_convolution_over_another_axis_closes_what_it_reads():
     b = Builder(4, 6, 6)
     x = b.op("last", "permute.default", R(b.conv("x", "first", 4, 8)), [0, 2, 3, 1])
     coupling = couple(b.graph(b.linear(b.mean(b.conv(x, "second", 6, 5)), "head", 5, 3)))
-    assert coupling.classes[0].closed == "is read by second: it reads another axis than that of the channels"
+    assert coupling.sets[0].closed == "is read by second: it reads another axis than that of the channels"
     assert coupling.closed_layers["second"] == "it reads another axis than that of the channels"
 
 
 def test_the_networks_input_in_groups_leaves_the_layer_alone():
     b = Builder(4, 6, 6)
     coupling = couple(head(b, b.conv(b.conv("x", "first", 4, 8, groups=2), "second", 8, 6), 6))
-    assert classes_of(coupling) == {"second": 6}
+    assert widths_of(coupling) == {"second": 6}
 
 
 def test_a_free_parameter_is_a_part():
@@ -270,7 +270,7 @@ def test_sizes_that_follow_the_batch_are_kept_apart_from_channels():
     y = b.op("tokens", "reshape.default", R(b.op("last", "permute.default", R(x), [0, 2, 3, 1])), [R("rows"), 8])
     y = b.op("back", "reshape.default", R(b.linear(y, "second", 8, 5)), [R(batch), 36, 5])
     coupling = couple(b.graph(b.linear(b.op("mean", "mean.dim", R(y), [1]), "head", 5, 3)))
-    assert classes_of(coupling) == {"first": 8, "second": 5}
+    assert widths_of(coupling) == {"first": 8, "second": 5}
     kept = some_kept(coupling, 1)
     assert gap(without(coupling, kept), coupling.narrow(kept)) < EXACT
 
@@ -300,12 +300,12 @@ MUTANTS = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_wrong_rule_is_noticed(monkeypatch, mutant):
-    """Either the trial on shapes closes the classes, or the drop test sees another function."""
+    """Either the trial on shapes closes the sets, or the drop test sees another function."""
     case, name, change = MUTANTS[mutant]
     build, expected = OPEN[case]
     monkeypatch.setitem(rules.RULES, name, change(rules.RULES[name]))
     coupling = couple(build())
-    if classes_of(coupling) == expected:
+    if widths_of(coupling) == expected:
         kept = {c.name: torch.arange(c.channels)[1::2] for c in coupling.open}
         assert gap(without(coupling, kept), coupling.narrow(kept)) > 1e-6
 
@@ -333,7 +333,7 @@ def test_other_names_for_the_same_convolution():
     weight = b.tensor("same.weight", b.random(6, 5, 3, 3) / 6)
     x = b.op("same", "conv2d.padding", R(x), weight, None, [1, 1], "same", [1, 1], 1)
     coupling = couple(head(b, x, 6))
-    assert classes_of(coupling) == {"first": 8, "up": 5, "same": 6}
+    assert widths_of(coupling) == {"first": 8, "up": 5, "same": 6}
     kept = some_kept(coupling, 4)
     assert gap(without(coupling, kept), coupling.narrow(kept)) < EXACT
 
@@ -346,6 +346,6 @@ def test_one_dimensional_convolutions():
     x = b.op("up", "conv_transpose1d.default", R(x), weight, None, [2], [0], [0], 1, [1])
     x = b.op("pool", "adaptive_avg_pool1d.default", R(b.op("max", "max_pool1d.default", R(x), [2], [2])), [1])
     coupling = couple(b.graph(b.linear(b.flatten(x), "head", 5, 3)))
-    assert classes_of(coupling) == {"first": 8, "up": 5}
+    assert widths_of(coupling) == {"first": 8, "up": 5}
     kept = some_kept(coupling, 0)
     assert gap(without(coupling, kept), coupling.narrow(kept)) < EXACT

@@ -91,10 +91,10 @@ def test_a_target_out_of_reach_is_refused_with_one_that_is_not(narrower):
     assert choice_of(narrower, frontier=-FAR, target_macs=value).narrowed is not None
 
 
-def test_a_share_of_every_class(narrower):
+def test_a_share_of_every_channel_set(narrower):
     choice = choice_of(narrower, keep=0.5)
     assert choice.narrowed.widths == {name: width // 2 for name, width in widths_of(narrower.original).items()}
-    assert choice.reason == "50% of each class"
+    assert choice.reason == "50% of each channel set"
     check_frontier(narrower, choice)
     assert [record.kept for record in choice.narrowed.records] == list(choice.narrowed.widths.values())
 
@@ -122,7 +122,7 @@ def test_behind_the_deadlines_nothing_more_is_built(narrower, monkeypatch):
     assert [point.chosen for point in choice.points] == [False, True] and choice.points[0].graph is narrower.original
 
 
-def test_classes_too_small_for_the_step_are_named():
+def test_channel_sets_too_small_for_the_step_are_named():
     choice = choice_of(narrower_of("residual", 32), keep=0.5, round_to=16)
     assert set(choice.narrowed.widths) == {"inner"} and "stem" in choice.left
 

@@ -38,7 +38,7 @@ def merge_all(graph, round_to=1):
 def merge_one(graph, round_to=1, name="inner"):
     """Merges one class alone: the merged graph, and how many of its channels stayed."""
     coupling = couple(graph)
-    only = replace(coupling, classes=tuple(c for c in coupling.classes if c.name == name))
+    only = replace(coupling, sets=tuple(c for c in coupling.sets if c.name == name))
     merged = merge_exact(only, round_to)
     channels = inner_of(graph, name).channels
     kept = len(merged.kept[name]) if merged.kept else channels
@@ -88,7 +88,7 @@ def test_merging_a_hashed_network_keeps_its_function(graph):
 @given(networks())
 @settings(few, max_examples=6)
 def test_merging_until_nothing_is_equal_ends_and_then_gives_back_the_same_object(graph):
-    """Classes are merged at once, so a merge can make channels of the classes behind it equal."""
+    """Classes are merged at once, so a merge can make channels of the sets behind it equal."""
     graph = hashed(graph, 2).to(torch.float64)
     widths = widths_of(graph)
     for _ in range(len(widths) + 1):

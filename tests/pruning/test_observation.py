@@ -21,12 +21,12 @@ def test_moments_are_those_of_the_values(monkeypatch, kind, values):
     graph = network(kind, 5)
     inputs = smooth_noise(graph.inputs, 9, 0)
     found = observe(couple(graph), inputs)
-    for group in found.coupling.open:
-        for reader in group.readers:
+    for channel_set in found.coupling.open:
+        for reader in channel_set.readers:
             x, y = Program(graph, [reader.value, reader.node])(*inputs)
             rows = x.movedim(reader.axis, -1).flatten(0, -2).double().numpy()
             each = [np.cov(rows[:, reader.positions[:, j]].T, bias=True) for j in range(reader.positions.shape[1])]
-            gram = found.grams[group.name, reader.value]
+            gram = found.grams[channel_set.name, reader.value]
             np.testing.assert_allclose(gram, np.mean(each, axis=0), rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(found.means[reader.value], x.double().mean(0), rtol=1e-4, atol=1e-6)
             power = np.var(y.movedim(1 if y.dim() == 4 else -1, -1).flatten(0, -2).double().numpy(), axis=0).sum()

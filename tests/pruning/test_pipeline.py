@@ -66,7 +66,7 @@ def test_a_run_gives_a_narrower_network_that_still_runs(kind):
     assert statuses(stages) == {**done, "distil": "skipped"}
     kept, was = widths_of(result.pruned), widths_of(graph)
     assert kept["inner"] == 8 and all(kept[name] <= max(4, 0.7 * width) for name, width in was.items())
-    opened = {layer for group in couple(graph).open for layer in group.producers}
+    opened = {layer for channel_set in couple(graph).open for layer in channel_set.producers}
     for record, layer in zip(result.layers, find_layers(result.pruned), strict=True):
         assert record["name"] == layer.name and record["pruned_shape"] == list(layer.shape)
         assert record["hash"] and record["split"] and record["merge"]["kept"] == layer.shape[0]
@@ -148,7 +148,7 @@ def test_the_search_for_widths_respects_its_budget():
     ("options", "reason"),
     [
         (fast(max_error=0.0), "no narrower network stays within the error budget of 0"),
-        (fast(keep=1.0), "100% of each class: nothing is narrowed"),
+        (fast(keep=1.0), "100% of each channel set: nothing is narrowed"),
         (fast(target_macs=1.0), "nothing is narrowed"),
     ],
 )
@@ -265,7 +265,7 @@ def test_all_excluded_or_no_layers_at_all_is_a_run_of_skipped_stages():
 @pytest.mark.parametrize(("options", "flag"), [({"target_macs": 0.5}, "macs"), ({"target_latency": 0.5}, "latency")])
 def test_a_target_where_nothing_may_go_is_missed(options, flag):
     stages = Stages(quiet=True)
-    with pytest.raises(GateFailed, match=f"--target {flag}=0.5 cannot be reached: no class of channels is open"):
+    with pytest.raises(GateFailed, match=f"--target {flag}=0.5 cannot be reached: no channel set is open"):
         prune(trained("residual"), fast(exclude=("*",), **options), stages=stages)
     assert statuses(stages)["reconstruct"] == "failed"
 
@@ -335,7 +335,7 @@ def test_narrowing_that_is_more_than_taking_out_stops_the_run(monkeypatch):
         return graph.with_tensors({"head.bias": graph.tensors["head.bias"] + 1e-5})
 
     monkeypatch.setattr(Coupling, "narrow", wrong)
-    monkeypatch.setattr("redpp_serve.channels.coupling._tried", lambda coupling: coupling.classes)
+    monkeypatch.setattr("redpp_serve.channels.coupling._tried", lambda coupling: coupling.sets)
     with pytest.raises(GateFailed, match="taking out channels that nothing reads changed"):
         prune(trained("residual"), HALF)
 

@@ -41,13 +41,13 @@ def network_of(kind, width=8):
 
 def scaled_copies(graph, name="inner"):
     """Make the second half of a class's channels 0.5 to 2 times the first: through ReLU, so dependent after it."""
-    group = inner_of(graph, name)
-    half = group.channels // 2
+    channel_set = inner_of(graph, name)
+    half = channel_set.channels // 2
     graph = plant(graph, {half + k: k for k in range(half)}, name)
-    factors = torch.ones(group.channels)
+    factors = torch.ones(channel_set.channels)
     factors[half:] = torch.linspace(0.5, 2, half)
-    names = {part.tensor for part in group.parts}
-    normed = {f"{n}_bn.{part}" for n in group.producers for part in ("weight", "bias")} & names
+    names = {part.tensor for part in channel_set.parts}
+    normed = {f"{n}_bn.{part}" for n in channel_set.producers for part in ("weight", "bias")} & names
     bare = {f"{name}.weight", f"{name}.bias"} & names
     changed = {t: graph.tensors[t] * factors.view(-1, *[1] * (graph.tensors[t].dim() - 1)) for t in normed or bare}
     return graph.with_tensors(changed)
@@ -58,7 +58,7 @@ def narrowed(graph, share, images=48, only=("inner",), original=None, **how):
     inputs, coupling = smooth_noise(graph.inputs, images, 0), couple(graph)
     observed = observe(coupling, inputs)
     chosen = select(observed)
-    groups = [group for group in coupling.open if not only or group.name in only]
+    groups = [channel_set for channel_set in coupling.open if not only or channel_set.name in only]
     kept = {g.name: chosen[g.name].kept(max(1, round(share * g.channels))) for g in groups}
     start = quick_fit(observed, kept)
     graph, records = reconstruct(coupling, original or graph, kept, start, inputs, **how)
@@ -191,7 +191,7 @@ def test_all_classes_at_once(kind, ratio):
         g.name: max(1, round(ratio * g.channels)) for g in couple(graph).open if round(ratio * g.channels) < g.channels
     }
     assert compare_outputs(graph, narrow, smooth_noise(graph.inputs, 4, 1)).error < 1
-    again = {group.name: group.channels for group in couple(narrow).open}
+    again = {channel_set.name: channel_set.channels for channel_set in couple(narrow).open}
     assert all(again.get(r.layer, r.kept) == r.kept for r in records)
 
 
@@ -209,7 +209,7 @@ def test_rows_that_exact_merging_took_are_left_out_of_the_target():
     graph = network("bare", 8)
     first = couple(graph)
     gone = {"second": torch.arange(6)}
-    merged, places = first.narrow(gone), first.kept_positions(gone)
+    merged, places = first.narrow(gone), first.kept(gone)
     coupling, inputs = couple(merged), smooth_noise(graph.inputs, 24, 0)
     observed = observe(coupling, inputs)
     kept = {"inner": select(observed)["inner"].kept(5)}

@@ -37,7 +37,9 @@ def falling(channels, scale=1.0):
 
 
 def errors_of(coupling, scale=1.0):
-    return {group.name: falling(group.channels, scale * 2**-k) for k, group in enumerate(coupling.open)}
+    return {
+        channel_set.name: falling(channel_set.channels, scale * 2**-k) for k, channel_set in enumerate(coupling.open)
+    }
 
 
 @given(networks(), seeds)
@@ -84,16 +86,16 @@ def test_each_step_is_the_cheapest_there_is():
         assert price(before.widths, name, width) <= min(others) * (1 + 1e-9)
 
 
-def test_a_class_whose_error_hardly_counts_goes_first():
+def test_a_channel_set_whose_error_hardly_counts_goes_first():
     coupling = couple(network_of("chain", 16))
     errors = {"stem": falling(4), "inner": falling(16, 1e-12), "second": falling(4)}
-    errors = {name: errors[name] for name in [group.name for group in coupling.open]}
+    errors = {name: errors[name] for name in [channel_set.name for channel_set in coupling.open]}
     plan = plan_widths(coupling, errors, 2)
     alone = [p for p in plan.points if p.widths["stem"] == p.widths["second"] == 4]
     assert alone[-1].widths["inner"] == 2 and alone[-1].predicted < 1e-5
 
 
-def test_no_class_falls_below_an_eighth_unless_the_outputs_hardly_need_it():
+def test_no_channel_set_falls_below_an_eighth_unless_the_outputs_hardly_need_it():
     coupling = couple(network("bare", 16))
     plan = plan_widths(coupling, errors_of(coupling), 1)
     assert plan.points[-1].widths["inner"] == 2
@@ -101,7 +103,7 @@ def test_no_class_falls_below_an_eighth_unless_the_outputs_hardly_need_it():
     assert plan_widths(coupling, tiny, 1).points[-1].widths["inner"] == 1
 
 
-def test_classes_smaller_than_two_steps_stay_and_are_named():
+def test_channel_sets_smaller_than_two_steps_stay_and_are_named():
     coupling = couple(network_of("chain", 16))
     plan = plan_widths(coupling, errors_of(coupling), 8)
     assert set(plan.left) >= {"stem", "second"} and "two steps of 8" in plan.left["stem"]
@@ -110,7 +112,7 @@ def test_classes_smaller_than_two_steps_stay_and_are_named():
 
 
 def test_another_cost_makes_other_steps():
-    """Where only one layer costs anything, only the classes that shape it lose channels."""
+    """Where only one layer costs anything, only the sets that shape it lose channels."""
     coupling = couple(network("bare", 16))
     plan = plan_widths(coupling, errors_of(coupling), 1, lambda shapes: float(math.prod(shapes.get("head", (0,)))))
     first, last = plan.points[0].widths, plan.points[-1].widths
@@ -138,12 +140,12 @@ def test_the_scaled_curve_passes_through_what_was_measured(seed, channels):
 
 
 @pytest.mark.parametrize("kind", ["chain", "stream", "gate"])
-def test_measured_errors_are_those_of_networks_with_one_class_narrowed(kind):
+def test_measured_errors_are_those_of_networks_with_one_channel_set_narrowed(kind):
     graph = network_of(kind, 12)
     observed, inputs = observe(couple(graph), smooth_noise(graph.inputs, 24, 0)), smooth_noise(graph.inputs, 8, 1)
     chosen = select(observed)
     errors = measure_errors(observed, chosen, inputs)
-    assert list(errors) and set(errors) == {group.name for group in observed.coupling.open}
+    assert list(errors) and set(errors) == {channel_set.name for channel_set in observed.coupling.open}
     for name, curve in errors.items():
         quarter = round((len(curve) - 1) / 4)
         narrow = quick_fit(observed, {name: chosen[name].kept(quarter)})
@@ -161,10 +163,10 @@ def test_big_networks_are_measured_on_fewer_inputs(monkeypatch):
 
 
 def test_units_and_uniform_widths():
-    classes = couple(network("depthwise", 20)).open
-    assert {group.name: unit(group, 8) for group in classes}["inner"] == 8
-    assert uniform(classes, 0.25, 8)["inner"] == 8 and uniform(classes, 0.25, 3)["inner"] == 6
-    assert uniform(classes, 0.01, 1)["inner"] == 1 and uniform(classes, 1.0, 8)["inner"] == 20
+    sets = couple(network("depthwise", 20)).open
+    assert {channel_set.name: unit(channel_set, 8) for channel_set in sets}["inner"] == 8
+    assert uniform(sets, 0.25, 8)["inner"] == 8 and uniform(sets, 0.25, 3)["inner"] == 6
+    assert uniform(sets, 0.01, 1)["inner"] == 1 and uniform(sets, 1.0, 8)["inner"] == 20
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 4.0])

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from redpp_serve.channels.coupling import ChannelClass, couple
+from redpp_serve.channels.coupling import ChannelSet, couple
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.pruning.inputs import smooth_noise
@@ -89,7 +89,7 @@ class Builder:
 
 
 def network(kind: str, width: int = 8, seed: int = 0) -> Graph:
-    """A network of one kind. Each has the open class ``inner`` (and more, for some)."""
+    """A network of one kind. Each has the open channel set ``inner`` (and more, for some)."""
     if kind in ("mlp", "tokens"):
         b = Builder(*([5] if kind == "mlp" else [6, 5]), seed=seed)
         hidden = b.relu(b.linear("x", "inner", 5, width))
@@ -128,14 +128,14 @@ def quantised(graph: Graph, step: float = 0.25) -> Graph:
     return graph.with_tensors({name: (t / step).round() * step for name, t in graph.tensors.items() if t.dim() > 1})
 
 
-def inner_of(graph: Graph, name: str = "inner") -> ChannelClass:
-    """The open class of that name: the channels that the layer produces, alone or first."""
-    return next(group for group in couple(graph).open if group.name == name)
+def inner_of(graph: Graph, name: str = "inner") -> ChannelSet:
+    """The open channel set of that name: the channels that the layer produces, alone or first."""
+    return next(channel_set for channel_set in couple(graph).open if channel_set.name == name)
 
 
 def widths_of(graph: Graph) -> dict[str, int]:
-    """The number of channels of each open class."""
-    return {group.name: group.channels for group in couple(graph).open}
+    """The number of channels of each open channel set."""
+    return {channel_set.name: channel_set.channels for channel_set in couple(graph).open}
 
 
 def plant(graph: Graph, copies: dict[int, int], name: str = "inner") -> Graph:
@@ -151,8 +151,8 @@ def plant(graph: Graph, copies: dict[int, int], name: str = "inner") -> Graph:
 
 def permuted(graph: Graph, order: Tensor, name: str = "inner") -> Graph:
     """The same function with the channels of a class in another order."""
-    group, changed = inner_of(graph, name), dict(graph.tensors)
-    for place in (*group.parts, *group.readers):
+    channel_set, changed = inner_of(graph, name), dict(graph.tensors)
+    for place in (*channel_set.parts, *channel_set.readers):
         index = torch.arange(changed[place.tensor].shape[place.dim])
         index[place.positions.flatten()] = place.positions[order].flatten()
         changed[place.tensor] = changed[place.tensor].index_select(place.dim, index)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from redpp_serve.channels.narrowing import Kept
 from redpp_serve.graph.graph import Graph
 from tests.support.networks import network
-
-Kept = Callable[[str], dict[int, Tensor]]
 
 
 def whole(name: str) -> dict[int, Tensor]:

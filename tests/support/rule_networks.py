@@ -1,4 +1,4 @@
-"""A small network for each operator that channels can pass, and what tests do with classes of channels."""
+"""A small network for each operator that channels can pass, and what tests do with channel sets."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from redpp_serve.channels.coupling import ChannelClass, Coupling
+from redpp_serve.channels.coupling import ChannelSet, Coupling
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from tests.support.networks import Builder, outputs
 
 R = Ref
-OPEN: dict[str, tuple[Callable[[], Graph], dict[str, int]]] = {}  # the network, its open classes and their channels
+OPEN: dict[
+    str, tuple[Callable[[], Graph], dict[str, int]]
+] = {}  # the network, its open channel sets and their channels
 
 
-def opens(**classes: int) -> Callable[[Callable[[Builder], Graph]], Callable[[Builder], Graph]]:
-    """Register a network on (4, 6, 6) images, with the open classes it must have."""
+def opens(**sets: int) -> Callable[[Callable[[Builder], Graph]], Callable[[Builder], Graph]]:
+    """Register a network on (4, 6, 6) images, with the open channel sets it must have."""
 
     def register(build: Callable[[Builder], Graph]) -> Callable[[Builder], Graph]:
-        OPEN[build.__name__] = (lambda seed=3: build(Builder(4, 6, 6, seed=seed)), classes)
+        OPEN[build.__name__] = (lambda seed=3: build(Builder(4, 6, 6, seed=seed)), sets)
         return build
 
     return register
@@ -371,13 +373,13 @@ def index_by_constants(b):
     return head(b, x, 6)
 
 
-def classes_of(coupling: Coupling) -> dict[str, int]:
-    """The open classes and their channels."""
+def widths_of(coupling: Coupling) -> dict[str, int]:
+    """The open channel sets and their channels."""
     return {c.name: c.channels for c in coupling.open}
 
 
 def some_kept(coupling: Coupling, seed: int) -> dict[str, Tensor]:
-    """A random subset of each open class, at least one channel."""
+    """A random subset of each open channel set, at least one channel."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for c in coupling.open:
@@ -398,10 +400,10 @@ def without(coupling: Coupling, kept: Mapping[str, Tensor]) -> Graph:
     return coupling.graph.with_tensors(tensors)
 
 
-def with_copies(coupling: Coupling, group: ChannelClass, copies: Mapping[int, int]) -> Graph:
-    """Channel ``a`` made a copy of channel ``b`` for each item (a, b), in every part of the class."""
+def with_copies(coupling: Coupling, channel_set: ChannelSet, copies: Mapping[int, int]) -> Graph:
+    """Channel ``a`` made a copy of channel ``b`` for each item (a, b), in every part of the channel set."""
     tensors = {}
-    for part in group.parts:
+    for part in channel_set.parts:
         value = tensors.get(part.tensor, coupling.graph.tensors[part.tensor]).clone()
         for a, b in copies.items():
             value.index_copy_(part.dim, part.positions[a], value.index_select(part.dim, part.positions[b]))
@@ -409,10 +411,10 @@ def with_copies(coupling: Coupling, group: ChannelClass, copies: Mapping[int, in
     return coupling.graph.with_tensors(tensors)
 
 
-def permuted(coupling: Coupling, group: ChannelClass, order: Tensor) -> Graph:
-    """The channels of one class in another order, in all its tensors."""
+def permuted(coupling: Coupling, channel_set: ChannelSet, order: Tensor) -> Graph:
+    """The channels of one channel set in another order, in all its tensors."""
     tensors = {}
-    places = {(p.tensor, p.dim): p.positions for p in (*group.parts, *group.readers)}
+    places = {(p.tensor, p.dim): p.positions for p in (*channel_set.parts, *channel_set.readers)}
     for (name, dim), positions in places.items():
         value = tensors.get(name, coupling.graph.tensors[name])
         moved = value.index_select(dim, positions[order].flatten())
