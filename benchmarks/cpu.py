@@ -58,7 +58,7 @@ def pruned_network(name: str, original: Graph, target: str, scratch: Path) -> Gr
     if not path.exists():
         kind, _, share = target.partition("=")
         options = Options(**{f"target_{kind}": float(share)}, distil=DISTIL_S, time_budget=PRUNE_S)
-        write_atomically(path, build(prune(original, options).pruned, {"name": name}))
+        write_atomically(path, build(prune(original, options).pruned, {"name": name}).data)
     return load(path).graph
 
 

@@ -49,7 +49,7 @@ def served(graph: Graph, batch: int, plan_seconds: float) -> ServingModel:
     """The graph as a worker would hold it, planned here and now."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.redpp"
-        path.write_bytes(build(graph, {}))
+        path.write_bytes(build(graph, {}).data)
         model = ServingModel(path, "cpu", batch=batch, plan_seconds=plan_seconds, cache=None)
     model.warm_up()
     return model

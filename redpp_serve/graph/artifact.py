@@ -86,14 +86,27 @@ ENTRIES = ("manifest.json", "graph.json", "weights.safetensors")
 
 @dataclass(frozen=True)
 class Artifact:
-    """A loaded artifact: the graph and the manifest's description of it."""
+    """A built artifact.
+
+    Attributes:
+        data: the bytes of the file.
+        description: the manifest's description of the graph, with the size of the stored weights as ``bytes``.
+    """
+
+    data: bytes
+    description: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadedArtifact:
+    """A graph and its description as `load` finds them in an artifact."""
 
     graph: Graph
     description: dict[str, Any]
 
 
-def build(graph: Graph, description: dict[str, Any]) -> bytes:
-    """The artifact's bytes. ``description`` (JSON) gains ``bytes``: what the stored weights take."""
+def build(graph: Graph, description: dict[str, Any]) -> Artifact:
+    """Pack a graph and a description, which must be JSON, into an artifact."""
     from safetensors.torch import save as save_safetensors
 
     stored: dict[str, Tensor] = {}
@@ -116,15 +129,17 @@ def build(graph: Graph, description: dict[str, Any]) -> bytes:
         "encodings": encodings,
     }
     graph_bytes = _dump(document)
+    description = {**description, "bytes": sum(t.numel() * t.element_size() for t in stored.values())}
     manifest = {
         "format": FORMAT,
-        "description": {**description, "bytes": sum(t.numel() * t.element_size() for t in stored.values())},
+        "description": description,
         "sha256": {"graph.json": _digest(graph_bytes), "weights.safetensors": _digest(weights)},
     }
-    return deterministic_zip(dict(zip(ENTRIES, (_dump(manifest), graph_bytes, weights))))
+    entries = dict(zip(ENTRIES, (_dump(manifest), graph_bytes, weights), strict=True))
+    return Artifact(deterministic_zip(entries), description)
 
 
-def load(source: Path | bytes) -> Artifact:
+def load(source: Path | bytes) -> LoadedArtifact:
     """Read and check an artifact.
 
     Raises:
@@ -147,7 +162,7 @@ def load(source: Path | bytes) -> Artifact:
             if manifest["sha256"][name] != _digest(content):
                 raise ValueError(f"{name} does not match its SHA-256")
         graph = _parse(json.loads(graph_bytes), read_safetensors(weights))
-        return Artifact(graph, {**manifest["description"]})
+        return LoadedArtifact(graph, {**manifest["description"]})
     except RedppError:
         raise
     except Exception as error:  # damaged or hostile bytes: what the parsers raise has no common class

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
-from redpp_serve.graph.graph import Graph, map_refs
+from redpp_serve.graph.graph import Graph, map_refs, once_per_graph
 from redpp_serve.graph.operators import resolve
 
 TensorType = tuple[tuple[int, ...], torch.dtype]
@@ -137,7 +137,12 @@ def value_shapes(graph: Graph, device: str = "meta", batch: int = 1) -> dict[str
 
 
 def value_types(graph: Graph, device: str = "meta", batch: int = 1) -> dict[str, TensorType]:
-    """As `value_shapes`, with the dtypes."""
+    """Find shape and dtype of every tensor-valued node, see `value_shapes`."""
+    return dict(_value_types(graph, device, batch))
+
+
+@once_per_graph
+def _value_types(graph: Graph, device: str, batch: int) -> dict[str, TensorType]:
     read = {name for node in graph.nodes for name in node.refs()}
     program = Program(graph, wanted=[node.name for node in graph.nodes if node.name not in read]).to(device)
     inputs = (torch.zeros(batch, *i.shape, dtype=getattr(torch, i.dtype), device=device) for i in graph.inputs)

@@ -5,9 +5,11 @@ Every pass of the project maps a `Graph` to a `Graph`; the artifact stores one; 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -44,11 +46,18 @@ class Node:
         yield from _refs(tuple(self.kwargs.values()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Graph:
-    """Inputs, parameters and buffers by name, nodes in an order of execution, and the outputs' names.
+    """A network as operator calls over named tensors.
 
-    Treat as immutable: passes return a new graph (`with_tensors`, `dataclasses.replace`).
+    Treat it as immutable: passes return a new graph (`with_tensors`, `dataclasses.replace`). What is derived from one
+    is computed once and lives as long as the graph does, see `once_per_graph`.
+
+    Attributes:
+        inputs: what the network takes.
+        tensors: parameters and buffers by name.
+        nodes: the calls in an order of execution.
+        outputs: names of the values that the network returns.
     """
 
     inputs: tuple[InputSpec, ...]
@@ -98,6 +107,23 @@ class Graph:
                 live.update(node.refs())
         tensors = {k: v for k, v in self.tensors.items() if k in live}
         return replace(self, nodes=tuple(reversed(nodes)), tensors=tensors)
+
+
+_Result = TypeVar("_Result")
+
+
+def once_per_graph(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Remember a function's results for each graph, its first argument, and the other arguments."""
+    known: WeakKeyDictionary[Graph, dict[Any, _Result]] = WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def remembered(graph: Graph, *args: Any) -> _Result:
+        results = known.setdefault(graph, {})
+        if args not in results:
+            results[args] = function(graph, *args)
+        return results[args]
+
+    return remembered
 
 
 def conv2d_geometry(node: Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:

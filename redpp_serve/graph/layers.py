@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from redpp_serve.graph.executor import value_shapes
-from redpp_serve.graph.graph import Graph, Node, Ref, conv2d_geometry
+from redpp_serve.graph.graph import Graph, Node, Ref, conv2d_geometry, once_per_graph
 
 CONV, LINEAR = "aten.conv2d.default", "aten.linear.default"
 
@@ -41,7 +41,12 @@ class Layer:
 
 
 def find_layers(graph: Graph) -> list[Layer]:
-    """All layers in order of execution. A weight or bias that other nodes compute, or that two calls use, is no layer's."""
+    """List all layers in order of execution; one whose weight or bias is computed or shared by two calls is none."""
+    return list(_layers(graph))
+
+
+@once_per_graph
+def _layers(graph: Graph) -> list[Layer]:
     users, shapes = graph.users(), value_shapes(graph)
     layers = []
     for node in graph.nodes:

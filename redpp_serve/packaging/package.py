@@ -243,7 +243,7 @@ def _build_archives(
             "preprocess": preprocess.to_json() if preprocess else None,
             "info": {"parameters": parameter_count(graph), "macs": mac_count(graph)},
         }
-        artifacts[variant] = build(graph, description)
+        artifacts[variant] = build(graph, description).data
         archives[variant] = build_mar(
             artifacts[variant], name=name, version=version, model_config=_model_config(serving)
         )

@@ -36,7 +36,7 @@ def entries(data: bytes) -> dict[str, bytes]:
 
 def forged(graph: Edit | bytes | None = None, weights: bytes | None = None, manifest: Edit | None = None) -> bytes:
     """`tiny` with its graph document edited in place (or replaced), other weights, and the checksums to match."""
-    files = entries(build(tiny(), {"name": "tiny"}))
+    files = entries(build(tiny(), {"name": "tiny"}).data)
     if isinstance(graph, bytes):
         files["graph.json"] = graph
     elif graph is not None:

@@ -29,13 +29,13 @@ def zipped(content: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STOR
     return buffer.getvalue()
 
 
-WHOLE = list(entries(build(tiny(), {"name": "tiny"})).items())
+WHOLE = list(entries(build(tiny(), {"name": "tiny"}).data).items())
 BOMB = zipped([(name, bytes(1 << 22)) for name in ENTRIES], zipfile.ZIP_DEFLATED)
 FILES = {
     "empty": (b"", "not a zip"),
     "text": (b"<html>not found</html>", "not a zip"),
-    "truncated": (build(tiny(), {})[:-40], "not a zip"),
-    "head of the file": (build(tiny(), {})[:100], "not a zip"),
+    "truncated": (build(tiny(), {}).data[:-40], "not a zip"),
+    "head of the file": (build(tiny(), {}).data[:100], "not a zip"),
     "compressed": (zipped(WHOLE, zipfile.ZIP_DEFLATED), "compressed entries"),
     "bomb": (BOMB, "compressed entries"),
     "bzip2": (zipped(WHOLE, zipfile.ZIP_BZIP2), "compressed entries"),
@@ -45,7 +45,7 @@ FILES = {
     "absolute": (zipped([("/manifest.json", WHOLE[0][1]), *WHOLE[1:]]), "entries"),
     "damaged weights": (zipped([*WHOLE[:2], (ENTRIES[2], WHOLE[2][1][:-1] + b"?")]), "does not match its SHA-256"),
     "damaged graph": (zipped([WHOLE[0], (ENTRIES[1], WHOLE[1][1] + b" "), WHOLE[2]]), "does not match its SHA-256"),
-    "flipped byte": (build(tiny(), {}).replace(b"aten.relu", b"aten.selu"), "CRC"),
+    "flipped byte": (build(tiny(), {}).data.replace(b"aten.relu", b"aten.selu"), "CRC"),
     "manifest no json": (zipped([(ENTRIES[0], b"{"), *WHOLE[1:]]), ""),
     "manifest a list": (zipped([(ENTRIES[0], b"[]"), *WHOLE[1:]]), ""),
     "manifest nested deep": (zipped([(ENTRIES[0], b"[" * 100_000), *WHOLE[1:]]), "recursion"),
@@ -187,7 +187,7 @@ def test_graph_documents_of_other_form(text: bytes) -> None:
 
 
 def test_an_argument_nested_deep() -> None:
-    document = entries(build(tiny(), {}))["graph.json"].replace(b'[{"ref":"h"}]', b"[" * 5000 + b"]" * 5000)
+    document = entries(build(tiny(), {}).data)["graph.json"].replace(b'[{"ref":"h"}]', b"[" * 5000 + b"]" * 5000)
     assert b"[[[[" in document
     refused(forged(document), "recursion")
 

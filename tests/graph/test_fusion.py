@@ -167,4 +167,4 @@ def test_other_precisions_are_fused_too() -> None:
 def test_no_file_can_name_the_fused_operators() -> None:
     assert not {FUSED_CONV2D, FUSED_LINEAR} & ALLOWED
     with pytest.raises(RedppError, match="'fused.conv2d' is not on the allow-list"):
-        load(build(fuse_epilogues(graph(conv("c1", "x"), relu("y", "c1"))), {}))
+        load(build(fuse_epilogues(graph(conv("c1", "x"), relu("y", "c1"))), {}).data)

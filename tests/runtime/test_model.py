@@ -50,7 +50,7 @@ def network() -> Graph:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ServingModel:
     path = tmp_path_factory.mktemp("model") / "model.redpp"
-    path.write_bytes(build(network(), {"name": "block"}))
+    path.write_bytes(build(network(), {"name": "block"}).data)
     return ServingModel(path, batch=4, plan_seconds=0.5)
 
 
@@ -111,7 +111,7 @@ def test_integer_inputs_and_half_precision(tmp_path: Path) -> None:
     )
     table = torch.randn(9, 4).half()
     graph = Graph((InputSpec("ids", (3,), "int64"),), {"table": table}, nodes, ("y",))
-    (tmp_path / "m").write_bytes(build(graph, {}))
+    (tmp_path / "m").write_bytes(build(graph, {}).data)
     model = ServingModel(tmp_path / "m")
     model.warm_up()
     (y,) = model(torch.tensor([[1, 8, 0]]))
@@ -121,7 +121,7 @@ def test_integer_inputs_and_half_precision(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_precisions(precision: str) -> None:
-    model = ServingModel(build(network(), {}), precision=precision, batch=2, plan_seconds=0.2)
+    model = ServingModel(build(network(), {}).data, precision=precision, batch=2, plan_seconds=0.2)
     x = inputs(3)
     exact = Program(network().to(torch.float64))(*(t.double() for t in x))
     for got, expected in zip(model(*x), exact, strict=True):
@@ -132,7 +132,7 @@ def test_precisions(precision: str) -> None:
 
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(RedppError, match="'int8'.*one of fp32, tf32, fp16, bf16"):
-        ServingModel(build(network(), {}), precision="int8")
+        ServingModel(build(network(), {}).data, precision="int8")
 
 
 class Recorder:
@@ -158,7 +158,7 @@ def test_recorded_buckets_and_a_network_that_cannot_be_recorded(
     """As on a GPU, where rows are padded; one that cannot be recorded serves call by call, and says why."""
     monkeypatch.setattr(model_module, "CudaRecorder", Recorder)
     monkeypatch.setattr(Recorder, "fails", fails)
-    model = ServingModel(build(network(), {}), batch=4, plan_seconds=0)
+    model = ServingModel(build(network(), {}).data, batch=4, plan_seconds=0)
     model._recorded = model._record()
     assert (model._recorded is None) == fails
     assert ("without CUDA graphs: operation not permitted when stream is capturing" in caplog.text) == fails
@@ -179,7 +179,7 @@ def test_files_that_are_no_artifact(tmp_path: Path) -> None:
 def test_a_worker_loads_no_compiler(tmp_path: Path) -> None:
     """The meta device or a trace would cost each worker a second and a third of its memory."""
     path = tmp_path / "model.redpp"
-    path.write_bytes(build(network(), {"name": "block"}))
+    path.write_bytes(build(network(), {"name": "block"}).data)
     code = (
         "import sys; from pathlib import Path; from redpp_serve.runtime.model import ServingModel; "
         "ServingModel(Path(sys.argv[1]), batch=2, plan_seconds=0.5).warm_up(); "

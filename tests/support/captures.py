@@ -48,7 +48,7 @@ def captured(module: nn.Module, inputs: Sequence[InputSpec] = IMAGE, messages: l
     """The captured graph, after a check that it, its artifact and the server's form of it agree with the module."""
     torch.manual_seed(0)
     graph = capture(module, inputs, [] if messages is None else messages)
-    loaded = load(build(graph, {})).graph
+    loaded = load(build(graph, {}).data).graph
     for batch in (1, 4):
         x = [
             torch.randn(batch, *i.shape) if i.dtype == "float32" else torch.ones(batch, *i.shape, dtype=torch.int64)

@@ -54,7 +54,7 @@ def artifact(version: str = "1.0", graph: Graph | None = None, preprocess: Prepr
         "preprocess": preprocess.to_json() if preprocess else None,
         "info": INFO,
     }
-    return build(graph or network(list(VARIANTS).index(version)), description)
+    return build(graph or network(list(VARIANTS).index(version)), description).data
 
 
 def archive(version: str = "1.0") -> bytes:
