@@ -17,8 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from redpp_serve.ab import state as journal
-from redpp_serve.ab.gateway import private_folder, switch
-from redpp_serve.ab.nginx import ARM_HEADER
+from redpp_serve.ab.gateway import ARM_HEADER, private_folder, switch
 from redpp_serve.ab.spec import Spec
 from redpp_serve.ab.state import GATEWAY, SPEC, STATUS, SUPERVISOR_LOG, read_json, write_json
 from redpp_serve.ab.status import Status, read_status

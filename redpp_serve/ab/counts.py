@@ -19,9 +19,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from redpp_serve.ab.gateway import switched
-from redpp_serve.ab.spec import ARMS
 from redpp_serve.ab.state import COUNTS, GATEWAY, WINDOWS, Lines, write_json
 from redpp_serve.errors import RedppError
+from redpp_serve.variants import NAMES
 
 _BATCHES, _SECONDS, _BUCKETS = "redpp_batches_total", "redpp_batch_seconds_total", "redpp_handler_seconds_bucket"
 _TIMEOUT_S = 5.0
@@ -37,13 +37,13 @@ class Counters:
         buckets: arm -> upper bound of the handler's time for a batch, seconds (``inf`` last) -> batches up to it.
     """
 
-    batches: dict[str, dict[int, list[float]]] = field(default_factory=lambda: {arm: {} for arm in ARMS})
-    buckets: dict[str, dict[float, float]] = field(default_factory=lambda: {arm: {} for arm in ARMS})
+    batches: dict[str, dict[int, list[float]]] = field(default_factory=lambda: {arm: {} for arm in NAMES})
+    buckets: dict[str, dict[float, float]] = field(default_factory=lambda: {arm: {} for arm in NAMES})
 
     def histogram(self) -> tuple[list[float], list[int], list[int]]:
         """Finite bounds that both arms have, then each arm's cumulative counts, one more: the last is of all."""
         bounds = sorted(set(self.buckets["original"]) & set(self.buckets["pruned"]))
-        original, pruned = ([int(self.buckets[arm][bound]) for bound in bounds] for arm in ARMS)
+        original, pruned = ([int(self.buckets[arm][bound]) for bound in bounds] for arm in NAMES)
         return [bound for bound in bounds if math.isfinite(bound)], original, pruned
 
 
@@ -93,7 +93,7 @@ def _relevant(text: str) -> str:
 
 def _add(counters: Counters, name: str, labels: Mapping[str, str], value: float, model: str) -> None:
     arm = labels.get("variant")
-    if labels.get("model") != model or arm not in ARMS:
+    if labels.get("model") != model or arm not in NAMES:
         return
     if name == _BUCKETS:
         bound = float(labels["le"])
@@ -125,7 +125,7 @@ class Windows:
         if self._anew(now):
             self._last = now
             return window
-        for index, arm in enumerate(ARMS):
+        for index, arm in enumerate(NAMES):
             for size, row in now.batches[arm].items():
                 last = self._last.batches[arm].get(size, [0.0, 0.0])
                 count, seconds = row[0] - last[0], row[1] - last[1]
@@ -147,7 +147,7 @@ class Windows:
 
     def _anew(self, now: Counters) -> bool:
         """Whether anything has fallen: batches, their seconds, or batches of any range of times."""
-        for arm in ARMS:
+        for arm in NAMES:
             then, times = self._last.batches[arm], now.batches[arm]
             for size, (count, seconds) in then.items():
                 row = times.get(size, [0.0, 0.0])
@@ -162,13 +162,13 @@ class Windows:
 
 def as_json(counters: Counters) -> dict[str, Any]:
     """For `from_json`; JSON's keys are strings."""
-    return {arm: {repr(bound): count for bound, count in counters.buckets[arm].items()} for arm in ARMS}
+    return {arm: {repr(bound): count for bound, count in counters.buckets[arm].items()} for arm in NAMES}
 
 
 def from_json(document: Mapping[str, Mapping[str, float]]) -> Counters:
     """The buckets that `as_json` wrote."""
     counters = Counters()
-    for arm in ARMS:
+    for arm in NAMES:
         counters.buckets[arm] = {float(bound): count for bound, count in document[arm].items()}
     return counters
 
@@ -194,13 +194,13 @@ class Traffic:
         counters = (Counter(given.get(name, {})) for name in _COUNTERS)
         self.requests, self.errors, self.refused, self.abandoned, self.by_header = counters
         times = given.get("milliseconds", {})
-        self._milliseconds = {arm: Counter({int(k): n for k, n in times.get(arm, {}).items()}) for arm in ARMS}
+        self._milliseconds = {arm: Counter({int(k): n for k, n in times.get(arm, {}).items()}) for arm in NAMES}
 
     def take(self, lines: Iterable[dict[str, Any]]) -> None:
         """Count lines of the access log; those that went to no arm are left out."""
         for line in lines:
             arm, status = line["arm"], line["status"]
-            if arm not in ARMS:
+            if arm not in NAMES:
                 continue
             self.requests[arm] += 1
             self.errors[arm] += status >= 500

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from redpp_serve.ab.counts import Counters, Traffic, from_json
-from redpp_serve.ab.spec import ARMS, TOLERANCE, Spec
+from redpp_serve.ab.spec import TOLERANCE, Spec
 from redpp_serve.ab.state import COUNTS, PAIRS, RECORDER, WINDOWS, Lines, read_json
 from redpp_serve.statistics.guardrails import (
     Guardrail,
@@ -28,6 +28,7 @@ from redpp_serve.statistics.intervals import finite_quantile
 from redpp_serve.statistics.sequences import RatioSequence
 from redpp_serve.statistics.unequal_traffic import ArmSequence
 from redpp_serve.statistics.verdicts import Advice, Verdict, advice, verdict
+from redpp_serve.variants import NAMES
 
 _HERE = "not compared under a split (add --shadow)"
 
@@ -96,7 +97,7 @@ class Pairs:
         self.total = self.quiet = self.answered = self.agreeing = 0
         self.top1, self.errors = [0, 0], [0, 0]
         self.latency, self.handler = RatioSequence(alpha), RatioSequence(alpha)
-        self._times = [[0] * (len(_BOUNDS) + 1) for _ in ARMS]
+        self._times = [[0] * (len(_BOUNDS) + 1) for _ in NAMES]
 
     def take(self, pairs: Iterable[dict[str, Any]]) -> None:
         """Lines of the recorder's file, in order of time."""
@@ -219,11 +220,11 @@ class Evidence:
         answer counts as an error: both arms' users leave alike unless one hangs.
         """
         users, pairs, gap = self.traffic, self.pairs, self._limits.max_error_rate_gap
-        divided = all(users.requests[arm] > users.by_header[arm] for arm in ARMS)
+        divided = all(users.requests[arm] > users.by_header[arm] for arm in NAMES)
         alpha = _ALPHA / 2 if self._shadow and divided else _ALPHA
         rails = []
         if divided or not self._shadow:
-            original, pruned = ((users.errors[arm] + users.abandoned[arm], users.requests[arm]) for arm in ARMS)
+            original, pruned = ((users.errors[arm] + users.abandoned[arm], users.requests[arm]) for arm in NAMES)
             rails.append(error_guardrail(*original, *pruned, gap, alpha))
         if self._shadow:
             rail = error_guardrail(pairs.errors[0], pairs.total, pairs.errors[1], pairs.total, gap, alpha)

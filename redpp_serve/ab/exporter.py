@@ -9,9 +9,9 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from redpp_serve.ab.spec import ARMS
 from redpp_serve.ab.status import Status
 from redpp_serve.statistics.verdicts import ADVICE_KINDS, KINDS
+from redpp_serve.variants import NAMES
 
 
 class ExperimentCollector:
@@ -42,7 +42,7 @@ def _families(status: Status) -> Iterator[Metric]:
 
     shares = _shares(status)
     yield family(GaugeMetricFamily, "redpp_ab_traffic_ratio", "Share of users that the arm is to get.", "arm", shares)
-    requests: dict[str, float] = {arm: status.arms[arm].requests for arm in ARMS}
+    requests: dict[str, float] = {arm: status.arms[arm].requests for arm in NAMES}
     yield family(CounterMetricFamily, "redpp_ab_requests", "Users' requests by arm.", "arm", requests)
     shadow = status.shadow or {}
     yield family(
@@ -82,7 +82,7 @@ def _families(status: Status) -> Iterator[Metric]:
 
 def _shares(status: Status) -> dict[str, float]:
     """As configured, or all to one arm after a promotion or rollback."""
-    return {arm: float(arm == status.all_to) if status.all_to else status.arms[arm].configured for arm in ARMS}
+    return {arm: float(arm == status.all_to) if status.all_to else status.arms[arm].configured for arm in NAMES}
 
 
 def deciding_kind(status: Status) -> str:

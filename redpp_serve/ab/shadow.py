@@ -27,12 +27,12 @@ from typing import Any, TextIO
 
 import numpy
 
-from redpp_serve.ab.nginx import ADDRESS
-from redpp_serve.ab.spec import ARMS
 from redpp_serve.ab.state import PAIRS, RECORDER, read_json, write_json
 from redpp_serve.comparison.client import Connection, Endpoint, Exchange, Payload
 from redpp_serve.comparison.outputs import difference, read_outputs
+from redpp_serve.loopback import ADDRESS
 from redpp_serve.packaging.server_config import MAX_REQUEST_BYTES
+from redpp_serve.variants import NAMES
 
 _ARRIVALS = 4096
 
@@ -105,7 +105,7 @@ class Replayer:
     """
 
     def __init__(self, urls: Sequence[str], inbox: Inbox, seed: int | None = None) -> None:
-        self._connections = [Connection(Endpoint(arm, url, {}), TIMEOUT_S) for arm, url in zip(ARMS, urls)]
+        self._connections = [Connection(Endpoint(arm, url, {}), TIMEOUT_S) for arm, url in zip(NAMES, urls)]
         self._inbox, self._random = inbox, random.Random(seed)
         self._seconds: deque[float] = deque(maxlen=64)
 
@@ -134,7 +134,7 @@ class Replayer:
         return {
             "time": round(time.time(), 3),
             "request_id": request.request_id,
-            "first": ARMS[order[0]],
+            "first": NAMES[order[0]],
             "quiet": quiet,
             "status": [_status(exchange, answer is not None) for exchange, answer in zip(pair, answers)],
             "seconds": [round(exchange.latency_s, 7) for exchange in pair],

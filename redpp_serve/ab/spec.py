@@ -1,7 +1,4 @@
-"""What an experiment was asked to be, and the limits that its verdict is held against.
-
-How users' requests are divided between the arms, as the user writes it: ``90:10``.
-"""
+"""An A/B test as the user asks for it: the packaged folder, how users are divided, and the limits of its verdict."""
 
 from __future__ import annotations
 
@@ -14,14 +11,15 @@ from typing import Any
 from redpp_serve.errors import RedppError
 from redpp_serve.options import Limits
 
-ARMS = ("original", "pruned")  # the words of header, log and metrics, the baseline first
+TOLERANCE = 0.1  # relative difference up to which outputs agree that are not classes, unless the user sets one
 _PERCENT = r"\d{1,3}(?:\.\d{1,2})?"
 _FORM = re.compile(rf"({_PERCENT})[:/]({_PERCENT})")
+_HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
 
 
 @dataclass(frozen=True)
-class Split:
-    """Percentages of users for each arm; they add up to 100. ``str()`` gives the form that `parse_split` reads."""
+class TrafficSplit:
+    """Percentages of users for each arm, which add up to 100. ``str()`` gives the form that `parse_split` reads."""
 
     original: Decimal
     pruned: Decimal
@@ -30,15 +28,15 @@ class Split:
         return f"{self.original}:{self.pruned}"
 
     def ratio(self, arm: str) -> float:
-        """The share of ``arm``, 0 to 1."""
+        """Return the share of ``arm``, 0 to 1."""
         return float(getattr(self, arm)) / 100
 
 
-def parse_split(text: str) -> Split:
-    """``original:pruned`` in per cent, up to two decimals, with ``:`` or ``/`` between.
+def parse_split(text: str) -> TrafficSplit:
+    """Read ``original:pruned``: per cent with up to two decimals, separated by ``:`` or ``/``.
 
     Raises:
-        RedppError: another form, or numbers that do not add up to 100.
+        RedppError: the text has another form, or the numbers do not add up to 100.
     """
     match = _FORM.fullmatch(text.strip())
     if not match:
@@ -54,25 +52,21 @@ def parse_split(text: str) -> Split:
             "two numbers that add up to 100",
             f"write for example --split {max(0, 100 - min(pruned, 100))}:{min(pruned, 100)}",
         )
-    return Split(original, pruned)
-
-
-TOLERANCE = 0.1  # of outputs that are no classes, where the user sets none
-_HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
+    return TrafficSplit(original, pruned)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """An experiment before it runs.
+    """What an A/B test is asked to be.
 
     Attributes:
         folder: the packaged folder, absolute.
         candidate: another packaged folder whose pruned version is tried against the first one's original; or None.
-        kind: of the server, ``torchserve`` or ``triton``.
+        kind: the model server, ``torchserve`` or ``triton``.
         split: how users are divided.
         sticky: request header that names the user; None to decide for every request anew.
-        shadow: whether requests are replayed on both versions.
-        limits: see `Limits`.
+        shadow: replay users' requests on both versions.
+        limits: the limits that the pruned version must keep to.
         workers: worker processes of each version.
         port: the first of consecutive ports; None for free ones.
         auth: require a token.
@@ -81,7 +75,7 @@ class Spec:
     folder: Path
     candidate: Path | None
     kind: str
-    split: Split
+    split: TrafficSplit
     sticky: str | None
     shadow: bool
     limits: Limits = Limits()
@@ -98,20 +92,35 @@ class Spec:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """For `from_json`."""
+        """Return the form that `from_json` reads."""
         candidate = None if self.candidate is None else str(self.candidate)
         return {**asdict(self), "folder": str(self.folder), "candidate": candidate, "split": str(self.split)}
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Spec:
-        """The inverse of `to_json`."""
-        candidate = None if document["candidate"] is None else Path(document["candidate"])
-        return cls(
-            **{
-                **document,
-                "folder": Path(document["folder"]),
-                "candidate": candidate,
-                "split": parse_split(document["split"]),
-                "limits": Limits(**document["limits"]),
-            }
-        )
+        """Read what `to_json` returned."""
+        changed = {
+            "folder": Path(document["folder"]),
+            "candidate": None if document["candidate"] is None else Path(document["candidate"]),
+            "split": parse_split(document["split"]),
+            "limits": Limits(**document["limits"]),
+        }
+        return cls(**{**document, **changed})
+
+
+@dataclass(frozen=True)
+class Started:
+    """A running A/B test: its spec, the name that the model is served under, and when it began (seconds since 1970)."""
+
+    spec: Spec
+    name: str
+    started: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form that `from_json` reads."""
+        return {"spec": self.spec.to_json(), "name": self.name, "started": self.started}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Started:
+        """Read what `to_json` returned."""
+        return cls(Spec.from_json(document["spec"]), document["name"], document["started"])

@@ -12,11 +12,12 @@ from typing import Any
 
 from redpp_serve.ab.evidence import Evidence, Finding
 from redpp_serve.ab.gateway import switched
-from redpp_serve.ab.spec import ARMS, Spec
+from redpp_serve.ab.spec import Spec
 from redpp_serve.ab.state import GATEWAY, SPEC, STATUS, read_json
 from redpp_serve.errors import RedppError
 from redpp_serve.statistics.guardrails import Guardrail
 from redpp_serve.statistics.verdicts import Advice
+from redpp_serve.variants import NAMES
 
 _SILENT_S, _FULL_BYTES = 10.0, 1 << 20
 _LOADS = "The arms carry different loads: compare batches of equal size (below), not these percentiles."
@@ -88,7 +89,7 @@ class Status:
 
     def to_text(self) -> str:
         """A table for the terminal that ends with the advice."""
-        rows = [("", *ARMS), *self._rows()]
+        rows = [("", *NAMES), *self._rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         table = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}".rstrip() for row in rows]
         return "\n".join([*self._head(), "", *table, "", *self._body()])
@@ -108,7 +109,7 @@ class Status:
             yield f"PROBLEM: {problem}"
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
-        both = [self.arms[arm] for arm in ARMS]
+        both = [self.arms[arm] for arm in NAMES]
 
         def row(title: str, cells: list[str]) -> tuple[str, str, str]:
             return title, cells[0], cells[1]
@@ -170,7 +171,7 @@ def read_status(state: Path, urls: dict[str, str], evidence: Evidence | None = N
         spec=spec,
         seconds=time.time() - document["started"],
         all_to=switched(state / GATEWAY),
-        arms={arm: _arm(arm, spec, evidence) for arm in ARMS},
+        arms={arm: _arm(arm, spec, evidence) for arm in NAMES},
         shadow=_shadow(evidence) if spec.shadow else None,
         findings=findings,
         guardrails=guardrails,
@@ -210,7 +211,7 @@ def _shadow(evidence: Evidence) -> dict[str, Any]:
         "dropped": evidence.recorder["dropped"],
         "pairs": pairs.total,
         "quiet_pairs": pairs.quiet,
-        "errors": {arm: pairs.errors[k] for k, arm in enumerate(ARMS)},
+        "errors": {arm: pairs.errors[k] for k, arm in enumerate(NAMES)},
         "compared_outputs": pairs.answered,
         "agreeing": pairs.agreeing,
         "agreement": pairs.agreement,

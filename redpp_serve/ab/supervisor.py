@@ -11,8 +11,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -26,8 +24,14 @@ from urllib.parse import urlsplit
 from redpp_serve.ab.commands import mixed_folder
 from redpp_serve.ab.counts import Counting
 from redpp_serve.ab.evidence import Evidence
-from redpp_serve.ab.gateway import NginxProcess, connection_limit, stop_mirroring, worker_account
-from redpp_serve.ab.nginx import ADDRESS, Gateway
+from redpp_serve.ab.gateway import (
+    Gateway,
+    ListeningProcess,
+    NginxProcess,
+    connection_limit,
+    stop_mirroring,
+    worker_account,
+)
 from redpp_serve.ab.shadow import MAX_PAIRS
 from redpp_serve.ab.spec import Spec
 from redpp_serve.ab.state import (
@@ -44,82 +48,10 @@ from redpp_serve.ab.state import (
 )
 from redpp_serve.ab.status import Status, read_status
 from redpp_serve.errors import RedppError
-from redpp_serve.loopback import GatewayPorts, Ports, TritonPorts, check_ports, consecutive_ports, free_ports
+from redpp_serve.loopback import ADDRESS, GatewayPorts, Ports, TritonPorts, check_ports, consecutive_ports, free_ports
 from redpp_serve.serving.running import Running, register
 from redpp_serve.serving.serve import model_name
 from redpp_serve.serving.server import LocalServer, open_server
-
-_START_S, _STOP_S, _START_POLL_S = 30.0, 10.0, 0.05
-
-
-class RecorderProcess:
-    """The shadow recorder, see `recorder`.
-
-    Args:
-        state: the experiment's state folder.
-        port: where nginx finds it.
-        urls: of the original and the pruned version.
-    """
-
-    def __init__(self, state: Path, port: int, urls: tuple[str, str]) -> None:
-        self._log, self._port = state / RECORDER_LOG, port
-        self._command = [
-            sys.executable,
-            "-m",
-            "redpp_serve.ab.shadow",
-            "--state",
-            str(state),
-            "--port",
-            str(port),
-            "--original",
-            urls[0],
-            "--pruned",
-            urls[1],
-        ]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self, wait: bool = True) -> None:
-        """Start; with ``wait`` return when it takes connections.
-
-        Raises:
-            RedppError: it does not come up.
-        """
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-        deadline = time.monotonic() + _START_S
-        while wait and not self._listens():
-            if not self.alive() or time.monotonic() > deadline:
-                self.stop()
-                tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-5:])
-                raise RedppError(
-                    f"the shadow recorder did not start: {tail}",
-                    "a recorder that takes connections",
-                    "read what it says above; it names the cause",
-                )
-            time.sleep(_START_POLL_S)
-
-    def alive(self) -> bool:
-        """Whether it runs."""
-        return self._process is not None and self._process.poll() is None
-
-    def stop(self) -> None:
-        """End it."""
-        if self._process is None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
-
-    def _listens(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex((ADDRESS, self._port)) == 0
-
 
 _POLL_S = 1.0
 
@@ -192,9 +124,11 @@ class Supervisor:
         self._server.start()
         return self._server
 
-    def _start_recorder(self, stack: ExitStack, ports: GatewayPorts, server: LocalServer) -> RecorderProcess:
+    def _start_recorder(self, stack: ExitStack, ports: GatewayPorts, server: LocalServer) -> ListeningProcess:
         original, pruned = map(server.url, server.versions)
-        recorder = RecorderProcess(self._state, ports.recorder, (original, pruned))
+        words = ["--state", str(self._state), "--port", str(ports.recorder), "--original", original, "--pruned", pruned]
+        command = [sys.executable, "-m", "redpp_serve.ab.shadow", *words]
+        recorder = ListeningProcess("the shadow recorder", command, ports.recorder, self._state / RECORDER_LOG)
         stack.callback(recorder.stop)
         recorder.start()
         return recorder
@@ -263,7 +197,9 @@ class Supervisor:
 class Watch:
     """Looks after the processes; ``recorder`` is None without shadow mode."""
 
-    def __init__(self, state: Path, server: LocalServer, nginx: NginxProcess, recorder: RecorderProcess | None) -> None:
+    def __init__(
+        self, state: Path, server: LocalServer, nginx: NginxProcess, recorder: ListeningProcess | None
+    ) -> None:
         self._state, self._server, self.nginx, self._recorder = state, server, nginx, recorder
 
     def mend(self) -> list[str]:

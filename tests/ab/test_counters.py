@@ -9,9 +9,9 @@ import pytest
 
 from redpp_serve.ab.counts import Counters, Counting, Traffic, Windows, as_json, from_json, read_counters
 from redpp_serve.ab.gateway import switch
-from redpp_serve.ab.spec import ARMS
 from redpp_serve.ab.state import COUNTS, GATEWAY, WINDOWS, Lines, read_json
 from redpp_serve.errors import RedppError
+from redpp_serve.variants import NAMES as ARMS
 
 
 def text(batches: dict[str, dict[int, tuple[float, float]]], model: str = "m") -> str:

@@ -24,7 +24,7 @@ from redpp_serve.comparison.outputs import difference, read_outputs
 from redpp_serve.loopback import GatewayPorts, free_ports
 from redpp_serve.statistics.sequences import RatioSequence
 from redpp_serve.statistics.verdicts import Verdict, verdict
-from tests.ab.test_nginx import PATHS, PUBLIC, folder, gateway  # noqa: F401 (a fixture)
+from tests.ab.test_gateway import PATHS, PUBLIC, folder, gateway  # noqa: F401 (a fixture)
 from tests.support.stubs import arms, ask, stub
 
 SAME = {"1.0": [1.0, 2.0, 3.0], "2.0": [1.0, 2.0, 3.0]}

@@ -14,7 +14,7 @@ from redpp_serve.ab.counts import Counters, as_json
 from redpp_serve.ab.evidence import Evidence
 from redpp_serve.ab.exporter import deciding_kind, registry
 from redpp_serve.ab.gateway import switch
-from redpp_serve.ab.spec import Spec, Split
+from redpp_serve.ab.spec import Spec, TrafficSplit
 from redpp_serve.ab.state import COUNTS, GATEWAY, PAIRS, RECORDER, SPEC, STATUS, WINDOWS, read_json, write_json
 from redpp_serve.ab.status import Status, read_status
 from redpp_serve.errors import RedppError
@@ -33,7 +33,7 @@ class Experiment:
         folder = state / "package"
         folder.mkdir()
         write_json(folder / "report.json", {"verify": {"agreement": 1.0, "output_error": 0.05, "images": 500}})
-        self.spec = Spec(folder, None, "torchserve", Split(*shares), "X-User-Id", shadow, Limits(**limits))
+        self.spec = Spec(folder, None, "torchserve", TrafficSplit(*shares), "X-User-Id", shadow, Limits(**limits))
         (state / GATEWAY).mkdir()
         write_json(state / SPEC, {"spec": self.spec.to_json(), "started": time.time() - 90, "name": "m"})
         self.users(500, 500)
@@ -341,7 +341,7 @@ def test_the_spec_goes_through_json() -> None:
         Path("/a"),
         Path("/b"),
         "triton",
-        Split(Decimal("99.5"), Decimal("0.5")),
+        TrafficSplit(Decimal("99.5"), Decimal("0.5")),
         None,
         False,
         Limits(0.2),
@@ -355,4 +355,4 @@ def test_the_spec_goes_through_json() -> None:
 @pytest.mark.parametrize("header", ["", "X User", "X_User", "X-User;", "1-User", "X-User\n"])
 def test_a_header_that_is_no_name_is_refused(header: str) -> None:
     with pytest.raises(RedppError, match="--sticky-header"):
-        Spec(Path("/a"), None, "triton", Split(Decimal(50), Decimal(50)), header, False)
+        Spec(Path("/a"), None, "triton", TrafficSplit(Decimal(50), Decimal(50)), header, False)

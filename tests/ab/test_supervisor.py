@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from redpp_serve.ab import supervisor
-from redpp_serve.ab.spec import Spec, Split
+from redpp_serve.ab.spec import Spec, TrafficSplit
 from redpp_serve.ab.state import GATEWAY, SPEC, STATUS, not_swept, read_json, write_json
 from redpp_serve.ab.status import read_status
 from redpp_serve.ab.supervisor import Supervisor, Watch
@@ -30,7 +30,7 @@ def full_disk() -> list[str]:
 
 def watched(state: Path, monkeypatch: pytest.MonkeyPatch, looks: list[Callable[[], list[str]]]) -> Iterator[Any]:
     """What the status says after each look whose mending is one of ``looks``."""
-    spec = Spec(Path("/dist/m"), None, "torchserve", Split(Decimal(50), Decimal(50)), None, False)
+    spec = Spec(Path("/dist/m"), None, "torchserve", TrafficSplit(Decimal(50), Decimal(50)), None, False)
     (state / GATEWAY).mkdir()
     write_json(state / SPEC, {"spec": spec.to_json(), "started": time.time(), "name": "m"})
     said: list[Any] = []

@@ -18,12 +18,11 @@ from typing import Any
 
 import pytest
 
-from redpp_serve.ab.gateway import worker_account
-from redpp_serve.ab.nginx import Gateway, gateway_config
+from redpp_serve.ab.gateway import Gateway, deployed_config, gateway_config, worker_account
 from redpp_serve.ab.spec import parse_split
 from redpp_serve.loopback import GatewayPorts, free_ports
 from redpp_serve.packaging.server_config import MAX_REQUEST_BYTES
-from tests.ab.test_nginx import MALFORMED
+from tests.ab.test_gateway import MALFORMED
 from tests.support.composed import read_compose
 from tests.support.manifests import DEPLOY
 from tests.support.tools import tool
@@ -60,8 +59,7 @@ def rendered(document: dict[str, Any], folder: Path, listen: int, model: int, se
         "REDPP_RESOLVER": "127.0.0.1",
     }
     text = (DEPLOY / "nginx/split.conf.template").read_text()
-    names = set(re.findall(r"\$\{(\w+)\}", text))
-    assert names - {"REDPP_"} == values.keys()
+    assert set(re.findall(r"\$\{(\w+)\}", text)) == values.keys()
     return re.sub(r"\$\{(REDPP_\w+)\}", lambda match: values[match[1]], text)
 
 
@@ -264,6 +262,11 @@ def test_the_access_log_names_arm_and_times(gateway: tuple[int, Path], connectio
     assert (last["arm"], last["status"], last["chosen_by"]) == ("pruned", 200, "header")
     assert last["request_time"] >= 0 and last["upstream_time"] >= 0 and len(last["request_id"]) == 32
     assert "someone" not in json.dumps(last)
+
+
+def test_the_deployed_split_is_made_from_the_template_of_the_local_gateway() -> None:
+    committed = (DEPLOY / "nginx/split.conf.template").read_text()
+    assert committed == deployed_config(), "run: python -m redpp_serve.ab.gateway > deploy/nginx/split.conf.template"
 
 
 @pytest.mark.parametrize("server", ["torchserve", "triton"])
