@@ -16,7 +16,7 @@ from redpp_serve.errors import GateFailed
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import mac_count
 from redpp_serve.options import Options
-from redpp_serve.pruning.fit import Reconstruction, quick_fit, reconstruct
+from redpp_serve.pruning.fit import Fitting, Reconstruction, quick_fit, reconstruct, then
 from redpp_serve.pruning.latency import Latency, layer_model, paired_latency
 from redpp_serve.pruning.observation import observe
 from redpp_serve.pruning.repair import repair_batch_norm
@@ -68,19 +68,6 @@ class Choice:
     cut_short: bool = False
 
 
-def then(first: Kept, second: Kept) -> Kept:
-    """Kept after two narrowings in a row."""
-
-    def places(name: str) -> dict[int, Tensor]:
-        before, after = first(name), second(name)
-        return {
-            axis: before[axis][after[axis]] if axis in before and axis in after else {**before, **after}[axis]
-            for axis in {*before, *after}
-        }
-
-    return places
-
-
 class Narrower:
     """Builds narrowed networks of one coupling from synthetic inputs.
 
@@ -118,16 +105,8 @@ class Narrower:
         if key not in self._built:
             start, kept = time.monotonic(), self.kept(widths)
             places = then(self.merged, self.coupling.kept(kept))
-            graph, records = reconstruct(
-                self.coupling,
-                self.original,
-                kept,
-                quick_fit(self.observed, kept),
-                self.inputs,
-                rows=self.merged,
-                frozen=self.frozen,
-                progress=self.progress,
-            )
+            fitting = Fitting(self.original, self.coupling, self.inputs, self.merged, self.frozen)
+            graph, records = reconstruct(fitting, kept, quick_fit(self.observed, kept), self.progress)
             graph = repair_batch_norm(graph, self.original, self.inputs, places)
             self._built = {
                 key: Narrowed(graph, places, dict(widths), records, time.monotonic() - start)
