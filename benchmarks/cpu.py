@@ -165,7 +165,7 @@ def table(networks: list[dict[str, Any]]) -> str:
 
 
 def markdown(networks: list[dict[str, Any]]) -> str:
-    """The README's table: milliseconds at each batch size, and what pruning gained in this runtime (95 % interval)."""
+    """The table of results/cpu.md: milliseconds at each batch size, and what pruning gained in this runtime (95 % interval)."""
     head = (
         "network",
         "batch",

@@ -273,7 +273,7 @@ COMMANDS = {
         "",
     ),
     "completion": Command(
-        commands.completion,
+        lambda options: _completion(options),
         "print a completion script for a shell",
         (),
         ("completion bash >> ~/.bash_completion",),
@@ -357,6 +357,12 @@ def parser() -> argparse.ArgumentParser:
             else:
                 add_options(one, record)
     return root
+
+
+def _completion(options: argparse.Namespace) -> None:
+    import shtab  # noqa: PLC0415 - no other command needs it
+
+    print(shtab.complete(parser(), shell=options.shell))
 
 
 def _texts(text: str, examples: Sequence[str]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def package(options: argparse.Namespace) -> None:
     from redpp_serve.packaging.output_folder import check_out
     from redpp_serve.packaging.package import package as write_package
     from redpp_serve.report.text import package_summary
+    from redpp_serve.runtime.device import parse_device
     from redpp_serve.stages import Stages
 
     name = options.file.stem if options.name is None else options.name
@@ -53,7 +54,7 @@ def package(options: argparse.Namespace) -> None:
     out = options.out or Path("dist") / name
     check_out(out)
     _declared_preprocess(options.preprocess)
-    choice = from_arguments(Options, options, **options.target, device=_device(options.device))
+    choice = from_arguments(Options, options, **options.target, device=str(parse_device(options.device)))
     stages = Stages()
     with stages.run("capture") as stage:
         captured = _captured(options)
@@ -226,15 +227,6 @@ def demo(options: argparse.Namespace) -> None:
     run_demo(options.out, options.duration, options.time_budget)
 
 
-def completion(options: argparse.Namespace) -> None:
-    """Print a shell's completion script."""
-    import shtab
-
-    from redpp_serve.cli import parser
-
-    print(shtab.complete(parser(), shell=options.shell))
-
-
 def target(text: str) -> dict[str, float]:
     """Read ``macs=0.5`` or ``latency=0.6`` for argparse, as the option of that name.
 
@@ -265,16 +257,6 @@ def _captured(options: argparse.Namespace) -> Captured:
     inputs = [parse_input(text, k) for k, text in enumerate(options.input)]
     arch_args = _json_object("--arch-args", options.arch_args)
     return capture_file(options.file, inputs, arch=options.arch, arch_args=arch_args, trust=options.trust_file)
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda") or (name.startswith("cuda") and not torch.cuda.is_available()):
-        raise RedppError(f"--device {name}", "cpu, or cuda on a machine that has it", "leave out --device")
-    return name
 
 
 def _ports(options: argparse.Namespace) -> Ports | TritonPorts | None:
