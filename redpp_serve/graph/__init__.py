@@ -1,1 +1,1 @@
-"""The network as data: graph, operators, executor, passes, and the artifact file. Needs torch alone."""
+"""The network as data: graphs, the executor that runs one, passes over them, and the artifact that stores one."""

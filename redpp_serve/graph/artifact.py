@@ -1,12 +1,9 @@
-"""The artifact: one deterministic zip of a graph, its weights and a manifest. Loading runs no code from it.
+"""The artifact: one deterministic zip of a graph, its weights and a manifest. Loading it runs no code from it.
 
-``manifest.json`` (format, description, SHA-256 of the rest), ``graph.json`` (operator calls over the allow-list
-of `ops`), ``weights.safetensors``. Entries are stored uncompressed with a fixed time stamp, so equal content
-gives equal bytes. A weight with few distinct values is stored as its codebook and packed indices.
-
-A strict reader of the safetensors format, so that an archive serves where only torch is installed.
-
-Layout (github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header, the data.
+``manifest.json`` holds the format, a description and the SHA-256 of the rest; ``graph.json`` operator calls over the
+allow-list of `operators`; ``weights.safetensors`` the tensors. Entries are stored uncompressed with a fixed time
+stamp, so equal content gives equal bytes. A weight with few distinct values is stored as its codebook and packed
+indices. The safetensors format is read here, strictly, so that an archive serves where only torch is installed.
 """
 
 from __future__ import annotations
@@ -29,6 +26,8 @@ from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.graph.operators import ALLOWED, resolve
 from redpp_serve.graph.weights import decode, encode
 
+FORMAT = 1
+ENTRIES = ("manifest.json", "graph.json", "weights.safetensors")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -41,47 +40,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-def read_safetensors(data: bytes) -> dict[str, Tensor]:
-    """All tensors by name.
-
-    Raises:
-        ValueError: a header out of bounds, an unknown dtype, or data ranges that overlap, leave gaps or do not
-            match their shapes.
-    """
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > len(data) - 8:
-        raise ValueError("a weights header longer than the file")
-    header = json.loads(data[8 : 8 + length])
-    header.pop("__metadata__", None)
-    body = memoryview(bytearray(data[8 + length :]))
-    tensors: dict[str, Tensor] = {}
-    end = 0
-    for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
-        start, stop = entry["data_offsets"]
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-        if not all(type(size) is int and 0 <= size < 1 << 40 for size in (start, stop, *shape)):
-            raise ValueError(f"tensor {name[:60]!r} has a shape or data range of other than sizes")
-        if start != end or stop - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"tensor {name[:60]!r} has a data range that does not fit its shape or neighbours")
-        end = stop
-        if stop > len(body):
-            raise ValueError(f"tensor {name[:60]!r} ends past the end of the file")
-        empty = stop == start
-        tensors[name] = torch.empty(shape, dtype=dtype) if empty else _view(body[start:stop], dtype, shape)
-    if end != len(body):
-        raise ValueError("bytes behind the last tensor")
-    return tensors
-
-
-def _view(buffer: memoryview, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    return torch.frombuffer(buffer, dtype=torch.uint8).clone().view(dtype).view(shape)
-
-
-FORMAT = 1
 _MEMORY_FORMATS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
-ENTRIES = ("manifest.json", "graph.json", "weights.safetensors")
 
 
 @dataclass(frozen=True)
@@ -107,7 +66,7 @@ class LoadedArtifact:
 
 def build(graph: Graph, description: dict[str, Any]) -> Artifact:
     """Pack a graph and a description, which must be JSON, into an artifact."""
-    from safetensors.torch import save as save_safetensors
+    from safetensors.torch import save  # noqa: PLC0415 - absent where archives are only loaded
 
     stored: dict[str, Tensor] = {}
     encodings: dict[str, Any] = {}
@@ -118,11 +77,16 @@ def build(graph: Graph, description: dict[str, Any]) -> Artifact:
         else:
             stored[f"{name}:codebook"], stored[f"{name}:indices"] = packed.codebook, packed.indices
             encodings[name] = {"bits": packed.bits, "shape": list(tensor.shape)}
-    weights = save_safetensors(stored)
+    weights = save(stored)
     document = {
         "inputs": [{**asdict(i), "shape": list(i.shape)} for i in graph.inputs],
         "nodes": [
-            {"name": n.name, "op": n.op, "args": _to_json(n.args), "kwargs": _to_json_map(n.kwargs)}
+            {
+                "name": n.name,
+                "op": n.op,
+                "args": _to_json(n.args),
+                "kwargs": {k: _to_json(v) for k, v in n.kwargs.items()},
+            }
             for n in graph.nodes
         ],
         "outputs": list(graph.outputs),
@@ -165,7 +129,7 @@ def load(source: Path | bytes) -> LoadedArtifact:
         return LoadedArtifact(graph, {**manifest["description"]})
     except RedppError:
         raise
-    except Exception as error:  # damaged or hostile bytes: what the parsers raise has no common class
+    except Exception as error:  # damaged or hostile bytes: the parsers' exceptions have no common class
         detail = f"{error}" if not isinstance(error, KeyError) else f"missing or unknown {error}"
         raise RedppError(
             f"the artifact{'' if isinstance(source, bytes) else f' {source}'} cannot be read: {detail}",
@@ -174,41 +138,80 @@ def load(source: Path | bytes) -> LoadedArtifact:
         ) from error
 
 
+def read_safetensors(data: bytes) -> dict[str, Tensor]:
+    """Read all tensors by name: 8 bytes little-endian header length, a JSON header, then the data.
+
+    Raises:
+        ValueError: a header out of bounds, an unknown dtype, or data ranges that overlap, leave gaps or do not
+            match their shapes.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise ValueError("a weights header longer than the file")
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    body = memoryview(bytearray(data[8 + length :]))
+    tensors: dict[str, Tensor] = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
+        start, stop = entry["data_offsets"]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        if not all(type(size) is int and 0 <= size < 1 << 40 for size in (start, stop, *shape)):
+            raise ValueError(f"tensor {name[:60]!r} has a shape or data range of other than sizes")
+        if start != end or stop - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"tensor {name[:60]!r} has a data range that does not fit its shape or neighbours")
+        end = stop
+        if stop > len(body):
+            raise ValueError(f"tensor {name[:60]!r} ends past the end of the file")
+        if stop == start:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+        else:
+            tensors[name] = torch.frombuffer(body[start:stop], dtype=torch.uint8).clone().view(dtype).view(shape)
+    if end != len(body):
+        raise ValueError("bytes behind the last tensor")
+    return tensors
+
+
 def _parse(document: dict[str, Any], stored: dict[str, Tensor]) -> Graph:
-    tensors = dict(stored)
-    for name, spec in document["encodings"].items():
-        codebook, indices = tensors.pop(f"{name}:codebook"), tensors.pop(f"{name}:indices")
-        if name in tensors:
-            raise ValueError(f"tensor {name[:60]!r} is stored twice")
-        tensors[name] = decode(codebook, indices, spec["bits"], spec["shape"])
+    """Build the graph of ``graph.json``, in which every value is defined once and before it is read."""
+    tensors = _decoded(document["encodings"], stored)
     inputs = tuple(InputSpec(i["name"], tuple(i["shape"]), i["dtype"]) for i in document["inputs"])
+    known: set[str] = set(tensors)
     for spec in inputs:
         if not all(type(size) is int and size > 0 for size in spec.shape):
             raise ValueError(f"input {str(spec.name)[:60]!r} has a shape of other than sizes")
         _dtype(spec.dtype)
-    known: set[str] = set(tensors)
-    for spec in inputs:
         _define(spec.name, known)
-    nodes = []
-    for entry in document["nodes"]:
-        if entry["op"] not in ALLOWED:
-            raise ValueError(f"operator {str(entry['op'])[:60]!r} is not on the allow-list")
-        node = Node(
-            entry["name"],
-            entry["op"],
-            tuple(_from_json(a) for a in entry["args"]),
-            {k: _from_json(v) for k, v in entry["kwargs"].items()},
-        )
-        if unknown := set(node.refs()) - known:
-            raise ValueError(f"node {str(node.name)[:60]!r} reads values that nothing defines: {sorted(unknown)[:3]}")
-        _define(node.name, known)
-        resolve(node.op)
-        nodes.append(node)
-    if not inputs or not isinstance(document["outputs"], list) or not document["outputs"]:
+    nodes = tuple(_parse_node(entry, known) for entry in document["nodes"])
+    outputs = document["outputs"]
+    if not inputs or not isinstance(outputs, list) or not outputs:
         raise ValueError("a graph without inputs or outputs")
-    if set(document["outputs"]) - known:
+    if set(outputs) - known:
         raise ValueError("outputs that nothing defines")
-    return Graph(inputs, tensors, tuple(nodes), tuple(document["outputs"]))
+    return Graph(inputs, tensors, nodes, tuple(outputs))
+
+
+def _decoded(encodings: dict[str, Any], stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = dict(stored)
+    for name, spec in encodings.items():
+        codebook, indices = tensors.pop(f"{name}:codebook"), tensors.pop(f"{name}:indices")
+        if name in tensors:
+            raise ValueError(f"tensor {name[:60]!r} is stored twice")
+        tensors[name] = decode(codebook, indices, spec["bits"], spec["shape"])
+    return tensors
+
+
+def _parse_node(entry: dict[str, Any], known: set[str]) -> Node:
+    """Build a node that reads known values alone, and add its own value to them."""
+    if entry["op"] not in ALLOWED:
+        raise ValueError(f"operator {str(entry['op'])[:60]!r} is not on the allow-list")
+    args, kwargs = tuple(map(_from_json, entry["args"])), {k: _from_json(v) for k, v in entry["kwargs"].items()}
+    node = Node(entry["name"], entry["op"], args, kwargs)
+    if unknown := set(node.refs()) - known:
+        raise ValueError(f"node {str(node.name)[:60]!r} reads values that nothing defines: {sorted(unknown)[:3]}")
+    _define(node.name, known)
+    resolve(node.op)
+    return node
 
 
 def _define(name: Any, known: set[str]) -> None:
@@ -231,10 +234,6 @@ def _to_json(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"an argument of type {type(value).__name__} has no place in an artifact")
-
-
-def _to_json_map(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: _to_json(v) for k, v in values.items()}
 
 
 def _from_json(value: Any) -> Any:

@@ -17,57 +17,59 @@ TensorType = tuple[tuple[int, ...], torch.dtype]
 
 
 class Program(nn.Module):
-    """A graph as a module: tensors (N, ...) in, a tuple of the values named by ``wanted`` out.
+    """A graph as a module: tensors (N, ...) in, a tuple of values out.
 
-    ``operators`` are the names of those that it calls, in order.
+    A run works on one list: inputs, stored tensors and the results of calls, then the inputs' device, then the
+    constants among the calls' arguments. A `_Slot` is a position in it.
 
     Args:
         graph: what to run; its tensors become buffers, so ``.to(device)`` works.
-        wanted: names of the values to return; by default the graph's outputs. Nothing after the last one
-            runs, and each intermediate value is freed after its last use.
+        wanted: names of the values to return; by default the graph's outputs. Nothing after the last one runs, and
+            each intermediate value is freed after its last use.
+
+    Attributes:
+        inputs: the graph's inputs.
+        wanted: names of the values that a run returns.
+        operators: names of the operators that a run calls, in order.
     """
 
     def __init__(self, graph: Graph, wanted: Sequence[str] | None = None) -> None:
         super().__init__()
         self.inputs = graph.inputs
         self.wanted = tuple(graph.outputs if wanted is None else wanted)
-        live = _needed(graph, self.wanted)
-        slot: dict[str, int] = {}
-        for value in (*(i.name for i in graph.inputs), *graph.tensors):
-            slot[value] = len(slot)
+        live = graph.needed_for(self.wanted)
+        nodes = [node for node in graph.nodes if node.name in live]
+        self.operators = tuple(node.op for node in nodes)
+        self._names = [*(spec.name for spec in graph.inputs), *graph.tensors, *(node.name for node in nodes)]
+        slots = {name: k for k, name in enumerate(self._names)}
+        self._device, self._literals = len(slots), list[Any]()
         self._constants: list[tuple[int, str]] = []
         for k, (name, tensor) in enumerate(graph.tensors.items()):
             if name in live:
                 self.register_buffer(f"t{k}", tensor, persistent=False)
-                self._constants.append((slot[name], f"t{k}"))
-        steps = [node for node in graph.nodes if node.name in live]
-        for node in steps:
-            slot[node.name] = len(slot)
-        self.operators = tuple(node.op for node in steps)
-        self._names = {index: name for name, index in slot.items()}
-        last = {name: k for k, node in enumerate(steps) for name in node.refs()}
-        self._literals: list[Any] = []  # constants among the arguments; they have slots behind those of all values
-        self._device = len(slot)  # the slot of the inputs' device
-        self._steps, self._calls = [], []
-        for k, node in enumerate(steps):
-            dead = [
-                slot[r] for r in set(node.refs()) if last[r] == k and r not in self.wanted and r not in graph.tensors
-            ]
+                self._constants.append((slots[name], f"t{k}"))
+        last = {name: k for k, node in enumerate(nodes) for name in node.refs()}
+        kept = {*self.wanted, *graph.tensors}
+        self._steps, self._calls = [], []  # the same calls for `_step_by_step` and for `forward`
+        for k, node in enumerate(nodes):
+            dead = [slots[name] for name in set(node.refs()) - kept if last[name] == k]
             fn = resolve(node.op)
-            args = map_refs(node.args, lambda name: _Slot(slot[name]))
-            kwargs = {key: map_refs(v, lambda name: _Slot(slot[name])) for key, v in node.kwargs.items()}
+            args = map_refs(node.args, lambda name: _Slot(slots[name]))
+            kwargs = {key: map_refs(value, lambda name: _Slot(slots[name])) for key, value in node.kwargs.items()}
             if _makes_tensor(fn):
                 kwargs["device"] = _Slot(self._device)
-            self._steps.append((fn, args, kwargs, slot[node.name], dead))
-            self._calls.append((_direct(fn), self._getter(args), _keywords(kwargs), slot[node.name], dead))
-        self._returns = [slot[name] for name in self.wanted]
+            self._steps.append((fn, args, kwargs, slots[node.name], dead))
+            self._calls.append((_direct(fn), self._getter(args), _keywords(kwargs), slots[node.name], dead))
+        self._returns = [slots[name] for name in self.wanted]
         self._start: list[Any] | None = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Program:
         self._start = None  # its tensors are about to move
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph on inputs (N, ...), each on the device of the buffers."""
         if torch.compiler.is_compiling():
             return self._step_by_step(inputs)
         if self._start is None:
@@ -82,17 +84,13 @@ class Program(nn.Module):
         return tuple(values[index] for index in self._returns)
 
     def types(self, *inputs: Tensor) -> dict[str, TensorType]:
-        """Shape and dtype of every tensor that a run makes, by its name; each is freed after its last use."""
+        """Run the graph and return shape and dtype of every tensor that a call makes, by the value's name."""
         types: dict[int, TensorType] = {}
         self._step_by_step(inputs, types)
         return {self._names[out]: found for out, found in types.items()}
 
-    def shapes(self, *inputs: Tensor) -> dict[str, tuple[int, ...]]:
-        """As `types`, the shapes alone."""
-        return {name: shape for name, (shape, _) in self.types(*inputs).items()}
-
     def _step_by_step(self, inputs: Sequence[Tensor], types: dict[int, TensorType] | None = None) -> tuple[Tensor, ...]:
-        """As `forward`, in Python that torch.compile can trace; notes what is made in ``types``."""
+        """Do what `forward` does, in Python that torch.compile can trace; note the results' types in ``types``."""
         values = self._values()
         values[: len(inputs)] = inputs
         values[self._device] = inputs[0].device
@@ -105,33 +103,36 @@ class Program(nn.Module):
         return tuple(values[index] for index in self._returns)
 
     def _values(self) -> list[Any]:
-        """The list of values before a run: tensors and literals."""
+        """Make the list of values as it is before a run: tensors and literals."""
         values = [None] * (self._device + 1) + self._literals
         for index, buffer in self._constants:
             values[index] = self._buffers[buffer]
         return values
 
     def _getter(self, args: tuple[Any, ...]) -> Callable[[list[Any]], Sequence[Any]]:
-        """What reads a call's arguments from the list of values; in C where no argument is a list with values in it."""
+        """Make the function that takes a call's arguments from the values; in C if no argument is a list of values."""
         if any(_holds_slots(a) for a in args):
             return lambda values: [_fill(a, values) for a in args]
         slots: list[int] = []
         for arg in args:
-            if type(arg) is not _Slot:
+            if type(arg) is _Slot:
+                slots.append(int(arg))
+            else:
                 self._literals.append(arg)
-                arg = self._device + len(self._literals)
-            slots.append(int(arg))
+                slots.append(self._device + len(self._literals))
         return (
             itemgetter(*slots) if len(slots) > 1 else itemgetter(slice(slots[0], slots[0] + 1) if slots else slice(0))
         )
 
 
 def value_shapes(graph: Graph, device: str = "meta", batch: int = 1) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor-valued node at a batch size.
+    """Find the shape of every tensor-valued node at a batch size.
 
     Args:
-        device: ``meta`` finds them without computing. Another runs the network once on zeros: for a server, where the
-            meta device's registrations would cost each worker a second and 100 MB.
+        graph: the network.
+        device: ``meta`` finds the shapes without computing. Any other runs the network once on zeros, which suits a
+            server: the meta device's registrations would cost each worker a second and 100 MB.
+        batch: how many inputs.
     """
     return {name: shape for name, (shape, _) in value_types(graph, device, batch).items()}
 
@@ -155,18 +156,18 @@ class _Slot(int):
 
 
 def _direct(fn: Any) -> Any:
-    """An operator of torch without the Python function around it, which costs small networks 2 % of their time."""
+    """Return torch's operator without the Python function around it, which costs small networks 2 % of their time."""
     return fn._op if isinstance(fn, OpOverload) else fn
 
 
 def _makes_tensor(fn: Any) -> bool:
-    """Whether an operator makes a tensor from none, and so must be told on which device."""
+    """Return whether an operator makes a tensor from none, and so must be told on which device."""
     names = [argument.name for argument in fn._schema.arguments] if isinstance(fn, OpOverload) else []
     return "device" in names and not {"self", "input"} & set(names)
 
 
 def _keywords(kwargs: dict[str, Any]) -> Callable[[list[Any]], dict[str, Any]] | None:
-    """What gives a call's keyword arguments for the list of values; None where there are none."""
+    """Make the function that takes a call's keyword arguments from the values; None for a call without any."""
     if any(type(v) is _Slot or _holds_slots(v) for v in kwargs.values()):
         return lambda values: {key: _fill(v, values) for key, v in kwargs.items()}
     return (lambda values: kwargs) if kwargs else None
@@ -183,11 +184,3 @@ def _fill(value: Any, values: list[Any]) -> Any:
     if kind is list or kind is tuple:
         return [_fill(v, values) for v in value]
     return value
-
-
-def _needed(graph: Graph, wanted: Sequence[str]) -> set[str]:
-    live = set(wanted)
-    for node in reversed(graph.nodes):
-        if node.name in live:
-            live.update(node.refs())
-    return live

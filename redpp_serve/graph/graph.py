@@ -6,7 +6,7 @@ Every pass of the project maps a `Graph` to a `Graph`; the artifact stores one; 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -14,10 +14,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+_Result = TypeVar("_Result")
+
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One network input: its name, its shape without the batch dimension, and a torch dtype's name."""
+    """One input of a network.
+
+    Attributes:
+        name: the argument's name.
+        shape: the shape of one input, without the batch dimension.
+        dtype: the name of a torch dtype.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -26,14 +34,14 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Ref:
-    """The value of an input, a tensor or an earlier node."""
+    """A reference, by name, to the value of an input, a stored tensor or an earlier node."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Node:
-    """One call ``op(*args, **kwargs)``; arguments are `Ref`s, constants, and lists of them."""
+    """One call ``op(*args, **kwargs)``; its arguments are `Ref`s, constants, and lists of them."""
 
     name: str
     op: str
@@ -41,9 +49,17 @@ class Node:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def refs(self) -> Iterator[str]:
-        """Names of all values this call reads, in order of appearance."""
+        """List the names of all values that this call reads, in order of appearance."""
         yield from _refs(self.args)
         yield from _refs(tuple(self.kwargs.values()))
+
+    def argument(self, at: int, default: Any = None) -> Any:
+        """Return a positional argument, or the default where the call leaves it out."""
+        return self.args[at] if len(self.args) > at else default
+
+    def with_arguments(self, changed: dict[int, Any]) -> Node:
+        """Return the same call with some positional arguments replaced."""
+        return replace(self, args=tuple(changed.get(at, argument) for at, argument in enumerate(self.args)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,30 +82,38 @@ class Graph:
     outputs: tuple[str, ...]
 
     def node(self, name: str) -> Node:
-        """The node of that name; KeyError if there is none."""
+        """Return the node of that name; raise KeyError if there is none."""
         for node in self.nodes:
             if node.name == name:
                 return node
         raise KeyError(name)
 
     def users(self) -> dict[str, list[Node]]:
-        """For each value, the nodes that read it, each once per argument that does."""
+        """Map each value to the nodes that read it, each once per argument that does."""
         users: dict[str, list[Node]] = {}
         for node in self.nodes:
             for name in node.refs():
                 users.setdefault(name, []).append(node)
         return users
 
+    def needed_for(self, wanted: Iterable[str]) -> set[str]:
+        """Return the names of the values that the wanted ones depend on, and of those themselves."""
+        needed = set(wanted)
+        for node in reversed(self.nodes):
+            if node.name in needed:
+                needed.update(node.refs())
+        return needed
+
     def with_tensors(self, changed: dict[str, Tensor]) -> Graph:
-        """The same graph with some tensors replaced or added."""
+        """Return the same graph with some tensors replaced or added."""
         return replace(self, tensors={**self.tensors, **changed})
 
     def with_nodes(self, changed: dict[str, Node]) -> Graph:
-        """The same graph with some nodes replaced by another call under the same name."""
+        """Return the same graph with some nodes replaced by another call under the same name."""
         return replace(self, nodes=tuple(changed.get(node.name, node) for node in self.nodes))
 
     def to(self, dtype: torch.dtype) -> Graph:
-        """The same graph with its floating-point tensors and inputs in another precision."""
+        """Return the same graph with its floating-point tensors and inputs in another precision."""
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
         inputs = tuple(
             replace(i, dtype=str(dtype).removeprefix("torch.")) if getattr(torch, i.dtype).is_floating_point else i
@@ -98,18 +122,10 @@ class Graph:
         return replace(self, tensors=tensors, inputs=inputs)
 
     def pruned_of_unused(self) -> Graph:
-        """The same graph without nodes and tensors that no output depends on."""
-        live = set(self.outputs)
-        nodes = []
-        for node in reversed(self.nodes):
-            if node.name in live:
-                nodes.append(node)
-                live.update(node.refs())
-        tensors = {k: v for k, v in self.tensors.items() if k in live}
-        return replace(self, nodes=tuple(reversed(nodes)), tensors=tensors)
-
-
-_Result = TypeVar("_Result")
+        """Return the same graph without nodes and tensors that no output depends on."""
+        needed = self.needed_for(self.outputs)
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name in needed}
+        return replace(self, nodes=tuple(node for node in self.nodes if node.name in needed), tensors=tensors)
 
 
 def once_per_graph(function: Callable[..., _Result]) -> Callable[..., _Result]:
@@ -127,22 +143,19 @@ def once_per_graph(function: Callable[..., _Result]) -> Callable[..., _Result]:
 
 
 def conv2d_geometry(node: Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
-    """Stride, padding, dilation and groups of a call of ``aten.conv2d``, with those it leaves out."""
-    given = [*node.args[3:], *[None] * 4]
-    stride, padding, dilation = (_pair(value, default) for value, default in zip(given, (1, 0, 1)))
-    return stride, padding, dilation, given[3] or 1
+    """Return stride, padding, dilation and groups of a call of ``aten.conv2d``, with defaults where it has none."""
+    stride, padding, dilation = (_pair(node.argument(at), default) for at, default in ((3, 1), (4, 0), (5, 1)))
+    return stride, padding, dilation, node.argument(6) or 1
 
 
 def _pair(value: int | list[int] | None, default: int) -> tuple[int, int]:
     if value is None:
         return default, default
-    if isinstance(value, int):
-        return value, value
-    return value[0], value[-1]
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 def map_refs(value: Any, fn: Callable[[str], Any]) -> Any:
-    """``value`` with every `Ref` replaced by ``fn(name)``, through lists and tuples."""
+    """Return ``value`` with every `Ref` replaced by ``fn(name)``, through lists and tuples."""
     if isinstance(value, Ref):
         return fn(value.name)
     if isinstance(value, (list, tuple)):

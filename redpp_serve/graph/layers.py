@@ -15,8 +15,17 @@ CONV, LINEAR = "aten.conv2d.default", "aten.linear.default"
 class Layer:
     """One call of a convolution or Linear whose weight is a parameter of the network.
 
-    ``weight`` names a tensor (n_out, n_in / groups, kh, kw) or (n_out, n_in); ``positions`` is how many output
-    positions one input gives (H * W, or the product of a Linear's extra dimensions).
+    Attributes:
+        name: the weight's name without its ending.
+        node: the call.
+        weight: the name of its weight, (n_out, n_in / groups, kh, kw) or (n_out, n_in).
+        bias: the name of its bias (n_out,), or None.
+        shape: the weight's shape.
+        stride: vertical and horizontal; like padding, dilation and groups that of a 1 x 1 convolution for a Linear.
+        padding: vertical and horizontal.
+        dilation: vertical and horizontal.
+        groups: the number of groups.
+        positions: output positions for one input: H * W, or the product of a Linear's extra dimensions.
     """
 
     name: str
@@ -32,6 +41,7 @@ class Layer:
 
     @property
     def is_conv(self) -> bool:
+        """Whether the layer is a convolution, not a Linear."""
         return self.node.op == CONV
 
     @property
@@ -52,8 +62,8 @@ def _layers(graph: Graph) -> list[Layer]:
     for node in graph.nodes:
         if node.op not in (CONV, LINEAR) or not isinstance(node.args[1], Ref):
             continue
-        args = list(node.args) + [None] * 7
-        weight, bias = args[1].name, args[2].name if isinstance(args[2], Ref) else None
+        weight, bias = node.args[1].name, node.argument(2)
+        bias = bias.name if isinstance(bias, Ref) else None
         if any(name not in graph.tensors or len(users[name]) > 1 for name in (weight, bias) if name):
             continue
         shape, out = tuple(graph.tensors[weight].shape), shapes[node.name]
@@ -65,10 +75,10 @@ def _layers(graph: Graph) -> list[Layer]:
 
 
 def parameter_count(graph: Graph) -> int:
-    """Number of floating-point values the graph holds."""
+    """Count the floating-point values that the graph holds."""
     return sum(t.numel() for t in graph.tensors.values() if t.is_floating_point())
 
 
 def mac_count(graph: Graph) -> int:
-    """Multiply-accumulates of all layers for one input."""
+    """Count the multiply-accumulates of all layers for one input."""
     return sum(layer.macs for layer in find_layers(graph))

@@ -1,20 +1,21 @@
-"""The operators an artifact may call. Anything else in a file is refused before it runs.
+"""The operators that a graph may call: those that a file may name, and those that loading puts into a graph.
 
-None reads or writes a file, a device setting, a random state or memory that nobody wrote. None changes its arguments,
-except that `batch_norm` in training would update its statistics; `capture` lets no such call in.
+A file names operators of `ALLOWED` alone; `artifact.load` refuses any other before it runs. None of them reads or
+writes a file, a device setting, a random state or uninitialized memory. None changes its arguments, except that
+`batch_norm` in training would update its statistics, which `capture` refuses.
 
-The operators that loading puts into a graph, never a file: layers with their epilogue, and the kernels for them.
-
-``fused.conv2d`` and ``fused.linear`` say in plain PyTorch what a layer computes; every other operator here computes
-the same for some device, and `candidates` says where each may stand.
+Loading replaces layers by ``fused.conv2d`` and ``fused.linear``, which say in plain PyTorch what a layer with its
+epilogue computes. The others in `_COMPOSED` and `_LIBRARY` compute it with a kernel for some device;
+`runtime.candidates` knows where each may be used. Those in `_COMPOSED` take the summand ``other``, or None, as their
+second argument and the name of an activation as their last one.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,56 +27,34 @@ from redpp_serve.kernels.epilogue import ACTIVATIONS
 
 FUSED_CONV2D, FUSED_LINEAR = "fused.conv2d", "fused.linear"
 
-
-def fused_conv2d(
-    x: Tensor,
-    other: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    activation: str,
-) -> Tensor:
-    """``activation(conv2d(x, weight) + bias + other)``, (N, n_in, H, W) to (N, n_out, H', W')."""
-    return _finish(F.conv2d(x, weight, bias, stride, padding, dilation, groups), other, activation)
-
-
-def fused_linear(x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """``activation(x W^T + bias + other)``, (..., n_in) to (..., n_out)."""
-    return _finish(F.linear(x, weight, bias), other, activation)
-
-
-def resolve_layer_op(op: str) -> Callable[..., Any] | None:
-    """The callable behind one of these names; None for any other name."""
-    if op in _PLAIN:
-        return _PLAIN[op]
-    if op not in _LIBRARY:
-        return None
-    family, name, overload = _LIBRARY[op]
-    return getattr(getattr(getattr(torch.ops, family), name), overload)
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "relu6": partial(F.hardtanh_, min_val=0.0, max_val=6.0),
+    "silu": partial(F.silu, inplace=True),
+    "sigmoid": torch.sigmoid_,
+    "hardswish": partial(F.hardswish, inplace=True),
+    "hardsigmoid": partial(F.hardsigmoid, inplace=True),
+}
 
 
 def _finish(y: Tensor, other: Tensor | None, activation: str) -> Tensor:
-    """The epilogue of a result that nobody else holds: in place where torch can."""
+    """Apply the epilogue to a result that nobody else holds, in place where torch can."""
     y = y if other is None else y.add_(other)
     return _IN_PLACE.get(activation, ACTIVATIONS[activation])(y)
 
 
-def _onednn_conv2d_then(
-    x: Tensor,
-    other: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    activation: str,
-) -> Tensor:
-    """As `fused_conv2d` with a packed weight: the sum inside oneDNN's convolution, the activation after it."""
-    call = torch.ops.mkldnn._convolution_pointwise
+def _then(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make ``call(x, other, *args, activation)`` that computes ``activation(layer(x, *args) + other)``."""
+
+    def call(x: Tensor, other: Tensor | None, *args: Any) -> Tensor:
+        return _finish(layer(x, *args[:-1]), other, args[-1])
+
+    return call
+
+
+def _onednn_conv2d_then(x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    """Compute a convolution with a packed weight: the sum inside oneDNN's kernel, the activation after it."""
+    (stride, padding, dilation, groups, activation), call = args, torch.ops.mkldnn._convolution_pointwise
     if other is None:
         y = call.default(x, weight, bias, padding, stride, dilation, groups, "none", [], "")
     else:
@@ -86,89 +65,43 @@ def _onednn_conv2d_then(
 def _onednn_linear_then(
     x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
-    """As `fused_linear` with a packed weight: the sum inside oneDNN's product, the activation after it."""
+    """Compute a Linear with a packed weight: the sum inside oneDNN's product, the activation after it."""
     call = torch.ops.mkldnn._linear_pointwise
     if other is None:
         return _finish(call.default(x, weight, bias, "none", [], ""), None, activation)
     return _finish(call.binary(x, other, weight, bias, "add"), None, activation)
 
 
-def _codebook_linear_then(
-    x: Tensor, other: Tensor, indices: Tensor, codebook: Tensor, bias: Tensor | None, decode: str, activation: str
-) -> Tensor:
-    """`kernels.codebook_linear` with a summand."""
-    return _finish(torch.ops.redpp.codebook_linear(x, indices, codebook, bias, "none", decode), other, activation)
+def _codebook_linear(x: Tensor, indices: Tensor, codebook: Tensor, bias: Tensor | None, decode: str) -> Tensor:
+    return cast(Tensor, torch.ops.redpp.codebook_linear(x, indices, codebook, bias, "none", decode))
 
 
-def _split_conv2d_then(
-    x: Tensor,
-    other: Tensor | None,
-    kernels: Tensor,
-    channel: Tensor,
-    index: Tensor,
-    sign: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    activation: str,
-) -> Tensor:
-    """`kernels.split_conv2d` with an epilogue."""
-    call = torch.ops.redpp.split_conv2d
-    return _finish(call(x, kernels, channel, index, sign, bias, stride, padding, dilation, groups), other, activation)
-
-
-def _split_linear_then(
-    x: Tensor,
-    other: Tensor | None,
-    values: Tensor,
-    channel: Tensor,
-    index: Tensor,
-    sign: Tensor,
-    bias: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """`kernels.split_linear` with an epilogue."""
-    return _finish(torch.ops.redpp.split_linear(x, values, channel, index, sign, bias), other, activation)
-
-
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,
-    "relu6": partial(F.hardtanh_, min_val=0.0, max_val=6.0),
-    "silu": partial(F.silu, inplace=True),
-    "sigmoid": torch.sigmoid_,
-    "hardswish": partial(F.hardswish, inplace=True),
-    "hardsigmoid": partial(F.hardsigmoid, inplace=True),
-}
-_PLAIN: dict[str, Callable[..., Any]] = {
-    FUSED_CONV2D: fused_conv2d,
-    FUSED_LINEAR: fused_linear,
+_COMPOSED: dict[str, Callable[..., Tensor]] = {
+    FUSED_CONV2D: _then(F.conv2d),
+    FUSED_LINEAR: _then(F.linear),
     "onednn.conv2d_then": _onednn_conv2d_then,
     "onednn.linear_then": _onednn_linear_then,
-    "redpp.codebook_linear_then": _codebook_linear_then,
-    "redpp.split_conv2d_then": _split_conv2d_then,
-    "redpp.split_linear_then": _split_linear_then,
+    "redpp.codebook_linear_then": _then(_codebook_linear),
+    "redpp.split_conv2d_then": _then(torch.ops.redpp.split_conv2d),
+    "redpp.split_linear_then": _then(torch.ops.redpp.split_linear),
 }
-# operators that are called as they are: namespace, name and overload in torch.ops
-_LIBRARY = {
-    "onednn.conv2d": ("mkldnn", "_convolution_pointwise", "default"),
-    "onednn.conv2d_add": ("mkldnn", "_convolution_pointwise", "binary"),
-    "onednn.linear": ("mkldnn", "_linear_pointwise", "default"),
-    "cudnn.conv2d_relu": ("aten", "cudnn_convolution_relu", "default"),
-    "cudnn.conv2d_add_relu": ("aten", "cudnn_convolution_add_relu", "default"),
-    "redpp.fused_conv2d": ("redpp", "fused_conv2d", "default"),
-    "redpp.fused_linear": ("redpp", "fused_linear", "default"),
-    "redpp.depthwise_conv2d": ("redpp", "depthwise_conv2d", "default"),
-    "redpp.codebook_linear": ("redpp", "codebook_linear", "default"),
+_LIBRARY = {  # called as they are; not every build of torch has them
+    "onednn.conv2d": "mkldnn._convolution_pointwise.default",
+    "onednn.conv2d_add": "mkldnn._convolution_pointwise.binary",
+    "onednn.linear": "mkldnn._linear_pointwise.default",
+    "cudnn.conv2d_relu": "aten.cudnn_convolution_relu.default",
+    "cudnn.conv2d_add_relu": "aten.cudnn_convolution_add_relu.default",
+    "redpp.fused_conv2d": "redpp.fused_conv2d.default",
+    "redpp.fused_linear": "redpp.fused_linear.default",
+    "redpp.depthwise_conv2d": "redpp.depthwise_conv2d.default",
+    "redpp.codebook_linear": "redpp.codebook_linear.default",
 }
-
 
 _ATEN = """
 _adaptive_avg_pool2d.default _log_softmax.default _softmax.default _to_copy.default _weight_norm.default abs.default
 adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default adaptive_max_pool2d.default
-add.Scalar add.Tensor addcmul.default addmm.default amax.default amin.default any.default any.dim arange.default arange.start
-arange.start_step argmax.default argmin.default avg_pool1d.default avg_pool2d.default avg_pool3d.default
+add.Scalar add.Tensor addcmul.default addmm.default amax.default amin.default any.default any.dim arange.default
+arange.start arange.start_step argmax.default argmin.default avg_pool1d.default avg_pool2d.default avg_pool3d.default
 baddbmm.default batch_norm.default bitwise_and.Tensor bitwise_not.default bitwise_or.Tensor bmm.default cat.default
 channel_shuffle.default chunk.default clamp.Tensor clamp.default clamp_max.default clamp_min.default clone.default
 concat.default constant_pad_nd.default contiguous.default conv1d.default conv1d.padding conv2d.default conv2d.padding
@@ -180,64 +113,43 @@ gelu.default glu.default group_norm.default gt.Scalar gt.Tensor hardsigmoid.defa
 index.Tensor index_put.default index_select.default instance_norm.default layer_norm.default le.Scalar le.Tensor
 leaky_relu.default lift_fresh_copy.default linalg_vector_norm.default linear.default log.default log1p.default
 log_softmax.int logical_and.default logical_not.default logical_or.default logsumexp.default lt.Scalar lt.Tensor
-masked_fill.Scalar masked_fill.Tensor matmul.default max.default max.dim max.other max_pool1d.default
-max_pool2d.default max_pool2d_with_indices.default max_pool3d.default maximum.default mean.default mean.dim
-meshgrid.default meshgrid.indexing min.default min.dim min.other minimum.default mish.default mm.default mul.Scalar
-mul.Tensor narrow.default native_group_norm.default native_layer_norm.default ne.Scalar ne.Tensor neg.default
-new_full.default new_ones.default new_zeros.default norm.ScalarOpt_dim ones.default ones_like.default pad.default
-permute.default pixel_shuffle.default pixel_unshuffle.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor
-prelu.default reciprocal.default reflection_pad2d.default relu.default relu6.default remainder.Scalar repeat.default
+masked_fill.Scalar masked_fill.Tensor matmul.default max.default max.dim max.other max_pool1d.default max_pool2d.default
+max_pool2d_with_indices.default max_pool3d.default maximum.default mean.default mean.dim meshgrid.default
+meshgrid.indexing min.default min.dim min.other minimum.default mish.default mm.default mul.Scalar mul.Tensor
+narrow.default native_group_norm.default native_layer_norm.default ne.Scalar ne.Tensor neg.default new_full.default
+new_ones.default new_zeros.default norm.ScalarOpt_dim ones.default ones_like.default pad.default permute.default
+pixel_shuffle.default pixel_unshuffle.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu.default
+reciprocal.default reflection_pad2d.default relu.default relu6.default remainder.Scalar repeat.default
 repeat_interleave.self_int replication_pad2d.default reshape.default reshape_as.default rms_norm.default roll.default
 round.default rsqrt.default rsub.Scalar scaled_dot_product_attention.default select.int select_scatter.default
 selu.default sigmoid.default sign.default silu.default sin.default slice.Tensor slice_scatter.default softmax.int
-softplus.default split.Tensor split.sizes split_with_sizes.default sqrt.default squeeze.default squeeze.dim
-squeeze.dims stack.default std.correction std.dim sub.Scalar sub.Tensor sum.default sum.dim_IntList swapaxes.default
-sym_size.int t.default tan.default tanh.default to.dtype topk.default transpose.int tril.default triu.default
-type_as.default unbind.int unflatten.int unfold.default unsqueeze.default upsample_bicubic2d.vec
-upsample_bilinear2d.vec upsample_nearest2d.vec var.correction var.dim var_mean.correction where.ScalarOther
-where.ScalarSelf where.self zero.default zeros.default zeros_like.default
+softplus.default split.Tensor split.sizes split_with_sizes.default sqrt.default squeeze.default squeeze.dim squeeze.dims
+stack.default std.correction std.dim sub.Scalar sub.Tensor sum.default sum.dim_IntList swapaxes.default sym_size.int
+t.default tan.default tanh.default to.dtype topk.default transpose.int tril.default triu.default type_as.default
+unbind.int unflatten.int unfold.default unsqueeze.default upsample_bicubic2d.vec upsample_bilinear2d.vec
+upsample_nearest2d.vec var.correction var.dim var_mean.correction where.ScalarOther where.ScalarSelf where.self
+zero.default zeros.default zeros_like.default
 """
+_PYTHON = "add sub mul floordiv truediv mod neg getitem eq ne lt le gt ge"  # of Python's operator, on sizes
 
-_PYTHON: dict[str, Callable[..., Any]] = {
-    name: getattr(operator, name)
-    for name in [
-        "add",
-        "sub",
-        "mul",
-        "floordiv",
-        "truediv",
-        "mod",
-        "neg",
-        "getitem",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-    ]
-}
-
-ALLOWED = frozenset({f"aten.{name}" for name in _ATEN.split()} | {f"py.{name}" for name in _PYTHON})
+ALLOWED = frozenset([*(f"aten.{name}" for name in _ATEN.split()), *(f"py.{name}" for name in _PYTHON.split())])
 
 
 def resolve(op: str) -> Callable[..., Any]:
-    """The callable behind an operator's name, e.g. ``aten.conv2d.default``, ``py.mul``, or one of `layer_ops`.
+    """Find the callable behind an operator's name, such as ``aten.conv2d.default``, ``py.mul`` or ``fused.linear``.
 
     Raises:
-        KeyError: the name is neither on the allow-list nor one of `layer_ops`.
-        RedppError: it is, but this release of torch lacks it.
+        KeyError: the name is neither on the allow-list nor one that loading uses.
+        RedppError: this release of torch lacks the operator.
     """
-    if layer_op := resolve_layer_op(op):  # on no list: `fusion` and `candidates` put them into loaded graphs
-        return layer_op
-    if op not in ALLOWED:
+    if op in _COMPOSED:
+        return _COMPOSED[op]
+    if op not in ALLOWED and op not in _LIBRARY:
         raise KeyError(op)
-    family, _, rest = op.partition(".")
-    if family == "py":
-        return _PYTHON[rest]
-    packet, _, overload = rest.partition(".")
+    family, *names = _LIBRARY.get(op, op).split(".")
     try:
-        return getattr(getattr(torch.ops.aten, packet), overload)
+        found: Callable[..., Any] = reduce(getattr, names, operator if family == "py" else getattr(torch.ops, family))
+        return found
     except AttributeError as error:
         raise RedppError(
             f"torch {torch.__version__} has no operator {op}",

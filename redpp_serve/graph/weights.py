@@ -1,8 +1,8 @@
-"""What repeats in a stored weight: few distinct values, few kernels. Looked at once for as long as the weight lives.
+"""What repeats in a stored weight: few distinct values, and few distinct kernels.
 
-Lossless storage of a weight with few distinct values: a codebook and bit-packed indices into it.
-
-A weight as the unique kernels of each input channel (RED++, arXiv 2110.01397, input-wise splitting), bit by bit.
+Both are lossless views of a weight. `encode` packs one with few values as a codebook and indices, which is how an
+artifact stores it. `split_weight` gives the unique kernels of each input channel (RED++, arXiv 2110.01397, input-wise
+splitting). `repeats` says what a kernel could make use of; it looks once for as long as the weight lives.
 """
 
 from __future__ import annotations
@@ -15,12 +15,25 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_MAX_VALUES = 1 << 16
+MOST_VALUES = 16  # that a 4-bit index can name
+SPLIT_CHUNK = 1 << 22  # weights to split at a time
+_MOST_STORED = 1 << 16  # values that a codebook may hold
+_BITS = (1, 2, 4, 8, 16)
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
+_SAMPLE = 4096
+_CHUNK = 1 << 18  # weights to compare at a time: they stay in a cache
+_INPUTS = 8  # input channels that represent all when kernels are counted
 
 
 @dataclass(frozen=True)
 class Packed:
-    """``codebook`` (K,) of the weight's dtype, ``indices`` (bytes,) uint8 holding ``bits`` bits a weight."""
+    """A weight as a codebook and indices into it.
+
+    Attributes:
+        codebook: (K,) distinct values, of the weight's dtype.
+        indices: (bytes,) uint8, the index of each weight in row-major order, lowest bits first.
+        bits: size of an index.
+    """
 
     codebook: Tensor
     indices: Tensor
@@ -28,21 +41,21 @@ class Packed:
 
 
 def index_bits(values: int) -> int:
-    """Storage bits of an index into ``values`` values: 1, 2, 4, 8 or 16."""
-    return next(bits for bits in (1, 2, 4, 8, 16) if 1 << bits >= values)
+    """Return the storage bits of an index into ``values`` values: 1, 2, 4, 8 or 16."""
+    return next(bits for bits in _BITS if 1 << bits >= values)
 
 
 def encode(tensor: Tensor) -> Packed | None:
-    """The packed form, or None where it would not be smaller. Keeps every bit of every value."""
+    """Pack a weight with every bit of every value; return None where that would not be smaller."""
     if not tensor.is_floating_point() or tensor.numel() < 64:
         return None
     flat = tensor.detach().cpu().contiguous().view(-1)
-    flat = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])  # -0.0 is not 0.0
-    sample = flat[:: max(1, flat.numel() // 4096)]
+    flat = flat.view(_INTEGER[flat.element_size()])  # -0.0 is not 0.0
+    sample = flat[:: max(1, flat.numel() // _SAMPLE)]
     if flat.numel() > 1 << 17 and torch.unique(sample).numel() > min(2048, sample.numel() // 2):
         return None  # plainly not a codebook: spare the sort of all weights
     values, inverse = torch.unique(flat, return_inverse=True)
-    if values.numel() > _MAX_VALUES:
+    if values.numel() > _MOST_STORED:
         return None
     bits = index_bits(values.numel())
     size = values.numel() * tensor.element_size() + math.ceil(flat.numel() * bits / 8)
@@ -52,7 +65,7 @@ def encode(tensor: Tensor) -> Packed | None:
 
 
 def decode(codebook: Tensor, indices: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
-    """The weight of that shape.
+    """Unpack a weight of that shape.
 
     Raises:
         ValueError: sizes that do not fit together, or an index past the codebook's end.
@@ -60,7 +73,7 @@ def decode(codebook: Tensor, indices: Tensor, bits: int, shape: Sequence[int]) -
     if not all(type(size) is int and size >= 0 for size in shape) or codebook.dim() != 1:
         raise ValueError(f"a codebook of {codebook.dim()} dimensions for a weight of shape {shape}")
     count = math.prod(shape)
-    if type(bits) is not int or bits not in (1, 2, 4, 8, 16):
+    if type(bits) is not int or bits not in _BITS:
         raise ValueError(f"an index of {bits} bits")
     if indices.dtype != torch.uint8 or indices.shape != (math.ceil(count * bits / 8),):
         raise ValueError(f"{indices.numel()} index bytes of {bits} bits for {count} weights")
@@ -83,16 +96,15 @@ def _pack(indices: Tensor, bits: int) -> Tensor:
     return (padded << torch.arange(0, 8, bits)).sum(1).to(torch.uint8)
 
 
-SPLIT_CHUNK = 1 << 22  # weights that are looked at at once
-_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 @dataclass(frozen=True)
-class Split:
-    """A weight (n_out, n_in / groups, kh, kw) as unique kernels for each input channel.
+class KernelSplit:
+    """A weight (n_out, n_in / groups, kh, kw) as unique kernels for each input channel, up to their sign.
 
-    ``kernels`` (U, kh, kw), the input channel of each in ``channel`` (U,) int64, and for each pair the row of
-    ``kernels`` (-1: all zero) in ``index`` and its ``sign``, both shaped (n_out, n_in / groups).
+    Attributes:
+        kernels: (U, kh, kw), none of them all zero, input channel by input channel.
+        channel: (U,) int64, the input channel that each kernel belongs to.
+        index: (n_out, n_in / groups) int32, for each pair of output and input the row of ``kernels``; -1 for all zero.
+        sign: (n_out, n_in / groups) int8, the sign of each pair's kernel; 0 for all zero.
     """
 
     kernels: Tensor
@@ -101,13 +113,13 @@ class Split:
     sign: Tensor
 
     def rebuild(self) -> Tensor:
-        """The weight again, bit by bit (a zero's sign apart)."""
+        """Return the weight, equal bit by bit but for the sign of zeros."""
         padded = torch.cat([self.kernels, self.kernels.new_zeros(1, *self.kernels.shape[1:])])
         return padded[self.index.long()] * self.sign[..., None, None].to(padded.dtype)
 
 
-def split_weight(weight: Tensor, groups: int = 1) -> Split:
-    """Split a weight; a Linear's (n_out, n_in) counts as 1 x 1. Raises nothing; the result is checked bit by bit."""
+def split_weight(weight: Tensor, groups: int = 1) -> KernelSplit:
+    """Split a weight, checked bit by bit; a Linear's (n_out, n_in) counts as 1 x 1."""
     if weight.dim() == 2:
         weight = weight[..., None, None]
     n_out, n_in, kh, kw = weight.shape
@@ -116,10 +128,9 @@ def split_weight(weight: Tensor, groups: int = 1) -> Split:
         .transpose(0, 1)
         .reshape(n_out // groups, groups * n_in, -1)
     )
-    parts, offset = [], 0
-    for start in range(0, flat.shape[1], max(1, SPLIT_CHUNK // flat[:, 0].numel())):
-        block = flat[:, start : start + max(1, SPLIT_CHUNK // flat[:, 0].numel())]
-        kernels, channel, index, sign = _split_block(block)
+    parts, offset, step = [], 0, max(1, SPLIT_CHUNK // flat[:, 0].numel())
+    for start in range(0, flat.shape[1], step):
+        kernels, channel, index, sign = _split_block(flat[:, start : start + step])
         parts.append((kernels, channel + start, torch.where(index >= 0, index + offset, index), sign))
         offset += len(kernels)
     kernels, channel = (torch.cat([p[k] for p in parts]) for k in (0, 1))
@@ -127,12 +138,12 @@ def split_weight(weight: Tensor, groups: int = 1) -> Split:
         torch.cat([p[k] for p in parts], 1).view(n_out // groups, groups, n_in).transpose(0, 1).reshape(n_out, n_in)
         for k in (2, 3)
     )
-    return Split(kernels.view(-1, kh, kw), channel, index.to(torch.int32), sign)
+    return KernelSplit(kernels.view(-1, kh, kw), channel, index.to(torch.int32), sign)
 
 
 def _split_block(block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unique kernels of (n_out, inputs, taps): kernels (U, taps), their input, index and sign (n_out, inputs)."""
-    n_out, inputs, taps = block.shape
+    """Split (n_out, inputs, taps) into kernels (U, taps), their input (U,), index and sign (n_out, inputs)."""
+    n_out, inputs, _ = block.shape
     nonzero = block != 0
     first = nonzero.to(torch.uint8).argmax(2, keepdim=True)
     sign = block.gather(2, first)[..., 0].sign()
@@ -156,8 +167,8 @@ def _split_block(block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _fingerprint(values: Tensor, attempt: int) -> Tensor:
-    """A 64-bit fingerprint of the last dimension; zero kernels sort together like any other."""
-    bits = values.contiguous().view(_INT[values.element_size()]).long()
+    """Hash the last dimension to 64 bits; zero kernels sort together like any other."""
+    bits = values.contiguous().view(_INTEGER[values.element_size()]).long()
     if bits.shape[-1] == 1:
         return bits[..., 0]
     generator = torch.Generator().manual_seed(attempt)
@@ -167,18 +178,14 @@ def _fingerprint(values: Tensor, attempt: int) -> Tensor:
     return (mixed * factors).sum(-1)
 
 
-MOST_VALUES = 16  # that a 4-bit index names
-_SAMPLE = 4096
-_CHUNK = 1 << 18  # weights that are looked at at once: they stay in a cache
-_INPUTS = 8  # input channels that stand for all when kernels are counted
-
-
 @dataclass(frozen=True)
 class Repeats:
-    """``values`` (K,), ascending, K <= `MOST_VALUES`, or None where there are more.
+    """What a kernel could make use of in a weight.
 
-    ``split_share`` estimates the operations of the split layer as a share of the dense layer's; None where fewer than
-    half of the kernels repeat.
+    Attributes:
+        values: its distinct values (K,), ascending; None where there are more than `MOST_VALUES`.
+        split_share: the estimated operations of the split layer, as a share of the dense layer's; None where fewer
+            than half of the kernels repeat.
     """
 
     values: Tensor | None
@@ -189,30 +196,33 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def repeats(weight: Tensor, groups: int = 1) -> Repeats:
-    """What repeats in a weight (n_out, n_in) or (n_out, n_in / groups, kh, kw)."""
-    known = _known.get(weight)
+    """Find what repeats in a weight (n_out, n_in) or (n_out, n_in / groups, kh, kw)."""
     if weight.numel() == 0:
         return Repeats(None, None)
-    if known is None:
-        known = _known[weight] = Repeats(_values(weight), _split_share(weight, groups))
-    return known
+    if weight not in _known:
+        _known[weight] = Repeats(_values(weight), _split_share(weight, groups))
+    found: Repeats = _known[weight]
+    return found
 
 
 def pack_values(weight: Tensor, values: Tensor) -> Tensor:
-    """The index of each weight (n_out, n_in) in the ascending values (K,), of the weight's shape, uint8."""
+    """Return the index of each weight (n_out, n_in) in the ascending values (K,), uint8 of the weight's shape."""
     flat = weight.reshape(-1)
     index = torch.zeros(flat.shape, dtype=torch.uint8, device=flat.device)
-    for part, found in zip(flat.split(_CHUNK), index.split(_CHUNK)):
-        for value in values[1:].tolist():  # comparisons vectorise; a search for each weight takes ten times as long
-            found += (part >= value).view(torch.uint8)
+    for part, counts in zip(torch.split(flat, _CHUNK), torch.split(index, _CHUNK), strict=True):
+        for value in values[1:].tolist():  # comparisons vectorize; a search for each weight takes ten times as long
+            counts.add_((part >= value).view(torch.uint8))
     return index.view(weight.shape)
 
 
 def _values(weight: Tensor) -> Tensor | None:
-    """From a sample, then what of the rest is not among it: sorting all weights of a large layer takes seconds."""
+    """Collect distinct values from a sample, then scan the rest for values that the sample missed.
+
+    Sorting all weights of a large layer would take seconds.
+    """
     flat = weight.reshape(-1)
     values = torch.unique(flat[:: max(1, flat.numel() // _SAMPLE)])
-    for part in flat.split(_CHUNK):
+    for part in torch.split(flat, _CHUNK):
         if values.numel() > MOST_VALUES:
             return None
         missing = torch.ones(part.shape, dtype=torch.bool, device=part.device)
@@ -223,8 +233,10 @@ def _values(weight: Tensor) -> Tensor | None:
 
 
 def _split_share(weight: Tensor, groups: int) -> float | None:
-    """From some inputs of the first group. For each output position the split has a product and a sum for each tap of
-    a unique kernel, then an addition for each pair of output and input whose kernel is not zero.
+    """Estimate from some inputs of the first group.
+
+    For each output position the split layer has a product and a sum for each tap of a unique kernel, then an addition
+    for each pair of output and input whose kernel is not zero.
     """
     few = weight if weight.dim() == 2 else weight.reshape(groups, -1, *weight.shape[1:])[0]
     few = few[:, :: max(1, few.shape[1] // _INPUTS)]

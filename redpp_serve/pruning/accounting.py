@@ -20,12 +20,12 @@ from torch import Tensor
 
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import Layer, mac_count, parameter_count
-from redpp_serve.graph.weights import SPLIT_CHUNK, Split, split_weight
+from redpp_serve.graph.weights import SPLIT_CHUNK, KernelSplit, split_weight
 from redpp_serve.pruning.density import density
 from redpp_serve.pruning.fit import Reconstruction
 from redpp_serve.pruning.hashing import Codebook, Hashed
 
-__all__ = ["Counts", "Split", "count_dense", "count_kernels", "count_scalars", "expected_kernels", "split_weight"]
+__all__ = ["Counts", "KernelSplit", "count_dense", "count_kernels", "count_scalars", "expected_kernels", "split_weight"]
 _DRAWS = 1 << 14
 
 
@@ -44,7 +44,7 @@ def count_dense(layer: Layer, element_size: int = 4) -> Counts:
     return Counts(layer.macs, layer.positions * (size - layer.shape[0]), size * element_size)
 
 
-def count_kernels(layer: Layer, split: Split, element_size: int = 4) -> Counts:
+def count_kernels(layer: Layer, split: KernelSplit, element_size: int = 4) -> Counts:
     """Cost of the split whose unit is the kernel of a pair."""
     taps = split.kernels[0].numel() if len(split.kernels) else 1
     unique = len(split.kernels)
@@ -119,7 +119,7 @@ def totals(graph: Graph, counts: Iterable[Counts], stored_bytes: int) -> dict[st
 
 
 def both_readings(
-    before: dict[str, Layer], after: dict[str, Layer], graph: Graph, splits: dict[str, Split]
+    before: dict[str, Layer], after: dict[str, Layer], graph: Graph, splits: dict[str, KernelSplit]
 ) -> dict[str, dict[str, list[int]]]:
     """Multiplications, additions and bytes of all layers, dense before against split after, for both units."""
     dense = [count_dense(layer) for layer in before.values()]
@@ -184,7 +184,7 @@ def _rounded(values: Iterable[float]) -> list[float]:
     return [float(f"{v:.4g}") for v in values]
 
 
-def split_record(layer: Layer, split: Split) -> dict[str, Any]:
+def split_record(layer: Layer, split: KernelSplit) -> dict[str, Any]:
     """One layer's split for the report."""
     dense, counts = count_dense(layer), count_kernels(layer, split)
     return {
@@ -199,7 +199,7 @@ def hash_summary(
     after: dict[str, Layer],
     first: dict[str, Hashed],
     hashed: dict[str, Hashed],
-    splits: dict[str, Split],
+    splits: dict[str, KernelSplit],
     method: str,
     target: str,
     measured: float,
@@ -234,7 +234,7 @@ def layer_record(
     before: Layer,
     after: Layer,
     hashed: Hashed | None,
-    split: Split | None,
+    split: KernelSplit | None,
     width: Reconstruction | None,
     closed: str,
     error: float | None,

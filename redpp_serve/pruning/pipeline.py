@@ -20,7 +20,7 @@ from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import Layer, find_layers, mac_count
 from redpp_serve.options import NO_HASH, Options
 from redpp_serve.pruning.accounting import (
-    Split,
+    KernelSplit,
     both_readings,
     count_dense,
     count_kernels,
@@ -94,7 +94,7 @@ class _Run:
     places: Kept = lambda name: {}  # what the present graph still has of the original's values
     producers: dict[str, str] = field(default_factory=dict)  # layer to class
     closed: dict[str, str] = field(default_factory=dict)
-    splits: dict[str, Split] = field(default_factory=dict)
+    splits: dict[str, KernelSplit] = field(default_factory=dict)
     checks: dict[str, float] = field(default_factory=dict)
     fit_inputs: tuple[Tensor, ...] = ()
     held_out: tuple[Tensor, ...] = ()

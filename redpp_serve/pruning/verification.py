@@ -18,7 +18,7 @@ from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import Layer
 from redpp_serve.kernels import split_conv2d
 from redpp_serve.options import Options
-from redpp_serve.pruning.accounting import Split
+from redpp_serve.pruning.accounting import KernelSplit
 
 EXACT = 1e-9  # relative, in float64: re-association moves results by 1e-16 times the length of the sums
 _CHUNK = 8
@@ -127,7 +127,7 @@ def layer_errors(reference: Graph, other: Graph, layers: Sequence[Layer], inputs
 
 
 @torch.no_grad()
-def split_error(layer: Layer, weight: Tensor, split: Split, seed: int) -> float:
+def split_error(layer: Layer, weight: Tensor, split: KernelSplit, seed: int) -> float:
     """Relative error, in float64, of the split layer against the dense one on a small random patch of inputs.
 
     The split must also give the weight back bit by bit; anything else is an error of 1.
