@@ -5,24 +5,18 @@ but the standard library, torch and, when a CUDA tensor comes in, triton.
 """
 
 from redpp_serve.kernels.codebook_linear.operator import codebook_linear
-from redpp_serve.kernels.codebook_linear.packing import pack_indices, unpack_indices
+from redpp_serve.kernels.codebook_linear.packing import pack_indices
 from redpp_serve.kernels.depthwise_conv2d.operator import depthwise_conv2d
-from redpp_serve.kernels.flops import OperationCounts, register_flop_formulas, split_conv2d_counts, split_linear_counts
 from redpp_serve.kernels.fused_conv2d.operator import fused_conv2d
 from redpp_serve.kernels.fused_linear.operator import fused_linear
 from redpp_serve.kernels.split.operator import split_conv2d, split_linear
 
 __all__ = [
-    "OperationCounts",
     "codebook_linear",
     "depthwise_conv2d",
     "fused_conv2d",
     "fused_linear",
     "pack_indices",
-    "register_flop_formulas",
     "split_conv2d",
-    "split_conv2d_counts",
     "split_linear",
-    "split_linear_counts",
-    "unpack_indices",
 ]

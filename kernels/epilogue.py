@@ -1,4 +1,4 @@
-"""What follows a layer's sums in the same kernel: the activations that the operators know, by name."""
+"""The activations that the operators can apply to a layer's sums, by name."""
 
 from collections.abc import Callable
 
@@ -17,13 +17,3 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": F.hardswish,
     "hardsigmoid": F.hardsigmoid,
 }
-
-
-def check_activation(op: str, activation: str) -> None:
-    """Refuses a name that no kernel knows.
-
-    Raises:
-        ValueError: naming the operator, what it takes and what was found.
-    """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, found {activation!r}")

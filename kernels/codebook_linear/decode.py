@@ -1,6 +1,6 @@
-"""From packed 4-bit indices to values, in registers: the strategies of `codebook_linear`. Imported for CUDA tensors only.
+"""Strategies that turn packed 4-bit indices into values in registers. Imported for CUDA tensors only.
 
-Each takes a block of bytes and gives two blocks of the same shape: the values of the low and of the high nibbles. All
+Each takes a block of bytes and returns two blocks of the same shape: the values of the low and of the high nibbles. All
 are elementwise, so they do not depend on which thread holds what. `prmt8` and `prmt16` look bytes up with PTX's byte
 permutation: its selector has four nibbles, so two packed bytes select four values' bytes as they are.
 """
@@ -56,13 +56,15 @@ PRMT16_OPERANDS = tl.constexpr("=r,=r,=r,=r" + ",r" * 33)
 
 @triton.jit
 def decode(packed, words, table, codebook, DECODE: tl.constexpr):
-    """The values of the low and of the high nibbles of a block of bytes (R, C).
+    """Return the values of the low and of the high nibbles of a block of bytes (R, C).
 
     Args:
+        packed: the bytes.
         words: the eight words of the table that the permutations read, each (R, 1): in a thread's own registers, for
             scalars would be copied from uniform ones at each use.
         table: for ``pair``, the two values of every byte in 4 bytes.
         codebook: for ``pointer``, the values.
+        DECODE: the strategy.
     """
     if DECODE == "prmt8":
         few = (packed, words[0], words[1], words[4], words[5])
@@ -92,7 +94,7 @@ def decode(packed, words, table, codebook, DECODE: tl.constexpr):
 
 @triton.jit
 def load_words(table, row, ROWS: tl.constexpr):
-    """The eight words of the table (8, ROWS) for the permutations, each as (R, 1) for the rows ``row`` (R,)."""
+    """Load the eight words of the table (8, ROWS) for the permutations, each as (R, 1) for the rows ``row`` (R,)."""
     at = table + (row % ROWS)[:, None]
     return (
         tl.load(at),

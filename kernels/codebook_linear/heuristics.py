@@ -14,9 +14,17 @@ WARPS_PER_PROCESSOR = 16  # four for each scheduler: enough to issue a decoding 
 
 @dataclass(frozen=True)
 class CodebookBlocks:
-    """One program: `outputs` x `rows` of the result, `groups` of packed bytes of each output in a step of its loop.
+    """Work of one program.
 
-    `split` programs share one tile's reduction; each writes fp32 sums, which a second launch adds in a fixed order.
+    Attributes:
+        decode: one of `DECODES`.
+        rows: rows of its tile of the result.
+        outputs: outputs of its tile of the result.
+        groups: groups of packed bytes of each output in a step of its loop.
+        split: programs that share one tile's reduction; each writes fp32 sums, which a second launch adds in a fixed
+            order.
+        stages: steps whose loads are in flight.
+        warps: warps of the program.
     """
 
     decode: str
@@ -29,7 +37,7 @@ class CodebookBlocks:
 
 
 def check_decode(op: str, decode: str, values: int, itemsize: int) -> None:
-    """Refuses a strategy that cannot decode such a codebook.
+    """Refuse a strategy that cannot decode such a codebook.
 
     Raises:
         ValueError: naming the operator, what was expected and what was found.
@@ -43,7 +51,7 @@ def check_decode(op: str, decode: str, values: int, itemsize: int) -> None:
 
 
 def best_decode(values: int, itemsize: int) -> str:
-    """The strategy with the fewest instructions for each weight."""
+    """Return the strategy with the fewest instructions for each weight."""
     if itemsize != 2:
         return "pointer"
     return "prmt8" if values <= FEW_VALUES else "prmt16"
@@ -53,14 +61,19 @@ def best_decode(values: int, itemsize: int) -> str:
 def codebook_blocks(
     rows: int, n_out: int, n_in_bytes: int, values: int, itemsize: int, decode: str, processors: int
 ) -> CodebookBlocks:
-    """Tiles and shares for ``rows`` x n_out sums over the packed bytes of one output.
+    """Return tiles and shares for ``rows`` x n_out sums over the packed bytes of one output.
 
     Weights are operand A of the matrix instructions, which takes them from registers; so few rows make a narrow tile
     that does nothing but decode, and the reduction is shared until every multiprocessor has `WARPS_PER_PROCESSOR`.
 
     Args:
-        n_in_bytes: of `codebook_packing.packed_bytes`.
+        rows: rows of the input.
+        n_out: outputs.
+        n_in_bytes: packed bytes of one output, from `packing.packed_bytes`.
+        values: length of the codebook.
         itemsize: bytes of a value.
+        decode: ``auto`` or one of `DECODES`.
+        processors: multiprocessors of the device.
     """
     chosen = best_decode(values, itemsize) if decode == "auto" else decode
     most_rows = 64 if itemsize == 2 else 32

@@ -1,4 +1,4 @@
-"""Triton kernel of the codebook Linear, and its launch. Imported for CUDA tensors only.
+"""Kernel of the codebook Linear in the Triton language, and its launch. Imported for CUDA tensors only.
 
 Weights stay packed in memory and become values in registers, as operand A of the matrix instructions: the transposed
 product (outputs x inputs) (inputs x rows). Offsets that grow with the tensors are int64. Sums are fp32.
@@ -11,16 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redpp_serve.kernels.checks import check_programs, processors
+from redpp_serve.kernels.checks import check_programs
 from redpp_serve.kernels.codebook_linear.decode import decode, load_words
 from redpp_serve.kernels.codebook_linear.heuristics import codebook_blocks
 from redpp_serve.kernels.codebook_linear.packing import GROUP_BYTES, TABLE_ROWS, decode_table
-from redpp_serve.kernels.epilogue_kernel import activate
-from redpp_serve.kernels.fused_conv2d.heuristics import alignment
-from redpp_serve.kernels.fused_conv2d.kernel import add_shares_kernel
+from redpp_serve.kernels.epilogue_kernel import activate, add_shares
+from redpp_serve.kernels.shapes import alignment, processors
 
 _OP = "redpp::codebook_linear"
-_SUM_ROWS, _SUM_COLUMNS = 16, 64
 
 
 @triton.jit
@@ -50,7 +48,7 @@ def codebook_linear_kernel(
     GROUPS: tl.constexpr,
     GROUP_BYTES: tl.constexpr,
 ):
-    """One tile of the result; with SPLIT, one share of its reduction, as fp32 sums in `partial`.
+    """Compute one tile of the result; with SPLIT, one share of its reduction, as fp32 sums in `partial`.
 
     A step reads GROUPS groups of each output's bytes. A group's low nibbles are the weights of GROUP_BYTES neighbouring
     inputs, its high ones those of the next GROUP_BYTES.
@@ -94,17 +92,17 @@ def codebook_linear_kernel(
         tl.store(out + target, activate(total, ACTIVATION).to(out.dtype.element_ty), mask=inside)
 
 
-def codebook_linear_triton(
+def launch_codebook_linear(
     x: Tensor, indices: Tensor, codebook: Tensor, bias: Tensor | None, activation: str, decode: str
 ) -> Tensor:
-    """Launches the kernel for arguments already checked; see `codebook_linear.codebook_linear`. fp32, fp16 or bf16."""
+    """Launch the kernel for arguments of `codebook_linear` that are already checked; fp32, fp16 or bf16."""
     n_out, (*shape, n_in) = indices.shape[0], x.shape
     rows = math.prod(shape)
     out = torch.empty((rows, n_out), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out.view(*shape, n_out)
     x, indices, values = x.reshape(rows, n_in).contiguous(), indices.contiguous(), codebook.contiguous()
-    shift = out if bias is None else bias.contiguous()
+    shift = None if bias is None else bias.contiguous()
     blocks = codebook_blocks(
         rows, n_out, indices.shape[1], len(codebook), x.element_size(), decode, processors(x.device)
     )
@@ -117,17 +115,24 @@ def codebook_linear_triton(
     programs = triton.cdiv(rows, blocks.rows) * triton.cdiv(n_out, blocks.outputs)
     check_programs(_OP, programs)
     codebook_linear_kernel[(programs, blocks.split)](
-        *(x, indices, table, values, shift, out, partial, rows, n_out, n_in // unit, indices.shape[1]),
+        *(
+            x,
+            indices,
+            table,
+            values,
+            out if shift is None else shift,
+            out,
+            partial,
+            rows,
+            n_out,
+            n_in // unit,
+            indices.shape[1],
+        ),
         *(steps, triton.cdiv(steps, blocks.split), unit, blocks.decode, TABLE_ROWS, precision, split),
         *(bias is not None, activation, blocks.rows, blocks.outputs, blocks.groups, GROUP_BYTES),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
     if split:
-        unit = alignment(n_out)
-        add_shares_kernel[(triton.cdiv(rows, _SUM_ROWS) * triton.cdiv(n_out, _SUM_COLUMNS),)](
-            *(partial, shift, out, out, out, rows, n_out // unit, n_out, 0),
-            *(unit, blocks.split, bias is not None, False, False, activation, _SUM_ROWS, _SUM_COLUMNS),
-            num_warps=4,
-        )
+        add_shares(partial, shift, None, activation, out)
     return out.view(*shape, n_out)

@@ -1,9 +1,11 @@
-"""The one layout of packed 4-bit indices, and the tables that decoding reads.
+"""The layout of packed 4-bit indices, and the tables that decoding reads.
 
 Weights of an output are cut into groups of `GROUP`; byte j of a group holds the index of its weight j in the low nibble
 and that of weight j + GROUP / 2 in the high one. So a block of bytes becomes two blocks of weights, each with
 neighbouring inputs, whatever the tile. The last group is filled up with index 0.
 """
+
+from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
@@ -17,16 +19,16 @@ MOST_VALUES = 16
 TABLE_ROWS = 128  # copies of the permutations' table: one for each row of a tile
 
 # codebook -> (version, its tables by strategy)
-_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_tables: MutableMapping[Tensor, tuple[int, dict[str, Tensor]]] = WeakTensorKeyDictionary()
 
 
 def packed_bytes(n_in: int) -> int:
-    """Bytes of one output's packed indices."""
+    """Return the number of bytes of one output's packed indices."""
     return -(-n_in // GROUP) * GROUP_BYTES
 
 
 def pack_indices(index: Tensor) -> Tensor:
-    """Indices (n_out, n_in) of any integer dtype, 0..15, to (n_out, packed bytes) uint8.
+    """Pack indices (n_out, n_in) of any integer dtype, 0..15, into (n_out, packed bytes) uint8.
 
     Raises:
         ValueError: another shape or dtype, or an index outside of 0..15.
@@ -43,18 +45,21 @@ def pack_indices(index: Tensor) -> Tensor:
 
 
 def unpack_indices(indices: Tensor, n_in: int) -> Tensor:
-    """The inverse of `pack_indices`: (n_out, n_in) uint8."""
+    """Invert `pack_indices`: (n_out, packed bytes) to (n_out, n_in), both uint8."""
     groups = indices.view(len(indices), indices.shape[1] // GROUP_BYTES, 1, GROUP_BYTES)
     return torch.cat([groups & 15, groups >> 4], 2).view(len(indices), 2 * indices.shape[1])[:, :n_in]
 
 
 def decode_table(codebook: Tensor, decode: str) -> Tensor:
-    """What a strategy reads instead of the codebook, made once for as long as the codebook lives unchanged.
+    """Return the table that a strategy reads instead of the codebook, made once for an unchanged codebook.
 
     Args:
         codebook: (K,) of a dtype of 2 bytes.
-        decode: ``pair``: (256,) int32, a byte's two values. ``prmt8``, ``prmt16``: (8, `TABLE_ROWS`) int32, words of the
-            values' low bytes and then of their high bytes, four values to a word.
+        decode: ``pair``, ``prmt8`` or ``prmt16``.
+
+    Returns:
+        For ``pair`` (256,) int32, a byte's two values. Else (8, `TABLE_ROWS`) int32: words of the
+        values' low bytes and then of their high bytes, four values to a word.
     """
     if codebook.is_cuda and torch.cuda.is_current_stream_capturing():
         return _table(codebook, decode)  # filled by the graph alone, so of no use to other calls

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
+from redpp_serve.kernels.shapes import power_of_two
+
 WARP = 32
 MAX_WARPS = 4
 MAX_CHANNELS = 64  # 128 bytes of half precision: one cache line
@@ -15,10 +17,14 @@ MAX_UNROLLED_TAPS = 25
 
 @dataclass(frozen=True)
 class DepthwiseBlocks:
-    """One program: `rows` x `columns` output positions of one image x `channels`.
+    """Work of one program: `rows` x `columns` output positions of one image x `channels`.
 
-    With `rows` > 1 the taps are unrolled and each input row is read once for all output rows that need it; with one
-    row the taps are loops, which serves any window.
+    Attributes:
+        rows: with more than one, the taps are unrolled and each input row is read once for all output rows that need
+            it; with one, the taps are loops, which serves any window.
+        columns: output columns.
+        channels: neighbouring channels.
+        warps: warps of the program.
     """
 
     rows: int
@@ -38,11 +44,15 @@ def depthwise_blocks(
     itemsize: int,
     processors: int,
 ) -> DepthwiseBlocks:
-    """Wide loads of neighbouring channels first; then as many rows share their input as leave enough programs.
+    """Choose wide loads of neighbouring channels first, then as many shared rows as leave enough programs.
 
     Args:
+        images: batch size.
+        channels: channels of input and result.
         out_size: (out_h, out_w).
         kernel: (kh, kw).
+        stride_h: vertical stride.
+        dilation_h: vertical dilation.
         itemsize: bytes of an element.
         processors: multiprocessors of the device.
     """
@@ -51,10 +61,10 @@ def depthwise_blocks(
     reuse = out_h > 1 and kernel[0] > stride_h and dilation_h == 1 and taps <= MAX_UNROLLED_TAPS
     widest = 16 // itemsize
     lanes = min(widest, _floor_power_of_two(TAP_REGISTERS // taps)) if reuse else widest
-    block_channels = _power_of_two(channels, MAX_CHANNELS)
+    block_channels = power_of_two(channels, MAX_CHANNELS)
     warps = MAX_WARPS
     while True:
-        columns = min(_power_of_two(out_w, 64), max(1, warps * WARP * lanes // block_channels))
+        columns = min(power_of_two(out_w, 64), max(1, warps * WARP * lanes // block_channels))
         rows = SHARED_ROWS if reuse else 1
         per_image = -(-out_h // rows) * -(-out_w // columns) * -(-channels // block_channels)
         if images * per_image >= 2 * processors or warps == 1:
@@ -62,11 +72,6 @@ def depthwise_blocks(
         warps //= 2
 
 
-def _power_of_two(value: int, limit: int) -> int:
-    """The smallest power of two >= value, but at most `limit` (itself a power of two)."""
-    return min(limit, 1 << max(0, value - 1).bit_length())
-
-
 def _floor_power_of_two(value: int) -> int:
-    """The largest power of two <= value, at least 1."""
+    """Return the largest power of two <= value, at least 1."""
     return 1 << max(0, max(1, value).bit_length() - 1)

@@ -1,8 +1,10 @@
-"""Triton kernel of the depthwise convolution over NHWC, and its launch. Imported for CUDA tensors only.
+"""Kernel of the depthwise convolution over NHWC in the Triton language, and its launch.
+
+Imported for CUDA tensors only.
 
 Bound by memory: threads hold neighbouring channels, so that loads and stores are wide, and a program's output rows
 share the input rows that they have in common. Sums are fp32. Offsets inside of one image are int32
-(`conv_checks.check_extent` refuses larger images), those between images int64.
+(`checks.check_extent` refuses larger images), those between images int64.
 """
 
 from collections.abc import Sequence
@@ -12,28 +14,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redpp_serve.kernels.checks import check_extent, check_programs, conv_output_size, empty_channels_last, processors
+from redpp_serve.kernels.checks import check_extent, check_programs
 from redpp_serve.kernels.depthwise_conv2d.heuristics import depthwise_blocks
 from redpp_serve.kernels.epilogue_kernel import activate
-from redpp_serve.kernels.fused_conv2d.heuristics import alignment
+from redpp_serve.kernels.shapes import alignment, conv_output_size, empty_channels_last, processors
 
 _OP = "redpp::depthwise_conv2d"
 
 
 @triton.jit
 def load_row(x, y, z, height, width, channel, inside, channels):
-    """Values at (row y, columns z) of one image as fp32, 0 outside of it. (columns, channels)."""
+    """Load the values at (row y, columns z) of one image as fp32, 0 outside of it; (columns, channels)."""
     visible = (y >= 0) & (y < height) & ((z >= 0) & (z < width))[:, None] & inside[None, :]
     return tl.load(x + (y * width + z)[:, None] * channels + channel[None, :], mask=visible, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def add_tap(total, value, taps, inside, R: tl.constexpr, offset_s, stride_r, KERNEL_H: tl.constexpr):
-    """Total + value * the window's row R; `total` where the window has no such row."""
-    if R >= 0:
-        if R < KERNEL_H:
-            tap = tl.load(taps + (R * stride_r + offset_s), mask=inside, other=0.0)
-            total += value * tap.to(tl.float32)[None, :]
+    """Return total + value * the window's row R; `total` where the window has no such row."""
+    if R >= 0 and R < KERNEL_H:
+        tap = tl.load(taps + (R * stride_r + offset_s), mask=inside, other=0.0)
+        total += value * tap.to(tl.float32)[None, :]
     return total
 
 
@@ -41,7 +42,7 @@ def add_tap(total, value, taps, inside, R: tl.constexpr, offset_s, stride_r, KER
 def store_row(
     total, bias, out, y, z, channel, inside, out_h, out_w, channels, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr
 ):
-    """One row of outputs of one image."""
+    """Finish and store one row of outputs of one image."""
     if HAS_BIAS:
         total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     target = (y * out_w + z)[:, None] * channels + channel[None, :]
@@ -79,7 +80,7 @@ def depthwise_conv2d_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """ROWS (1 or 4) rows x BLOCK_COLUMNS columns x BLOCK_CHANNELS channels of one image.
+    """Compute ROWS (1 or 4) rows x BLOCK_COLUMNS columns x BLOCK_CHANNELS channels of one image.
 
     Channels, and the steps between the weight's rows and columns, come as multiples of a constant, from which the
     compiler learns how wide loads and stores may be. WEIGHT_STRIDE: the step between channels of the weight.
@@ -126,7 +127,7 @@ def depthwise_conv2d_kernel(
         store_row(total3, bias, out, y + 3, z, channel, inside, out_h, out_w, channels, HAS_BIAS, ACTIVATION)
 
 
-def depthwise_conv2d_triton(
+def launch_depthwise_conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -135,7 +136,7 @@ def depthwise_conv2d_triton(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """Launches the kernel for arguments already checked; see `depthwise_conv2d.depthwise_conv2d`. Not for fp64."""
+    """Launch the kernel for arguments of `depthwise_conv2d` that are already checked; fp32, fp16 or bf16."""
     n, channels, h, w = x.shape
     kernel_h, kernel_w = weight.shape[2:]
     check_extent(_OP, x.shape, padding)

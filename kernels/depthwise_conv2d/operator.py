@@ -1,17 +1,20 @@
 """`redpp::depthwise_conv2d`: one kernel per channel, with bias and activation in the same pass over memory.
 
-On the CPU, and for fp64 everywhere, plain PyTorch runs; on CUDA a Triton kernel. Inference only: no gradients.
+On the CPU, and for fp64 everywhere, plain PyTorch runs (`depthwise_conv2d_reference`); on CUDA a kernel in the Triton
+language. Inference only: no gradients.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redpp_serve.kernels.checks import as_result, check_window, empty_channels_last, expect, pair
-from redpp_serve.kernels.epilogue import ACTIVATIONS, check_activation
+from redpp_serve.kernels.checks import check_activation, check_conv_weight, check_input, check_window, expect
+from redpp_serve.kernels.epilogue import ACTIVATIONS
 from redpp_serve.kernels.registration import register
+from redpp_serve.kernels.shapes import as_channels_last, conv_output_size, empty_channels_last, pair, working_dtype
 
 _OP = "redpp::depthwise_conv2d"
 
@@ -25,14 +28,16 @@ def depthwise_conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """activation(convolution of every channel with its own kernel + bias).
+    """Compute activation(convolution of every channel with its own kernel + bias).
 
     Args:
         x: (n, channels, h, w); fp32, fp16, bf16 or fp64. Any memory format; channels_last is read as it is.
         weight: (channels, 1, kh, kw) in the dtype of `x`, in any memory layout.
         bias: (channels,) in the dtype of `x`, or None.
         activation: a name of `epilogue.ACTIVATIONS`.
-        stride, padding, dilation: one number, or (vertical, horizontal).
+        stride: one number, or (vertical, horizontal).
+        padding: one number, or (vertical, horizontal).
+        dilation: one number, or (vertical, horizontal).
 
     Returns:
         (n, channels, out_h, out_w), channels_last. Sums are fp32 for all but fp64, rounded once.
@@ -40,7 +45,28 @@ def depthwise_conv2d(
     Raises:
         ValueError: types or shapes that do not fit together, or images too large for the GPU kernel.
     """
-    return torch.ops.redpp.depthwise_conv2d(x, weight, bias, activation, pair(stride), pair(padding), pair(dilation))
+    window = pair(stride), pair(padding), pair(dilation)
+    result: Tensor = torch.ops.redpp.depthwise_conv2d(x, weight, bias, activation, *window)
+    return result
+
+
+def depthwise_conv2d_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Compute the operator in plain PyTorch; half precisions are rounded once, at the end."""
+    n, channels, *size = x.shape
+    if channels == 0:  # torch refuses a convolution without channels
+        return empty_channels_last(x, (n, 0, *conv_output_size(size, weight.shape[2:], stride, padding, dilation)))
+    work = working_dtype(x.dtype)
+    shift = None if bias is None else bias.to(work)
+    total = F.conv2d(x.to(work), weight.to(work), shift, list(stride), list(padding), list(dilation), channels)
+    return as_channels_last(ACTIVATIONS[activation](total), x.dtype)
 
 
 def _check(
@@ -51,69 +77,28 @@ def _check(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> tuple[int, int]:
-    """Refuses what does not fit together; height and width of the output."""
+) -> Sequence[int]:
     check_activation(_OP, activation)
-    size = check_window(_OP, x, weight, stride, padding, dilation)
-    expect(_OP, "weight", weight, x.device, x.dtype, (x.shape[1], 1, *weight.shape[2:]))
-    if bias is not None:
-        expect(_OP, "bias", bias, x.device, x.dtype, (x.shape[1],))
-    return size
+    check_input(_OP, x, "(n, channels, h, w)", x.dim() == 4)
+    check_conv_weight(_OP, weight)
+    n, channels = x.shape[:2]
+    size = check_window(_OP, x, weight.shape[2:], stride, padding, dilation)
+    expect(_OP, "weight", weight, x, x.dtype, (channels, 1, *weight.shape[2:]))
+    expect(_OP, "bias", bias, x, x.dtype, (channels,))
+    return n, channels, *size
 
 
-def _cpu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    out_h, out_w = _check(x, weight, bias, activation, stride, padding, dilation)
-    if x.numel() == 0 and x.shape[1] == 0:  # torch refuses a convolution without channels
-        return empty_channels_last(x, (x.shape[0], 0, out_h, out_w))
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    shift = None if bias is None else bias.to(work)
-    total = F.conv2d(x.to(work), weight.to(work), shift, list(stride), list(padding), list(dilation), x.shape[1])
-    return as_result(ACTIVATIONS[activation](total), x.dtype)
+def _launch(*arguments: Any) -> Tensor:
+    from redpp_serve.kernels.depthwise_conv2d.kernel import launch_depthwise_conv2d  # noqa: PLC0415 - needs triton
 
-
-def _cuda(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    if x.dtype == torch.float64:
-        return _cpu(x, weight, bias, activation, stride, padding, dilation)
-    from redpp_serve.kernels.depthwise_conv2d.kernel import depthwise_conv2d_triton
-
-    _check(x, weight, bias, activation, stride, padding, dilation)
-    with torch.cuda.device(x.device):
-        return depthwise_conv2d_triton(x, weight, bias, activation, stride, padding, dilation)
-
-
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    size = _check(x, weight, bias, activation, stride, padding, dilation)
-    return empty_channels_last(x, (x.shape[0], x.shape[1], *size))
+    return launch_depthwise_conv2d(*arguments)
 
 
 register(
     "depthwise_conv2d",
     "(Tensor x, Tensor weight, Tensor? bias, str activation, int[2] stride, int[2] padding, int[2] dilation) -> Tensor",
-    cpu=_cpu,
-    cuda=_cuda,
-    fake=_fake,
+    check=_check,
+    reference=depthwise_conv2d_reference,
+    launch=_launch,
+    allocate=empty_channels_last,
 )

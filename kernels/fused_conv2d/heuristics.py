@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
+from redpp_serve.kernels.shapes import alignment, power_of_two
+
 # Output positions x output channels of one program; larger ones read each operand less often.
 # 128 x 128 with four warps spills registers.
 TILES = ((128, 64), (64, 64), (128, 32), (64, 32), (128, 16), (64, 16), (32, 32), (16, 64), (16, 32), (16, 16))
 # Largest tile of narrow loads or stores, which need an address each, and of IEEE products in fp32, which need more
-# registers; and of stores one by one.
+# registers.
 NARROW_TILE = 64 * 64
-SCATTERED_TILE = 64 * 32
 MAX_LOADS = 16  # per thread, operand and step
 VECTOR = 16  # bytes of the widest load
 SMALLEST = 16  # the smallest side that tensor cores take
@@ -33,10 +34,17 @@ WARPS = 4  # the loop over taps is not unrolled: eight warps have given wrong re
 
 @dataclass(frozen=True)
 class FusedConv2dBlocks:
-    """One program: `rows` output positions x `columns` output channels, `depth` inputs per step of its loop.
+    """Work of one program.
 
-    `flat`: a step runs over taps and inputs as one range. `split` programs share one tile's reduction; each writes
-    fp32 sums, which a second launch adds in a fixed order.
+    Attributes:
+        rows: output positions of its tile.
+        columns: output channels of its tile.
+        depth: inputs per step of its loop.
+        flat: a step runs over taps and inputs as one range.
+        split: programs that share one tile's reduction; each writes fp32 sums, which a second launch adds in a fixed
+            order.
+        stages: steps whose loads are in flight.
+        warps: warps of the program.
     """
 
     rows: int
@@ -50,18 +58,19 @@ class FusedConv2dBlocks:
 
 @lru_cache(maxsize=4096)
 def fused_conv2d_blocks(
-    positions: int, n_out: int, n_in: int, taps: int, itemsize: int, scattered: bool, processors: int
+    positions: int, n_out: int, n_in: int, taps: int, itemsize: int, processors: int
 ) -> FusedConv2dBlocks:
-    """The tile, and the number of programs that share its reduction, that cost least by a simple model.
+    """Return the tile and the number of programs sharing its reduction that cost least by a simple model.
 
     Large tiles read least, small ones keep every multiprocessor busy; where even those are too few (small planes at
     batch 1), sharing the reduction pays for a second launch.
 
     Args:
         positions: images x out_h x out_w.
+        n_out: channels of the result.
+        n_in: channels of the input.
         taps: kh x kw.
         itemsize: bytes of an element.
-        scattered: computed channels are stored one by one, at given channels of the result.
         processors: multiprocessors of the device.
     """
     flat = taps > 1 and 0 < n_in < FLAT_BELOW
@@ -69,12 +78,12 @@ def fused_conv2d_blocks(
     depth = FLAT_DEPTH if flat else _depth(n_in, 16 * vector if itemsize == 2 else min(32, 16 * vector))
     steps = reduction_steps(n_in, taps, depth, flat)
     narrow = flat or itemsize > 2 or min(alignment(n_in), alignment(n_out)) < 8
-    largest = SCATTERED_TILE if scattered else NARROW_TILE if narrow else 1 << 30
+    largest = NARROW_TILE if narrow else 1 << 30
     counted = [
         (tile, -(-positions // tile[0]) * -(-n_out // tile[1]))
         for tile in TILES
-        if tile[0] <= _power_of_two(positions)
-        and tile[1] <= _power_of_two(n_out)
+        if tile[0] <= max(SMALLEST, power_of_two(positions, 128))
+        and tile[1] <= max(SMALLEST, power_of_two(n_out, 128))
         and tile[0] * tile[1] <= largest
         and max(tile) * depth <= MAX_LOADS * 32 * WARPS * vector
     ]
@@ -93,21 +102,11 @@ def fused_conv2d_blocks(
 
 
 def reduction_steps(n_in: int, taps: int, depth: int, flat: bool) -> int:
-    """Steps of the loop over the reduction; 0 without inputs."""
+    """Return the number of steps of the loop over the reduction; 0 without inputs."""
     return -(-taps * n_in // depth) if flat else taps * -(-n_in // depth)
 
 
-def alignment(channels: int) -> int:
-    """The largest power of two up to 16 that divides a number of channels: how wide loads and stores may be."""
-    return min(16, channels & -channels) if channels else 16
-
-
 def _depth(n_in: int, limit: int) -> int:
-    """Inputs per step that cover `n_in` with the least padding and the fewest steps, at most `limit`."""
+    """Return the inputs per step that cover `n_in` with little padding in few steps, at most `limit`."""
     candidates = [depth for depth in (64, 32, 16) if depth <= limit]
     return min(candidates, key=lambda depth: -(-n_in // depth) * (depth + STEP_OVERHEAD))
-
-
-def _power_of_two(value: int) -> int:
-    """The smallest power of two >= value, but at least `SMALLEST`."""
-    return max(SMALLEST, 1 << max(0, value - 1).bit_length())

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from redpp_serve.kernels.shapes import power_of_two
+
 # Elements of one program's tile: 512 fp32 sums over 128 threads leave registers for the addresses.
 MULTIPLY_TILE = 512
 GATHER_TILE = 1024
@@ -30,21 +32,21 @@ class GatherBlocks:
 
 
 def multiply_blocks(rows: int, positions: int) -> MultiplyBlocks:
-    """Neighbouring positions first, because they are neighbours in memory; the rest of the tile takes rows."""
-    block_positions = _power_of_two(positions, MAX_POSITION_BLOCK)
-    return MultiplyBlocks(_power_of_two(rows, MULTIPLY_TILE // block_positions), block_positions)
+    """Choose positions first, because they are neighbours in memory; the rest of the tile takes rows."""
+    block_positions = power_of_two(positions, MAX_POSITION_BLOCK)
+    return MultiplyBlocks(power_of_two(rows, MULTIPLY_TILE // block_positions), block_positions)
 
 
 def gather_blocks(outputs: int, inputs: int, positions: int) -> GatherBlocks:
-    """Positions first; with few of them (a linear layer at batch 1) threads share an output's inputs instead."""
-    block_positions = _power_of_two(positions, MAX_POSITION_BLOCK)
-    block_inputs = _power_of_two(inputs, max(1, MAX_POSITION_BLOCK // block_positions))
-    block_outputs = _power_of_two(outputs, GATHER_TILE // (block_positions * block_inputs))
+    """Choose positions first; with few of them (a linear layer at batch 1) threads share an output's inputs."""
+    block_positions = power_of_two(positions, MAX_POSITION_BLOCK)
+    block_inputs = power_of_two(inputs, max(1, MAX_POSITION_BLOCK // block_positions))
+    block_outputs = power_of_two(outputs, GATHER_TILE // (block_positions * block_inputs))
     return GatherBlocks(block_outputs, block_inputs, block_positions)
 
 
 def positions_per_launch(rows: int, positions: int) -> int:
-    """Output positions whose products fit the buffer together, at least one.
+    """Return the number of output positions whose products fit the buffer together, at least one.
 
     A cut is a multiple of `MAX_POSITION_BLOCK` where that fits, so no launch but the last has a partial block.
     """
@@ -52,8 +54,3 @@ def positions_per_launch(rows: int, positions: int) -> int:
     if fitting >= positions:
         return positions
     return max(1, fitting // MAX_POSITION_BLOCK * MAX_POSITION_BLOCK or fitting)
-
-
-def _power_of_two(value: int, limit: int) -> int:
-    """The smallest power of two >= value, but at most `limit` (itself a power of two)."""
-    return min(limit, 1 << max(0, value - 1).bit_length())

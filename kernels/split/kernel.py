@@ -1,4 +1,4 @@
-"""Triton kernels of the input-wise split, and their launch. Imported only when a CUDA tensor comes in.
+"""Kernels of the input-wise split in the Triton language, and their launch. Imported for CUDA tensors only.
 
 Two launches per range of output positions: `multiply_kernel` writes every unique product once into an fp32 buffer,
 `gather_sum_kernel` adds the products each output needs. A position is one (image, row, column) of the output,
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redpp_serve.kernels.checks import conv_output_size
+from redpp_serve.kernels.shapes import conv_output_size
 from redpp_serve.kernels.split.heuristics import gather_blocks, multiply_blocks, positions_per_launch
 
 
@@ -42,7 +42,7 @@ def multiply_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
 ):
-    """products[row, p - start] = (kernels[row] * x[:, channel[row]]) at position p, for start <= p < stop."""
+    """Store products[row, p - start] = (kernels[row] * x[:, channel[row]]) at position p, for start <= p < stop."""
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
     pid = tl.program_id(0)
     row = (pid % row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
@@ -85,7 +85,7 @@ def gather_sum_kernel(
     BLOCK_INPUTS: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
 ):
-    """out[image, o, :] at position p = bias[o] + sum over i of sign[o, i] * products[index[o, i], p - start]."""
+    """Store out[image, o] at position p = bias[o] + sum over i of sign[o, i] * products[index[o, i], p - start]."""
     # Programs that follow each other share a position block, so the products they gather stay in L2.
     output_blocks = tl.cdiv(n_out, BLOCK_OUTPUTS)
     pid = tl.program_id(0)
@@ -113,7 +113,7 @@ def gather_sum_kernel(
     tl.store(out + target, result.to(out.dtype.element_ty), mask=output_inside[:, None] & inside[None, :])
 
 
-def split_conv2d_triton(
+def launch_split_conv2d(
     x: Tensor,
     kernels: Tensor,
     channel: Tensor,
@@ -123,10 +123,11 @@ def split_conv2d_triton(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int,
 ) -> Tensor:
-    """Launches both kernels for arguments already checked; see `split.split_conv2d`. fp32, fp16 or bf16.
+    """Launch both kernels for arguments of `split_conv2d` that are already checked; fp32, fp16 or bf16.
 
-    The groups need no argument: `index` and `channel` say which input each product reads.
+    The kernels do not need `groups`: `index` and `channel` say which input each product reads.
     """
     n, n_in, h, w = x.shape
     n_out, n_terms = index.shape
@@ -160,10 +161,10 @@ def split_conv2d_triton(
     return out
 
 
-def split_linear_triton(
+def launch_split_linear(
     x: Tensor, values: Tensor, channel: Tensor, index: Tensor, sign: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """A linear layer is a 1x1 convolution over images of one position; see `split.split_linear`."""
+    """Launch both kernels for a linear layer, which is a 1x1 convolution over images of one position."""
     images = x.reshape(-1, x.shape[-1], 1, 1)
-    out = split_conv2d_triton(images, values.view(-1, 1, 1), channel, index, sign, bias, (1, 1), (0, 0), (1, 1))
+    out = launch_split_conv2d(images, values.view(-1, 1, 1), channel, index, sign, bias, (1, 1), (0, 0), (1, 1), 1)
     return out.view(*x.shape[:-1], index.shape[0])

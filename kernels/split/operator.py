@@ -5,16 +5,19 @@ group and output o; index -1 stands for a kernel of zeros, which is dropped. A k
 Every product is computed once for all outputs (RED++, arXiv 2110.01397, input-wise splitting); the result differs
 from the dense layer only by the order of additions.
 
-On the CPU, and for fp64 everywhere, the reference runs; on CUDA the Triton kernels. Inference only: no gradients.
+On the CPU, and for fp64 everywhere, the reference runs; on CUDA kernels in the Triton language. Inference only: no
+gradients.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from redpp_serve.kernels.checks import check_conv2d_shapes, check_linear_shapes, check_values, conv_output_size, pair
+from redpp_serve.kernels.checks import check_input, check_once, check_window, expect
 from redpp_serve.kernels.registration import register
+from redpp_serve.kernels.shapes import empty_contiguous, pair
 from redpp_serve.kernels.split.reference import split_conv2d_reference, split_linear_reference
 
 _CONV2D = "redpp::split_conv2d"
@@ -33,7 +36,7 @@ def split_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Convolution that computes each unique product once.
+    """Compute a convolution, each unique product once.
 
     Args:
         x: (n, n_in, h, w); fp32, fp16, bf16 or fp64, in any memory format.
@@ -42,7 +45,9 @@ def split_conv2d(
         index: (n_out, n_in / groups) int32: row of `kernels`, or -1 for a kernel of zeros.
         sign: (n_out, n_in / groups) int8: +1 or -1; 0 is allowed where `index` is -1.
         bias: (n_out,) in the dtype of `x`, or None.
-        stride, padding, dilation: one number, or (vertical, horizontal).
+        stride: one number, or (vertical, horizontal).
+        padding: one number, or (vertical, horizontal).
+        dilation: one number, or (vertical, horizontal).
         groups: as in `torch.nn.functional.conv2d`.
 
     Returns:
@@ -51,14 +56,15 @@ def split_conv2d(
     Raises:
         ValueError: types, shapes or values that do not fit together.
     """
-    pairs = pair(stride), pair(padding), pair(dilation)
-    return torch.ops.redpp.split_conv2d(x, kernels, channel, index, sign, bias, *pairs, groups)
+    window = pair(stride), pair(padding), pair(dilation)
+    result: Tensor = torch.ops.redpp.split_conv2d(x, kernels, channel, index, sign, bias, *window, groups)
+    return result
 
 
 def split_linear(
     x: Tensor, values: Tensor, channel: Tensor, index: Tensor, sign: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Linear layer that computes each unique product once.
+    """Compute a linear layer, each unique product once.
 
     Args:
         x: (..., n_in); fp32, fp16, bf16 or fp64.
@@ -74,10 +80,11 @@ def split_linear(
     Raises:
         ValueError: types, shapes or values that do not fit together.
     """
-    return torch.ops.redpp.split_linear(x, values, channel, index, sign, bias)
+    result: Tensor = torch.ops.redpp.split_linear(x, values, channel, index, sign, bias)
+    return result
 
 
-def _conv2d_cpu(
+def _check_conv2d(
     x: Tensor,
     kernels: Tensor,
     channel: Tensor,
@@ -88,89 +95,115 @@ def _conv2d_cpu(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> Tensor:
-    check_conv2d_shapes(x, kernels, channel, index, sign, bias, stride, padding, dilation, groups)
-    check_values(_CONV2D, kernels.shape[0], x.shape[1], channel, index, sign, groups)
-    return split_conv2d_reference(x, kernels, channel, index, sign, bias, stride, padding, dilation, groups)
+) -> Sequence[int]:
+    check_input(_CONV2D, x, "(n, n_in, h, w)", x.dim() == 4)
+    if kernels.dim() != 3 or min(kernels.shape[1:]) <= 0:
+        raise ValueError(f"{_CONV2D}: kernels must be (unique, kh, kw), found {tuple(kernels.shape)}")
+    if groups <= 0 or x.shape[1] % groups != 0:
+        raise ValueError(f"{_CONV2D}: groups must be a divisor of the {x.shape[1]} inputs, found {groups}")
+    size = check_window(_CONV2D, x, kernels.shape[1:], stride, padding, dilation)
+    n_out = _check_split(_CONV2D, x, "kernels", kernels, channel, index, sign, bias, x.shape[1] // groups)
+    if n_out % groups != 0:
+        raise ValueError(f"{_CONV2D}: groups must be a divisor of the {n_out} outputs, found {groups}")
+    return x.shape[0], n_out, *size
 
 
-def _conv2d_cuda(
-    x: Tensor,
-    kernels: Tensor,
-    channel: Tensor,
-    index: Tensor,
-    sign: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    if x.dtype == torch.float64:
-        return _conv2d_cpu(x, kernels, channel, index, sign, bias, stride, padding, dilation, groups)
-    from redpp_serve.kernels.split.kernel import split_conv2d_triton
-
-    check_conv2d_shapes(x, kernels, channel, index, sign, bias, stride, padding, dilation, groups)
-    check_values(_CONV2D, kernels.shape[0], x.shape[1], channel, index, sign, groups)
-    with torch.cuda.device(x.device):
-        return split_conv2d_triton(x, kernels, channel, index, sign, bias, stride, padding, dilation)
-
-
-def _conv2d_fake(
-    x: Tensor,
-    kernels: Tensor,
-    channel: Tensor,
-    index: Tensor,
-    sign: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    check_conv2d_shapes(x, kernels, channel, index, sign, bias, stride, padding, dilation, groups)
-    size = conv_output_size(x.shape[2:], kernels.shape[1:], stride, padding, dilation)
-    return x.new_empty((x.shape[0], index.shape[0], *size))
-
-
-def _linear_cpu(x: Tensor, values: Tensor, channel: Tensor, index: Tensor, sign: Tensor, bias: Tensor | None) -> Tensor:
-    check_linear_shapes(x, values, channel, index, sign, bias)
-    check_values(_LINEAR, values.shape[0], x.shape[-1], channel, index, sign, 1)
-    return split_linear_reference(x, values, channel, index, sign, bias)
-
-
-def _linear_cuda(
+def _check_linear(
     x: Tensor, values: Tensor, channel: Tensor, index: Tensor, sign: Tensor, bias: Tensor | None
-) -> Tensor:
-    if x.dtype == torch.float64:
-        return _linear_cpu(x, values, channel, index, sign, bias)
-    from redpp_serve.kernels.split.kernel import split_linear_triton
-
-    check_linear_shapes(x, values, channel, index, sign, bias)
-    check_values(_LINEAR, values.shape[0], x.shape[-1], channel, index, sign, 1)
-    with torch.cuda.device(x.device):
-        return split_linear_triton(x, values, channel, index, sign, bias)
+) -> Sequence[int]:
+    check_input(_LINEAR, x, "(..., n_in)", x.dim() > 0)
+    if values.dim() != 1:
+        raise ValueError(f"{_LINEAR}: values must be (unique,), found {tuple(values.shape)}")
+    return *x.shape[:-1], _check_split(_LINEAR, x, "values", values, channel, index, sign, bias, x.shape[-1])
 
 
-def _linear_fake(
-    x: Tensor, values: Tensor, channel: Tensor, index: Tensor, sign: Tensor, bias: Tensor | None
-) -> Tensor:
-    check_linear_shapes(x, values, channel, index, sign, bias)
-    return x.new_empty((*x.shape[:-1], index.shape[0]))
+def _check_split(
+    op: str,
+    x: Tensor,
+    name: str,
+    kernels: Tensor,
+    channel: Tensor,
+    index: Tensor,
+    sign: Tensor,
+    bias: Tensor | None,
+    per_group: int,
+) -> int:
+    if index.dim() != 2:
+        raise ValueError(f"{op}: index must be (n_out, inputs per group), found {tuple(index.shape)}")
+    if per_group == 0:
+        raise ValueError(f"{op}: x must have inputs, found {tuple(x.shape)}")
+    n_out = index.shape[0]
+    expect(op, name, kernels, x, x.dtype, kernels.shape)
+    expect(op, "channel", channel, x, torch.int64, kernels.shape[:1])
+    expect(op, "index", index, x, torch.int32, (n_out, per_group))
+    expect(op, "sign", sign, x, torch.int8, index.shape)
+    expect(op, "bias", bias, x, x.dtype, (n_out,))
+    return n_out
+
+
+def _check_conv2d_values(x: Tensor, kernels: Tensor, channel: Tensor, index: Tensor, sign: Tensor, *rest: Any) -> None:
+    check_once(check_pairs, (_CONV2D, len(kernels), x.shape[1], rest[-1]), index, channel, sign)
+
+
+def _check_linear_values(x: Tensor, values: Tensor, channel: Tensor, index: Tensor, sign: Tensor, *rest: Any) -> None:
+    check_once(check_pairs, (_LINEAR, len(values), x.shape[-1], 1), index, channel, sign)
+
+
+def check_pairs(op: str, unique: int, n_in: int, groups: int, index: Tensor, channel: Tensor, sign: Tensor) -> None:
+    """Refuse a split that refers to kernels, inputs or signs that do not exist; reads the values once.
+
+    Raises:
+        ValueError: naming the argument, the limits and the value found.
+    """
+    if unique and not (channel[0] >= 0 and channel[-1] < n_in and (channel[1:] >= channel[:-1]).all()):
+        raise ValueError(f"{op}: channel must be non-decreasing within 0..{n_in - 1}")
+    if not index.numel():
+        return
+    low, high = (int(v) for v in index.aminmax())
+    if low < -1 or high >= unique:
+        raise ValueError(f"{op}: index must lie within -1..{unique - 1} ({unique} rows), found {low}..{high}")
+    used = index >= 0
+    if not ((sign.abs() == 1) | ((sign == 0) & ~used)).all():
+        raise ValueError(
+            f"{op}: sign must be +1 or -1 (0 only where index is -1), found values {torch.unique(sign).tolist()[:8]}"
+        )
+    n_out, per_group = index.shape
+    group = torch.arange(n_out, device=index.device) // (n_out // groups)
+    reads = group.unsqueeze(1) * per_group + torch.arange(per_group, device=index.device)
+    if not (channel[index[used].long()] == reads[used]).all():
+        raise ValueError(
+            f"{op}: index refers to a kernel of another input: channel[index[o, i]] must be input i of o's group"
+        )
+
+
+def _launch_conv2d(*arguments: Any) -> Tensor:
+    from redpp_serve.kernels.split.kernel import launch_split_conv2d  # noqa: PLC0415 - needs triton
+
+    return launch_split_conv2d(*arguments)
+
+
+def _launch_linear(*arguments: Any) -> Tensor:
+    from redpp_serve.kernels.split.kernel import launch_split_linear  # noqa: PLC0415 - needs triton
+
+    return launch_split_linear(*arguments)
 
 
 register(
     "split_conv2d",
     "(Tensor x, Tensor kernels, Tensor channel, Tensor index, Tensor sign, Tensor? bias, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
-    cpu=_conv2d_cpu,
-    cuda=_conv2d_cuda,
-    fake=_conv2d_fake,
+    check=_check_conv2d,
+    reference=split_conv2d_reference,
+    launch=_launch_conv2d,
+    allocate=empty_contiguous,
+    check_values=_check_conv2d_values,
 )
 register(
     "split_linear",
     "(Tensor x, Tensor values, Tensor channel, Tensor index, Tensor sign, Tensor? bias) -> Tensor",
-    cpu=_linear_cpu,
-    cuda=_linear_cuda,
-    fake=_linear_fake,
+    check=_check_linear,
+    reference=split_linear_reference,
+    launch=_launch_linear,
+    allocate=empty_contiguous,
+    check_values=_check_linear_values,
 )

@@ -1,4 +1,4 @@
-"""Input-wise split of a convolution and of a linear layer in plain PyTorch: the meaning of the operators.
+"""Input-wise split of a convolution and of a linear layer in plain PyTorch: the definition of the operators.
 
 Step 1 computes every unique product once (a depthwise convolution with one output per unique kernel), step 2 builds
 each output by gathering and adding its products. Source: RED++ (arXiv 2110.01397), input-wise splitting.
@@ -6,13 +6,14 @@ each output by gathering and adding its products. Source: RED++ (arXiv 2110.0139
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redpp_serve.kernels.checks import conv_output_size
+from redpp_serve.kernels.shapes import conv_output_size, working_dtype
 
 # Elements of one temporary (64 MiB in fp32). A single image whose output is larger is not cut further.
 ELEMENT_BUDGET = 1 << 24
@@ -39,7 +40,7 @@ def split_conv2d_reference(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Convolution from unique kernels; see `split.split_conv2d` for the arguments.
+    """Compute a convolution from unique kernels; the arguments are those of `split_conv2d`.
 
     Half precisions are computed in fp32 and rounded once at the end. Temporaries hold at most `ELEMENT_BUDGET`
     elements, or one image's worth of the larger of the output and a single channel's products.
@@ -50,7 +51,7 @@ def split_conv2d_reference(
     n, _, h, w = x.shape
     out_h, out_w = conv_output_size((h, w), kernels.shape[1:], stride, padding, dilation)
     result = x.new_empty((n, index.shape[0], out_h, out_w))
-    work = _working_dtype(x.dtype)
+    work = working_dtype(x.dtype)
     offsets = _row_offsets(channel, x.shape[1])
     plane = max(h * w, out_h * out_w)
     images = _samples_per_chunk(offsets, index.shape[0], plane)
@@ -75,14 +76,14 @@ def split_conv2d_reference(
 def split_linear_reference(
     x: Tensor, values: Tensor, channel: Tensor, index: Tensor, sign: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """Linear layer from unique values; see `split.split_linear` for the arguments.
+    """Compute a linear layer from unique values; the arguments are those of `split_linear`.
 
     Returns:
         (..., n_out), contiguous, in the dtype of `x`.
     """
     flat = x.reshape(-1, x.shape[-1])
     result = x.new_empty((len(flat), index.shape[0]))
-    work = _working_dtype(x.dtype)
+    work = working_dtype(x.dtype)
     offsets = _row_offsets(channel, x.shape[-1])
     samples = _samples_per_chunk(offsets, index.shape[0], 1)
 
@@ -100,22 +101,18 @@ def split_linear_reference(
     return result.view(*x.shape[:-1], index.shape[0])
 
 
-def _working_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _row_offsets(channel: Tensor, n_in: int) -> list[int]:
-    """Where each input channel's unique kernels begin; the last of the n_in + 1 entries is their number."""
+    """Return the row at which each input channel's unique kernels begin, and at the end (n_in + 1) their number."""
     return torch.searchsorted(channel, torch.arange(n_in + 1, device=channel.device)).tolist()
 
 
 def _samples_per_chunk(offsets: list[int], n_out: int, plane: int) -> int:
-    most_rows = max((last - first for first, last in zip(offsets, offsets[1:])), default=0)
+    most_rows = max((last - first for first, last in pairwise(offsets)), default=0)
     return max(1, ELEMENT_BUDGET // max(1, plane * max(most_rows, n_out)))
 
 
 def _runs(bounds: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
-    """Packs intervals [bounds[i], bounds[i+1]) greedily into runs of total length <= limit, at least one interval."""
+    """Pack intervals [bounds[i], bounds[i+1]) greedily into runs of total length <= limit, at least one interval."""
     start = 0
     while start < len(bounds) - 1:
         stop = max(start + 1, bisect_right(bounds, bounds[start] + limit) - 1)
@@ -124,7 +121,7 @@ def _runs(bounds: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
 
 
 def _tiles(offsets: list[int], index_shape: Sequence[int], groups: int, row_limit: int) -> Iterator[Tile]:
-    """Cuts `index` so that a tile refers to at most `row_limit` unique kernels (or to one input channel's)."""
+    """Cut `index` so that a tile refers to at most `row_limit` unique kernels (or to one input channel's)."""
     n_out, per_group = index_shape
     group_outputs = n_out // groups
     for first, last in _runs(offsets[::per_group], row_limit):
@@ -145,9 +142,9 @@ def _gather_sum(
     width: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Sums sign * product over each output's inputs.
+    """Sum sign * product over each output's inputs.
 
-    `products(first, last)` gives rows first..last-1 as (last - first, width). An embedding bag is a gather-sum that
+    `products(first, last)` returns rows first..last-1 as (last - first, width). An embedding bag is a gather-sum that
     never stores the gathered rows; pairs with index -1 are not part of a bag, so they cost nothing.
 
     Returns:

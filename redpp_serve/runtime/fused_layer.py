@@ -116,8 +116,7 @@ def cudnn(layer: FusedLayer) -> Form:
 
 def fused(layer: FusedLayer) -> Form:
     """`kernels.fused_conv2d` or `kernels.fused_linear`."""
-    n_out = layer.values.shape[0]
-    args = layer.x, layer.weight, layer.bias, layer.other, None, n_out, layer.activation
+    args = layer.x, layer.weight, layer.bias, layer.other, layer.activation
     if layer.is_conv:
         return Node(layer.node.name, "redpp.fused_conv2d", (*args, *layer.geometry)), _stored(layer)
     return Node(layer.node.name, "redpp.fused_linear", args), _stored(layer)

@@ -1,7 +1,5 @@
 """Buckets, padding and chunks, with a stand-in for the recorded graph: it repeats the run into the same tensors."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,30 +7,9 @@ from torch import Tensor
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.runtime.cuda_graphs import BucketRunner, CudaRecorder
+from tests.support.recording import StandIn
 
 CPU = torch.device("cpu")
-
-
-class StandIn:
-    """Like a CUDA graph, the replay reads the buffers it was recorded with and overwrites its own outputs."""
-
-    def __init__(self) -> None:
-        self.recorded: list[int] = []
-        self.replayed: list[int] = []
-        self.seen: list[Tensor] = []
-
-    def record(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        outputs = tuple(y.clone() for y in run())
-        batch = len(outputs[0]) if outputs[0].dim() else 0
-        self.recorded.append(batch)
-
-        def replay() -> None:
-            self.replayed.append(batch)
-            for static, fresh in zip(outputs, run(), strict=True):
-                static.copy_(fresh)
-            self.seen.append(outputs[1].clone() if len(outputs) > 1 else outputs[0].clone())
-
-        return replay, outputs
 
 
 def network() -> Graph:

@@ -31,8 +31,16 @@ _COPY = r"cp\.async\.c[ag]\.shared\.global.*?, 0x([0-9a-f]+)"  # bytes, in hexad
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one architecture: PTX and machine code; registers of a thread; bytes of registers per thread that
-    went to memory; bytes of shared memory; warps of a program."""
+    """One kernel for one architecture.
+
+    Attributes:
+        ptx: its PTX.
+        sass: its machine code.
+        registers: registers of a thread.
+        spills: bytes of registers per thread that went to memory.
+        shared: bytes of shared memory.
+        warps: warps of a program.
+    """
 
     ptx: str
     sass: str
@@ -43,7 +51,7 @@ class Compiled:
 
     @property
     def mma(self) -> bool:
-        """Whether it has matrix instructions of tensor cores."""
+        """Tell whether it has matrix instructions of tensor cores."""
         return any(i.products for i in instructions(self.sass))
 
     @cached_property
@@ -87,7 +95,7 @@ class Launch(NamedTuple):
 
 @contextmanager
 def recorded(*modules: Any) -> Iterator[list[Launch]]:
-    """The launches of these modules' kernels, which do not take place; tensors may be on the meta device."""
+    """Record the launches of these modules' kernels, which do not take place; tensors may be on the meta device."""
     launches: list[Launch] = []
 
     class Recorder:
@@ -108,7 +116,7 @@ def recorded(*modules: Any) -> Iterator[list[Launch]]:
 
 
 def compile_launch(launch: Launch, arch: int) -> Compiled:
-    """As Triton specialises a launch: tensors are aligned, numbers are 1, multiples of 16, or neither."""
+    """Compile as Triton specialises a launch: tensors are aligned, numbers are 1, multiples of 16, or neither."""
     signature, constants, divisible = {}, {}, []
     for parameter, value in zip(launch.kernel.params, launch.arguments, strict=True):
         name = parameter.name
@@ -132,7 +140,7 @@ def compile_kernel(
     num_stages: int = 3,
     divisible: Collection[str] = (),
 ) -> Compiled:
-    """Compiles a `triton.jit` function.
+    """Compile a `triton.jit` function.
 
     Args:
         signature: Triton's type of every argument that is not a constant, such as ``*fp16`` or ``i32``.
@@ -166,7 +174,7 @@ def compile_kernel(
 
 
 def check_budget(case: str, found: Mapping[str, Any]) -> None:
-    """No spills, and no more registers, shared memory and instructions per weight than `BUDGETS` allows a case.
+    """Demand no spills, and no more registers, shared memory and instructions per weight than `BUDGETS` allows a case.
 
     Args:
         found: ``registers``, ``spills``, ``shared`` and, where the budget has it, ``per_weight``.

@@ -20,11 +20,11 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 
 
-def run_child(file: str, what: str, **environment: str) -> dict[str, Any]:
-    """Runs ``python FILE WHAT`` with a fresh cache of Triton's; what its last line of output says, as JSON."""
+def run_child(file: str, *what: str, **environment: str) -> dict[str, Any]:
+    """Run ``python FILE WHAT`` with a fresh cache of Triton's; return the last line of its output, read as JSON."""
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
-            [sys.executable, file, what],
+            [sys.executable, file, *what],
             env=os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)} | environment,
             capture_output=True,
             text=True,
@@ -36,8 +36,10 @@ def run_child(file: str, what: str, **environment: str) -> dict[str, Any]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fills whatever torch allocates without values with NaN (integers: their largest value): an element that is never
-    written shows."""
+    """Fill whatever torch allocates without values with NaN (integers: their largest value).
+
+    An element that is never written then shows.
+    """
     enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -50,7 +52,7 @@ def poisoned() -> Iterator[None]:
 
 
 def errors(found: Tensor, in_torch: Tensor, exact: Tensor) -> dict[str, float]:
-    """The largest errors of a kernel and of torch in the same precision, and one rounding of the largest value."""
+    """Measure the largest errors of a kernel and of torch in the same precision, and one rounding of the largest."""
     if exact.numel() == 0 or found.shape != exact.shape:
         return {"error": float(found.shape != exact.shape), "torch_error": 0.0, "rounding": 0.0}
     return {
@@ -61,5 +63,5 @@ def errors(found: Tensor, in_torch: Tensor, exact: Tensor) -> dict[str, float]:
 
 
 def assert_as_good_as_torch(result: dict[str, float]) -> None:
-    """At most twice torch's own error in the same precision, plus one rounding of the largest value."""
+    """Demand at most twice torch's own error in the same precision, plus one rounding of the largest value."""
     assert result["error"] <= 2 * result["torch_error"] + result["rounding"], result

@@ -16,11 +16,15 @@ _GUARD = 256  # elements on either side
 
 
 def surrounded(tensor: Tensor) -> tuple[Tensor, Callable[[], bool]]:
-    """A copy with the same strides amid NaN (integers: their largest value), and whether that is still there."""
-    span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+    """Copy a tensor, with its strides, amid NaN (integers: their largest value); return it and a check of those."""
+    span = (
+        1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    )
     fill = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
     buffer = torch.full((span + 2 * _GUARD,), fill, dtype=tensor.dtype, device=tensor.device)
-    inner = buffer.as_strided(tensor.shape, tensor.stride(), _GUARD).copy_(tensor)
+    inner = buffer.as_strided(tensor.shape, tensor.stride(), _GUARD)
+    once = tuple(slice(0, 1 if step == 0 else None) for step in tensor.stride())  # of an expanded tensor
+    inner[once].copy_(tensor[once])
 
     def intact() -> bool:
         around = torch.cat([buffer[:_GUARD], buffer[_GUARD + span :]])
@@ -30,8 +34,9 @@ def surrounded(tensor: Tensor) -> tuple[Tensor, Callable[[], bool]]:
 
 
 def run_guarded(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """The function's result, with NaN around every tensor that goes in and around every one that it allocates on a
-    device; what is allocated is NaN until it is written.
+    """Call a function with NaN around every tensor that goes in and around every one that it allocates on a device.
+
+    What is allocated is NaN until it is written.
 
     Raises:
         AssertionError: something around a tensor changed.
@@ -55,14 +60,16 @@ def run_guarded(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 
 def far_memory(shape: tuple[int, ...]) -> Tensor:
-    """Zeros in fp16 that are reserved, not backed by memory: only pages that are touched take any."""
+    """Reserve zeros in fp16 that are not backed by memory: only pages that are touched take any."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # NORESERVE
     return torch.frombuffer(mmap.mmap(-1, 2 * math.prod(shape), flags=flags), dtype=torch.float16).view(shape)
 
 
 def at_page_end(tensor: Tensor) -> Tensor:
-    """A contiguous (or channels_last) copy whose last byte lies before memory that nobody may read: a load beyond it, even of values that are
-    then dropped, ends the process."""
+    """Copy a contiguous (or channels_last) tensor so that its last byte lies before memory that nobody may read.
+
+    A load beyond it, even of values that are then dropped, ends the process.
+    """
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         return (
             at_page_end(tensor.permute(0, 2, 3, 1).flatten())

@@ -1,4 +1,4 @@
-"""A small machine for the PTX of inline assembly: runs the very text that the compiler gets, on 32-bit words in numpy."""
+"""A model of the PTX instructions that the decoding of codebooks uses, over arrays of registers."""
 
 import re
 from collections.abc import Sequence
