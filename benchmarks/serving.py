@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import tempfile
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ from redpp_serve.options import Options
 from redpp_serve.packaging.package import VARIANTS, describe_machine, package
 from redpp_serve.reference import ARCH, CHECKPOINT
 from redpp_serve.reference.digits import MEAN, STD
-from redpp_serve.serving.serve import model_name
-from redpp_serve.serving.server import KINDS, LocalServer, open_server
+from redpp_serve.serving.serve import KINDS, model_name, open_server
+from redpp_serve.serving.server import LocalServer
+from redpp_serve.serving.switching import switch
 
 BAD_SHARE, FAULT_CLIENTS, CRASH_S, ROLL_OUT_S = 0.1, 8, 40.0, 16.0
 
@@ -94,12 +96,15 @@ def crash_part(server: LocalServer, cases: Cases) -> dict[str, Any]:
 
 def roll_out_part(server: LocalServer, cases: Cases) -> dict[str, Any]:
     """Unversioned requests while the default version moves three times."""
-    moves = [("promote", server.promote), ("rollback", server.rollback), ("promote again", server.promote)]
-    events = [(ROLL_OUT_S * (k + 1) / 4, name, act) for k, (name, act) in enumerate(moves)]
+    running = server.running()
+    moves = (("promote", "pruned"), ("rollback", "original"), ("promote again", "pruned"))
+    events = [
+        (ROLL_OUT_S * (k + 1) / 4, name, partial(switch, running, variant)) for k, (name, variant) in enumerate(moves)
+    ]
     run = run_load(
         server, cases, clients=FAULT_CLIENTS, seconds=ROLL_OUT_S, bad_share=0.0, targets=(UNVERSIONED,), events=events
     )
-    server.rollback()
+    switch(running, "original")
     edges = [0.0, *(x for at in run.events.values() for x in at), ROLL_OUT_S * 2]
     wanted = ("original", "pruned", "original", "pruned")
     wrong = [
@@ -126,7 +131,7 @@ def worker_of(server: LocalServer, variant: str) -> int:
     """The process that runs a version's handler."""
     number = server.versions[list(VARIANTS).index(variant)]
     if server.kind == "torchserve":
-        _, body = ask(server.ports.management, f"/models/{server.name}/{number}", server.headers("management"))
+        _, body = ask(f"{server.management_url}/models/{server.name}/{number}", server.headers("management"))
         return int(json.loads(body)[0]["workers"][0]["pid"])
     stubs = [p for p in psutil.Process().children(recursive=True) if "triton_python_b" in p.name()]
     return next(p.pid for p in stubs if any(f"/{number}/model.py" in word for word in p.cmdline()))
@@ -263,7 +268,7 @@ def main() -> None:
             "versions": {name: version(name) for name in ("torchserve", "tritonclient")},
         }
         for kind in KINDS:
-            with open_server(kind, folder, name=model_name(folder), auth=True, progress=_note) as server:
+            with open_server(kind, folder, name=model_name(folder), auth=True, note=_note) as server:
                 _note(f"{kind}: load")
                 results[kind] = {"load": load_part(server, cases, options.clients, options.seconds)}
                 _note(f"{kind}: roll-out")

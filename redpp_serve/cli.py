@@ -30,7 +30,7 @@ from redpp_serve.options import (
     option,
     whole,
 )
-from redpp_serve.signals import unwinding
+from redpp_serve.signals import exit_of_a_command, stopped_by_signal
 
 EXIT_CODES = (
     "exit codes: 0 done; 1 a server does not answer; 2 bad input; 3 a number missed its limit or target; 130 Ctrl-C"
@@ -302,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     options = parser().parse_args(words)
     try:
-        with unwinding():
+        with stopped_by_signal(exit_of_a_command):
             COMMANDS[options.command].run(options)
     except RedppError as error:
         print(f"redpp-serve {options.command}: {error}", file=sys.stderr)

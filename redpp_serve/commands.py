@@ -118,7 +118,7 @@ def serve(options: argparse.Namespace) -> None:
         workers=options.workers,
         ports=_ports(options),
         auth=not options.demo_auth_off,
-        say=_say,
+        note=_say,
     )
 
 

@@ -1,4 +1,4 @@
-"""The TCP ports of local servers: chosen free, or given and checked before anything starts."""
+"""Local servers on the loopback address: their ports, chosen free or checked before anything starts, and requests."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import socket
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from redpp_serve.errors import RedppError
 
 ADDRESS = "127.0.0.1"
+NO_ANSWER = (OSError, http.client.HTTPException)  # what `ask` raises
 # Below the range that systems hand out to outgoing connections, which could take a port between check and use.
 _CANDIDATES = range(20000, 32000)
 
 
 @dataclass(frozen=True)
 class Ports:
-    """TorchServe's listeners; ``exporter`` serves this project's metrics. Defaults are the server's own."""
+    """TorchServe's ports, and the port of this project's metrics exporter. Defaults are the server's own."""
 
     inference: int = 8080
     management: int = 8081
@@ -30,7 +32,7 @@ class Ports:
 
 @dataclass(frozen=True)
 class TritonPorts:
-    """Triton Inference Server's listeners. Defaults are the server's own."""
+    """Triton Inference Server's ports. Defaults are the server's own."""
 
     http: int = 8000
     grpc: int = 8001
@@ -39,7 +41,7 @@ class TritonPorts:
 
 @dataclass(frozen=True)
 class GatewayPorts:
-    """The listeners of an experiment: where users ask, where their requests are recorded, and its own metrics."""
+    """An experiment's ports: for users, for the recorder of their requests, and for its own metrics."""
 
     gateway: int = 8088
     recorder: int = 8089
@@ -69,8 +71,8 @@ def check_ports(ports: Ports | TritonPorts | GatewayPorts) -> None:
         seen[port] = purpose.replace("_", " ")
 
 
-def free_ports(kind: type[AnyPorts] = Ports) -> AnyPorts:  # type: ignore[assignment]
-    """Ports that are free now.
+def free_ports(kind: type[AnyPorts]) -> AnyPorts:
+    """Choose ports that are free now.
 
     Raises:
         RedppError: hardly any port of this machine is free.
@@ -84,14 +86,14 @@ def free_ports(kind: type[AnyPorts] = Ports) -> AnyPorts:  # type: ignore[assign
             except OSError:
                 continue
             if len(found) == len(wanted):
-                return kind(**dict(zip(wanted, found)))
+                return kind(*found)
     raise RedppError(
         f"fewer than {len(wanted)} free ports among 500 tried on {ADDRESS}", "free ports", "stop other servers"
     )
 
 
 def consecutive_ports(kind: type[AnyPorts], first: int) -> AnyPorts:
-    """The ports from ``first`` on, in the order of the kind's fields."""
+    """Return the ports from ``first`` on, in the order of the kind's fields."""
     return kind(*range(first, first + len(fields(kind))))
 
 
@@ -114,16 +116,24 @@ def _bound(held: ExitStack, port: int) -> int:
 
 
 def ask(
-    port: int, path: str, headers: dict[str, str], method: str = "GET", body: bytes | None = None, timeout_s: float = 5
+    url: str,
+    headers: dict[str, str] | None = None,
+    *,
+    method: str = "GET",
+    body: bytes | None = None,
+    timeout_s: float = 5.0,
 ) -> tuple[int, bytes]:
-    """Status and body; without urllib, which would send loopback traffic through a configured proxy.
+    """Send one request over HTTP, and return the reply's status and body, whatever the status.
+
+    It does not use urllib, which would send loopback traffic through a configured proxy.
 
     Raises:
-        OSError, http.client.HTTPException: nobody answers there, or not in HTTP.
+        OSError, http.client.HTTPException: nobody answers there, or not in HTTP; see `NO_ANSWER`.
     """
-    connection = http.client.HTTPConnection(ADDRESS, port, timeout=timeout_s)
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or ADDRESS, parts.port, timeout=timeout_s)
     try:
-        connection.request(method, path, body, headers)
+        connection.request(method, parts._replace(scheme="", netloc="").geturl() or "/", body, headers or {})
         response = connection.getresponse()
         return response.status, response.read()
     finally:

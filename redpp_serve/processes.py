@@ -1,17 +1,19 @@
-"""Ends a server whose supervisor was killed and could not: a process beside it that waits for the supervisor's end.
+"""Processes that this project starts: found, ended, and cleaned up after when their supervisor is killed.
 
-It learns of that end from a pipe, which the system closes with whatever process held it.
-
-Ending every process of a started program, also those whose parent has ended before them.
+Every program is started as the leader of a session of its own, so that all its descendants can be found by the
+session's number, also those whose parent has ended. A `Guard` is a small process beside the supervisor that ends the
+sessions and removes the folders when the supervisor dies without doing so: the system then closes the pipe
+between them.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,90 +23,90 @@ if TYPE_CHECKING:
 
 
 def started(pid: int) -> float | None:
-    """When the process started, seconds since a moment that is the same for all processes; None when it does not run.
+    """Return when a process started, seconds on a clock that all processes share; None when it does not run.
 
-    On Linux since the machine's start: psutil counts from the epoch there, and moves every process when the clock is
-    set.
+    On Linux the clock starts with the machine. psutil counts from the epoch there, which moves every process when
+    someone sets the clock.
     """
-    from psutil import LINUX, STATUS_ZOMBIE, Error, Process, boot_time
+    import psutil  # noqa: PLC0415
 
     try:
-        process, since = Process(pid), boot_time() if LINUX else 0.0
-        return None if process.status() == STATUS_ZOMBIE else round(process.create_time() - since, 2)
-    except Error:
+        process, since = psutil.Process(pid), psutil.boot_time() if psutil.LINUX else 0.0
+        return None if process.status() == psutil.STATUS_ZOMBIE else round(process.create_time() - since, 2)
+    except psutil.Error:
         return None
 
 
-def session(leader: subprocess.Popen[bytes]) -> list[Process]:
-    """The living processes in the session that ``leader`` opened, also those whose parent has ended."""
-    return members(leader.pid)
-
-
-def members(number: int) -> list[Process]:
-    """The living processes in the session of that number, which is its leader's process id."""
-    from psutil import STATUS_ZOMBIE, Error, process_iter
+def session(number: int) -> list[Process]:
+    """Return the living processes in a session; its number is the process id of the leader, which may have ended."""
+    import psutil  # noqa: PLC0415
 
     found = []
-    for process in process_iter():
-        try:
-            if os.getsid(process.pid) == number and process.status() != STATUS_ZOMBIE:
+    for process in psutil.process_iter():
+        with suppress(OSError, psutil.Error):  # it has ended meanwhile, or is not ours to ask
+            if os.getsid(process.pid) == number and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
-        except (OSError, Error):  # ended meanwhile, or not ours to ask
-            continue
     return found
 
 
+def command_line(process: Process) -> list[str]:
+    """Return the words of a process's command line; none when it has ended."""
+    import psutil  # noqa: PLC0415
+
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def terminate(processes: Sequence[Process], told: Callable[[Process], bool], timeout_s: float) -> None:
+    """Send SIGTERM to the processes that ``told`` accepts, and wait up to ``timeout_s`` seconds for all of them."""
+    import psutil  # noqa: PLC0415
+
+    for process in filter(told, processes):
+        with suppress(psutil.Error):
+            process.terminate()
+    psutil.wait_procs(processes, timeout=timeout_s)
+
+
 def kill_session(leader: subprocess.Popen[bytes]) -> None:
-    """End what is left of a session. The leader goes first: a launcher could start Java at this very moment."""
+    """Kill what is left of a session. The leader goes first: a launcher could start Java at this very moment."""
     if leader.poll() is None:
         leader.kill()
-    kill_members(leader.pid)
+    _kill_members(leader.pid)
     leader.wait()
 
 
-def kill_members(number: int) -> None:
-    """End every process in the session of that number."""
-    from psutil import Error, wait_procs
+def _kill_members(number: int) -> None:
+    import psutil  # noqa: PLC0415
 
     for _ in range(10):  # Java may start workers between a look and a kill
-        left = members(number)
+        left = session(number)
         for process in left:
-            try:
+            with suppress(psutil.Error):
                 process.kill()
-            except Error:
-                continue
         if not left:
             break
-        wait_procs(left, timeout=1)
+        psutil.wait_procs(left, timeout=1)
 
 
 def free_shared_memory(prefix: str) -> None:
-    """Remove the shared memory whose names begin with that, which is not empty."""
+    """Remove shared memory whose names begin with ``prefix``; nothing for an empty prefix."""
     for left in Path("/dev/shm").glob(f"{prefix}*") if prefix else ():
         left.unlink(missing_ok=True)
 
 
-def runs(process: Process, argument: str) -> bool:
-    """Whether the process's command line holds this argument."""
-    from psutil import Error
-
-    try:
-        return argument in process.cmdline()
-    except Error:
-        return False
-
-
 class Guard:
-    """Removes a server's private folder and ends its sessions, unless it is dismissed before this process ends.
+    """A process that ends sessions and removes folders when this process dies before it calls `dismiss`.
 
-    Args:
-        home: the private folder; shared memory whose names begin with its name and a hyphen goes with it.
+    One guard serves a whole supervisor: watch each session once it is started, and each folder once it is made. A
+    session that was started again is watched again.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(home)],
-            cwd=home,
+            [sys.executable, "-m", __name__],
+            cwd="/",
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -112,40 +114,39 @@ class Guard:
             text=True,
         )
 
-    def watch(self, leader: subprocess.Popen[bytes]) -> None:
-        """This session too."""
-        self._tell(f"{leader.pid} {started(leader.pid)}")
+    def watch_session(self, leader: subprocess.Popen[bytes]) -> None:
+        """Also kill the session of this leader."""
+        self._tell("session", [leader.pid, started(leader.pid)])
+
+    def watch_folder(self, folder: Path) -> None:
+        """Also remove this folder, and shared memory whose names begin with its name and a hyphen."""
+        self._tell("folder", str(folder))
 
     def dismiss(self) -> None:
-        """Everything has been ended; returns when the guard has too."""
-        self._tell(_DISMISSED)
+        """Tell the guard that everything has been ended, and return when the guard has ended too."""
+        self._tell("dismiss", None)
         with suppress(OSError):
             self._process.communicate()
 
-    def _tell(self, line: str) -> None:
+    def _tell(self, what: str, value: object) -> None:
         assert self._process.stdin
-        with suppress(OSError):  # someone has ended the guard: the server runs on without
-            self._process.stdin.write(f"{line}\n")
+        with suppress(OSError):  # someone has killed the guard: the supervisor goes on without
+            self._process.stdin.write(json.dumps([what, value]) + "\n")
             self._process.stdin.flush()
 
 
-_DISMISSED = "dismissed"
-
-
-def wait_and_end(home: Path, lines: Iterable[str]) -> None:
-    """Read to the end of the lines that `Guard` writes, then end what they name; nothing where it was dismissed."""
-    leaders = []
-    for line in lines:
-        if line.strip() == _DISMISSED:
-            return
-        leaders.append(line.split())
-    for number, begun in leaders:
-        now = started(int(number))
-        if now is None or str(now) == begun:  # else its number has gone to somebody else's process
-            kill_members(int(number))
-    shutil.rmtree(home, ignore_errors=True)
-    free_shared_memory(f"{home.name}-")
+def wait_and_end(lines: Iterable[str]) -> None:
+    """Read the lines that a `Guard` writes to their end, then end what they name, unless the last one dismisses."""
+    told = [json.loads(line) for line in lines]
+    if told and told[-1][0] == "dismiss":
+        return
+    for number, begun in [value for what, value in told if what == "session"]:
+        if started(number) in (None, begun):  # else the number has gone to somebody else's process
+            _kill_members(number)
+    for folder in [Path(value) for what, value in told if what == "folder"]:
+        shutil.rmtree(folder, ignore_errors=True)
+        free_shared_memory(f"{folder.name}-")
 
 
 if __name__ == "__main__":
-    wait_and_end(Path(sys.argv[1]), sys.stdin)
+    wait_and_end(sys.stdin)

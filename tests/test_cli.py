@@ -21,7 +21,7 @@ import redpp_serve.packaging.package as packaging
 from redpp_serve import __version__
 from redpp_serve.cli import COMMANDS, main
 from redpp_serve.documentation import PATH, documentation
-from redpp_serve.loopback import free_ports
+from redpp_serve.loopback import Ports, free_ports
 from tests.attacks.files import Net
 from tests.support.small import ARCH, INPUT, arguments, network, write_data, write_model
 
@@ -413,7 +413,7 @@ def test_words_about_serving(run: Run, packaged: Path, words: list[str], found: 
 
 @pytest.mark.parametrize("command", ["serve", "compare"])
 def test_a_port_in_use(run: Run, packaged: Path, command: str) -> None:
-    port = free_ports().inference
+    port = free_ports(Ports).inference
     with socket.create_server(("127.0.0.1", port)):
         code, out, err = run(command, packaged, "--port", str(port))
     assert (code, out) == (2, "")

@@ -1,5 +1,6 @@
-"""A server whose supervisor is killed: its processes, its folder and its shared memory go; dismissed, nothing does."""
+"""Processes in sessions are found and ended, and a guard cleans up after a supervisor that is killed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,16 +11,25 @@ from pathlib import Path
 import psutil
 import pytest
 
-from redpp_serve.processes import started, wait_and_end
+from redpp_serve.processes import (
+    command_line,
+    free_shared_memory,
+    kill_session,
+    session,
+    started,
+    terminate,
+    wait_and_end,
+)
 
 # Its leader ends at once, and leaves a process in the session, as a server does that was killed.
 _SUPERVISOR = """
 import os, subprocess, sys
 from pathlib import Path
 from redpp_serve.processes import Guard
-guard = Guard(Path(sys.argv[1]))
+guard = Guard()
+guard.watch_folder(Path(sys.argv[1]))
 leader = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!"], stdout=subprocess.PIPE, start_new_session=True)
-guard.watch(leader)
+guard.watch_session(leader)
 print(leader.stdout.readline().decode().strip(), guard._process.pid, flush=True)
 leader.wait()
 if sys.argv[2] == "dismiss":
@@ -74,12 +84,54 @@ def test_a_dismissed_guard_ends_and_touches_nothing(
         server.kill()
 
 
-def test_a_number_that_is_somebody_elses_by_now_is_left_alone(tmp_path: Path) -> None:
+def test_a_number_that_is_somebody_elses_by_now_is_left_alone() -> None:
     other = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
-        wait_and_end(home(tmp_path), [f"{other.pid} 12.5"])
+        wait_and_end([json.dumps(["session", [other.pid, 12.5]])])
         assert other.poll() is None
-        wait_and_end(home(tmp_path), [f"{other.pid} {started(other.pid)}"])
+        wait_and_end([json.dumps(["session", [other.pid, started(other.pid)]])])
         assert not started(other.pid)
     finally:
         other.kill()
+        other.wait()
+
+
+def test_one_guard_ends_several_sessions_and_folders(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b\n")]
+    sessions = [subprocess.Popen(["sleep", "60"], start_new_session=True) for _ in range(2)]
+    try:
+        for folder in folders:
+            (folder / "within").mkdir(parents=True)
+        told = [["session", [leader.pid, started(leader.pid)]] for leader in sessions]
+        wait_and_end(json.dumps(each) for each in (*told, *(["folder", str(folder)] for folder in folders)))
+        assert [started(leader.pid) for leader in sessions] == [None, None]
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        for leader in sessions:
+            leader.kill()
+            leader.wait()
+
+
+def test_no_shared_memory_is_freed_without_a_prefix() -> None:
+    memory = Path("/dev/shm") / f"redpp-test-{os.getpid()}"
+    memory.touch()
+    try:
+        free_shared_memory("")
+        assert memory.exists()
+        free_shared_memory(f"redpp-test-{os.getpid()}")
+        assert not memory.exists()
+    finally:
+        memory.unlink(missing_ok=True)
+
+
+def test_terminating_tells_some_and_waits_for_all() -> None:
+    leader = subprocess.Popen(["sh", "-c", "sleep 60 & wait"], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 10
+        while len(members := session(leader.pid)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        sleeper = next(process for process in members if command_line(process)[0] == "sleep")
+        terminate(members, lambda process: process == sleeper, timeout_s=10)
+        assert leader.wait(10) == 0 and session(leader.pid) == [] and command_line(sleeper) == []
+    finally:
+        kill_session(leader)

@@ -50,8 +50,8 @@ from redpp_serve.ab.status import Status, read_status
 from redpp_serve.errors import RedppError
 from redpp_serve.loopback import ADDRESS, GatewayPorts, Ports, TritonPorts, check_ports, consecutive_ports, free_ports
 from redpp_serve.serving.running import Running, register
-from redpp_serve.serving.serve import model_name
-from redpp_serve.serving.server import LocalServer, open_server
+from redpp_serve.serving.serve import model_name, open_server
+from redpp_serve.serving.server import LocalServer
 
 _POLL_S = 1.0
 
@@ -103,7 +103,7 @@ class Supervisor:
         if spec.candidate:
             folder = mixed_folder(folder, spec.candidate, self._state / "package")
 
-        def progress(line: str) -> None:
+        def note(line: str) -> None:
             with suppress(OSError):  # a full disk must not keep a server from being started again
                 self._note()
                 self._say(line)
@@ -117,7 +117,7 @@ class Supervisor:
             workers=spec.workers,
             ports=ports,
             auth=spec.auth,
-            progress=progress,
+            note=note,
         )
         stack.callback(self._server.stop)
         self._note()

@@ -19,8 +19,8 @@ from redpp_serve.loopback import ADDRESS, Ports, TritonPorts
 from redpp_serve.packaging.mar import ARTIFACT
 from redpp_serve.packaging.package import VARIANTS, request_body
 from redpp_serve.report import write_reports
-from redpp_serve.serving.serve import model_name
-from redpp_serve.serving.server import LocalServer, open_server
+from redpp_serve.serving.serve import model_name, open_server
+from redpp_serve.serving.server import LocalServer
 
 _BINARY = "application/octet-stream"
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile)
@@ -56,7 +56,7 @@ def compare(
     """
     name = model_name(folder)
     payloads = read_payloads(inputs) if inputs else folder_payloads(folder)
-    with open_server(server, folder, name=name, workers=workers, ports=ports, auth=auth, progress=note) as running:
+    with open_server(server, folder, name=name, workers=workers, ports=ports, auth=auth, note=note) as running:
         original, pruned = (endpoint(running, variant) for variant in VARIANTS)
         return compare_endpoints(
             original,

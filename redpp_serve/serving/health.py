@@ -1,26 +1,24 @@
-"""Whether a running server answers: by asking it for a prediction, since servers call themselves ready whose workers are
-dead.
-"""
+"""Ask a running server for predictions: servers whose workers are dead still call themselves ready."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from redpp_serve.errors import RedppError
-from redpp_serve.loopback import ask
+from redpp_serve.loopback import NO_ANSWER, ask
 from redpp_serve.serving.running import Running, find
 
 if TYPE_CHECKING:
     import numpy as np
 
 TIMEOUT_S = 30.0
+_BINARY = {"Content-Type": "application/octet-stream"}
 
 
 class Unhealthy(RedppError):
@@ -34,9 +32,9 @@ class Request:
     """A prediction to ask for.
 
     Attributes:
-        body: what to POST.
-        headers: what the body is.
-        path: the file in the package that holds the body; None where it was made.
+        body: the bytes to POST.
+        headers: the headers that describe the body.
+        path: the file in the package that holds the body; None where the body was made.
     """
 
     body: bytes
@@ -46,12 +44,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Health:
-    """What came of a probe.
+    """The outcome of a probe.
 
     Attributes:
         variant: ``original``, ``pruned`` or ``default``.
-        seconds: until the reply.
-        problem: why there was none; empty where there was one.
+        seconds: time until the reply.
+        problem: why there was no prediction; empty where there was one.
     """
 
     variant: str
@@ -59,12 +57,12 @@ class Health:
     problem: str = ""
 
     def to_text(self) -> str:
-        """One line."""
+        """Render as one line."""
         return f"{self.variant:<9} {self.problem or f'ok, {1000 * self.seconds:.1f} ms'}"
 
 
 def probe(running: Running, variant: str = "default", timeout_s: float = TIMEOUT_S) -> Health:
-    """Ask one version, or the default, for a prediction of the package's sample. Never raises for a server that is down.
+    """Ask one version, or the default, to predict the package's sample. A server that is down is not an error here.
 
     Raises:
         RedppError: the package's sample is missing or damaged.
@@ -72,12 +70,11 @@ def probe(running: Running, variant: str = "default", timeout_s: float = TIMEOUT
     begun = time.monotonic()
     try:
         request = sample_request(running)
-        url = urlsplit(running.urls[variant])
-        assert url.port is not None
         headers = {**running.headers["inference"], **request.headers}
-        status, reply = ask(url.port, url.path, headers, "POST", request.body, timeout_s)
+        url = running.urls[variant]
+        status, reply = ask(url, headers, method="POST", body=request.body, timeout_s=timeout_s)
         problem = "" if status == 200 else f"answers {status}: {reply.decode(errors='replace').strip()[:300]}"
-    except (OSError, http.client.HTTPException) as error:
+    except NO_ANSWER as error:
         problem = f"does not answer: {error or type(error).__name__}"
     return Health(variant, time.monotonic() - begun, problem)
 
@@ -104,7 +101,7 @@ def check(folder: Path, kind: str | None = None) -> list[Health]:
 
 
 def sample_request(running: Running) -> Request:
-    """A prediction of the package's sample, as that kind of server takes it.
+    """Return a request to predict the package's sample, in the form that this kind of server takes.
 
     Raises:
         RedppError: the sample is missing or damaged.
@@ -114,46 +111,34 @@ def sample_request(running: Running) -> Request:
     if path is None:
         raise _no_sample(f"{running.folder} holds no sample.npy or sample.npz")
     if running.kind == "torchserve":
-        return Request(path.read_bytes(), {"Content-Type": "application/octet-stream"}, path)
-    port = urlsplit(running.management_url).port
-    assert port is not None
-    status, reply = ask(port, f"/v2/models/{running.name}", {})
+        return Request(path.read_bytes(), _BINARY, path)
+    status, reply = ask(f"{running.management_url}/v2/models/{running.name}")
     if status != 200:
         raise http.client.HTTPException(f"the model's metadata: {status} {reply.decode(errors='replace')[:300]}")
-    inputs = json.loads(reply)["inputs"]
-    body, header = triton_body(inputs, _arrays(path, [spec["name"] for spec in inputs]))
-    return Request(body, {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(header)})
+    metadata = json.loads(reply)
+    return triton_request(metadata, _arrays(path, [spec["name"] for spec in metadata["inputs"]]))
 
 
-def triton_body(inputs: Sequence[Mapping[str, Any]], arrays: Sequence[np.ndarray]) -> tuple[bytes, int]:
-    """One row as Triton's HTTP takes it: JSON that says what is there, then the arrays' bytes.
+def triton_request(metadata: Mapping[str, Any], arrays: list[np.ndarray[Any, Any]]) -> Request:
+    """Return a request for one row with binary inputs and JSON outputs, over Triton's HTTP.
 
     Args:
-        inputs: from the model's metadata: name, datatype and shape with batch.
-        arrays: one for each input, without batch.
-
-    Returns:
-        The body, and how many bytes of it are JSON.
+        metadata: the model's metadata: its inputs and outputs.
+        arrays: one for each input, without batch dimension.
     """
-    data = [array.tobytes() for array in arrays]
-    header = json.dumps(
-        {
-            "inputs": [
-                {
-                    "name": spec["name"],
-                    "datatype": spec["datatype"],
-                    "shape": [1, *spec["shape"][1:]],
-                    "parameters": {"binary_data_size": len(content)},
-                }
-                for spec, content in zip(inputs, data, strict=True)
-            ]
-        }
-    ).encode()
-    return b"".join([header, *data]), len(header)
+    from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput  # noqa: PLC0415
+
+    inputs = []
+    for spec, array in zip(metadata["inputs"], arrays, strict=True):
+        shape = [1, *spec["shape"][1:]]
+        inputs.append(InferInput(spec["name"], shape, spec["datatype"]).set_data_from_numpy(array.reshape(shape)))
+    outputs = [InferRequestedOutput(spec["name"], binary_data=False) for spec in metadata["outputs"]]
+    body, header = InferenceServerClient.generate_request_body(inputs, outputs)
+    return Request(body, {**_BINARY, "Inference-Header-Content-Length": str(header)})
 
 
-def _arrays(path: Path, names: Sequence[str]) -> list[np.ndarray]:
-    import numpy as np
+def _arrays(path: Path, names: list[str]) -> list[np.ndarray[Any, Any]]:
+    import numpy as np  # noqa: PLC0415
 
     try:
         if path.suffix == ".npy":

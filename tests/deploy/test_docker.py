@@ -17,7 +17,7 @@ import psutil
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from redpp_serve.loopback import TritonPorts, free_ports
+from redpp_serve.loopback import Ports, TritonPorts, free_ports
 from redpp_serve.packaging.server_config import LOG4J2, config_properties
 from redpp_serve.serving.triton_binary import find_triton, link_backend
 from tests.support.manifests import DEPLOY
@@ -185,7 +185,7 @@ def _probe(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
 @pytest.mark.server
 def test_torchserve_as_the_image_starts_it(tmp_path: Path) -> None:
     """A real server on loopback ports: the probe with its token, the exporter out of an archive, a quiet end."""
-    models, ports = write_archives(tmp_path / "models"), free_ports()
+    models, ports = write_archives(tmp_path / "models"), free_ports(Ports)
     (models / "log4j2.xml").write_text(LOG4J2)
     (models / "sample.npy").write_bytes(npy(X))
     text = (DOCKER / "torchserve.properties").read_text().replace("0.0.0.0", "127.0.0.1")

@@ -17,10 +17,10 @@ import yaml
 
 from redpp_serve.ab import commands
 from redpp_serve.ab.spec import Spec, parse_split
-from redpp_serve.loopback import ask, free_ports
+from redpp_serve.loopback import Ports, ask, free_ports
 from redpp_serve.serving.health import sample_request
 from redpp_serve.serving.running import Running, find
-from redpp_serve.serving.server import KINDS
+from redpp_serve.serving.serve import KINDS
 from tests.support.boards import GPU_ONLY, Target, filled, targets
 from tests.support.tools import tool
 
@@ -41,7 +41,7 @@ def prometheus(folder: Path, addresses: dict[str, str]) -> Iterator[int]:
     for job in config["scrape_configs"]:
         job["static_configs"][0]["targets"] = [addresses[job["job_name"]]]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    port = free_ports().metrics
+    port = free_ports(Ports).metrics
     command = [
         tool("prometheus"),
         f"--config.file={folder / 'prometheus.yml'}",
@@ -98,13 +98,13 @@ def wait(done: Callable[[], Any], what: str) -> None:
 
 def answers(port: int) -> bool:
     try:
-        return ask(port, "/-/ready", {})[0] == 200
+        return ask(f"http://127.0.0.1:{port}/-/ready")[0] == 200
     except OSError:
         return False
 
 
 def api(port: int, path: str, **parameters: str) -> Any:
-    status, body = ask(port, f"/api/v1/{path}?{urlencode(parameters)}", {})
+    status, body = ask(f"http://127.0.0.1:{port}/api/v1/{path}?{urlencode(parameters)}")
     document = json.loads(body)
     assert status == 200, document
     return document["data"]

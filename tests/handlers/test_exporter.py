@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from redpp_serve.loopback import free_ports
+from redpp_serve.loopback import Ports, free_ports
 from tests.handlers.test_metrics import work
 
 
@@ -25,7 +25,7 @@ def scrape(url: str) -> str:
 
 
 def test_it_serves_the_metrics_of_workers_until_it_is_told_to_end(tmp_path: Path) -> None:
-    port = free_ports().exporter
+    port = free_ports(Ports).exporter
     command = [sys.executable, "-m", "redpp_serve.handlers.exporter", "--port", str(port), "--dir", str(tmp_path)]
     process = subprocess.Popen(command)
     try:

@@ -13,7 +13,7 @@ from redpp_serve.packaging.output_folder import check_out
 from redpp_serve.packaging.trials import run_trials, try_archive, try_model
 from redpp_serve.packaging.triton_repository import to_json, triton_config
 from redpp_serve.serving.running import register
-from redpp_serve.serving.server import open_server
+from redpp_serve.serving.serve import open_server
 from tests.support.former import former_package
 
 

@@ -43,7 +43,7 @@ class Standin(LocalServer):
     act: dict[str, Callable[[], None]] = {}
 
     def __init__(self, kind: str, folder: Path, *, name: str, **options: Any) -> None:
-        super().__init__(folder, name=name, versions=("1.0", "2.0"), timeout_s=1, **options)
+        super().__init__(folder, name=name, versions=("1.0", "2.0"), **options)
         self.log.append("made")
 
     def _reach(self, moment: str) -> None:
@@ -99,10 +99,10 @@ def send(number: int) -> Callable[[], None]:
 def test_urls_and_token_are_printed(packaged: Path, standin: type[Standin]) -> None:
     lines: list[str] = []
     standin.act["alive"] = send(signal.SIGINT)
-    serve(packaged, workers=3, ports=Ports(), say=lines.append)
+    serve(packaged, workers=3, ports=Ports(), note=lines.append)
     assert lines[:5] == [
         "original  http://127.0.0.1:8080/predictions/small/1.0",
-        "pruned     http://127.0.0.1:8080/predictions/small/2.0",
+        "pruned    http://127.0.0.1:8080/predictions/small/2.0",
         "default   http://127.0.0.1:8080/predictions/small",
         "metrics   http://127.0.0.1:9400/metrics",
         "token     secret-of-inference",
@@ -120,7 +120,7 @@ def test_other_commands_find_it_while_it_runs(packaged: Path, standin: type[Stan
         send(signal.SIGINT)()
 
     standin.act["alive"] = look
-    serve(packaged, say=lambda line: None)
+    serve(packaged, note=lambda line: None)
     assert (found[0].kind, found[0].pid, found[0].name) == ("torchserve", os.getpid(), "small")
     assert found[0].headers["management"] == {"Authorization": "Bearer secret-of-management"}
     assert not any(state_folder().iterdir())
@@ -131,7 +131,7 @@ def test_other_commands_find_it_while_it_runs(packaged: Path, standin: type[Stan
 def test_without_auth_no_token_is_mentioned(packaged: Path, standin: type[Standin]) -> None:
     lines: list[str] = []
     standin.act["alive"] = send(signal.SIGINT)
-    serve(packaged, auth=False, say=lines.append)
+    serve(packaged, auth=False, note=lines.append)
     assert not any("oken" in line or "Bearer" in line for line in lines) and len(lines) == 7
 
 
@@ -142,13 +142,13 @@ def test_a_signal_stops_at_once_also_while_starting(
 ) -> None:
     standin.act[moment] = send(number)
     start = time.monotonic()
-    serve(packaged, say=lambda line: None)
+    serve(packaged, note=lambda line: None)
     assert standin.log[-3:] == [moment, "stop", "stopped"] and time.monotonic() - start < 5
 
 
 def test_a_signal_from_elsewhere_ends_the_wait(packaged: Path, standin: type[Standin]) -> None:
     threading.Timer(0.3, send(signal.SIGTERM)).start()
-    serve(packaged, say=lambda line: None)
+    serve(packaged, note=lambda line: None)
     assert standin.log[-2:] == ["stop", "stopped"]
 
 
@@ -158,7 +158,7 @@ def test_further_signals_do_not_disturb_stopping(packaged: Path, standin: type[S
             os.kill(os.getpid(), number)
 
     standin.act = {"alive": send(signal.SIGINT), "stop": impatient}
-    serve(packaged, say=lambda line: None)
+    serve(packaged, note=lambda line: None)
     assert standin.log[-1] == "stopped"
 
 
@@ -168,7 +168,7 @@ def test_a_server_that_ends_by_itself_is_an_error(packaged: Path, standin: type[
 
     standin.act["alive"] = ended
     with pytest.raises(RedppError, match="has ended"):
-        serve(packaged, say=lambda line: None)
+        serve(packaged, note=lambda line: None)
     assert standin.log[-1] == "stopped"
 
 
@@ -189,6 +189,7 @@ def ask(url: str, body: bytes, token: str | None) -> list[float]:
         return json.load(reply)["outputs"][0]
 
 
+@pytest.mark.server
 def test_live_servers_print_urls_answer_and_end_by_either_signal(
     packaged: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

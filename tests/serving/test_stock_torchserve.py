@@ -36,7 +36,7 @@ def server(stock_python: Path, packaged: Path, tmp_path_factory: pytest.TempPath
     shutil.copytree(packaged, package)
     shipped = (package / "config.properties").read_text()
     assert shipped == config_properties()
-    ports = asdict(free_ports())
+    ports = asdict(free_ports(Ports))
     del ports["exporter"]
     for name, value in ports.items():
         shipped = shipped.replace(str(getattr(Ports(), name)), str(value))

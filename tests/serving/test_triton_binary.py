@@ -4,20 +4,21 @@ import errno
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import redpp_serve.serving.triton_binary as module
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.triton_binary import find_triton, link_backend
+from redpp_serve.serving.triton_binary import VARIABLE, TritonBinary, Wheel, find_triton, link_backend
 
 NAME = "nvidia_pytriton-0.7.0-py3-none-manylinux_2_35_x86_64.whl"
 STUB = (
@@ -43,19 +44,23 @@ def write_wheel(folder: Path) -> Path:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "_INSTALLED", tmp_path / "absent")
-    monkeypatch.delenv(module.VARIABLE, raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
-    monkeypatch.setattr(module, "_libpython", lambda: ())
     return tmp_path / "cache" / "redpp-serve"
 
 
 @pytest.fixture
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in with the right hash."""
-    path = write_wheel(tmp_path)
-    monkeypatch.setattr(module, "_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    return path
+def wheel(tmp_path: Path) -> Path:
+    """A stand-in for the wheel."""
+    return write_wheel(tmp_path)
+
+
+def find(file: Path | None = None, note: Callable[[str], None] = lambda line: None, **changed: Any) -> TritonBinary:
+    """Find the server of a wheel that has that file's hash, on a machine that has none installed."""
+    if file:
+        changed["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    wheel = replace(Wheel(libpython=sys.version_info[:2]), **changed)
+    return find_triton(note, wheel, installed=Path("/nowhere"))
 
 
 Pip = Callable[..., list[list[str]]]
@@ -86,8 +91,8 @@ def left(cache: Path) -> set[str]:
 
 def test_the_wheel_is_fetched_once_and_unpacked_with_what_is_needed(cache: Path, wheel: Path, pip: Pip) -> None:
     commands, notes = pip(wheel), []
-    binary = find_triton(notes.append)
-    assert find_triton(notes.append) == binary
+    binary = find(wheel, notes.append)
+    assert find(wheel, notes.append) == binary
     (command,) = commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"] and command[-1] == "nvidia-pytriton==0.7.0"
     assert len(notes) == 1 and "55 MB" in notes[0] and "not installed" in notes[0]
@@ -101,24 +106,23 @@ def test_the_wheel_is_fetched_once_and_unpacked_with_what_is_needed(cache: Path,
 def test_a_wrong_hash_is_refused_and_nothing_stays(cache: Path, tmp_path: Path, pip: Pip) -> None:
     pip(write_wheel(tmp_path))
     with pytest.raises(RedppError, match="has SHA-256 [0-9a-f]{64}; it was not unpacked. Expected: 21f063ff"):
-        find_triton(lambda line: None)
+        find()
     assert left(cache) == set()
 
 
 def test_a_wheel_at_hand_needs_no_network(cache: Path, wheel: Path, pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = pip(None)
-    monkeypatch.setenv(module.VARIABLE, str(wheel))
-    assert find_triton(lambda line: None).program.is_file() and commands == [] and wheel.is_file()
-    monkeypatch.setattr(module, "_FOLDER", "other")
-    monkeypatch.setenv(module.VARIABLE, str(wheel.with_name("absent.whl")))
-    with pytest.raises(RedppError, match="absent.whl, which is no file"):
-        find_triton(lambda line: None)
+    monkeypatch.setenv(VARIABLE, str(wheel))
+    assert find(wheel).program.is_file() and commands == [] and wheel.is_file()
+    monkeypatch.setenv(VARIABLE, str(wheel.with_name("absent.whl")))
+    with pytest.raises(RedppError, match="absent.whl, which is not a file"):
+        find(wheel, release="other")
 
 
 def test_no_network_is_said_with_the_way_around(cache: Path, pip: Pip) -> None:
     pip(None, "WARNING: Retrying\nERROR: No matching distribution found for nvidia-pytriton==0.7.0\n")
     with pytest.raises(RedppError, match="could not be fetched: ERROR: No matching.*REDPP_TRITONSERVER at the file"):
-        find_triton(lambda line: None)
+        find()
     assert left(cache) == set()
 
 
@@ -128,16 +132,46 @@ def test_a_full_disk_is_said(cache: Path, wheel: Path, pip: Pip, monkeypatch: py
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "_unzip", full)
+    monkeypatch.setattr(zipfile.ZipFile, "extract", full)
     with pytest.raises(RedppError, match="no space in .*XDG_CACHE_HOME"):
-        find_triton(lambda line: None)
+        find(wheel)
     assert left(cache) == set()
+    pip(None, "ERROR: [Errno 28] No space left on device\n")
+    with pytest.raises(RedppError, match="no space in .*XDG_CACHE_HOME"):
+        find(wheel)
+
+
+def test_a_cache_that_cannot_be_is_said(
+    cache: Path, wheel: Path, pip: Pip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip(wheel)
+    (tmp_path / "cache").touch()
+    with pytest.raises(RedppError, match="cannot be unpacked into .*XDG_CACHE_HOME"):
+        find(wheel)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(RedppError, match="no home folder.*XDG_CACHE_HOME"):
+        find(wheel)
+
+
+def test_a_process_that_was_faster_where_there_are_no_locks_is_no_failure(
+    cache: Path, wheel: Path, pip: Pip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip(wheel)
+    rename = os.rename
+
+    def late(source: Path, target: Path) -> None:
+        shutil.copytree(source, target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    assert find(wheel).program.is_file() and len(left(cache)) == 1
 
 
 def test_several_at_once_unpack_once(cache: Path, wheel: Path, pip: Pip) -> None:
     commands = pip(wheel)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: find_triton(lambda line: None), range(4)))
+        found = list(pool.map(lambda _: find(wheel), range(4)))
     assert len(set(found)) == 1 and len(commands) == 1 and len(left(cache)) == 1
 
 
@@ -161,15 +195,18 @@ def test_other_machines_are_refused_before_anything_is_fetched(
     monkeypatch.setattr(platform, "machine", lambda: patch.get("machine", "x86_64"))
     monkeypatch.setattr(platform, "libc_ver", lambda: patch.get("libc", ("glibc", "2.36")))
     with pytest.raises(RedppError, match=found):
-        find_triton(lambda line: None)
+        find()
     assert commands == []
 
 
-def test_a_python_without_shared_library_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_python_without_shared_library_is_refused(
+    cache: Path, pip: Pip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands = pip(None)
     monkeypatch.setattr(sysconfig, "get_config_var", {"INSTSONAME": "libpython3.11.a", "LIBDIR": str(tmp_path)}.get)
-    monkeypatch.setattr(module, "_BUNDLED_LIBPYTHON", (0, 0))
     with pytest.raises(RedppError, match="no shared library.*--enable-shared"):
-        module._libpython()
+        find(libpython=(0, 0))
+    assert commands == []
 
 
 def test_an_installed_server_comes_first(
@@ -180,24 +217,23 @@ def test_an_installed_server_comes_first(
     (home / "bin" / "tritonserver").touch(0o600)
     (home / "backends" / "python").mkdir(parents=True)
     (home / "backends" / "python" / "stub").touch()
-    monkeypatch.setenv(module.VARIABLE, str(home))
+    monkeypatch.setenv(VARIABLE, str(home))
     with pytest.raises(RedppError, match="no tritonserver"):  # nothing that can be executed
-        find_triton(lambda line: None)
+        find_triton(print)
     (home / "bin" / "tritonserver").chmod(0o700)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(module.VARIABLE, "opt/tritonserver")
-    assert find_triton(lambda line: None).program == home / "bin" / "tritonserver"  # it runs in another folder
+    monkeypatch.setenv(VARIABLE, "opt/tritonserver")
+    assert find_triton(print).program == home / "bin" / "tritonserver"  # it runs in another folder
     for setting in ("variable", "place"):
         if setting == "variable":
-            monkeypatch.setenv(module.VARIABLE, str(home))
+            monkeypatch.setenv(VARIABLE, str(home))
         else:
-            monkeypatch.delenv(module.VARIABLE)
-            monkeypatch.setattr(module, "_INSTALLED", home)
-        binary = find_triton(lambda line: None)
+            monkeypatch.delenv(VARIABLE)
+        binary = find_triton(print, installed=home if setting == "place" else tmp_path / "absent")
         assert binary.program == home / "bin" / "tritonserver"
     assert commands == []
     folder = link_backend(binary, tmp_path / "backends")
     assert (folder / "python" / "stub").resolve() == home / "backends" / "python" / "stub"
-    monkeypatch.setenv(module.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
     with pytest.raises(RedppError, match="REDPP_TRITONSERVER is .*no tritonserver with a Python back end"):
-        find_triton(lambda line: None)
+        find_triton(print)

@@ -1,5 +1,4 @@
-"""A real tritonserver with both versions: tokens, versions, roll-out under load, dead workers, and an end that leaves
-nothing behind."""
+"""A real tritonserver with both versions: tokens, roll-out under load, dead workers, an end that leaves nothing."""
 
 import http.client
 import json
@@ -21,14 +20,17 @@ import numpy
 import psutil
 import pytest
 
-import redpp_serve.serving.triton_server as module
 from redpp_serve.errors import RedppError
 from redpp_serve.loopback import TritonPorts, free_ports
 from redpp_serve.processes import session
 from redpp_serve.serving.health import probe, sample_request
-from redpp_serve.serving.server import open_server
-from redpp_serve.serving.triton_server import TritonServer, load_request, loaded_versions, variant_of, versions_for
+from redpp_serve.serving.serve import open_server
+from redpp_serve.serving.server import RESTARTS
+from redpp_serve.serving.switching import default_variant, switch
+from redpp_serve.serving.triton_server import TritonServer
 from tests.support.rollout import expected_outputs, read, switch_under_load
+
+pytestmark = pytest.mark.server
 
 STOP_S = 30
 
@@ -69,7 +71,7 @@ def tree(folder: Path) -> set[tuple[str, int]]:
 def server(packaged: Path) -> Iterator[TritonServer]:
     lines: list[str] = []
     before, others = tree(packaged), set(mine())
-    running = open_server("triton", packaged, name="small", progress=lines.append)
+    running = open_server("triton", packaged, name="small", note=lines.append)
     assert isinstance(running, TritonServer)
     with running:
         assert lines[-1] == "2 of 2 workers ready" and running.home
@@ -88,7 +90,7 @@ def test_both_versions_and_the_default_answer(server: TritonServer, packaged: Pa
         response, body = infer(server, version)
         assert read("triton", response, body)[0] == variant
         assert read("triton", response, body)[1] == pytest.approx(expected[variant], rel=1e-3, abs=1e-4)
-    assert server.default_variant() == "original"
+    assert default_variant(server.running()) == "original"
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -101,7 +103,7 @@ def test_tritonclient_needs_the_token_in_one_and_the_same_header(
     x = numpy.load(packaged / "sample.npy")[None]
     tensor = client.InferInput("x", list(x.shape), "FP32")
     tensor.set_data_from_numpy(x)
-    address = server.grpc_address if protocol == "grpc" else urlsplit(server.default_url()).netloc
+    address = f"127.0.0.1:{server.ports.grpc}" if protocol == "grpc" else urlsplit(server.default_url()).netloc
     expected = expected_outputs(packaged)["pruned"]
     with client.InferenceServerClient(address) as connection:
         result = connection.infer("small", [tensor], model_version="2", headers=server.headers())
@@ -127,7 +129,7 @@ def test_more_rows_than_triton_can_count_reach_no_network(server: TritonServer, 
     x = numpy.load(packaged / "sample.npy")
     request = service_pb2.ModelInferRequest(model_name="small", raw_input_contents=[x.tobytes()])
     request.inputs.add(name="x", datatype="FP32", shape=[2**40, *x.shape])
-    with tritonclient.grpc.InferenceServerClient(server.grpc_address) as connection:
+    with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}") as connection:
         with pytest.raises(Exception, match="INVALID_ARGUMENT") as error:
             connection._client_stub.ModelInfer(request, metadata=list(server.headers().items()))
     assert "expected one or more rows" in str(error.value) and infer(server, "2")[0].status == 200
@@ -181,10 +183,10 @@ def test_no_request_fails_while_versions_are_switched(server: TritonServer) -> N
     answered = switch_under_load(server, cycles=3, least=1000)
     assert answered.total() >= 1000 and min(answered["original"], answered["pruned"]) > 50
     assert {v: pids(server, v) for v in server.versions} == kept  # neither version was loaded anew
-    server.promote()
+    switch(server.running(), "pruned")
     assert read("triton", *infer(server, None))[0] == "pruned"
-    server.rollback()
-    server.rollback()  # once more changes nothing
+    switch(server.running(), "original")
+    switch(server.running(), "original")  # once more changes nothing
     assert read("triton", *infer(server, None))[0] == "original"
     server.check_alive()
 
@@ -218,43 +220,43 @@ def test_a_dead_worker_is_noticed_and_replaced(server: TritonServer, victim: str
     connection.request("GET", "/v2/health/ready")
     assert connection.getresponse().status == 200
     connection.close()
-    server._revived.clear()  # those of the tests before are no crash loop
+    server.restarts.clear()  # those of the tests before are no crash loop
     server.check_alive()
-    assert probe(running, victim).problem == "" and server.default_variant() == "original"
+    assert probe(running, victim).problem == "" and default_variant(server.running()) == "original"
     assert pid not in pids(server, version)
 
 
 def test_workers_that_die_again_and_again_end_it(server: TritonServer) -> None:
-    server._revived.clear()
-    for _ in range(module._DEATHS):
-        server._revived.append(time.monotonic())
+    server.restarts.clear()
+    for _ in range(RESTARTS):
+        server.restarts.append(time.monotonic())
     kill_worker(server, "2")
     with pytest.raises(RedppError, match="version 2 dies again and again"):
         server.check_alive()
-    server._revived.clear()
+    server.restarts.clear()
     server.check_alive()
 
 
 def test_a_server_that_has_died_comes_back_as_it_was(server: TritonServer) -> None:
     """With its ports, its tokens and what has been promoted; its workers' memory is freed."""
-    server.promote()
+    switch(server.running(), "pruned")
     server.check_alive()
-    before = session(server._leaders[server.title])
+    before = session(server._leaders[server.title].pid)
     server._leaders[server.title].kill()
     server._leaders[server.title].wait(STOP_S)
     assert "does not answer" in probe(server.running(), "pruned").problem
-    server._revived.clear()
+    server.restarts.clear()
     server.check_alive()
     assert [probe(server.running(), variant).problem for variant in ("original", "pruned", "default")] == [""] * 3
-    assert server.default_variant() == "pruned" and not psutil.wait_procs(before, timeout=STOP_S)[1]
-    server.rollback()
-    server._revived.clear()
+    assert default_variant(server.running()) == "pruned" and not psutil.wait_procs(before, timeout=STOP_S)[1]
+    switch(server.running(), "original")
+    server.restarts.clear()
 
 
 def test_a_server_that_aborts_while_it_is_started_again_gets_another_try(
     server: TritonServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server._revived.clear()
+    server.restarts.clear()
     launch = server._launch
 
     def aborts(home: Path) -> None:
@@ -269,7 +271,7 @@ def test_a_server_that_aborts_while_it_is_started_again_gets_another_try(
         assert server._leaders[server.title].poll() is not None
     server.check_alive()
     assert [probe(server.running(), variant).problem for variant in ("original", "pruned", "default")] == [""] * 3
-    server._revived.clear()
+    server.restarts.clear()
 
 
 def test_a_server_that_is_down_is_unhealthy(server: TritonServer) -> None:
@@ -337,19 +339,6 @@ def test_a_model_that_does_not_load_ends_the_start_with_its_log(packaged: Path, 
     assert set(mine()) <= before
 
 
-def test_a_program_that_this_machine_cannot_run_is_named(
-    packaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = tmp_path / "tritonserver"
-    program.write_text("no program")
-    program.chmod(0o700)
-    monkeypatch.setattr(module, "find_triton", lambda note: module.TritonBinary(program, (), ()))
-    server, before = TritonServer(packaged, name="small"), mine()
-    with pytest.raises(RedppError, match="tritonserver cannot be started: .*Exec format"):
-        server.start()
-    assert server.home is None and mine() == before
-
-
 def test_a_port_in_use_is_found_beforehand(packaged: Path) -> None:
     ports, before = free_ports(TritonPorts), set(mine())
     with socket.create_server(("127.0.0.1", ports.grpc)):
@@ -365,47 +354,7 @@ def test_an_interrupt_while_starting_leaves_nothing(packaged: Path) -> None:
         homes.append(starting.home)
         raise KeyboardInterrupt
 
-    starting = TritonServer(packaged, name="small", progress=interrupt)
+    starting = TritonServer(packaged, name="small", note=interrupt)
     with pytest.raises(KeyboardInterrupt):
         starting.start()
     assert set(mine()) <= before and homes[0] and not homes[0].exists()
-
-
-def test_what_cannot_be_served_is_refused(packaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        RedppError, match="holds no config.pbtxt and no 1/model.py and no 2/model.py.*redpp-serve package"
-    ):
-        TritonServer(tmp_path, name="small")
-    with pytest.raises(RedppError, match="model name"):
-        TritonServer(packaged, name="../small")
-    with pytest.raises(RedppError, match="server 'other'. Expected: torchserve or triton"):
-        open_server("other", packaged, name="small")
-    monkeypatch.setattr("redpp_serve.serving.server.find_spec", lambda name: None if name == "tritonclient" else name)
-    with pytest.raises(RedppError, match=r"not installed: tritonclient.*pip install 'redpp-serve\[serve\]'"):
-        TritonServer(packaged, name="small").start()
-    monkeypatch.undo()
-    (tmp_path / "config.pbtxt").write_text("max_batch_size: many")
-    with pytest.raises(RedppError, match="config.pbtxt cannot be read"):
-        module._read_config(tmp_path / "config.pbtxt", 1)
-
-
-def test_the_default_is_the_highest_version_that_is_loaded() -> None:
-    for variant in ("original", "pruned"):
-        assert variant_of(versions_for(variant)) == variant
-        assert max(versions_for(variant)) == {"original": "3", "pruned": "2"}[variant]
-    index = [
-        {"name": "a", "version": "1", "state": "READY"},
-        {"name": "a", "version": "3", "state": "UNAVAILABLE"},
-        {"name": "b", "version": "2", "state": "READY"},
-        {"name": "a", "version": "4"},
-    ]
-    assert loaded_versions(index, "a") == {"1"}
-    config = json.loads(
-        json.loads(load_request({"name": "a", "version_policy": {"all": {}}}, ["2", "1"]))["parameters"]["config"]
-    )
-    assert config == {"name": "a", "version_policy": {"specific": {"versions": ["1", "2"]}}}
-
-
-def test_the_workers_of_the_configuration_are_those_asked_for(packaged: Path) -> None:
-    config = module._read_config(packaged / "triton" / "small" / "config.pbtxt", 3)
-    assert [group["count"] for group in config["instance_group"]] == [3] and config["name"] == "small"

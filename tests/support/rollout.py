@@ -14,6 +14,7 @@ import torch
 
 from redpp_serve.serving.health import sample_request
 from redpp_serve.serving.server import LocalServer
+from redpp_serve.serving.switching import default_variant, switch
 from tests.support.small import outputs
 
 CLIENTS = 4
@@ -52,11 +53,11 @@ def switch_under_load(server: LocalServer, cycles: int, least: int) -> Counter[s
     try:
         switches = 0
         while switches < cycles or (answered.total() < least and not failures):
-            server.promote()
-            assert server.default_variant() == "pruned"
+            switch(running, "pruned")
+            assert default_variant(running) == "pruned"
             time.sleep(0.2)
-            server.rollback()
-            assert server.default_variant() == "original"
+            switch(running, "original")
+            assert default_variant(running) == "original"
             time.sleep(0.2)
             switches += 1
     finally:

@@ -48,7 +48,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(reply)
 
-    do_PUT = do_POST
+    do_PUT = do_GET = do_POST
 
     def log_message(self, *_: object) -> None:
         pass

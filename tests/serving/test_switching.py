@@ -1,0 +1,97 @@
+"""What is asked of the servers' management APIs to move the default version, and what their replies mean."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from redpp_serve.errors import RedppError
+from redpp_serve.serving.running import Running
+from redpp_serve.serving.switching import (
+    default_variant,
+    load_triton_versions,
+    loaded_triton_versions,
+    switch,
+    triton_versions,
+)
+from tests.support.stubs import StubServer, stub
+
+CONFIG = {"name": "a", "max_batch_size": 8, "version_policy": {"all": {}}}
+
+
+class Api:
+    """Answers as told, and keeps what was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, Any]] = []
+        self.status, self.reply = 200, None
+
+    def __call__(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, Any]:
+        assert headers["token"] == "m"
+        self.asked.append((path, json.loads(body) if body else None))
+        return self.status, self.reply
+
+
+@pytest.fixture
+def api() -> Iterator[tuple[Api, StubServer]]:
+    answers = Api()
+    with stub(answers) as server:
+        yield answers, server
+
+
+def running(server: StubServer, kind: str) -> Running:
+    versions = ("1.0", "2.0") if kind == "torchserve" else ("1", "2")
+    headers = {"inference": {"token": "i"}, "management": {"token": "m"}}
+    url = f"http://127.0.0.1:{server.port}"
+    return Running("/dist/a", "a", kind, 1, 0.0, versions, {}, url, [], headers, CONFIG)
+
+
+def test_torchserves_default_is_set_by_version(api: tuple[Api, StubServer]) -> None:
+    answers, server = api
+    told = running(server, "torchserve")
+    for variant, version in (("original", "1.0"), ("pruned", "2.0")):
+        switch(told, variant)
+        assert answers.asked[-1] == (f"/models/a/{version}/set-default", None)
+        answers.reply = [{"modelVersion": version}]
+        assert default_variant(told) == variant
+
+
+def test_tritons_default_is_the_highest_version_that_is_loaded(api: tuple[Api, StubServer]) -> None:
+    answers, server = api
+    told = running(server, "triton")
+    for variant, versions in (("original", ["1", "2", "3"]), ("pruned", ["1", "2"])):
+        assert list(triton_versions(variant)) == versions
+        switch(told, variant)
+        path, document = answers.asked[-1]
+        assert path == "/v2/repository/models/a/load"
+        assert json.loads(document["parameters"]["config"]) == {
+            **CONFIG,
+            "version_policy": {"specific": {"versions": versions}},
+        }
+    load_triton_versions(told, {"4", "1"})
+    assert '"versions": ["1", "4"]' in answers.asked[-1][1]["parameters"]["config"]
+    ready = [{"name": "a", "version": str(number), "state": "READY"} for number in (1, 2)]
+    for index, variant in (
+        (ready, "pruned"),
+        ([*ready, {"name": "a", "version": "3", "state": "READY"}], "original"),
+        ([*ready, {"name": "a", "version": "4", "state": "READY"}], "original"),
+        ([*ready, {"name": "a", "version": "3", "state": "UNAVAILABLE"}], "pruned"),
+        ([*ready, {"name": "a", "version": "4"}], "pruned"),
+        ([*ready, {"name": "b", "version": "3", "state": "READY"}], "pruned"),
+    ):
+        answers.reply = index
+        assert default_variant(told) == variant, index
+        assert {"1", "2"} <= loaded_triton_versions(told)
+        assert answers.asked[-1] == ("/v2/repository/index", {})
+
+
+def test_a_refusal_and_silence_are_errors_that_name_the_folder(api: tuple[Api, StubServer]) -> None:
+    answers, server = api
+    answers.status = 500
+    for kind in ("torchserve", "triton"):
+        with pytest.raises(RedppError, match="the server for /dist/a answers 500: .*start it again"):
+            switch(running(server, kind), "pruned")
+    nobody = Running("/dist/a", "a", "triton", 1, 0.0, ("1", "2"), {}, "http://127.0.0.1:9", [], {"management": {}})
+    with pytest.raises(RedppError, match="the server for /dist/a does not answer: .*refused"):
+        default_variant(nobody)
