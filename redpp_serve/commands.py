@@ -264,7 +264,9 @@ def _ports(options: argparse.Namespace) -> Ports | TritonPorts | None:
 
     if options.port is None:
         return None
-    return consecutive_ports(TritonPorts if options.server == "triton" else Ports, options.port)
+    if options.server == "triton":
+        return consecutive_ports(TritonPorts, options.port)
+    return consecutive_ports(Ports, options.port)
 
 
 def _spec(options: argparse.Namespace) -> Spec:
