@@ -183,6 +183,12 @@ class Command:
     positional: str = "folder"
 
 
+def _completion(options: argparse.Namespace) -> None:
+    import shtab  # noqa: PLC0415 - no other command needs it
+
+    print(shtab.complete(parser(), shell=options.shell))
+
+
 _MODEL = "model.pt --arch torchvision:resnet50 --input 3x224x224"
 COMMANDS = {
     "inspect": Command(
@@ -273,11 +279,7 @@ COMMANDS = {
         "",
     ),
     "completion": Command(
-        lambda options: _completion(options),
-        "print a completion script for a shell",
-        (),
-        ("completion bash >> ~/.bash_completion",),
-        "shell",
+        _completion, "print a completion script for a shell", (), ("completion bash >> ~/.bash_completion",), "shell"
     ),
 }
 _POSITIONALS = {
@@ -357,12 +359,6 @@ def parser() -> argparse.ArgumentParser:
             else:
                 add_options(one, record)
     return root
-
-
-def _completion(options: argparse.Namespace) -> None:
-    import shtab  # noqa: PLC0415 - no other command needs it
-
-    print(shtab.complete(parser(), shell=options.shell))
 
 
 def _texts(text: str, examples: Sequence[str]) -> dict[str, Any]:
