@@ -14,7 +14,14 @@ from tqdm import tqdm
 
 @dataclass
 class Stage:
-    """One step. ``reason`` says what happened, in words; ``status`` is done, skipped or failed."""
+    """One step.
+
+    Attributes:
+        name: name of the step.
+        status: done, skipped or failed.
+        reason: what happened, in words.
+        seconds: time that it took.
+    """
 
     name: str
     status: str = "done"
@@ -23,28 +30,30 @@ class Stage:
     _bar: Any = None
 
     def skip(self, reason: str) -> None:
+        """Mark the step as skipped."""
         self.status, self.reason = "skipped", reason
 
     def progress(self, done: int, total: int) -> None:
-        """Show how far a long step is; a bar on a terminal, nothing elsewhere."""
+        """Show how far a long step has come: a bar on a terminal, nothing elsewhere."""
         if self._bar is None:
             self._bar = tqdm(total=total, desc=f"  {self.name}", leave=False, disable=None, file=sys.stderr)
         self._bar.update(done - self._bar.n)
 
     def to_json(self) -> dict[str, Any]:
+        """Return what the report keeps of the step."""
         return {"name": self.name, "status": self.status, "reason": self.reason, "seconds": round(self.seconds, 2)}
 
 
 @dataclass
 class Stages:
-    """All steps so far. With ``quiet`` nothing is printed (the Python API's default)."""
+    """All steps so far; with ``quiet`` nothing is printed (the Python API's default)."""
 
     quiet: bool = False
     stages: list[Stage] = field(default_factory=list)
 
     @contextmanager
     def run(self, name: str) -> Iterator[Stage]:
-        """Time a step; an exception marks it failed and goes on."""
+        """Time a step; an exception marks it as failed and propagates."""
         stage, start = Stage(name), time.perf_counter()
         self.stages.append(stage)
         try:
@@ -63,5 +72,10 @@ class Stages:
                     flush=True,
                 )
 
+    def named(self, name: str) -> Stage:
+        """Return the last step of that name."""
+        return next(stage for stage in reversed(self.stages) if stage.name == name)
+
     def to_json(self) -> list[dict[str, Any]]:
+        """Return what the report keeps of each step."""
         return [stage.to_json() for stage in self.stages]

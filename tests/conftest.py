@@ -43,13 +43,12 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pruning runs: few inputs, few networks around the chosen one, and their latencies measured in an instant."""
-    from redpp_serve.pruning import choose as lossy
     from redpp_serve.pruning import pipeline
+    from redpp_serve.pruning.effort import Effort
     from redpp_serve.pruning.inputs import SynthesisBudget
 
-    monkeypatch.setattr(pipeline, "synthesis_budget", lambda *_: SynthesisBudget(32, 16, 4))
-    monkeypatch.setattr(lossy, "_FRONTIER_POINTS", 3)
-    monkeypatch.setattr(lossy, "_LATENCY_SECONDS", 0.01)
+    effort = Effort(SynthesisBudget(32, 16, 4), frontier_points=3, latency_seconds=0.01)
+    monkeypatch.setattr(pipeline, "STANDARD_EFFORT", effort)
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ from redpp_serve.graph.layers import find_layers
 from redpp_serve.pruning.choose import Narrowed, Narrower
 from redpp_serve.pruning.distillation import distil
 from redpp_serve.pruning.final_codebooks import hash_within
-from redpp_serve.pruning.pipeline import CODEBOOK_DISTIL_SHARE, CODEBOOK_SHARE, LEAST_CODEBOOK_ERROR
 from redpp_serve.pruning.repair import repair_batch_norm
-from redpp_serve.pruning.verification import compare_outputs
-from redpp_serve.pruning.widths import Plan, measure_errors, plan_widths
+from redpp_serve.pruning.steps import CODEBOOK_DISTIL_SHARE, CODEBOOK_SHARE, LEAST_CODEBOOK_ERROR
+from redpp_serve.pruning.verification import Reference
+from redpp_serve.pruning.widths import NarrowingPath, narrowing_path
 
 from .subject import Subject
 
@@ -23,31 +23,24 @@ _HELD_OUT = 32  # images of the synthetic ones on which widths are chosen and di
 
 @dataclass(frozen=True)
 class _Ready:
-    """A network observed on a set of images, and the order in which its sets give up channels."""
+    """A network observed on a set of images, and the order in which its channel sets give up channels."""
 
     narrower: Narrower
-    plan: Plan
+    path: NarrowingPath
 
 
 @lru_cache(maxsize=4)
 def _ready(subject: Subject, real: bool, round_to: int) -> _Ready:
     images = subject.real if real else subject.synthetic
-    narrower = Narrower(
-        subject.graph,
-        couple(subject.graph),
-        lambda name: {},
-        (images[:-_HELD_OUT],),
-        (images[-_HELD_OUT:],),
-        lambda done, total: None,
-    )
-    errors = measure_errors(narrower.observed, narrower.selections, narrower.held_out)
-    return _Ready(narrower, plan_widths(narrower.coupling, errors, round_to))
+    reference = Reference(subject.graph, (images[-_HELD_OUT:],))
+    narrower = Narrower(reference, couple(subject.graph), lambda name: {}, (images[:-_HELD_OUT],))
+    return _Ready(narrower, narrowing_path(narrower.coupling, narrower.set_errors(), round_to))
 
 
 @lru_cache(maxsize=4)
 def _narrowed(subject: Subject, target_macs: int, round_to: int, real: bool) -> Narrowed:
     ready = _ready(subject, real, round_to)
-    point = min(ready.plan.points, key=lambda p: abs(p.cost - target_macs))
+    point = min(ready.path.points, key=lambda p: abs(p.cost - target_macs))
     return ready.narrower.build(point.widths)
 
 
@@ -61,25 +54,25 @@ def distilled(subject: Subject, target_macs: int, round_to: int, seconds: float)
     """Least squares, then distillation on the same synthetic images with a budget in seconds."""
     narrowed, narrower = _narrowed(subject, target_macs, round_to, False), _ready(subject, False, round_to).narrower
     learn = (subject.synthetic[:-_HELD_OUT],)
-    return distil(narrowed.graph, subject.graph, learn, narrower.held_out, narrowed.places, seconds=seconds).graph
+    return distil(narrowed.graph, subject.graph, learn, narrower.reference.inputs, narrowed.kept, seconds=seconds).graph
 
 
 def with_codebooks(subject: Subject, target_macs: int, round_to: int, seconds: float) -> tuple[Graph, str]:
     """The distilled network with the final codebooks that the product gives it, and how many bits an index takes."""
     graph = distilled(subject, target_macs, round_to, seconds)
     narrowed, narrower = _narrowed(subject, target_macs, round_to, False), _ready(subject, False, round_to).narrower
-    before = compare_outputs(subject.graph, graph, narrower.held_out).error
-    budget = max(CODEBOOK_SHARE * before, LEAST_CODEBOOK_ERROR)
-    found = hash_within(graph, find_layers(graph), narrower.held_out, budget)
-    graph = repair_batch_norm(found.graph, subject.graph, narrower.inputs, narrowed.places)
+    reference = narrower.reference
+    budget = max(CODEBOOK_SHARE * reference.error(graph), LEAST_CODEBOOK_ERROR)
+    found = hash_within(graph, find_layers(graph), reference.inputs, budget)
+    graph = repair_batch_norm(found.graph, subject.graph, narrower.inputs, narrowed.kept)
     books = frozenset(layer.weight for layer in find_layers(graph))
     learn = (subject.synthetic[:-_HELD_OUT],)
     tuned = distil(
         graph,
         subject.graph,
         learn,
-        narrower.held_out,
-        narrowed.places,
+        reference.inputs,
+        narrowed.kept,
         seconds=seconds * CODEBOOK_DISTIL_SHARE,
         codebooks=books,
     ).graph

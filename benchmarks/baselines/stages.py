@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from redpp_serve.graph.graph import Graph
@@ -31,8 +32,7 @@ def stage_rows(subject: Subject) -> list[dict[str, Any]]:
     hash_only = subject.graph.with_tensors(hashed)
     pruned = prune(subject.graph, options)
     rows = [_dense_row(name, graph, subject) for name, graph in zip(STAGES, (subject.graph, hash_only, pruned.pruned))]
-    counting = pruned.counting["kernel"]
-    split = {name: counting[name][1] for name in ("multiplications", "additions", "bytes")}
+    split = asdict(pruned.counting.kernel)
     # splitting is exact, and the pipeline checks that it is
     rows.append({"stage": STAGES[3], **split, "accuracy": rows[2]["accuracy"]})
     return rows

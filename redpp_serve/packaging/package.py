@@ -212,18 +212,16 @@ def _report(
         "tool": {"name": "redpp-serve", "version": __version__},
         "name": name,
         "source": captured.source,
-        "messages": [*captured.messages, *doubts(result.verify)],
+        "messages": [*captured.messages, *doubts(asdict(result.verify))],
         "options": options,
         "environment": describe_machine(),
-        "counting": result.counting,
-        "hash": result.hash,
-        "layers": result.layers,
-        "verify": result.verify,
-        "stages_share": result.shares,
+        **result.to_json(),
     }
-    for key, variant, graph in (("original", "original", result.original), ("pruned", "pruned", result.pruned)):
+    counting = result.counting
+    networks = {"original": (result.original, counting.dense), "pruned": (result.pruned, counting.kernel)}
+    for variant, (graph, counts) in networks.items():
         stored = int(load(artifacts[variant]).description["bytes"])
-        report[key] = totals(graph, result.counts[key], stored)
+        report[variant] = totals(graph, counts, stored)
     if result.accuracy:
         report["original"]["accuracy"], report["pruned"]["accuracy"] = result.accuracy
         report["accuracy_of"] = "verification data"  # a comparison's, on what was sent, does not replace it

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -16,9 +18,10 @@ from redpp_serve.errors import GateFailed, RedppError
 from redpp_serve.graph.executor import Program, value_shapes
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import Layer
+from redpp_serve.graph.weights import KernelSplit
 from redpp_serve.kernels import split_conv2d
 from redpp_serve.options import Options
-from redpp_serve.pruning.accounting import KernelSplit
+from redpp_serve.pruning.inputs import smooth_noise
 
 EXACT = 1e-9  # relative, in float64: re-association moves results by 1e-16 times the length of the sums
 _CHUNK = 8
@@ -61,10 +64,14 @@ class Reference:
         same = (device, chunk) == (self.device, self._chunk)
         return self if same else Reference(self.original, self.inputs, device, chunk)
 
-    @property
-    def finite(self) -> bool:
-        """Whether all outputs of the original are finite numbers."""
-        return all(bool(y.isfinite().all()) for ys in self._outputs for y in ys if y.is_floating_point())
+    def require_finite(self, inputs: str) -> None:
+        """Check that the original gives numbers at all: without them neither errors nor fits mean anything.
+
+        Raises:
+            RedppError: it gives NaN or infinity; ``inputs`` says on what.
+        """
+        if not all(bool(y.isfinite().all()) for ys in self._outputs for y in ys if y.is_floating_point()):
+            raise _not_finite(inputs)
 
     def error(self, other: Graph | Program) -> float:
         """Return the relative output error of a network, or of a program on this reference's device."""
@@ -109,26 +116,56 @@ def squared_error(pairs: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]]) ->
 
 
 @torch.no_grad()
-def layer_errors(reference: Graph, other: Graph, layers: Sequence[Layer], inputs: Sequence[Tensor]) -> dict[str, float]:
-    """Relative error of each layer's output (of the same shape in both only), over at most 16 inputs."""
+def layer_errors(reference: Reference, other: Graph, layers: Sequence[Layer]) -> dict[str, float]:
+    """Return the relative output error of each layer whose output has kept its shape, over at most 16 inputs."""
     names = [layer.node.name for layer in layers]
-    lost, norm = torch.zeros(len(names), dtype=torch.float64), torch.zeros(len(names), dtype=torch.float64)
-    a, b = Program(reference, names), Program(other, names)
+    original, pruned = Program(reference.original, names), Program(other, names)
+    lost, norm = torch.zeros(2, len(names), dtype=torch.float64)
     comparable = [True] * len(names)
-    for chunk in zip(*(x[:16].cpu().split(4) for x in inputs)):
-        for k, (x, y) in enumerate(zip(a(*chunk), b(*chunk))):
-            if x.shape != y.shape:
+    for chunk in zip(*(x[:16].cpu().split(4) for x in reference.inputs), strict=True):
+        for k, (x, y) in enumerate(zip(original(*chunk), pruned(*chunk), strict=True)):
+            if x.shape == y.shape:
+                lost[k] += (x.double() - y.double()).square().sum()
+                norm[k] += x.double().square().sum()
+            else:
                 comparable[k] = False
-                continue
-            lost[k] += (x.double() - y.double()).square().sum()
-            norm[k] += x.double().square().sum()
     errors = (lost / norm.clamp_min(1e-300)).sqrt().tolist()
-    return {layer.name: e for layer, e, usable in zip(layers, errors, comparable) if usable}
+    return {layer.name: e for layer, e, usable in zip(layers, errors, comparable, strict=True) if usable}
+
+
+def exact_error(before: Graph, after: Graph, graph: Graph, seed: int) -> float:
+    """Return the relative difference of two float64 networks on two inputs of noise, as ``graph`` declares them."""
+    probe = tuple(x.double() if x.is_floating_point() else x for x in smooth_noise(graph.inputs, 2, seed))
+    with _default_dtype(torch.float64):  # also for tensors that forward makes without naming a type
+        return Reference(_casting_to_double(before), probe).error(_casting_to_double(after))
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _casting_to_double(graph: Graph) -> Graph:
+    """Return the same float64 network, also where it casts to a floating type of its own."""
+
+    def wide(value: Any) -> Any:
+        return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+    nodes = (
+        replace(node, args=tuple(map(wide, node.args)), kwargs={k: wide(v) for k, v in node.kwargs.items()})
+        for node in graph.nodes
+    )
+    return replace(graph, nodes=tuple(nodes))
 
 
 @torch.no_grad()
 def split_error(layer: Layer, weight: Tensor, split: KernelSplit, seed: int) -> float:
-    """Relative error, in float64, of the split layer against the dense one on a small random patch of inputs.
+    """Return the relative error, in float64, of a split layer against the dense one on a random patch of inputs.
 
     The split must also give the weight back bit by bit; anything else is an error of 1.
     """
@@ -137,7 +174,7 @@ def split_error(layer: Layer, weight: Tensor, split: KernelSplit, seed: int) -> 
         return 1.0
     weight = weight.double() if weight.dim() == 4 else weight.double()[..., None, None]
     n_in = weight.shape[1] * layer.groups
-    size = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], layer.dilation)]
+    size = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], layer.dilation, strict=True)]
     x = torch.randn(1, n_in, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
     dense = F.conv2d(x, weight, None, *geometry)
@@ -145,19 +182,53 @@ def split_error(layer: Layer, weight: Tensor, split: KernelSplit, seed: int) -> 
     return float((got - dense).norm() / dense.norm().clamp_min(1e-300))
 
 
+def require_exact(step: str, error: float) -> None:
+    """Check that an exact step has left the function as it was.
+
+    Args:
+        step: the step's name, as a subject.
+        error: relative, measured in float64.
+
+    Raises:
+        GateFailed: the error is more than re-association of sums explains.
+        RedppError: there is no error because the network gives no numbers.
+    """
+    if error != error:  # NaN
+        raise _not_finite("noise")
+    if not error <= EXACT:
+        raise GateFailed(
+            f"{step} changed the network's function by {error:.2e} (relative, float64)",
+            f"at most {EXACT:g}, re-association error",
+            "report this with the model; use --exclude meanwhile",
+        )
+
+
+def _not_finite(inputs: str) -> RedppError:
+    return RedppError(
+        f"the network's own output is NaN or infinite on {inputs}",
+        "finite outputs",
+        "check its weights and statistics; a negative running variance is one cause",
+    )
+
+
 @dataclass(frozen=True)
 class VerifyData:
-    """Labelled inputs: float tensors as the network takes them (images, ...), labels (images,) int64."""
+    """Labelled inputs to measure accuracy with.
+
+    Attributes:
+        inputs: tensors as the network takes them, (images, ...) for each of its inputs.
+        labels: (images,) int64.
+    """
 
     inputs: tuple[Tensor, ...]
     labels: Tensor
 
     @torch.no_grad()
     def accuracy(self, graph: Graph) -> float:
-        """Share of inputs whose largest logit is their label."""
+        """Return the share of inputs whose largest logit is their label."""
         program = Program(graph)
         right = 0
-        for *chunk, labels in zip(*(x.split(32) for x in self.inputs), self.labels.split(32)):
+        for *chunk, labels in zip(*(x.split(32) for x in self.inputs), self.labels.split(32), strict=True):
             right += int((program(*chunk)[0].argmax(1) == labels).sum())
         return right / len(self.labels)
 
@@ -165,8 +236,11 @@ class VerifyData:
 def load_verify_data(path: Path, graph: Graph, normalise: tuple[Sequence[float], Sequence[float]] | None) -> VerifyData:
     """Read ``inputs`` (batch first) and ``labels`` from an .npz file.
 
-    uint8 inputs are image bytes: they are divided by 255 and normalised with the (mean, std) of the declared
-    pre-processing, as the server does. Other dtypes are taken as they are.
+    Inputs of type uint8 are image bytes: they are divided by 255 and normalised with the (mean, std) of the declared
+    pre-processing, as the server does. Other types are taken as they are.
+
+    Raises:
+        RedppError: the file is not readable, or does not fit the network.
     """
     expected = "an .npz file with arrays 'inputs' (batch first) and 'labels' (one integer for each)"
     try:
@@ -207,7 +281,7 @@ def load_verify_data(path: Path, graph: Graph, normalise: tuple[Sequence[float],
 
 
 def check_gate(options: Options, difference: Difference, accuracy: tuple[float, float] | None) -> None:
-    """Hold the user's numbers against the measured ones.
+    """Compare the measured numbers with the user's limits.
 
     Raises:
         GateFailed: naming the first number that missed its limit.

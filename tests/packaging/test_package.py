@@ -180,11 +180,11 @@ def test_equal_input_gives_equal_archives_in_every_process(model: Path, tmp_path
     ]
     code = (
         "import sys, redpp_serve.packaging.package as p, redpp_serve.pruning.pipeline as q, redpp_serve.cli as c\n"
-        "from redpp_serve.pruning import choose as lossy\n"
+        "from redpp_serve.pruning.effort import Effort\n"
         "from redpp_serve.pruning.inputs import SynthesisBudget\n"  # fewer inputs and no trial runs: faster
-        "p.run_trials, q.synthesis_budget = lambda *_: [], lambda *_: SynthesisBudget(32, 16, 4)\n"
-        "lossy._LATENCY_SECONDS, d = 0.01, q.distil\n"  # a busy machine must not cut it short
-        "q.distil = lambda *a, **k: d(*a, **{**k, 'deadline': float('inf')})\nsys.exit(c.main(sys.argv[1:]))"
+        "p.run_trials, inf = lambda *_: [], float('inf')\n"  # a busy machine must not cut the distillation short
+        "q.STANDARD_EFFORT = Effort(SynthesisBudget(32, 16, 4), latency_seconds=0.01, distillation_patience=inf)\n"
+        "sys.exit(c.main(sys.argv[1:]))"
     )
     children = []
     for seed in ("1", "2"):

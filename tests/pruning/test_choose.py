@@ -5,16 +5,16 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from redpp_serve.channels.coupling import couple
 from redpp_serve.errors import GateFailed
 from redpp_serve.graph.layers import mac_count
 from redpp_serve.options import Options
 from redpp_serve.pruning import choose as module
-from redpp_serve.pruning.choose import Narrower, choose, frontier_record, then
+from redpp_serve.pruning.choose import Narrower, choose, frontier_record
+from redpp_serve.pruning.effort import Effort
 from redpp_serve.pruning.latency import Latency
-from redpp_serve.pruning.verification import compare_outputs
+from redpp_serve.pruning.verification import Reference
 from tests.support.networks import natural, trained, widths_of
 
 FAR = float("inf")
@@ -22,9 +22,7 @@ FAR = float("inf")
 
 def narrower_of(kind="residual", width=32):
     graph = trained(kind, width)
-    return Narrower(
-        graph, couple(graph), lambda name: {}, natural(graph, 48), natural(graph, 16, 5), lambda done, total: None
-    )
+    return Narrower(Reference(graph, natural(graph, 16, 5)), couple(graph), lambda name: {}, natural(graph, 48))
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +30,12 @@ def narrower():
     return narrower_of()
 
 
-@pytest.fixture(autouse=True)
-def few_points(monkeypatch):
-    monkeypatch.setattr(module, "_FRONTIER_POINTS", 4)
-
-
 def choice_of(narrower, deadline=FAR, frontier=FAR, **options):
-    return choose(narrower, Options(**{"round_to": 2, **options}), deadline, frontier)
+    return choose(narrower, Options(**{"round_to": 2, **options}), Effort(frontier_points=4), deadline, frontier)
 
 
 def share(narrower, graph):
-    return mac_count(graph) / mac_count(narrower.original)
+    return mac_count(graph) / mac_count(narrower.reference.original)
 
 
 def check_frontier(narrower, choice):
@@ -53,9 +46,7 @@ def check_frontier(narrower, choice):
     assert chosen.graph is choice.narrowed.graph and chosen.macs == mac_count(choice.narrowed.graph)
     for point in choice.points:
         assert point.macs == mac_count(point.graph)
-        assert point.error == pytest.approx(
-            compare_outputs(narrower.original, point.graph, narrower.held_out).error, abs=1e-6
-        )
+        assert point.error == pytest.approx(narrower.reference.error(point.graph), abs=1e-6)
     return macs
 
 
@@ -64,8 +55,10 @@ def test_a_share_of_the_macs_is_met_and_not_wasted(narrower, target):
     choice = choice_of(narrower, target_macs=target)
     assert target - 0.12 < share(narrower, choice.narrowed.graph) <= target
     assert choice.reason == f"--target macs={target:g}" and not choice.cut_short
-    assert widths_of(choice.narrowed.graph) == {**widths_of(narrower.original), **choice.narrowed.widths}
-    assert len(check_frontier(narrower, choice)) >= 3 and choice.points[0].macs == mac_count(narrower.original)
+    assert widths_of(choice.narrowed.graph) == {**widths_of(narrower.reference.original), **choice.narrowed.widths}
+    assert len(check_frontier(narrower, choice)) >= 3 and choice.points[0].macs == mac_count(
+        narrower.reference.original
+    )
 
 
 def test_less_is_kept_at_a_higher_error(narrower):
@@ -93,7 +86,9 @@ def test_a_target_out_of_reach_is_refused_with_one_that_is_not(narrower):
 
 def test_a_share_of_every_channel_set(narrower):
     choice = choice_of(narrower, keep=0.5)
-    assert choice.narrowed.widths == {name: width // 2 for name, width in widths_of(narrower.original).items()}
+    assert choice.narrowed.widths == {
+        name: width // 2 for name, width in widths_of(narrower.reference.original).items()
+    }
     assert choice.reason == "50% of each channel set"
     check_frontier(narrower, choice)
     assert [record.kept for record in choice.narrowed.records] == list(choice.narrowed.widths.values())
@@ -109,7 +104,7 @@ def test_an_error_budget_leaves_room_for_the_codebooks(narrower, limit):
 
 def test_no_narrower_network_is_an_answer(narrower):
     choice = choice_of(narrower, max_error=0.0)
-    assert choice.narrowed is None and choice.points == [] and "budget of 0" in choice.reason
+    assert choice.narrowed is None and choice.points == () and "budget of 0" in choice.reason
 
 
 def test_behind_the_deadlines_nothing_more_is_built(narrower, monkeypatch):
@@ -119,7 +114,9 @@ def test_behind_the_deadlines_nothing_more_is_built(narrower, monkeypatch):
     late = time.monotonic() - 1
     assert choice_of(narrower, deadline=late, max_error=0.3).cut_short and built == []
     choice = choice_of(narrower, frontier=late, target_macs=0.4)
-    assert [point.chosen for point in choice.points] == [False, True] and choice.points[0].graph is narrower.original
+    assert [point.chosen for point in choice.points] == [False, True] and choice.points[
+        0
+    ].graph is narrower.reference.original
 
 
 def test_channel_sets_too_small_for_the_step_are_named():
@@ -171,7 +168,7 @@ def test_a_latency_out_of_reach_is_refused(modelled, narrower):
 def test_the_record_of_a_frontier(monkeypatch, narrower):
     monkeypatch.setattr(module, "paired_latency", latencies(lambda ratio: ratio))
     points = choice_of(narrower, target_macs=0.5).points
-    record = frontier_record(points, narrower.original, "cpu", "a machine")
+    record = frontier_record(points, narrower.reference.original, "cpu", "a machine", 0.1)
     assert "a machine" in record["latency_on"] and "batch 1" in record["latency_on"]
     assert [p["macs"] for p in record["points"]] == [p.macs for p in points]
     for point in record["points"]:
@@ -181,29 +178,14 @@ def test_the_record_of_a_frontier(monkeypatch, narrower):
         else:  # the original needs no measurement against itself
             assert (point["latency_low"], point["latency_high"]) == (None, None)
     assert [p["chosen"] for p in record["points"]].count(True) == 1
-    assert frontier_record([], narrower.original, "cpu", "a machine") == {}
-
-
-def test_places_after_two_narrowings():
-    first = {
-        "both": {1: torch.tensor([0, 2, 5])},
-        "first": {0: torch.tensor([1, 3])},
-        "axes": {0: torch.tensor([4, 6])},
-    }
-    second = {"both": {1: torch.tensor([1, 2])}, "second": {1: torch.tensor([0])}, "axes": {2: torch.tensor([7])}}
-    places = then(lambda name: first.get(name, {}), lambda name: second.get(name, {}))
-    got = {
-        name: {axis: index.tolist() for axis, index in places(name).items()}
-        for name in ("both", "first", "second", "axes", "no")
-    }
-    assert got == {"both": {1: [2, 5]}, "first": {0: [1, 3]}, "second": {1: [0]}, "axes": {0: [4, 6], 2: [7]}, "no": {}}
+    assert frontier_record([], narrower.reference.original, "cpu", "a machine", 0.1) == {}
 
 
 def test_places_are_those_of_the_narrowed_networks_values(narrower):
     built = narrower.build({"inner": 8, "stem": 2})
-    assert {axis: len(index) for axis, index in built.places("inner.weight").items()} == {0: 8, 1: 2}
-    assert {axis: len(index) for axis, index in built.places("head.weight").items()} == {1: 2}
-    assert built.places("head.bias") == {}
+    assert {axis: len(index) for axis, index in built.kept("inner.weight").items()} == {0: 8, 1: 2}
+    assert {axis: len(index) for axis, index in built.kept("head.weight").items()} == {1: 2}
+    assert built.kept("head.bias") == {}
 
 
 @pytest.mark.parametrize("kind", ["residual", "depthwise", "flatten"])
@@ -212,10 +194,11 @@ def test_fitting_pays(kind):
     narrower = narrower_of(kind)
     widths = {"inner": 16}
     cut = narrower.coupling.narrow(narrower.kept(widths))
-    assert narrower.error(widths) < 0.7 * compare_outputs(narrower.original, cut, narrower.held_out).error
+    assert narrower.error(widths) < 0.7 * narrower.reference.error(cut)
 
 
 def test_the_last_network_is_kept(narrower):
     assert narrower.build({"inner": 8}) is narrower.build({"inner": 8})
+    first = narrower.build({"inner": 8})
     narrower.build({"inner": 4})
-    assert len(narrower._built) == 1
+    assert narrower.build({"inner": 8}) is not first

@@ -4,6 +4,8 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,12 @@ from redpp_serve.errors import GateFailed, RedppError
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import InputSpec, Node, Ref
 from redpp_serve.graph.layers import find_layers, mac_count
+from redpp_serve.graph.weights import split_weight
 from redpp_serve.options import Options
-from redpp_serve.pruning import choose as lossy
-from redpp_serve.pruning import merging, pipeline
-from redpp_serve.pruning.accounting import split_weight
+from redpp_serve.pruning import choose, pipeline, steps
+from redpp_serve.pruning.effort import Effort
 from redpp_serve.pruning.inputs import SynthesisBudget
-from redpp_serve.pruning.pipeline import prune
+from redpp_serve.pruning.merging import merge_exact
 from redpp_serve.pruning.verification import EXACT, VerifyData
 from redpp_serve.stages import Stages
 from tests.support.networks import Builder, inner_of, natural, plant, quantised, trained, widths_of
@@ -37,12 +39,12 @@ def fast(**choice):
 HALF = fast(keep=0.5)
 
 
-@pytest.fixture(autouse=True)
-def short_plan(monkeypatch):
-    monkeypatch.setattr(pipeline, "synthesis_budget", lambda graph, seconds, device: SynthesisBudget(48, 16, 10))
-    monkeypatch.setattr(lossy, "_FRONTIER_POINTS", 3)
-    distil = pipeline.distil  # a busy machine must not cut it short
-    monkeypatch.setattr(pipeline, "distil", lambda *a, **k: distil(*a, **{**k, "deadline": float("inf")}))
+# A busy machine must not cut the distillation short.
+EFFORT = Effort(SynthesisBudget(48, 16, 10), frontier_points=3, distillation_patience=float("inf"))
+
+
+def prune(graph, options=None, **others):
+    return pipeline.prune(graph, options, effort=EFFORT, **others)
 
 
 def digest(graph):
@@ -68,46 +70,47 @@ def test_a_run_gives_a_narrower_network_that_still_runs(kind):
     assert kept["inner"] == 8 and all(kept[name] <= max(4, 0.7 * width) for name, width in was.items())
     opened = {layer for channel_set in couple(graph).open for layer in channel_set.producers}
     for record, layer in zip(result.layers, find_layers(result.pruned), strict=True):
-        assert record["name"] == layer.name and record["pruned_shape"] == list(layer.shape)
-        assert record["hash"] and record["split"] and record["merge"]["kept"] == layer.shape[0]
-        assert (record["merge"]["reason"] == "") == (layer.name in opened)
+        assert record.name == layer.name and record.pruned_shape == list(layer.shape)
+        assert record.hash and record.split and record.merge.kept == layer.shape[0]
+        assert (record.merge.reason == "") == (layer.name in opened)
     limit = 1.0 if kind == "flatten" else 0.8  # 32 images are fewer than the unknowns of a reader of 48 entries
-    assert result.verify["output_error"] < limit and result.verify["images"] == 16
-    assert result.verify["split_exact"] <= EXACT and result.verify["merge_exact"] is None
-    assert result.verify["narrow_exact"] <= EXACT
+    assert result.verify.output_error < limit and result.verify.images == 16
+    assert result.verify.split_exact <= EXACT and result.verify.merge_exact is None
+    assert result.verify.narrow_exact <= EXACT
     assert len(result.samples[0]) == 16
-    json.dumps([result.layers, result.hash, result.counting, result.verify, result.shares])
+    written = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert set(written) == {"counting", "hash", "layers", "verify", "stages_share"}
 
 
 def test_every_stage_has_its_share():
     result = prune(trained("residual"), fast(keep=0.5, distil=0.5))
-    shares = {share["stage"]: share for share in result.shares}
+    shares = {share.stage: share for share in result.shares}
     assert list(shares) == ["hash", "reconstruct", "distil", "codebooks", "tune"]
-    macs = {name: share["macs"] for name, share in shares.items()}
+    macs = {name: share.macs for name, share in shares.items()}
     assert macs["hash"] == mac_count(result.original) > macs["reconstruct"] == macs["tune"] == mac_count(result.pruned)
-    assert all(
-        0 < share["error"] < 1 and 0 <= share["agreement"] <= 1 and share["seconds"] > 0 for share in shares.values()
-    )
-    assert shares["tune"]["error"] == pytest.approx(result.verify["output_error"], rel=1e-6)
-    assert shares["distil"]["error"] <= shares["reconstruct"]["error"] * (1 + 1e-6)
+    for share in shares.values():
+        assert 0 < share.error < 1 and 0 <= share.agreement <= 1 and share.seconds > 0, share
+        assert "accuracy" not in share.to_json()
+    assert shares["hash"].error == result.hash.measured_error
+    assert shares["tune"].error == pytest.approx(result.verify.output_error, rel=1e-6)
+    assert shares["distil"].error <= shares["reconstruct"].error * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("choice", [{"merge": "exact"}, {"keep": 0.5}, {"keep": 0.5, "distil": 0.5}])
 def test_every_weight_of_the_result_is_in_its_codebook(choice):
     result = prune(trained("residual"), fast(hash_error=0.05, **choice))
-    for record, layer in zip(result.layers, find_layers(result.pruned)):
+    for record, layer in zip(result.layers, find_layers(result.pruned), strict=True):
         values = len(result.pruned.tensors[layer.weight].unique())
-        assert values <= record["hash"]["values"] and record["hash"]["error"] <= 0.05
+        assert values <= record.hash.values and record.hash.error <= 0.05
         if layer.name == "second":  # no row went behind the hashing that the record is of
-            assert values == record["hash"]["values"]
+            assert values == record.hash.values
 
 
 def test_the_final_codebooks_are_small_where_nothing_else_is_asked_for():
     result = prune(trained("residual", 32), fast(keep=0.75))
-    assert all(
-        len(result.pruned.tensors[f"{r['name']}.weight"].unique()) <= r["hash"]["values"] <= 256 for r in result.layers
-    )
-    assert min(r["hash"]["values"] for r in result.layers) <= 32
+    for record in result.layers:
+        assert len(result.pruned.tensors[f"{record.name}.weight"].unique()) <= record.hash.values <= 256, record.name
+    assert min(record.hash.values for record in result.layers) <= 32
 
 
 @pytest.mark.parametrize("options", [HALF, fast(max_error=0.3), fast(merge="exact"), fast(target_macs=0.5, distil=0.5)])
@@ -121,10 +124,7 @@ def test_one_seed_one_result(options):
 
 
 def test_another_process_gives_the_same_tensors():
-    code = (
-        "import tests.pruning.test_pipeline as t; t.pipeline.synthesis_budget = lambda *a: t.SynthesisBudget(48, 16, 10); "
-        "print(t.digest(t.prune(t.trained('depthwise'), t.HALF).pruned))"
-    )
+    code = "import tests.pruning.test_pipeline as t; print(t.digest(t.prune(t.trained('depthwise'), t.HALF).pruned))"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
     )
@@ -139,7 +139,7 @@ def test_the_search_for_widths_respects_its_budget():
     graph, widths = trained("chain", 32), []
     for limit in (0.05, 0.15, 0.6):
         result = prune(graph, fast(max_error=limit, round_to=1))
-        assert result.verify["output_error"] <= limit
+        assert result.verify.output_error <= limit
         widths.append(sum(widths_of(result.pruned).values()))
     assert widths[0] > widths[1] > widths[2] and widths[0] < sum(widths_of(graph).values())
 
@@ -155,19 +155,19 @@ def test_the_search_for_widths_respects_its_budget():
 def test_without_a_narrower_network_the_quantised_one_stays(options, reason):
     graph, stages = quantised(trained("chain")), Stages(quiet=True)
     result = prune(graph, options, stages=stages)
-    assert digest(result.pruned) == digest(graph) and result.verify["output_error"] == 0
-    assert all(record["merge"]["kept"] == record["merge"]["channels"] for record in result.layers)
+    assert digest(result.pruned) == digest(graph) and result.verify.output_error == 0
+    assert all(record.merge.kept == record.merge.channels for record in result.layers)
     assert reason in next(s for s in stages.to_json() if s["name"] == "reconstruct")["reason"]
-    assert result.choice.points == [] and result.frontier("cpu", "machine") == {}
+    assert result.choice.points == () and result.frontier("cpu", "machine") == {}
 
 
 def test_the_search_ends_with_the_time_budget_and_says_so(monkeypatch):
     now = iter(range(0, 10**7, 1000))
-    monkeypatch.setattr(pipeline.time, "monotonic", lambda: next(now))
-    monkeypatch.setattr(lossy, "reconstruct", lambda *a, **k: pytest.fail("a network was built after the deadline"))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(choose, "reconstruct", lambda *a, **k: pytest.fail("a network was built after the deadline"))
     graph = trained("chain")
     result = prune(graph, fast())
-    assert "the search for widths was cut short by --time-budget" in result.verify["inputs"]
+    assert "the search for widths was cut short by --time-budget" in result.verify.inputs
     assert widths_of(result.pruned) == widths_of(graph)
 
 
@@ -205,32 +205,31 @@ def test_an_accuracy_limit_needs_data_and_holds():
 def test_exact_merging_takes_planted_copies_and_nothing_else(kind):
     graph = quantised(plant(trained(kind, 12), {11: 3, 9: 3, 4: 0}))
     result = prune(graph, Options(merge="exact", round_to=1))
-    assert inner_of(result.pruned).channels == 9 and result.verify["merge_exact"] <= EXACT
-    assert result.verify["output_error"] < 1e-5
+    assert inner_of(result.pruned).channels == 9 and result.verify.merge_exact <= EXACT
+    assert result.verify.output_error < 1e-5
     assert all(t.dtype == graph.tensors[name].dtype for name, t in result.pruned.tensors.items())
     assert result.pruned.inputs == graph.inputs
 
 
 @pytest.mark.parametrize("kind", ["chain", "mlp", "bare"])
-def test_copies_in_two_classes_in_a_row_are_merged_before_the_rest_is_fitted(kind):
-    """The reader of the first class loses rows itself: its fit must aim at the original's outputs of the rows that stay."""
+def test_copies_in_two_channel_sets_in_a_row_are_merged_before_the_rest_is_fitted(kind):
+    """The reader of the first set loses rows itself: its fit must aim at the outputs of the rows that stay."""
     graph = plant(plant(trained(kind, 16), {15: 3, 9: 4}), {1: 0, 3: 2}, "second")
     result = prune(graph, fast(keep=1.0, round_to=1, hash_error=0.002))
     kept = widths_of(result.pruned)
     assert kept["inner"] == 14 and kept["second"] == find_layers(graph)[-2].shape[0] - 2
-    assert result.verify["output_error"] < 0.02
+    assert result.verify.output_error < 0.02
     narrower = prune(graph, fast(keep=0.8, round_to=1, hash_error=0.002))
-    assert narrower.verify["output_error"] < 0.4
-    records = {record["name"]: record["merge"] for record in narrower.layers}
-    assert records["inner"]["channels"] == 16 and records["inner"]["kept"] == widths_of(narrower.pruned)["inner"] < 14
+    assert narrower.verify.output_error < 0.4
+    records = {record.name: record.merge for record in narrower.layers}
+    assert records["inner"].channels == 16 and records["inner"].kept == widths_of(narrower.pruned)["inner"] < 14
 
 
 def test_without_redundancy_a_quantised_network_comes_back_as_it_was():
     graph = quantised(trained("chain"))
     result = prune(graph, Options(merge="exact"))
-    assert result.pruned.nodes == graph.nodes and all(
-        result.pruned.tensors[name] is t for name, t in graph.tensors.items()
-    )
+    assert result.pruned.nodes == graph.nodes
+    assert all(result.pruned.tensors[name] is tensor for name, tensor in graph.tensors.items())
 
 
 @pytest.mark.parametrize(
@@ -243,12 +242,12 @@ def test_excluded_layers_keep_their_bits(choice):
     for name in ("second.weight", "second.bias", "head.weight", "head.bias", "inner_bn.weight", "inner_bn.bias"):
         if "inner" not in name or choice.get("merge"):  # the norm before an excluded reader may be repaired and tuned
             assert torch.equal(result.pruned.tensors[name], graph.tensors[name]), name
-    records = {record["name"]: record for record in result.layers}
+    records = {record.name: record for record in result.layers}
     for name in ("second", "head"):
-        assert records[name]["hash"] is None and records[name]["split"] is None
-    assert records["inner"]["merge"]["reason"] == "second, which goes with it, is excluded"
-    assert records["second"]["merge"]["reason"] == "excluded" and records["stem"]["merge"]["reason"] == ""
-    assert (records["stem"]["merge"]["kept"] < 4) == ("merge" not in choice)
+        assert records[name].hash is None and records[name].split is None
+    assert records["inner"].merge.reason == "second, which goes with it, is excluded"
+    assert records["second"].merge.reason == "excluded" and records["stem"].merge.reason == ""
+    assert (records["stem"].merge.kept < 4) == ("merge" not in choice)
 
 
 def test_all_excluded_or_no_layers_at_all_is_a_run_of_skipped_stages():
@@ -291,51 +290,65 @@ def test_a_network_that_casts_its_input():
     assert inner_of(result.pruned).channels == 15
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "left"),
-    [(lossy, "reconstruct", {"inputs"}), (pipeline, "hash_within", {"inputs", "inputs.distil"})],
-)
-def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, owner, name, left):
-    graph, options, checkpoint = trained(), fast(keep=0.5, distil=0.5), tmp_path / "work" / "inputs"
+class Interrupted(Stages):
+    """Stages that the user interrupts when the one named begins."""
+
+    def __init__(self, at):
+        super().__init__(quiet=True)
+        self.at = at
+
+    def run(self, name):
+        if name == self.at:
+            raise KeyboardInterrupt
+        return super().run(name)
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path):
+    graph, options = trained(), fast(keep=0.5, distil=0.5)
     whole = prune(graph, options)
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    for at, left in (("reconstruct", {"inputs"}), ("codebooks", {"inputs", "inputs.distil"})):
+        checkpoint = tmp_path / at / "inputs"
         with pytest.raises(KeyboardInterrupt):
-            prune(graph, options, checkpoint=checkpoint)
-    assert {path.name for path in checkpoint.parent.iterdir()} == left
-    result = prune(graph, options, checkpoint=checkpoint)
-    assert digest(result.pruned) == digest(whole.pruned) and result.verify == whole.verify
+            prune(graph, options, stages=Interrupted(at), checkpoint=checkpoint)
+        assert {path.name for path in checkpoint.parent.iterdir()} == left, at
+        result = prune(graph, options, checkpoint=checkpoint)
+        assert digest(result.pruned) == digest(whole.pruned) and result.verify == whole.verify, at
 
 
 def test_counts_are_those_of_the_result():
     result = prune(quantised(trained("chain")), HALF)
-    total = {who: sum(c.multiplications for c in counts) for who, counts in result.counts.items()}
-    assert result.counting["kernel"]["multiplications"] == [total["original"], total["pruned"]]
-    assert total["pruned"] == sum(record["split"]["multiplications"][1] for record in result.layers)
-    assert result.hash["predicted_ratio"] == pytest.approx(result.hash["measured_ratio"], abs=0.1)
-    assert result.hash["measured_error"] < 1e-6  # the weights were a codebook already
+    assert result.counting.dense.multiplications == mac_count(result.original)
+    assert result.counting.kernel.multiplications == sum(record.split.multiplications[1] for record in result.layers)
+    assert result.hash.predicted_ratio == pytest.approx(result.hash.measured_ratio, abs=0.1)
+    assert result.hash.measured_error < 1e-6  # the weights were a codebook already
 
 
 def test_a_merge_that_is_not_exact_stops_the_run(monkeypatch):
-    summed = merging._summed
+    def wrong(coupling, round_to):
+        merged = merge_exact(coupling, round_to)
+        weight = merged.graph.tensors["second.weight"]
+        changed = merged.graph.with_tensors({"second.weight": weight.index_fill(1, torch.tensor([3]), 0.0)})
+        return replace(merged, graph=changed)
 
-    def wrong(weight, dim, positions, first, stays):
-        return summed(weight.index_fill(dim, positions[-1], 0.0), dim, positions, first, stays)
-
-    monkeypatch.setattr(merging, "_summed", wrong)
+    monkeypatch.setattr(steps, "merge_exact", wrong)
     with pytest.raises(GateFailed, match="exact merging changed"):
         prune(plant(trained("residual"), {9: 3}), Options(merge="exact", round_to=1))
 
 
-def test_narrowing_that_is_more_than_taking_out_stops_the_run(monkeypatch):
-    narrow = Coupling.narrow
+class Careless(Coupling):
+    """A coupling that changes more than it takes out."""
 
-    def wrong(self, kept):
-        graph = narrow(self, kept)
+    def narrow(self, kept):
+        graph = super().narrow(kept)
         return graph.with_tensors({"head.bias": graph.tensors["head.bias"] + 1e-5})
 
-    monkeypatch.setattr(Coupling, "narrow", wrong)
-    monkeypatch.setattr("redpp_serve.channels.coupling._tried", lambda coupling: coupling.sets)
+
+def test_narrowing_that_is_more_than_taking_out_stops_the_run(monkeypatch):
+    def wrong(graph, exclude):
+        coupling = couple(graph, exclude)
+        return Careless(*(getattr(coupling, f.name) for f in fields(coupling)))
+
+    monkeypatch.setattr(steps, "couple", wrong)
     with pytest.raises(GateFailed, match="taking out channels that nothing reads changed"):
         prune(trained("residual"), HALF)
 
@@ -346,7 +359,7 @@ def test_a_split_that_is_not_exact_stops_the_run(monkeypatch):
         split.kernels[0] *= 1 + 1e-6
         return split
 
-    monkeypatch.setattr(pipeline, "split_weight", wrong)
+    monkeypatch.setattr(steps, "split_weight", wrong)
     with pytest.raises(GateFailed, match="splitting changed"):
         prune(trained("residual"), Options(merge="exact"))
 
@@ -367,7 +380,7 @@ class Constant(nn.Module):
 def test_constants_of_the_default_type_join_the_check_in_float64():
     graph = capture(Constant().eval(), [InputSpec("x", (3, 8, 8))], [])
     result = prune(graph, Options(merge="exact", round_to=1))
-    assert result.verify["merge_exact"] < 1e-12 and torch.get_default_dtype() is torch.float32
+    assert result.verify.merge_exact < 1e-12 and torch.get_default_dtype() is torch.float32
 
 
 class Flags(nn.Module):
@@ -383,7 +396,7 @@ class Flags(nn.Module):
 
 def test_outputs_without_classes_have_no_agreement_and_no_accuracy(tmp_path):
     graph = capture(Flags().eval(), [InputSpec("x", (4,))], [])
-    assert prune(graph, Options(merge="exact")).verify["agreement"] is None
+    assert prune(graph, Options(merge="exact")).verify.agreement is None
     with pytest.raises(GateFailed, match="no top-1 agreement"):
         prune(graph, Options(merge="exact", min_agreement=0.0))
 
@@ -404,7 +417,5 @@ def test_without_hashing_exact_merging_is_all_that_happens():
     graph = capture(Constant().eval(), [InputSpec("x", (3, 8, 8))], [])
     stages = Stages(quiet=True)
     result = prune(graph, Options(hash="none", merge="exact", round_to=1), stages=stages)
-    assert result.verify["output_error"] < 1e-6 and len(result.pruned.tensors["a.weight"]) == 3
-    assert {s.name: s.status for s in stages.stages}["hash"] == "skipped" and all(
-        r["hash"] is None for r in result.layers
-    )
+    assert result.verify.output_error < 1e-6 and len(result.pruned.tensors["a.weight"]) == 3
+    assert stages.named("hash").status == "skipped" and all(record.hash is None for record in result.layers)

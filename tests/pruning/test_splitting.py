@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 from redpp_serve.graph import weights as splitting
 from redpp_serve.graph.graph import Node
 from redpp_serve.graph.layers import CONV, LINEAR, Layer
+from redpp_serve.graph.weights import split_weight
 from redpp_serve.pruning import verification as verify
-from redpp_serve.pruning.accounting import (
-    Counts,
-    count_dense,
-    count_kernels,
-    count_scalars,
-    expected_kernels,
-    split_weight,
-)
+from redpp_serve.pruning.accounting import Counts, count_dense, count_kernels, count_scalars, expected_kernels
 from tests.support.networks import many, seeds
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

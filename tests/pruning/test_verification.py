@@ -13,7 +13,14 @@ from redpp_serve.graph.graph import InputSpec, Ref
 from redpp_serve.graph.layers import find_layers
 from redpp_serve.options import Options
 from redpp_serve.pruning.inputs import smooth_noise
-from redpp_serve.pruning.verification import Difference, check_gate, compare_outputs, layer_errors, load_verify_data
+from redpp_serve.pruning.verification import (
+    Difference,
+    Reference,
+    check_gate,
+    compare_outputs,
+    layer_errors,
+    load_verify_data,
+)
 from tests.support.networks import Builder, network, outputs
 
 GOOD = Difference(0.05, 0.98, 16)
@@ -52,7 +59,8 @@ def test_not_a_number_is_an_error_not_a_pass():
 def test_layer_errors_name_layers_and_skip_changed_shapes():
     graph = network("chain")
     other = scaled(graph, 1.5, "second.weight")
-    errors = layer_errors(graph, other, find_layers(other), smooth_noise(graph.inputs, 5, 0))
+    reference = Reference(graph, smooth_noise(graph.inputs, 5, 0))
+    errors = layer_errors(reference, other, find_layers(other))
     assert errors["stem"] == errors["inner"] == 0 and errors["second"] > 0.3 and errors["head"] > 0.1
     narrow = graph.with_tensors(
         {
@@ -65,11 +73,7 @@ def test_layer_errors_name_layers_and_skip_changed_shapes():
             "head.weight": graph.tensors["head.weight"][:, :2],
         }
     )
-    assert set(layer_errors(graph, narrow, find_layers(narrow), smooth_noise(graph.inputs, 5, 0))) == {
-        "stem",
-        "inner",
-        "head",
-    }
+    assert set(layer_errors(reference, narrow, find_layers(narrow))) == {"stem", "inner", "head"}
 
 
 GATES = [

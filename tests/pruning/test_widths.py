@@ -9,25 +9,23 @@ from hypothesis import strategies as st
 
 from redpp_serve.channels.coupling import couple
 from redpp_serve.graph.layers import find_layers, mac_count
-from redpp_serve.pruning import widths as module
 from redpp_serve.pruning.fit import quick_fit
 from redpp_serve.pruning.inputs import smooth_noise
 from redpp_serve.pruning.observation import observe
 from redpp_serve.pruning.selection import select
 from redpp_serve.pruning.verification import compare_outputs
 from redpp_serve.pruning.widths import (
-    Plan,
-    Point,
+    NarrowingPath,
+    PathPoint,
     ShapeModel,
     measure_errors,
-    plan_widths,
+    narrowing_path,
     scaled_curve,
     search_error,
     uniform,
     unit,
-    with_measured,
 )
-from tests.pruning.test_refit import network_of
+from tests.pruning.test_fit import network_of
 from tests.support.networks import KINDS, few, network, networks, seeds
 
 
@@ -58,9 +56,9 @@ def test_shapes_and_costs_are_those_of_the_narrowed_network(graph, seed):
 @pytest.mark.parametrize("step", [1, 4])
 def test_every_point_costs_less_and_loses_more(kind, step):
     coupling = couple(network_of(kind, 16))
-    plan = plan_widths(coupling, errors_of(coupling), step)
-    assert plan.points[0].cost == mac_count(coupling.graph) and plan.points[0].predicted == 0
-    for before, after in zip(plan.points, plan.points[1:]):
+    path = narrowing_path(coupling, errors_of(coupling), step)
+    assert path.points[0].cost == mac_count(coupling.graph) and path.points[0].predicted == 0
+    for before, after in zip(path.points, path.points[1:]):
         (changed,) = [name for name in before.widths if before.widths[name] != after.widths[name]]
         assert after.widths[changed] < before.widths[changed] and after.widths[changed] % step == 0
         assert after.cost < before.cost and after.predicted > before.predicted
@@ -73,15 +71,15 @@ def test_every_point_costs_less_and_loses_more(kind, step):
 def test_each_step_is_the_cheapest_there_is():
     coupling = couple(network_of("stream", 12))
     errors, model = errors_of(coupling), ShapeModel(coupling)
-    plan = plan_widths(coupling, errors, 2)
+    path = narrowing_path(coupling, errors, 2)
 
     def price(widths, name, width):
         saved = model.macs(model.shapes(widths)) - model.macs(model.shapes({**widths, name: width}))
         return float(errors[name][width] - errors[name][widths[name]]) / saved
 
-    for before, after in zip(plan.points, plan.points[1:]):
+    for before, after in zip(path.points, path.points[1:]):
         ((name, width),) = after.widths.items() - before.widths.items()
-        lowest = {n: plan.points[-1].widths[n] for n in after.widths}
+        lowest = {n: path.points[-1].widths[n] for n in after.widths}
         others = [price(before.widths, n, k) for n, now in before.widths.items() for k in range(lowest[n], now, 2)]
         assert price(before.widths, name, width) <= min(others) * (1 + 1e-9)
 
@@ -90,38 +88,38 @@ def test_a_channel_set_whose_error_hardly_counts_goes_first():
     coupling = couple(network_of("chain", 16))
     errors = {"stem": falling(4), "inner": falling(16, 1e-12), "second": falling(4)}
     errors = {name: errors[name] for name in [channel_set.name for channel_set in coupling.open]}
-    plan = plan_widths(coupling, errors, 2)
-    alone = [p for p in plan.points if p.widths["stem"] == p.widths["second"] == 4]
+    path = narrowing_path(coupling, errors, 2)
+    alone = [p for p in path.points if p.widths["stem"] == p.widths["second"] == 4]
     assert alone[-1].widths["inner"] == 2 and alone[-1].predicted < 1e-5
 
 
 def test_no_channel_set_falls_below_an_eighth_unless_the_outputs_hardly_need_it():
     coupling = couple(network("bare", 16))
-    plan = plan_widths(coupling, errors_of(coupling), 1)
-    assert plan.points[-1].widths["inner"] == 2
+    path = narrowing_path(coupling, errors_of(coupling), 1)
+    assert path.points[-1].widths["inner"] == 2
     tiny = {name: curve * 1e-8 for name, curve in errors_of(coupling).items()}
-    assert plan_widths(coupling, tiny, 1).points[-1].widths["inner"] == 1
+    assert narrowing_path(coupling, tiny, 1).points[-1].widths["inner"] == 1
 
 
 def test_channel_sets_smaller_than_two_steps_stay_and_are_named():
     coupling = couple(network_of("chain", 16))
-    plan = plan_widths(coupling, errors_of(coupling), 8)
-    assert set(plan.left) >= {"stem", "second"} and "two steps of 8" in plan.left["stem"]
-    assert all(set(point.widths) == {"inner"} for point in plan.points) and len(plan.points) == 2
-    assert len(plan_widths(coupling, errors_of(coupling), 16).points) == 1
+    path = narrowing_path(coupling, errors_of(coupling), 8)
+    assert set(path.left) >= {"stem", "second"} and "two steps of 8" in path.left["stem"]
+    assert all(set(point.widths) == {"inner"} for point in path.points) and len(path.points) == 2
+    assert len(narrowing_path(coupling, errors_of(coupling), 16).points) == 1
 
 
 def test_another_cost_makes_other_steps():
     """Where only one layer costs anything, only the sets that shape it lose channels."""
     coupling = couple(network("bare", 16))
-    plan = plan_widths(coupling, errors_of(coupling), 1, lambda shapes: float(math.prod(shapes.get("head", (0,)))))
-    first, last = plan.points[0].widths, plan.points[-1].widths
+    path = narrowing_path(coupling, errors_of(coupling), 1, lambda shapes: float(math.prod(shapes.get("head", (0,)))))
+    first, last = path.points[0].widths, path.points[-1].widths
     assert {name for name in first if last[name] < first[name]} == {"second"}
 
 
 def test_the_first_point_within_a_cost():
-    plan = Plan(tuple(Point({}, cost, 0.0) for cost in (100, 80, 50, 20)), {})
-    assert [plan.within(cost) for cost in (1000, 100, 99, 50, 49, 1)] == [0, 0, 1, 2, 3, 3]
+    path = NarrowingPath(tuple(PathPoint({}, cost, 0.0) for cost in (100, 80, 50, 20)), {})
+    assert [path.within(cost) for cost in (1000, 100, 99, 50, 49, 1)] == [0, 0, 1, 2, 3, 3]
 
 
 @given(seeds, st.integers(4, 64))
@@ -153,13 +151,13 @@ def test_measured_errors_are_those_of_networks_with_one_channel_set_narrowed(kin
         assert curve[-1] == 0 and (curve[1:] <= curve[:-1]).all()
 
 
-def test_big_networks_are_measured_on_fewer_inputs(monkeypatch):
+def test_big_networks_are_measured_on_fewer_inputs():
     graph = network("bare", 8)
     observed, inputs = observe(couple(graph), smooth_noise(graph.inputs, 24, 0)), smooth_noise(graph.inputs, 16, 1)
     chosen = select(observed)
-    monkeypatch.setattr(module, "_PROBE_MACS", 1)
     few_inputs = measure_errors(observed, chosen, tuple(x[:4] for x in inputs))
-    assert all(torch.equal(few_inputs[name], curve) for name, curve in measure_errors(observed, chosen, inputs).items())
+    limited = measure_errors(observed, chosen, inputs, probe_macs=1)
+    assert all(torch.equal(few_inputs[name], curve) for name, curve in limited.items())
 
 
 def test_units_and_uniform_widths():
@@ -172,7 +170,7 @@ def test_units_and_uniform_widths():
 @pytest.mark.parametrize("factor", [0.3, 1.0, 4.0])
 @pytest.mark.parametrize("limit", [0.0, 0.17, 0.5, 99.0])
 def test_the_search_ends_at_the_last_point_within_the_limit(factor, limit):
-    plan = Plan(tuple(Point({}, 100 - k, 0.01 * k) for k in range(101)), {})
+    path = NarrowingPath(tuple(PathPoint({}, 100 - k, 0.01 * k) for k in range(101)), {})
     built = []
     real = lambda point: factor * point.predicted  # noqa: E731
 
@@ -180,14 +178,13 @@ def test_the_search_ends_at_the_last_point_within_the_limit(factor, limit):
         built.append(point)
         return real(point)
 
-    index, measured = search_error(plan, measure, limit, rounds=8)
-    assert index == max(k for k, point in enumerate(plan.points) if real(point) <= limit)
-    assert len(built) == len(measured) <= 8 and len(set(id(point) for point in built)) == len(built)
-    known = with_measured(plan, measured)
-    assert [p.measured for k, p in enumerate(known.points) if k in measured] == [measured[k] for k in sorted(measured)]
+    index = search_error(path, measure, limit, rounds=8)
+    assert index == max(k for k, point in enumerate(path.points) if real(point) <= limit)
+    assert len(built) <= 8 and len({id(point) for point in built}) == len(built)
 
 
 def test_the_search_builds_no_more_than_it_may():
-    plan = Plan(tuple(Point({}, 100 - k, 0.01 * k) for k in range(101)), {})
-    index, measured = search_error(plan, lambda point: point.predicted**3, 0.1, rounds=2)
-    assert len(measured) == 2 and plan.points[index].predicted ** 3 <= 0.1
+    path = NarrowingPath(tuple(PathPoint({}, 100 - k, 0.01 * k) for k in range(101)), {})
+    built = []
+    index = search_error(path, lambda point: built.append(point) or point.predicted**3, 0.1, rounds=2)
+    assert len(built) == 2 and path.points[index].predicted ** 3 <= 0.1

@@ -1,0 +1,293 @@
+"""The stages of a pruning run, each a function from one state to the next; `pipeline.prune` gives their order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+
+from redpp_serve.channels.coupling import Coupling, couple
+from redpp_serve.errors import GateFailed
+from redpp_serve.graph.graph import Graph
+from redpp_serve.graph.layers import Layer, find_layers
+from redpp_serve.graph.weights import split_weight
+from redpp_serve.options import NO_HASH, Options
+from redpp_serve.pruning.choose import Narrower, choose
+from redpp_serve.pruning.distillation import distil as train
+from redpp_serve.pruning.final_codebooks import METHOD, hash_within
+from redpp_serve.pruning.fit import Reconstruction
+from redpp_serve.pruning.hashing import Hashed, hash_weight, retuned
+from redpp_serve.pruning.inputs import smooth_noise, synthesis_budget, synthesize
+from redpp_serve.pruning.merging import merge_exact
+from redpp_serve.pruning.repair import repair_batch_norm
+from redpp_serve.pruning.state import Channels, Inputs, Job, State
+from redpp_serve.pruning.verification import Reference, exact_error, require_exact, split_error
+from redpp_serve.stages import Stage
+
+CODEBOOK_SHARE = 0.45  # of the error so far: what final codebooks may add, in squares, where no budget says
+LEAST_CODEBOOK_ERROR = 0.02
+CODEBOOK_DISTIL_SHARE = 0.25  # of the distillation's seconds, for the values of the final codebooks
+_MATCHING_SHARE = 0.5  # of the time budget; the rest is for fitting
+_MATCHING_END, _FIT_END, _FRONTIER_END = 0.7, 0.8, 0.95  # of the time budget
+
+
+def hash_weights(job: Job) -> State:
+    """Replace the weights of each layer by few values."""
+    state = State(job.original)
+    with job.stages.run("hash") as stage:
+        layers = job.hashable(state.graph)
+        if job.options.hash == NO_HASH:
+            stage.skip("--hash none")
+        elif not layers:
+            stage.skip("no convolution or Linear to hash" + (" that is not excluded" if job.options.exclude else ""))
+        else:
+            graph, hashed = _hash_layers(state.graph, layers, job.options, stage)
+            stage.reason = f"{_sizes(hashed)} ({job.options.hash}, {job.options.hash_target})"
+            errors = tuple(h.codebook.error for h in hashed.values())
+            state = replace(state, graph=graph, hashed=hashed, first_errors=errors)
+    return state
+
+
+def _hash_layers(graph: Graph, layers: list[Layer], options: Options, stage: Stage) -> tuple[Graph, dict[str, Hashed]]:
+    hashed = {}
+    for k, layer in enumerate(layers):
+        hashed[layer.name] = hash_weight(graph.tensors[layer.weight], options.hash, options.hash_target)
+        stage.progress(k + 1, len(layers))
+    return graph.with_tensors({layer.weight: hashed[layer.name].weight for layer in layers}), hashed
+
+
+def _sizes(hashed: Mapping[str, Hashed]) -> str:
+    sizes = sorted(h.codebook.size for h in hashed.values())
+    return f"{len(hashed)} layers, {sizes[0]} to {sizes[-1]} values each"
+
+
+def merge_duplicates(job: Job, state: State) -> tuple[State, Channels]:
+    """Merge equal channels, done and checked in float64, then back in the network's precision."""
+    options, graph, checks = job.options, state.graph, {}
+    with job.stages.run("merge") as stage:
+        coupling = couple(graph, options.exclude)
+        precise = coupling.with_tensors(graph.to(torch.float64).tensors)
+        if coupling.open:
+            checks["narrow_exact"] = _narrowing_error(precise, graph, options.seed)
+            require_exact("taking out channels that nothing reads", checks["narrow_exact"])
+        merged = merge_exact(precise, options.round_to)
+        sets = len(coupling.open)
+        if not sets:
+            stage.reason = "no open channel set"
+        elif not merged.removed:
+            stage.reason = f"no two of the channels in {sets} channel sets are equal"
+        widths = {
+            s.name: Reconstruction(s.name, s.channels, len(merged.kept.get(s.name, range(s.channels))), 0.0)
+            for s in coupling.open
+        }
+        producers = {layer: s.name for s in coupling.open for layer in s.producers}
+        channels = Channels(coupling, producers, coupling.closed_layers)
+        if merged.removed:
+            checks["merge_exact"] = error = exact_error(precise.graph, merged.graph, graph, options.seed)
+            require_exact("exact merging", error)
+            stage.reason = f"{merged.removed} duplicate channels merged; differs by {error:.1e} in float64"
+            types = {name: t.dtype for name, t in graph.tensors.items()}
+            back = {name: t.to(types.get(name, t.dtype)) for name, t in merged.graph.tensors.items()}
+            graph = replace(merged.graph, tensors=back, inputs=graph.inputs)
+            state = replace(state, graph=graph, kept=coupling.kept(merged.kept))
+            channels = replace(channels, coupling=couple(graph, options.exclude))
+        return replace(state, widths=widths, checks=checks), channels
+
+
+def _narrowing_error(precise: Coupling, graph: Graph, seed: int) -> float:
+    """Leave out every other channel of all sets at once, and compare with a network that does not read them."""
+    kept = {s.name: torch.arange(s.channels)[::2] for s in precise.open}
+    unread = dict(precise.graph.tensors)
+    for reader in (reader for s in precise.open for reader in s.readers):
+        unread[reader.tensor] = unread[reader.tensor].index_fill(reader.dim, reader.positions[1::2].flatten(), 0.0)
+    return exact_error(precise.graph.with_tensors(unread), precise.narrow(kept), graph, seed)
+
+
+def make_inputs(job: Job) -> Inputs:
+    """Make inputs whose batch-norm statistics are those of the training data; noise where nothing is fitted."""
+    options = job.options
+    with job.stages.run("inputs") as stage:
+        if options.merge == "exact":
+            fit, held_out = (), smooth_noise(job.original.inputs, 16, options.seed)
+            note = "smooth noise (inputs are matched to batch norm for reconstruction only)"
+            stage.reason = f"16 inputs of {note}"
+        else:
+            seconds = _MATCHING_SHARE * options.time_budget
+            budget = job.effort.synthesis or synthesis_budget(job.original, seconds, options.device)
+            made = synthesize(
+                job.original,
+                budget,
+                seed=options.seed,
+                device=options.device,
+                checkpoint=job.checkpoint,
+                deadline=job.deadline(_MATCHING_END),
+                progress=stage.progress,
+            )
+            fit, held_out = made.divide(budget.held_out)
+            note = made.note or (
+                f"matched to batch-norm statistics in {budget.steps} steps, "
+                f"mismatch {made.losses[0]:.3g} -> {made.losses[1]:.3g}"
+            )
+            stage.reason = f"{len(fit[0])} to fit and {len(held_out[0])} held out, {note}"
+    reference = Reference(job.original, held_out)
+    reference.require_finite("synthetic inputs")
+    return Inputs(fit, reference, note)
+
+
+def measure_exact_stages(job: Job, inputs: Inputs, hashed: State, merged: State) -> State:
+    """Measure the stages that ran before there were inputs to measure on."""
+    state = merged
+    if job.stages.named("hash").status == "done":
+        state = state.measured(job, inputs, "hash", hashed.graph)
+    return state.measured(job, inputs, "merge") if merged.merged else state
+
+
+def narrow(job: Job, inputs: Inputs, channels: Channels, state: State) -> State:
+    """Choose widths, narrow and fit. Where exact merging took nothing, this starts from the unhashed weights."""
+    options, coupling = job.options, channels.coupling
+    with job.stages.run("reconstruct") as stage:
+        if options.merge == "exact":
+            stage.skip("--merge exact")
+            return state
+        if not coupling.open:
+            _require_no_target(options)
+            stage.skip("no open channel set")
+            return state
+        if not state.merged:
+            coupling = coupling.with_tensors(job.original.tensors)
+            state = replace(state, graph=coupling.graph, hashed={})
+        fit = tuple(x.to(options.device) for x in inputs.fit)
+        narrower = Narrower(inputs.reference, coupling, state.kept, fit, stage.progress, job.frozen(state.graph))
+        choice = choose(narrower, options, job.effort, job.deadline(_FIT_END), job.deadline(_FRONTIER_END))
+        state = replace(state, choice=choice)
+        if choice.cut_short:
+            late = "the search for widths was cut short by --time-budget, so it is not reproducible to the byte"
+            state = replace(state, notes=(*state.notes, late))
+        if choice.narrowed is None:
+            stage.reason = choice.reason
+            return state
+        widths = dict(state.widths)
+        for record in choice.narrowed.records:
+            widths[record.layer] = replace(record, channels=widths[record.layer].channels)
+        state = replace(state, graph=choice.narrowed.graph, kept=choice.narrowed.kept, widths=widths)
+        kept = sum(record.kept for record in choice.narrowed.records)
+        of = sum(record.channels for record in choice.narrowed.records)
+        left = f"; {len(choice.left)} too small to narrow" if choice.left else ""
+        sets = len(choice.narrowed.records)
+        stage.reason = f"{choice.reason}: {kept} of {of} channels kept in {sets} channel sets{left}"
+    return state.measured(job, inputs, "reconstruct")
+
+
+def _require_no_target(options: Options) -> None:
+    """Refuse a target for the cost where all channels have to stay."""
+    for what, share in (("macs", options.target_macs), ("latency", options.target_latency)):
+        if share is not None and share < 1.0:
+            raise GateFailed(
+                f"--target {what}={share:g} cannot be reached: no channel set is open",
+                "a layer that can be narrowed",
+                "see inspect --channels for the reasons, and --exclude",
+            )
+
+
+def distil(job: Job, inputs: Inputs, state: State) -> State:
+    """Train the narrowed network to give the original's outputs."""
+    with job.stages.run("distil") as stage:
+        if state.choice.narrowed is None:
+            stage.skip("nothing was narrowed")
+            return state
+        if not job.options.distil:
+            stage.skip("--distil 0")
+            return state
+        share = 1.0 if job.options.hash == NO_HASH else 1.0 - CODEBOOK_DISTIL_SHARE
+        state = _train(job, inputs, state, stage, share)
+    return state.measured(job, inputs, "distil")
+
+
+def _train(job: Job, inputs: Inputs, state: State, stage: Stage, share: float, codebooks: Iterable[str] = ()) -> State:
+    """Spend a share of the distillation's seconds; the equal values of the tensors in ``codebooks`` stay equal."""
+    options, seconds = job.options, share * job.options.distil
+    found = train(
+        state.graph,
+        job.original,
+        inputs.fit,
+        inputs.reference.inputs,
+        state.kept,
+        seconds=seconds,
+        seed=options.seed,
+        device=options.device,
+        deadline=time.monotonic() + job.effort.distillation_patience * seconds,
+        checkpoint=job.checkpoint and job.checkpoint.with_name(f"{job.checkpoint.name}.{stage.name}"),
+        progress=stage.progress,
+        codebooks=frozenset(codebooks),
+        frozen=job.frozen(state.graph),
+    )
+    stage.reason = f"{found.steps} steps, held-out error {found.error[0]:.4f} -> {found.error[1]:.4f}"
+    stage.reason += f"; {found.note}" if found.note else ""
+    notes = state.notes if found.reproducible else (*state.notes, f"{stage.name}: {found.note}")
+    return replace(state, graph=found.graph, notes=notes)
+
+
+def hash_fitted(job: Job, inputs: Inputs, state: State) -> State:
+    """Hash the final weights: what was fitted and learnt lies outside the first codebooks."""
+    options, before = job.options, state.graph
+    with job.stages.run("codebooks") as stage:
+        layers = job.hashable(before)
+        if options.hash == NO_HASH:
+            stage.skip("--hash none")
+            return state
+        if options.merge == "exact" or not layers:
+            stage.skip("the weights are those of the first hashing")
+            return state
+        if options.hash_error is None and options.hash_values is None:
+            budget = _codebook_budget(options, inputs.reference.error(before))
+            found = hash_within(before, layers, inputs.reference.inputs, budget, stage.progress)
+            graph, hashed = found.graph, found.hashed
+            how = f"{METHOD}, at most {budget:.3f} of output error; adds {found.added**0.5:.3f}"
+        else:
+            graph, hashed = _hash_layers(before, layers, options, stage)
+            how = f"{options.hash}, {options.hash_target}"
+        if any(graph.tensors[layer.weight] is not before.tensors[layer.weight] for layer in layers):
+            graph = repair_batch_norm(graph, job.original, inputs.fit, state.kept)
+        stage.reason = f"{_sizes(hashed)} ({how})"
+        state = replace(state, graph=graph, hashed=hashed)
+    return state.measured(job, inputs, "codebooks")
+
+
+def _codebook_budget(options: Options, before: float) -> float:
+    """Return the output error that final codebooks may add: what the user's budget leaves, or a share of ``before``."""
+    if options.error_budget is not None:
+        return max(options.error_budget**2 - before**2, 0.0) ** 0.5
+    return max(CODEBOOK_SHARE * before, LEAST_CODEBOOK_ERROR)
+
+
+def tune(job: Job, inputs: Inputs, state: State) -> State:
+    """Train the values of the final codebooks, where the network was distilled before."""
+    if state.choice.narrowed is None or not job.options.distil or not state.hashed:
+        return state
+    weights = {layer.name: layer.weight for layer in find_layers(state.graph) if layer.name in state.hashed}
+    with job.stages.run("tune") as stage:
+        state = _train(job, inputs, state, stage, CODEBOOK_DISTIL_SHARE, weights.values())
+        hashed = {name: retuned(h, state.graph.tensors[weights[name]]) for name, h in state.hashed.items()}
+        state = replace(state, hashed=hashed)
+    return state.measured(job, inputs, "tune")
+
+
+def split(job: Job, state: State) -> State:
+    """Split each hashed weight into its unique kernels, exactly."""
+    splits, worst = {}, 0.0
+    with job.stages.run("split") as stage:
+        layers = [layer for layer in find_layers(state.graph) if layer.name in state.hashed]
+        if not layers:
+            stage.skip("no hashed layer")
+            return state
+        for k, layer in enumerate(layers):
+            weight = state.graph.tensors[layer.weight]
+            splits[layer.name] = split_weight(weight, layer.groups)
+            worst = max(worst, split_error(layer, weight, splits[layer.name], job.options.seed))
+            stage.progress(k + 1, len(layers))
+        require_exact("input-wise splitting", worst)
+        unique, kernels = sum(len(s.kernels) for s in splits.values()), sum(s.index.numel() for s in splits.values())
+        stage.reason = f"{unique} unique kernels of {kernels}; differs by {worst:.1e} in float64"
+    return replace(state, splits=splits, checks={**state.checks, "split_exact": worst})
