@@ -19,7 +19,7 @@ from grafana_foundation_sdk.models.dashboard import (
     VariableRefresh,
 )
 from panels import BAD, GOOD, SOURCE, TIMES, bars, heat, lines, number, word
-from queries import EXPERIMENT, INTERVAL, MODEL, matched, recorded
+from queries import AB_TEST, INTERVAL, MODEL, matched, recorded
 
 FOLDER = Path(__file__).parent / "dashboards"
 OF_VERSION, OF_VARIANT = "{{variant}} {{version}} {{server}}", "{{variant}} {{server}}"
@@ -28,8 +28,8 @@ Rows = dict[str, list[Any]]  # title of a row to panels with their widths set
 
 
 def dashboards() -> dict[str, str]:
-    """File name to JSON text, the same on every call."""
-    made = {"redpp-serving.json": _serving(), "redpp-experiment.json": _experiment()}
+    """Return file names with JSON texts, the same on every call."""
+    made = {"redpp-serving.json": _serving(), "redpp-ab.json": _ab_test()}
     return {
         name: json.dumps(board.build(), cls=JSONEncoder, indent=2, sort_keys=True) + "\n"
         for name, board in made.items()
@@ -55,20 +55,20 @@ def _serving() -> builders.Dashboard:
 
 
 def _now() -> list[Any]:
-    paired = matched('redpp_ab_speedup_ratio{bound="%s"}', EXPERIMENT)
+    paired = matched('redpp_ab_speedup_ratio{bound="%s"}', AB_TEST)
     smaller = "sum by (server, model) ({0}{{variant='original'}}) / sum by (server, model) ({0}{{variant='pruned'}})"
     return [
         number(
             "At equal batch size",
-            "Handler time of the original by that of the pruned version, batches of the "
-            "same size compared. Above 1 the pruned version is faster. The fairest of these without an experiment.",
+            "Handler time of the original / of the pruned version, for batches of equal size. Above 1 the pruned version "
+            "is faster. The fairest figure without an A/B test.",
             TIMES,
             {"{{model}} {{server}}": recorded("model:redpp_speedup_equal_batch:ratio5m", MODEL)},
             SPEED,
         ).span(6),
         number(
             "As served",
-            "Handler time for one request, whatever the batches: what users got.",
+            "Handler time for one request, as users got it, whatever the batches.",
             TIMES,
             {"{{model}} {{server}}": recorded("model:redpp_speedup_handler:ratio5m", MODEL)},
             SPEED,
@@ -81,17 +81,17 @@ def _now() -> list[Any]:
             SPEED,
         ).span(4),
         number(
-            "Experiment, 95 % interval",
-            "From a running experiment (redpp-serve ab): valid at any moment.",
+            "A/B test, 95 % interval",
+            "From a running A/B test (redpp-serve ab); valid at any moment.",
             TIMES,
             {f"{{{{source}}}} {bound}": paired % bound for bound in ("low", "mean", "high")},
             SPEED,
         )
-        .no_value("no experiment")
+        .no_value("no A/B test")
         .span(6),
         number(
             "Smaller",
-            "Of the original by the pruned version.",
+            "Original / pruned version.",
             TIMES,
             {what: matched(smaller.format(f"redpp_model_{what}"), MODEL) for what in ("parameters", "macs", "bytes")},
         ).span(4),
@@ -114,11 +114,11 @@ def _latency() -> list[Any]:
             min=0,
         ).span(12),
         lines("Network, by version", "Time of one run of the network.", "s", percentiles("inference"), min=0).span(12),
-        heat("Handler of the original", "How many batches took how long.", buckets("original")).span(12),
-        heat("Handler of the pruned version", "How many batches took how long.", buckets("pruned")).span(12),
+        heat("Handler of the original", "Batches by the time they took.", buckets("original")).span(12),
+        heat("Handler of the pruned version", "Batches by the time they took.", buckets("pruned")).span(12),
         lines(
             "Speed-up",
-            "Original by pruned version; above 1 the pruned version is faster.",
+            "Time of the original / of the pruned version; above 1 the pruned version is faster.",
             TIMES,
             {
                 "at equal batch size {{server}}": recorded("model:redpp_speedup_equal_batch:ratio5m", MODEL),
@@ -128,7 +128,7 @@ def _latency() -> list[Any]:
         ).span(12),
         lines(
             "Speed-up by batch size",
-            "Handler time of batches that held exactly so many requests.",
+            "Handler time of batches with exactly this number of requests.",
             TIMES,
             {"batch of {{batch}} {{server}}": recorded("batch:redpp_speedup:ratio5m", MODEL)},
         ).span(12),
@@ -148,7 +148,7 @@ def _load() -> list[Any]:
         ).span(8),
         lines(
             "Traffic share",
-            "Of the model's requests.",
+            "Share of the model's requests that each version answered.",
             "percentunit",
             {OF_VERSION: recorded("version:redpp_traffic:ratio5m", MODEL)},
             min=0,
@@ -156,7 +156,7 @@ def _load() -> list[Any]:
         ).span(8),
         lines(
             "By outcome",
-            "bad_request is the client's, error the server's.",
+            "bad_request is the client's fault, error the server's.",
             "reqps",
             {f"{{{{outcome}}}} {OF_VERSION}": matched(outcomes)},
             min=0,
@@ -176,7 +176,10 @@ def _load() -> list[Any]:
             min=0,
         ).span(8),
         bars(
-            "Batches by size", "In the whole time range.", "none", {"{{batch}} in a batch, {{variant}}": matched(sizes)}
+            "Batches by size",
+            "Batches by number of requests, over the whole time range.",
+            "none",
+            {"{{batch}} in a batch, {{variant}}": matched(sizes)},
         ).span(8),
     ]
 
@@ -209,7 +212,7 @@ def _resources() -> list[Any]:
         ).span(6),
         lines(
             "GPU memory",
-            "Tensors on the GPU; nothing where there is none.",
+            "Tensors on the GPU; empty without a GPU.",
             "bytes",
             {
                 f"{{{{device}}}} {OF_VERSION}": matched(
@@ -233,36 +236,36 @@ def _kernels() -> list[Any]:
         ).span(14),
         word(
             "Plans in use",
-            "Precision and digest of the kernels' plan. Workers of one version should agree.",
+            "Precision and digest of the plan of kernels. All workers of a version should agree.",
             {f"{{{{precision}}}} {{{{digest}}}} {{{{device}}}}, {OF_VERSION}": matched(plan) + " == 1"},
         ).span(10),
     ]
 
 
-def _experiment() -> builders.Dashboard:
-    board = _board("redpp-experiment", "redpp-serve: experiment", "A running A/B or shadow experiment: redpp-serve ab.")
+def _ab_test() -> builders.Dashboard:
+    board = _board("redpp-ab", "redpp-serve: A/B test", "A running A/B test: redpp-serve ab.")
     board.with_variable(_variable("model", "label_values(redpp_ab_verdict, model)"))
     return _with_rows(board, {"Verdict": _verdict(), "Evidence": _evidence(), "Traffic": _traffic()})
 
 
 def _verdict() -> list[Any]:
     def bound(name: str) -> str:
-        return matched(f'redpp_ab_speedup_ratio{{bound="{name}"}}', EXPERIMENT)
+        return matched(f'redpp_ab_speedup_ratio{{bound="{name}"}}', AB_TEST)
 
     return [
         word(
             "Verdict",
-            "On the time of the two versions; stays valid however often one looks.",
-            {"{{model}}: {{kind}}": matched("redpp_ab_verdict", EXPERIMENT) + " == 1"},
+            "On the times of the two versions; valid however often you look.",
+            {"{{model}}: {{kind}}": matched("redpp_ab_verdict", AB_TEST) + " == 1"},
         ).span(6),
         word(
             "Advice",
-            "From the verdict, the guardrails and the agreement.",
-            {"{{model}}: {{kind}}": matched("redpp_ab_advice", EXPERIMENT) + " == 1"},
+            "What to do, from the verdict and the guardrails.",
+            {"{{model}}: {{kind}}": matched("redpp_ab_advice", AB_TEST) + " == 1"},
         ).span(6),
         number(
             "Speed-up, 95 % interval",
-            "Original by pruned version; above 1 the pruned version is faster.",
+            "Time of the original / of the pruned version; above 1 the pruned version is faster.",
             TIMES,
             {f"{{{{source}}}} {name}": bound(name) for name in ("low", "mean", "high")},
             SPEED,
@@ -271,7 +274,7 @@ def _verdict() -> list[Any]:
             "Agreement",
             "Share of pairs whose outputs agree.",
             "percentunit",
-            {"{{model}}": matched("redpp_ab_agreement_ratio", EXPERIMENT)},
+            {"{{model}}": matched("redpp_ab_agreement_ratio", AB_TEST)},
             {0: BAD, 0.99: GOOD},
         ).span(6),
     ]
@@ -279,12 +282,12 @@ def _verdict() -> list[Any]:
 
 def _evidence() -> list[Any]:
     def bound(name: str) -> str:
-        return matched(f'redpp_ab_speedup_ratio{{bound="{name}"}}', EXPERIMENT)
+        return matched(f'redpp_ab_speedup_ratio{{bound="{name}"}}', AB_TEST)
 
     return [
         lines(
             "Speed-up and its interval",
-            "The interval narrows as evidence comes in; a verdict falls when it leaves 1, or the margin.",
+            "The interval narrows as evidence comes in; the verdict is reached when it excludes 1 or lies within the margin.",
             TIMES,
             {f"{{{{source}}}} {name}": bound(name) for name in ("low", "mean", "high")},
         ).span(12),
@@ -292,16 +295,16 @@ def _evidence() -> list[Any]:
             "Agreement",
             "Share of pairs whose outputs agree.",
             "percentunit",
-            {"{{model}}": matched("redpp_ab_agreement_ratio", EXPERIMENT)},
+            {"{{model}}": matched("redpp_ab_agreement_ratio", AB_TEST)},
             max=1,
         ).span(6),
         lines(
             "Pairs",
-            "Shadowed requests answered by both versions, and those left out as the recorder was busy; each second.",
+            "Mirrored requests that both versions answered, and those left out because the recorder was busy, per second.",
             "reqps",
             {
-                "compared": matched(f"rate(redpp_ab_pairs_total[{INTERVAL}])", EXPERIMENT),
-                "left out": matched(f"rate(redpp_ab_dropped_total[{INTERVAL}])", EXPERIMENT),
+                "compared": matched(f"rate(redpp_ab_pairs_total[{INTERVAL}])", AB_TEST),
+                "left out": matched(f"rate(redpp_ab_dropped_total[{INTERVAL}])", AB_TEST),
             },
             min=0,
         ).span(6),
@@ -314,17 +317,18 @@ def _traffic() -> list[Any]:
     return [
         lines(
             "Share of the traffic",
-            "As configured, and as it came.",
+            "Configured and actual shares.",
             "percentunit",
-            {
-                "{{arm}}, configured": matched("redpp_ab_traffic_ratio", EXPERIMENT),
-                "{{arm}}": matched(share, EXPERIMENT),
-            },
+            {"{{arm}}, configured": matched("redpp_ab_traffic_ratio", AB_TEST), "{{arm}}": matched(share, AB_TEST)},
             min=0,
             max=1,
         ).span(12),
         lines(
-            "Requests by arm", "Each second, at the gateway.", "reqps", {"{{arm}}": matched(rate, EXPERIMENT)}, min=0
+            "Requests by arm",
+            "Requests per second at the gateway.",
+            "reqps",
+            {"{{arm}}": matched(rate, AB_TEST)},
+            min=0,
         ).span(12),
     ]
 

@@ -1,4 +1,4 @@
-"""Panels in this project's style: colours by version, units, one line of help. Builders of the Grafana SDK."""
+"""Panels in this project's style: colours by version, units, and one line of help, as builders of the Grafana SDK."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Targets = dict[str, str]  # text of the legend to expression
 
 
 def lines(title: str, text: str, unit: str, targets: Targets, **limits: float) -> timeseries.Panel:
-    """Values over time; ``limits`` are ``min`` and ``max`` of the axis."""
+    """Build a panel of values over time; ``limits`` are ``min`` and ``max`` of the axis."""
     legend = (
         common.VizLegendOptions()
         .display_mode(LegendDisplayMode.TABLE)
@@ -45,7 +45,7 @@ def lines(title: str, text: str, unit: str, targets: Targets, **limits: float) -
 
 
 def number(title: str, text: str, unit: str, targets: Targets, colours: dict[float, str] | None = None) -> stat.Panel:
-    """The value now, with its course behind it; ``colours`` from a value on, the first for all below the second."""
+    """Build a panel of the value now; each of ``colours`` holds from its value on, the first one for all below too."""
     panel = stat.Panel().graph_mode(BigValueGraphMode.AREA if len(targets) == 1 else BigValueGraphMode.NONE)
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"])).decimals(2)
     if colours:
@@ -56,21 +56,21 @@ def number(title: str, text: str, unit: str, targets: Targets, colours: dict[flo
 
 
 def word(title: str, text: str, targets: Targets) -> stat.Panel:
-    """The name of the series that is there now."""
+    """Build a panel with the name of the series that exists now."""
     panel = stat.Panel().text_mode(BigValueTextMode.NAME).graph_mode(BigValueGraphMode.NONE)
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
     return _filled(panel, title, text, "none", targets, instant=True)
 
 
 def bars(title: str, text: str, unit: str, targets: Targets) -> bargauge.Panel:
-    """One bar for each series, over the dashboard's whole time range."""
+    """Build a panel with a bar for each series, over the dashboard's whole time range."""
     panel = bargauge.Panel().orientation(VizOrientation.HORIZONTAL)
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
     return _filled(panel, title, text, unit, targets, instant=True)
 
 
 def heat(title: str, text: str, expression: str) -> heatmap.Panel:
-    """Buckets of seconds over time; the colour says how many."""
+    """Build a heat map of buckets of seconds over time."""
     panel = heatmap.Panel().calculate(False).y_axis(heatmap.YAxisConfig().unit("s"))
     panel.color(
         heatmap.HeatmapColorOptions()

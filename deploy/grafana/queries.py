@@ -1,4 +1,4 @@
-"""The dashboards' queries, made from the recording rules: no second copy of a formula, and no rules to load.
+"""The dashboards' queries, made from the recording rules, so that no formula is written twice and no rules are needed.
 
 A recorded name becomes its expression, the rules' five minutes become Grafana's own interval, and every metric gets
 the dashboard's variables as label matchers.
@@ -15,15 +15,15 @@ RULES = Path(__file__).parent.parent / "prometheus" / "rules.yml"
 INTERVAL = "$__rate_interval"  # at least four scrapes, whatever the zoom
 _RECORDED = re.compile(r"\b[a-z]+:redpp_\w+:\w+\b")
 _METRIC = re.compile(r"\b(redpp_\w+)(?:\{([^}]*)\})?")
-# Matchers of a series that belongs to one version, and of what compares versions. `=~` with `.*` for "all" also
-# matches series without the label, as where targets carry no label `server`.
+# Matchers for series of one version, and for comparisons of versions. `=~` with `.*` for "all" also matches series
+# without the label, such as those of targets that carry no label `server`.
 VERSION = ('server=~"$server"', 'model=~"$model"', 'version=~"$version"')
 MODEL = VERSION[:2]
-EXPERIMENT = ('model=~"$model"',)
+AB_TEST = ('model=~"$model"',)
 
 
 def recorded(name: str, matchers: tuple[str, ...] = VERSION) -> str:
-    """The expression of a recording rule, over Grafana's interval."""
+    """Return the expression of a recording rule, over Grafana's interval."""
     expressions = {
         rule["record"]: rule["expr"] for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
     }
@@ -31,7 +31,7 @@ def recorded(name: str, matchers: tuple[str, ...] = VERSION) -> str:
 
 
 def matched(expression: str, matchers: tuple[str, ...] = VERSION) -> str:
-    """The expression with label matchers on each of the project's metrics."""
+    """Return the expression with label matchers on each of the project's metrics."""
 
     def add(found: re.Match[str]) -> str:
         own = [found[2]] if found[2] else []
@@ -41,7 +41,7 @@ def matched(expression: str, matchers: tuple[str, ...] = VERSION) -> str:
 
 
 def _expand(name: str, expressions: dict[str, str]) -> str:
-    """Selectors of labels on a recorded name move to the metrics that it is made of, which have all of them."""
+    """Expand a recorded name; selectors on it move to the metrics that it is made of, which have all its labels."""
 
     def inner(found: re.Match[str]) -> str:
         expression = _expand(found[1], expressions)

@@ -15,16 +15,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from redpp_serve.ab.gateway import switched
-from redpp_serve.ab.state import COUNTS, GATEWAY, WINDOWS, Lines, write_json
+from redpp_serve.ab.state import COUNTS, GATEWAY, WINDOWS, Lines, read_json, write_json
 from redpp_serve.errors import RedppError
 from redpp_serve.variants import NAMES
 
 _BATCHES, _SECONDS, _BUCKETS = "redpp_batches_total", "redpp_batch_seconds_total", "redpp_handler_seconds_bucket"
 _TIMEOUT_S = 5.0
+Window = dict[int, list[float]]  # batch size -> [batches, their seconds] of the original, then of the pruned version
 _ROUNDING_S = 1e-6  # sums over the workers' files, in any order
 
 
@@ -116,12 +117,12 @@ class Windows:
         self.since = Counters()  # differences, over the whole experiment
         self.divided = Counters()  # of them those while users were divided: their arms' tails may be compared
 
-    def cut(self, now: Counters, *, divided: bool = True) -> dict[int, list[float]]:
+    def cut(self, now: Counters, *, divided: bool = True) -> Window:
         """Since the last cut, for every batch size: [batches, seconds] of the original, then of the pruned version.
 
         ``divided``: whether users were, all this time.
         """
-        window: dict[int, list[float]] = {}
+        window: Window = {}
         if self._anew(now):
             self._last = now
             return window
@@ -240,11 +241,61 @@ def _rounded(milliseconds: int) -> int:
 _SHORT_WINDOWS, _LONG_WINDOW_S = 50_000, 10.0
 
 
+@dataclass(frozen=True)
+class Totals:
+    """Counts over the whole A/B test.
+
+    Attributes:
+        traffic: what users got.
+        counters: the server's counters.
+        divided: the part of ``counters`` from times when users were divided, so that the arms' loads are comparable.
+    """
+
+    traffic: Traffic
+    counters: Counters
+    divided: Counters
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form that `from_json` reads; it holds the buckets of the counters."""
+        return {"users": self.traffic.to_json(), "buckets": as_json(self.counters), "divided": as_json(self.divided)}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Totals:
+        """Read what `to_json` returned."""
+        return cls(Traffic(document["users"]), from_json(document["buckets"]), from_json(document["divided"]))
+
+
+class CountSource(Protocol):
+    """Where an `evidence.Evidence` gets its counts: the supervisor's memory, or the files that it writes."""
+
+    def totals(self) -> Totals | None:
+        """Return the counts as of now; None before the first."""
+
+    def new_windows(self) -> list[Window]:
+        """Return the windows that were cut since the last call."""
+
+
+class WrittenCounts:
+    """The counts of another process, as `Counting` writes them to the state folder."""
+
+    def __init__(self, state: Path) -> None:
+        self._path, self._windows = state / COUNTS, Lines(state / WINDOWS)
+
+    def totals(self) -> Totals | None:
+        """Read the counts; None before the first."""
+        document = read_json(self._path)
+        return Totals.from_json(document) if document else None
+
+    def new_windows(self) -> list[Window]:
+        """Read the windows that were added since the last call."""
+        return [{int(size): row for size, row in line["batches"].items()} for line in self._windows.new()]
+
+
 class Counting:
-    """Appends windows and keeps the counts.
+    """Counts what users got and reads the server's counters: in memory, and in files for other processes.
 
     Args:
-        state: the experiment's state folder.
+        state: the test's state folder.
         access_log: the gateway's.
         metrics_url: the server's.
         model: the served name.
@@ -252,9 +303,11 @@ class Counting:
 
     def __init__(self, state: Path, access_log: Path, metrics_url: str, model: str) -> None:
         self._state, self._url, self._model = state, metrics_url, model
-        self._traffic, self._log, self._old = Traffic(), Lines(access_log), None
+        self._traffic, self._log = Traffic(), Lines(access_log)
+        self._old: Lines | None = None
         self._windows: Windows | None = None
         self._written, self._cut_at = 0, 0.0
+        self._new: list[Window] = []
         self._divided = True
 
     def count(self) -> list[str]:
@@ -267,14 +320,20 @@ class Counting:
             problems = []
         except (OSError, http.client.HTTPException, RedppError) as error:
             problems = [f"the server's metrics cannot be read: {error}"]
-        if windows := self._windows:
-            counts = {
-                "users": self._traffic.to_json(),
-                "buckets": as_json(windows.since),
-                "divided": as_json(windows.divided),
-            }
-            write_json(self._state / COUNTS, counts)
+        if totals := self.totals():
+            write_json(self._state / COUNTS, totals.to_json())
         return problems
+
+    def totals(self) -> Totals | None:
+        """Return the counts as of the last call of `count`; None before the server's metrics were read."""
+        if self._windows is None:
+            return None
+        return Totals(self._traffic, self._windows.since, self._windows.divided)
+
+    def new_windows(self) -> list[Window]:
+        """Return the windows that were cut since the last call."""
+        new, self._new = self._new, []
+        return new
 
     def put_aside(self) -> None:
         """The access log was put aside: nginx may write a few more lines to the old one."""
@@ -292,6 +351,7 @@ class Counting:
         divided, self._divided = self._divided, switched(self._state / GATEWAY) is None
         window = self._windows.cut(now, divided=divided and self._divided)
         if window:
+            self._new.append(window)
             with (self._state / WINDOWS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": round(time.time(), 3), "batches": window}) + "\n")
             self._written += 1

@@ -9,6 +9,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from redpp_serve.ab.evidence import deciding
 from redpp_serve.ab.status import Status
 from redpp_serve.statistics.verdicts import ADVICE_KINDS, KINDS
 from redpp_serve.variants import NAMES
@@ -44,24 +45,24 @@ def _families(status: Status) -> Iterator[Metric]:
     yield family(GaugeMetricFamily, "redpp_ab_traffic_ratio", "Share of users that the arm is to get.", "arm", shares)
     requests: dict[str, float] = {arm: status.arms[arm].requests for arm in NAMES}
     yield family(CounterMetricFamily, "redpp_ab_requests", "Users' requests by arm.", "arm", requests)
-    shadow = status.shadow or {}
+    shadow = status.shadow
     yield family(
         CounterMetricFamily,
         "redpp_ab_pairs",
         "Users' requests that were replayed on both versions.",
         None,
-        {"": shadow.get("pairs", 0)},
+        {"": shadow.pairs if shadow else 0},
     )
     yield family(
         CounterMetricFamily,
         "redpp_ab_dropped",
         "Mirrored requests not replayed for want of time.",
         None,
-        {"": shadow.get("dropped", 0)},
+        {"": shadow.dropped if shadow else 0},
     )
-    if shadow.get("agreement") is not None:
+    if shadow and shadow.agreement is not None:
         text = "Share of pairs whose outputs agree."
-        yield family(GaugeMetricFamily, "redpp_ab_agreement_ratio", text, None, {"": shadow["agreement"]})
+        yield family(GaugeMetricFamily, "redpp_ab_agreement_ratio", text, None, {"": shadow.agreement})
     yield _speedup(status)
     kind = deciding_kind(status)
     yield family(
@@ -87,9 +88,7 @@ def _shares(status: Status) -> dict[str, float]:
 
 def deciding_kind(status: Status) -> str:
     """The verdict that the advice rests on: ``slower`` before all others, else the first decided."""
-    kinds = [finding.verdict.kind for finding in status.findings]
-    decided = [kind for kind in kinds if kind != "undecided"]
-    return "slower" if "slower" in decided else (decided or ["undecided"])[0]
+    return deciding(status.findings).verdict.kind
 
 
 def _speedup(status: Status) -> Metric:

@@ -228,7 +228,9 @@ class NginxProcess(ListeningProcess):
             for path in (folder, folder.parent):
                 path.chmod(0o711)
         self._config.write_text(gateway_config(self.gateway), encoding="utf-8")
-        checked = subprocess.run([*self._command, "-t", "-q"], capture_output=True, text=True, timeout=_START_S)
+        checked = subprocess.run(
+            [*self._command, "-t", "-q"], capture_output=True, text=True, timeout=_START_S, check=False
+        )
         if checked.returncode:
             raise self._refusal(f"nginx refuses its configuration: {checked.stderr.strip()[-1000:]}")
         (folder / "sink.sock").unlink(missing_ok=True)

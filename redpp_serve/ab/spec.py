@@ -45,12 +45,12 @@ def parse_split(text: str) -> TrafficSplit:
             "per cent for the original and for the pruned version, up to two decimals",
             "write for example --split 90:10",
         )
-    original, pruned = map(Decimal, match.groups())
+    original, pruned = Decimal(match[1]), Decimal(match[2])
     if original + pruned != 100:
         raise RedppError(
             f"--split {text} adds up to {original + pruned}",
             "two numbers that add up to 100",
-            f"write for example --split {max(0, 100 - min(pruned, 100))}:{min(pruned, 100)}",
+            f"write for example --split {100 - min(pruned, Decimal(100))}:{min(pruned, Decimal(100))}",
         )
     return TrafficSplit(original, pruned)
 
@@ -78,7 +78,7 @@ class Spec:
     split: TrafficSplit
     sticky: str | None
     shadow: bool
-    limits: Limits = Limits()
+    limits: Limits = Limits()  # noqa: RUF009 (it is frozen)
     workers: int = 1
     port: int | None = None
     auth: bool = True

@@ -1,40 +1,42 @@
-"""An experiment now: what users got, the comparisons of times, the limits, and what to do."""
+"""The state of an A/B test now: what users got, the comparisons of times, the limits, and what to do."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from redpp_serve.ab.evidence import Evidence, Finding
 from redpp_serve.ab.gateway import switched
-from redpp_serve.ab.spec import Spec
-from redpp_serve.ab.state import GATEWAY, SPEC, STATUS, read_json
+from redpp_serve.ab.spec import Spec, Started
+from redpp_serve.ab.state import GATEWAY, SPEC, Heartbeat, read_json
 from redpp_serve.errors import RedppError
 from redpp_serve.statistics.guardrails import Guardrail
 from redpp_serve.statistics.verdicts import Advice
 from redpp_serve.variants import NAMES
 
 _SILENT_S, _FULL_BYTES = 10.0, 1 << 20
+_PERCENTILES = {"p50": 0.5, "p99": 0.99}
 _LOADS = "The arms carry different loads: compare batches of equal size (below), not these percentiles."
+_WORDS = {True: "kept", False: "BROKEN", None: "open"}
 
 
 @dataclass(frozen=True)
 class ArmStatus:
-    """What users got from one arm. Times in milliseconds, None before the first.
+    """What users got from one arm. Times are in milliseconds, None before the first.
 
     Attributes:
         configured: share of users by the split, 0 to 1.
-        requests: of users, without replays.
-        share: of all users' requests, 0 to 1.
-        errors: answered with 500 or above.
-        refused: answered with 400 to 498.
-        abandoned: whose sender left before there was an answer.
-        by_header: whose sender asked for the arm.
+        requests: users' requests, without replays.
+        share: share of all users' requests, 0 to 1.
+        errors: requests answered with 500 or above.
+        refused: requests answered with 400 to 498.
+        abandoned: requests whose sender left before there was an answer.
+        by_header: requests whose sender asked for the arm.
         gateway_ms: p50 and p99 of the server's time for a good request, as the gateway sees it, to 1 ms.
         handler_ms: p50 and p99 of the handler's time for a batch, replays included.
     """
@@ -51,9 +53,49 @@ class ArmStatus:
 
 
 @dataclass(frozen=True)
+class ShadowStatus:
+    """What the replays of shadow mode say.
+
+    Attributes:
+        received: mirrored requests.
+        dropped: mirrored requests that were not replayed for want of time.
+        pairs: requests replayed on both versions.
+        quiet_pairs: pairs fit for comparing times.
+        errors: arm -> failed replays.
+        compared_outputs: pairs that the original answered.
+        agreeing: those whose outputs agree.
+        agreement: their share, 0 to 1; None before the first.
+        top1: share of pairs with the same class; None where outputs are not classes.
+    """
+
+    received: int
+    dropped: int
+    pairs: int
+    quiet_pairs: int
+    errors: dict[str, int]
+    compared_outputs: int
+    agreeing: int
+    agreement: float | None
+    top1: float | None
+
+
+@dataclass(frozen=True)
 class Status:
-    """See the module. ``all_to`` is the arm that all users are sent to, None while they are divided; ``problems`` are
-    what the supervisor could not mend.
+    """The state of an A/B test at one moment.
+
+    Attributes:
+        name: the name that the model is served under.
+        kind: the model server.
+        spec: what the test was asked to be.
+        seconds: how long it has run.
+        all_to: the arm that all users are sent to; None while they are divided.
+        arms: arm -> what users got from it.
+        shadow: the replays; None without shadow mode.
+        findings: the comparisons of times, the strongest first.
+        guardrails: the limits.
+        advice: what to do.
+        problems: sentences about what the supervisor could not mend.
+        urls: addresses of the ``gateway`` and of the test's ``metrics``.
     """
 
     name: str
@@ -62,33 +104,33 @@ class Status:
     seconds: float
     all_to: str | None
     arms: dict[str, ArmStatus]
-    shadow: dict[str, Any] | None
+    shadow: ShadowStatus | None
     findings: list[Finding]
     guardrails: list[Guardrail]
     advice: Advice
     problems: list[str]
-    urls: dict[str, str]
+    urls: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers, texts and lists, fit for ``json.dumps``."""
+        """Return plain numbers, texts and lists, fit for ``json.dumps``."""
         verdicts = [{"source": f.source, "measure": f.measure, **_finite(asdict(f.verdict))} for f in self.findings]
         return {
             "name": self.name,
             "server": self.kind,
-            "experiment": self.spec.to_json(),
+            "spec": self.spec.to_json(),
             "seconds": self.seconds,
             "all_to": self.all_to,
             "arms": {arm: asdict(status) for arm, status in self.arms.items()},
-            "shadow": self.shadow,
+            "shadow": self.shadow and asdict(self.shadow),
             "verdicts": verdicts,
             "advice": asdict(self.advice),
             "guardrails": [_finite(asdict(rail)) for rail in self.guardrails],
             "problems": self.problems,
-            "urls": self.urls,
+            "urls": dict(self.urls),
         }
 
     def to_text(self) -> str:
-        """A table for the terminal that ends with the advice."""
+        """Return a table for the terminal that ends with the advice."""
         rows = [("", *NAMES), *self._rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         table = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}".rstrip() for row in rows]
@@ -109,24 +151,19 @@ class Status:
             yield f"PROBLEM: {problem}"
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
-        both = [self.arms[arm] for arm in NAMES]
-
-        def row(title: str, cells: list[str]) -> tuple[str, str, str]:
-            return title, cells[0], cells[1]
-
-        yield row("requests", [str(arm.requests) for arm in both])
-        yield row("share", ["-" if arm.share is None else f"{arm.share:.1%}" for arm in both])
-        yield row("failed (5xx)", [str(arm.errors) for arm in both])
-        yield row("refused (4xx)", [str(arm.refused) for arm in both])
-        if any(arm.abandoned for arm in both):
-            yield row("left unanswered", [str(arm.abandoned) for arm in both])
-        if any(arm.by_header for arm in both):
-            yield row("asked for by header", [str(arm.by_header) for arm in both])
-        for title, group in (("gateway", "gateway_ms"), ("handler", "handler_ms")):
-            for key in ("p50", "p99"):
-                values = [getattr(arm, group)[key] for arm in both]
-                digits = 0 if group == "gateway_ms" else 2
-                yield row(f"{title} {key} (ms)", ["-" if value is None else f"{value:.{digits}f}" for value in values])
+        original, pruned = (self.arms[arm] for arm in NAMES)
+        yield "requests", str(original.requests), str(pruned.requests)
+        yield "share", _or_dash(original.share, ".1%"), _or_dash(pruned.share, ".1%")
+        yield "failed (5xx)", str(original.errors), str(pruned.errors)
+        yield "refused (4xx)", str(original.refused), str(pruned.refused)
+        if original.abandoned or pruned.abandoned:
+            yield "left unanswered", str(original.abandoned), str(pruned.abandoned)
+        if original.by_header or pruned.by_header:
+            yield "asked for by header", str(original.by_header), str(pruned.by_header)
+        for place, form in (("gateway", ".0f"), ("handler", ".2f")):
+            for key in _PERCENTILES:
+                values = [getattr(arm, f"{place}_ms")[key] for arm in (original, pruned)]
+                yield f"{place} {key} (ms)", _or_dash(values[0], form), _or_dash(values[1], form)
 
     def _body(self) -> Iterator[str]:
         if all(arm.requests for arm in self.arms.values()):
@@ -134,20 +171,49 @@ class Status:
         if self.shadow:
             yield from _shadow_lines(self.shadow, self.spec.limits.tolerance)
         for rail in self.guardrails:
-            yield f"{ {True: 'kept', False: 'BROKEN', None: 'open'}[rail.ok]:<6}  {rail.text}."
+            yield f"{_WORDS[rail.ok]:<6}  {rail.text}."
         for finding in self.findings:
             yield f"{finding.source:<6}  {finding.verdict.text}."
         yield ""
         yield self.advice.text
 
 
-def read_status(state: Path, urls: dict[str, str], evidence: Evidence | None = None) -> Status:
-    """The status from an experiment's files.
+def make_status(
+    state: Path, test: Started, evidence: Evidence, urls: Mapping[str, str], problems: Sequence[str]
+) -> Status:
+    """Return the status now, with all that ``evidence`` can take in.
 
     Args:
-        state: its state folder.
+        state: the test's state folder.
+        test: the test that runs.
+        evidence: what was taken in before.
         urls: ``gateway`` and ``metrics``.
-        evidence: what has been read before; by default everything is read.
+        problems: what the supervisor could not mend.
+    """
+    evidence.refresh()
+    findings, guardrails, spec = evidence.findings(), evidence.guardrails(), test.spec
+    return Status(
+        name=test.name,
+        kind=spec.kind,
+        spec=spec,
+        seconds=time.time() - test.started,
+        all_to=switched(state / GATEWAY),
+        arms={arm: _arm(arm, spec, evidence) for arm in NAMES},
+        shadow=_shadow(evidence) if spec.shadow else None,
+        findings=findings,
+        guardrails=guardrails,
+        advice=evidence.advice(findings, guardrails),
+        problems=list(problems),
+        urls=urls,
+    )
+
+
+def read_status(state: Path, urls: Mapping[str, str]) -> Status:
+    """Return the status of a test that another process supervises, from the files of its state folder.
+
+    Args:
+        state: the test's state folder.
+        urls: ``gateway`` and ``metrics``.
 
     Raises:
         RedppError: the state folder is gone.
@@ -155,89 +221,73 @@ def read_status(state: Path, urls: dict[str, str], evidence: Evidence | None = N
     document = read_json(state / SPEC)
     if document is None:
         raise RedppError(
-            f"the experiment's folder {state} is gone, and what it recorded with it",
+            f"the A/B test's folder {state} is gone, and what it recorded with it",
             "its state folder",
             "end it with redpp-serve ab stop, and start another one",
         )
-    spec = Spec.from_json(document["spec"])
-    evidence = evidence or Evidence(state, spec)
-    evidence.refresh()
-    findings, guardrails = evidence.findings(), evidence.guardrails()
-    supervisor = read_json(state / STATUS) or {}
-    problems = [*supervisor.get("problems", []), *_silence(state, supervisor.get("looked"))]
-    return Status(
-        name=document["name"],
-        kind=spec.kind,
-        spec=spec,
-        seconds=time.time() - document["started"],
-        all_to=switched(state / GATEWAY),
-        arms={arm: _arm(arm, spec, evidence) for arm in NAMES},
-        shadow=_shadow(evidence) if spec.shadow else None,
-        findings=findings,
-        guardrails=guardrails,
-        advice=evidence.advice(findings, guardrails),
-        problems=problems,
-        urls=urls,
-    )
+    test, heartbeat = Started.from_json(document), Heartbeat.read(state)
+    problems = [*heartbeat.problems, *_silence(state, heartbeat.looked)]
+    return make_status(state, test, Evidence(state, test.spec), urls, problems)
 
 
 def _silence(state: Path, looked: float | None) -> Iterator[str]:
-    """A sentence where the supervisor has not written for long; ``looked`` is on the clock of ``time.monotonic``."""
+    """Yield a sentence if the supervisor has not written for long; ``looked`` is on the clock of ``time.monotonic``."""
     if looked is not None and (seconds := time.monotonic() - looked) > _SILENT_S:
-        disk = shutil.disk_usage(state)
-        full = f"the disk that holds {state} is full" if disk.free < _FULL_BYTES else "it may be restarting the server"
-        yield f"nothing was written down for {seconds:.0f} s, and the numbers below are as old: {full}"
+        full = shutil.disk_usage(state).free < _FULL_BYTES
+        why = f"the disk that holds {state} is full" if full else "it may be restarting the server"
+        yield f"nothing was written down for {seconds:.0f} s, and the numbers below are as old: {why}"
 
 
 def _arm(arm: str, spec: Spec, evidence: Evidence) -> ArmStatus:
-    traffic, percentiles = evidence.traffic, {"p50": 0.5, "p99": 0.99}
+    traffic = evidence.totals.traffic
     return ArmStatus(
-        spec.split.ratio(arm),
-        traffic.requests[arm],
-        traffic.share(arm),
-        traffic.errors[arm],
-        traffic.refused[arm],
-        traffic.abandoned[arm],
-        traffic.by_header[arm],
-        {key: traffic.percentile_ms(arm, q) for key, q in percentiles.items()},
-        {key: evidence.handler_ms(arm, q) for key, q in percentiles.items()},
+        configured=spec.split.ratio(arm),
+        requests=traffic.requests[arm],
+        share=traffic.share(arm),
+        errors=traffic.errors[arm],
+        refused=traffic.refused[arm],
+        abandoned=traffic.abandoned[arm],
+        by_header=traffic.by_header[arm],
+        gateway_ms={key: traffic.percentile_ms(arm, q) for key, q in _PERCENTILES.items()},
+        handler_ms={key: evidence.handler_ms(arm, q) for key, q in _PERCENTILES.items()},
     )
 
 
-def _shadow(evidence: Evidence) -> dict[str, Any]:
-    pairs = evidence.pairs
-    return {
-        "received": evidence.recorder["received"],
-        "dropped": evidence.recorder["dropped"],
-        "pairs": pairs.total,
-        "quiet_pairs": pairs.quiet,
-        "errors": {arm: pairs.errors[k] for k, arm in enumerate(NAMES)},
-        "compared_outputs": pairs.answered,
-        "agreeing": pairs.agreeing,
-        "agreement": pairs.agreement,
-        "top1": pairs.top1[0] / pairs.top1[1] if pairs.top1[1] else None,
-    }
+def _shadow(evidence: Evidence) -> ShadowStatus:
+    pairs, (same, classes) = evidence.pairs, evidence.pairs.same_class
+    return ShadowStatus(
+        received=evidence.recorder.received,
+        dropped=evidence.recorder.dropped,
+        pairs=pairs.total,
+        quiet_pairs=pairs.quiet,
+        errors=dict(zip(NAMES, pairs.errors, strict=True)),
+        compared_outputs=pairs.answered,
+        agreeing=pairs.agreeing,
+        agreement=pairs.agreement,
+        top1=same / classes if classes else None,
+    )
 
 
-def _shadow_lines(shadow: dict[str, Any], tolerance: float | None) -> Iterator[str]:
-    yield f"Shadow: {shadow['pairs']} pairs, {shadow['quiet_pairs']} of them undisturbed by other requests"
-    if shadow["dropped"]:
-        yield f"Not replayed for want of time: {shadow['dropped']} of {shadow['received']} requests"
-    if any(shadow["errors"].values()):
-        yield f"Replays failed: {shadow['errors']['original']} on original, {shadow['errors']['pruned']} on pruned"
-    if shadow["compared_outputs"]:
-        top1 = "" if shadow["top1"] is None else f", same class on {shadow['top1']:.2%}"
+def _shadow_lines(shadow: ShadowStatus, tolerance: float | None) -> Iterator[str]:
+    yield f"Shadow: {shadow.pairs} pairs, {shadow.quiet_pairs} of them undisturbed by other requests"
+    if shadow.dropped:
+        yield f"Not replayed for want of time: {shadow.dropped} of {shadow.received} requests"
+    if any(shadow.errors.values()):
+        yield "Replays failed: " + ", ".join(f"{count} on {arm}" for arm, count in shadow.errors.items())
+    if shadow.compared_outputs:
+        top1 = "" if shadow.top1 is None else f", same class on {shadow.top1:.2%}"
         within = "" if tolerance is None else f" within {tolerance:g} of the original's (relative difference)"
-        yield f"Outputs: {shadow['agreeing']} of {shadow['compared_outputs']} agree{within}{top1}"
+        yield f"Outputs: {shadow.agreeing} of {shadow.compared_outputs} agree{within}{top1}"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def _finite(document: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: a bound that is not there is null."""
-
-    def there(value: Any) -> bool:
-        return not isinstance(value, float) or math.isfinite(value)
-
-    return {key: value if there(value) else None for key, value in document.items()}
+    """Return the document with null for infinite bounds, since JSON has no infinity."""
+    infinite = {key for key, value in document.items() if isinstance(value, float) and not math.isfinite(value)}
+    return {key: None if key in infinite else value for key, value in document.items()}
 
 
 def _span(seconds: float) -> str:

@@ -1,8 +1,6 @@
-"""The process that an experiment is: it starts server, gateway and recorder, watches them, and counts.
+"""The process that an A/B test is: it starts server, gateway and recorder, keeps them running, and counts.
 
-``python -m redpp_serve.ab.supervisor STATE`` runs what is asked for in the state folder until SIGTERM.
-
-A helper process of the supervisor that is started again when it dies.
+``python -m redpp_serve.ab.supervisor STATE`` runs the test that is described in the state folder until SIGTERM.
 """
 
 from __future__ import annotations
@@ -10,18 +8,17 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from redpp_serve.ab.commands import mixed_folder
+from redpp_serve.ab import shadow
 from redpp_serve.ab.counts import Counting
 from redpp_serve.ab.evidence import Evidence
 from redpp_serve.ab.gateway import (
@@ -32,161 +29,194 @@ from redpp_serve.ab.gateway import (
     stop_mirroring,
     worker_account,
 )
-from redpp_serve.ab.shadow import MAX_PAIRS
-from redpp_serve.ab.spec import Spec
+from redpp_serve.ab.spec import Spec, Started
 from redpp_serve.ab.state import (
     GATEWAY,
+    PACKAGE,
     RECORDER,
     RECORDER_LOG,
     SPEC,
-    STATUS,
-    Journal,
+    Heartbeat,
     not_swept,
     read_json,
     supervising,
     write_json,
 )
-from redpp_serve.ab.status import Status, read_status
+from redpp_serve.ab.status import Status, make_status
 from redpp_serve.errors import RedppError
 from redpp_serve.loopback import ADDRESS, GatewayPorts, Ports, TritonPorts, check_ports, consecutive_ports, free_ports
+from redpp_serve.processes import Guard
 from redpp_serve.serving.running import Running, register
-from redpp_serve.serving.serve import model_name, open_server
+from redpp_serve.serving.serve import open_server
 from redpp_serve.serving.server import LocalServer
+from redpp_serve.signals import stopped_by_signal
 
 _POLL_S = 1.0
 
 
-class Supervisor:
-    """Runs one experiment. ``say`` is called with lines about the start.
+def supervise(test: Started, state: Path, note: Callable[[str], None], ready: Callable[[], None]) -> None:
+    """Start everything, call ``ready``, and watch until an exception (of a signal) ends it; then end everything.
+
+    Args:
+        test: the test to run.
+        state: its state folder.
+        note: called with lines about the start, and later about a restart of the server.
+        ready: called when users are served.
+
+    Raises:
+        RedppError: something does not start, or another A/B test runs for the folder.
+    """
+    spec = test.spec
+    with ExitStack() as stack:
+        stack.enter_context(supervising(spec.folder, state))
+        stack.enter_context(not_swept(state))
+        ports, server_ports = choose_ports(spec)
+        check_ports(ports)
+        guard = Guard()
+        stack.callback(guard.dismiss)
+        guard.watch_folder(state)
+        served = False
+
+        def tell(line: str) -> None:
+            with suppress(OSError):  # a full disk must not keep a server from being started again
+                note(line)
+                if served:
+                    tell_others(state, [f"the server is being started again: {line}"])
+
+        server = open_server(
+            spec.kind,
+            state / PACKAGE if spec.candidate else spec.folder,
+            name=test.name,
+            workers=spec.workers,
+            ports=server_ports,
+            auth=spec.auth,
+            note=tell,
+        )
+        stack.callback(server.stop)
+        server.start(guard)
+        recorder = _recorder(state, ports.recorder, server, guard) if spec.shadow else None
+        if recorder:
+            stack.callback(recorder.stop)
+            recorder.start()
+        (state / GATEWAY).mkdir()
+        nginx = NginxProcess(_gateway(spec, state / GATEWAY, ports, server), guard.watch_session)
+        stack.callback(nginx.stop)
+        nginx.start()
+        test = replace(test, started=time.time())
+        write_json(state / SPEC, test.to_json())
+        urls = {
+            "gateway": f"http://{ADDRESS}:{ports.gateway}{nginx.gateway.public}",
+            "metrics": f"http://{ADDRESS}:{ports.metrics}/metrics",
+        }
+        counting = Counting(state, nginx.access_log, server.metrics_url, server.name)
+        watch = Watch(state, test, urls, counting, Parts(server, nginx, recorder))
+        stack.callback(_serve_metrics(ports.metrics, lambda: watch.latest))
+        stack.enter_context(register(_running(test, state, server, urls)))
+        tell_others(state, [])
+        served = True
+        ready()
+        while True:
+            begun = time.monotonic()
+            watch.look()
+            time.sleep(max(0.05, _POLL_S - (time.monotonic() - begun)))
+
+
+def _recorder(state: Path, port: int, server: LocalServer, guard: Guard) -> ListeningProcess:
+    original, pruned = map(server.url, server.versions)
+    command = shadow.command(state, port, (original, pruned))
+    return ListeningProcess("the shadow recorder", command, port, state / RECORDER_LOG, guard.watch_session)
+
+
+def _running(test: Started, state: Path, server: LocalServer, urls: Mapping[str, str]) -> Running:
+    """Return the note for other commands, which look under the folder that the user named, not one of links."""
+    extra = {
+        "gateway": urls["gateway"],
+        "ab_metrics": urls["metrics"],
+        "state": str(state),
+        "split": str(test.spec.split),
+    }
+    running = server.running(extra)
+    return replace(running, folder=str(test.spec.folder), metrics_urls=[*running.metrics_urls, urls["metrics"]])
+
+
+def tell_others(state: Path, problems: Sequence[str]) -> None:
+    """Write down that the supervisor lives, and what it could not mend.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    Heartbeat(ready=True, problems=tuple(problems), looked=time.monotonic()).write(state)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The processes of a test; there is no recorder without shadow mode."""
+
+    server: LocalServer
+    nginx: NginxProcess
+    recorder: ListeningProcess | None = None
+
+
+class Watch:
+    """Looks after a running test: mends, counts, and writes down what other processes read.
+
+    Args:
+        state: the test's state folder.
+        test: the test.
+        urls: ``gateway`` and ``metrics``.
+        counting: the counts.
+        parts: the processes to look after.
 
     Attributes:
         latest: the status as of the last look; None before the first.
     """
 
-    def __init__(self, spec: Spec, state: Path, say: Callable[[str], None] = lambda line: None) -> None:
-        self._spec, self._state, self._say = spec, state, say
-        self._urls: dict[str, str] = {}
-        self._journal: Journal | None = None
-        self._server: LocalServer | None = None
+    def __init__(self, state: Path, test: Started, urls: Mapping[str, str], counting: Counting, parts: Parts) -> None:
+        self._state, self._test, self._urls, self._counting, self._parts = state, test, urls, counting, parts
+        self._evidence = Evidence(state, test.spec, counting)
+        self._problems: list[str] = []
         self._complaints: set[str] = set()
         self.latest: Status | None = None
 
-    def run(self, ready: Callable[[], None]) -> None:
-        """Start everything, call ``ready``, and watch until an exception (of a signal) ends it; then end everything.
+    def look(self) -> None:
+        """Mend, count and write down once. Whatever goes wrong is told, since users' requests must not end with it."""
+        try:
+            tell_others(self._state, self._problems)
+            self._problems = self.mend()
+            self._problems += self._counting.count()
+            tell_others(self._state, self._problems)
+            self.latest = make_status(self._state, self._test, self._evidence, self._urls, self._problems)
+            if self._parts.nginx.rotate():
+                self._counting.put_aside()
+        except Exception as error:  # such as a full disk, or a folder that is gone
+            self._problems = [f"the A/B test was not looked after: {type(error).__name__}: {error}"]
+            self._complain()
 
-        Raises:
-            RedppError: something does not start, or another experiment runs for the folder.
-        """
-        with ExitStack() as stack:
-            self._journal = stack.enter_context(supervising(self._spec.folder))
-            stack.enter_context(not_swept(self._state))
-            ports, server_ports = _ports(self._spec)
-            check_ports(ports)
-            server = self._start_server(stack, server_ports)
-            recorder = self._start_recorder(stack, ports, server) if self._spec.shadow else None
-            nginx = self._start_nginx(stack, ports, server)
-            self._urls = {
-                "gateway": f"http://{ADDRESS}:{ports.gateway}{nginx.gateway.public}",
-                "metrics": f"http://{ADDRESS}:{ports.metrics}/metrics",
-            }
-            stack.callback(_serve_metrics(ports.metrics, lambda: self.latest))
-            started = {"spec": self._spec.to_json(), "started": time.time(), "name": server.name}
-            write_json(self._state / SPEC, started)
-            self._note()
-            stack.enter_context(register(self._running(server)))
-            counting = Counting(self._state, nginx.access_log, server.metrics_url, server.name)
-            ready()
-            self._watch(counting, Watch(self._state, server, nginx, recorder))
-
-    def _start_server(self, stack: ExitStack, ports: Ports | TritonPorts | None) -> LocalServer:
-        spec, folder = self._spec, self._spec.folder
-        if spec.candidate:
-            folder = mixed_folder(folder, spec.candidate, self._state / "package")
-
-        def note(line: str) -> None:
-            with suppress(OSError):  # a full disk must not keep a server from being started again
-                self._note()
-                self._say(line)
-                if self._urls:  # long after the start
-                    self._write_status([f"the server is being started again: {line}"])
-
-        self._server = open_server(
-            spec.kind,
-            folder,
-            name=model_name(spec.folder),
-            workers=spec.workers,
-            ports=ports,
-            auth=spec.auth,
-            note=note,
-        )
-        stack.callback(self._server.stop)
-        self._note()
-        self._server.start()
-        return self._server
-
-    def _start_recorder(self, stack: ExitStack, ports: GatewayPorts, server: LocalServer) -> ListeningProcess:
-        original, pruned = map(server.url, server.versions)
-        words = ["--state", str(self._state), "--port", str(ports.recorder), "--original", original, "--pruned", pruned]
-        command = [sys.executable, "-m", "redpp_serve.ab.shadow", *words]
-        recorder = ListeningProcess("the shadow recorder", command, ports.recorder, self._state / RECORDER_LOG)
-        stack.callback(recorder.stop)
-        recorder.start()
-        return recorder
-
-    def _start_nginx(self, stack: ExitStack, ports: GatewayPorts, server: LocalServer) -> NginxProcess:
-        folder = self._state / GATEWAY
-        folder.mkdir()
-        nginx = NginxProcess(_gateway(self._spec, folder, ports, server))
-        stack.callback(nginx.stop)
-        nginx.start()
-        return nginx
-
-    def _running(self, server: LocalServer) -> Running:
-        """For other commands: under the folder that the user named, also where the server got one of links."""
-        extra = {
-            "gateway": self._urls["gateway"],
-            "ab_metrics": self._urls["metrics"],
-            "state": str(self._state),
-            "split": str(self._spec.split),
-        }
-        running = server.running(extra)
-        metrics = [*running.metrics_urls, self._urls["metrics"]]
-        return replace(running, folder=str(self._spec.folder), metrics_urls=metrics)
-
-    def _note(self) -> None:
-        """Write down which processes and folders there are now, for the case that this process is killed."""
-        assert self._journal is not None
-        self._journal.write([self._state, *filter(None, [self._server.home if self._server else None])])
-
-    def _watch(self, counting: Counting, watch: Watch) -> None:
-        evidence = Evidence(self._state, self._spec)
-        problems: list[str] = []
-        while True:
-            begun = time.monotonic()
-            try:
-                problems = self._look(counting, watch, evidence, problems)
-            except Exception as error:  # a full disk, a folder that is gone: users' requests must not end with it
-                problems = [f"the experiment was not looked after: {type(error).__name__}: {error}"]
-                self._complain()
-            time.sleep(max(0.05, _POLL_S - (time.monotonic() - begun)))
-
-    def _look(self, counting: Counting, watch: Watch, evidence: Evidence, problems: list[str]) -> list[str]:
-        """Mend, count and write down once; returns what is wrong. ``problems`` are of the look before."""
-        self._write_status(problems)
-        problems = watch.mend()
-        problems += counting.count()
-        self._write_status(problems)
-        self.latest = read_status(self._state, self._urls, evidence)
-        if watch.nginx.rotate():
-            counting.put_aside()
-        self._note()
+    def mend(self) -> list[str]:
+        """Start again what has ended, as far as possible; return sentences about the rest."""
+        problems = []
+        parts = self._parts
+        try:
+            parts.server.check_alive()
+        except (RedppError, OSError) as error:
+            found = error.found.strip() if isinstance(error, RedppError) else str(error)
+            problems.append(f"{found}\nEnd the A/B test with redpp-serve ab stop, and start it again.")
+        try:
+            if not parts.nginx.alive():
+                parts.nginx.start()
+            if parts.recorder and not parts.recorder.alive():
+                parts.recorder.start(wait=False)
+        except RedppError as error:
+            problems.append(error.found)
+        except OSError as error:  # a full disk, or a folder that is gone
+            problems.append(f"gateway or recorder cannot be started again: {error}")
+        if (read_json(self._state / RECORDER) or {}).get("pairs", 0) >= shadow.MAX_PAIRS:
+            stop_mirroring(parts.nginx.gateway.folder)
+            problems.append(f"the recorder has its {shadow.MAX_PAIRS} pairs; start a new A/B test to record more")
         return problems
 
-    def _write_status(self, problems: Sequence[str]) -> None:
-        write_json(self._state / STATUS, {"ready": True, "problems": problems, "looked": time.monotonic()})
-
     def _complain(self) -> None:
-        """Into the log, once for each kind of failure."""
+        """Print the traceback to the log, once for each kind of failure."""
         text = traceback.format_exc()
         if text not in self._complaints:
             self._complaints.add(text)
@@ -194,40 +224,8 @@ class Supervisor:
                 print(text, file=sys.stderr, flush=True)
 
 
-class Watch:
-    """Looks after the processes; ``recorder`` is None without shadow mode."""
-
-    def __init__(
-        self, state: Path, server: LocalServer, nginx: NginxProcess, recorder: ListeningProcess | None
-    ) -> None:
-        self._state, self._server, self.nginx, self._recorder = state, server, nginx, recorder
-
-    def mend(self) -> list[str]:
-        """Start again what has ended, as far as it can be; sentences about the rest."""
-        problems = []
-        try:
-            self._server.check_alive()
-        except (RedppError, OSError) as error:
-            found = error.found.strip() if isinstance(error, RedppError) else str(error)
-            problems.append(f"{found}\nEnd the experiment with redpp-serve ab stop, and start it again.")
-        try:
-            if not self.nginx.alive():
-                self.nginx.start()
-            if self._recorder and not self._recorder.alive():
-                self._recorder.start(wait=False)
-        except RedppError as error:
-            problems.append(error.found)
-        except OSError as error:  # a full disk, a folder that is gone
-            problems.append(f"gateway or recorder cannot be started again: {error}")
-        recorded = read_json(self._state / RECORDER) or {}
-        if recorded.get("pairs", 0) >= MAX_PAIRS:
-            stop_mirroring(self.nginx.gateway.folder)
-            problems.append(f"the recorder has its {MAX_PAIRS} pairs; start a new experiment to record more")
-        return problems
-
-
-def _ports(spec: Spec) -> tuple[GatewayPorts, Ports | TritonPorts | None]:
-    """The gateway's, and the server's behind them; free ones where none was given."""
+def choose_ports(spec: Spec) -> tuple[GatewayPorts, Ports | TritonPorts | None]:
+    """Return the gateway's ports and, after them, the server's; where none was given, free ones and None."""
     if spec.port is None:
         return free_ports(GatewayPorts), None
     gateway = consecutive_ports(GatewayPorts, spec.port)
@@ -255,10 +253,10 @@ def _gateway(spec: Spec, folder: Path, ports: GatewayPorts, server: LocalServer)
 
 
 def _serve_metrics(port: int, latest: Callable[[], Status | None]) -> Callable[[], None]:
-    """Serve the experiment's own metrics; returns what ends it."""
-    from prometheus_client import start_http_server
+    """Serve the test's own metrics; return a function that ends that."""
+    from prometheus_client import start_http_server  # noqa: PLC0415
 
-    from redpp_serve.ab.exporter import registry
+    from redpp_serve.ab.exporter import registry  # noqa: PLC0415
 
     server, thread = start_http_server(port, ADDRESS, registry(latest))
 
@@ -271,34 +269,25 @@ def _serve_metrics(port: int, latest: Callable[[], Status | None]) -> Callable[[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until SIGTERM, SIGINT or SIGHUP. A failed start is written to the state folder for the command that waits."""
+    """Run until a signal. A failed start is written to the state folder for the command that waits."""
     state = Path((sys.argv[1:] if arguments is None else arguments)[0])
-    ours = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     os.umask(0o077)  # counts and logs are nobody else's
-
-    def leave(*_: object) -> None:
-        for number in ours:  # ending must not be interrupted half-way
-            signal.signal(number, signal.SIG_IGN)
-        raise SystemExit(0)
-
-    for number in ours:
-        signal.signal(number, leave)
-    spec = Spec.from_json(read_json(state / SPEC)["spec"])
-    started = False
+    served = False
 
     def ready() -> None:
-        nonlocal started
-        started = True
-        write_json(state / STATUS, {"ready": True, "problems": []})
+        nonlocal served
+        served = True
 
-    try:
-        Supervisor(spec, state, say=lambda line: print(line, flush=True)).run(ready)
-    except RedppError as error:
-        write_json(state / STATUS, {"ready": False, "refusal": [error.found, error.expected, error.do]})
-        return error.exit_code
-    finally:
-        if started:  # else the command that waits reads why not, and removes the folder
-            shutil.rmtree(state, ignore_errors=True)
+    with stopped_by_signal():
+        try:
+            test = Started.from_json(read_json(state / SPEC))
+            supervise(test, state, lambda line: print(line, flush=True), ready)
+        except RedppError as error:
+            Heartbeat(refusal=(error.found, error.expected, error.do)).write(state)
+            return error.exit_code
+        finally:
+            if served:  # else the command that waits reads why not, and removes the folder
+                shutil.rmtree(state, ignore_errors=True)
     return 0
 
 

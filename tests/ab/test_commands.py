@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from redpp_serve.ab import commands
-from redpp_serve.ab import state as journal
+from redpp_serve.ab.state import abandoned, supervising
 from redpp_serve.cli import main
 from redpp_serve.processes import started
 from redpp_serve.serving.running import Running, register
@@ -32,39 +32,31 @@ def own_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_what_the_command_line_alone_decides(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
         (["--split", "90:20"], "--split 90:20 adds up to 110"),
         (["--split", "ninety"], "--split 'ninety'"),
         (["--sticky-header", "X User"], "--sticky-header 'X User'"),
         (["--split", "100:0"], "no user for the pruned version and no shadow mode"),
-    ],
-)
-def test_what_the_command_line_alone_decides(
-    packaged: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    assert main(["ab", "start", str(packaged), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"redpp-serve ab: {message}") and "What to do:" in error
-    assert not journal.abandoned(packaged)
+    ):
+        assert main(["ab", "start", str(packaged), *arguments]) == 2, arguments
+        error = capsys.readouterr().err
+        assert error.startswith(f"redpp-serve ab start: {message}") and "What to do:" in error, arguments
+        assert not abandoned(packaged)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_values_out_of_range(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (
         ["--tolerance", "0"],
         ["--min-agreement", "1.1"],
         ["--max-error-rate-gap", "-1"],
         ["--max-p99-ratio", "x"],
         ["--port", "70000"],
         ["--server", "other"],
-    ],
-)
-def test_values_out_of_range(packaged: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["ab", "start", str(packaged), *arguments])
-    assert exit_.value.code == 2 and arguments[0] in capsys.readouterr().err
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            main(["ab", "start", str(packaged), *arguments])
+        assert exit_.value.code == 2 and arguments[0] in capsys.readouterr().err, arguments
 
 
 def test_nginx_is_missing(packaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,29 +71,31 @@ def test_what_is_no_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "is not a packaged model" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["status", "promote", "rollback", "stop"])
-def test_nothing_runs(packaged: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
-    assert main(["ab", command, str(packaged)]) == 2
-    assert f"no experiment runs for {packaged}" in capsys.readouterr().err
+def test_nothing_runs(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("status", "promote", "rollback", "stop"):
+        assert main(["ab", command, str(packaged)]) == 2, command
+        assert f"no A/B test runs for {packaged}" in capsys.readouterr().err, command
 
 
-def test_one_that_is_starting_and_one_that_was_killed(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with journal.supervising(packaged) as held:
-        held.write([])
-        text = next(Path(os.environ["XDG_RUNTIME_DIR"]).rglob("ab-*.lock")).read_text()
+def test_one_that_is_starting_and_one_that_was_killed(
+    packaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with supervising(packaged, tmp_path / "state"):
+        path = next((tmp_path / "run").rglob("ab-*.lock"))
+        text = path.read_text()
         assert main(["ab", "status", str(packaged)]) == 2
         assert "is still starting, or ending" in capsys.readouterr().err
         assert main(["ab", "start", str(packaged)]) == 2
-        assert "an experiment already runs" in capsys.readouterr().err
-    journal._path(packaged).write_text(text)  # what a killed one leaves
+        assert "an A/B test already runs" in capsys.readouterr().err
+    path.write_text(text)  # what a killed one leaves
     assert main(["ab", "status", str(packaged)]) == 2
-    assert f"end them with redpp-serve ab stop {packaged}" in capsys.readouterr().err
+    assert f"clean up with redpp-serve ab stop {packaged}" in capsys.readouterr().err
     assert main(["ab", "stop", str(packaged)]) == 0
-    assert "ended what an experiment" in capsys.readouterr().out
-    assert not journal.abandoned(packaged)
+    assert "cleaned up after an A/B test" in capsys.readouterr().out
+    assert not abandoned(packaged)
 
 
-def test_an_experiment_is_found_beside_another_server_of_its_folder(
+def test_an_ab_test_is_found_beside_another_server_of_its_folder(
     packaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Somebody ran redpp-serve serve for the same folder meanwhile."""
@@ -118,10 +112,10 @@ def test_an_experiment_is_found_beside_another_server_of_its_folder(
         [],
         {"management": {}},
     )
-    experiment = replace(server, extra={"state": str(state.parent), "gateway": "http://g", "ab_metrics": ""})
+    test = replace(server, extra={"state": str(state.parent), "gateway": "http://g", "ab_metrics": ""})
     other = subprocess.Popen(["sleep", "60"])
     try:
-        with register(experiment), register(replace(server, pid=other.pid, created=started(other.pid) or 0.0)):
+        with register(test), register(replace(server, pid=other.pid, created=started(other.pid) or 0.0)):
             assert main(["ab", "promote", str(packaged)]) == 0
             assert "all users of http://g get pruned" in capsys.readouterr().out and (state / "promoted").exists()
             read, write = os.pipe()
@@ -155,5 +149,5 @@ def test_a_supervisor_that_fails_says_why(
     monkeypatch.setattr(commands, "write_json", lambda path, document: path.write_text("{}"))
     assert main(["ab", "start", str(packaged)]) == 2
     error = capsys.readouterr().err
-    assert "the experiment did not start" in error and "KeyError: 'spec'" in error
+    assert "the A/B test did not start" in error and "KeyError: 'spec'" in error
     assert made and not made[0].exists()

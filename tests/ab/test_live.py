@@ -1,4 +1,4 @@
-"""A whole experiment with a real server: start, load, verdict, promotion without a lost request, faults, an end that
+"""A whole A/B test with a real server: start, load, verdict, promotion without a lost request, faults, an end that
 leaves nothing behind."""
 
 import http.client
@@ -30,7 +30,7 @@ CLIENTS = 4
 
 
 class Client:
-    """Users of an experiment's gateway; every reply is counted by status and arm, and its outputs are looked at."""
+    """Users of a gateway; every reply is counted by status and arm, and its outputs are looked at."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.running: Running = find(folder, kind)
@@ -146,7 +146,7 @@ def folder(packaged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[Client]:
-    """Of an experiment on TorchServe that runs for the whole module."""
+    """Users of an A/B test on TorchServe that runs for the whole module."""
     candidate = shutil.copytree(folder, folder.parent / "candidate")
     start(folder, "--split", "50:50", "--shadow", "--sticky-header", "X-User-Id", "--candidate", str(candidate))
     yield Client(folder, "torchserve")
@@ -168,7 +168,7 @@ def test_users_are_served_and_a_verdict_comes(folder: Path, client: Client, caps
     total = sum(client.seen.values())
     now = until(lambda: (s := status(folder)).arms["original"].requests + s.arms["pruned"].requests == total and s)
     assert {arm: now.arms[arm].requests for arm in now.arms} == {arm: client.seen[200, arm] for arm in now.arms}
-    assert now.shadow and now.shadow["agreement"] == 1.0 and now.shadow["top1"] == 1.0
+    assert now.shadow and now.shadow.agreement == 1.0 and now.shadow.top1 == 1.0
     assert now.problems == [] and now.arms["pruned"].handler_ms["p50"] and now.arms["pruned"].gateway_ms["p50"]
     capsys.readouterr()
     assert main(["ab", "status", str(folder), "--json"]) == 0
@@ -178,7 +178,7 @@ def test_users_are_served_and_a_verdict_comes(folder: Path, client: Client, caps
     assert "pruned is as fast as original" in capsys.readouterr().out
 
 
-def test_the_experiments_metrics_are_served(client: Client) -> None:
+def test_the_metrics_of_the_test_are_served(client: Client) -> None:
     url = urlsplit(client.running.extra["ab_metrics"])
     connection = http.client.HTTPConnection("127.0.0.1", url.port)
     connection.request("GET", url.path)
@@ -212,7 +212,7 @@ def test_bad_requests_are_their_senders_own(folder: Path, client: Client) -> Non
         lambda: (s := status(folder)) and sum(a.refused - before.arms[k].refused for k, a in s.arms.items()) == 3 and s
     )
     assert refused.arms["pruned"].errors == refused.arms["original"].errors == 0
-    assert refused.shadow and refused.shadow["agreement"] == 1.0, "a request that both refuse counts as a disagreement"
+    assert refused.shadow and refused.shadow.agreement == 1.0, "a request that both refuse counts as a disagreement"
 
 
 def test_no_request_is_lost_while_all_are_moved(folder: Path, client: Client) -> None:
@@ -223,13 +223,13 @@ def test_no_request_is_lost_while_all_are_moved(folder: Path, client: Client) ->
 
 def test_a_second_one_is_refused(folder: Path, client: Client, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ab", "start", str(folder)]) == 2
-    assert "an experiment already runs" in capsys.readouterr().err
+    assert "an A/B test already runs" in capsys.readouterr().err
     port = str(client.url.port)
     other = shutil.copytree(folder, folder.parent / "other")
     assert main(["ab", "start", str(other), "--port", port]) == 2
     assert f"port {port} for gateway: Address already in use" in capsys.readouterr().err
     assert main(["ab", "stop", str(other)]) == 2
-    assert "no experiment runs" in capsys.readouterr().err
+    assert "no A/B test runs" in capsys.readouterr().err
 
 
 def test_nginx_recorder_and_exporter_are_started_again(folder: Path, client: Client) -> None:
@@ -250,7 +250,7 @@ def test_a_dead_server_is_reported_and_users_get_json(folder: Path, client: Clie
     java = next(p for p in family(client) if "org.pytorch.serve.ModelServer" in words_of(p))
     java.kill()
     java.wait(10)
-    assert until(lambda: client.one())[0] == 502
+    assert until(client.one)[0] == 502
     problems = until(lambda: status(folder).problems)
     assert "TorchServe has ended" in problems[0] and "PROBLEM" in status(folder).to_text()
 
@@ -263,13 +263,13 @@ def test_the_end_leaves_nothing_behind(
     assert main(["ab", "stop", str(folder), "--keep", str(tmp_path / "kept")]) == 0
     assert not living(processes), "processes are left"
     assert not state.exists()
-    assert {"pairs.jsonl", "windows.jsonl", "counts.json", "access.log", "experiment.json"} <= set(
+    assert {"pairs.jsonl", "windows.jsonl", "counts.json", "access.log", "spec.json"} <= set(
         os.listdir(tmp_path / "kept")
     )
     capsys.readouterr()
     for command in ("status", "promote", "rollback", "stop"):
         assert main(["ab", command, str(folder)]) == 2
-        assert f"no experiment runs for {folder}" in capsys.readouterr().err
+        assert f"no A/B test runs for {folder}" in capsys.readouterr().err
 
 
 def test_the_same_on_triton(folder: Path) -> None:

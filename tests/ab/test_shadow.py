@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import numpy
 import pytest
 
 from redpp_serve.ab.gateway import NginxProcess
-from redpp_serve.ab.shadow import Inbox, Mirrored, Replayer
+from redpp_serve.ab.shadow import Inbox, Mirrored, Replayer, command
 from redpp_serve.ab.state import PAIRS, RECORDER, Lines, read_json, write_json
 from redpp_serve.comparison.outputs import difference, read_outputs
 from redpp_serve.loopback import GatewayPorts, free_ports
@@ -35,21 +34,7 @@ EQUAL = {"1.0": 0.002, "2.0": 0.002}
 def recorder(state: Path, port: int, server: int) -> Iterator[subprocess.Popen[bytes]]:
     """A recorder process for a stub server."""
     urls = [f"http://127.0.0.1:{server}{path}" for path in PATHS]
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "redpp_serve.ab.shadow",
-            "--state",
-            str(state),
-            "--port",
-            str(port),
-            "--original",
-            urls[0],
-            "--pruned",
-            urls[1],
-        ]
-    )
+    process = subprocess.Popen(command(state, port, (urls[0], urls[1])))
     try:
         until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
         yield process
@@ -216,7 +201,7 @@ def test_a_pair_among_other_users_requests_is_not_quiet() -> None:
     with stub(arms({"1.0": 0.05, "2.0": 0.05}, SAME)) as server:
         replayer = Replayer([f"http://127.0.0.1:{server.port}{path}" for path in PATHS], inbox, seed=1)
         request = Mirrored("id", {"content-type": "x/y"}, b"1")
-        assert replayer.replay(request)["quiet"] is True
+        assert replayer.replay(request).quiet is True
         timer = threading.Timer(0.05, inbox.offer, [request])  # in the middle of the pair
         timer.start()
         disturbed = replayer.replay(request)
@@ -233,8 +218,8 @@ def test_a_pair_among_other_users_requests_is_not_quiet() -> None:
         stop.set()
         thread.join()
         replayer.close()
-    assert disturbed["quiet"] is False and dense["quiet"] is False
-    assert dense["difference"] == 0 and dense["status"] == [200, 200]
+    assert disturbed.quiet is False and dense.quiet is False
+    assert dense.difference == 0 and dense.status == [200, 200]
 
 
 @pytest.mark.parametrize(
@@ -283,17 +268,3 @@ def test_differences_of_outputs() -> None:
     assert difference([a * 0], [a])[0] == numpy.inf
     assert difference([a], [a, a]) == (numpy.inf, False)
     assert difference([a.reshape(1, 2, 1)], [a.reshape(1, 2, 1)]) == (0.0, None)
-
-
-def test_a_growing_file_is_read_line_by_line(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    lines = Lines(path)
-    assert list(lines.new()) == []
-    path.write_text('{"a":1}\n{"a":')
-    assert list(lines.new()) == [{"a": 1}]
-    with path.open("a") as file:
-        file.write("2}\n")
-    assert list(lines.new()) == [{"a": 2}] and list(lines.new()) == []
-    path.replace(tmp_path / "old")
-    path.write_text('{"a":3}\n')
-    assert list(lines.new()) == [{"a": 3}]

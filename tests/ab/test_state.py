@@ -1,6 +1,5 @@
-"""What a killed supervisor leaves behind is found and ended, and nothing else."""
+"""The state folder: one supervisor owns it, files are read while they grow, and a killed supervisor leaves nothing."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,58 +11,65 @@ from pathlib import Path
 import psutil
 import pytest
 
-from redpp_serve.ab.state import abandoned, clean, supervised, supervising
+from redpp_serve.ab.state import Lines, abandoned, clean, supervised, supervising
 from redpp_serve.errors import RedppError
-from redpp_serve.processes import started
 
 # Starts a child in a session of its own, which starts another and ends: as a launcher does with Java.
-SUPERVISOR = """
+LAUNCHER = """
+import subprocess, sys, time
+process = subprocess.Popen(["sleep", "300"])
+print(process.pid, flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+SUPERVISOR = f"""
 import subprocess, sys, time
 from pathlib import Path
 from redpp_serve.ab.state import supervising
-launcher = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '300']); print(p.pid, flush=True); time.sleep(%s)"
-with supervising(Path(sys.argv[1])) as journal:
-    pids = []
+from redpp_serve.processes import Guard
+folder, state = map(Path, sys.argv[1:])
+with supervising(folder, state):
+    guard, pids = Guard(), []
+    guard.watch_folder(state)
     for stay in ("300", "0"):
-        child = subprocess.Popen([sys.executable, "-c", launcher % stay], start_new_session=True, stdout=subprocess.PIPE)
+        command = [sys.executable, "-c", {LAUNCHER!r}, stay]
+        child = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE)
+        guard.watch_session(child)
         pids += [child.pid, int(child.stdout.readline())]
-        journal.write([Path(sys.argv[2])])
     print(*pids, flush=True)
     time.sleep(300)
 """
 
 
 @pytest.fixture(autouse=True)
-def own_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of lock files."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    return tmp_path / "run"
 
 
 def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_a_killed_supervisors_processes_and_folders_go(tmp_path: Path) -> None:
-    folder, home = tmp_path / "package", tmp_path / "home"
-    home.mkdir()
-    command = [sys.executable, "-c", SUPERVISOR, str(folder), str(home)]
+def test_a_killed_supervisors_processes_and_folders_go(tmp_path: Path, run: Path) -> None:
+    folder, state = tmp_path / "package", tmp_path / "state"
+    state.mkdir()
+    command = [sys.executable, "-c", SUPERVISOR, str(folder), str(state)]
     bystander = subprocess.Popen(["sleep", "300"])
     supervisor = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert supervisor.stdout
     pids = [int(pid) for pid in supervisor.stdout.readline().split()]
     try:
         assert supervised(folder) and not abandoned(folder) and not clean(folder)
-        with pytest.raises(RedppError, match="an experiment already runs"), supervising(folder):
+        with pytest.raises(RedppError, match="an A/B test already runs"), supervising(folder, state):
             pytest.fail("there are two supervisors")
+        assert all(map(alive, (pids[0], pids[1], pids[3])))
         supervisor.send_signal(signal.SIGKILL)
         supervisor.wait()
-        assert abandoned(folder) and all(map(alive, (pids[0], pids[1], pids[3])))
-        assert clean(folder)
-        deadline = time.monotonic() + 5
-        while any(map(alive, pids)) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert not any(map(alive, pids)) and alive(bystander.pid)
-        assert not home.exists() and not abandoned(folder) and not clean(folder)
-        assert list((tmp_path / "run").rglob("*.lock")) == []
+        assert abandoned(folder)
+        assert clean(folder) and not any(map(alive, pids)) and alive(bystander.pid)
+        assert not state.exists() and not abandoned(folder) and not clean(folder)
+        assert list(run.rglob("*.lock")) == []
     finally:
         for pid in filter(alive, pids):
             os.kill(pid, signal.SIGKILL)
@@ -71,35 +77,27 @@ def test_a_killed_supervisors_processes_and_folders_go(tmp_path: Path) -> None:
         bystander.wait()
 
 
-def test_the_next_supervisor_ends_what_is_left_first(tmp_path: Path) -> None:
-    left = subprocess.Popen(["sleep", "300"], start_new_session=True)
-    other = subprocess.Popen(["sleep", "300"], start_new_session=True)
-    (tmp_path / "home").mkdir()
-    with supervising(tmp_path):
-        path = next((tmp_path / "run").rglob("ab-*.lock"))
+def test_the_next_supervisor_cleans_up_first(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the guard has been killed, too: then the folder goes after a while."""
+    monkeypatch.setattr("redpp_serve.ab.state._GUARD_S", 0.1)
+    (left := tmp_path / "left").mkdir()
+    with supervising(tmp_path, left):
+        path = next(run.rglob("ab-*.lock"))
+        text = path.read_text()
     assert not supervised(tmp_path) and not path.exists()
-    created = started(left.pid)
-    assert created is not None
-    # `other` stands for a process that was given the number of one that had ended long before
-    path.write_text(
-        json.dumps(
-            {"processes": [[left.pid, created], [other.pid, created - 100]], "folders": [str(tmp_path / "home")]}
-        )
-    )
-    with supervising(tmp_path):
-        assert not alive(left.pid) and alive(other.pid)
-        assert not (tmp_path / "home").exists()
-    other.kill()
-    other.wait()
+    path.write_text(text)
+    with supervising(tmp_path, tmp_path / "new"):
+        assert not left.exists() and path.read_text() == str(tmp_path / "new")
 
 
-def test_a_journal_that_was_cut_short_stops_nobody(tmp_path: Path) -> None:
-    with supervising(tmp_path):
-        path = next((tmp_path / "run").rglob("ab-*.lock"))
-    path.write_text('{"processes": [[1')
-    assert clean(tmp_path) is False
-    with supervising(tmp_path) as journal:
-        journal.write([])
+def test_a_lock_file_that_was_cut_short_stops_nobody(tmp_path: Path, run: Path) -> None:
+    with supervising(tmp_path, tmp_path / "state"):
+        path = next(run.rglob("ab-*.lock"))
+    path.write_text("")
+    assert abandoned(tmp_path) and clean(tmp_path) is False and not path.exists()
+    path.write_text("")
+    with supervising(tmp_path, tmp_path / "state"):
+        assert supervised(tmp_path)
 
 
 def test_commands_that_look_meanwhile_keep_nobody_from_starting(tmp_path: Path) -> None:
@@ -112,17 +110,35 @@ def test_commands_that_look_meanwhile_keep_nobody_from_starting(tmp_path: Path) 
                 supervised(tmp_path), clean(tmp_path), abandoned(tmp_path)
             except Exception as error:
                 failures.append(error)
+            time.sleep(0.0005)
 
     others = [threading.Thread(target=look) for _ in range(4)]
     for other in others:
         other.start()
     try:
         for _ in range(40):
-            with supervising(tmp_path) as journal:
-                journal.write([])
+            with supervising(tmp_path, tmp_path / "state"):
                 assert supervised(tmp_path)
     finally:
         ended.set()
         for other in others:
             other.join()
     assert not failures
+
+
+def test_a_growing_file_is_read_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    lines = Lines(path)
+    assert list(lines.new()) == []
+    path.write_text('{"a":1}\n{"a":')
+    assert list(lines.new()) == [{"a": 1}]
+    with path.open("a") as file:
+        file.write('2}\n{"cut sho\n{"a":3}\n')
+    assert list(lines.new()) == [{"a": 2}, {"a": 3}] and list(lines.new()) == []
+    path.replace(tmp_path / "old")
+    path.write_text('{"a":4}\n')
+    assert list(lines.new()) == [{"a": 4}]
+    path.write_text("")
+    assert list(lines.new()) == []
+    path.write_text('{"a":5}\n')
+    assert list(lines.new()) == [{"a": 5}]

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import asdict
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from redpp_serve.ab.counts import Counters, as_json
 from redpp_serve.ab.evidence import Evidence
 from redpp_serve.ab.exporter import deciding_kind, registry
 from redpp_serve.ab.gateway import switch
-from redpp_serve.ab.spec import Spec, TrafficSplit
-from redpp_serve.ab.state import COUNTS, GATEWAY, PAIRS, RECORDER, SPEC, STATUS, WINDOWS, read_json, write_json
+from redpp_serve.ab.spec import Spec, Started, TrafficSplit
+from redpp_serve.ab.state import COUNTS, GATEWAY, PAIRS, RECORDER, SPEC, WINDOWS, Heartbeat, read_json, write_json
 from redpp_serve.ab.status import Status, read_status
 from redpp_serve.errors import RedppError
 from redpp_serve.options import Limits
@@ -35,7 +36,7 @@ class Experiment:
         write_json(folder / "report.json", {"verify": {"agreement": 1.0, "output_error": 0.05, "images": 500}})
         self.spec = Spec(folder, None, "torchserve", TrafficSplit(*shares), "X-User-Id", shadow, Limits(**limits))
         (state / GATEWAY).mkdir()
-        write_json(state / SPEC, {"spec": self.spec.to_json(), "started": time.time() - 90, "name": "m"})
+        write_json(state / SPEC, Started(self.spec, "m", time.time() - 90).to_json())
         self.users(500, 500)
 
     def pairs(self, count: int, pruned: float = 1.0, **changes: Any) -> None:
@@ -120,7 +121,7 @@ def test_errors_agreement_and_tail_advise_to_roll_back(tmp_path: Path) -> None:
     experiment.pairs(500, 0.8, top1=False)
     status = experiment.status()
     assert status.advice.kind == "rollback" and "agreement" in status.advice.text
-    assert status.shadow["agreement"] == 0.75
+    assert status.shadow and status.shadow.agreement == 0.75
 
 
 @pytest.mark.parametrize("split", ["100:0", "90:10"])
@@ -183,8 +184,7 @@ def test_a_tolerance_is_held_against_the_outputs_not_the_class(tmp_path: Path) -
     experiment = Experiment(tmp_path, tolerance=0.1)
     experiment.pairs(300, difference=0.2, top1=True)
     assert (
-        experiment.status().shadow["agreement"] == 0.0
-        and "within 0.1 of the original's" in experiment.status().to_text()
+        experiment.status().shadow.agreement == 0.0 and "within 0.1 of the original's" in experiment.status().to_text()
     )
 
 
@@ -226,7 +226,7 @@ def test_pairs_count_for_what_they_can_tell(experiment: Experiment) -> None:
     experiment.pairs(6, top1=False, handler=[0.001, 0.002])
     write_json(experiment.state / RECORDER, {"received": 40, "dropped": 9, "pairs": 31})
     shadow = experiment.status().shadow
-    assert shadow == {
+    assert shadow and asdict(shadow) == {
         "received": 40,
         "dropped": 9,
         "pairs": 31,
@@ -298,7 +298,7 @@ def test_the_text(experiment: Experiment) -> None:
 
 
 def test_problems_and_promotion_are_shown(experiment: Experiment) -> None:
-    write_json(experiment.state / STATUS, {"ready": True, "problems": ["TorchServe has ended"]})
+    Heartbeat(ready=True, problems=("TorchServe has ended",)).write(experiment.state)
     switch(experiment.state / GATEWAY, "pruned")
     text = experiment.status().to_text()
     assert "PROBLEM: TorchServe has ended" in text and "m on torchserve: all users go to pruned" in text

@@ -21,7 +21,6 @@ WEIGHTS = {
     "kserve": (100, 0),
     "split-90-10": (90, 10),
     "promoted": (0, 100),
-    "rolled-back": (100, 0),
 }
 
 
@@ -42,7 +41,7 @@ def test_the_weights_of_an_overlay(built: dict[str, list[Document]], name: str) 
     assert tuple(backend["weight"] for backend in route["spec"]["rules"][-1]["backendRefs"]) == WEIGHTS[name]
 
 
-@pytest.mark.parametrize("name", ["promoted", "rolled-back", "split-90-10"])
+@pytest.mark.parametrize("name", ["promoted", "split-90-10"])
 def test_promote_and_rollback_change_nothing_but_weights(built: dict[str, list[Document]], name: str) -> None:
     """No pod is touched, so no request in flight is."""
     before, after = copy.deepcopy(built["triton"]), copy.deepcopy(built[name])

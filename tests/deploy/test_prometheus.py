@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from redpp_serve.ab import supervisor
 from redpp_serve.ab.spec import Spec, parse_split
+from redpp_serve.ab.supervisor import choose_ports
 from redpp_serve.handlers.metrics import FAMILIES
 from redpp_serve.loopback import Ports, TritonPorts, consecutive_ports
 from tests.support.tools import tool
@@ -25,23 +25,20 @@ ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 
 
 def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([tool("promtool"), *arguments], capture_output=True, text=True, timeout=60)
-
-
-def unit_tests(name: str, folder: Path = FOLDER) -> subprocess.CompletedProcess[str]:
-    return promtool("test", "rules", folder / "tests" / name)
+    """Run promtool; its two streams come as one, in order."""
+    command = [tool("promtool"), *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
 
 
 def test_the_configuration_and_its_rules_are_valid() -> None:
     run = promtool("check", "config", "--lint-fatal", FOLDER / "prometheus.yml")
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.returncode == 0, run.stdout
     assert f"{len(RULES) - len(ALERTS)} rules found" in run.stdout and f"{len(ALERTS)} rules found" in run.stdout
 
 
-@pytest.mark.parametrize("name", ["rules.yml", "alerts.yml"])
-def test_they_do_what_their_unit_tests_expect(name: str) -> None:
-    run = unit_tests(name)
-    assert run.returncode == 0 and "SUCCESS" in run.stdout, run.stdout + run.stderr
+def test_they_do_what_their_unit_tests_expect() -> None:
+    run = promtool("test", "rules", *(FOLDER / "tests" / name for name in ("rules.yml", "alerts.yml")))
+    assert run.returncode == 0 and run.stdout.count("SUCCESS") == 2, run.stdout
 
 
 def test_every_rule_and_every_alert_has_a_unit_test() -> None:
@@ -50,45 +47,57 @@ def test_every_rule_and_every_alert_has_a_unit_test() -> None:
     assert [name for name in named if name not in text] == []
 
 
+# Faults in the rules: file, text, and what takes its place.
+FAULTS = [
+    ("rules.yml", "histogram_quantile(0.95", "histogram_quantile(0.5"),
+    ("rules.yml", '{outcome="error"}', ""),
+    ("rules.yml", " > 0)", ")"),  # NaN where nothing was served
+    ("rules.yml", "by (server, model, variant, batch)", "by (model, variant, batch)"),  # mixes two servers
+    ("rules.yml", '* ignoring (variant) (batch:redpp_batches:rate5m{variant="pruned"} > 0)', ""),
+    (
+        "rules.yml",
+        "model:redpp_speedup_handler:ratio5m\n        expr: >-\n          variant:redpp_handler_seconds",
+        "model:redpp_speedup_handler:ratio5m\n        expr: >-\n          1 * variant:redpp_inference_seconds",
+    ),
+    ("alerts.yml", "ratio5m < 1\n", "ratio5m > 1\n"),
+    ("alerts.yml", "* 300 >= 30", "* 300 >= 0"),
+    ("alerts.yml", 'or ignoring (variant) 0 * variant:redpp_errors:ratio5m{variant="pruned"}', ""),
+    ("alerts.yml", "> 0.01", "> 0.001"),
+    ("alerts.yml", "for: 5m", "for: 0m"),
+    ("alerts.yml", " and redpp_ab_pairs_total >= 100", ""),
+    ("alerts.yml", ">= 20\n", ">= 0\n"),
+    ("alerts.yml", "[5m]) > 0)", "[5m]) >= 0)"),
+    ("alerts.yml", '{kind="rollback"}', '{kind="promote"}'),
+    ("alerts.yml", ' and max_over_time(up{job=~"redpp-.+"}[1d]) == 1', ""),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "old", "new"),
-    [
-        ("rules.yml", "histogram_quantile(0.95", "histogram_quantile(0.5"),
-        ("rules.yml", '{outcome="error"}', ""),
-        ("rules.yml", " > 0)", ")"),  # NaN where nothing was served
-        ("rules.yml", "by (server, model, variant, batch)", "by (model, variant, batch)"),  # mixes two servers
-        ("rules.yml", '* ignoring (variant) (batch:redpp_batches:rate5m{variant="pruned"} > 0)', ""),
-        (
-            "rules.yml",
-            "model:redpp_speedup_handler:ratio5m\n        expr: >-\n          variant:redpp_handler_seconds",
-            "model:redpp_speedup_handler:ratio5m\n        expr: >-\n          1 * variant:redpp_inference_seconds",
-        ),
-        ("alerts.yml", "ratio5m < 1\n", "ratio5m > 1\n"),
-        ("alerts.yml", "* 300 >= 30", "* 300 >= 0"),
-        ("alerts.yml", 'or ignoring (variant) 0 * variant:redpp_errors:ratio5m{variant="pruned"}', ""),
-        ("alerts.yml", "> 0.01", "> 0.001"),
-        ("alerts.yml", "for: 5m", "for: 0m"),
-        ("alerts.yml", " and redpp_ab_pairs_total >= 100", ""),
-        ("alerts.yml", ">= 20\n", ">= 0\n"),
-        ("alerts.yml", "[5m]) > 0)", "[5m]) >= 0)"),
-        ("alerts.yml", '{kind="rollback"}', '{kind="promote"}'),
-        ("alerts.yml", ' and max_over_time(up{job=~"redpp-.+"}[1d]) == 1', ""),
-    ],
+    "faults", [FAULTS[::5], pytest.param(FAULTS, marks=pytest.mark.exhaustive)], ids=["some", "all"]
 )
-def test_a_changed_rule_is_noticed(tmp_path: Path, name: str, old: str, new: str) -> None:
-    folder = shutil.copytree(FOLDER, tmp_path / "prometheus")
-    text = (folder / name).read_text()
-    assert old in text
-    (folder / name).write_text(text.replace(old, new))
-    run = unit_tests(name, folder)
-    assert run.returncode == 1 and "FAILED" in run.stdout + run.stderr
-    assert "got:" in run.stdout + run.stderr, "it must fail for its values, not because it cannot be read"
+def test_a_changed_rule_is_noticed(tmp_path: Path, faults: list[tuple[str, str, str]]) -> None:
+    """One promtool runs the unit tests of all faults."""
+    tests = []
+    for number, (name, old, new) in enumerate(faults):
+        folder = shutil.copytree(FOLDER, tmp_path / str(number))
+        text = (folder / name).read_text()
+        assert old in text, old
+        (folder / name).write_text(text.replace(old, new))
+        tests.append(folder / "tests" / name)
+    run = promtool("test", "rules", *tests)
+    # A fault must be noticed by its values ("got:"), not because the rules cannot be read.
+    results = run.stdout.split("Unit Testing:")[1:]
+    assert len(results) == len(faults)
+    missed = [
+        fault for fault, result in zip(faults, results, strict=True) if "FAILED" not in result or "got:" not in result
+    ]
+    assert run.returncode == 1 and missed == []
 
 
-@pytest.mark.parametrize("alert", ALERTS.values(), ids=ALERTS)
-def test_an_alert_says_what_to_do(alert: dict) -> None:
-    assert alert["for"] and alert["labels"]["severity"] in ("warning", "critical")
-    assert all(alert["annotations"][key].strip() for key in ("summary", "description", "action"))
+def test_an_alert_says_what_to_do() -> None:
+    for name, alert in ALERTS.items():
+        assert alert["for"] and alert["labels"]["severity"] in ("warning", "critical"), name
+        assert all(alert["annotations"][key].strip() for key in ("summary", "description", "action")), name
 
 
 def test_the_scraped_ports_are_those_of_the_commands_it_names() -> None:
@@ -100,7 +109,7 @@ def test_the_scraped_ports_are_those_of_the_commands_it_names() -> None:
     }
     for kind, port in served.items():
         spec = Spec(Path("dist"), None, kind, parse_split("90:10"), None, shadow=False, port=8088)
-        gateway, server = supervisor._ports(spec)
+        gateway, server = choose_ports(spec)
         behind = server.exporter if isinstance(server, Ports) else server.metrics
         assert scraped[f"redpp-{kind}"] == [f"127.0.0.1:{port}", f"127.0.0.1:{behind}"]
         assert scraped["redpp-ab"] == [f"127.0.0.1:{gateway.metrics}"]
