@@ -1,1 +1,1 @@
-"""Coupled channels: which channels of a network must be kept or taken out together, and the graph without them."""
+"""Coupled channels: which channels of a network go together, and how to take some out."""

@@ -1,15 +1,11 @@
 """Which channels of a network are coupled: the sets that pruning works on, found by union-find over its operators.
 
-Channels are coupled where operators make them meet: a residual add joins the outputs of all its writers, a
+Channels are coupled where operators make them meet: a residual addition joins the outputs of all its writers, a
 squeeze-excite gate joins trunk and gate, a concatenation puts sets side by side, a grouped convolution ties a group.
-A channel set is open where every operator that its channels pass has a rule; what closes one is kept as a reason.
-
-Classes of coupled channels: what must be kept or taken out together, and where it lies in a network's tensors.
-
-One channel of a channel set is everything that computes or scales it (rows of each producer's weight, entries of biases
-and norms, filters of depthwise convolutions) and everything that reads it (columns of each reader's weight).
-
-Where each channel's entries stand in many tensors, found with whole arrays.
+One channel of a set is everything that computes or scales it (rows of each producer's weight, entries of biases and
+norms, filters of depthwise convolutions) and everything that reads it (columns of each reader's weight); all of that
+is kept or taken out together. A set is open if every operator that its channels pass has a rule, else it is closed
+for a reason.
 """
 
 from __future__ import annotations
@@ -17,14 +13,16 @@ from __future__ import annotations
 import fnmatch
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from redpp_serve.channels.narrowing import narrow
-from redpp_serve.channels.walk import Labels, Walk
+from redpp_serve.channels.labels import Labels
+from redpp_serve.channels.narrowing import Kept, narrow
+from redpp_serve.channels.rules import RULES
+from redpp_serve.channels.walk import Walk
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import find_layers
@@ -32,9 +30,12 @@ from redpp_serve.graph.layers import find_layers
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor that holds something of each channel: channel c has the entries ``positions[c]`` of dimension ``dim``.
+    """A tensor that holds something of each channel.
 
-    ``positions`` is (channels, m) int64; m is 1, or the size of a group or head.
+    Attributes:
+        tensor: its name.
+        dim: the dimension with the channels.
+        positions: (channels, m) int64, the entries of each channel; m is 1, or the size of a group or head.
     """
 
     tensor: str
@@ -44,10 +45,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Reader:
-    """A call that sums over the channels: entries ``positions[c]`` (channels, m) of dimension ``dim`` of its weight
-    multiply the same entries of axis ``axis`` of ``value``, its input.
+    """A call that sums over the channels: entries of its weight multiply the same entries of its input.
 
-    m is 1, or H * W behind a flatten, or the size of a group or head. Other entries may belong to other sets.
+    Attributes:
+        node: the call.
+        tensor: its weight.
+        dim: the dimension of the weight that is summed over.
+        value: its input.
+        axis: the axis of the input that is summed over.
+        positions: (channels, m) int64, the entries of each channel; m is 1, H * W behind a flatten, or the size of a
+            group or head. The other entries may belong to other sets.
     """
 
     node: str
@@ -60,9 +67,15 @@ class Reader:
 
 @dataclass(frozen=True)
 class ChannelSet:
-    """One set of coupled channels. ``name`` is its first producer's layer name; ``producers`` are layer names in order of execution.
+    """A set of coupled channels.
 
-    ``closed`` is the reason why these channels must stay, empty for an open channel set.
+    Attributes:
+        name: the layer name of its first producer.
+        channels: how many channels it has.
+        producers: layer names in order of execution.
+        parts: the tensors that hold something of each channel.
+        readers: the calls that sum over the channels.
+        closed: the reason why these channels must stay, empty for an open set.
     """
 
     name: str
@@ -73,51 +86,21 @@ class ChannelSet:
     closed: str = ""
 
 
-class Places:
-    """An index over arrays of representatives: ``rows[slot]`` (size,) says whose channel each entry is."""
-
-    def __init__(self, rows: Sequence[Tensor]) -> None:
-        self._sorted: list[tuple[Tensor, Tensor, Tensor]] = []  # by slot: roots ascending, where each starts, positions
-        pairs = []
-        for slot, row in enumerate(rows):
-            order = torch.argsort(row, stable=True)
-            roots, counts = torch.unique_consecutive(row[order], return_counts=True)
-            self._sorted.append((roots, torch.cat([counts.new_zeros(1), counts.cumsum(0)]), order))
-            pairs.append(torch.stack([roots, torch.full_like(roots, slot), counts], 1))
-        every = torch.cat(pairs) if pairs else torch.empty(0, 3, dtype=torch.int64)
-        every = every[torch.argsort(every[:, 0], stable=True)]
-        roots, counts = torch.unique_consecutive(every[:, 0], return_counts=True)
-        ends = counts.cumsum(0).tolist()
-        self._slots = dict(zip(roots.tolist(), zip([0, *ends], ends)))
-        self._every = every[:, 1:].contiguous().numpy()
-
-    def signature(self, root: int) -> bytes:
-        """Equal for channels that have as many entries as each other in each slot."""
-        start, end = self._slots[root]
-        return self._every[start:end].tobytes()
-
-    def of(self, channels: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """The slots of channels of one signature, with their positions (channels, entries) int64 ascending."""
-        start, end = self._slots[channels[0]]
-        wanted = torch.tensor(channels)
-        for slot, count in self._every[start:end].tolist():
-            roots, starts, order = self._sorted[slot]
-            first = starts[torch.searchsorted(roots, wanted)]
-            yield slot, order[first[:, None] + torch.arange(count)]
-
-
 @dataclass(frozen=True)
 class Coupling:
-    """The sets of a graph, and where their channels lie in every value and stored tensor.
+    """The channel sets of a graph, and where their channels lie in every value and stored tensor.
 
-    ``closed_layers`` says for each convolution or Linear whose output channels stay why they do.
+    Attributes:
+        graph: the network.
+        sets: all channel sets in order of execution.
+        closed_layers: for each convolution or Linear whose output channels stay, the reason.
     """
 
     graph: Graph
     sets: tuple[ChannelSet, ...]
     closed_layers: dict[str, str]
     _axes: dict[str, dict[int, Tensor]]
-    _roots: dict[str, Tensor]  # by channel set, the representatives of its channels
+    _roots: dict[str, Tensor]  # by set, the representatives of its channels
     _walk: Walk
 
     @property
@@ -126,21 +109,22 @@ class Coupling:
         return tuple(c for c in self.sets if not c.closed)
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Coupling:
-        """The same coupling over other values of the same tensors."""
+        """Return the same coupling over other values of the same tensors."""
         return replace(self, graph=self.graph.with_tensors(tensors))
 
-    def narrow(self, kept: Mapping[str, Tensor]) -> Graph:
-        """The graph with only the kept channels, (k,) ascending int64 by its name; sets not named stay whole.
+    def narrow(self, channels: Mapping[str, Tensor]) -> Graph:
+        """Return the graph with only some channels; readers lose the columns of the others, uncompensated.
 
-        Readers lose the columns of the channels that went; nothing makes up for them.
+        Args:
+            channels: by a set's name, the channels that stay, (k,) int64 ascending; other sets stay whole.
         """
-        return narrow(self.graph, self._walk, self.kept(kept))
+        return narrow(self.graph, self._walk, self.kept(channels))
 
-    def kept(self, kept: Mapping[str, Tensor]) -> Callable[[str], dict[int, Tensor]]:
-        """For a value's or tensor's name the positions that stay along each axis that loses some, ascending."""
+    def kept(self, channels: Mapping[str, Tensor]) -> Kept:
+        """Return the positions of values and tensors that stay with these channels, see `narrow`."""
         highest = max((int(roots.max()) for axes in self._axes.values() for roots in axes.values()), default=0)
         stays = torch.ones(highest + 1, dtype=torch.bool)
-        for name, stay in kept.items():
+        for name, stay in channels.items():
             stays[self._roots[name]] = False
             stays[self._roots[name][stay]] = True
 
@@ -159,85 +143,134 @@ def couple(graph: Graph, exclude: Sequence[str] = ()) -> Coupling:
         graph: a captured network.
         exclude: shell patterns of layer names that must not change.
     """
-    walk = Walk(graph).run()
-    sets, roots = _build(walk)
-    sets = [_excluded(c, exclude) for c in sets]
-    coupling = Coupling(graph, tuple(sets), {}, walk.axes(), roots, walk)
+    walk = Walk(graph, RULES).run()
+    found = _channel_sets(walk)
+    sets = tuple(_excluded(channel_set, exclude) for channel_set, _ in found)
+    roots = {channel_set.name: roots for channel_set, roots in found}
+    coupling = Coupling(graph, sets, {}, walk.axes(), roots, walk)
     sets = _tried(coupling)
     return replace(coupling, sets=sets, closed_layers=_closed_layers(walk, sets))
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a shell pattern names the layer."""
+    """Return whether a shell pattern names the layer."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def unmatched(graph: Graph, patterns: Sequence[str]) -> list[str]:
-    """A line for each pattern that names no layer."""
+    """Return a line for each pattern that names no layer."""
     names = [layer.name for layer in find_layers(graph)]
     return [f"--exclude {p} names no layer" for p in patterns if not fnmatch.filter(names, p)]
 
 
-def _build(walk: Walk) -> tuple[list[ChannelSet], dict[str, Tensor]]:
-    """Channels that share a producer, and have as many entries in each tensor, are one channel set."""
+class _Entries:
+    """An index over arrays of representatives: ``rows[slot]`` (size,) says whose channel each entry is."""
+
+    def __init__(self, rows: Sequence[Tensor]) -> None:
+        self._sorted: list[tuple[Tensor, Tensor, Tensor]] = []  # by slot: roots ascending, where each starts, positions
+        pairs = []
+        for slot, row in enumerate(rows):
+            order = torch.argsort(row, stable=True)
+            roots, counts = torch.unique_consecutive(row[order], return_counts=True)
+            self._sorted.append((roots, torch.cat([counts.new_zeros(1), counts.cumsum(0)]), order))
+            pairs.append(torch.stack([roots, torch.full_like(roots, slot), counts], 1))
+        every = torch.cat(pairs) if pairs else torch.empty(0, 3, dtype=torch.int64)
+        every = every[torch.argsort(every[:, 0], stable=True)]
+        roots, counts = torch.unique_consecutive(every[:, 0], return_counts=True)
+        ends = counts.cumsum(0).tolist()
+        self._slots = dict(zip(roots.tolist(), zip([0, *ends[:-1]], ends, strict=True), strict=True)) if ends else {}
+        self._every = every[:, 1:].contiguous().numpy()
+
+    def signature(self, root: int) -> bytes:
+        """Return bytes that are equal for channels with equally many entries in each slot."""
+        start, end = self._slots[root]
+        return self._every[start:end].tobytes()
+
+    def of(self, channels: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """List the slots of channels of one signature, with their positions (channels, entries) int64 ascending."""
+        start, end = self._slots[channels[0]]
+        wanted = torch.tensor(channels)
+        for slot, count in self._every[start:end].tolist():
+            roots, starts, order = self._sorted[slot]
+            first = starts[torch.searchsorted(roots, wanted)]
+            yield slot, order[first[:, None] + torch.arange(count)]
+
+
+def _channel_sets(walk: Walk) -> list[tuple[ChannelSet, Tensor]]:
+    """Find the sets, excluded ones and those that cannot run among them, each with its channels' representatives.
+
+    Channels that share a producer, and have as many entries in each tensor, are one set.
+    """
     (closed, tied), alone = walk.labels.reasons(), walk.alone()
-    produced = [(p, set(walk.labels.find(p.labels).tolist())) for p in walk.produced]
-    leaders = _leaders([roots for _, roots in produced])
-    group_of = {root: leaders[k] for k, (_, roots) in reversed(list(enumerate(produced))) for root in roots}
-    places = Places([walk.labels.find(source.labels) for source in (*walk.uses, *walk.reads)])
-    members: dict[tuple, list[int]] = {}
-    for p in walk.produced:
-        for root in dict.fromkeys(walk.labels.find(p.labels).tolist()):
-            if root in group_of and root != Labels.NONE:
-                key = (group_of.pop(root), places.signature(root), root in closed, root in alone)
-                members.setdefault(key, []).append(root)
-    read_tensors = {(read.tensor, read.dim) for read in walk.reads}
-    sets, roots, taken = [], {}, Counter()
-    for (leader, *_), channels in members.items():
-        held, linked = set(channels), (made for k, made in enumerate(produced) if leaders[k] == leader)
-        makers = dict.fromkeys(p.layer for p, created in linked if not held.isdisjoint(created))
-        layer = next(iter(makers))
-        taken[layer] += 1
-        name = layer if taken[layer] == 1 else f"{layer}[{taken[layer]}]"
-        parts, readers = [], []
-        for slot, positions in places.of(channels):
-            if slot >= len(walk.uses):
-                read = walk.reads[slot - len(walk.uses)]
-                readers.append(Reader(read.node, read.tensor, read.dim, read.value, read.axis, positions))
-            elif (use := walk.uses[slot]) and (use.tensor, use.dim) not in read_tensors:
-                parts.append(Part(use.tensor, use.dim, positions))
-        reason = next((closed[r] for r in channels if r in closed), "")
-        if not reason and (len(channels) < 2 or channels[0] in alone):
-            single = "has a single channel" if len(channels) < 2 else f"is all that {alone[channels[0]]} consists of"
-            reason = tied.get(channels[0], single)
-        if not reason and not (parts and readers):
-            reason = "is not read by a layer" if parts else "its weights are read along the same channels"
-        roots[name] = torch.tensor(channels)
-        sets.append(ChannelSet(name, len(channels), tuple(makers), tuple(parts), tuple(readers), reason))
-    return sets, roots
+    makers = _makers(walk)
+    leaders = _leaders(makers, len(walk.produced))
+    entries = _Entries([walk.labels.find(source.labels) for source in (*walk.uses, *walk.reads)])
+    members: dict[tuple[int, bytes, bool, bool], list[int]] = {}
+    for root, produced in makers.items():
+        key = (leaders[produced[0]], entries.signature(root), root in closed, root in alone)
+        members.setdefault(key, []).append(root)
+    found, taken = [], Counter[str]()
+    for roots in members.values():
+        layers = [walk.produced[k].layer for k in sorted({k for root in roots for k in makers[root]})]
+        taken[layers[0]] += 1
+        name = layers[0] if taken[layers[0]] == 1 else f"{layers[0]}[{taken[layers[0]]}]"
+        parts, readers = _parts_and_readers(walk, entries.of(roots))
+        reason = closed.get(roots[0], "")  # all of them are closed, or none is
+        if not reason and len(roots) < 2:
+            reason = tied.get(roots[0], "has a single channel")
+        elif not reason and roots[0] in alone:
+            reason = tied.get(roots[0], f"is all that {alone[roots[0]]} consists of")
+        elif not reason and not parts:
+            reason = "its weights are read along the same channels"
+        elif not reason and not readers:
+            reason = "is not read by a layer"
+        producers = tuple(dict.fromkeys(layers))
+        found.append((ChannelSet(name, len(roots), producers, parts, readers, reason), torch.tensor(roots)))
+    return found
 
 
-def _leaders(groups: Sequence[set[int]]) -> list[int]:
-    """For each group of roots the first one that it is linked to by common members, through others if need be."""
-    leader, first = list(range(len(groups))), {}
-
-    def lead(k: int) -> int:
-        while leader[k] != k:
-            leader[k] = k = leader[leader[k]]
-        return k
-
-    for k, roots in enumerate(groups):
-        for root in roots:
+def _makers(walk: Walk) -> dict[int, list[int]]:
+    """Map each channel's representative to the calls that create it, as positions in ``walk.produced``."""
+    makers: dict[int, list[int]] = {}
+    for k, produced in enumerate(walk.produced):
+        for root in dict.fromkeys(walk.labels.find(produced.labels).tolist()):
             if root != Labels.NONE:
-                low, high = sorted((lead(first.setdefault(root, k)), lead(k)))
-                leader[high] = low
-    return [lead(k) for k in range(len(groups))]
+                makers.setdefault(root, []).append(k)
+    return makers
+
+
+def _leaders(makers: dict[int, list[int]], count: int) -> list[int]:
+    """Map each of ``count`` calls to one that is the same for all that share channels, through others if need be."""
+    labels = Labels()
+    calls = labels.fresh(count)
+    pairs = [(several[0], k) for several in makers.values() for k in several[1:]]
+    if pairs:
+        first, other = torch.tensor(pairs).T
+        labels.union(calls[first], calls[other])
+    return labels.find(calls).tolist()
+
+
+def _parts_and_readers(
+    walk: Walk, entries: Iterator[tuple[int, Tensor]]
+) -> tuple[tuple[Part, ...], tuple[Reader, ...]]:
+    read_tensors = {(read.tensor, read.dim) for read in walk.reads}
+    parts, readers = [], []
+    for slot, positions in entries:
+        if slot < len(walk.uses):
+            use = walk.uses[slot]
+            if (use.tensor, use.dim) not in read_tensors:
+                parts.append(Part(use.tensor, use.dim, positions))
+        else:
+            read = walk.reads[slot - len(walk.uses)]
+            readers.append(Reader(read.node, read.tensor, read.dim, read.value, read.axis, positions))
+    return tuple(parts), tuple(readers)
 
 
 def _excluded(found: ChannelSet, patterns: Sequence[str]) -> ChannelSet:
     if found.closed or not patterns:
         return found
-    names = [t.removesuffix(".weight") for t in (*(p.tensor for p in found.parts), *(r.tensor for r in found.readers))]
+    tensors = [*(part.tensor for part in found.parts), *(reader.tensor for reader in found.readers)]
+    names = [tensor.removesuffix(".weight") for tensor in tensors]
     hit = next((name for name in names if matches(name, patterns)), None)
     if hit is None:
         return found
@@ -245,11 +278,11 @@ def _excluded(found: ChannelSet, patterns: Sequence[str]) -> ChannelSet:
 
 
 def _tried(coupling: Coupling) -> tuple[ChannelSet, ...]:
-    """The sets, closed where a graph without their last channel could not run."""
+    """Return the sets, closed where a graph without their last channel could not run."""
     every = {c.name: torch.arange(c.channels - 1) for c in coupling.open}
     if not every or not _fails(coupling, every):
         return coupling.sets
-    failed = {name: _fails(coupling, {name: kept}) for name, kept in every.items()}
+    failed = {name: _fails(coupling, {name: stay}) for name, stay in every.items()}
     if not any(failed.values()):
         failed = dict.fromkeys(every, "narrowing every channel set at once fails")
     return tuple(
@@ -258,16 +291,18 @@ def _tried(coupling: Coupling) -> tuple[ChannelSet, ...]:
     )
 
 
-def _fails(coupling: Coupling, kept: Mapping[str, Tensor]) -> str:
-    """Why the narrowed graph cannot run, on shapes alone, at another batch size than the walk's; '' if it can."""
+def _fails(coupling: Coupling, channels: Mapping[str, Tensor]) -> str:
+    """Say why the narrowed graph cannot run, on shapes alone, at another batch size than the walk's; '' if it can."""
     graph, shapes = coupling.graph, coupling._walk.shapes
     try:
         with torch.device("meta"):
             inputs = [torch.empty(3, *i.shape, dtype=getattr(torch, i.dtype)) for i in graph.inputs]
-        after = Program(coupling.narrow(kept)).to("meta")(*inputs)
+        after = Program(coupling.narrow(channels)).to("meta")(*inputs)
     except Exception as error:
         return str(error).split("\n")[0] or type(error).__name__
-    same = all(tuple(x.shape[1:]) == shapes.get(name, x.shape)[1:] for name, x in zip(graph.outputs, after))
+    same = all(
+        tuple(x.shape[1:]) == shapes.get(name, x.shape)[1:] for name, x in zip(graph.outputs, after, strict=True)
+    )
     return "" if same else "its outputs change shape"
 
 

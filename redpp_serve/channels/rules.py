@@ -1,41 +1,11 @@
-"""How channels pass through each operator, by its name. An operator that is not here closes what it reads."""
+"""How channels pass through each operator, by its name; an operator that is not here closes the channels it reads."""
 
 from __future__ import annotations
 
-from redpp_serve.channels.rules_layers import (
-    along_axis,
-    attention,
-    channel_norm,
-    conv,
-    glu,
-    group_norm,
-    layer_norm,
-    linear,
-    matmul,
-    prelu,
-    reduce,
-    spatial,
-    spatial_with_indices,
-)
-from redpp_serve.channels.rules_layout import (
-    Rule,
-    cat,
-    channel_shuffle,
-    elementwise,
-    getitem,
-    index,
-    index_select,
-    made,
-    move,
-    number,
-    pad,
-    part,
-    pick,
-    reshape,
-    reshape_as,
-    same,
-    whole,
-)
+from redpp_serve.channels import rules_layers as layers
+from redpp_serve.channels import rules_layout as layout
+from redpp_serve.channels.walk import CONVOLUTIONS, Rule
+from redpp_serve.graph.operators import ALLOWED
 
 
 def _aten(rule: Rule, names: str) -> dict[str, Rule]:
@@ -44,7 +14,7 @@ def _aten(rule: Rule, names: str) -> dict[str, Rule]:
 
 RULES: dict[str, Rule] = {
     **_aten(
-        same,
+        layout.same,
         """
         relu.default relu6.default hardtanh.default silu.default gelu.default hardswish.default hardsigmoid.default
         sigmoid.default tanh.default leaky_relu.default elu.default selu.default mish.default softplus.default
@@ -54,86 +24,71 @@ RULES: dict[str, Rule] = {
         round.default add.Scalar sub.Scalar mul.Scalar div.Scalar rsub.Scalar zeros_like.default ones_like.default
         full_like.default ne.Scalar eq.Scalar lt.Scalar le.Scalar gt.Scalar ge.Scalar logical_not.default
         bitwise_not.default type_as.default remainder.Scalar lift_fresh_copy.default zero.default fill.Scalar
-    """,
+        """,
     ),
     **_aten(
-        elementwise,
+        layout.elementwise,
         """
-        add.Tensor addcmul.default sub.Tensor mul.Tensor div.Tensor div.Tensor_mode maximum.default minimum.default where.self
-        where.ScalarOther where.ScalarSelf pow.Tensor_Tensor pow.Scalar masked_fill.Scalar masked_fill.Tensor eq.Tensor
-        ne.Tensor lt.Tensor le.Tensor gt.Tensor ge.Tensor logical_and.default logical_or.default max.other min.other
-        bitwise_and.Tensor bitwise_or.Tensor clamp.Tensor fill.Tensor expand_as.default copy.default
-        floor_divide.default
-    """,
+        add.Tensor addcmul.default sub.Tensor mul.Tensor div.Tensor div.Tensor_mode maximum.default minimum.default
+        where.self where.ScalarOther where.ScalarSelf pow.Tensor_Tensor pow.Scalar masked_fill.Scalar
+        masked_fill.Tensor eq.Tensor ne.Tensor lt.Tensor le.Tensor gt.Tensor ge.Tensor logical_and.default
+        logical_or.default max.other min.other bitwise_and.Tensor bitwise_or.Tensor clamp.Tensor fill.Tensor
+        expand_as.default copy.default floor_divide.default
+        """,
     ),
     **_aten(
-        move,
+        layout.move,
         """
         permute.default transpose.int swapaxes.default t.default unsqueeze.default squeeze.dim squeeze.dims
         expand.default stack.default repeat.default
-    """,
+        """,
     ),
-    **_aten(part(1), "slice.Tensor narrow.default"),
-    **_aten(part(2), "split.Tensor split.sizes split_with_sizes.default chunk.default"),
-    **_aten(reshape, "reshape.default flatten.using_ints unflatten.int"),
-    **_aten(pick(1, 0), "select.int unbind.int"),
-    **_aten(whole(2), "roll.default"),
-    **_aten(whole(1), "flip.default"),
-    **_aten(pad, "pad.default constant_pad_nd.default"),
-    **_aten(cat, "cat.default concat.default"),
+    **_aten(layout.part(1), "slice.Tensor narrow.default"),
+    **_aten(layout.part(2), "split.Tensor split.sizes split_with_sizes.default chunk.default"),
+    **_aten(layout.reshape, "reshape.default flatten.using_ints unflatten.int"),
+    **_aten(layout.reshape_as, "reshape_as.default"),
+    **_aten(layout.pick(1, 0), "select.int unbind.int"),
+    **_aten(layout.whole(2), "roll.default"),
+    **_aten(layout.whole(1), "flip.default"),
+    **_aten(layout.pad, "pad.default constant_pad_nd.default"),
+    **_aten(layout.cat, "cat.default concat.default"),
+    **_aten(layout.channel_shuffle, "channel_shuffle.default"),
+    **_aten(layout.index, "index.Tensor"),
+    **_aten(layout.index_select, "index_select.default"),
     **_aten(
-        made,
+        layout.made,
         """
         zeros.default ones.default full.default arange.default arange.start arange.start_step new_zeros.default
         new_ones.default new_full.default
-    """,
+        """,
     ),
     **_aten(
-        spatial,
+        layers.spatial,
         """
         max_pool1d.default max_pool2d.default max_pool3d.default avg_pool1d.default avg_pool2d.default
         avg_pool3d.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default
         _adaptive_avg_pool2d.default upsample_bilinear2d.vec upsample_nearest2d.vec upsample_bicubic2d.vec
-        reflection_pad2d.default replication_pad2d.default
-    """,
+        reflection_pad2d.default replication_pad2d.default adaptive_max_pool2d.default max_pool2d_with_indices.default
+        """,
     ),
-    **_aten(spatial_with_indices, "adaptive_max_pool2d.default max_pool2d_with_indices.default"),
     **_aten(
-        reduce,
+        layers.reduce,
         """
         mean.default mean.dim sum.default sum.dim_IntList amax.default amin.default var.correction var.dim
         std.correction std.dim linalg_vector_norm.default norm.ScalarOpt_dim logsumexp.default any.dim
-    """,
+        """,
     ),
-    **_aten(
-        along_axis,
-        """
-        softmax.int _softmax.default log_softmax.int _log_softmax.default cumsum.default
-    """,
-    ),
-    **_aten(layer_norm, "layer_norm.default rms_norm.default"),
-    **_aten(channel_norm, "batch_norm.default instance_norm.default"),
-    **_aten(
-        conv,
-        """
-        conv1d.default conv2d.default conv3d.default conv1d.padding conv2d.padding conv_transpose1d.default
-        conv_transpose2d.input convolution.default
-    """,
-    ),
-    **_aten(matmul, "matmul.default bmm.default mm.default"),
-    "aten.linear.default": linear,
-    "aten.scaled_dot_product_attention.default": attention,
-    "aten.glu.default": glu,
-    "aten.group_norm.default": group_norm,
-    "aten.prelu.default": prelu,
-    "aten.channel_shuffle.default": channel_shuffle,
-    "aten.index.Tensor": index,
-    "aten.index_select.default": index_select,
-    "aten.reshape_as.default": reshape_as,
-    "aten.sym_size.int": number,
-    "py.getitem": getitem,
-    **{
-        f"py.{name}": number
-        for name in ["add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge"]
-    },
+    **_aten(layers.along_axis, "softmax.int _softmax.default log_softmax.int _log_softmax.default cumsum.default"),
+    **_aten(layers.layer_norm, "layer_norm.default rms_norm.default"),
+    **_aten(layers.channel_norm, "batch_norm.default instance_norm.default"),
+    **_aten(layers.group_norm, "group_norm.default"),
+    **_aten(layers.prelu, "prelu.default"),
+    **dict.fromkeys(CONVOLUTIONS, layers.conv),
+    **_aten(layers.linear, "linear.default"),
+    **_aten(layers.matmul, "matmul.default bmm.default mm.default"),
+    **_aten(layers.attention, "scaled_dot_product_attention.default"),
+    **_aten(layers.glu, "glu.default"),
+    **_aten(layout.number, "sym_size.int"),
+    **dict.fromkeys((op for op in ALLOWED if op.startswith("py.")), layout.number),
+    "py.getitem": layout.getitem,
 }

@@ -1,6 +1,7 @@
-"""Rules of operators that sum over channels: convolutions, Linear, matrix products, attention, gated units.
+"""Rules of operators that sum over channels or take statistics.
 
-Rules of operators that take statistics: over positions, channel by channel, or over channels, which ties them.
+Convolutions, Linear and matrix products read channels; the former two also create them. A statistic over positions
+treats each channel by itself; one over channels ties them.
 """
 
 from __future__ import annotations
@@ -11,39 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redpp_serve.channels.rules_layout import join, tensors_in, unknown
-from redpp_serve.channels.walk import Produced, Read, Walk, once
+from redpp_serve.channels.labels import once
+from redpp_serve.channels.walk import Produced, Read, Walk, join, op_name, tensors_in, unknown
 from redpp_serve.graph.graph import Node, Ref
 from redpp_serve.graph.operators import resolve
 
+_DEPTHWISE = "depthwise: its channels are those of its input"
+_GROUPED = "grouped: a group of its channels goes with that of its input"
+
 
 def spatial(walk: Walk, node: Node) -> Any:
-    """Each channel's plane by itself (pooling, resizing): axis 1 of (N, C, ...)."""
-    labels, shape = walk.value(node.args[0]), walk.shapes[node.name]
+    """Treat each channel's plane by itself, along axis 1 of (N, C, ...): pooling, with indices or not, and resizing."""
+    labels = walk.value(node.args[0])
     for axis in range(2, labels.dim()):
-        walk.labels.tie(labels, axis, f"is mixed over positions by {node.op.split('.')[1]} ({node.name})")
-    return labels[(slice(None), slice(None), *[slice(0, 1)] * (labels.dim() - 2))].expand(shape)
-
-
-def spatial_with_indices(walk: Walk, node: Node) -> Any:
-    """Pooling that also gives the positions it took."""
-    source = walk.value(node.args[0])
-    for axis in range(2, source.dim()):
-        walk.labels.tie(source, axis, f"is mixed over positions by {node.op.split('.')[1]} ({node.name})")
-    pooled = resolve(node.op)(torch.empty(source.shape, device="meta"), *node.args[1:])[0].shape
-    labels = source[(slice(None), slice(None), *[slice(0, 1)] * (source.dim() - 2))].expand(pooled)
-    return [labels, labels]
+        walk.labels.tie(labels, axis, f"is mixed over positions by {op_name(node)} ({node.name})")
+    corner = labels[(slice(None), slice(None), *[slice(0, 1)] * (labels.dim() - 2))]
+    if node.name in walk.shapes:
+        return corner.expand(walk.shapes[node.name])
+    pooled = resolve(node.op)(torch.empty(labels.shape, device="meta"), *node.args[1:])
+    return [corner.expand(result.shape) for result in pooled]
 
 
 def reduce(walk: Walk, node: Node) -> Any:
-    """A statistic over some axes: channels that lie along them are tied."""
+    """Tie the channels that lie along the axes of a statistic."""
     labels = walk.value(node.args[0])
-    at = 2 if node.op.startswith(("aten.norm.", "aten.linalg_vector_norm")) else 1
-    dims = node.args[at] if len(node.args) > at else None
+    dims = node.argument(2 if node.op.startswith(("aten.norm.", "aten.linalg_vector_norm")) else 1)
     dims = [dims] if isinstance(dims, int) else dims
     dims = [d % labels.dim() for d in dims] if dims else list(range(labels.dim()))
     for axis in dims:
-        walk.labels.tie(labels, axis, f"is summed over channels by {node.op.split('.')[1]} ({node.name})")
+        walk.labels.tie(labels, axis, f"is summed over channels by {op_name(node)} ({node.name})")
     kept = labels[tuple(slice(0, 1) if d in dims else slice(None) for d in range(labels.dim()))]
     if len(walk.shapes[node.name]) != kept.dim():
         for axis in sorted(dims, reverse=True):
@@ -52,15 +49,14 @@ def reduce(walk: Walk, node: Node) -> Any:
 
 
 def along_axis(walk: Walk, node: Node) -> Any:
-    """A softmax or running sum along one axis."""
+    """Tie the channels that lie along the axis of a softmax or running sum."""
     labels = walk.value(node.args[0])
-    reason = f"goes through a {node.op.split('.')[1]} over channels ({node.name})"
-    walk.labels.tie(labels, node.args[1] % labels.dim(), reason)
+    walk.labels.tie(labels, node.args[1] % labels.dim(), f"goes through a {op_name(node)} over channels ({node.name})")
     return labels
 
 
 def layer_norm(walk: Walk, node: Node) -> Any:
-    """The axes that are normalised together hold one channel."""
+    """Tie the channels along the axes that are normalized together."""
     labels = walk.value(node.args[0])
     for axis in range(labels.dim() - len(node.args[1]), labels.dim()):
         walk.labels.tie(labels, axis, f"is normalised across channels ({node.name})")
@@ -68,7 +64,7 @@ def layer_norm(walk: Walk, node: Node) -> Any:
 
 
 def group_norm(walk: Walk, node: Node) -> Any:
-    """The channels of one group are normalised together: they are one channel."""
+    """Tie the channels of each group, which are normalized together."""
     labels, groups = walk.value(node.args[0]), node.args[1]
     if not walk.flat_over(labels, 1):
         return unknown(walk, node)
@@ -81,7 +77,7 @@ def group_norm(walk: Walk, node: Node) -> Any:
 
 
 def channel_norm(walk: Walk, node: Node) -> Any:
-    """Batch norm and instance norm: each channel by itself, along axis 1."""
+    """Treat each channel along axis 1 by itself: batch norm and instance norm."""
     labels = walk.value(node.args[0])
     for axis in walk.varying(labels):
         if axis != 1:
@@ -96,7 +92,7 @@ def channel_norm(walk: Walk, node: Node) -> Any:
 
 
 def prelu(walk: Walk, node: Node) -> Any:
-    """A slope for each channel along axis 1, or one for all."""
+    """Bind a slope for each channel along axis 1; a single slope for all binds none."""
     labels, slope = walk.value(node.args[0]), node.args[1]
     stored = walk.graph.tensors.get(slope.name)
     if stored is not None and math.prod(stored.shape) == 1:
@@ -106,26 +102,21 @@ def prelu(walk: Walk, node: Node) -> Any:
     return labels
 
 
-_DEPTHWISE = "depthwise: its channels are those of its input"
-_GROUPED = "grouped: a group of its channels goes with that of its input"
-
-
 def layer_name(node: Node) -> str:
-    """A layer's name: that of its weight without the ending, or of the call where the weight is computed."""
-    weight = node.args[1] if len(node.args) > 1 else None
+    """Return a layer's name: that of its weight without the ending, or of the call if the weight is computed."""
+    weight = node.argument(1)
     return weight.name.removesuffix(".weight") if isinstance(weight, Ref) else node.name
 
 
-def conv_groups(node: Node) -> int:
-    """The number of groups of any convolution's call."""
-    at = 8 if node.op == "aten.convolution.default" else 6
-    return node.args[at] if len(node.args) > at else 1
+def groups_at(node: Node) -> int:
+    """Return the position of the number of groups among a convolution's arguments."""
+    return 8 if node.op == "aten.convolution.default" else 6
 
 
 def conv(walk: Walk, node: Node) -> Any:
-    """A convolution reads its input's channels and creates its output's; with groups, a group is a channel of both."""
-    labels, weight, bias = walk.value(node.args[0]), *_weights(node)
-    shape, groups = walk.shapes[node.name], conv_groups(node)
+    """Read the input's channels and create the output's; with groups, a group is one channel of both."""
+    labels, weight, bias = walk.value(node.args[0]), node.args[1], node.argument(2)
+    shape, groups = walk.shapes[node.name], node.argument(groups_at(node), 1)
     transposed = node.args[6] if node.op == "aten.convolution.default" else "transpose" in node.op
     if not (walk.is_own(weight) and walk.is_own(bias)):
         return _refuse(walk, node, "its weight is computed or used elsewhere")
@@ -138,8 +129,8 @@ def conv(walk: Walk, node: Node) -> Any:
 
 
 def linear(walk: Walk, node: Node) -> Any:
-    """A Linear reads and creates channels along the last axis; one over positions leaves the channels as they are."""
-    labels, weight, bias = walk.value(node.args[0]), *_weights(node)
+    """Read and create channels along the last axis; a Linear over positions leaves the channels as they are."""
+    labels, weight, bias = walk.value(node.args[0]), node.args[1], node.argument(2)
     shape, last = walk.shapes[node.name], labels.dim() - 1
     if not (walk.is_own(weight) and walk.is_own(bias)):
         return _refuse(walk, node, "its weight is computed or used elsewhere")
@@ -158,17 +149,13 @@ def linear(walk: Walk, node: Node) -> Any:
     return walk.spread(_read(walk, node, walk.along(labels, last), last, 1, shape[-1]), last, shape)
 
 
-def _weights(node: Node) -> tuple[Any, Any]:
-    return node.args[1], node.args[2] if len(node.args) > 2 else None
-
-
 def _refuse(walk: Walk, node: Node, reason: str) -> Tensor:
-    """The layer stays, and all that it reads."""
+    """Close the layer and all that it reads."""
     name = layer_name(node)
     walk.refused[name] = reason
     for labels in tensors_in([walk.value(a) for a in node.args[:3]]):
         walk.labels.close(labels, f"is read by {name}: {reason}")
-    for tensor in _weights(node):
+    for tensor in node.args[1:3]:
         if isinstance(tensor, Ref) and walk.is_own(tensor):
             for dim, size in enumerate(walk.graph.tensors[tensor.name].shape):
                 walk.use(tensor, dim, walk.none(size))
@@ -177,31 +164,31 @@ def _refuse(walk: Walk, node: Node, reason: str) -> Tensor:
 
 def _read(walk: Walk, node: Node, row: Tensor, axis: int, into: int, count: int) -> Tensor:
     """Read the channels ``row`` by dimension ``into`` of the weight, and create ``count`` by the other one."""
-    weight, bias = _weights(node)
+    weight = node.args[1]
     walk.reads.append(Read(node.name, weight.name, into, node.args[0].name, axis, row))
     walk.use(weight, into, row)
     created = walk.rows(weight, 1 - into, count)
     walk.use(weight, 1 - into, created)
-    walk.use(bias, 0, created)
-    walk.produced.append(Produced(layer_name(node), node.name, created))
+    walk.use(node.argument(2), 0, created)
+    walk.produced.append(Produced(layer_name(node), created))
     return created
 
 
 def _grouped(walk: Walk, node: Node, row: Tensor, groups: int, count: int, transposed: bool) -> Tensor:
-    """Each group of input channels becomes one channel, with the group's output channels."""
-    name, (weight, bias) = layer_name(node), _weights(node)
+    """Make each group of input channels one channel, together with the group's output channels."""
+    name = layer_name(node)
     if bool((row == walk.labels.NONE).any()):
         walk.labels.close(row, f"is read by {name} in groups with values that are no channels")
     walk.labels.tie(row.view(groups, -1), 1, f"is read by a grouped convolution ({name})")
     created = row.view(groups, -1)[:, :1].expand(groups, count // groups).reshape(-1)
-    walk.use(weight, 0, row if transposed else created)
-    walk.use(bias, 0, created)
+    walk.use(node.args[1], 0, row if transposed else created)
+    walk.use(node.argument(2), 0, created)
     walk.refused[name] = _DEPTHWISE if groups == count == len(row) else _GROUPED
     return created
 
 
 def matmul(walk: Walk, node: Node) -> Any:
-    """A product of two computed values: what is summed over is tied, heads (batch axes with channels) are joined."""
+    """Tie what a product of two computed values sums over, and join heads: batch axes with channels."""
     a, b = (walk.value(x) for x in node.args[:2])
     if min(a.dim(), b.dim()) < 2:
         return unknown(walk, node)
@@ -209,7 +196,7 @@ def matmul(walk: Walk, node: Node) -> Any:
     walk.labels.tie(a, a.dim() - 1, why)
     walk.labels.tie(b, b.dim() - 2, why)
     if any(d < t.dim() - 2 for t in (a, b) for d in walk.varying(t)):
-        return _joined_heads(walk, [a, b], node, shape)
+        return _joined_heads(walk, [a, b], node)
     if a.dim() - 2 in walk.varying(a):
         if b.dim() - 1 in walk.varying(b):
             for labels in (a, b):
@@ -219,28 +206,26 @@ def matmul(walk: Walk, node: Node) -> Any:
     return b.narrow(-2, 0, 1).expand(shape)
 
 
-def _joined_heads(walk: Walk, operands: list[Tensor], node: Node, shape: tuple[int, ...]) -> Tensor:
-    """Each head is one channel, the same in all operands."""
+def _joined_heads(walk: Walk, operands: list[Tensor], node: Node) -> Tensor:
+    """Make each head one channel, the same in all operands."""
     for labels in operands:
         for d in (labels.dim() - 1, labels.dim() - 2):
             walk.labels.tie(labels, d, f"belongs to a head ({node.name})")
     heads = operands[0][..., :1, :1]
     for labels in operands[1:]:
         heads = join(walk, heads, labels[..., :1, :1], node)
-    return heads.expand(shape)
+    return heads.expand(walk.shapes[node.name])
 
 
 def attention(walk: Walk, node: Node) -> Any:
-    """Scaled dot-product attention; a mask or bias joins the heads where it differs between them."""
+    """Join the heads of scaled dot-product attention, also with a mask or bias that differs between them."""
     if node.kwargs.get("enable_gqa") or len(node.args) > 7:
         return unknown(walk, node)
-    operands = tensors_in([walk.value(a) for a in (*node.args[:4], *node.kwargs.values())])
-    return _joined_heads(walk, operands, node, walk.shapes[node.name])
+    return _joined_heads(walk, tensors_in([walk.value(a) for a in (*node.args[:4], *node.kwargs.values())]), node)
 
 
 def glu(walk: Walk, node: Node) -> Any:
-    """The first half times a gate that the second half gives."""
-    labels = walk.value(node.args[0])
-    axis = node.args[1] if len(node.args) > 1 else -1
+    """Join each entry of the first half with its gate in the second half."""
+    labels, axis = walk.value(node.args[0]), node.argument(1, -1)
     half = labels.shape[axis] // 2
     return join(walk, labels.narrow(axis, 0, half), labels.narrow(axis, half, half), node)

@@ -148,8 +148,8 @@ def resolve(op: str) -> Callable[..., Any]:
         raise KeyError(op)
     family, *names = _LIBRARY.get(op, op).split(".")
     try:
-        found: Callable[..., Any] = reduce(getattr, names, operator if family == "py" else getattr(torch.ops, family))
-        return found
+        home: Any = operator if family == "py" else getattr(torch.ops, family)
+        return cast(Callable[..., Any], reduce(getattr, names, home))
     except AttributeError as error:
         raise RedppError(
             f"torch {torch.__version__} has no operator {op}",

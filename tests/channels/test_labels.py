@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redpp_serve.channels.walk import Labels, once
+from redpp_serve.channels.labels import Labels, once
 from tests.support.networks import few
 
 pairs = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=20)
