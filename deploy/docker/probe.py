@@ -1,7 +1,7 @@
-"""Health by inference: asks every version the server has for a prediction of the package's sample. Exit code 0 or 1.
+"""Check health by inference: ask every version of the server to predict the package's sample. Exit code 0 or 1.
 
-A server whose worker is dead can say that it is ready for ever; a prediction cannot lie. Needs nothing but Python and
-the package's folder, so that it runs in a container as a health check and in Kubernetes as a probe.
+A server whose worker is dead may call itself ready for ever; a prediction cannot lie. The probe needs only Python and
+the package's folder, so it serves as a container's health check and as a probe in Kubernetes.
 
 Environment: SERVER (``torchserve`` or ``triton``), MODEL_NAME, MODELS (the package's folder), VARIANT (``original``,
 ``pruned`` or ``both``); optional URL (base of inference) and PROBE_TIMEOUT_S (for each request).
@@ -122,7 +122,7 @@ def _read_npy(content: bytes) -> tuple[tuple[int, ...], bytes]:
 
 
 def _ask(url: str, body: bytes | None, headers: dict[str, str], timeout_s: float) -> tuple[bytes, str | None]:
-    """The body of the answer, and the length of its JSON header where the body has a binary part."""
+    """Return the body of the answer, and the length of its JSON header where the body has a binary part."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=timeout_s) as answer:
             return answer.read(), answer.headers.get(_HEADER)

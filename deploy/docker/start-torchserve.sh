@@ -1,6 +1,6 @@
 #!/bin/sh
-# Serves a package with TorchServe: VARIANT original, pruned, or both under one name. See the Dockerfile for the variables.
-# With TOKENS=off requests need no token: for several replicas, each of which would have tokens of its own.
+# Serve a package with TorchServe: VARIANT original, pruned, or both under one name. See the Dockerfile for the variables.
+# With TOKENS=off requests need no token; use it for several replicas, each of which would have its own tokens.
 set -eu
 : "${MODEL_NAME:?the name of the packaged model is needed}"
 here=$(dirname "$0")
@@ -15,10 +15,10 @@ case "${TOKENS:-on}" in
   *) echo "TOKENS is '$TOKENS', expected on or off" >&2; exit 2 ;;
 esac
 
-# Counters of workers from before a restart would be added to those of the new ones.
+# The counters of workers from before a restart would be added to those of the new workers.
 mkdir -p "$PROMETHEUS_MULTIPROC_DIR"
 find "$PROMETHEUS_MULTIPROC_DIR" -mindepth 1 -delete
-state="$TMPDIR/redpp"  # TorchServe writes key_file.json and logs to the folder it is started in
+state="$TMPDIR/redpp"  # TorchServe writes key_file.json and logs to its working directory
 mkdir -p "$state/logs"
 cd "$state"
 rm -f key_file.json
@@ -28,7 +28,7 @@ export JAVA_HOME LOG_LOCATION="$state/logs" METRICS_LOCATION="$state/logs"
 # A signal to TorchServe's launcher would leave the Java process to be killed in the middle of its requests.
 stop() { kill -TERM "$(cat "$TMPDIR/.model_server.pid")" 2>/dev/null || kill -TERM "$launcher"; }
 trap stop TERM INT
-# shellcheck disable=SC2086  # a word for each model
+# shellcheck disable=SC2086  # one word for each model
 torchserve --start --foreground --ncs $tokens --ts-config "${CONFIG:-$here/torchserve.properties}" \
     --log-config "$MODELS/log4j2.xml" --model-store "$MODELS" --models $models &
 launcher=$!

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Serves a package with Triton Inference Server: VARIANT original, pruned, or both as versions 1 and 2 of one model.
+# Serve a package with Triton Inference Server: VARIANT original, pruned, or both as versions 1 and 2 of one model.
 set -eu
 : "${MODEL_NAME:?the name of the packaged model is needed}"
 case "${VARIANT:-both}" in
@@ -14,7 +14,7 @@ if [ ! -f "$packaged/config.pbtxt" ]; then
   exit 2
 fi
 repository="$MODELS/triton"
-if [ -n "$other" ]; then  # the server loads every version it finds, so it gets a repository with one
+if [ -n "$other" ]; then  # the server loads every version that it finds, so it gets a repository with only one
   repository="$TMPDIR/redpp/repository"
   rm -rf "$repository"
   mkdir -p "$repository/$MODEL_NAME"
@@ -22,8 +22,8 @@ if [ -n "$other" ]; then  # the server loads every version it finds, so it gets 
     [ "${entry##*/}" = "$other" ] || cp -R "$entry" "$repository/$MODEL_NAME/"
   done
 fi
-# No model control: a version is chosen by the gateway. HTTP only, for the gateway splits nothing else. What is no
-# inference gets a key that nobody knows.
+# No model control: the gateway chooses the version. HTTP only: the gateway splits nothing else. All APIs but inference
+# require a key that nobody knows.
 key=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')
 exec tritonserver --model-repository="$repository" --model-control-mode=none --disable-auto-complete-config \
     --http-address=0.0.0.0 --http-port="${HTTP_PORT:-8000}" --allow-grpc=false \

@@ -1,5 +1,5 @@
 # TorchServe for packages of redpp-serve, on a CPU or a GPU. Build: docker build -f deploy/docker/torchserve.Dockerfile deploy/docker
-# The package (the folder dist/NAME) is mounted at /models; redpp-serve itself is not needed: each archive has its code.
+# Mount the package (the folder dist/NAME) at /models. redpp-serve itself is not needed: each archive carries its code.
 FROM python:3.11.15-slim-bookworm
 
 COPY torchserve-requirements.txt /opt/redpp/requirements.txt
@@ -8,7 +8,7 @@ RUN pip install --no-cache-dir -r /opt/redpp/requirements.txt \
     && install -d -o redpp -g redpp /cache /metrics
 COPY probe.py start-torchserve.sh torchserve.properties /opt/redpp/
 
-# The same volume for /metrics in the server and in the exporter; /cache keeps compiled kernels and measured plans over restarts.
+# Server and exporter share the volume /metrics. /cache keeps compiled kernels and measured plans across restarts.
 ENV SERVER=torchserve MODELS=/models VARIANT=both \
     PROMETHEUS_MULTIPROC_DIR=/metrics TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
     REDPP_PLAN_CACHE=/cache/plans.json \

@@ -22,7 +22,7 @@ from panels import BAD, GOOD, SOURCE, TIMES, bars, heat, lines, number, word
 from queries import AB_TEST, INTERVAL, MODEL, matched, recorded
 
 FOLDER = Path(__file__).parent / "dashboards"
-OF_VERSION, OF_VARIANT = "{{variant}} {{version}} {{server}}", "{{variant}} {{server}}"
+OF_VERSION = "{{variant}} {{version}} {{server}}"
 SPEED = {0: BAD, 1: GOOD}
 Rows = dict[str, list[Any]]  # title of a row to panels with their widths set
 
@@ -60,8 +60,8 @@ def _now() -> list[Any]:
     return [
         number(
             "At equal batch size",
-            "Handler time of the original / of the pruned version, for batches of equal size. Above 1 the pruned version "
-            "is faster. The fairest figure without an A/B test.",
+            "Handler time of the original / of the pruned version, for batches of equal size. Above 1 "
+            "the pruned version is faster. The fairest figure without an A/B test.",
             TIMES,
             {"{{model}} {{server}}": recorded("model:redpp_speedup_equal_batch:ratio5m", MODEL)},
             SPEED,
@@ -287,7 +287,7 @@ def _evidence() -> list[Any]:
     return [
         lines(
             "Speed-up and its interval",
-            "The interval narrows as evidence comes in; the verdict is reached when it excludes 1 or lies within the margin.",
+            "The interval narrows as evidence comes in; it decides when it excludes 1 or lies within the margin.",
             TIMES,
             {f"{{{{source}}}} {name}": bound(name) for name in ("low", "mean", "high")},
         ).span(12),
@@ -300,7 +300,7 @@ def _evidence() -> list[Any]:
         ).span(6),
         lines(
             "Pairs",
-            "Mirrored requests that both versions answered, and those left out because the recorder was busy, per second.",
+            "Mirrored requests per second: replayed on both versions, and left out because the recorder was busy.",
             "reqps",
             {
                 "compared": matched(f"rate(redpp_ab_pairs_total[{INTERVAL}])", AB_TEST),

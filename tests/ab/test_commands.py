@@ -1,21 +1,28 @@
 """What `redpp-serve ab` refuses before anything starts, and in which words."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from redpp_serve.ab import commands
+from redpp_serve.ab.commands import mixed_folder
 from redpp_serve.ab.state import abandoned, supervising
 from redpp_serve.cli import main
+from redpp_serve.errors import RedppError
+from redpp_serve.graph.graph import InputSpec, Ref
+from redpp_serve.packaging.mar import build_mar
+from redpp_serve.packaging.server_config import model_config
 from redpp_serve.processes import started
 from redpp_serve.serving.running import Running, register
-from tests.support.served import write_archives
+from tests.support.served import artifact, network, write_archives
 from tests.support.tools import tool
 
 
@@ -32,7 +39,7 @@ def own_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
 
 
-def test_what_the_command_line_alone_decides(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_are_refused_before_anything_starts(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--split", "90:20"], "--split 90:20 adds up to 110"),
         (["--split", "ninety"], "--split 'ninety'"),
@@ -45,7 +52,7 @@ def test_what_the_command_line_alone_decides(packaged: Path, capsys: pytest.Capt
         assert not abandoned(packaged)
 
 
-def test_values_out_of_range(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_out_of_range_are_refused(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (
         ["--tolerance", "0"],
         ["--min-agreement", "1.1"],
@@ -59,25 +66,27 @@ def test_values_out_of_range(packaged: Path, capsys: pytest.CaptureFixture[str])
         assert exit_.value.code == 2 and arguments[0] in capsys.readouterr().err, arguments
 
 
-def test_nginx_is_missing(packaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_nginx_is_named_with_its_package(
+    packaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("PATH", os.devnull)
     monkeypatch.setattr("redpp_serve.serving.tools._ADMINISTRATION", ())
     assert main(["ab", "start", str(packaged)]) == 2
     assert "apt-get install nginx-light" in capsys.readouterr().err
 
 
-def test_what_is_no_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_a_package_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ab", "start", str(tmp_path)]) == 2
     assert "is not a packaged model" in capsys.readouterr().err
 
 
-def test_nothing_runs(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_say_when_no_ab_test_runs(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("status", "promote", "rollback", "stop"):
         assert main(["ab", command, str(packaged)]) == 2, command
         assert f"no A/B test runs for {packaged}" in capsys.readouterr().err, command
 
 
-def test_one_that_is_starting_and_one_that_was_killed(
+def test_an_ab_test_that_is_starting_and_one_that_was_killed(
     packaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with supervising(packaged, tmp_path / "state"):
@@ -151,3 +160,60 @@ def test_a_supervisor_that_fails_says_why(
     error = capsys.readouterr().err
     assert "the A/B test did not start" in error and "KeyError: 'spec'" in error
     assert made and not made[0].exists()
+
+
+def package(folder: Path, name: str, spec: InputSpec | None = None) -> Path:
+    write_archives(folder)
+    if spec:
+        graph = network(1)
+        first = replace(graph.nodes[0], args=(Ref(spec.name), *graph.nodes[0].args[1:]))
+        graph = replace(graph, inputs=(spec,), nodes=(first, *graph.nodes[1:]))
+        data = artifact("2.0", graph, preprocess=None)
+        (folder / "pruned.mar").write_bytes(
+            build_mar(data, name="tiny", version="2.0", model_config=model_config(4, 20, 1))
+        )
+    (folder / "report.json").write_text(json.dumps({"name": name}))
+    for version in ("1", "2"):
+        (folder / "triton" / name / version).mkdir(parents=True)
+        (folder / "triton" / name / version / "model.py").write_text(f"{name} {version}")
+    (folder / "triton" / name / "config.pbtxt").write_text(name)
+    return folder
+
+
+def test_the_mixed_folder_holds_one_version_of_each_package(tmp_path: Path) -> None:
+    first, second = package(tmp_path / "a", "one"), package(tmp_path / "b", "two")
+    mixed = mixed_folder(first, second, tmp_path / "mixed")
+    assert os.path.samefile(mixed / "original.mar", first / "original.mar")
+    assert os.path.samefile(mixed / "pruned.mar", second / "pruned.mar")
+    model = mixed / "triton" / "one"
+    assert sorted(path.name for path in (mixed / "triton").iterdir()) == ["one"]
+    assert (model / "config.pbtxt").read_text() == "one"
+    assert ((model / "1" / "model.py").read_text(), (model / "2" / "model.py").read_text()) == ("one 1", "two 2")
+    shutil.rmtree(mixed)
+    assert (first / "original.mar").exists() and (second / "triton" / "two" / "2" / "model.py").exists()
+
+
+def test_a_candidate_with_other_inputs_is_refused(tmp_path: Path) -> None:
+    first = package(tmp_path / "a", "one")
+    specs = InputSpec("other", (3, 8, 8)), InputSpec("x", (3, 8, 9)), InputSpec("x", (3, 8, 8), "float64")
+    for number, spec in enumerate(specs):
+        second = package(tmp_path / f"b{number}", "two", spec)
+        with pytest.raises(RedppError) as error:
+            mixed_folder(first, second, tmp_path / "mixed")
+        assert f"{first} takes x 3x8x8 float32" in error.value.found and str(second) in error.value.found
+        assert f"{spec.name} {'x'.join(map(str, spec.shape))} {spec.dtype}" in error.value.found
+        assert not (tmp_path / "mixed").exists()
+
+
+def test_damaged_packages_are_refused(tmp_path: Path) -> None:
+    first, second = package(tmp_path / "a", "one"), package(tmp_path / "b", "two")
+    with pytest.raises(RedppError, match="not a packaged model"):
+        mixed_folder(first, tmp_path, tmp_path / "mixed")
+    for damage in (b"no zip", b""):
+        (second / "pruned.mar").write_bytes(damage)
+        with pytest.raises(RedppError, match="pruned.mar cannot be read"):
+            mixed_folder(first, second, tmp_path / "mixed")
+    with zipfile.ZipFile(second / "pruned.mar", "w") as file:
+        file.writestr("x", "y")
+    with pytest.raises(RedppError, match="pruned.mar cannot be read"):
+        mixed_folder(first, second, tmp_path / "mixed")

@@ -125,13 +125,13 @@ def test_a_header_asks_for_an_arm_and_is_not_passed_on(live: NginxProcess, upstr
 
 
 @pytest.mark.server
-def test_the_request_id_is_one_for_all(live: NginxProcess, upstream: StubServer) -> None:
+def test_gateway_user_and_server_see_the_same_request_id(live: NginxProcess, upstream: StubServer) -> None:
     _, headers, _ = ask(live.gateway.port, PUBLIC, headers={"X-Request-Id": "mine"})
     assert headers["x-request-id"] == upstream.headers[-1]["x-request-id"] != "mine"
 
 
 @pytest.mark.server
-def test_promote_and_rollback_act_at_the_next_request_of_a_connection(folder: Path, live: NginxProcess) -> None:
+def test_promote_and_rollback_take_effect_at_the_next_request_of_a_connection(folder: Path, live: NginxProcess) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", live.gateway.port)
     users = [{"X-User-Id": f"user-{k}"} for k in range(40)]
 
@@ -168,7 +168,9 @@ def test_what_is_not_served_is_refused_in_json(live: NginxProcess) -> None:
 
 
 @pytest.mark.server
-def test_a_user_who_leaves_is_no_error_and_no_refusal(live: NginxProcess, upstream: StubServer) -> None:
+def test_a_user_who_leaves_counts_neither_as_an_error_nor_as_a_refusal(
+    live: NginxProcess, upstream: StubServer
+) -> None:
     upstream.answer = lambda path, body, headers: (time.sleep(1), (200, {}))[1]
     with pytest.raises(TimeoutError):
         impatient = http.client.HTTPConnection("127.0.0.1", live.gateway.port, timeout=0.3)
@@ -197,7 +199,7 @@ MALFORMED = [
 
 @pytest.mark.parametrize("shadow", [False, True])
 @pytest.mark.server
-def test_what_is_no_http_is_refused_in_json_and_counts_for_no_arm(folder: Path, shadow: bool) -> None:
+def test_malformed_requests_are_refused_in_json_and_count_for_no_arm(folder: Path, shadow: bool) -> None:
     nginx = NginxProcess(gateway(folder, 9, recorder=9 if shadow else None))
     nginx.start()
     try:
@@ -273,7 +275,7 @@ def test_a_large_log_is_put_aside_while_requests_go_on(live: NginxProcess) -> No
 
 
 @pytest.mark.server
-def test_shares_of_nothing_and_of_everything(folder: Path, upstream: StubServer) -> None:
+def test_a_share_of_zero_or_of_a_hundred_per_cent(folder: Path, upstream: StubServer) -> None:
     for split, expected in (("100:0", "original"), ("0:100", "pruned")):
         nginx = NginxProcess(gateway(folder, upstream.port, split, sticky=None))
         nginx.start()
@@ -290,7 +292,7 @@ def test_a_refused_configuration_says_why(folder: Path) -> None:
         nginx.start()
 
 
-def test_the_text_holds_what_it_depends_on(tmp_path: Path) -> None:
+def test_the_configuration_follows_the_gateways_fields(tmp_path: Path) -> None:
     text = gateway_config(gateway(tmp_path, 4711, "99.5:0.5", recorder=4712, account=("who", "group")))
     assert '"salt-1$split_key" $split_arm { 0.5% pruned; * original; }' in text
     assert "user who group;" in text and f"client_max_body_size {MAX_REQUEST_BYTES};" in text

@@ -200,7 +200,7 @@ def test_the_metrics_of_the_test_are_served(client: Client) -> None:
     }
 
 
-def test_bad_requests_are_their_senders_own(folder: Path, client: Client) -> None:
+def test_bad_requests_count_as_refused_not_as_errors(folder: Path, client: Client) -> None:
     before = status(folder)
     answers = {
         client.one(body=b"no input")[0],
@@ -215,13 +215,13 @@ def test_bad_requests_are_their_senders_own(folder: Path, client: Client) -> Non
     assert refused.shadow and refused.shadow.agreement == 1.0, "a request that both refuse counts as a disagreement"
 
 
-def test_no_request_is_lost_while_all_are_moved(folder: Path, client: Client) -> None:
+def test_no_request_is_lost_while_all_users_are_moved(folder: Path, client: Client) -> None:
     seen = switch_under_load(folder, client)
     assert set(seen) == {(200, "original"), (200, "pruned")} and sum(seen.values()) >= 1000
     assert status(folder).all_to == "original"
 
 
-def test_a_second_one_is_refused(folder: Path, client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_ab_test_is_refused(folder: Path, client: Client, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ab", "start", str(folder)]) == 2
     assert "an A/B test already runs" in capsys.readouterr().err
     port = str(client.url.port)
@@ -232,7 +232,7 @@ def test_a_second_one_is_refused(folder: Path, client: Client, capsys: pytest.Ca
     assert "no A/B test runs" in capsys.readouterr().err
 
 
-def test_nginx_recorder_and_exporter_are_started_again(folder: Path, client: Client) -> None:
+def test_nginx_recorder_and_exporter_are_restarted(folder: Path, client: Client) -> None:
     def named(word: str) -> set[int]:
         return {p.pid for p in family(client) if word in " ".join(words_of(p))}
 
@@ -272,7 +272,7 @@ def test_the_end_leaves_nothing_behind(
         assert f"no A/B test runs for {folder}" in capsys.readouterr().err
 
 
-def test_the_same_on_triton(folder: Path) -> None:
+def test_an_ab_test_on_triton_inference_server(folder: Path) -> None:
     start(folder, "--split", "80:20", "--server", "triton")
     client = Client(folder, "triton")
     processes = family(client)

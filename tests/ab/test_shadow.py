@@ -90,7 +90,7 @@ def test_a_version_that_is_a_fifth_slower_and_answers_differently(folder: Path) 
             assert (status, headers["x-redpp-arm"]) == (200, "original"), "a user got something else than the original"
             assert json.loads(body)["outputs"] == [outputs["1.0"]]
             k += 1
-            until(lambda: len(pairs(state)) >= k)
+            until(lambda: len(pairs(state)) >= k)  # noqa: B023 (called at once)
             decision = decide(state) if k % 20 == 0 else decision
         counts = until(lambda: (c := read_json(state / RECORDER) or {}).get("pairs") == k and c)
         forwarded, seen = server.headers[-1], pairs(state)
@@ -153,7 +153,7 @@ def test_users_do_not_notice_a_dead_or_hung_recorder(folder: Path) -> None:  # n
 
 
 @pytest.mark.server
-def test_a_full_disk_costs_pairs_and_nothing_else(folder: Path) -> None:  # noqa: F811
+def test_a_full_disk_loses_pairs_and_nothing_else(folder: Path) -> None:  # noqa: F811
     state = folder.parent
     with stub(arms(EQUAL, SAME)) as server:
         port = free_ports(GatewayPorts).recorder

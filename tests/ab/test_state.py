@@ -51,7 +51,7 @@ def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_a_killed_supervisors_processes_and_folders_go(tmp_path: Path, run: Path) -> None:
+def test_processes_and_folder_of_a_killed_supervisor_are_removed(tmp_path: Path, run: Path) -> None:
     folder, state = tmp_path / "package", tmp_path / "state"
     state.mkdir()
     command = [sys.executable, "-c", SUPERVISOR, str(folder), str(state)]
@@ -90,7 +90,7 @@ def test_the_next_supervisor_cleans_up_first(tmp_path: Path, run: Path, monkeypa
         assert not left.exists() and path.read_text() == str(tmp_path / "new")
 
 
-def test_a_lock_file_that_was_cut_short_stops_nobody(tmp_path: Path, run: Path) -> None:
+def test_an_empty_lock_file_stops_nobody(tmp_path: Path, run: Path) -> None:
     with supervising(tmp_path, tmp_path / "state"):
         path = next(run.rglob("ab-*.lock"))
     path.write_text("")
@@ -100,7 +100,7 @@ def test_a_lock_file_that_was_cut_short_stops_nobody(tmp_path: Path, run: Path) 
         assert supervised(tmp_path)
 
 
-def test_commands_that_look_meanwhile_keep_nobody_from_starting(tmp_path: Path) -> None:
+def test_commands_that_look_at_the_lock_never_prevent_a_start(tmp_path: Path) -> None:
     """Others look, and clean up after nobody, at the very moment of a start."""
     ended, failures = threading.Event(), []
 

@@ -64,7 +64,7 @@ def test_a_folder_that_is_gone_ends_nothing(tmp_path: Path) -> None:
         read_status(tmp_path, {})
 
 
-def test_what_cannot_be_started_again_is_told(tmp_path: Path) -> None:
+def test_processes_that_cannot_be_restarted_are_reported(tmp_path: Path) -> None:
     def dead() -> None:
         raise RedppError("TorchServe has ended", "", "")
 
@@ -110,7 +110,7 @@ def test_a_heartbeat_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_json(tmp_path / HEARTBEAT)["refusal"] == ["found", "expected", "do"]
 
 
-def test_a_folder_is_kept_from_those_who_clean_up(tmp_path: Path) -> None:
+def test_the_state_folder_is_kept_from_cleaners_of_temporary_files(tmp_path: Path) -> None:
     """They ask for the folder's lock as here, and pass by where they do not get it."""
     handle = os.open(tmp_path, os.O_RDONLY)
     try:

@@ -102,7 +102,7 @@ def test_a_broken_service_is_noticed(document: dict[str, Any], key: str, value: 
 
 
 @pytest.mark.parametrize("missing", SET)
-def test_a_variable_that_nobody_set_is_named(missing: str) -> None:
+def test_a_missing_variable_is_named(missing: str) -> None:
     done = compose("torchserve", {k: v for k, v in SET.items() if k != missing})
     assert done.returncode != 0 and missing in done.stderr
 
@@ -112,7 +112,7 @@ def test_the_example_names_every_variable() -> None:
     assert example == set(re.findall(r"\$\{([A-Z_]+)", (DEPLOY / "compose.yaml").read_text()))
 
 
-def test_what_is_mounted_exists(document: dict[str, Any]) -> None:
+def test_every_mounted_file_exists(document: dict[str, Any]) -> None:
     for service in document["services"].values():
         for mount in service.get("volumes", []):
             source = mount.split(":")[0]
@@ -133,7 +133,7 @@ def test_the_servers_are_reached_through_the_gateway_alone(document: dict[str, A
         assert upstream == f"{server}:{exposed}"
 
 
-def test_nginx_holds_the_published_fixes(document: dict[str, Any]) -> None:
+def test_the_nginx_image_has_the_published_fixes(document: dict[str, Any]) -> None:
     for server in ("torchserve", "triton"):
         version = re.search(r":(\d+)\.(\d+)\.(\d+)-", document["services"][f"{server}-gateway"]["image"])
         assert tuple(map(int, version.groups())) >= (1, 30, 7)

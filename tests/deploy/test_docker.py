@@ -86,7 +86,7 @@ def test_a_broken_dockerfile_is_noticed(old: str, new: str) -> None:
     assert dockerfile_problems(text.replace(old, new))
 
 
-def test_tritons_image_is_later_than_the_published_fixes() -> None:
+def test_the_triton_image_has_the_published_fixes() -> None:
     """25.07 and 26.03 fix what research named; NVIDIA's bulletins of 2026 ask for 26.07 or later."""
     year, month = re.search(r"tritonserver:(\d+)\.(\d+)-py3", (DOCKER / "triton.Dockerfile").read_text()).groups()
     assert (int(year), int(month)) >= (26, 7)
@@ -164,7 +164,9 @@ def test_triton_starts_on_the_versions_asked_for(tmp_path: Path, variant: str, v
         ("torchserve", {"MODEL_NAME": "tiny", "TOKENS": "none"}, "expected on or off"),
     ],
 )
-def test_a_wrong_start_says_what_is_wrong(tmp_path: Path, server: str, variables: dict[str, str], message: str) -> None:
+def test_a_container_with_a_wrong_environment_says_what_is_wrong(
+    tmp_path: Path, server: str, variables: dict[str, str], message: str
+) -> None:
     variables = environment(MODELS=tmp_path, TMPDIR=tmp_path, PROMETHEUS_MULTIPROC_DIR=tmp_path / "m", **variables)
     done = subprocess.run(
         ["sh", DOCKER / f"start-{server}.sh"], env=variables, capture_output=True, text=True, timeout=20

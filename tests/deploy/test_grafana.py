@@ -26,7 +26,7 @@ AB = {
 }
 
 
-def test_the_json_is_what_the_code_makes(tmp_path: Path) -> None:
+def test_the_committed_json_is_what_the_code_makes(tmp_path: Path) -> None:
     pytest.importorskip("grafana_foundation_sdk", reason="grafana-foundation-sdk is not installed (test extra)")
     code = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import dashboards as d, pathlib\n" + (
         "for name, text in d.dashboards().items(): (pathlib.Path(sys.argv[1]) / name).write_bytes(text.encode())"
@@ -38,7 +38,7 @@ def test_the_json_is_what_the_code_makes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("board", BOARDS.values(), ids=BOARDS)
-def test_it_imports_unedited(board: dict) -> None:
+def test_a_dashboard_imports_unedited(board: dict) -> None:
     """No number of one Grafana's database, no data source of one Grafana, no field that the import dialogue fills."""
     assert board.get("id") is None and "__inputs" not in board and board["schemaVersion"] >= 39
     source, *others = board["templating"]["list"]

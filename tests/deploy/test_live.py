@@ -1,4 +1,4 @@
-"""Every panel of the dashboards and every recording rule has an answer: a live Prometheus scrapes each server under load."""
+"""Panels and recording rules all have an answer where a live Prometheus scrapes each server under load."""
 
 import http.client
 import json
@@ -62,7 +62,7 @@ def prometheus(folder: Path, addresses: dict[str, str]) -> Iterator[int]:
 
 @contextmanager
 def load(running: Running) -> Iterator[list[int]]:
-    """Bounded load on both versions and, sparse, so that pairs of the shadow find quiet, on the gateway; its statuses."""
+    """Load both versions and, sparsely, so that replays find quiet, the gateway; yield the statuses of the replies."""
     stop, statuses, sample = threading.Event(), [], sample_request(running)
     headers = {**running.headers["inference"], **sample.headers}
 

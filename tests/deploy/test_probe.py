@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 import pytest
@@ -31,9 +31,9 @@ def run_probe(**variables: object) -> subprocess.CompletedProcess[str]:
 class Server(BaseHTTPRequestHandler):
     """Stands in for either server: Triton's metadata and inference, TorchServe's predictions; remembers requests."""
 
-    inputs: list[dict[str, Any]] = []
+    inputs: ClassVar[list[dict[str, Any]]] = []
     status, delay_s, answer = 200, 0.0, b'{"outputs": [{"name": "output_0"}]}'
-    seen: list[tuple[str, dict[str, str], bytes]] = []
+    seen: ClassVar[list[tuple[str, dict[str, str], bytes]]] = []
 
     def do_GET(self) -> None:
         self._reply(200, json.dumps({"name": "tiny", "versions": ["1", "2"], "inputs": self.inputs}).encode())
@@ -115,10 +115,10 @@ def test_the_probe_sends_torchserve_the_sample_and_its_token(
         (tmp_path / "redpp/key_file.json").write_text(json.dumps({"inference": {"key": token}}))
     for variant, paths in (("both", ["/1.0", "/2.0"]), ("pruned", [""])):
         handler.seen.clear()
-        variables = dict(
+        probed = run_probe(
             SERVER="torchserve", MODEL_NAME="tiny", MODELS=tmp_path, URL=url, TMPDIR=tmp_path, VARIANT=variant
         )
-        assert run_probe(**variables).returncode == 0
+        assert probed.returncode == 0
         assert [(path, body) for path, _, body in handler.seen] == [
             (f"/predictions/tiny{path}", npy(X)) for path in paths
         ]

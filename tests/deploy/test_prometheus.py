@@ -36,7 +36,7 @@ def test_the_configuration_and_its_rules_are_valid() -> None:
     assert f"{len(RULES) - len(ALERTS)} rules found" in run.stdout and f"{len(ALERTS)} rules found" in run.stdout
 
 
-def test_they_do_what_their_unit_tests_expect() -> None:
+def test_rules_and_alerts_pass_their_unit_tests() -> None:
     run = promtool("test", "rules", *(FOLDER / "tests" / name for name in ("rules.yml", "alerts.yml")))
     assert run.returncode == 0 and run.stdout.count("SUCCESS") == 2, run.stdout
 

@@ -152,7 +152,7 @@ def arms(port: int, users: list[str]) -> dict[str, str]:
 
 
 @pytest.mark.server
-def test_users_are_divided_stickily_and_as_the_local_experiment_divides_them(
+def test_users_keep_their_arm_which_is_the_one_that_the_local_gateway_gives_them(
     gateway: tuple[int, Path], model: int
 ) -> None:
     port, _ = gateway
@@ -212,7 +212,7 @@ def test_requests_without_a_user_are_divided_one_by_one(connection: http.client.
     ],
 )
 @pytest.mark.server
-def test_other_requests_are_refused_in_words(
+def test_other_requests_are_refused_with_a_reason(
     gateway: tuple[int, Path], path: str, headers: dict[str, str], size: int, status: int
 ) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", gateway[0], timeout=10)
@@ -226,7 +226,7 @@ def test_other_requests_are_refused_in_words(
 
 
 @pytest.mark.server
-def test_what_is_no_http_is_refused_as_the_local_gateway_does(gateway: tuple[int, Path]) -> None:
+def test_malformed_requests_are_refused_as_the_local_gateway_does(gateway: tuple[int, Path]) -> None:
     for sent, code in MALFORMED:
         with socket.create_connection(("127.0.0.1", gateway[0]), timeout=5) as wire:
             wire.sendall(sent)
@@ -271,7 +271,7 @@ def test_the_deployed_split_is_made_from_the_template_of_the_local_gateway() -> 
 
 @pytest.mark.parametrize("server", ["torchserve", "triton"])
 @pytest.mark.parametrize("split", ["10% pruned; * original;", "* pruned;", "* original;", "0.5% pruned; * original;"])
-def test_every_documented_split_is_one_for_nginx(tmp_path: Path, server: str, split: str) -> None:
+def test_nginx_accepts_every_documented_split(tmp_path: Path, server: str, split: str) -> None:
     changed = read_compose()
     changed["services"][f"{server}-gateway"]["environment"]["REDPP_SPLIT"] = split
     (tmp_path / "default.conf").write_text(rendered(changed, tmp_path, 8080, 8000, server))

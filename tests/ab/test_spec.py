@@ -1,4 +1,4 @@
-"""The split as the user writes it."""
+"""The A/B test as the user asks for it: the traffic split, the header, and its way through a file."""
 
 import pytest
 
@@ -6,9 +6,8 @@ from redpp_serve.ab.spec import parse_split
 from redpp_serve.errors import RedppError
 
 
-@pytest.mark.parametrize(
-    ("text", "shown", "ratio"),
-    [
+def test_splits_that_are_accepted() -> None:
+    for text, shown, ratio in (
         ("90:10", "90:10", 0.1),
         ("50/50", "50:50", 0.5),
         (" 100:0 ", "100:0", 0.0),
@@ -16,18 +15,15 @@ from redpp_serve.errors import RedppError
         ("99.5:0.5", "99.5:0.5", 0.005),
         ("99.99/0.01", "99.99:0.01", 0.0001),
         ("090:10", "90:10", 0.1),
-    ],
-)
-def test_what_is_taken(text: str, shown: str, ratio: float) -> None:
-    split = parse_split(text)
-    assert str(split) == shown and split.ratio("pruned") == pytest.approx(ratio)
-    assert split.ratio("original") + split.ratio("pruned") == pytest.approx(1)
-    assert parse_split(str(split)) == split
+    ):
+        split = parse_split(text)
+        assert str(split) == shown and split.ratio("pruned") == pytest.approx(ratio), text
+        assert split.ratio("original") + split.ratio("pruned") == pytest.approx(1), text
+        assert parse_split(str(split)) == split, text
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_splits_that_are_refused() -> None:
+    for text, message in (
         ("90:20", "adds up to 110"),
         ("90:9.99", "adds up to 99.99"),
         ("0:0", "adds up to 0"),
@@ -40,9 +36,7 @@ def test_what_is_taken(text: str, shown: str, ratio: float) -> None:
         ("1e2:0", "per cent"),
         ("200:-100", "per cent"),
         ("999:1", "adds up to 1000"),
-    ],
-)
-def test_what_is_refused(text: str, message: str) -> None:
-    with pytest.raises(RedppError, match=message) as error:
-        parse_split(text)
-    parse_split(str(error.value.do).split("--split ")[1])  # the example that the message gives is a good one
+    ):
+        with pytest.raises(RedppError, match=message) as error:
+            parse_split(text)
+        parse_split(error.value.do.split("--split ")[1])  # the example in the message is itself accepted
