@@ -33,7 +33,7 @@ from redpp_serve.runtime.cuda_graphs import BucketRunner, CudaRecorder
 from redpp_serve.runtime.plan import Plan
 from redpp_serve.runtime.plan_cache import PlanCache
 from redpp_serve.runtime.planner import make_plan
-from redpp_serve.runtime.serving_graph import layer_inputs, planned_programs, serving_graph
+from redpp_serve.runtime.serving_graph import PlanContext, layer_inputs, planned_programs, serving_graph
 
 BATCHES = (8, 1, 32, 128)  # the most telling first
 WIDTH, VALUES = 0.5, 16
@@ -109,18 +109,20 @@ def plan(
     network: Network, version: str, bench: Bench, batches: Sequence[int], cache: PlanCache, seconds: float
 ) -> None:
     """Choose the kernels of a version, as a worker does at its start."""
-    graph, precision = _served(network, version, bench), _precision(bench)
-    network.plans[version] = make_plan(
-        graph, bench.device, precision, tuple(sorted(batches)), seconds=seconds, cache=cache
-    )
+    context = _context(network, version, bench)
+    network.plans[version] = make_plan(context, tuple(sorted(batches)), seconds=seconds, cache=cache)
 
 
 def place(network: Network, version: str, bench: Bench, batches: Sequence[int]) -> None:
     """Make the programs of a version with the kernels of its plan; with dense ones where planning failed."""
-    graph, chosen = _served(network, version, bench), network.plans.get(version)
-    inputs = layer_inputs(graph, bench.device, _precision(bench))
+    chosen = network.plans.get(version)
     kernel = chosen.kernel if chosen else lambda layer, batch: "dense"
-    network.programs[version] = planned_programs(graph, sorted(batches), kernel, inputs, bench.device, bench.dtype)
+    network.programs[version] = planned_programs(_context(network, version, bench), sorted(batches), kernel)
+
+
+def _context(network: Network, version: str, bench: Bench) -> PlanContext:
+    graph, precision = _served(network, version, bench), _precision(bench)
+    return PlanContext(graph, bench.device, precision, layer_inputs(graph, bench.device, precision))
 
 
 def _served(network: Network, version: str, bench: Bench) -> Graph:

@@ -1,4 +1,4 @@
-"""`redpp-serve plan`: choose the kernels of a package's both versions on this machine, and show what each took."""
+"""`redpp-serve plan`: choose the kernels of both versions of a package on this machine."""
 
 from __future__ import annotations
 
@@ -32,17 +32,19 @@ def plan(
     """Time the candidates for each layer of both versions, as a worker does at load, and keep the times for it.
 
     Args:
-        folder: written by `package`.
+        folder: the folder that `package` wrote.
         device: ``cpu`` or ``cuda:N``; None: a GPU where there is one.
-        precision, batch, threads: None: what the package says.
+        precision: the precision; None: the package's.
+        batch: the largest batch; None: the package's.
+        threads: threads on a CPU; None: the package's.
         seconds: time budget for each version.
-        everything: time also what the rules hold for hopeless.
+        everything: time also kernels that the rules would skip.
 
     Returns:
-        for ``original`` and ``pruned`` what `runtime.plan.Plan.to_json` gives.
+        `Plan.to_json` for ``original`` and ``pruned``.
 
     Raises:
-        RedppError: a folder or a device that cannot be used, or a network that does not run in the precision.
+        RedppError: the folder or the device cannot be used, or a network does not run in the precision.
     """
     where = str(parse_device(device))
     wanted = {"threads": threads, "batch_size": batch, "precision": precision}
@@ -71,7 +73,7 @@ def plan(
 
 
 def record(folder: Path, plans: dict[str, Any]) -> bool:
-    """Put the plans into the folder's report.json and report.html; False where they cannot be written."""
+    """Put the plans into the folder's report.json and report.html; return False if they cannot be written."""
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         write_reports({**report, "plan": plans}, folder)

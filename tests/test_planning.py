@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from redpp_serve import planning
 from redpp_serve.cli import main
 from redpp_serve.errors import RedppError
 from redpp_serve.packaging.mar import ARTIFACT
 from redpp_serve.planning import plan, record
 from redpp_serve.runtime.plan import Plan
 from redpp_serve.runtime.plan_cache import VARIABLE
+from redpp_serve.variants import NAMES
 
 
 @pytest.fixture
@@ -42,24 +42,23 @@ def test_a_package_is_planned_shown_and_kept(folder: Path, capsys: pytest.Captur
     report = json.loads((folder / "report.json").read_text())
     assert {**before, "plan": report["plan"]} == report
     assert ">Kernels</h2>" in (folder / "report.html").read_text()
-    plans = {arm: Plan.from_json(report["plan"][arm]) for arm in planning.ARMS}
+    plans = {arm: Plan.from_json(report["plan"][arm]) for arm in NAMES}
     assert plans["pruned"].batches == (1, 2, 4) and plans["pruned"].precision == "fp32"  # what the package serves
     assert any(choice.times for choice in plans["original"].choices)
     run("plan", folder, "--time-budget", "5", "--device", "cpu", "--all", "--json")
     again = json.loads(capsys.readouterr().out)
-    assert "measured" not in {choice["source"] for arm in planning.ARMS for choice in again[arm]["choices"]}
+    assert "measured" not in {choice["source"] for arm in NAMES for choice in again[arm]["choices"]}
     assert {arm: again[arm]["digest"] for arm in again} == {arm: plans[arm].digest for arm in plans}
 
 
 def test_options_go_before_the_packages(folder: Path) -> None:
     found = plan(folder, device="cpu", precision="bf16", batch=2, seconds=0)
-    assert all(found[arm]["precision"] == "bf16" and list(found[arm]["batches"]) == [1, 2] for arm in planning.ARMS)
+    assert all(found[arm]["precision"] == "bf16" and list(found[arm]["batches"]) == [1, 2] for arm in NAMES)
     assert {c["source"] for c in found["pruned"]["choices"]} <= {"budget", "rule"}  # no time, nothing known
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
+def test_what_cannot_be_used_is_named(folder: Path) -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"device": "cuda:99"}, "--device cuda:99"),
         ({"device": "cpu:"}, "--device cpu:"),
         ({"device": "cuda:"}, "--device cuda:"),
@@ -68,11 +67,10 @@ def test_options_go_before_the_packages(folder: Path) -> None:
         ({"precision": "fp8"}, "precision is 'fp8'"),
         ({"batch": 0}, "batch_size is '0'"),
         ({"threads": -1}, "threads is '-1'"),
-    ],
-)
-def test_what_cannot_be_used_is_named(folder: Path, wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(RedppError, match=says):
-        plan(folder, seconds=0, **wrong)
+    ]
+    for options, says in wrong:
+        with pytest.raises(RedppError, match=says):
+            raise AssertionError((options, plan(folder, seconds=0, **options)))
 
 
 def test_folders_that_are_no_package(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import mac_count
 from redpp_serve.pruning.inputs import synthesis_budget, synthesize
 from redpp_serve.reference import catalog
-from redpp_serve.runtime.model import serving_program
+from redpp_serve.runtime.serving_graph import serving_program
 
 from .coupled import CoupledNetwork
 from .widths import CostModel, cost_model

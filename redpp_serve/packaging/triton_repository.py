@@ -16,7 +16,7 @@ import numpy as np
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import InputSpec
 from redpp_serve.packaging.mar import ARTIFACT, check_name, serving_sources
-from redpp_serve.runtime.buckets import batch_buckets
+from redpp_serve.runtime.serving_graph import batch_buckets
 
 TYPES = {
     "float32": "TYPE_FP32",

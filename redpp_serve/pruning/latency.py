@@ -21,7 +21,7 @@ from redpp_serve.graph.executor import Program, value_shapes
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref, map_refs
 from redpp_serve.graph.layers import Layer, find_layers
 from redpp_serve.graph.passes import is_inference_norm
-from redpp_serve.runtime.model import serving_program
+from redpp_serve.runtime.serving_graph import serving_program
 
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 1000
 RESAMPLES = 1000

@@ -1,1 +1,1 @@
-"""Graphs, their artifact file, and the program that runs them. Needs torch alone; copied into each archive."""
+"""The serving side: a graph with the fastest kernels of its device. Needs torch alone; copied into each archive."""

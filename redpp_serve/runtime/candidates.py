@@ -1,4 +1,4 @@
-"""Which kernels may run a layer on a device, and which of them are worth the time to try."""
+"""The kernels that can run a layer on a device, and the rules that say which of them are worth timing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from redpp_serve.kernels.codebook_linear.heuristics import best_decode
 from redpp_serve.runtime import fused_layer as forms
 from redpp_serve.runtime.fused_layer import Form, FusedLayer, available, fused_layer, onednn_conv2d, onednn_linear
 
-# Priors; the timings behind them are in the project's benchmarks.
+# Limits of the rules; the timings behind them are in the project's benchmarks.
 CODEBOOK_BYTES = 8 << 20  # a smaller weight stays in a cache, and reading less of it gains nothing
 CODEBOOK_ROWS = 32  # with more, the products take longer than reading the weight
 CODEBOOK_ROWS_FEW_VALUES = 64  # the same for at most 8 values and at least 8192 outputs: their decoding is cheaper
@@ -26,9 +26,13 @@ ONEDNN_LINEAR_PRODUCTS = 1 << 20  # below, the call itself takes longer than the
 class Candidate:
     """One way to run a layer.
 
-    ``worth_timing`` is the prior's verdict and ``reason`` says why, in words. ``make()`` gives a node of the layer's
-    name, and by name the tensors that it reads beside its input and its summand, in this kernel's form, on the device;
-    the node and the tensors' names are the same for each batch. Running it may raise where the device lacks the kernel.
+    Attributes:
+        kernel: the kernel's name.
+        worth_timing: whether the rules expect that it may be faster than the others.
+        reason: the reason of that, in words.
+        make: returns a node of the layer's name and, by name, the tensors that it reads beside its input and its
+            summand, in this kernel's form, on the device; the node and the names are the same for each batch size. It,
+            or the node, may raise where the device lacks the kernel.
     """
 
     kernel: str
@@ -40,13 +44,14 @@ class Candidate:
 def candidates(
     graph: Graph, node: Node, x_shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> list[Candidate]:
-    """The kernels that can run a layer; ``dense`` comes first, always exists and is the yardstick.
+    """Return the kernels that can run a layer; ``dense``, to which the others are compared, comes first.
 
     Args:
-        graph: fused, in the precision that it runs in, on the device.
-        node: a node of `layers.fused_layers`.
-        x_shape: of the layer's input, with the batch.
-        dtype: of the precision; a layer in another has the dense kernel alone.
+        graph: the network: fused, in the precision that it runs in, on the device.
+        node: the node of one of its fused layers.
+        x_shape: the shape of the layer's input, with the batch.
+        device: where the layer runs.
+        dtype: the dtype of the precision; a layer in another has the dense kernel alone.
     """
     layer = fused_layer(graph, node)
     found = [_dense(layer, x_shape, device)]
@@ -60,7 +65,7 @@ def candidates(
 
 
 def signature(graph: Graph, node: Node, x_shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    """Canonical text of all that a layer's times depend on, apart from the device; equal layers have equal texts."""
+    """Name everything that a layer's times depend on, apart from the device; equal layers have equal names."""
     layer = fused_layer(graph, node)
     found = repeats(layer.values, layer.groups)
     parts = {
@@ -81,7 +86,7 @@ def signature(graph: Graph, node: Node, x_shape: tuple[int, ...], dtype: torch.d
 
 
 def with_kernels(graph: Graph, choice: Mapping[str, Candidate]) -> Graph:
-    """The graph with each layer named in ``choice`` run by that candidate; weights in forms that no node reads go."""
+    """Run each layer named in ``choice`` by that candidate; drop the weights that no node reads any more."""
     made = {name: candidate.make() for name, candidate in choice.items()}
     tensors = {name: tensor for _, stored in made.values() for name, tensor in stored.items()}
     changed = graph.with_nodes({name: node for name, (node, _) in made.items()})
@@ -90,7 +95,7 @@ def with_kernels(graph: Graph, choice: Mapping[str, Candidate]) -> Graph:
 
 def _dense(layer: FusedLayer, x_shape: tuple[int, ...], device: torch.device) -> Candidate:
     if device.type != "cpu" or not layer.is_conv or not available(layer.values.dtype):
-        return Candidate("dense", True, "the library's call, the epilogue after it", lambda: forms.plain(layer))
+        return Candidate("dense", True, "the library's call, then the epilogue", lambda: forms.plain(layer))
     # laid out for one image whatever the batch: each bucket would else hold a form of its own
     return Candidate("dense", True, "oneDNN with packed weights", lambda: onednn_conv2d(layer, (1, *x_shape[1:])))
 
@@ -121,10 +126,9 @@ def _on_cuda(layer: FusedLayer) -> Iterator[Candidate]:
 
 
 def _from_repeats(layer: FusedLayer, x_shape: tuple[int, ...], device: torch.device) -> Iterator[Candidate]:
-    """What few distinct values or few kernels allow."""
     found = repeats(layer.values, layer.groups)
     if not layer.is_conv and found.values is not None:
-        worth, reason = _codebook_prior(layer, len(found.values), layer.rows(x_shape))
+        worth, reason = _codebook_rule(layer, len(found.values), layer.rows(x_shape))
         for decode in _decodes(layer, len(found.values), device):
             yield Candidate(f"codebook:{decode}", worth, reason, lambda decode=decode: forms.codebook(layer, decode))
     if found.split_share is not None:
@@ -133,15 +137,16 @@ def _from_repeats(layer: FusedLayer, x_shape: tuple[int, ...], device: torch.dev
         yield Candidate("split", worth, reason, lambda: forms.split(layer))
 
 
-def _codebook_prior(layer: FusedLayer, values: int, rows: int) -> tuple[bool, str]:
+def _codebook_rule(layer: FusedLayer, values: int, rows: int) -> tuple[bool, str]:
     size = layer.values.numel() * layer.values.element_size()
     most = CODEBOOK_ROWS_FEW_VALUES if values <= 8 and layer.values.shape[0] >= 8192 else CODEBOOK_ROWS
-    reason = f"{values} values, {size / 2**20:.1f} MiB, {rows} rows (worth it from {CODEBOOK_BYTES >> 20} MiB, to {most} rows)"
+    limits = f"worth it from {CODEBOOK_BYTES >> 20} MiB, to {most} rows"
+    reason = f"{values} values, {size / 2**20:.1f} MiB, {rows} rows ({limits})"
     return size >= CODEBOOK_BYTES and rows <= most, reason
 
 
 def _decodes(layer: FusedLayer, values: int, device: torch.device) -> list[str]:
-    """The strategies of `kernels.codebook_linear` to choose from for a weight."""
+    """Return the strategies of decoding to choose from for a weight."""
     if device.type != "cuda":
         return ["auto"]
     best = best_decode(values, layer.values.element_size())

@@ -1,7 +1,7 @@
-"""One recorded CUDA graph for each batch bucket: static buffers, padded rows, chunks of what is larger than a bucket.
+"""One recorded CUDA graph for each batch bucket, with static buffers, padded rows, and chunks of larger batches.
 
 Rows are independent of each other, as capture with a dynamic batch asserts; padding is zeros all the same, so that no
-request's numbers are left for the next one. One request at a time: the buffers are shared.
+request's numbers are left for the next one. The buffers are shared: only one request may run at a time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import InputSpec
-from redpp_serve.runtime.buckets import bucket_for, chunks
-from redpp_serve.runtime.serving_graph import channels_last
+from redpp_serve.runtime.serving_graph import bucket_for, channels_last, chunks
 
 WARM_UPS = 3  # runs before recording: libraries choose their algorithms and make their workspaces
 
@@ -26,20 +25,20 @@ class Recorder(Protocol):
     """Records a run once so that it can be repeated on the same buffers."""
 
     def record(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], object], tuple[Tensor, ...]]:
-        """A call that repeats ``run``, and the tensors that then hold its results."""
+        """Return a function that repeats ``run``, and the tensors that hold its results afterwards."""
 
 
 class CudaRecorder:
-    """CUDA graphs in one memory pool: they never run at the same time, so they may use the same intermediate memory."""
+    """Records CUDA graphs in one memory pool: they never run at the same time, so they may share memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
 
     def record(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], object], tuple[Tensor, ...]]:
-        """As `Recorder`.
+        """Warm up and record a run, as `Recorder.record`.
 
         Raises:
-            RuntimeError: the run does what no graph can hold, such as waiting for the device.
+            RuntimeError: the run does something that no graph can hold, such as waiting for the device.
         """
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -55,7 +54,13 @@ class CudaRecorder:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A bucket that is ready: ``replay`` turns what is in ``inputs`` (batch, ...) into ``outputs`` (batch, ...)."""
+    """A recorded bucket.
+
+    Attributes:
+        inputs: buffers (batch, ...) that the graph reads.
+        outputs: buffers (batch, ...) that the graph writes.
+        replay: runs the graph.
+    """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -66,12 +71,13 @@ class BucketRunner:
     """Runs any number of rows through the recorded buckets.
 
     Args:
-        programs: one for each bucket, on ``device``.
-        inputs: what the programs take.
-        recorder: a `CudaRecorder`.
+        programs: a program for each bucket, on ``device``.
+        inputs: the inputs of the programs.
+        device: where they run.
+        recorder: records their runs; a `CudaRecorder` but in tests.
 
     Raises:
-        RuntimeError: a program that cannot be recorded, or one whose outputs are not a row for each row of its inputs.
+        RuntimeError: a program cannot be recorded, or its outputs' batch size differs from its inputs'.
     """
 
     def __init__(
@@ -93,19 +99,19 @@ class BucketRunner:
         self._device = device
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Inputs (N, ...) on the CPU, in any floating-point dtype and layout, to outputs (N, ...) on the CPU."""
+        """Map inputs (N, ...) on the CPU, in any floating-point dtype and layout, to outputs (N, ...) on the CPU."""
         parts = [self._chunk([x[part] for x in inputs]) for part in chunks(len(inputs[0]), self.batches[-1])]
-        return parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts))
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     def _chunk(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         rows = len(inputs[0])
         recorded = self._recorded[bucket_for(self.batches, rows)]
-        for x, staging, static in zip(inputs, self._staging, recorded.inputs):
+        for x, staging, static in zip(inputs, self._staging, recorded.inputs, strict=True):
             staging[:rows].copy_(x)
             static[:rows].copy_(staging[:rows], non_blocking=True)
             static[rows:].zero_()
         recorded.replay()
-        for y, result in zip(recorded.outputs, self._results):
+        for y, result in zip(recorded.outputs, self._results, strict=True):
             result[:rows].copy_(y[:rows], non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
@@ -113,5 +119,5 @@ class BucketRunner:
 
 
 def _buffer(spec: InputSpec, batch: int, device: torch.device) -> Tensor:
-    """Zeros for one input; images in channels-last layout."""
+    """Make zeros for one input; images in channels-last layout."""
     return channels_last(torch.zeros(batch, *spec.shape, dtype=getattr(torch, spec.dtype), device=device))

@@ -1,11 +1,8 @@
-"""oneDNN's convolution and Linear on the CPU: the weight packed once, and the part of an epilogue that it can take.
+"""A fused layer of a graph with its stored tensors, and its forms: the calls of kernels that can run it.
 
-The calls that torch.compile makes when it freezes a network (torch/_inductor/fx_passes/mkldnn_fusion.py), made here
-at load, without a compiler on the server.
-
-A fused node of a graph with its stored tensors at hand: what `candidates` looks at.
-
-A fused layer as the call of one kernel: the node, and the weight in the form that the kernel reads.
+A form is a node, and the weight as that kernel reads it. The forms for oneDNN are the calls that torch.compile makes
+when it freezes a network (torch/_inductor/fx_passes/mkldnn_fusion.py), made here at load, without a compiler on the
+server: the weight is packed once, and oneDNN takes the part of the epilogue that it can.
 """
 
 from __future__ import annotations
@@ -21,14 +18,26 @@ from redpp_serve import kernels
 from redpp_serve.graph.graph import Graph, Node, Ref
 from redpp_serve.graph.operators import FUSED_CONV2D, FUSED_LINEAR
 from redpp_serve.graph.weights import pack_values, repeats, split_weight
+from redpp_serve.kernels.shapes import conv_output_size
 
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """A node ``fused.conv2d`` or ``fused.linear``.
+    """A node ``fused.conv2d`` or ``fused.linear``; a linear layer has the geometry of a 1 x 1 convolution.
 
-    ``x``, ``other`` (the summand, or None), ``weight`` and ``bias`` are references; ``values`` (n_out, n_in) or
-    (n_out, n_in / groups, kh, kw) is the stored weight, ``bias_values`` (n_out,) the stored bias. Of a Linear, the geometry is that of a 1 x 1 convolution.
+    Attributes:
+        node: the node.
+        x: the input.
+        other: the summand, or None.
+        weight: the stored weight.
+        bias: the stored bias, or None.
+        activation: a name of `kernels.epilogue.ACTIVATIONS`.
+        values: the weight, (n_out, n_in) or (n_out, n_in / groups, kh, kw).
+        bias_values: the bias (n_out,), or None.
+        stride: (vertical, horizontal).
+        padding: (vertical, horizontal).
+        dilation: (vertical, horizontal).
+        groups: groups of channels.
     """
 
     node: Node
@@ -46,16 +55,17 @@ class FusedLayer:
 
     @property
     def name(self) -> str:
-        """What the user calls the layer: the name of its weight, without what loading added."""
+        """The name of the layer's weight, as the user knows it: without the suffixes that loading adds."""
         return self.weight.name.removesuffix(".weight").removesuffix(".folded")
 
     @property
     def is_conv(self) -> bool:
+        """Whether the layer is a convolution."""
         return self.node.op == FUSED_CONV2D
 
     @property
     def is_depthwise(self) -> bool:
-        """One input and one output to each group."""
+        """Whether each group has one input and one output."""
         return self.is_conv and self.values.shape[1] == 1 and self.values.shape[0] == self.groups > 1
 
     @property
@@ -64,32 +74,29 @@ class FusedLayer:
         return self.stride, self.padding, self.dilation
 
     def stored_bias(self) -> dict[str, Tensor]:
-        """The bias by its name, if there is one."""
+        """Return the bias by its name, if there is one."""
         return {} if self.bias is None or self.bias_values is None else {self.bias.name: self.bias_values}
 
     def rows(self, x_shape: tuple[int, ...]) -> int:
-        """Rows of the matrix product for an input of this shape: output positions of all images, or vectors."""
+        """Return the rows of the matrix product for an input: output positions of all images, or vectors."""
         shape = self.result_shape(x_shape)
         return math.prod(shape) // max(1, self.values.shape[0])
 
     def result_shape(self, x_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the layer's result for an input of this shape."""
+        """Return the shape of the layer's result for an input of a shape."""
         if not self.is_conv:
             return (*x_shape[:-1], self.values.shape[0])
-        out = [
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, s, p, d in zip(x_shape[2:], self.values.shape[2:], *self.geometry)
-        ]
-        return (x_shape[0], self.values.shape[0], *out)
+        size = conv_output_size(x_shape[2:], self.values.shape[2:], *self.geometry)
+        return (x_shape[0], self.values.shape[0], *size)
 
 
 def fused_layers(graph: Graph) -> list[FusedLayer]:
-    """The layers of a fused graph that have a choice of kernels, in order of execution."""
+    """Return the layers of a fused graph that have a choice of kernels, in order of execution."""
     return [fused_layer(graph, node) for node in graph.nodes if node.op in (FUSED_CONV2D, FUSED_LINEAR)]
 
 
 def fused_layer(graph: Graph, node: Node) -> FusedLayer:
-    """The layer of a node that `fusion` made."""
+    """Return the layer of a node that `passes.fuse_epilogues` made."""
     x, other, weight, bias, *rest = node.args
     geometry, activation = rest[:-1], rest[-1]
     stored = graph.tensors[weight.name], None if bias is None else graph.tensors[bias.name]
@@ -100,12 +107,12 @@ Form = tuple[Node, dict[str, Tensor]]  # the node, and by name what it reads bes
 
 
 def plain(layer: FusedLayer) -> Form:
-    """The library's call with a separate epilogue: the node as it is."""
+    """Call the library, then the epilogue: the node as it is."""
     return layer.node, _stored(layer)
 
 
 def cudnn(layer: FusedLayer) -> Form:
-    """CuDNN's convolution with bias, ReLU and, if there is one, the summand."""
+    """Call cuDNN's convolution with bias, ReLU and, if there is one, the summand."""
     window = *layer.geometry, layer.groups
     if layer.other is None:
         call = "cudnn.conv2d_relu", (layer.x, layer.weight, layer.bias, *window)
@@ -115,7 +122,7 @@ def cudnn(layer: FusedLayer) -> Form:
 
 
 def fused(layer: FusedLayer) -> Form:
-    """`kernels.fused_conv2d` or `kernels.fused_linear`."""
+    """Call `kernels.fused_conv2d` or `kernels.fused_linear`."""
     args = layer.x, layer.weight, layer.bias, layer.other, layer.activation
     if layer.is_conv:
         return Node(layer.node.name, "redpp.fused_conv2d", (*args, *layer.geometry)), _stored(layer)
@@ -123,13 +130,13 @@ def fused(layer: FusedLayer) -> Form:
 
 
 def depthwise(layer: FusedLayer) -> Form:
-    """`kernels.depthwise_conv2d`; for a layer without a summand."""
+    """Call `kernels.depthwise_conv2d`; for a layer without a summand."""
     args = layer.x, layer.weight, layer.bias, layer.activation, *layer.geometry
     return Node(layer.node.name, "redpp.depthwise_conv2d", args), _stored(layer)
 
 
 def codebook(layer: FusedLayer, decode: str) -> Form:
-    """`kernels.codebook_linear`; for a weight of at most 16 distinct values."""
+    """Call `kernels.codebook_linear`; for a weight of at most 16 distinct values."""
     values = repeats(layer.values).values
     assert values is not None
     indices, book = f"{layer.node.name}.indices", f"{layer.node.name}.codebook"
@@ -143,15 +150,11 @@ def codebook(layer: FusedLayer, decode: str) -> Form:
 
 
 def split(layer: FusedLayer) -> Form:
-    """`kernels.split_conv2d` or `kernels.split_linear`."""
+    """Call `kernels.split_conv2d` or `kernels.split_linear`."""
     parts = split_weight(layer.values, layer.groups)
     unique = parts.kernels if layer.is_conv else parts.kernels.view(-1)
-    tensors = dict(
-        zip(
-            (f"{layer.node.name}.split_{part}" for part in ("kernels", "channel", "index", "sign")),
-            (unique.contiguous(), parts.channel, parts.index.contiguous(), parts.sign.contiguous()),
-        )
-    )
+    forms = {"kernels": unique, "channel": parts.channel, "index": parts.index, "sign": parts.sign}
+    tensors = {f"{layer.node.name}.split_{part}": tensor.contiguous() for part, tensor in forms.items()}
     args = layer.x, layer.other, *map(Ref, tensors), layer.bias
     if layer.is_conv:
         call = "redpp.split_conv2d_then", (*args, *layer.geometry, layer.groups, layer.activation)
@@ -164,7 +167,7 @@ def _stored(layer: FusedLayer) -> dict[str, Tensor]:
     return {layer.weight.name: layer.values} | layer.stored_bias()
 
 
-# what oneDNN calls an activation: attribute, scalars, algorithm
+# activation -> its attribute, scalars and algorithm in oneDNN
 _ATTRIBUTES: dict[str, tuple[str, list[float], str]] = {
     "none": ("none", [], ""),
     "relu": ("relu", [], ""),
@@ -180,7 +183,7 @@ _AFTER_SUM = {"none": None, "relu": "relu"}
 
 
 def available(dtype: torch.dtype = torch.float32) -> bool:
-    """Whether this build of torch, on this processor, has oneDNN and its fused convolution in that precision."""
+    """Return whether torch, on this processor, has oneDNN and its fused convolution in a precision."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         return False
     if dtype == torch.bfloat16:
@@ -188,10 +191,11 @@ def available(dtype: torch.dtype = torch.float32) -> bool:
     return dtype == torch.float32
 
 
-def onednn_conv2d(layer: FusedLayer, x_shape: tuple[int, ...]) -> tuple[Node, dict[str, Tensor]]:
-    """The node that calls oneDNN for a layer, and the packed weight that it reads.
+def onednn_conv2d(layer: FusedLayer, x_shape: tuple[int, ...]) -> Form:
+    """Call oneDNN's convolution with a packed weight.
 
     Args:
+        layer: a convolution.
         x_shape: (N, n_in, H, W) of the inputs to lay the weight out for; others are served as well, a little slower.
     """
     name = f"{layer.node.name}.packed"
@@ -209,8 +213,8 @@ def onednn_conv2d(layer: FusedLayer, x_shape: tuple[int, ...]) -> tuple[Node, di
     return Node(layer.node.name, *call), {name: packed} | layer.stored_bias()
 
 
-def onednn_linear(layer: FusedLayer) -> tuple[Node, dict[str, Tensor]]:
-    """The node that calls oneDNN for a Linear, and the packed weight that it reads; for any number of rows."""
+def onednn_linear(layer: FusedLayer) -> Form:
+    """Call oneDNN's Linear with a packed weight, for any number of rows."""
     name = f"{layer.node.name}.packed"
     packed = torch.ops.mkldnn._reorder_linear_weight(layer.values.contiguous())
     weights: tuple[Any, ...] = (Ref(name), layer.bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,20 +13,15 @@ from typing import Any
 DENSE = "dense"
 LEAST_GAIN = 0.03  # a kernel has to be this much faster than the dense one
 _DOUBT = 0.01  # how often an interval may miss a kernel's true ratio
-SOURCES = {
-    "measured": "timed now",
-    "cached": "timed earlier on this machine",
-    "shipped": "timed on such a device, in the table that comes with the package",
-    "rule": "nothing else was worth timing",
-    "network": "the network as a whole was not faster with the kernel that won alone",
-    "budget": "not timed: the time budget ended before",
-}
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One kernel of one layer: median ``seconds`` of a call, and what its ratio to the dense kernel stays below
-    (99 % one-sided bound of the median over paired rounds; 1 for the dense kernel).
+    """Measured time of one kernel for one layer.
+
+    Attributes:
+        seconds: the median of a call; infinite for a kernel that failed.
+        high: a 99 % upper bound of the median ratio to the dense kernel's time; 1 for the dense kernel.
     """
 
     seconds: float
@@ -34,8 +30,18 @@ class Timing:
 
 @dataclass(frozen=True)
 class Choice:
-    """``kernel`` for a layer at a batch size. ``name`` is the user's for the layer, ``layer`` the graph's; ``times`` are median seconds of each kernel that was timed, and ``shape``
-    is of the layer's input. ``source`` is a key of `SOURCES`.
+    """The kernel chosen for one layer at one batch size.
+
+    Attributes:
+        layer: the name of the layer's node.
+        name: the layer's name as the user knows it.
+        batch: the batch size.
+        kernel: the kernel that runs the layer.
+        source: where the decision comes from: ``measured`` now, ``cached`` from earlier on this machine, ``shipped``
+            in the table that comes with the package; ``rule``, nothing else was worth timing; ``network``, the network
+            as a whole was not faster; ``budget``, not timed because the time ran out.
+        times: median seconds of each kernel that was timed.
+        shape: the shape of the layer's input, as in ``4x3x32x32``.
     """
 
     layer: str
@@ -49,7 +55,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """All choices for a network on a device; ``seconds`` is what making the plan took."""
+    """All choices for a network on a device.
+
+    Attributes:
+        device: the device's product name.
+        precision: the precision that the network runs in.
+        batches: the batch sizes, ascending.
+        choices: a choice for each layer and batch size, in order of execution.
+        seconds: how long making the plan took.
+    """
 
     device: str
     precision: str
@@ -58,44 +72,50 @@ class Plan:
     seconds: float
 
     def kernel(self, layer: str, batch: int) -> str:
-        """The kernel for a layer at a batch bucket; KeyError where the plan lacks it."""
+        """Return the kernel of a layer at a batch size.
+
+        Raises:
+            KeyError: the plan lacks the layer or the batch size.
+        """
         for choice in self.choices:
             if choice.layer == layer and choice.batch == batch:
                 return choice.kernel
         raise KeyError((layer, batch))
 
     def counts(self, batch: int) -> dict[str, int]:
-        """How many layers each kernel runs at a batch bucket, by name."""
-        found: dict[str, int] = {}
-        for choice in self.choices:
-            if choice.batch == batch:
-                found[choice.kernel] = found.get(choice.kernel, 0) + 1
-        return dict(sorted(found.items()))
+        """Count the layers that each kernel runs at a batch size; keys are sorted."""
+        return dict(sorted(Counter(choice.kernel for choice in self.choices if choice.batch == batch).items()))
 
     @property
     def digest(self) -> str:
-        """Twelve hexadecimal digits that differ where a kernel of a layer does."""
+        """Twelve hexadecimal digits that differ if the kernel of a layer does."""
         chosen = [(c.layer, c.batch, c.kernel) for c in self.choices]
         return hashlib.sha256(json.dumps([self.precision, chosen]).encode()).hexdigest()[:12]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the plan, with its digest, as JSON takes it."""
         return {**asdict(self), "digest": self.digest}
 
     @staticmethod
     def from_json(document: Mapping[str, Any]) -> Plan:
-        """The inverse of `to_json`; KeyError or TypeError where a part is missing."""
+        """Invert `to_json`.
+
+        Raises:
+            KeyError: a part is missing.
+            TypeError: a choice lacks a part.
+        """
         choices = tuple(Choice(**choice) for choice in document["choices"])
         return Plan(document["device"], document["precision"], tuple(document["batches"]), choices, document["seconds"])
 
 
 def decide(timings: Mapping[str, Timing]) -> str:
-    """The fastest kernel that is surely at least `LEAST_GAIN` faster than the dense one; else the dense one."""
+    """Return the fastest kernel that is surely at least `LEAST_GAIN` faster than the dense one; else the dense one."""
     winners = [kernel for kernel, timing in timings.items() if timing.high <= 1 - LEAST_GAIN]
     return min(winners, key=lambda kernel: timings[kernel].seconds, default=DENSE)
 
 
 def upper_bound(ratios: Sequence[float]) -> float:
-    """What the median of the distribution behind n >= 1 independent ratios stays below in 99 of 100 cases.
+    """Bound from above, in 99 of 100 cases, the median of the distribution behind n >= 1 independent ratios.
 
     The order statistic of the binomial interval, which assumes nothing of the distribution; infinite for n < 7, where
     even the largest value does not bound it that surely.

@@ -22,63 +22,53 @@ from typing import Any
 import torch
 
 from redpp_serve import kernels
-from redpp_serve.files import write_atomically
+from redpp_serve.files import cache_folder, locked, write_atomically
 from redpp_serve.runtime.device import device_name
 from redpp_serve.runtime.plan import Timing
-
-try:
-    import fcntl
-except ImportError:  # where there are no such locks, workers may measure side by side
-    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
 VARIABLE = "REDPP_PLAN_CACHE"
 FORMAT = 1
 SHIPPED = Path(__file__).with_name("plans.json")
-MOST_BYTES = 64 << 20  # a larger file is none of ours
-_POLL_S = 0.05
+MOST_BYTES = 64 << 20  # a larger file was not written by this project
 
 Entries = dict[str, dict[str, dict[str, Timing]]]  # device and versions -> layer's signature -> kernel -> times
 
 
 def default_path() -> Path | None:
-    """``$REDPP_PLAN_CACHE``, else ``redpp-serve/plans.json`` in the user's cache folder; None without a home."""
+    """Return ``$REDPP_PLAN_CACHE``, else ``plans.json`` in the user's cache folder; None for a user without a home."""
     if os.environ.get(VARIABLE):
         return Path(os.environ[VARIABLE])
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "redpp-serve" / "plans.json"
-    try:
-        return Path.home() / ".cache" / "redpp-serve" / "plans.json"
-    except RuntimeError:  # no home folder
-        return None
+    folder = cache_folder()
+    return folder / "plans.json" if folder else None
 
 
 class PlanCache:
     """Times by device and layer.
 
     Args:
-        path: the JSON file; None, or what is there and no file, keeps times in memory only.
-        shipped: the table that comes with the package; what the file has goes first.
+        path: the JSON file; with None, or something else than a file in its place, times are kept in memory only.
+        shipped: the table that comes with the package; the file has precedence.
     """
 
     def __init__(self, path: Path | None, shipped: Path | None = SHIPPED) -> None:
-        self.path = _file(path) if path else None
+        self.path = _resolve(path) if path else None
         self._shipped = _read(shipped) if shipped else {}
         self._entries: Entries = {}
         self._reload()
 
     def find(self, device_key: str, signature: str) -> tuple[dict[str, Timing], str] | None:
-        """Times of a layer's kernels and where they come from (``cached`` or ``shipped``); None where there are none."""
+        """Return the times of a layer's kernels and their source (``cached`` or ``shipped``); None if unknown."""
         for entries, source in ((self._entries, "cached"), (self._shipped, "shipped")):
             if found := entries.get(device_key, {}).get(signature):
                 return dict(found), source
         return None
 
     def add(self, device_key: str, measured: Mapping[str, Mapping[str, Timing]]) -> None:
-        """Keep times by signature, in the file too where it can be written; what others wrote meanwhile stays."""
+        """Keep times by signature, also in the file if it can be written, with what others wrote in the meantime."""
         self._reload()
-        self._entries = _merged(self._entries, {device_key: {s: dict(t) for s, t in measured.items()}})
+        self._entries = _merged(self._entries, {device_key: measured})
         if self.path and measured:
             try:
                 _write(self.path, self._entries)
@@ -87,14 +77,15 @@ class PlanCache:
 
     @contextlib.contextmanager
     def locked(self, wait_s: float) -> Iterator[None]:
-        """Hold the file's lock, after at most ``wait_s`` seconds without it too; then read what others wrote."""
+        """Hold the file's lock and read what others wrote; go on without the lock after ``wait_s`` seconds."""
         with contextlib.ExitStack() as stack:
-            if self.path and fcntl:
+            if self.path:
+                start = time.monotonic()
                 with contextlib.suppress(OSError):
                     self.path.parent.mkdir(parents=True, exist_ok=True)
-                    place = self.path.with_name(f"{self.path.name}.lock")
-                    handle = stack.enter_context(open(place, "a", opener=_open_at_once))
-                    _lock(handle, wait_s)
+                held = stack.enter_context(locked(self.path.with_name(f"{self.path.name}.lock"), wait_s))
+                if not held and time.monotonic() - start >= wait_s:
+                    log.warning("another worker has been timing kernels for %.0f s; going on without it", wait_s)
             self._reload()
             yield
 
@@ -104,7 +95,7 @@ class PlanCache:
 
 
 def device_key(device: torch.device, precision: str) -> str:
-    """All that a time depends on beside the layer: device, releases of torch, triton and these kernels, precision."""
+    """Name everything that a time depends on beside the layer: device, versions of the software, precision."""
     parts = [device_name(device), f"torch {torch.__version__}"]
     if device.type == "cuda":
         parts.append(f"triton {_installed('triton')}")
@@ -114,17 +105,16 @@ def device_key(device: torch.device, precision: str) -> str:
 
 
 def merge(path: Path, measured: Mapping[str, Mapping[str, Mapping[str, Timing]]]) -> int:
-    """Add measured times, by device key and signature, to a table such as the one that is shipped; how many layers it
-    then holds.
-    """
-    entries = _merged(_read(path), {key: {s: dict(t) for s, t in layers.items()} for key, layers in measured.items()})
+    """Add measured times, by device key and signature, to a table; return the number of layers that it then holds."""
+    entries = _merged(_read(path), measured)
     _write(path, entries)
     return sum(map(len, entries.values()))
 
 
-def _file(path: Path) -> Path | None:
-    """Where links lead, so that they stay; None for a folder or a device: reading one may never end, and a file must not
-    take its place.
+def _resolve(path: Path) -> Path | None:
+    """Resolve links, so that they stay; return None, with a line in the log, for a path that is no regular file.
+
+    Reading a device may never end, and a file must not take its place.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         log.warning("times of kernels are not kept: %s is no file", path)
@@ -132,27 +122,8 @@ def _file(path: Path) -> Path | None:
     return Path(os.path.realpath(path))
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """OSError where a pipe has the lock's name: opening one waits for a reader."""
-    return os.open(path, flags | os.O_NONBLOCK, 0o666)
-
-
-def _lock(handle: Any, wait_s: float) -> None:
-    """OSError where the file system has no locks."""
-    end = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > end:
-                log.warning("another worker has been timing kernels for %.0f s; going on without it", wait_s)
-                return
-            time.sleep(_POLL_S)
-
-
 def _read(path: Path) -> Entries:
-    """A file's entries; none, and a line in the log, where it is damaged."""
+    """Read a file's entries; return none, with a line in the log, if it is damaged."""
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"more than {MOST_BYTES} bytes")
@@ -171,8 +142,7 @@ def _read(path: Path) -> Entries:
 
 
 def _timing(value: Any) -> Timing:
-    """Null stands for a kernel that failed."""
-    if value is None:
+    if value is None:  # a kernel that failed
         return Timing(math.inf, math.inf)
     seconds, high = map(float, value)
     if not (0 < seconds < math.inf and 0 < high < math.inf):
@@ -188,18 +158,17 @@ def _write(path: Path, entries: Entries) -> None:
         }
         for key, layers in entries.items()
     }
-    text = json.dumps({"format": FORMAT, "entries": plain}, sort_keys=True, indent=1)
-    write_atomically(path, f"{text}\n".encode())
+    write_atomically(path, json.dumps({"format": FORMAT, "entries": plain}, sort_keys=True, indent=1) + "\n")
 
 
-def _merged(old: Entries, new: Entries) -> Entries:
-    keys = {*old, *new}
-    return {key: {**old.get(key, {}), **new.get(key, {})} for key in keys}
+def _merged(old: Entries, new: Mapping[str, Mapping[str, Mapping[str, Timing]]]) -> Entries:
+    added = {key: {s: dict(times) for s, times in layers.items()} for key, layers in new.items()}
+    return {key: {**old.get(key, {}), **added.get(key, {})} for key in {*old, *added}}
 
 
 @cache
 def _sources() -> str:
-    """Eight digits that differ between releases of the kernels."""
+    """Return eight digits that differ between releases of the kernels."""
     digest = hashlib.sha256()
     for path in sorted(Path(kernels.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

@@ -1,13 +1,12 @@
 """Choosing the kernel of each layer by timing the candidates on the device that serves, before any request.
 
-A prior (`candidates`) says what is worth timing, a budget how long it may take. Candidates run in turns, each round
-forwards and backwards, so that a busy machine or a changing clock meets all of them alike; the dense kernel is left only
-for one that is surely faster (`plan.decide`). A candidate that fails or differs from the dense kernel's result is out.
-
-A plan's last test: the whole network with the chosen kernels against the same network with dense ones.
+A rule (`candidates`) says what is worth timing, a budget how long it may take. Candidates run in turns, so that a busy
+machine or a changing clock meets all of them alike; a kernel replaces the dense one only if it is surely faster
+(`plan.decide`). A candidate that fails, or differs from the dense kernel's result, is out.
 
 Layers are timed alone. Within the network they find other caches and other neighbours, so a sum of small gains may be
-none: a choice for a batch size stands only where the network as a whole is surely not slower with it.
+none: in the end the network with the chosen kernels is timed against the same network with dense ones, and a choice
+for a batch size stands only if the network as a whole is surely not slower with it.
 """
 
 from __future__ import annotations
@@ -26,127 +25,27 @@ from torch import Tensor
 
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec
-from redpp_serve.graph.passes import precision_dtype
-from redpp_serve.runtime.candidates import Candidate, candidates, signature
+from redpp_serve.runtime.candidates import Candidate
 from redpp_serve.runtime.device import device_name
 from redpp_serve.runtime.fused_layer import Form, FusedLayer, fused_layers
 from redpp_serve.runtime.plan import DENSE, Choice, Plan, Timing, decide
 from redpp_serve.runtime.plan_cache import PlanCache, device_key
-from redpp_serve.runtime.serving_graph import channels_last, layer_inputs, planned_programs
-from redpp_serve.runtime.timing import FEWEST_ROUNDS, ClockTimer, EventTimer, Timer, in_turns, timer_for, timings
+from redpp_serve.runtime.serving_graph import PlanContext, planned_programs
+from redpp_serve.runtime.timing import (
+    FEWEST_ROUNDS,
+    ClockTimer,
+    EventTimer,
+    Timer,
+    in_turns,
+    random_tensor,
+    timer_for,
+    timings,
+)
 
 log = logging.getLogger(__name__)
 
-PLANNED = "planned"
-
-
-def confirmed(
-    graph: Graph,
-    choices: Sequence[Choice],
-    inputs: Mapping[str, tuple[int, ...]],
-    device: torch.device,
-    precision: str,
-    cache: PlanCache,
-    key: str,
-    seconds: float,
-) -> list[Choice]:
-    """The choices, with dense kernels for each batch size at which the others do not make the network faster.
-
-    Args:
-        graph: of `programs.serving_graph`.
-        inputs: of `programs.layer_inputs`.
-        key: of the cache, for this device.
-        seconds: for all batch sizes; where it does not suffice, or is 0 and the cache knows nothing, dense kernels stay.
-    """
-    end = time.perf_counter() + seconds
-    kept = list(choices)
-    for batch in sorted({choice.batch for choice in choices if choice.kernel != DENSE}):
-        kernels = {choice.layer: choice.kernel for choice in choices if choice.batch == batch}
-        name = _signature(graph, batch, kernels, inputs, precision_dtype(precision))
-        found = cache.find(key, name)
-        if found and PLANNED not in found[0]:  # of a file that was edited
-            found = None
-        known = found[0] if found else _time_or_fail(graph, batch, kernels, inputs, device, precision, end)
-        if known and not found and math.isfinite(known[PLANNED].seconds):
-            cache.add(key, {name: known})
-        if not known or known[PLANNED].high > 1.0:
-            source = "network" if known else "budget"
-            kept = [
-                replace(c, kernel=DENSE, source=source) if c.batch == batch and c.kernel != DENSE else c for c in kept
-            ]
-    return kept
-
-
-def _time_or_fail(
-    graph: Graph,
-    batch: int,
-    kernels: Mapping[str, str],
-    inputs: Mapping[str, tuple[int, ...]],
-    device: torch.device,
-    precision: str,
-    end: float,
-) -> dict[str, Timing]:
-    """`_time`; infinite where the network does not run with the planned kernels, for want of memory for example."""
-    try:
-        return _time(graph, batch, kernels, inputs, device, precision, end)
-    except Exception as error:  # whatever a driver raises: a plan never stops a worker
-        log.warning(
-            "the network does not run with the kernels chosen for batch %d: %s",
-            batch,
-            " ".join(str(error).split())[:300],
-        )
-        return {PLANNED: Timing(math.inf, math.inf)}
-
-
-def _time(
-    graph: Graph,
-    batch: int,
-    kernels: Mapping[str, str],
-    inputs: Mapping[str, tuple[int, ...]],
-    device: torch.device,
-    precision: str,
-    end: float,
-) -> dict[str, Timing]:
-    """Times of the network with dense and with the planned kernels; nothing where the time would not suffice."""
-    if time.perf_counter() >= end:
-        return {}
-    dtype = precision_dtype(precision)
-    programs = [
-        planned_programs(graph, (batch,), lambda layer, _, table=table: table.get(layer, DENSE), inputs, device, dtype)[
-            batch
-        ]
-        for table in ({}, kernels)
-    ]
-    x = tuple(_example(i.shape, batch, getattr(torch, i.dtype), device) for i in graph.inputs)
-    timer = ClockTimer() if device.type != "cuda" else EventTimer(device, 0)
-    start = time.perf_counter()
-    runs = [timer.prepare(lambda _, program=program: program, {}, x) for program in programs]
-    once = (time.perf_counter() - start) / 2
-    if time.perf_counter() + 2 * FEWEST_ROUNDS * once > end:
-        return {}
-    return timings((DENSE, PLANNED), in_turns(runs, end, gain=0.0))
-
-
-def _example(shape: tuple[int, ...], batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normal random numbers; zeros for integers, which are valid indices everywhere."""
-    made = torch.randn(batch, *shape) if dtype.is_floating_point else torch.zeros(batch, *shape)
-    return channels_last(made.to(device, dtype))
-
-
-def _signature(
-    graph: Graph, batch: int, kernels: Mapping[str, str], inputs: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-) -> str:
-    """Of all that the times depend on: operators and their arguments, layers, shapes, the kernels chosen."""
-    nodes = [(node.op, kernels.get(node.name, ""), repr((node.args, node.kwargs))) for node in graph.nodes]
-    layers = [signature(graph, layer.node, inputs[layer.node.name], dtype) for layer in fused_layers(graph)]
-    shapes = [(name, list(t.shape)) for name, t in graph.tensors.items()] + [
-        (i.name, list(i.shape)) for i in graph.inputs
-    ]
-    digest = hashlib.sha256(json.dumps([nodes, layers, shapes]).encode()).hexdigest()[:16]
-    return f"network {digest} batch={batch}"
-
-
 PLAN_SECONDS = 20.0
+PLANNED = "planned"
 _FOR_LAYERS = 0.75  # of the budget; the rest is for the network as a whole, without which no choice stands
 # Largest difference from the dense kernel, in units of the dtype's rounding of the largest value: sums of thousands
 # of products in another order differ by some tens of it (measured on random layers).
@@ -156,7 +55,7 @@ _TF32_EPS = 2.0**-10  # products with as many binary places as fp16 has
 
 @dataclass(frozen=True)
 class _Cell:
-    """Layers of one signature at one batch size."""
+    """Equal layers at one batch size."""
 
     batch: int
     signature: str
@@ -164,94 +63,151 @@ class _Cell:
     x_shape: tuple[int, ...]
     options: tuple[Candidate, ...]
 
-    def choices(self, kernel: str, source: str, timings: dict[str, Timing]) -> Iterator[Choice]:
-        times = {name: timing.seconds for name, timing in timings.items() if math.isfinite(timing.seconds)}
+    @property
+    def cost(self) -> int:
+        """Multiply-accumulates of all its layers."""
+        layer = self.layers[0]
+        return layer.rows(self.x_shape) * layer.values.numel() * len(self.layers)
+
+    def choices(self, kernel: str, source: str, found: Mapping[str, Timing]) -> Iterator[Choice]:
+        times = {name: timing.seconds for name, timing in found.items() if math.isfinite(timing.seconds)}
+        shape = "x".join(map(str, self.x_shape))
         for layer in self.layers:
-            yield Choice(
-                layer.node.name, layer.name, self.batch, kernel, source, times, "x".join(map(str, self.x_shape))
-            )
+            yield Choice(layer.node.name, layer.name, self.batch, kernel, source, times, shape)
 
 
 @torch.inference_mode()
 def make_plan(
-    graph: Graph,
-    device: torch.device,
-    precision: str,
+    context: PlanContext,
     batches: Sequence[int],
-    inputs: Mapping[str, tuple[int, ...]] | None = None,
     *,
     seconds: float = PLAN_SECONDS,
     cache: PlanCache | None = None,
     everything: bool = False,
+    timer: Timer | None = None,
+    network_timer: Timer | None = None,
 ) -> Plan:
     """Choose a kernel for each layer of a network at each batch size.
 
     Args:
-        graph: of `programs.serving_graph`, on the device.
-        inputs: of `programs.layer_inputs`, where the caller has them.
-        seconds: about how long timing may take; what is not reached stays dense. The costliest layers come first.
+        context: the network.
+        batches: the batch sizes.
+        seconds: about how long timing may take; layers that it does not reach stay dense. The costliest come first.
         cache: where times of earlier runs are looked up and new ones kept.
-        everything: time also what the prior rules out.
+        everything: time also kernels that the rules would skip.
+        timer: times layers; None: the one for the device.
+        network_timer: times the network as a whole; None: the one for the device.
     """
     start = time.perf_counter()
-    inputs = layer_inputs(graph, device, precision) if inputs is None else inputs
-    cells = _cells(graph, inputs, device, precision_dtype(precision), batches, everything)
+    cells = _cells(context, batches, everything)
     cache = cache or PlanCache(None, shipped=None)
-    key = device_key(device, precision)
+    key = device_key(context.device, context.precision)
     choosing = seconds > 0 and any(len(cell.options) > 1 for cell in cells)
     with cache.locked(wait_s=3 * seconds) if choosing else nullcontext():
         known, missing = _look_up(cells, cache, key)
-        measured = _measure(missing, timer_for(graph, device), _FOR_LAYERS * seconds) if choosing else {}
+        measured = {}
+        if choosing:
+            timer = timer or timer_for(context.graph, context.device)
+            measured = _measure(missing, timer, _FOR_LAYERS * seconds)
         cache.add(key, measured)
         choices = [choice for cell in cells for choice in _decide(cell, known, measured)]
-        order = {layer.node.name: k for k, layer in enumerate(fused_layers(graph))}
+        order = {layer.node.name: k for k, layer in enumerate(fused_layers(context.graph))}
         choices.sort(key=lambda choice: (order[choice.layer], choice.batch))
-        left = seconds - (time.perf_counter() - start)
-        choices = confirmed(graph, choices, inputs, device, precision, cache, key, left if choosing else 0.0)
-    return Plan(device_name(device), precision, tuple(batches), tuple(choices), time.perf_counter() - start)
+        left = seconds - (time.perf_counter() - start) if choosing else 0.0
+        choices = confirmed(context, choices, cache, left, network_timer)
+    taken = time.perf_counter() - start
+    return Plan(device_name(context.device), context.precision, tuple(batches), tuple(choices), taken)
 
 
-def _decide(
-    cell: _Cell, known: Mapping[str, tuple[dict[str, Timing], str]], measured: Mapping[str, dict[str, Timing]]
-) -> Iterator[Choice]:
-    if len(cell.options) == 1:
-        return cell.choices(DENSE, "rule", {})
-    timings, source = known.get(cell.signature) or (measured.get(cell.signature, {}), "measured")
-    timings = {c.kernel: timings[c.kernel] for c in cell.options if c.kernel in timings}
-    return cell.choices(decide(timings), source if timings else "budget", timings)
+def confirmed(
+    context: PlanContext, choices: Sequence[Choice], cache: PlanCache, seconds: float, timer: Timer | None = None
+) -> list[Choice]:
+    """Return the choices, with dense kernels for each batch size at which the others do not make the network faster.
+
+    Args:
+        context: the network.
+        choices: the choices for its layers.
+        cache: where the times of networks are looked up and kept.
+        seconds: time for all batch sizes; dense kernels stay where it does not suffice and the cache knows nothing.
+        timer: times a whole network; None: the one for the device.
+    """
+    end = time.perf_counter() + seconds
+    key = device_key(context.device, context.precision)
+    if timer is None:
+        timer = ClockTimer() if context.device.type != "cuda" else EventTimer(context.device, 0)
+    kept = list(choices)
+    for batch in sorted({choice.batch for choice in choices if choice.kernel != DENSE}):
+        kernels = {choice.layer: choice.kernel for choice in choices if choice.batch == batch}
+        name = _network_key(context, batch, kernels)
+        known, _ = cache.find(key, name) or ({}, "")
+        if PLANNED not in known:  # also in a file that somebody edited
+            known = _time_networks(context, batch, kernels, timer, end)
+            if known and math.isfinite(known[PLANNED].seconds):
+                cache.add(key, {name: known})
+        if not known or known[PLANNED].high > 1.0:
+            dense = {"kernel": DENSE, "source": "network" if known else "budget"}
+            kept = [replace(c, **dense) if c.batch == batch and c.kernel != DENSE else c for c in kept]
+    return kept
 
 
-def _cells(
-    graph: Graph,
-    inputs: Mapping[str, tuple[int, ...]],
-    device: torch.device,
-    dtype: torch.dtype,
-    batches: Sequence[int],
-    everything: bool,
-) -> list[_Cell]:
+def _time_networks(
+    context: PlanContext, batch: int, kernels: Mapping[str, str], timer: Timer, end: float
+) -> dict[str, Timing]:
+    """Time the network with dense and with the planned kernels; return nothing where the time would not suffice.
+
+    The time is infinite if the network does not run with the planned kernels, for want of memory for example.
+    """
+    if time.perf_counter() >= end:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    inputs = tuple(
+        random_tensor((batch, *i.shape), getattr(torch, i.dtype), context.device, generator)
+        for i in context.graph.inputs
+    )
+    try:
+        start = time.perf_counter()
+        runs = []
+        for table in ({}, kernels):
+            program = planned_programs(context, (batch,), lambda layer, _, table=table: table.get(layer, DENSE))[batch]
+            runs.append(timer.prepare(lambda _, program=program: program, {}, inputs))
+        once = (time.perf_counter() - start) / 2
+        if time.perf_counter() + 2 * FEWEST_ROUNDS * once > end:
+            return {}
+        return timings((DENSE, PLANNED), in_turns(runs, end, gain=0.0))
+    except Exception as error:  # whatever a driver raises: a plan never stops a worker
+        log.warning("the network does not run with the kernels chosen for batch %d: %s", batch, _one_line(error))
+        return {PLANNED: Timing(math.inf, math.inf)}
+
+
+def _network_key(context: PlanContext, batch: int, kernels: Mapping[str, str]) -> str:
+    """Name everything that the times of a network depend on: operators, arguments, layers, shapes, kernels."""
+    graph = context.graph
+    nodes = [(node.op, kernels.get(node.name, ""), repr((node.args, node.kwargs))) for node in graph.nodes]
+    layers = [context.signature(layer.node, 1) for layer in fused_layers(graph)]
+    shapes = [(name, list(t.shape)) for name, t in graph.tensors.items()]
+    shapes += [(i.name, list(i.shape)) for i in graph.inputs]
+    digest = hashlib.sha256(json.dumps([nodes, layers, shapes]).encode()).hexdigest()[:16]
+    return f"network {digest} batch={batch}"
+
+
+def _cells(context: PlanContext, batches: Sequence[int], everything: bool) -> list[_Cell]:
     found: dict[tuple[int, str], _Cell] = {}  # one layer's input at batch 4 may have another's shape at batch 1
     for batch in batches:
-        for layer in fused_layers(graph):
-            one = inputs[layer.node.name]
-            shape = (one[0] * batch, *one[1:])
-            text = signature(graph, layer.node, shape, dtype)
-            if (batch, text) in found:
-                found[batch, text] = _with_layer(found[batch, text], layer)
-                continue
-            options = candidates(graph, layer.node, shape, device, dtype)
-            kept = tuple(c for c in options if c.kernel == DENSE or c.worth_timing or everything)
-            found[batch, text] = _Cell(batch, text, (layer,), shape, kept)
+        for layer in fused_layers(context.graph):
+            text = context.signature(layer.node, batch)
+            cell = found.get((batch, text))
+            if cell is None:
+                options = context.candidates(layer.node, batch)
+                kept = tuple(c for c in options if c.kernel == DENSE or c.worth_timing or everything)
+                cell = _Cell(batch, text, (), context.x_shape(layer.node, batch), kept)
+            found[batch, text] = replace(cell, layers=(*cell.layers, layer))
     return list(found.values())
-
-
-def _with_layer(cell: _Cell, layer: FusedLayer) -> _Cell:
-    return _Cell(cell.batch, cell.signature, (*cell.layers, layer), cell.x_shape, cell.options)
 
 
 def _look_up(
     cells: Sequence[_Cell], cache: PlanCache, key: str
 ) -> tuple[dict[str, tuple[dict[str, Timing], str]], list[_Cell]]:
-    """What is known by signature, and the cells with a candidate whose time is not."""
+    """Return the known times and their source by signature, and the cells with a candidate whose time is unknown."""
     known, missing = {}, []
     for cell in cells:
         found = cache.find(key, cell.signature)
@@ -262,11 +218,20 @@ def _look_up(
     return known, missing
 
 
+def _decide(
+    cell: _Cell, known: Mapping[str, tuple[dict[str, Timing], str]], measured: Mapping[str, dict[str, Timing]]
+) -> Iterator[Choice]:
+    if len(cell.options) == 1:
+        return cell.choices(DENSE, "rule", {})
+    found, source = known.get(cell.signature) or (measured.get(cell.signature, {}), "measured")
+    found = {c.kernel: found[c.kernel] for c in cell.options if c.kernel in found}
+    return cell.choices(decide(found), source if found else "budget", found)
+
+
 def _measure(cells: Sequence[_Cell], timer: Timer, seconds: float) -> dict[str, dict[str, Timing]]:
-    """Times by signature, for as many cells as the budget reaches, the costliest first."""
+    """Time as many cells as the budget reaches, the costliest first; return the times by signature."""
     end = time.perf_counter() + seconds
-    products = {cell.signature: cell.layers[0].rows(cell.x_shape) * cell.layers[0].values.numel() for cell in cells}
-    ordered = sorted(cells, key=lambda cell: -products[cell.signature] * len(cell.layers))
+    ordered = sorted(cells, key=lambda cell: -cell.cost)
     found: dict[str, dict[str, Timing]] = {}
     for done, cell in enumerate(ordered):
         left = end - time.perf_counter()
@@ -276,13 +241,9 @@ def _measure(cells: Sequence[_Cell], timer: Timer, seconds: float) -> dict[str, 
             share = left / (len(ordered) - done)
             found[cell.signature] = time_candidates(cell.layers[0], cell.x_shape, cell.options, timer, share, end)
     if late := sum(not found.get(cell.signature) for cell in ordered):
-        log.warning(
-            "%d of %d layers keep the dense kernel: the %.0f s for timing do not reach them",
-            late,
-            len(ordered),
-            seconds,
-        )
-    return {text: timings for text, timings in found.items() if timings}
+        text = "%d of %d layers keep the dense kernel: the %.0f s for timing do not reach them"
+        log.warning(text, late, len(ordered), seconds)
+    return {text: times for text, times in found.items() if times}
 
 
 def time_candidates(
@@ -293,14 +254,18 @@ def time_candidates(
     seconds: float,
     latest: float = math.inf,
 ) -> dict[str, Timing]:
-    """Median seconds of each candidate that computes what the dense one (the first) does.
+    """Time each candidate whose result is that of the dense one, which comes first.
 
     A candidate that fails or differs keeps an infinite time, so that it is not tried again; the log says why.
 
     Args:
-        seconds: for all rounds; at least `timers.FEWEST_ROUNDS` are made.
-        latest: by the performance counter; nothing is timed where that many rounds of the dense kernel's duration would
-            end later.
+        layer: the layer.
+        x_shape: the shape of its input, with the batch.
+        options: the candidates.
+        timer: times a layer on its device.
+        seconds: for all rounds; at least `timing.FEWEST_ROUNDS` are made.
+        latest: a time of the performance counter; nothing is timed where that many rounds of the dense kernel's
+            duration would end later.
     """
     end = time.perf_counter() + seconds
     inputs = _inputs(layer, x_shape)
@@ -308,46 +273,42 @@ def time_candidates(
     expected: Tensor | None = None
     for option in options:
         try:
-            form = option.make()
-            result = _program(layer, form)(*inputs)[0]
+            node, tensors = option.make()
+            result = _program(layer, (node, tensors))(*inputs)[0]
             difference = 0.0 if expected is None else _difference(result, expected)
-            if not difference <= _most_roundings(result):
+            if not difference <= most_roundings(result):
                 raise ValueError(f"its result differs by {difference:.0f} roundings from the dense kernel's")
             runs[option.kernel] = timer.prepare(
-                lambda tensors, node=form[0]: _program(layer, (node, tensors)), form[1], inputs
+                lambda stored, node=node: _program(layer, (node, dict(stored))), tensors, inputs
             )
         except Exception as error:  # whatever a compiler or a driver raises: this kernel is not for this device
             if expected is None:
                 raise
-            log.warning(
-                "%s cannot run %s with an input of shape %s: %s",
-                option.kernel,
-                layer.node.name,
-                x_shape,
-                " ".join(str(error).split())[:300],
-            )
+            text = "%s cannot run %s with an input of shape %s: %s"
+            log.warning(text, option.kernel, layer.node.name, x_shape, _one_line(error))
             continue
         if expected is None:
             expected = result
-            if time.perf_counter() + 2 * FEWEST_ROUNDS * len(options) * _duration(runs[option.kernel]) > latest:
+            start = time.perf_counter()
+            runs[option.kernel]()
+            now = time.perf_counter()
+            if now + 2 * FEWEST_ROUNDS * len(options) * (now - start) > latest:
                 return {}
     failed = {option.kernel: Timing(math.inf, math.inf) for option in options if option.kernel not in runs}
     return timings(list(runs), in_turns(list(runs.values()), end)) | failed
 
 
 def _inputs(layer: FusedLayer, x_shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """The layer's input and, unless it is the same value, its summand; normal random numbers, images channels-last."""
-    weight = layer.values
+    """Draw the layer's input and, unless it is the same value, its summand."""
     generator = torch.Generator().manual_seed(0)
     shapes = [x_shape]
     if layer.other is not None and layer.other != layer.x:
         shapes.append(layer.result_shape(x_shape))
-    made = (torch.randn(shape, generator=generator).to(weight.device, weight.dtype) for shape in shapes)
-    return tuple(channels_last(x) for x in made)
+    return tuple(random_tensor(shape, layer.values.dtype, layer.values.device, generator) for shape in shapes)
 
 
 def _program(layer: FusedLayer, form: Form) -> Program:
-    """One layer alone."""
+    """Build a program of one layer alone."""
     node, tensors = form
     values = list(dict.fromkeys([layer.x, layer.other] if layer.other is not None else [layer.x]))
     dtype = str(layer.values.dtype).removeprefix("torch.")
@@ -355,21 +316,20 @@ def _program(layer: FusedLayer, form: Form) -> Program:
     return Program(Graph(specs, tensors, (node,), (node.name,))).eval()
 
 
-def _duration(run: Callable[[], float]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _most_roundings(result: Tensor) -> float:
+def most_roundings(result: Tensor) -> float:
+    """Return the largest difference from the dense kernel, in roundings of the largest value, that is no fault."""
     if result.is_cuda and result.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         return _ROUNDINGS[torch.float16] * _TF32_EPS / torch.finfo(torch.float32).eps
     return _ROUNDINGS.get(result.dtype, 256.0)
 
 
 def _difference(result: Tensor, expected: Tensor) -> float:
-    """In roundings of the largest value; NaN where one of both is not finite."""
+    """Return the largest difference in roundings of the largest value; NaN if a value is not finite."""
     largest = float(expected.float().abs().max()) if expected.numel() else 0.0
     if not expected.numel() or not largest:
         return float(result.float().abs().sum())
     return float((result.float() - expected.float()).abs().max()) / (largest * torch.finfo(expected.dtype).eps)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,8 +1,9 @@
-"""From a stored graph to the programs that serve it: folded, fused, in its precision, with the kernels of a plan."""
+"""A stored graph as it is served: folded, fused, in its precision, as one program for each batch size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,23 +11,65 @@ from torch import Tensor
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.executor import Program, value_shapes
 from redpp_serve.graph.graph import Graph, Node
-from redpp_serve.graph.passes import fold_batch_norm, fuse_epilogues, in_precision
-from redpp_serve.runtime.candidates import Candidate, candidates, with_kernels
+from redpp_serve.graph.passes import fold_batch_norm, fuse_epilogues, in_precision, precision_dtype
+from redpp_serve.runtime.candidates import Candidate, candidates, signature, with_kernels
 from redpp_serve.runtime.fused_layer import fused_layers
 
 
+@dataclass(frozen=True)
+class PlanContext:
+    """A network on the device that serves it: everything that the choice of its kernels depends on.
+
+    Attributes:
+        graph: the result of `serving_graph`.
+        device: where the graph's tensors are.
+        precision: the precision that the graph is in.
+        inputs: the result of `layer_inputs`.
+        find: finds the kernels that can run a layer.
+    """
+
+    graph: Graph
+    device: torch.device
+    precision: str
+    inputs: Mapping[str, tuple[int, ...]]
+    find: Callable[[Graph, Node, tuple[int, ...], torch.device, torch.dtype], list[Candidate]] = candidates
+
+    @classmethod
+    def prepare(cls, graph: Graph, device: torch.device, precision: str = "fp32") -> PlanContext:
+        """Make a stored graph ready for a device.
+
+        Raises:
+            RedppError: the network does not run in this precision.
+        """
+        graph = serving_graph(graph, device, precision)
+        return cls(graph, device, precision, layer_inputs(graph, device, precision))
+
+    def x_shape(self, node: Node, batch: int) -> tuple[int, ...]:
+        """Return the shape of a fused layer's input."""
+        first, *rest = self.inputs[node.name]
+        return (first * batch, *rest)
+
+    def candidates(self, node: Node, batch: int) -> list[Candidate]:
+        """Return the kernels that can run a fused layer; the dense one comes first."""
+        return self.find(self.graph, node, self.x_shape(node, batch), self.device, precision_dtype(self.precision))
+
+    def signature(self, node: Node, batch: int) -> str:
+        """Return `candidates.signature` of a fused layer."""
+        return signature(self.graph, node, self.x_shape(node, batch), precision_dtype(self.precision))
+
+
 def serving_graph(graph: Graph, device: torch.device, precision: str = "fp32") -> Graph:
-    """The graph with batch norm folded, epilogues fused, in a precision, on the device; images channels-last.
+    """Fold batch norms, fuse epilogues, cast to a precision and move to a device, with images channels-last.
 
     Raises:
-        RedppError: see `precision.in_precision`.
+        RedppError: the graph cannot be cast to the precision.
     """
     graph = in_precision(fuse_epilogues(fold_batch_norm(graph)), precision)
     return graph.with_tensors({name: channels_last(tensor.to(device)) for name, tensor in graph.tensors.items()})
 
 
 def layer_inputs(graph: Graph, device: torch.device, precision: str = "fp32") -> dict[str, tuple[int, ...]]:
-    """The shape of each fused layer's input at batch size 1, by the layer's name, from a run on zeros.
+    """Find the shape of each fused layer's input at batch size 1 in a run on zeros; keys are names of nodes.
 
     Raises:
         RedppError: the network does not run in this precision.
@@ -45,56 +88,61 @@ def layer_inputs(graph: Graph, device: torch.device, precision: str = "fp32") ->
 
 
 def planned_programs(
-    graph: Graph,
-    batches: Sequence[int],
-    kernel: Callable[[str, int], str],
-    inputs: Mapping[str, tuple[int, ...]],
-    device: torch.device,
-    dtype: torch.dtype,
+    context: PlanContext, batches: Sequence[int], kernel: Callable[[str, int], str]
 ) -> dict[int, Program]:
-    """A program for each batch bucket; equal ones are one program, and each form of a weight exists once.
+    """Build a program for each batch size; equal ones are one program, and each form of a weight exists once.
 
     Args:
-        graph: of `serving_graph`.
-        kernel: the name of the kernel that runs a layer at a batch size, as in a plan.
-        inputs: of `layer_inputs`.
-        dtype: of the precision.
+        context: the network.
+        batches: the batch sizes.
+        kernel: returns the kernel that runs a layer (by its node's name) at a batch size, as `Plan.kernel` does.
     """
     made: dict[tuple[str, str], Candidate] = {}
     forms: dict[str, Tensor] = {}
     programs: dict[tuple[str, ...], Program] = {}
     found = {}
     for batch in batches:
-        chosen = {name: kernel(name, batch) for name in inputs}
+        chosen = {name: kernel(name, batch) for name in context.inputs}
         for name, wanted in chosen.items():
             if (name, wanted) not in made:
-                options = candidates(graph, graph.node(name), inputs[name], device, dtype)
+                options = context.candidates(context.graph.node(name), 1)
                 made[name, wanted] = _once(next(c for c in options if c.kernel == wanted), forms)
         key = tuple(chosen.values())
         if key not in programs:
-            programs[key] = Program(with_kernels(graph, {name: made[name, k] for name, k in chosen.items()})).eval()
+            choice = {name: made[name, wanted] for name, wanted in chosen.items()}
+            programs[key] = Program(with_kernels(context.graph, choice)).eval()
         found[batch] = programs[key]
     return found
 
 
 def serving_program(graph: Graph, device: torch.device) -> Program:
-    """A stored graph as one program with the dense kernels, in its own precision; nothing is timed."""
-    graph = serving_graph(graph, device)
-    inputs = layer_inputs(graph, device)
-    return planned_programs(graph, (1,), lambda name, batch: "dense", inputs, device, torch.float32)[1]
+    """Build one program of a stored graph with the dense kernels, in its own precision, without timing anything."""
+    return planned_programs(PlanContext.prepare(graph, device), (1,), lambda name, batch: "dense")[1]
+
+
+def batch_buckets(batch_size: int) -> list[int]:
+    """Return the batch sizes to be ready for: the largest, and the powers of two below it."""
+    return sorted({2**k for k in range(batch_size.bit_length()) if 2**k < batch_size} | {batch_size})
+
+
+def bucket_for(buckets: Sequence[int], rows: int) -> int:
+    """Return the smallest of the ascending buckets that holds that many rows, or the largest if none does."""
+    return next((bucket for bucket in buckets if bucket >= rows), buckets[-1])
+
+
+def chunks(rows: int, largest: int) -> Iterator[slice]:
+    """Yield consecutive ranges of at most ``largest`` rows; one empty range for no rows."""
+    for start in range(0, max(1, rows), largest):
+        yield slice(start, min(rows, start + largest))
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """Images in channels-last layout; other tensors as they are."""
+    """Lay images out channels-last; return other tensors as they are."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 def _once(candidate: Candidate, forms: dict[str, Tensor]) -> Candidate:
-    """The candidate with one result for all calls; a form that another kernel of the layer has made is shared."""
+    """Make a candidate's node and tensors now, sharing any form that another kernel of the layer has made."""
     node, tensors = candidate.make()
-    tensors = {name: forms.setdefault(name, tensor) for name, tensor in tensors.items()}
-
-    def make() -> tuple[Node, dict[str, Tensor]]:
-        return node, tensors
-
-    return Candidate(candidate.kernel, candidate.worth_timing, candidate.reason, make)
+    shared = {name: forms.setdefault(name, tensor) for name, tensor in tensors.items()}
+    return Candidate(candidate.kernel, candidate.worth_timing, candidate.reason, lambda: (node, shared))

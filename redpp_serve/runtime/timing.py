@@ -1,10 +1,10 @@
-"""How long one call of a layer takes on a device: by the clock on a CPU, by events around a recorded graph on a GPU."""
+"""How long a call takes on a device, and the rounds in which calls take turns so that drift meets all of them alike."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -12,28 +12,27 @@ from torch import Tensor
 
 from redpp_serve.graph.graph import Graph
 from redpp_serve.runtime.plan import LEAST_GAIN, Timing, upper_bound
+from redpp_serve.runtime.serving_graph import channels_last
 
 Make = Callable[[Mapping[str, Tensor]], Callable[..., object]]  # a layer's program that reads these weights
 
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 41
-_SLOT_S = 0.5e-3  # one reading covers so many calls
+_SLOT_S = 0.5e-3  # a reading covers as many calls as fit into this time
 _MOST_CALLS = 20
-_BETWEEN = (
-    1 << 16
-)  # float32 numbers that are written between two calls: a core's first cache holds none of the layer then
-_COPIES = 64  # of a weight at most, so that a GPU's cache does not hold it
+_BETWEEN = 1 << 16  # float32 numbers written between two calls, so that a core's first cache no longer holds the layer
+_COPIES = 64  # most copies of a weight that keep it out of a GPU's cache
 _WARM_UPS = 3
 
 
 class Timer(Protocol):
-    """Readies a kernel for timing."""
+    """Prepares a kernel for timing."""
 
     def prepare(self, make: Make, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], float]:
-        """A function that runs the kernel some times and returns the seconds of one call."""
+        """Return a function that runs the kernel several times and returns the seconds of one call."""
 
 
 def timer_for(graph: Graph, device: torch.device) -> Timer:
-    """The timer for a network's layers on a device."""
+    """Return the timer for a network's layers on a device."""
     if device.type != "cuda":
         return ClockTimer()
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -42,16 +41,20 @@ def timer_for(graph: Graph, device: torch.device) -> Timer:
 
 
 class ClockTimer:
-    """The performance counter; ``clock`` gives seconds.
+    """Reads a clock before and after each call.
 
     Between two calls other memory is written, as between two calls of a layer within its network: with all of a small
     layer in the first cache, kernels look faster than they are there, and not all to the same degree.
+
+    Args:
+        clock: returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock, self._other = clock, torch.zeros(_BETWEEN)
 
     def prepare(self, make: Make, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], float]:
+        """Warm the kernel up, as `Timer.prepare`."""
         call, clock, other = make(tensors), self._clock, self._other
         for _ in range(_WARM_UPS):
             start = clock()
@@ -72,7 +75,7 @@ class ClockTimer:
 
 
 class EventTimer:
-    """Many calls in one CUDA graph between two events.
+    """Measures many calls in one CUDA graph between two events.
 
     Args:
         device: where the layer runs.
@@ -84,6 +87,7 @@ class EventTimer:
         self._device, self._cold_bytes = device, cold_bytes
 
     def prepare(self, make: Make, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], float]:
+        """Warm the kernel up and record the graph, as `Timer.prepare`."""
         size = max(1, sum(t.numel() * t.element_size() for t in tensors.values()))
         copies = max(1, min(_COPIES, math.ceil(self._cold_bytes / size)))
         calls = [make(tensors)] + [make({name: t.clone() for name, t in tensors.items()}) for _ in range(copies - 1)]
@@ -111,34 +115,57 @@ class EventTimer:
         return run
 
 
-def in_turns(runs: Sequence[Callable[[], float]], end: float, gain: float = LEAST_GAIN) -> list[list[float]]:
-    """Seconds of each run in each round: forwards and backwards, so that drift meets all alike.
+def rounds(runs: Sequence[Callable[[], float]]) -> Iterator[list[float]]:
+    """Yield the seconds of each run, round by round, for as long as the caller asks.
 
-    Stops at the time ``end`` of the performance counter, or early when each is surely better, or surely not better, than
-    the first by that gain; not before `FEWEST_ROUNDS`.
+    A round runs all of them forwards and then backwards and yields the mean of both, so that drift meets all alike.
     """
-    rounds: list[list[float]] = []
-    while len(rounds) < MOST_ROUNDS:
+    while True:
         there = [run() for run in runs]
         back = [run() for run in reversed(runs)][::-1]
-        rounds.append([(a + b) / 2 for a, b in zip(there, back)])
-        if len(rounds) >= FEWEST_ROUNDS and (time.perf_counter() > end or _decided(rounds, 1 - gain)):
+        yield [(a + b) / 2 for a, b in zip(there, back, strict=True)]
+
+
+def in_turns(runs: Sequence[Callable[[], float]], end: float, gain: float = LEAST_GAIN) -> list[list[float]]:
+    """Time runs in `rounds`, at least `FEWEST_ROUNDS` and at most `MOST_ROUNDS` of them.
+
+    Args:
+        runs: each returns the seconds of one call.
+        end: the time of the performance counter at which to stop.
+        gain: stop early once each run is surely faster, or surely not faster, than the first by this share.
+
+    Returns:
+        Rounds of the seconds of each run.
+    """
+    found: list[list[float]] = []
+    for row in rounds(runs):
+        found.append(row)
+        late = time.perf_counter() > end
+        if len(found) == MOST_ROUNDS or (len(found) >= FEWEST_ROUNDS and (late or _decided(found, 1 - gain))):
             break
-    return rounds
-
-
-def timings(kernels: Sequence[str], rounds: Sequence[Sequence[float]]) -> dict[str, Timing]:
-    """What the rounds say of each kernel; the first is what ratios are to."""
-    found = {}
-    for k, kernel in enumerate(kernels):
-        column = sorted(row[k] for row in rounds)
-        found[kernel] = Timing(column[len(column) // 2], upper_bound([row[k] / row[0] for row in rounds]) if k else 1.0)
     return found
 
 
-def _decided(rounds: Sequence[Sequence[float]], wanted: float) -> bool:
-    for k in range(1, len(rounds[0])):
-        ratios = [row[k] / row[0] for row in rounds]
+def timings(kernels: Sequence[str], found: Sequence[Sequence[float]]) -> dict[str, Timing]:
+    """Summarise the rounds of `in_turns` for each kernel; ratios are to the first."""
+    return {
+        kernel: Timing(
+            sorted(row[k] for row in found)[len(found) // 2],
+            upper_bound([row[k] / row[0] for row in found]) if k else 1.0,
+        )
+        for k, kernel in enumerate(kernels)
+    }
+
+
+def random_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Draw normal random numbers, images channels-last; integers are zeros, which are valid indices everywhere."""
+    drawn = torch.randn(*shape, generator=generator) if dtype.is_floating_point else torch.zeros(*shape)
+    return channels_last(drawn.to(device, dtype))
+
+
+def _decided(found: Sequence[Sequence[float]], wanted: float) -> bool:
+    for k in range(1, len(found[0])):
+        ratios = [row[k] / row[0] for row in found]
         if upper_bound(ratios) > wanted > 1 / upper_bound([1 / ratio for ratio in ratios]):
             return False
     return True

@@ -8,7 +8,7 @@ from redpp_serve.errors import RedppError
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.graph.passes import PRECISIONS, check_precision, in_precision, precision_dtype, set_switches
-from redpp_serve.runtime.serving_graph import layer_inputs, planned_programs, serving_graph
+from redpp_serve.runtime.serving_graph import PlanContext, planned_programs
 from tests.support import networks, rule_networks
 from tests.support.networks import Builder
 
@@ -20,9 +20,7 @@ GRAPHS |= {name: build() for name, (build, _) in rule_networks.OPEN.items()}
 @torch.inference_mode()
 def served(graph: Graph, precision: str, *inputs: Tensor) -> tuple[Tensor, ...]:
     """What a server's dense program gives on the CPU."""
-    ready = serving_graph(graph, CPU, precision)
-    shapes = layer_inputs(ready, CPU, precision)
-    programs = planned_programs(ready, (1,), lambda name, batch: "dense", shapes, CPU, precision_dtype(precision))
+    programs = planned_programs(PlanContext.prepare(graph, CPU, precision), (1,), lambda name, batch: "dense")
     return programs[1](*inputs)
 
 

@@ -1,4 +1,4 @@
-"""Every candidate computes what its layer means, and the priors say which are worth timing."""
+"""Every candidate computes its layer, and the rules say which are worth timing."""
 
 import math
 
@@ -13,7 +13,7 @@ from redpp_serve.graph.graph import Graph, Node, Ref
 from redpp_serve.graph.weights import repeats
 from redpp_serve.runtime.candidates import Candidate, candidates, signature, with_kernels
 from redpp_serve.runtime.fused_layer import fused_layers
-from redpp_serve.runtime.serving_graph import layer_inputs, planned_programs, serving_graph
+from redpp_serve.runtime.serving_graph import PlanContext, layer_inputs, planned_programs, serving_graph
 from tests.support.networks import Builder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -80,7 +80,7 @@ def layer_of(graph: Graph, weight: str) -> Node:
 @pytest.mark.parametrize("name", KERNELS_OF)
 def test_what_a_device_can_run(name: str) -> None:
     graph = layers()
-    for device, expected in zip((CPU, CUDA), KERNELS_OF[name]):
+    for device, expected in zip((CPU, CUDA), KERNELS_OF[name], strict=True):
         assert list(options(graph, layer_of(graph, name), device))[1:] == expected
 
 
@@ -133,7 +133,10 @@ def test_cudnn_is_called_as_its_schema_says(monkeypatch: pytest.MonkeyPatch) -> 
         (want,) = Program(graph, [layer.node.name])(x)
         resolve = program.resolve
         with monkeypatch.context() as patched:
-            patched.setattr(program, "resolve", lambda op: stand_in(schema) if op.startswith("cudnn.") else resolve(op))
+            fake = stand_in(schema)
+            patched.setattr(
+                program, "resolve", lambda op, fake=fake, real=resolve: fake if op.startswith("cudnn.") else real(op)
+            )
             (got,) = Program(planned, [layer.node.name])(x)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
@@ -150,8 +153,8 @@ def worth(graph: Graph, node: Node, rows: int, device: torch.device, dtype: torc
     return [c.kernel for c in candidates(graph, node, x_shape, device, dtype) if c.worth_timing]
 
 
-def test_the_prior_of_codebooks() -> None:
-    """Large weights, few values, few rows; bytes are those of the running dtype."""
+def test_large_weights_of_few_values_are_worth_a_codebook_for_few_rows() -> None:
+    """Bytes are those of the running dtype."""
     graph, node = linear(few_values((2048, 1024), 9))  # 8 MiB in float32
     assert worth(graph, node, 32, CUDA) == ["dense", "codebook:pointer"]
     assert worth(graph, node, 33, CUDA) == ["dense"]
@@ -172,8 +175,8 @@ def test_the_prior_of_codebooks() -> None:
     assert not any("codebook" in c.kernel for c in candidates(many, node, (1, 1024), CUDA, torch.float32))
 
 
-def test_the_prior_of_splits() -> None:
-    """On the CPU, for k x k kernels, where few operations are left."""
+def test_a_split_is_worth_timing_where_few_operations_are_left() -> None:
+    """On the CPU, for k x k kernels."""
     for k, device, expected in (
         (3, CPU, ["dense", "library", "split"]),
         (3, CUDA, ["dense"]),
@@ -192,8 +195,8 @@ def test_the_prior_of_splits() -> None:
         ]
 
 
-def test_the_prior_of_torchs_own_convolution() -> None:
-    """Where the layer is so small that what oneDNN's call takes to start counts."""
+def test_torchs_own_convolution_is_worth_timing_for_small_layers() -> None:
+    """There the time that oneDNN's call takes to start counts."""
     b = Builder(64, 14, 14)
     b.op("y", "conv2d.default", Ref("x"), b.tensor("w", torch.randn(64, 64, 1, 1)))
     graph = serving_graph(b.graph("y"), CPU)
@@ -202,7 +205,7 @@ def test_the_prior_of_torchs_own_convolution() -> None:
     ]
 
 
-def test_the_prior_of_packed_linears_and_of_empty_epilogues() -> None:
+def test_packed_linears_are_worth_timing_for_large_layers_and_empty_epilogues_never() -> None:
     graph, node = linear(torch.randn(1024, 1024))
     assert worth(graph, node, 1, CPU) == ["dense", "onednn"] and worth(graph, node, 1, CUDA) == ["dense"]
     small, node = linear(torch.randn(10, 64))
@@ -286,10 +289,10 @@ def test_buckets_share_programs_and_weights() -> None:
     """Each form of a weight is in memory once, and the dense one only where a bucket uses it."""
     weight = torch.randn(32, 32)
     graph, _ = linear(weight)
-    shapes = layer_inputs(graph, CPU)
+    context = PlanContext(graph, CPU, "fp32", layer_inputs(graph, CPU))
 
     def programs(**kernels: str) -> dict[int, Program]:
-        return planned_programs(graph, (1, 2, 4), lambda name, batch: kernels[f"b{batch}"], shapes, CPU, torch.float32)
+        return planned_programs(context, (1, 2, 4), lambda name, batch: kernels[f"b{batch}"])
 
     made = programs(b1="dense", b2="onednn", b4="onednn")
     assert made[2] is made[4] and made[1] is not made[2]
@@ -301,9 +304,7 @@ def test_buckets_share_programs_and_weights() -> None:
     b = Builder(4, 5, 5)
     b.conv("x", "c", 4, 4)
     b.op("p", "linear.default", Ref(b.mean("c")), b.tensor("w", torch.randn(32, 4)))
-    graph = serving_graph(b.graph("p"), CPU)
-    shapes = layer_inputs(graph, CPU)
     kernels = {("c", 1): "dense", ("p", 1): "dense", ("c", 2): "dense", ("p", 2): "onednn"}
-    one, two = planned_programs(graph, (1, 2), lambda *at: kernels[at], shapes, CPU, torch.float32).values()
+    one, two = planned_programs(PlanContext.prepare(b.graph("p"), CPU), (1, 2), lambda *at: kernels[at]).values()
     shared = {id(t) for t in one.buffers()} & {id(t) for t in two.buffers()}
     assert len(shared) == 2  # the convolution's packed weight and its bias

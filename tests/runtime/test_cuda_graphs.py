@@ -7,6 +7,7 @@ from torch import Tensor
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.runtime.cuda_graphs import BucketRunner, CudaRecorder
+from redpp_serve.runtime.serving_graph import batch_buckets, bucket_for, chunks
 from tests.support.recording import StandIn
 
 CPU = torch.device("cpu")
@@ -31,6 +32,23 @@ def runner(graph: Graph, batches: tuple[int, ...] = (1, 2, 4)) -> tuple[BucketRu
 def inputs(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     return torch.randn(rows, 3, 2, 2, generator=g), torch.randn(rows, 4, generator=g)
+
+
+def test_buckets_are_powers_of_two_and_the_largest() -> None:
+    expected = {1: [1], 2: [1, 2], 6: [1, 2, 4, 6], 8: [1, 2, 4, 8]}
+    assert {largest: batch_buckets(largest) for largest in expected} == expected
+
+
+def test_the_smallest_bucket_that_holds_the_rows() -> None:
+    expected = {0: 1, 1: 1, 2: 2, 3: 4, 5: 6, 6: 6, 7: 6}
+    assert {rows: bucket_for([1, 2, 4, 6], rows) for rows in expected} == expected
+
+
+def test_chunks_hold_each_row_once() -> None:
+    for rows, sizes in ((0, [0]), (1, [1]), (4, [4]), (5, [4, 1]), (12, [4, 4, 4])):
+        found = list(chunks(rows, 4))
+        assert [part.stop - part.start for part in found] == sizes
+        assert [k for part in found for k in range(rows)[part]] == list(range(rows))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +104,7 @@ def test_outputs_that_are_no_rows_cannot_be_padded() -> None:
             runner(graph)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu() -> None:
     device, graph = torch.device("cuda"), network()

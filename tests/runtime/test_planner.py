@@ -1,5 +1,6 @@
 """Which kernel a plan takes: never a slower one, within the time it has, and only one that computes the same."""
 
+import json
 import math
 import random
 import time
@@ -16,14 +17,12 @@ from torch import Tensor
 
 from redpp_serve.graph.graph import Graph, Ref
 from redpp_serve.runtime import fused_layer as forms
-from redpp_serve.runtime import planner
-from redpp_serve.runtime import planner as confirming
-from redpp_serve.runtime.candidates import Candidate
+from redpp_serve.runtime.candidates import Candidate, candidates
 from redpp_serve.runtime.fused_layer import FusedLayer, fused_layer, fused_layers
 from redpp_serve.runtime.plan import Choice, Plan, decide
-from redpp_serve.runtime.plan_cache import PlanCache
-from redpp_serve.runtime.planner import make_plan, time_candidates
-from redpp_serve.runtime.serving_graph import layer_inputs, serving_graph
+from redpp_serve.runtime.plan_cache import PlanCache, device_key
+from redpp_serve.runtime.planner import confirmed, make_plan, most_roundings, time_candidates
+from redpp_serve.runtime.serving_graph import PlanContext, layer_inputs, serving_graph
 from redpp_serve.runtime.timing import MOST_ROUNDS, ClockTimer, in_turns, timings
 from tests.support.networks import Builder
 
@@ -39,7 +38,7 @@ class World:
         self.times = times or {}
 
     def prepare(self, make: Any, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Run:
-        """Of a kernel of `stand_in`: as long as ``times`` says, for each image."""
+        """Take as long as ``times`` says for a kernel of `stand_in`, for each image."""
         kernel = next(name for name in tensors if name.startswith("is "))[3:]
         self.prepared.append((kernel, tuple(inputs[0].shape)))
         make(tensors)(*inputs)
@@ -62,7 +61,21 @@ def stand_in(layer: FusedLayer, kernel: str, worth: bool = True, factor: float =
     return Candidate(kernel, worth, "", make)
 
 
+class Paced:
+    """Networks of which the second takes ``ratio`` of the first's time; getting each ready takes a while."""
+
+    def __init__(self, ratio: float, ready: Callable[[], object] = lambda: None) -> None:
+        self.ratio, self.ready, self.prepared = ratio, ready, 0
+
+    def prepare(self, *_: Any) -> Run:
+        self.ready()
+        self.prepared += 1
+        seconds = 1.0 if self.prepared % 2 else self.ratio
+        return lambda: seconds
+
+
 Options = Callable[[FusedLayer], Iterable[Candidate]]
+KEY = device_key(CPU, "fp32")
 
 
 def network() -> Graph:
@@ -72,21 +85,21 @@ def network() -> Graph:
     return serving_graph(b.graph(b.linear(b.mean(b.relu(b.conv(x, "third", 4, 2, 1))), "head", 2, 3)), CPU)
 
 
+def context_of(
+    graph: Graph, find: Any = candidates, inputs: Mapping[str, tuple[int, ...]] | None = None
+) -> PlanContext:
+    return PlanContext(graph, CPU, "fp32", inputs or layer_inputs(graph, CPU), find)
+
+
 def planned(
-    options: Options,
-    world: World,
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    graph: Graph | None = None,
-    precision: str = "fp32",
-    batches: Sequence[int] = (1,),
-    **more: Any,
+    options: Options, world: World, context: PlanContext | None = None, batches: Sequence[int] = (1,), **more: Any
 ) -> Plan:
-    monkeypatch.setattr(planner, "candidates", lambda graph, node, *_: list(options(fused_layer(graph, node))))
-    monkeypatch.setattr(planner, "timer_for", lambda *_: world)
-    monkeypatch.setattr(planner, "confirmed", lambda graph, choices, *_: choices)
+    """A plan from these candidates in a world's time; the network as a whole gains by it."""
+    context = replace(
+        context or context_of(network()), find=lambda graph, node, *_: list(options(fused_layer(graph, node)))
+    )
     with patch.object(time, "perf_counter", lambda: world.now):
-        return make_plan(graph or network(), CPU, precision, batches, **more)
+        return make_plan(context, batches, **{"timer": world, "network_timer": Paced(0.5)} | more)
 
 
 def kernels(plan: Plan) -> dict[tuple[str, int], tuple[str, str]]:
@@ -152,116 +165,104 @@ def test_drift_between_two_candidates_is_no_difference() -> None:
     assert all(a == pytest.approx(b) for a, b in rounds) and decide(timings(("dense", "other"), rounds)) == "dense"
 
 
-def test_the_faster_kernel_is_chosen_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = planned(two, World({"dense": 1e-3, "other": 0.9e-3}), monkeypatch, batches=(1, 4))
+def test_the_faster_kernel_is_chosen_where_it_is_faster() -> None:
+    plan = planned(two, World({"dense": 1e-3, "other": 0.9e-3}), batches=(1, 4))
     assert set(kernels(plan).values()) == {("other", "measured")} and len(plan.choices) == 8
     assert (
         plan.choices[0].times == pytest.approx({"dense": 1e-3, "other": 0.9e-3}) and plan.choices[1].shape == "4x4x6x5"
     )
     assert [c.name for c in plan.choices[::2]] == ["first", "second", "third", "head"]
-    plan = planned(two, World({"dense": 1e-3, "other": 0.98e-3}), monkeypatch)
+    plan = planned(two, World({"dense": 1e-3, "other": 0.98e-3}))
     assert set(kernels(plan).values()) == {("dense", "measured")}
 
 
-def test_equal_layers_are_timed_once_for_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_layers_are_timed_once_for_each_batch() -> None:
     world = World({"dense": 1e-3, "other": 2e-3})
-    planned(two, world, monkeypatch, batches=(1, 2))
+    planned(two, world, batches=(1, 2))
     assert len(world.prepared) == 2 * 2 * 3  # two kernels, two batches, three kinds of layer
     assert {shape[0] for _, shape in world.prepared} == {1, 2}
 
 
-def test_without_a_choice_no_time_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_choice_no_time_is_spent() -> None:
     world = World()
 
     def hopeless(layer: FusedLayer) -> list[Candidate]:
         return [stand_in(layer, "dense"), stand_in(layer, "other", worth=False)]
 
-    plan = planned(hopeless, world, monkeypatch)
+    plan = planned(hopeless, world)
     assert set(kernels(plan).values()) == {("dense", "rule")} and not world.prepared and world.now == 0
     world.times = {"dense": 1.0, "other": 0.5}
-    assert set(kernels(planned(hopeless, world, monkeypatch, everything=True, seconds=1e3)).values()) == {
-        ("other", "measured")
-    }
+    assert set(kernels(planned(hopeless, world, everything=True, seconds=1e3)).values()) == {("other", "measured")}
 
 
 @pytest.mark.parametrize("bad", [{"factor": 1.001}, {"factor": math.nan}, {"fails": True}])
-def test_a_kernel_that_fails_or_differs_is_out(
-    bad: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_kernel_that_fails_or_differs_is_out(bad: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     def options(layer: FusedLayer) -> list[Candidate]:
         return [*two(layer), stand_in(layer, "wrong", **bad)]
 
     world, cache = World({"dense": 1e-3, "other": 0.9e-3, "wrong": 1e-6}), PlanCache(None)
-    plan = planned(options, world, monkeypatch, cache=cache)
+    plan = planned(options, world, cache=cache)
     assert {kernel for kernel, _ in kernels(plan).values()} == {"other"} and "wrong cannot run" in caplog.text
     assert all("wrong" not in choice.times for choice in plan.choices)
     caplog.clear()
-    again = planned(options, world, monkeypatch, cache=cache)
+    again = planned(options, world, cache=cache)
     assert {s for _, s in kernels(again).values()} == {"cached"} and not caplog.text  # not tried again
     assert again.digest == plan.digest
 
 
-def test_a_failing_dense_kernel_is_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_dense_kernel_is_no_plan() -> None:
     with pytest.raises(RuntimeError, match="no kernel image"):
-        planned(lambda layer: [stand_in(layer, "dense", fails=True), stand_in(layer, "b")], World(), monkeypatch)
+        planned(lambda layer: [stand_in(layer, "dense", fails=True), stand_in(layer, "b")], World())
 
 
-def test_another_order_of_sums_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_order_of_sums_is_no_difference() -> None:
     def options(layer: FusedLayer) -> list[Candidate]:
         return [stand_in(layer, "dense"), stand_in(layer, "other", factor=1 + 2e-7)]
 
-    assert {k for k, _ in kernels(planned(options, World({"dense": 1e-3, "other": 5e-4}), monkeypatch)).values()} == {
-        "other"
-    }
+    assert {k for k, _ in kernels(planned(options, World({"dense": 1e-3, "other": 5e-4}))).values()} == {"other"}
 
 
-def test_the_costliest_layers_come_first_and_the_rest_stays_dense(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_costliest_layers_come_first_and_the_rest_stays_dense(caplog: pytest.LogCaptureFixture) -> None:
     world = World({"dense": 1.0, "other": 0.5})
-    plan = planned(two, world, monkeypatch, seconds=44.0)  # 33 for layers; 7 rounds take 21
+    plan = planned(two, world, seconds=44.0)  # 33 for layers; 7 rounds take 21
     found = kernels(plan)
     assert found["first", 1] == found["second", 1] == ("other", "measured")
     assert found["head", 1] == found["third", 1] == ("dense", "budget")
     assert "keep the dense kernel" in caplog.text and world.now <= 33.0
 
 
-def test_a_layer_that_takes_longer_than_the_whole_budget_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_takes_longer_than_the_whole_budget_is_not_timed() -> None:
     world = World({"dense": 10.0, "other": 0.1})
-    plan = planned(two, world, monkeypatch, seconds=20.0)
+    plan = planned(two, world, seconds=20.0)
     assert set(kernels(plan).values()) == {("dense", "budget")} and world.now <= 40
 
 
-def test_no_budget_leaves_all_dense_but_known_times_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_budget_leaves_all_dense_but_known_times_count() -> None:
     world, cache = World({"dense": 1e-3, "other": 0.5e-3}), PlanCache(None)
-    assert set(kernels(planned(two, world, monkeypatch, seconds=0, cache=cache)).values()) == {("dense", "budget")}
+    assert set(kernels(planned(two, world, seconds=0, cache=cache)).values()) == {("dense", "budget")}
     assert not world.prepared
-    planned(two, world, monkeypatch, cache=cache)
+    planned(two, world, cache=cache)
     before = len(world.prepared)
-    assert set(kernels(planned(two, world, monkeypatch, seconds=0, cache=cache)).values()) == {("other", "cached")}
+    assert set(kernels(planned(two, world, seconds=0, cache=cache)).values()) == {("other", "cached")}
     assert len(world.prepared) == before
 
 
-def test_a_new_candidate_is_timed_though_others_are_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_new_candidate_is_timed_though_others_are_known(tmp_path: Path) -> None:
     world = World({"dense": 1e-3, "other": 0.9e-3, "new": 0.5e-3})
-    planned(two, world, monkeypatch, cache=PlanCache(tmp_path / "plans.json"))
-    plan = planned(
-        lambda layer: [*two(layer), stand_in(layer, "new")],
-        world,
-        monkeypatch,
-        cache=PlanCache(tmp_path / "plans.json"),
-    )
+    planned(two, world, cache=PlanCache(tmp_path / "plans.json"))
+    plan = planned(lambda layer: [*two(layer), stand_in(layer, "new")], world, cache=PlanCache(tmp_path / "plans.json"))
     assert set(kernels(plan).values()) == {("new", "measured")}
 
 
-def test_batches_at_which_two_layers_have_one_shape_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_at_which_two_layers_have_one_shape_are_told_apart() -> None:
     b = Builder(4, 6, 3)
     rows = b.op("rows", "reshape.default", Ref(b.linear("x", "many", 3, 3)), [-1, 6, 3])
     graph = serving_graph(b.graph(b.linear(b.op("one", "mean.dim", Ref(rows), [0], True), "few", 3, 3)), CPU)
     shapes = layer_inputs(graph, CPU)
     assert [shapes[layer.node.name] for layer in fused_layers(graph)] == [(1, 4, 6, 3), (1, 6, 3)]
-    same = {name: (k, 6, 3) for name, k in zip(shapes, (4, 1))}  # 4 at batch 1 is 1 at batch 4
-    plan = planned(two, World({"dense": 1e-3, "other": 2e-3}), monkeypatch, graph=graph, batches=(1, 4), inputs=same)
+    same = {name: (k, 6, 3) for name, k in zip(shapes, (4, 1), strict=True)}  # 4 at batch 1 is 1 at batch 4
+    context = context_of(graph, inputs=same)
+    plan = planned(two, World({"dense": 1e-3, "other": 2e-3}), context, (1, 4))
     assert {(c.name, c.batch) for c in plan.choices} == {("many", 1), ("many", 4), ("few", 1), ("few", 4)}
 
 
@@ -273,9 +274,9 @@ def test_tf32_rounds_like_fp16() -> None:
     switch, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
     try:
         switch.allow_tf32 = False
-        assert planner._most_roundings(result) == 256
+        assert most_roundings(result) == 256
         switch.allow_tf32 = True
-        assert planner._most_roundings(result) == 16 * 2.0**-10 / 2.0**-23
+        assert most_roundings(result) == 16 * 2.0**-10 / 2.0**-23
     finally:
         switch.allow_tf32 = before
 
@@ -298,8 +299,8 @@ def test_real_kernels_get_a_whole_plan(tmp_path: Path) -> None:
     found = time_candidates(layer, (2, 4, 6, 5), options, ClockTimer(), 0.05)
     assert found["dense"].high == 1.0 and 0 < found["same"].seconds < 1
     cache = PlanCache(tmp_path / "plans.json")
-    plan = make_plan(graph, CPU, "fp32", (1, 2), seconds=2, cache=cache)
-    again = make_plan(graph, CPU, "fp32", (1, 2), seconds=2, cache=PlanCache(tmp_path / "plans.json"))
+    plan = make_plan(context_of(graph), (1, 2), seconds=20, cache=cache)
+    again = make_plan(context_of(graph), (1, 2), seconds=20, cache=PlanCache(tmp_path / "plans.json"))
     assert len(plan.choices) == 8 and again.digest == plan.digest
     assert not [c for c in again.choices if c.source == "measured"]
 
@@ -311,17 +312,9 @@ def choices_of(graph: Graph, kernel: str, batch: int = 1) -> list[Choice]:
 def confirm(
     graph: Graph, choices: list[Choice], ratio: float, cache: PlanCache, seconds: float = 10.0
 ) -> tuple[list[Choice], int]:
-    """What stands where the network takes ``ratio`` of its time with the chosen kernels; how many programs were timed."""
-    prepared: list[float] = []
-
-    class Paced:
-        def prepare(self, *_: Any) -> Run:
-            prepared.append(ratio if len(prepared) % 2 else 1.0)
-            return lambda seconds=prepared[-1]: seconds
-
-    with patch.object(confirming, "ClockTimer", Paced):
-        kept = confirming.confirmed(graph, choices, layer_inputs(graph, CPU), CPU, "fp32", cache, "key", seconds)
-    return kept, len(prepared)
+    """What stands if the network takes ``ratio`` of its time with the chosen kernels; and how many were timed."""
+    timer = Paced(ratio)
+    return confirmed(context_of(graph), choices, cache, seconds, timer), timer.prepared
 
 
 def test_choices_stand_only_where_the_network_gains() -> None:
@@ -341,21 +334,27 @@ def test_what_there_is_no_time_to_confirm_stays_dense() -> None:
 
 def test_a_network_that_fails_with_the_chosen_kernels_is_dense(caplog: pytest.LogCaptureFixture) -> None:
     graph, cache = network(), PlanCache(None)
-    with patch.object(confirming, "planned_programs", side_effect=RuntimeError("out of memory")):
-        kept, _ = confirm(graph, choices_of(graph, "library")[:3], 0.5, cache)
+
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    kept = confirmed(context_of(graph), choices_of(graph, "library")[:3], cache, 10.0, Paced(0.5, fail))
     assert {(c.kernel, c.source) for c in kept} == {("dense", "network")} and "out of memory" in caplog.text
     assert {c.kernel for c in confirm(graph, choices_of(graph, "library")[:3], 0.5, cache)[0]} == {
         "library"
     }  # tried again
 
 
-def test_a_confirmation_that_lacks_its_time_is_made_again() -> None:
-    graph, cache = network(), PlanCache(None)
+def test_a_confirmation_that_lacks_its_time_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "plans.json"
+    graph, cache = network(), PlanCache(path)
     choices = choices_of(graph, "library")[:3]
     assert confirm(graph, choices, 0.5, cache) == (choices, 2)
-    cache.add(
-        "key", {name: {"dense": times["dense"]} for name, times in cache._entries["key"].items()}
-    )  # an edited file
+    document = json.loads(path.read_text())
+    for times in document["entries"][KEY].values():
+        del times["planned"]  # by somebody who edits the file
+    path.write_text(json.dumps(document))
+    cache = PlanCache(path)
     assert confirm(graph, choices, 0.5, cache) == (choices, 2)
 
 
@@ -368,3 +367,36 @@ def test_a_confirmation_is_of_one_network() -> None:
     assert confirm(graph, choices_of(graph, "library"), 0.5, cache)[1] == 2
     assert confirm(other, choices_of(other, "library"), 0.5, cache)[1] == 2  # only a stride differs
     assert confirm(graph, choices_of(graph, "library"), 0.5, cache)[1] == 0
+
+
+def test_the_network_is_timed_in_what_the_layers_left_of_the_budget() -> None:
+    """Layers take 21 of 44 seconds and the network needs 30 or so: that is too long, though 44 would do."""
+    world = World({"dense": 1.0, "other": 0.5})
+    network_timer = Paced(0.5, ready=lambda: world.passing(2.0))
+    plan = planned(two, world, seconds=44.0, network_timer=network_timer)
+    assert 21.0 <= world.now < 44.0 and network_timer.prepared == 2
+    assert {c.source for c in plan.choices} == {"budget"} and {c.kernel for c in plan.choices} == {"dense"}
+    cache = PlanCache(None)
+    planned(two, world, seconds=400.0, cache=cache)  # all layers are known then
+    plan = planned(two, world, seconds=44.0, network_timer=network_timer, cache=cache)
+    assert {c.kernel for c in plan.choices} == {"other"}
+
+
+def test_a_network_as_fast_as_before_keeps_the_choices_and_each_batch_is_judged_alone() -> None:
+    graph = network()
+    choices = choices_of(graph, "library")[:3] + choices_of(graph, "library", batch=2)[:3]
+    assert confirm(graph, choices, 1.0, PlanCache(None)) == (choices, 4)
+
+    class Slower(Paced):
+        def prepare(self, *_: Any) -> Run:
+            self.ratio = 0.5 if self.prepared < 2 else 1.5
+            return super().prepare()
+
+    kept = confirmed(context_of(graph), choices, PlanCache(None), 10.0, Slower(0.5))
+    assert [c.kernel for c in kept] == ["library"] * 3 + ["dense"] * 3
+
+
+def test_layers_may_take_three_quarters_of_the_budget() -> None:
+    for seconds, kernel in ((39.0, "other"), (38.0, "dense")):  # a second, and 7 rounds there and back of two kernels
+        found = planned(two, World({"dense": 1.0, "other": 0.5}), seconds=seconds)
+        assert kernels(found)["first", 1][0] == kernel, seconds

@@ -13,7 +13,7 @@ from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import build, load
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec
-from redpp_serve.runtime.model import serving_program
+from redpp_serve.runtime.serving_graph import serving_program
 
 IMAGE = (InputSpec("input_0", (3, 8, 8)),)
 
