@@ -1,4 +1,4 @@
-"""Rules that hold on every server: torch's threads, one run for a batch, and a failure that costs its sender alone."""
+"""Rules that hold on every server: torch's threads, one run for a batch, and failures that cost their senders alone."""
 
 from __future__ import annotations
 
@@ -25,11 +25,16 @@ PLAN_VARIABLE = "REDPP_PLAN_SECONDS"
 NETWORK_FAILED = "The network failed on this input"
 NOT_FINITE = "The network's output for this input is not finite"
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def set_threads(threads: Any, where: str) -> None:
-    """Torch threads of this worker; None leaves them as they are. ``where`` names the file that says so.
+    """Set the number of this worker's torch threads; None leaves it as it is.
+
+    Args:
+        threads: what a configuration says.
+        where: the configuration's file, for errors.
 
     Raises:
         RedppError: not a positive integer.
@@ -42,11 +47,18 @@ def set_threads(threads: Any, where: str) -> None:
 
 
 def load_model(artifact: Path, device: str, *, batch: Any, precision: Any, where: str) -> ServingModel:
-    """The artifact, ready for every batch size up to ``batch``: kernels chosen, all buckets run once.
+    """Load an artifact, choose its kernels, and run every batch bucket once.
+
+    Args:
+        artifact: the file.
+        device: ``cpu`` or e.g. ``cuda:0``.
+        batch: the largest batch that the server forms; None for 1.
+        precision: what a configuration says; None for fp32.
+        where: the configuration's file, for errors.
 
     Raises:
-        RedppError: a damaged artifact, a precision that ``where`` (a file) names wrongly or that the network does not
-            run in, or a `PLAN_VARIABLE` that is no number.
+        RedppError: a damaged artifact, an unknown precision or one that the network does not run in, or a
+            `PLAN_VARIABLE` that is not a number.
     """
     precision = "fp32" if precision is None else precision
     check_precision(precision, where)
@@ -69,14 +81,14 @@ def _plan_seconds() -> float:
 
 
 def describe(metrics: Metrics, model: ServingModel) -> None:
-    """Record what is fixed for a model and its plan."""
+    """Record the model's fixed figures and its plan."""
     info, plan = model.description["info"], model.plan
     metrics.describe(parameters=info["parameters"], macs=info["macs"], bytes=model.description["bytes"])
     metrics.plan(plan.precision, plan.digest, {batch: plan.counts(batch) for batch in plan.batches})
 
 
 def run_network(model: ServingModel, inputs: Sequence[Tensor], metrics: Metrics | None) -> tuple[Tensor, ...]:
-    """The network's outputs (N, ...) for inputs (N, ...), recorded as one run.
+    """Return the network's outputs (N, ...) for inputs (N, ...), and record them as one run.
 
     Raises:
         RuntimeError: the outputs are not one row for each row of the inputs.
@@ -94,9 +106,10 @@ def run_network(model: ServingModel, inputs: Sequence[Tensor], metrics: Metrics 
 def together_or_alone(
     items: list[Item], run: Callable[[list[Item]], Result]
 ) -> Iterator[tuple[list[Item], Result | None]]:
-    """Run all items at once; where that fails, each alone, for one of them may be to blame.
+    """Run all items at once; where that fails, run each alone, for one of them may be to blame.
 
-    Yields the items that ran together, and their result; None for an item that failed alone.
+    Yields:
+        The items that ran together, and their result; None for an item that failed alone.
     """
     try:
         result = run(items)
@@ -104,9 +117,8 @@ def together_or_alone(
         log.exception("the network failed on a batch of %d", len(items))
         if len(items) == 1:
             yield items, None
-            return
+        else:
+            for item in items:
+                yield from together_or_alone([item], run)
     else:
         yield items, result
-        return
-    for item in items:
-        yield from together_or_alone([item], run)

@@ -1,20 +1,17 @@
 """Metrics of one served model, the same on every server: one table of families, one class that records.
 
 A binding turns a family into instruments of a server: `prometheus` for TorchServe, whose workers' files `exporter` sums
-and serves, `triton_metrics` for Triton. The servers' own metrics have no versions, no percentiles, or buckets that
-start at 5 ms.
+and serves, and `triton_metrics` for Triton Inference Server. The servers' own metrics lack versions or percentiles, or
+their buckets start at 5 ms.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
-
-log = logging.getLogger(__name__)
 
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 SECONDS_BUCKETS = tuple(float(f"{0.00025 * 2 ** (k / 2):.3g}") for k in range(29))  # 0.25 ms to 4.1 s
@@ -25,7 +22,13 @@ _USAGE_EVERY_S = 0.5
 
 @dataclass(frozen=True)
 class ModelLabels:
-    """The labels on every sample: served name, version of the artifact, and ``original`` or ``pruned``."""
+    """The labels on every sample.
+
+    Attributes:
+        model: the served name.
+        version: the version of the artifact.
+        variant: ``original`` or ``pruned``.
+    """
 
     model: str
     version: str
@@ -34,14 +37,16 @@ class ModelLabels:
 
 @dataclass(frozen=True)
 class Family:
-    """One metric: its kind, its name as exported, and what it says.
+    """One metric.
 
-    Args:
+    Attributes:
         kind: ``counter``, ``gauge`` or ``histogram``.
+        name: its name as exported.
+        help: what it says.
         labels: names of labels beside those of `ModelLabels`.
         buckets: upper bounds of a histogram, without infinity.
-        per_worker: of a gauge: each living worker has its own value and the exported one is their sum; else all
-            workers of a version hold the same value.
+        per_worker: for a gauge, True if each living worker has a value of its own and the exported one is their sum;
+            otherwise all workers of a version hold the same value.
     """
 
     kind: str
@@ -101,27 +106,22 @@ FAMILIES = {
 }
 
 
-class Instrument(Protocol):
-    """One sample of a family; a counter has ``inc``, a gauge ``set``, a histogram ``observe``."""
-
-    def inc(self, amount: float = 1) -> None: ...
-    def set(self, value: float) -> None: ...
-    def observe(self, value: float) -> None: ...
-
-
 class Binding(Protocol):
-    """What a server offers: instruments of its own kind for a family and all its labels' values."""
+    """What a server offers: instruments of its own kind."""
 
     def instrument(self, family: Family, labels: Mapping[str, str]) -> Any:
-        """An `Instrument`; called once for each set of labels."""
+        """Return the instrument for a family and all its labels' values; called once for each set of labels.
+
+        A counter has ``inc(amount)``, a gauge ``set(value)``, a histogram ``observe(value)``.
+        """
 
 
 class Metrics:
     """The metrics of one model in one worker.
 
     Args:
-        labels: of every sample.
-        binding: the server's instruments.
+        labels: the labels of every sample.
+        binding: makes the server's instruments.
         device: where the network runs, ``cpu`` or e.g. ``cuda:0``.
     """
 
@@ -130,7 +130,7 @@ class Metrics:
         self._batch, self._handler = self._open("redpp_batch_size"), self._open("redpp_handler_seconds")
         self._inference = self._open("redpp_inference_seconds")
         self._requests = {outcome: self._open("redpp_requests_total", outcome=outcome) for outcome in OUTCOMES}
-        self._batches: dict[int, tuple[Instrument, Instrument]] = {}
+        self._batches: dict[int, tuple[Any, Any]] = {}
         self._cpu, self._cpu_s = self._open("redpp_worker_cpu_seconds_total"), 0.0
         self._resident = self._open("redpp_worker_resident_bytes")
         self._held = self._open("redpp_device_memory_bytes", device=device)
@@ -150,13 +150,16 @@ class Metrics:
                 self._open("redpp_plan_layers", kernel=kernel, batch=str(batch)).set(count)
 
     def batch(self, size: int, handler_s: float) -> None:
-        """Record one batch: its size and the handler's time in seconds; also what the worker uses by now."""
+        """Record one batch, its size and the handler's time in seconds, and what the worker has used by now."""
         self._batch.observe(size)
         self._handler.observe(handler_s)
         pair = self._batches.get(size)
         if pair is None:
-            names = ("redpp_batches_total", "redpp_batch_seconds_total")
-            pair = self._batches[size] = tuple(self._open(name, batch=str(size)) for name in names)
+            label = str(size)
+            pair = self._batches[size] = (
+                self._open("redpp_batches_total", batch=label),
+                self._open("redpp_batch_seconds_total", batch=label),
+            )
         pair[0].inc()
         pair[1].inc(handler_s)
         self._usage()
@@ -173,7 +176,7 @@ class Metrics:
         return self._binding.instrument(FAMILIES[name], {**self._labels, **labels})
 
     def _usage(self) -> None:
-        """CPU time and memory so far. Reading them costs more than all the rest: twice a second is enough."""
+        """Record CPU time and memory so far. Reading them costs more than all the rest: twice a second is enough."""
         now = time.monotonic()
         if now - self._usage_at < _USAGE_EVERY_S:
             return
@@ -190,7 +193,7 @@ class Metrics:
 
 
 def resident_bytes() -> int | None:
-    """Resident memory of this process; None on systems without ``/proc``."""
+    """Return the resident memory of this process, bytes; None on systems without ``/proc``."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -198,25 +201,7 @@ def resident_bytes() -> int | None:
         return None
 
 
-def open_metrics(labels: ModelLabels, device: str = "cpu") -> Metrics | None:
-    """Metrics for this worker, or None (after one line in the log) where they cannot be collected."""
-    directory = os.environ.get(DIRECTORY)
-    if not directory:
-        log.warning("metrics are off: set %s to an empty directory to turn them on", DIRECTORY)
-        return None
-    os.makedirs(directory, exist_ok=True)
-    from redpp_serve.handlers.prometheus import PrometheusBinding, show_life
-
-    try:
-        binding = PrometheusBinding()
-    except ImportError:
-        log.warning("metrics are off: the package prometheus-client is not installed")
-        return None
-    show_life(directory)  # before the first file of metrics: see there
-    return Metrics(labels, binding, device)
-
-
 def _cuda_bytes(device: str) -> int:
-    import torch
+    import torch  # noqa: PLC0415  the exporter and other readers of the table do without
 
     return torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""From one request's body to tensors. Every refusal concerns that request alone, never its batch.
+"""Turn one request's body into tensors. Every refusal concerns that request alone, never its batch.
 
 Accepted: ``.npy`` bytes, ``.npz`` bytes (several inputs, by name), JSON (nested lists, or an object with the key
 ``inputs``), and PNG or JPEG bytes where the artifact declares a preprocessing.
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-import numpy
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,15 +23,20 @@ from redpp_serve.handlers.preprocess import ImageRefused, Preprocess
 
 NPY, ZIP, PNG, JPEG = b"\x93NUMPY", b"PK\x03\x04", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _NPY_HEADER_BYTES = 16384
-_NPY_HEADERS = {(1, 0): numpy.lib.format.read_array_header_1_0, (2, 0): numpy.lib.format.read_array_header_2_0}
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 class BadRequest(ValueError):
-    """A request that cannot be served; the message is one sentence with what was found and expected."""
+    """A request cannot be served; the message says in one sentence what was found and what was expected."""
 
 
 def parse(item: Mapping[str, Any], inputs: Sequence[InputSpec], preprocess: Preprocess | None) -> tuple[Tensor, ...]:
-    """One request, as TorchServe hands it over, to one tensor for each input, without batch dimension.
+    """Return one tensor for each input, without batch dimension.
+
+    Args:
+        item: one request, as TorchServe hands it over.
+        inputs: what the network takes.
+        preprocess: how images become its input; None refuses images.
 
     Raises:
         BadRequest: the body is empty, of no known kind, or does not fit the inputs.
@@ -79,10 +84,10 @@ def _read_image(data: bytes, spec: InputSpec, preprocess: Preprocess | None) -> 
 
 
 def _read_npy(data: bytes | bytearray, spec: InputSpec) -> Tensor:
-    """The header is checked against the input before any memory is set aside for what it claims."""
+    """Check the header against the input before any memory is set aside for what it claims."""
     stream = io.BytesIO(bytes(data[:_NPY_HEADER_BYTES]))
     try:
-        shape, fortran, dtype = _NPY_HEADERS[numpy.lib.format.read_magic(stream)](stream)
+        shape, fortran, dtype = _NPY_HEADERS[np.lib.format.read_magic(stream)](stream)  # type: ignore[no-untyped-call]
     except Exception:  # numpy's header parser lets errors of tokenizer and parser through
         raise BadRequest("a .npy array with an unreadable header, expected numpy.save of a plain array") from None
     if dtype.hasobject or dtype.kind not in "fiub":
@@ -91,7 +96,7 @@ def _read_npy(data: bytes | bytearray, spec: InputSpec) -> Tensor:
     size, expected = len(data) - stream.tell(), math.prod(shape) * dtype.itemsize
     if size != expected:
         raise BadRequest(f"a .npy array with {size} bytes of data, expected {expected} for its shape {tuple(shape)}")
-    array = numpy.frombuffer(data, dtype, offset=stream.tell())
+    array = np.frombuffer(data, dtype, offset=stream.tell())
     return _checked(array.reshape(shape, order="F" if fortran else "C"), spec)
 
 
@@ -100,7 +105,8 @@ def _read_npz(data: bytes | bytearray, inputs: Sequence[InputSpec]) -> tuple[Ten
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             if len(inputs) == 1 and len(entries) == 1:
-                entries = {inputs[0].name: info for info in entries.values()}
+                (info,) = entries.values()  # a single array is the only input, whatever its name
+                entries = {inputs[0].name: info}
             _check_names(entries, inputs, "an .npz")
             return tuple(_read_npy(_unpack(archive, entries[i.name], i), i) for i in inputs)
     except BadRequest:
@@ -132,11 +138,11 @@ def _from_document(document: Any, inputs: Sequence[InputSpec]) -> tuple[Tensor, 
         values = document
     else:
         raise BadRequest(f"JSON that is not one entry for each input, expected {len(inputs)} entries")
-    return tuple(_from_lists(value, spec) for value, spec in zip(values, inputs))
+    return tuple(_from_lists(value, spec) for value, spec in zip(values, inputs, strict=True))
 
 
 def _from_lists(value: Any, spec: InputSpec) -> Tensor:
-    """Not left to numpy alone: it turns strings among numbers into one huge array of strings."""
+    """Check nested lists before numpy sees them: it turns strings among numbers into one huge array of strings."""
     shape, level = [], value
     while isinstance(level, list):
         shape.append(len(level))
@@ -152,14 +158,14 @@ def _from_lists(value: Any, spec: InputSpec) -> Tensor:
         names = _some(sorted(kind.__name__ for kind in kinds - {int, float, bool}))
         raise BadRequest(f"input {spec.name!r} with entries of type {names}, expected numbers")
     try:
-        array = numpy.array(flat, dtype="float64" if float in kinds else "int64" if int in kinds else "bool")
+        array = np.array(flat, dtype="float64" if float in kinds else "int64" if int in kinds else "bool")
     except OverflowError:
         raise BadRequest(f"input {spec.name!r} with a number out of range, expected {spec.dtype}") from None
     return _checked(array.reshape(shape), spec)
 
 
-def _checked(array: numpy.ndarray, spec: InputSpec) -> Tensor:
-    """Shape, conversion without loss of kind, finite values; one leading batch dimension of 1 is dropped."""
+def _checked(array: np.ndarray[Any, Any], spec: InputSpec) -> Tensor:
+    """Check shape and values, convert without loss of kind, and drop a leading batch dimension of 1."""
     _check_shape(array.shape, spec)
     dtype = getattr(torch, spec.dtype)
     allowed = "fiub" if dtype.is_floating_point else "b" if dtype is torch.bool else "iub"
@@ -170,8 +176,8 @@ def _checked(array: numpy.ndarray, spec: InputSpec) -> Tensor:
         if int(array.min()) < limits.min or int(array.max()) > limits.max:
             raise BadRequest(f"input {spec.name!r} with values out of range, expected {spec.dtype}")
     target = "float32" if spec.dtype == "bfloat16" else spec.dtype
-    with numpy.errstate(over="ignore"):
-        converted = numpy.require(array, target, ["C", "A", "W"])
+    with np.errstate(over="ignore"):
+        converted = np.require(array, target, ["C", "A", "W"])
     tensor = torch.from_numpy(converted).to(dtype).reshape(spec.shape)
     if dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
         raise BadRequest(f"input {spec.name!r} with NaN, infinity or values beyond {spec.dtype}, expected finite ones")

@@ -1,4 +1,4 @@
-"""From PNG or JPEG bytes to the tensor a network was trained on, as the artifact declares it."""
+"""Turn PNG or JPEG bytes into the tensor that a network was trained on, as the artifact declares it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,17 +18,19 @@ _CHANNELS = {"L": 1, "RGB": 3}
 
 
 class ImageRefused(ValueError):
-    """One image that cannot be used; the message says what was found and what was expected."""
+    """An image cannot be used; the message says what was found and what was expected."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
     """Decode, convert to ``mode``, resize bilinearly to ``height`` x ``width``, divide by 255, normalise.
 
-    Args:
+    Attributes:
         mode: ``L`` (one channel) or ``RGB`` (three).
-        height, width: of the network's input, pixels.
-        mean, std: for each channel, on the scale 0 to 1.
+        height: the height of the network's input, pixels.
+        width: its width, pixels.
+        mean: the mean of each channel, on the scale 0 to 1.
+        std: the standard deviation of each channel, on the same scale.
     """
 
     mode: str
@@ -54,7 +56,7 @@ class Preprocess:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Preprocess:
-        """The inverse of `to_json`.
+        """Read what `to_json` wrote.
 
         Raises:
             RedppError: missing keys or values out of range.
@@ -70,16 +72,16 @@ class Preprocess:
             ) from error
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
+        """Return a JSON-ready dictionary."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     def image(self, data: bytes) -> Tensor:
-        """The image as a float32 tensor (channels, height, width).
+        """Return the image as a float32 tensor (channels, height, width).
 
         Raises:
             ImageRefused: undecodable, more than 8 bits a channel, or more than `MAX_PIXELS` pixels.
         """
-        from PIL import Image
+        from PIL import Image  # noqa: PLC0415  only networks of images need Pillow
 
         try:
             # Opening reads the header alone; the size is checked before any pixel is decoded.
@@ -98,12 +100,12 @@ class Preprocess:
         if image.size != (self.width, self.height):
             image = image.resize((self.width, self.height), Image.Resampling.BILINEAR)
         scale, shift = _affine(self.mean, self.std)
-        pixels = numpy.asarray(image).reshape(self.height, self.width, -1).transpose(2, 0, 1)
-        return torch.from_numpy(numpy.ascontiguousarray(pixels * scale + shift))
+        pixels = np.asarray(image).reshape(self.height, self.width, -1).transpose(2, 0, 1)
+        return torch.from_numpy(np.ascontiguousarray(pixels * scale + shift))
 
 
 @lru_cache(maxsize=8)
-def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Scale and shift (channels, 1, 1) float32 that take a byte to its normalised value."""
-    wide = [numpy.array(v, dtype=numpy.float64).reshape(-1, 1, 1) for v in (mean, std)]
-    return (1 / (255 * wide[1])).astype(numpy.float32), (-wide[0] / wide[1]).astype(numpy.float32)
+def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the scale and shift (channels, 1, 1), float32, that take a byte to its normalised value."""
+    wide = [np.array(v, dtype=np.float64).reshape(-1, 1, 1) for v in (mean, std)]
+    return (1 / (255 * wide[1])).astype(np.float32), (-wide[0] / wide[1]).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The TorchServe handler. Original and pruned networks are served by this same code.
+"""Serve the original and the pruned network in TorchServe: the same handler for both.
 
 A batch holds requests of unrelated clients: each is parsed, refused, run and answered so that one bad request
 costs its sender a 400 and nobody else anything.
@@ -27,9 +27,10 @@ from redpp_serve.handlers.batching import (
     set_threads,
     together_or_alone,
 )
-from redpp_serve.handlers.metrics import Metrics, ModelLabels, open_metrics
+from redpp_serve.handlers.metrics import Metrics, ModelLabels
 from redpp_serve.handlers.payload import BadRequest, parse
 from redpp_serve.handlers.preprocess import Preprocess
+from redpp_serve.handlers.prometheus import open_metrics
 from redpp_serve.handlers.wire import HANDLER_HEADER, OUTPUTS_KEY, VARIANT_HEADER, write_seconds
 from redpp_serve.runtime.model import ServingModel
 
@@ -42,13 +43,13 @@ _OUTCOMES = {200: "ok", 400: "bad_request", 500: "error"}
 class _Reply:
     """One request on its way: its tensors, then its body or the reason it failed."""
 
-    tensors: tuple[Tensor, ...] | None = None
+    tensors: tuple[Tensor, ...] = ()
     body: bytes = b""
     status: int = 200
     reason: str = ""
 
     def fail(self, status: int, reason: str) -> None:
-        """The reason becomes part of the status line: one line of printable ASCII, or the protocol breaks."""
+        """Answer with an error. The reason is part of the status line: one line of printable ASCII, or HTTP breaks."""
         line = " ".join(reason.split()).encode("ascii", "replace").decode()
         self.status, self.reason = status, "".join(c if c.isprintable() else "?" for c in line)[:300]
         self.body = json.dumps({"error": self.reason}).encode()
@@ -92,11 +93,10 @@ class RedppHandler:
             describe(self.metrics, self.model)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
-        """One JSON body for each request of the batch; statuses and headers go through ``context``."""
+        """Return one JSON body for each request of the batch; statuses and headers go through ``context``."""
         start = time.perf_counter()
         replies = [self._parse(item) for item in data]
-        good = [reply for reply in replies if reply.tensors is not None]
-        if good:
+        if good := [reply for reply in replies if reply.status == 200]:
             self._answer(good)
         seconds = time.perf_counter() - start
         for index, reply in enumerate(replies):
@@ -123,8 +123,7 @@ class RedppHandler:
         return reply
 
     def _answer(self, replies: list[_Reply]) -> None:
-        run = together_or_alone(replies, lambda some: self._run([reply.tensors for reply in some]))
-        for group, outputs in run:
+        for group, outputs in together_or_alone(replies, self._run):
             if outputs is None:
                 group[0].fail(500, NETWORK_FAILED)
                 continue
@@ -135,8 +134,9 @@ class RedppHandler:
                 except ValueError:  # JSON has no NaN
                     reply.fail(500, NOT_FINITE)
 
-    def _run(self, items: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        return run_network(self.model, [torch.stack(column) for column in zip(*items)], self.metrics)
+    def _run(self, replies: list[_Reply]) -> tuple[Tensor, ...]:
+        columns = zip(*(reply.tensors for reply in replies), strict=True)
+        return run_network(self.model, [torch.stack(column) for column in columns], self.metrics)
 
 
 def _preprocess(model: ServingModel) -> Preprocess | None:

@@ -1,7 +1,7 @@
-"""Binds the table of metrics to Triton's own: instruments that the instances of a version share and add up in.
+"""Bind the table of metrics to Triton's own: instruments that the instances of a version share and add up in.
 
-One call into Triton takes 20 to 40 microseconds, a batch's half a dozen as long as a small network. So a thread makes
-the calls after the answers have left, and sums up what came together.
+One call into Triton takes 20 to 40 microseconds, and the half dozen calls for a batch take as long as a small network.
+So a thread makes the calls after the answers have left, and sums up what came together.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from redpp_serve.handlers.metrics import Family
 log = logging.getLogger(__name__)
 
 _CLOSE_S = 5.0
+Entry = tuple[Any, str, float]  # a metric of Triton's, the call on it, and its argument
 
 
 class TritonBinding:
-    """Instruments made of ``MetricFamily``.
+    """Makes instruments out of Triton's ``MetricFamily``.
 
     Args:
         backend: the module ``triton_python_backend_utils``.
@@ -32,7 +33,7 @@ class TritonBinding:
         self._families: dict[str, Any] = {}
         self._metrics: list[Any] = []
         self._shares: list[TritonInstrument] = []
-        self._queue: queue.SimpleQueue[tuple[Any, str, float] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._post, name="metrics", daemon=True)
         self._thread.start()
 
@@ -81,15 +82,17 @@ class TritonBinding:
 
 
 class TritonInstrument:
-    """See `metrics.Instrument`; a worker's share of a gauge is recorded as what it changed by."""
+    """See `metrics.Binding`; of a worker's share of a gauge it records the change."""
 
-    def __init__(self, entries: queue.SimpleQueue[Any], metric: Any, share: bool) -> None:
+    def __init__(self, entries: queue.SimpleQueue[Entry | None], metric: Any, share: bool) -> None:
         self._entries, self._metric, self._share, self._last = entries, metric, share, 0.0
 
     def inc(self, amount: float = 1) -> None:
+        """Increment a counter."""
         self._entries.put((self._metric, "increment", float(amount)))
 
     def set(self, value: float) -> None:
+        """Set a gauge."""
         if self._share:
             self.inc(value - self._last)
             self._last = value
@@ -97,18 +100,19 @@ class TritonInstrument:
             self._entries.put((self._metric, "set", float(value)))
 
     def observe(self, value: float) -> None:
+        """Observe a value in a histogram."""
         self._entries.put((self._metric, "observe", float(value)))
 
 
-def summed(entries: list[tuple[Any, str, float] | None]) -> list[tuple[Any, str, float]]:
-    """The entries in their order, all increments of a metric as one."""
-    kept: list[tuple[Any, str, float]] = []
+def summed(entries: list[Entry | None]) -> list[Entry]:
+    """Return the entries in their order, with all increments of a metric as one."""
+    kept: list[Entry] = []
     sums: dict[int, float] = {}
     for metric, call, value in filter(None, entries):
-        if call == "increment":
-            if id(metric) not in sums:
-                kept.append((metric, call, 0.0))
-            sums[id(metric)] = sums.get(id(metric), 0.0) + value
-        else:
+        if call != "increment":
             kept.append((metric, call, value))
+            continue
+        if id(metric) not in sums:
+            kept.append((metric, call, 0.0))
+        sums[id(metric)] = sums.get(id(metric), 0.0) + value
     return [(metric, call, sums[id(metric)] if call == "increment" else value) for metric, call, value in kept]

@@ -1,4 +1,4 @@
-"""The model of Triton's Python back end. Original and pruned networks are served by this same code.
+"""Serve the original and the pruned network in Triton's Python back end: the same model class for both.
 
 Triton checks names, dtypes and most shapes, and hands over several requests at once, each of one or more rows: they run
 as one batch. Tensors pass by DLPack both ways; numpy arrays would lose their data where numpy 2 is installed.
@@ -40,7 +40,7 @@ CONFIG = "config.pbtxt"
 
 @dataclass
 class _Request:
-    """One request on its way: the rows of the batch that are its own, then its outputs or the reason it failed."""
+    """One request on its way: its rows of the batch, then its outputs or the reason it failed."""
 
     inputs: tuple[Tensor, ...] = ()
     rows: slice = field(default_factory=lambda: slice(0))
@@ -55,8 +55,10 @@ class _Request:
 class RedppModel:
     """Loads one artifact and answers batches; Triton makes one object in each instance's process.
 
-    ``artifact`` is set by the generated ``model.py``, which lies beside it. ``metrics`` is None where the server collects
-    none. Triton's warm-up requests are not counted.
+    Attributes:
+        artifact: the file; set by the generated ``model.py``, which lies beside it.
+        model: the loaded network.
+        metrics: None where the server collects none. Triton's warm-up requests are not counted.
     """
 
     artifact: Path
@@ -67,9 +69,10 @@ class RedppModel:
         """Load the artifact, choose its kernels, run every batch bucket, and open the metrics.
 
         Raises:
-            RedppError: a damaged artifact, or a configuration without batches or with wrong ``threads`` or ``precision``.
+            RedppError: a damaged artifact, or a configuration without batches or with wrong ``threads`` or
+                ``precision``.
         """
-        import triton_python_backend_utils as backend  # filled by Triton after this module was imported
+        import triton_python_backend_utils as backend  # noqa: PLC0415  filled by Triton after this module is imported
 
         self._backend = backend
         config = json.loads(args["model_config"])
@@ -79,10 +82,10 @@ class RedppModel:
                 "a positive integer",
                 f"correct {CONFIG}",
             )
-        threads = config.get("parameters", {}).get("threads", {}).get("string_value")
+        given = {name: value.get("string_value") for name, value in config.get("parameters", {}).items()}
+        threads, precision = given.get("threads"), given.get("precision")
         set_threads(int(threads) if threads and threads.isdecimal() else threads, CONFIG)
         device = _device(args)
-        precision = config.get("parameters", {}).get("precision", {}).get("string_value")
         self.model = load_model(
             self.artifact, device, batch=config["max_batch_size"], precision=precision, where=CONFIG
         )
@@ -98,7 +101,7 @@ class RedppModel:
             log.warning("metrics are off: %s", error)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response for each request, with the network's outputs or that request's own error."""
+        """Return one response for each request, with the network's outputs or that request's own error."""
         start = time.perf_counter()
         items = [self._read(request) for request in requests]
         self._answer([item for item in items if item.outcome == "ok"])
@@ -121,9 +124,11 @@ class RedppModel:
         item = _Request()
         try:
             tensors = {tensor.name(): tensor for tensor in request.inputs()}
-            item.inputs = tuple(torch.from_dlpack(tensors[spec.name].to_dlpack()) for spec in self.model.inputs)
-            # Triton counts rows in 32 bits: a request for 2**40 comes through as one row that lacks its batch dimension.
-            plain = all(x.shape[1:] == spec.shape for x, spec in zip(item.inputs, self.model.inputs))
+            item.inputs = tuple(
+                torch.utils.dlpack.from_dlpack(tensors[spec.name].to_dlpack()) for spec in self.model.inputs
+            )
+            # Triton counts rows in 32 bits: a request for 2**40 arrives as one row that lacks its batch dimension.
+            plain = all(x.shape[1:] == spec.shape for x, spec in zip(item.inputs, self.model.inputs, strict=True))
             if not plain or len({len(x) for x in item.inputs}) != 1 or not len(item.inputs[0]):
                 shapes = ", ".join(str(tuple(x.shape)) for x in item.inputs)
                 item.fail("bad_request", f"Found inputs of shapes {shapes}, expected one or more rows, as many in each")
@@ -150,33 +155,31 @@ class RedppModel:
                 group[0].fail("error", NETWORK_FAILED)
                 continue
             first = group[0].rows.start
-            outputs = tuple(_plain(y) for y in outputs)
-            wrong = [rows for rows in map(non_finite_rows, outputs) if rows is not None]
+            readable = [_readable(y) for y in outputs]
+            wrong = [flags for flags in map(non_finite_rows, readable) if flags is not None]
             for item in group:
                 rows = slice(item.rows.start - first, item.rows.stop - first)
-                item.outputs = tuple(y[rows] for y in outputs)
+                item.outputs = tuple(y[rows] for y in readable)
                 if any(bool(flags[rows].any()) for flags in wrong):
                     item.fail("error", NOT_FINITE)
 
     def _batch(self, items: list[_Request]) -> tuple[Tensor, ...]:
-        """All rows in one tensor for each input. Always a copy: Triton's memory is not aligned for its elements."""
+        """Copy all rows into one tensor for each input: Triton's memory is not aligned for its elements."""
         start = 0
         for item in items:
             item.rows = slice(start, start + len(item.inputs[0]))
             start = item.rows.stop
-        columns = zip(*(item.inputs for item in items))
-        return tuple(torch.cat(column).to(getattr(torch, s.dtype)) for column, s in zip(columns, self.model.inputs))
+        columns = zip(*(item.inputs for item in items), strict=True)
+        specs = self.model.inputs
+        return tuple(torch.cat(column).to(getattr(torch, s.dtype)) for column, s in zip(columns, specs, strict=True))
 
     def _refuse_non_finite(self, items: list[_Request], batch: tuple[Tensor, ...]) -> None:
-        for spec, x in zip(self.model.inputs, batch):
+        for spec, x in zip(self.model.inputs, batch, strict=True):
             wrong = non_finite_rows(x)
-            for item in items if wrong is not None else ():
-                if bool(wrong[item.rows].any()):
-                    item.fail(
-                        "bad_request",
-                        f"Found input {spec.name!r} with NaN, infinity or values beyond "
-                        f"{spec.dtype}, expected finite ones",
-                    )
+            for item in items:
+                if wrong is not None and bool(wrong[item.rows].any()):
+                    found = f"Found input {spec.name!r} with NaN, infinity or values beyond {spec.dtype}"
+                    item.fail("bad_request", f"{found}, expected finite ones")
 
     @property
     def _counting(self) -> Metrics | None:
@@ -193,7 +196,7 @@ class RedppModel:
 
 
 def non_finite_rows(x: Tensor) -> Tensor | None:
-    """Which rows of x (N, ...) hold NaN or infinity, (N,) bool; None where none does."""
+    """Return a mask (N,) of the rows of x (N, ...) that hold NaN or infinity; None where none does."""
     # A sum is one pass over the memory and hides neither; it may overflow by itself, so it only acquits.
     if not x.is_floating_point() or math.isfinite(float(x.sum())):
         return None
@@ -209,13 +212,13 @@ def _takes_parameters(backend: Any) -> bool:
     return True
 
 
-def _plain(y: Tensor) -> Tensor:
-    """As Triton's clients can read it: row-major, and float32 for bfloat16, which numpy lacks."""
+def _readable(y: Tensor) -> Tensor:
+    """Make an output row-major, and float32 instead of bfloat16, which clients with numpy cannot read."""
     return (y.float() if y.dtype is torch.bfloat16 else y).contiguous()
 
 
 def _device(args: dict[str, str]) -> str:
-    """The GPU that Triton gave this instance, made the process's own; else the CPU."""
+    """Make the GPU that Triton gave this instance the process's own, and return its name; else ``cpu``."""
     if args["model_instance_kind"] != "GPU":
         return "cpu"
     if not torch.cuda.is_available():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -14,12 +15,13 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from redpp_serve.handlers import metrics
 from redpp_serve.handlers.exporter import Workers
-from redpp_serve.handlers.metrics import FAMILIES, SECONDS_BUCKETS, Metrics, ModelLabels, open_metrics
-from redpp_serve.handlers.prometheus import WRITE_EVERY_S, PrometheusBinding
+from redpp_serve.handlers.metrics import FAMILIES, SECONDS_BUCKETS, Metrics, ModelLabels
+from redpp_serve.handlers.prometheus import WRITE_EVERY_S, PrometheusBinding, open_metrics
 
 WORKER = """
 import sys
-from redpp_serve.handlers.metrics import ModelLabels, open_metrics
+from redpp_serve.handlers.metrics import ModelLabels
+from redpp_serve.handlers.prometheus import open_metrics
 metrics = open_metrics(ModelLabels("digits", sys.argv[1], sys.argv[2]))
 metrics.describe(parameters=100, macs=2000, bytes=400)
 for seconds in (0.001, 0.02):
@@ -51,7 +53,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> CollectorRegistry:
 def collected(folder: Path) -> CollectorRegistry:
     """As the exporter collects."""
     registry = CollectorRegistry()
-    registry.register(Workers(str(folder)))
+    registry.register(Workers(folder))
     return registry
 
 
@@ -81,10 +83,10 @@ def test_counts_and_times_add_up_over_workers(registry: CollectorRegistry, label
     assert 0.01 * workers < value("redpp_worker_cpu_seconds_total") < 60 * workers
 
 
-@pytest.mark.parametrize("labels", [ORIGINAL, PRUNED])
-def test_what_describes_a_model_is_not_multiplied_by_its_workers(registry: CollectorRegistry, labels: dict) -> None:
-    found = {n: registry.get_sample_value(f"redpp_model_{n}", labels) for n in ("parameters", "macs", "bytes")}
-    assert found == {"parameters": 100, "macs": 2000, "bytes": 400}
+def test_what_describes_a_model_is_not_multiplied_by_its_workers(registry: CollectorRegistry) -> None:
+    for labels in (ORIGINAL, PRUNED):
+        found = {n: registry.get_sample_value(f"redpp_model_{n}", labels) for n in ("parameters", "macs", "bytes")}
+        assert found == {"parameters": 100, "macs": 2000, "bytes": 400}, labels
 
 
 @pytest.fixture
@@ -251,7 +253,7 @@ def test_a_batch_costs_the_handler_a_few_microseconds() -> None:
 
 def test_buckets_are_geometric_from_a_quarter_millisecond_to_four_seconds() -> None:
     assert SECONDS_BUCKETS[0] == 0.00025 and 4 <= SECONDS_BUCKETS[-1] < 4.2
-    ratios = [b / a for a, b in zip(SECONDS_BUCKETS, SECONDS_BUCKETS[1:])]
+    ratios = [b / a for a, b in pairwise(SECONDS_BUCKETS)]
     assert all(1.40 < ratio < 1.43 for ratio in ratios)
 
 

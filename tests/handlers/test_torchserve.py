@@ -13,6 +13,7 @@ from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.handlers.torchserve import RedppHandler
 from redpp_serve.handlers.wire import HANDLER_HEADER, VARIANT_HEADER
+from redpp_serve.runtime.model import ServingModel
 from tests.support.served import PREPROCESS, SHAPE, Context, artifact, expected, network, npy, picture
 
 RANDOM = numpy.random.default_rng(0)
@@ -71,7 +72,7 @@ def test_every_reply_names_its_time_variant_and_type(tmp_path: Path) -> None:
 
 def test_a_batch_of_bad_requests_does_not_run_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served, context = handler(tmp_path)
-    monkeypatch.setattr(served, "_run", lambda items: pytest.fail("the network ran"))
+    monkeypatch.setattr(ServingModel, "__call__", lambda *_: pytest.fail("the network ran"))
     assert len(served.handle([{"body": b"?"}, {}], context)) == 2
     assert [context.statuses[i][0] for i in (0, 1)] == [400, 400]
 
@@ -117,8 +118,6 @@ def test_a_network_that_mixes_the_batch_is_not_answered_with_wrong_rows(tmp_path
 
 
 def test_every_bucket_runs_before_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from redpp_serve.runtime.model import ServingModel
-
     sizes = []
     call = ServingModel.__call__
     monkeypatch.setattr(ServingModel, "__call__", lambda self, *x: sizes.append(len(x[0])) or call(self, *x))
@@ -127,23 +126,22 @@ def test_every_bucket_runs_before_ready(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_precision_comes_from_the_configuration(tmp_path: Path) -> None:
-    served, context = handler(tmp_path, config={"handler": {"precision": "bf16"}})
+    served, _ = handler(tmp_path, config={"handler": {"precision": "bf16"}})
     assert served.model.precision == "bf16"
     with pytest.raises(RedppError, match="precision is 'half' in model-config.yaml"):
         handler(tmp_path, config={"handler": {"precision": "half"}})
 
 
-@pytest.mark.parametrize(("text", "timed"), [("0", False), ("5", True)])
-def test_the_time_for_plans_comes_from_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, timed: bool
-) -> None:
-    monkeypatch.setenv("REDPP_PLAN_SECONDS", text)
+def test_the_time_for_plans_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDPP_PLAN_CACHE", str(tmp_path / "plans.json"))
-    served, _ = handler(tmp_path)
-    assert any(choice.times for choice in served.model.plan.choices) == timed
-    monkeypatch.setenv("REDPP_PLAN_SECONDS", "soon")
-    with pytest.raises(RedppError, match="REDPP_PLAN_SECONDS is 'soon'"):
-        handler(tmp_path)
+    for text, timed in (("0", False), ("5", True)):
+        monkeypatch.setenv("REDPP_PLAN_SECONDS", text)
+        served, _ = handler(tmp_path)
+        assert any(choice.times for choice in served.model.plan.choices) == timed
+    for text in ("soon", "-1", "inf", "nan"):
+        monkeypatch.setenv("REDPP_PLAN_SECONDS", text)
+        with pytest.raises(RedppError, match=f"REDPP_PLAN_SECONDS is '{text}'"):
+            handler(tmp_path)
 
 
 def test_threads_come_from_the_configuration(tmp_path: Path) -> None:
@@ -154,6 +152,8 @@ def test_threads_come_from_the_configuration(tmp_path: Path) -> None:
     assert torch.get_num_threads() == 2
     with pytest.raises(RedppError, match="threads"):
         handler(tmp_path, config={"handler": {"threads": "two"}})
+    with pytest.raises(RedppError, match="threads is 0 in model-config.yaml"):
+        handler(tmp_path, config={"handler": {"threads": 0}})
 
 
 def test_what_cannot_be_served_is_refused_at_loading(tmp_path: Path) -> None:

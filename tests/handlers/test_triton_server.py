@@ -40,7 +40,7 @@ def graph(*nodes: Node, inputs: tuple[InputSpec, ...] = (InputSpec("x", (2,)),),
 
 
 def ask(served: RedppModel, *requests: Any) -> list[Any]:
-    """Each request's first output, or (code, message) of its error; a request is a tensor for x, or names to tensors."""
+    """Each request's first output, or (code, message) of its error; a request is a tensor for x, or tensors by name."""
     items = [stand_in.InferenceRequest(r if isinstance(r, dict) else {"x": torch.as_tensor(r)}) for r in requests]
     responses = served.execute(items)
     return [(r.error().code, r.error().message()) if r.has_error() else r.output_tensors()[0].held for r in responses]
@@ -64,18 +64,18 @@ def test_requests_of_several_rows_run_as_one_batch(tmp_path: Path, monkeypatch: 
     inputs = [values(rows, seed) for seed, rows in enumerate((1, 3, 2))]
     answers = ask(served, *inputs)
     assert sizes == [6] and [len(a) for a in answers] == [1, 3, 2]
-    for x, answer in zip(inputs, answers):
+    for x, answer in zip(inputs, answers, strict=True):
         assert answer.tolist() == right(x)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_bad_number_costs_its_sender_alone(tmp_path: Path, bad: float) -> None:
+def test_a_bad_number_costs_its_sender_alone(tmp_path: Path) -> None:
     served, inputs = model(tmp_path), [values(2, seed) for seed in range(3)]
-    inputs[1][1, 2, 7, 7] = bad
-    answers = ask(served, *inputs)
-    code, message = answers[1]
-    assert code == stand_in.TritonError.INVALID_ARG and "'x' with NaN, infinity" in message
-    assert answers[0].tolist() == right(inputs[0]) and answers[2].tolist() == right(inputs[2])
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        inputs[1][1, 2, 7, 7] = bad
+        answers = ask(served, *inputs)
+        code, message = answers[1]
+        assert code == stand_in.TritonError.INVALID_ARG and "'x' with NaN, infinity" in message
+        assert answers[0].tolist() == right(inputs[0]) and answers[2].tolist() == right(inputs[2])
 
 
 def test_a_batch_of_bad_requests_does_not_run_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_the_metrics_count_clients_requests_and_no_warm_up(tmp_path: Path) -> No
     assert sample("redpp_batch_size").observed == [3, 1] and len(sample("redpp_inference_seconds").observed) == 2
     handler = sample("redpp_handler_seconds")
     assert len(handler.observed) == 2 and handler.buckets[0] == 0.00025
-    for size, seconds in zip("31", handler.observed):
+    for size, seconds in zip("31", handler.observed, strict=True):
         assert sample("redpp_batches_total", batch=size).value() == 1
         assert sample("redpp_batch_seconds_total", batch=size).value() == pytest.approx(seconds)
     assert sample("redpp_model_parameters").value() == INFO["parameters"] and sample("redpp_model_bytes").value() > 0
@@ -244,17 +244,14 @@ def test_a_failing_metric_costs_no_answer(tmp_path: Path, monkeypatch: pytest.Mo
     assert sample("redpp_requests_total", outcome="ok").value() == 2
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
+def test_a_wrong_configuration_is_refused_at_loading(tmp_path: Path) -> None:
+    for config, message in (
         ({"max_batch_size": 0}, "max_batch_size is 0 in config.pbtxt"),
         ({"parameters": {"threads": {"string_value": "two"}}}, "threads is 'two' in config.pbtxt"),
         ({"parameters": {"threads": {"string_value": "0"}}}, "threads is 0 in config.pbtxt"),
-    ],
-)
-def test_a_wrong_configuration_is_refused_at_loading(tmp_path: Path, config: dict[str, Any], message: str) -> None:
-    with pytest.raises(RedppError, match=message):
-        model(tmp_path, **config)
+    ):
+        with pytest.raises(RedppError, match=message):
+            model(tmp_path, **config)
 
 
 def test_threads_come_from_the_configuration(tmp_path: Path) -> None:

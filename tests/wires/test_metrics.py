@@ -24,7 +24,8 @@ COST = {"parameters": 2000.0, "macs": 6000.0, "bytes": 8000.0}
 LAYERS = {1: {"dense": 2}, 8: {"dense": 1, "split": 1}}
 WORKER = f"""
 import sys
-from redpp_serve.handlers.metrics import ModelLabels, open_metrics
+from redpp_serve.handlers.metrics import ModelLabels
+from redpp_serve.handlers.prometheus import open_metrics
 for version, variant in (line.split(":") for line in sys.argv[1:]):
     metrics = open_metrics(ModelLabels("digits", version, variant))
     metrics.describe(**{COST!r})
@@ -56,7 +57,7 @@ def record(folder: Path, *versions: str) -> subprocess.Popen[str]:
 
 def scrape(folder: Path) -> Reading:
     registry = CollectorRegistry()
-    registry.register(Workers(str(folder)))
+    registry.register(Workers(folder))
     server, thread = start_http_server(0, "127.0.0.1", registry)
     try:
         return read(f"http://127.0.0.1:{server.server_port}/metrics", "digits")
