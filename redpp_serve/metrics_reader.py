@@ -19,7 +19,6 @@ from redpp_serve.handlers.metrics import FAMILIES, Family
 from redpp_serve.variants import NAMES, canonical_name
 
 _PREFIX = "redpp_"
-_NUMERIC = ("le", "batch")  # labels whose values are numbers
 _ABSURD = 1e200  # no count of anything; sums of such numbers would become infinite one day, and stay so
 _ROUNDING = 1e-6  # seconds are sums over the workers' files, in any order
 
@@ -224,13 +223,15 @@ def _sample_names(family: Family) -> list[str]:
 def _key(name: str, family: Family, labels: Mapping[str, str]) -> Key | None:
     variant = canonical_name(labels.get("variant", ""))
     own = ("le",) if name.endswith("_bucket") else family.labels
-    if variant not in (*NAMES, "") or any(label in _NUMERIC and not _is_number(labels.get(label, "")) for label in own):
+    if variant not in (*NAMES, "") or not all(_valid(label, labels.get(label, "")) for label in own):
         return None
     return Key(name, variant, " ".join(labels.get(label, "") for label in own))
 
 
-def _is_number(text: str) -> bool:
+def _valid(label: str, text: str) -> bool:
+    if label == "batch":
+        return text.isascii() and text.isdigit()
     try:
-        return not math.isnan(float(text))
+        return label != "le" or not math.isnan(float(text))
     except ValueError:
         return False

@@ -1,204 +1,145 @@
-"""Second by second: what users got, and what the server's counters say, into the state folder.
+"""What users got, from the gateway's access log, and what the server's counters say, second by second.
 
-The server's counters for both arms: read from its metrics, and cut into windows of time.
-
-What users got, arm by arm, counted from the gateway's access log.
+`Counting` writes both into the experiment's state folder: windows of the counters line by line, totals as a whole.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from redpp_serve.ab.gateway import switched
 from redpp_serve.ab.state import COUNTS, GATEWAY, WINDOWS, Lines, read_json, write_json
-from redpp_serve.errors import RedppError
+from redpp_serve.handlers.metrics import FAMILIES
+from redpp_serve.metrics_reader import Key, Reading, Unreadable, read
 from redpp_serve.variants import NAMES
 
-_BATCHES, _SECONDS, _BUCKETS = "redpp_batches_total", "redpp_batch_seconds_total", "redpp_handler_seconds_bucket"
-_TIMEOUT_S = 5.0
+_BATCHES, _SECONDS, _TIMES = "redpp_batches_total", "redpp_batch_seconds_total", "redpp_handler_seconds"
+_COUNTED = {name: FAMILIES[name] for name in (_BATCHES, _SECONDS, _TIMES)}
+_COLUMNS = {
+    (variant, name): 2 * i + j for i, variant in enumerate(NAMES) for j, name in enumerate((_BATCHES, _SECONDS))
+}
+_LEFT = 499  # nginx's status where the sender left before there was an answer
+# After this many windows of about a second they become longer, so that the file grows slowly in the second week.
+_SHORT_WINDOWS, _LONG_WINDOW_S = 50_000, 10.0
+
 Window = dict[int, list[float]]  # batch size -> [batches, their seconds] of the original, then of the pruned version
-_ROUNDING_S = 1e-6  # sums over the workers' files, in any order
+
+
+def scrape(url: str, model: str) -> Reading:
+    """Read the counters of batches and their times at a server's metrics URL.
+
+    Raises:
+        Unreadable: there are no metrics.
+    """
+    return read(url, model, _COUNTED)
 
 
 @dataclass
-class Counters:
-    """Totals since the server started, or differences of two of them.
+class HandlerTimes:
+    """Histograms of the handler's time for a batch.
 
     Attributes:
-        batches: arm -> requests in a batch -> [batches, their seconds in the handler].
-        buckets: arm -> upper bound of the handler's time for a batch, seconds (``inf`` last) -> batches up to it.
+        buckets: version -> upper bound in seconds (``inf`` last) -> number of batches up to it.
     """
 
-    batches: dict[str, dict[int, list[float]]] = field(default_factory=lambda: {arm: {} for arm in NAMES})
-    buckets: dict[str, dict[float, float]] = field(default_factory=lambda: {arm: {} for arm in NAMES})
+    buckets: dict[str, dict[float, float]] = field(default_factory=lambda: {name: {} for name in NAMES})
+
+    def add(self, gained: Mapping[Key, float]) -> None:
+        """Add what a reading has gained."""
+        for key, gain in gained.items():
+            if key.name == f"{_TIMES}_bucket":
+                counts, bound = self.buckets[key.variant], float(key.detail)
+                counts[bound] = counts.get(bound, 0.0) + gain
 
     def histogram(self) -> tuple[list[float], list[int], list[int]]:
-        """Finite bounds that both arms have, then each arm's cumulative counts, one more: the last is of all."""
+        """Return the finite bounds that both versions have, then each version's cumulative counts, the last of all."""
         bounds = sorted(set(self.buckets["original"]) & set(self.buckets["pruned"]))
-        original, pruned = ([int(self.buckets[arm][bound]) for bound in bounds] for arm in NAMES)
+        original, pruned = ([int(self.buckets[name][bound]) for bound in bounds] for name in NAMES)
         return [bound for bound in bounds if math.isfinite(bound)], original, pruned
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the form that `from_json` reads; JSON's keys are strings."""
+        return {name: {repr(bound): count for bound, count in counts.items()} for name, counts in self.buckets.items()}
 
-def read_counters(text: str, model: str) -> Counters:
-    """From what Prometheus scrapes; samples of other models and metrics are left out.
-
-    Raises:
-        RedppError: not the text of metrics.
-    """
-    from prometheus_client.parser import text_string_to_metric_families
-
-    counters = Counters()
-    try:
-        for family in text_string_to_metric_families(_relevant(text)):
-            for sample in family.samples:
-                _add(counters, sample.name, sample.labels, sample.value, model)
-    except (ValueError, KeyError) as error:
-        raise RedppError(
-            f"metrics that cannot be read: {error}",
-            "the metrics of a server of this project",
-            "see whether another program took the server's port",
-        ) from error
-    return counters
-
-
-def scrape(url: str, model: str) -> Counters:
-    """The counters at a metrics URL now.
-
-    Raises:
-        OSError, http.client.HTTPException: nobody answers there.
-        RedppError: no metrics.
-    """
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=_TIMEOUT_S)
-    try:
-        connection.request("GET", parts.path)
-        return read_counters(connection.getresponse().read().decode(errors="replace"), model)
-    finally:
-        connection.close()
-
-
-def _relevant(text: str) -> str:
-    """Only the lines needed: Triton has many more, of its own."""
-    kept = (_BATCHES, _SECONDS, _BUCKETS)
-    return "\n".join(line for line in text.splitlines() if line.startswith(kept)) + "\n"
-
-
-def _add(counters: Counters, name: str, labels: Mapping[str, str], value: float, model: str) -> None:
-    arm = labels.get("variant")
-    if labels.get("model") != model or arm not in NAMES:
-        return
-    if name == _BUCKETS:
-        bound = float(labels["le"])
-        counters.buckets[arm][bound] = counters.buckets[arm].get(bound, 0.0) + value
-    elif name in (_BATCHES, _SECONDS):
-        row = counters.batches[arm].setdefault(int(labels["batch"]), [0.0, 0.0])
-        row[name == _SECONDS] += value
+    @classmethod
+    def from_json(cls, document: Mapping[str, Mapping[str, float]]) -> HandlerTimes:
+        """Read what `to_json` wrote."""
+        return cls({name: {float(bound): count for bound, count in document[name].items()} for name in NAMES})
 
 
 class Windows:
-    """Cuts totals into windows, and sums what happened since the first of them.
+    """Cuts the server's counters into windows, and sums what happened since the first of them.
 
-    A total that falls is that of a server that was started anew: the window is left out for both arms, also where
-    other totals have already passed what they were, and counting goes on from there.
+    A counter that falls is that of a server that was restarted: the window is left out for both versions, also where
+    other counters have already passed their former values, and counting goes on from there.
     Seconds whose batches are not counted yet, read between the two, wait for the next window.
+
+    Attributes:
+        since: times over the whole experiment.
+        divided: the times while users were divided; only then may the versions' tails be compared.
     """
 
-    def __init__(self, first: Counters) -> None:
+    def __init__(self, first: Reading) -> None:
         self._last = first
-        self.since = Counters()  # differences, over the whole experiment
-        self.divided = Counters()  # of them those while users were divided: their arms' tails may be compared
+        self._waiting: dict[int, list[float]] = {}
+        self.since, self.divided = HandlerTimes(), HandlerTimes()
 
-    def cut(self, now: Counters, *, divided: bool = True) -> Window:
-        """Since the last cut, for every batch size: [batches, seconds] of the original, then of the pruned version.
+    def cut(self, now: Reading, *, divided: bool = True) -> Window:
+        """Return batch size -> [batches, seconds] of the original, then of the pruned version, since the last cut.
 
-        ``divided``: whether users were, all this time.
+        Args:
+            now: the counters.
+            divided: whether users were divided all this time.
         """
+        (gained, restarted), self._last = now.since(self._last), now
+        if restarted:
+            self._waiting.clear()
+            return {}
+        for key, gain in gained.items():
+            if (column := _COLUMNS.get((key.variant, key.name))) is not None:
+                self._waiting.setdefault(int(key.detail), [0.0] * 4)[column] += gain
         window: Window = {}
-        if self._anew(now):
-            self._last = now
-            return window
-        for index, arm in enumerate(NAMES):
-            for size, row in now.batches[arm].items():
-                last = self._last.batches[arm].get(size, [0.0, 0.0])
-                count, seconds = row[0] - last[0], row[1] - last[1]
-                if count == 0:
-                    now.batches[arm][size] = last  # seconds that came too early are counted next time
-                else:
-                    window.setdefault(size, [0.0] * 4)[2 * index : 2 * index + 2] = [count, max(seconds, 0.0)]
-            self._grow(arm, now, self.since)
-            if divided:
-                self._grow(arm, now, self.divided)
-        self._last = now
+        for size, row in self._waiting.items():
+            for first in (0, 2):
+                if row[first]:
+                    window.setdefault(size, [0.0] * 4)[first : first + 2] = row[first : first + 2]
+                    row[first : first + 2] = [0.0, 0.0]
+        for times in (self.since, self.divided) if divided else (self.since,):
+            times.add(gained)
         return window
-
-    def _grow(self, arm: str, now: Counters, into: Counters) -> None:
-        last, total = self._last.buckets[arm], into.buckets[arm]
-        grown = {bound: count - last.get(bound, 0.0) for bound, count in now.buckets[arm].items()}
-        for bound, count in grown.items():
-            total[bound] = total.get(bound, 0.0) + count
-
-    def _anew(self, now: Counters) -> bool:
-        """Whether anything has fallen: batches, their seconds, or batches of any range of times."""
-        for arm in NAMES:
-            then, times = self._last.batches[arm], now.batches[arm]
-            for size, (count, seconds) in then.items():
-                row = times.get(size, [0.0, 0.0])
-                if row[0] < count or row[1] < seconds - _ROUNDING_S:
-                    return True
-            bounds = sorted(self._last.buckets[arm].keys() | now.buckets[arm].keys())
-            grown = [now.buckets[arm].get(bound, 0.0) - self._last.buckets[arm].get(bound, 0.0) for bound in bounds]
-            if any(after < before for before, after in zip([0.0, *grown], grown)):
-                return True
-        return False
-
-
-def as_json(counters: Counters) -> dict[str, Any]:
-    """For `from_json`; JSON's keys are strings."""
-    return {arm: {repr(bound): count for bound, count in counters.buckets[arm].items()} for arm in NAMES}
-
-
-def from_json(document: Mapping[str, Mapping[str, float]]) -> Counters:
-    """The buckets that `as_json` wrote."""
-    counters = Counters()
-    for arm in NAMES:
-        counters.buckets[arm] = {float(bound): count for bound, count in document[arm].items()}
-    return counters
 
 
 _COUNTERS = ("requests", "errors", "refused", "abandoned", "by_header")
-_LEFT = 499
 
 
 class Traffic:
-    """Counts of users' requests; memory is bounded whatever their number.
+    """Counts of users' requests by version, in bounded memory.
 
     Attributes:
-        requests: arm -> how many.
-        errors: arm -> those answered with a status of 500 or above, also where the server did not answer at all.
-        refused: arm -> those answered with 400 to 498: the user's mistake.
-        abandoned: arm -> those whose sender left before there was an answer, nginx's 499: of a version that hangs,
-            users with a shorter patience than the gateway's see nothing else.
-        by_header: arm -> those whose sender asked for the arm, and which no split has chosen.
+        requests: all requests.
+        errors: those answered with a status of 500 or above, also where the server did not answer at all.
+        refused: those answered with 400 to 498: the user's mistake.
+        abandoned: those whose sender left before there was an answer. If a version hangs, users whose patience is
+            shorter than the gateway's see nothing else.
+        by_header: those whose sender asked for the version, and which no split has chosen.
     """
 
-    def __init__(self, document: dict[str, Any] | None = None) -> None:
+    def __init__(self, document: Mapping[str, Any] | None = None) -> None:
         given = document or {}
         counters = (Counter(given.get(name, {})) for name in _COUNTERS)
         self.requests, self.errors, self.refused, self.abandoned, self.by_header = counters
         times = given.get("milliseconds", {})
-        self._milliseconds = {arm: Counter({int(k): n for k, n in times.get(arm, {}).items()}) for arm in NAMES}
+        self._milliseconds = {name: Counter({int(k): n for k, n in times.get(name, {}).items()}) for name in NAMES}
 
     def take(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Count lines of the access log; those that went to no arm are left out."""
+        """Count lines of the access log; those that went to neither version are left out."""
         for line in lines:
             arm, status = line["arm"], line["status"]
             if arm not in NAMES:
@@ -209,10 +150,10 @@ class Traffic:
             self.abandoned[arm] += status == _LEFT
             self.by_header[arm] += line["chosen_by"] == "header"
             if line["upstream_time"] is not None and status < 400:
-                self._milliseconds[arm][_rounded(round(1000 * line["upstream_time"]))] += 1
+                self._milliseconds[arm][_three_digits(round(1000 * line["upstream_time"]))] += 1
 
     def percentile_ms(self, arm: str, q: float) -> float | None:
-        """The ``q`` quantile (0..1) of the server's time for good requests as the gateway sees it, to 1 ms."""
+        """Return the ``q`` quantile (0..1) of the server's time for good requests as the gateway sees it, to 1 ms."""
         counts = self._milliseconds[arm]
         rank, seen = q * counts.total(), 0
         for milliseconds in sorted(counts):
@@ -222,23 +163,19 @@ class Traffic:
         return None
 
     def share(self, arm: str) -> float | None:
-        """The arm's share of all requests; None before the first."""
+        """Return the version's share of all requests; None before the first."""
         total = self.requests.total()
         return self.requests[arm] / total if total else None
 
     def to_json(self) -> dict[str, Any]:
-        """For the constructor."""
+        """Return the document that the constructor reads."""
         return {**{name: getattr(self, name) for name in _COUNTERS}, "milliseconds": self._milliseconds}
 
 
-def _rounded(milliseconds: int) -> int:
-    """Three digits: no more different values than 900 a power of ten."""
+def _three_digits(milliseconds: int) -> int:
+    """Keep three digits, so that there are no more different values than 900 per power of ten."""
     step = max(1, 10 ** (len(str(milliseconds)) - 3))
     return milliseconds // step * step
-
-
-# After this many windows of about a second they become longer, so that the file grows slowly in the second week.
-_SHORT_WINDOWS, _LONG_WINDOW_S = 50_000, 10.0
 
 
 @dataclass(frozen=True)
@@ -247,22 +184,23 @@ class Totals:
 
     Attributes:
         traffic: what users got.
-        counters: the server's counters.
-        divided: the part of ``counters`` from times when users were divided, so that the arms' loads are comparable.
+        times: the handlers' times.
+        divided: the part of ``times`` from when users were divided, so that the versions' loads are comparable.
     """
 
     traffic: Traffic
-    counters: Counters
-    divided: Counters
+    times: HandlerTimes
+    divided: HandlerTimes
 
     def to_json(self) -> dict[str, Any]:
-        """Return the form that `from_json` reads; it holds the buckets of the counters."""
-        return {"users": self.traffic.to_json(), "buckets": as_json(self.counters), "divided": as_json(self.divided)}
+        """Return the form that `from_json` reads."""
+        return {"users": self.traffic.to_json(), "buckets": self.times.to_json(), "divided": self.divided.to_json()}
 
     @classmethod
-    def from_json(cls, document: dict[str, Any]) -> Totals:
+    def from_json(cls, document: Mapping[str, Any]) -> Totals:
         """Read what `to_json` returned."""
-        return cls(Traffic(document["users"]), from_json(document["buckets"]), from_json(document["divided"]))
+        times, divided = (HandlerTimes.from_json(document[name]) for name in ("buckets", "divided"))
+        return cls(Traffic(document["users"]), times, divided)
 
 
 class CountSource(Protocol):
@@ -297,12 +235,11 @@ class Counting:
     Args:
         state: the test's state folder.
         access_log: the gateway's.
-        metrics_url: the server's.
-        model: the served name.
+        counters: reads the server's counters, such as `scrape` of its metrics URL.
     """
 
-    def __init__(self, state: Path, access_log: Path, metrics_url: str, model: str) -> None:
-        self._state, self._url, self._model = state, metrics_url, model
+    def __init__(self, state: Path, access_log: Path, counters: Callable[[], Reading]) -> None:
+        self._state, self._counters = state, counters
         self._traffic, self._log = Traffic(), Lines(access_log)
         self._old: Lines | None = None
         self._windows: Windows | None = None
@@ -311,15 +248,15 @@ class Counting:
         self._divided = True
 
     def count(self) -> list[str]:
-        """Take in what has happened since the last call; sentences about what could not be read."""
+        """Take in what has happened since the last call; return sentences about what could not be read."""
         for lines in filter(None, (self._old, self._log)):
             self._traffic.take(lines.new())
         self._old = None
+        problems = []
         try:
             self._cut()
-            problems = []
-        except (OSError, http.client.HTTPException, RedppError) as error:
-            problems = [f"the server's metrics cannot be read: {error}"]
+        except Unreadable as error:
+            problems.append(f"the server's metrics cannot be read: {error}")
         if totals := self.totals():
             write_json(self._state / COUNTS, totals.to_json())
         return problems
@@ -336,12 +273,12 @@ class Counting:
         return new
 
     def put_aside(self) -> None:
-        """The access log was put aside: nginx may write a few more lines to the old one."""
+        """Go on with a new access log; nginx may still write a few lines to the old one, which was put aside."""
         self._old, self._log = self._log, Lines(self._log.path)
         self._old.path = self._log.path.with_suffix(".log.1")
 
     def _cut(self) -> None:
-        now = scrape(self._url, self._model)
+        now = self._counters()
         if self._windows is None:
             self._windows = Windows(now)
             return

@@ -11,7 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from redpp_serve.ab.counts import Counters, CountSource, Totals, Traffic, WrittenCounts
+from redpp_serve.ab.counts import CountSource, HandlerTimes, Totals, Traffic, WrittenCounts
 from redpp_serve.ab.shadow import Pair, RecorderCounts
 from redpp_serve.ab.spec import TOLERANCE, Spec
 from redpp_serve.ab.state import PAIRS, RECORDER, Lines, read_json
@@ -70,7 +70,7 @@ class Evidence:
         self._lines, self._counts = Lines(state / PAIRS), counts or WrittenCounts(state)
         alpha = _ALPHA / 3 if spec.shadow else _ALPHA  # any of the three comparisons of `findings` may decide
         self.pairs, self.arms = Pairs(spec.limits.tolerance, alpha), ArmSequence(alpha)
-        self.totals = Totals(Traffic(), Counters(), Counters())
+        self.totals = Totals(Traffic(), HandlerTimes(), HandlerTimes())
         self.recorder = RecorderCounts()
 
     def refresh(self) -> None:
@@ -134,7 +134,7 @@ class Evidence:
 
     def handler_ms(self, arm: str, q: float) -> float | None:
         """Return the ``q`` quantile (0..1) of the handler's time for a batch, interpolated in its bucket, or None."""
-        seconds = finite_quantile(self.totals.counters.buckets[arm], q)
+        seconds = finite_quantile(self.totals.times.buckets[arm], q)
         return None if seconds is None else 1000 * seconds
 
 
@@ -199,7 +199,7 @@ class Pairs:
         return pair.difference is not None and pair.difference <= (self._tolerance or TOLERANCE)
 
     def histogram(self) -> tuple[list[float], list[int], list[int]]:
-        """Return the quiet pairs' times end to end, in the form of `counts.Counters.histogram`."""
+        """Return the quiet pairs' times end to end, in the form of `counts.HandlerTimes.histogram`."""
         original, pruned = (list(accumulate(counts)) for counts in self._times)
         return list(_BOUNDS), original, pruned
 

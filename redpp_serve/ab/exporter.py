@@ -4,96 +4,92 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
-
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from typing import TYPE_CHECKING
 
 from redpp_serve.ab.evidence import deciding
 from redpp_serve.ab.status import Status
+from redpp_serve.handlers.metrics import Family
 from redpp_serve.statistics.verdicts import ADVICE_KINDS, KINDS
 from redpp_serve.variants import NAMES
 
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry, Metric
+
+# Every sample has the label ``model`` as well.
+AB_FAMILIES = {
+    family.name: family
+    for family in (
+        Family("gauge", "redpp_ab_traffic_ratio", "Share of users that the version is to receive.", ("arm",)),
+        Family("counter", "redpp_ab_requests_total", "Users' requests by version.", ("arm",)),
+        Family("counter", "redpp_ab_pairs_total", "Users' requests that were replayed on both versions."),
+        Family("counter", "redpp_ab_dropped_total", "Mirrored requests not replayed for want of time."),
+        Family("gauge", "redpp_ab_agreement_ratio", "Share of pairs whose outputs agree."),
+        Family(
+            "gauge",
+            "redpp_ab_speedup_ratio",
+            "Time of the original over time of the pruned version, with the bounds of its confidence sequence.",
+            ("source", "bound"),
+        ),
+        Family("gauge", "redpp_ab_verdict", "1 for the verdict that holds now.", ("kind",)),
+        Family("gauge", "redpp_ab_advice", "1 for the advice that holds now.", ("kind",)),
+    )
+}
+Samples = dict[tuple[str, ...], float]  # values of the family's own labels -> value
+
 
 class ExperimentCollector:
-    """Turns the latest `Status` into samples when Prometheus asks; none before the first."""
+    """Turns the latest `Status` into samples when Prometheus asks; there are none before the first."""
 
     def __init__(self, latest: Callable[[], Status | None]) -> None:
         self._latest = latest
 
-    def collect(self) -> Iterable[Metric]:
-        """For prometheus_client."""
+    def collect(self) -> Iterator[Metric]:
+        """Yield the families for prometheus_client."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily  # noqa: PLC0415
+
         status = self._latest()
-        return list(_families(status)) if status else []
+        for name, samples in _samples(status).items() if status else ():
+            kind = CounterMetricFamily if AB_FAMILIES[name].kind == "counter" else GaugeMetricFamily
+            made = kind(name, AB_FAMILIES[name].help, labels=["model", *AB_FAMILIES[name].labels])
+            for labels, value in samples.items():
+                made.add_metric([status.name, *labels], value)
+            yield made
 
 
 def registry(latest: Callable[[], Status | None]) -> CollectorRegistry:
-    """A registry with the experiment's metrics alone."""
+    """Return a registry with the experiment's metrics alone."""
+    from prometheus_client import CollectorRegistry  # noqa: PLC0415
+
     own = CollectorRegistry()
     own.register(ExperimentCollector(latest))
     return own
 
 
-def _families(status: Status) -> Iterator[Metric]:
-    def family(kind: Any, name: str, text: str, label: str | None, values: dict[str, float]) -> Metric:
-        made = kind(name, text, labels=["model", *([label] if label else [])])
-        for value_of, value in values.items():
-            made.add_metric([status.name, *([value_of] if label else [])], value)
-        return made
-
-    shares = _shares(status)
-    yield family(GaugeMetricFamily, "redpp_ab_traffic_ratio", "Share of users that the arm is to get.", "arm", shares)
-    requests: dict[str, float] = {arm: status.arms[arm].requests for arm in NAMES}
-    yield family(CounterMetricFamily, "redpp_ab_requests", "Users' requests by arm.", "arm", requests)
+def _samples(status: Status) -> dict[str, Samples]:
     shadow = status.shadow
-    yield family(
-        CounterMetricFamily,
-        "redpp_ab_pairs",
-        "Users' requests that were replayed on both versions.",
-        None,
-        {"": shadow.pairs if shadow else 0},
-    )
-    yield family(
-        CounterMetricFamily,
-        "redpp_ab_dropped",
-        "Mirrored requests not replayed for want of time.",
-        None,
-        {"": shadow.dropped if shadow else 0},
-    )
-    if shadow and shadow.agreement is not None:
-        text = "Share of pairs whose outputs agree."
-        yield family(GaugeMetricFamily, "redpp_ab_agreement_ratio", text, None, {"": shadow.agreement})
-    yield _speedup(status)
-    kind = deciding_kind(status)
-    yield family(
-        GaugeMetricFamily,
-        "redpp_ab_verdict",
-        "1 for the verdict that holds now.",
-        "kind",
-        {name: float(name == kind) for name in KINDS},
-    )
-    yield family(
-        GaugeMetricFamily,
-        "redpp_ab_advice",
-        "1 for what to do now.",
-        "kind",
-        {name: float(name == status.advice.kind) for name in ADVICE_KINDS},
-    )
+    agreement = shadow.agreement if shadow else None
+    return {
+        "redpp_ab_traffic_ratio": {
+            # as configured, or all to one version after a promotion or rollback
+            (arm,): float(arm == status.all_to) if status.all_to else status.arms[arm].configured
+            for arm in NAMES
+        },
+        "redpp_ab_requests_total": {(arm,): status.arms[arm].requests for arm in NAMES},
+        "redpp_ab_pairs_total": {(): shadow.pairs if shadow else 0},
+        "redpp_ab_dropped_total": {(): shadow.dropped if shadow else 0},
+        "redpp_ab_agreement_ratio": {} if agreement is None else {(): agreement},
+        "redpp_ab_speedup_ratio": dict(_speedups(status)),
+        "redpp_ab_verdict": _one_of(KINDS, deciding(status.findings).verdict.kind),
+        "redpp_ab_advice": _one_of(ADVICE_KINDS, status.advice.kind),
+    }
 
 
-def _shares(status: Status) -> dict[str, float]:
-    """As configured, or all to one arm after a promotion or rollback."""
-    return {arm: float(arm == status.all_to) if status.all_to else status.arms[arm].configured for arm in NAMES}
+def _one_of(kinds: Iterable[str], chosen: str) -> Samples:
+    return {(kind,): float(kind == chosen) for kind in kinds}
 
 
-def deciding_kind(status: Status) -> str:
-    """The verdict that the advice rests on: ``slower`` before all others, else the first decided."""
-    return deciding(status.findings).verdict.kind
-
-
-def _speedup(status: Status) -> Metric:
-    text = "Time of the original over time of the pruned version, with the bounds of its confidence sequence."
-    family = GaugeMetricFamily("redpp_ab_speedup_ratio", text, labels=["model", "source", "bound"])
+def _speedups(status: Status) -> Iterator[tuple[tuple[str, str], float]]:
+    """Yield the bounds of the first finding with an interval for each source."""
     seen = set()
     for finding in status.findings:
         verdict = finding.verdict
@@ -101,5 +97,4 @@ def _speedup(status: Status) -> Metric:
             continue
         seen.add(finding.source)
         for bound, value in (("low", verdict.low), ("mean", verdict.mean), ("high", verdict.high)):
-            family.add_metric([status.name, finding.source, bound], value)
-    return family
+            yield (finding.source, bound), value

@@ -14,12 +14,13 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from redpp_serve.ab import shadow
-from redpp_serve.ab.counts import Counting
+from redpp_serve.ab.counts import Counting, scrape
 from redpp_serve.ab.evidence import Evidence
 from redpp_serve.ab.gateway import (
     Gateway,
@@ -108,7 +109,7 @@ def supervise(test: Started, state: Path, note: Callable[[str], None], ready: Ca
             "gateway": f"http://{ADDRESS}:{ports.gateway}{nginx.gateway.public}",
             "metrics": f"http://{ADDRESS}:{ports.metrics}/metrics",
         }
-        counting = Counting(state, nginx.access_log, server.metrics_url, server.name)
+        counting = Counting(state, nginx.access_log, partial(scrape, server.metrics_url, server.name))
         watch = Watch(state, test, urls, counting, Parts(server, nginx, recorder))
         stack.callback(_serve_metrics(ports.metrics, lambda: watch.latest))
         stack.enter_context(register(_running(test, state, server, urls)))

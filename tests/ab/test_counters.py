@@ -1,4 +1,4 @@
-"""Counters of both arms from the server's metrics, windows of them, and what users got from the access log."""
+"""Windows of both versions' counters from the server's metrics, and what users got from the access log."""
 
 import json
 import math
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from redpp_serve.ab.counts import Counters, Counting, Traffic, Windows, as_json, from_json, read_counters
+from redpp_serve.ab.counts import Counting, HandlerTimes, Traffic, Windows, scrape
 from redpp_serve.ab.gateway import switch
 from redpp_serve.ab.state import COUNTS, GATEWAY, WINDOWS, Lines, read_json
-from redpp_serve.errors import RedppError
-from redpp_serve.variants import NAMES as ARMS
+from redpp_serve.metrics_reader import Reading, Unreadable, parse
+from tests.support.live_metrics import Exporter
 
 
 def text(batches: dict[str, dict[int, tuple[float, float]]], model: str = "m") -> str:
@@ -29,21 +29,33 @@ def text(batches: dict[str, dict[int, tuple[float, float]]], model: str = "m") -
     return "\n".join(lines) + "\n"
 
 
-def test_the_counters_of_one_model_are_read() -> None:
-    counters = read_counters(text({"original": {1: (5, 0.5), 4: (1, 0.2)}, "pruned": {1: (2, 0.1)}}), "m")
-    assert counters.batches == {"original": {1: [5, 0.5], 4: [1, 0.2]}, "pruned": {1: [2, 0.1]}}
-    assert counters.histogram() == ([0.1], [6, 6], [2, 2])
-    assert read_counters(text({"original": {1: (5, 0.5)}}), "other") == Counters()
-    assert from_json(json.loads(json.dumps(as_json(counters)))).buckets == counters.buckets
+def test_histograms_go_through_json() -> None:
+    windows = Windows(counted({}, {}))
+    windows.cut(counted({1: (5, 0.5), 4: (1, 0.2)}, {1: (2, 0.1)}))
+    assert windows.since.histogram() == ([0.1], [6, 6], [2, 2])
+    assert HandlerTimes.from_json(json.loads(json.dumps(windows.since.to_json()))) == windows.since
+    assert HandlerTimes().histogram() == ([], [], [])
 
 
-def test_what_is_no_metric_is_refused() -> None:
-    with pytest.raises(RedppError, match="metrics that cannot be read"):
-        read_counters('redpp_batches_total{model="m",variant="pruned",batch="x"} 1\n', "m")
+def test_only_what_is_counted_can_be_restarted() -> None:
+    """The worker's CPU time begins anew with each worker; that is no reason to leave a window out."""
+    with Exporter() as exporter:
+        exporter.batches("original", 2, 0.004, 3)
+        windows = Windows(scrape(exporter.url, "small"))
+        assert windows.cut(scrape(exporter.url, "other")) == {}
+        windows = Windows(scrape(exporter.url, "small"))
+        exporter.batches("original", 2, 0.004, 2)
+        reading = scrape(exporter.url, "small")
+        assert {sample.family.name for sample in reading.samples} == {
+            "redpp_batches_total",
+            "redpp_batch_seconds_total",
+            "redpp_handler_seconds",
+        }
+        assert windows.cut(reading) == {2: [2, pytest.approx(0.008), 0, 0]}
 
 
-def counted(original: dict[int, tuple[float, float]], pruned: dict[int, tuple[float, float]]) -> Counters:
-    return read_counters(text({"original": original, "pruned": pruned}), "m")
+def counted(original: dict[int, tuple[float, float]], pruned: dict[int, tuple[float, float]]) -> Reading:
+    return parse(text({"original": original, "pruned": pruned}), "m")
 
 
 def test_a_window_holds_what_happened_in_it() -> None:
@@ -54,13 +66,10 @@ def test_a_window_holds_what_happened_in_it() -> None:
     assert windows.since.histogram() == ([0.1], [11, 11], [3, 3])
 
 
-def test_times_while_all_users_have_one_arm_are_no_part_of_the_tails_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_times_while_all_users_have_one_version_are_no_part_of_the_tails_compared(tmp_path: Path) -> None:
     (gateway := tmp_path / GATEWAY).mkdir()
     readings = [counted({1: (10 * k, 1.0 * k)}, {1: (k, 0.1 * k)}) for k in range(6)]
-    monkeypatch.setattr("redpp_serve.ab.counts.scrape", lambda url, model: readings.pop(0))
-    counting = Counting(tmp_path, gateway / "access.log", "http://x/metrics", "m")
+    counting = Counting(tmp_path, gateway / "access.log", lambda: readings.pop(0))
     divided = []
     for step in range(6):
         if step == 2:
@@ -69,8 +78,10 @@ def test_times_while_all_users_have_one_arm_are_no_part_of_the_tails_compared(
             (gateway / "promoted").unlink()
         assert counting.count() == []
         counts = read_json(tmp_path / COUNTS)
-        divided.append(from_json(counts["divided"]).histogram()[1:] if counts["divided"]["pruned"] else None)
-    assert from_json(counts["buckets"]).histogram()[1:] == ([50, 50], [5, 5])
+        divided.append(
+            HandlerTimes.from_json(counts["divided"]).histogram()[1:] if counts["divided"]["pruned"] else None
+        )
+    assert HandlerTimes.from_json(counts["buckets"]).histogram()[1:] == ([50, 50], [5, 5])
     one, two = ([10, 10], [1, 1]), ([20, 20], [2, 2])
     assert divided == [None, one, one, one, one, two]  # a window in which it changed is left out too
 
@@ -91,22 +102,22 @@ def test_a_server_that_was_started_anew_counts_from_there() -> None:
     assert windows.since.histogram()[1:] == ([2, 2], [1, 1])
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [((0, 5, 10), (9, 9, 11)), ((0, 5, 10), (3, 4, 12))], ids=["anew", "fallen"]
-)
-def test_ranges_of_times_that_shrink_are_another_servers(before: tuple[int, ...], after: tuple[int, ...]) -> None:
+def test_ranges_of_times_that_shrink_are_another_servers() -> None:
     """Totals that grew, of which the batches of a range did not: differences would be no histogram."""
 
-    def counters(counts: tuple[int, ...]) -> Counters:
-        made = Counters()
-        for arm in ARMS:
-            made.buckets[arm] = dict(zip((0.1, 0.2, float("inf")), map(float, counts)))
-        return made
+    def counters(counts: tuple[int, ...]) -> Reading:
+        lines = [
+            f'redpp_handler_seconds_bucket{{model="m",variant="{name}",le="{edge}"}} {count}\n'
+            for name in ("original", "pruned")
+            for edge, count in zip(("0.1", "0.2", "+Inf"), counts, strict=True)
+        ]
+        return parse("".join(lines), "m")
 
-    windows = Windows(counters(before))
-    assert windows.cut(counters(after)) == {} and windows.since.buckets["pruned"] == {}
-    windows.cut(counters(tuple(count + 1 for count in after)))
-    assert windows.since.histogram() == ([0.1, 0.2], [1, 1, 1], [1, 1, 1])
+    for before, after in (((0, 5, 10), (9, 9, 11)), ((0, 5, 10), (3, 4, 12))):
+        windows = Windows(counters(before))
+        assert windows.cut(counters(after)) == {} and windows.since.buckets["pruned"] == {}, after
+        windows.cut(counters(tuple(count + 1 for count in after)))
+        assert windows.since.histogram() == ([0.1, 0.2], [1, 1, 1], [1, 1, 1]), after
 
 
 def line(arm: str, status: int = 200, seconds: float | None = 0.01, by: str = "split") -> dict[str, Any]:
@@ -139,22 +150,20 @@ def test_users_are_counted_by_arm() -> None:
     assert traffic.percentile_ms("pruned", 0.99) == 12300  # three digits
 
 
-def test_counting_survives_an_outage_and_a_log_that_is_put_aside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log, now = tmp_path / "access.log", [counted({1: (1, 1.0)}, {})]
+def test_counting_survives_an_outage_and_a_log_that_is_put_aside(tmp_path: Path) -> None:
+    log = tmp_path / "access.log"
+    now: list[Reading | None] = [counted({1: (1, 1.0)}, {})]
 
-    def scrape(url: str, model: str) -> Counters:
+    def counters() -> Reading:
         if now[0] is None:
-            raise OSError("refused")
+            raise Unreadable("refused")
         return now[0]
 
     def write(path: Path, arm: str) -> None:
         with path.open("a") as file:
             file.write(json.dumps(line(arm)) + "\n")
 
-    monkeypatch.setattr("redpp_serve.ab.counts.scrape", scrape)
-    counting = Counting(tmp_path, log, "http://x/metrics", "m")
+    counting = Counting(tmp_path, log, counters)
     write(log, "original")
     assert counting.count() == []
     now[0] = None
@@ -168,4 +177,4 @@ def test_counting_survives_an_outage_and_a_log_that_is_put_aside(
     counts = read_json(tmp_path / COUNTS)
     assert counts["users"]["requests"] == {"original": 1, "pruned": 2}
     assert [w["batches"] for w in Lines(tmp_path / WINDOWS).new()] == [{"1": [2, 0.5, 1, 0.2]}]
-    assert from_json(counts["buckets"]).buckets["pruned"] == {0.1: 1, math.inf: 1}
+    assert HandlerTimes.from_json(counts["buckets"]).buckets["pruned"] == {0.1: 1, math.inf: 1}

@@ -11,9 +11,9 @@ import numpy
 import pytest
 from prometheus_client import generate_latest
 
-from redpp_serve.ab.counts import Counters, as_json
-from redpp_serve.ab.evidence import Evidence
-from redpp_serve.ab.exporter import deciding_kind, registry
+from redpp_serve.ab.counts import HandlerTimes
+from redpp_serve.ab.evidence import Evidence, deciding
+from redpp_serve.ab.exporter import registry
 from redpp_serve.ab.gateway import switch
 from redpp_serve.ab.spec import Spec, Started, TrafficSplit
 from redpp_serve.ab.state import COUNTS, GATEWAY, PAIRS, RECORDER, SPEC, WINDOWS, Heartbeat, read_json, write_json
@@ -67,17 +67,18 @@ class Experiment:
 
     def users(self, original: int, pruned: int, errors: int = 0, slow: int = 0) -> None:
         """Users' requests, ``errors`` of the pruned arm failed; ``slow`` of its batches of 1000 took more than twice as long."""
-        counters = Counters()
-        counters.buckets = {
-            "original": dict(zip((*BOUNDS, float("inf")), (0, 500, 1000, 1000, 1000, 1000, 1000))),
-            "pruned": dict(zip((*BOUNDS, float("inf")), (0, 0, *3 * (1000 - slow,), 1000, 1000))),
-        }
+        times = HandlerTimes(
+            {
+                "original": dict(zip((*BOUNDS, float("inf")), (0, 500, 1000, 1000, 1000, 1000, 1000))),
+                "pruned": dict(zip((*BOUNDS, float("inf")), (0, 0, *3 * (1000 - slow,), 1000, 1000))),
+            }
+        ).to_json()
         users = {
             "requests": {"original": original, "pruned": pruned},
             "errors": {"pruned": errors},
             "milliseconds": {"original": {"10": original}, "pruned": {"9": pruned}},
         }
-        write_json(self.state / COUNTS, {"users": users, "buckets": as_json(counters), "divided": as_json(counters)})
+        write_json(self.state / COUNTS, {"users": users, "buckets": times, "divided": times})
 
     def status(self) -> Status:
         return read_status(self.state, URLS)
@@ -99,7 +100,7 @@ def test_the_truth_is_found_in_both_sources(tmp_path: Path, pruned: float, kind:
     status = experiment.status()
     assert [(f.source, f.verdict.kind) for f in status.findings] == [("shadow", kind), ("split", kind)]
     assert status.findings[0].verdict.low < 1 / pruned < status.findings[0].verdict.high
-    assert status.advice.kind == advice and deciding_kind(status) == kind
+    assert status.advice.kind == advice and deciding(status.findings).verdict.kind == kind
 
 
 def test_nothing_is_known_at_first(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def test_the_interval_has_the_width_that_theory_gives_the_median() -> None:
         widths.append(found.high - found.low)
     assert np.mean(widths) == pytest.approx(2 * 1.96 * math.sqrt(math.pi / 2 / 400), rel=0.1)
     assert percentile_interval([1.0, 2.0, 3.0, 10.0], 0.99, rng).value == pytest.approx(9.79)
+    assert percentile_interval([3.0], 0.5, rng) == (3.0, 3.0, 3.0)
 
 
 def test_pairs_narrow_the_ratio() -> None:
@@ -108,4 +109,6 @@ def test_interpolation_is_linear_within_the_bucket() -> None:
     assert quantile(unknown, 0.99) == (0.001, 0.001, math.inf) and finite_quantile(unknown, 0.99) is None
     assert finite_quantile(known, 0.5) == pytest.approx(0.0005) and finite_quantile({}, 0.5) is None
     torn = {0.001: 2.0, 0.002: 1.0, math.inf: 4.0}  # a scrape between two writes
+    assert quantile({**torn, 0.004: 4.0}, 0.75) == pytest.approx((0.003, 0.002, 0.004)), "not between 1 and 4"
+    assert quantile({0.001: 0.0, 0.002: 4.0, math.inf: 4.0}, 0.0) == (0.001, 0.001, 0.002)
     assert quantile(torn, 0.5) == (0.001, 0.0, 0.001) and quantile(torn, 0.75) == (0.002, 0.002, math.inf)

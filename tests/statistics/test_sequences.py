@@ -191,6 +191,17 @@ def test_the_forecast_knows_equivalence_and_its_own_end() -> None:
     assert values_needed(1e-6, 0.5, 1e-9, rho2, 0.05) is None
 
 
+def test_the_forecast_is_of_further_values() -> None:
+    """The total is what a known mean and noise need; those that were seen are taken off."""
+    sequence = RatioSequence()
+    sequence.update(math.log(1.05) + 0.5 * np.random.default_rng(4).standard_normal(420))
+    values, means = sequence.values, math.log(1.05) + 0.5 * np.random.default_rng(4).standard_normal(420)
+    means = means[:values].reshape(sequence.blocks, -1).mean(axis=1)
+    spread = math.sqrt(long_run_variance(means) * values / sequence.blocks)
+    total = values_needed(sequence.mean, spread, 0.02, sequence.rho2, 0.05)
+    assert total is not None and sequence.needed(0.02) == total - values
+
+
 def test_the_forecast_comes_true() -> None:
     rng, hits = np.random.default_rng(4), 0
     for _ in range(20):

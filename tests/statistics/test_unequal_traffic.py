@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.verdict_simulation import SIZES, arm_stops, split_windows
 from redpp_serve.errors import RedppError
-from redpp_serve.statistics.sequences import MINIMUM_BLOCKS
+from redpp_serve.statistics.sequences import MINIMUM_BLOCKS, long_run_variance, values_needed
 from redpp_serve.statistics.unequal_traffic import ArmSequence, ArmWindow, comparable, influence
 from redpp_serve.statistics.verdicts import Verdict, verdict
 
@@ -129,6 +129,15 @@ def test_the_forecast_counts_windows() -> None:
     result = verdict_of(windows)
     assert result.kind == "undecided" and result.unit == "windows"
     assert result.needed is not None and 300 < result.needed < 10_000
+    sequence = ArmSequence()
+    sequence.update(windows)
+    sums = np.array([comparable(np.array(list(window.values()))) for window in windows])
+    length = len(windows) // sequence.blocks
+    sums = sums[: length * sequence.blocks].reshape(sequence.blocks, length, 3).sum(axis=1)
+    spread = math.sqrt(long_run_variance(influence(sums)) * sequence.values / sequence.blocks)
+    total = values_needed(sequence.mean, spread, 0.02, sequence.rho2, 0.05)
+    assert total is not None
+    assert result.needed == pytest.approx((total / sequence.values - 1) * 300, rel=0.05)
     gaps = verdict_of([x for window in windows for x in (window, {})])
     assert gaps.needed == pytest.approx(2 * result.needed, rel=0.01), "an empty window in two doubles the wait"
 
