@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from redpp_serve.channels.coupling import couple
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import find_layers
 from redpp_serve.pruning.choose import Narrowed, Narrower
-from redpp_serve.pruning.distillation import distil
+from redpp_serve.pruning.distillation import Lesson, distil, schedule
 from redpp_serve.pruning.final_codebooks import hash_within
 from redpp_serve.pruning.repair import repair_batch_norm
 from redpp_serve.pruning.steps import CODEBOOK_DISTIL_SHARE, CODEBOOK_SHARE, LEAST_CODEBOOK_ERROR
@@ -53,8 +54,15 @@ def least_squares(subject: Subject, target_macs: int, round_to: int, real: bool 
 def distilled(subject: Subject, target_macs: int, round_to: int, seconds: float) -> Graph:
     """Least squares, then distillation on the same synthetic images with a budget in seconds."""
     narrowed, narrower = _narrowed(subject, target_macs, round_to, False), _ready(subject, False, round_to).narrower
+    return _trained(subject, narrower.reference, narrowed, seconds)
+
+
+def _trained(
+    subject: Subject, reference: Reference, narrowed: Narrowed, seconds: float, codebooks: Collection[str] = ()
+) -> Graph:
     learn = (subject.synthetic[:-_HELD_OUT],)
-    return distil(narrowed.graph, subject.graph, learn, narrower.reference.inputs, narrowed.kept, seconds=seconds).graph
+    lesson = Lesson(narrowed.graph, reference, learn, narrowed.kept, frozenset(codebooks))
+    return distil(lesson, schedule(narrowed.graph, subject.graph, seconds)).graph
 
 
 def with_codebooks(subject: Subject, target_macs: int, round_to: int, seconds: float) -> tuple[Graph, str]:
@@ -65,16 +73,7 @@ def with_codebooks(subject: Subject, target_macs: int, round_to: int, seconds: f
     budget = max(CODEBOOK_SHARE * reference.error(graph), LEAST_CODEBOOK_ERROR)
     found = hash_within(graph, find_layers(graph), reference.inputs, budget)
     graph = repair_batch_norm(found.graph, subject.graph, narrower.inputs, narrowed.kept)
-    books = frozenset(layer.weight for layer in find_layers(graph))
-    learn = (subject.synthetic[:-_HELD_OUT],)
-    tuned = distil(
-        graph,
-        subject.graph,
-        learn,
-        reference.inputs,
-        narrowed.kept,
-        seconds=seconds * CODEBOOK_DISTIL_SHARE,
-        codebooks=books,
-    ).graph
+    books = [layer.weight for layer in find_layers(graph)]
+    tuned = _trained(subject, reference, replace(narrowed, graph=graph), seconds * CODEBOOK_DISTIL_SHARE, books)
     four = sum(h.weight.numel() for h in found.hashed.values() if h.codebook.size <= 16)
     return tuned, f"{four / sum(h.weight.numel() for h in found.hashed.values()):.0%} of the weights in 4 bits"

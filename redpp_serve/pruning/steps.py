@@ -15,6 +15,7 @@ from redpp_serve.graph.layers import Layer, find_layers
 from redpp_serve.graph.weights import split_weight
 from redpp_serve.options import NO_HASH, Options
 from redpp_serve.pruning.choose import Narrower, choose
+from redpp_serve.pruning.distillation import Lesson, schedule
 from redpp_serve.pruning.distillation import distil as train
 from redpp_serve.pruning.final_codebooks import METHOD, hash_within
 from redpp_serve.pruning.fit import Reconstruction
@@ -208,20 +209,15 @@ def distil(job: Job, inputs: Inputs, state: State) -> State:
 def _train(job: Job, inputs: Inputs, state: State, stage: Stage, share: float, codebooks: Iterable[str] = ()) -> State:
     """Spend a share of the distillation's seconds; the equal values of the tensors in ``codebooks`` stay equal."""
     options, seconds = job.options, share * job.options.distil
+    frozen = job.frozen(state.graph)
     found = train(
-        state.graph,
-        job.original,
-        inputs.fit,
-        inputs.reference.inputs,
-        state.kept,
-        seconds=seconds,
+        Lesson(state.graph, inputs.reference, inputs.fit, state.kept, frozenset(codebooks), frozen),
+        schedule(state.graph, job.original, seconds, options.device),
         seed=options.seed,
         device=options.device,
         deadline=time.monotonic() + job.effort.distillation_patience * seconds,
         checkpoint=job.checkpoint and job.checkpoint.with_name(f"{job.checkpoint.name}.{stage.name}"),
         progress=stage.progress,
-        codebooks=frozenset(codebooks),
-        frozen=job.frozen(state.graph),
     )
     stage.reason = f"{found.steps} steps, held-out error {found.error[0]:.4f} -> {found.error[1]:.4f}"
     stage.reason += f"; {found.note}" if found.note else ""

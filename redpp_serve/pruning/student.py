@@ -1,6 +1,7 @@
-"""A network in training: which of its tensors move, and how; tensors with a codebook keep it.
+"""Train a network: which of its tensors move, and how. Tensors with a codebook keep it.
 
-Weights of layers move by orthogonalised momentum; depthwise and very wide weights, vectors and codebooks by Adam.
+Weights of layers move by orthogonalised momentum (Muon); depthwise and very wide weights, vectors and codebooks move
+by Adam. Every tensor moves in units of its own size.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from redpp_serve.graph.graph import Graph, Ref
 _DECAYS = 0.9, 0.99  # of Adam's first and second moments
 _MOMENTUM = 0.9
 _NORM = 10.0  # longest gradient for Adam, with all tensors in units of their own size
-_ROUNDS = 5  # of the Newton-Schulz iteration, and its coefficients: odd polynomials that drive singular values to 1
-_POLYNOMIAL = 3.4445, -4.7750, 2.0315
+_ROUNDS = 5  # of the Newton-Schulz iteration
+_POLYNOMIAL = 3.4445, -4.7750, 2.0315  # its coefficients: an odd polynomial that drives singular values to 1
 _WIDEST_MATRIX = 1024  # shorter side; the iteration costs its square
 
-# For each operator the arguments that are trained where they are stored tensors
+# Positions of the arguments that are trained, by operator
 _TRAINED = {
     **dict.fromkeys(
         (
@@ -43,97 +44,130 @@ _TRAINED = {
 
 
 class Student:
-    """The network in training: its trained tensors as leaves, and the optimiser's state for each parameter.
+    """A network in training.
 
-    A tensor with a codebook has its distinct values as the parameter; the leaf is filled from them after each step.
+    Args:
+        graph: network to start from; it does not change.
+        codebooks: names of tensors whose equal values stay equal and whose zeros stay zero.
+        device: where to train.
+        frozen: names of tensors that must not change.
     """
 
     def __init__(
         self, graph: Graph, codebooks: frozenset[str], device: str, frozen: frozenset[str] = frozenset()
     ) -> None:
-        self._graph = graph
-        self.names = [name for name in trained_tensors(graph) if name not in frozen]
-        self.leaves = [graph.tensors[name].detach().clone().to(device).requires_grad_() for name in self.names]
-        self.tensors = {name: t.detach().to(device) for name, t in graph.tensors.items()}
-        self.tensors |= dict(zip(self.names, self.leaves))
-        self.shared = [_Shared(leaf.detach()) if n in codebooks else None for n, leaf in zip(self.names, self.leaves)]
-        self.parameters = [leaf.detach() if s is None else s.values for s, leaf in zip(self.shared, self.leaves)]
-        self.first = [torch.zeros_like(p) for p in self.parameters]
-        self.matrices = [s is None and is_matrix(leaf) for s, leaf in zip(self.shared, self.leaves)]
-        self.second = [p.new_zeros(()) if m else torch.zeros_like(p) for m, p in zip(self.matrices, self.parameters)]
-        self.scales = [_scale(leaf.detach()) for leaf in self.leaves]
+        self._graph, self.device = graph, device
+        names = [name for name in trained_tensors(graph) if name not in frozen]
+        self.parameters = {name: Parameter(graph.tensors[name].to(device), name in codebooks) for name in names}
+        self._tensors = {name: tensor.detach().to(device) for name, tensor in graph.tensors.items()}
+        self._tensors |= {name: parameter.leaf for name, parameter in self.parameters.items()}
 
     def program(self, wanted: Sequence[str]) -> Program:
-        """The network with gradients."""
-        return Program(self._graph.with_tensors(self.tensors), wanted)
+        """Return the network, with gradients, as a program for the values named by ``wanted``."""
+        return Program(self._graph.with_tensors(self._tensors), wanted)
 
     def learn(self, loss: Tensor, rate: float, step: int) -> bool:
-        """One step at ``rate``, in units of each tensor's size; False, and nothing changed, where the loss or a
-        gradient is not finite.
+        """Take one step; return False, with nothing changed, where the loss or a gradient is not finite.
+
+        Args:
+            loss: scalar to lower.
+            rate: length of the step, in units of each tensor's size.
+            step: number of steps taken before.
         """
-        gradients = torch.autograd.grad(loss, self.leaves, allow_unused=True)
-        found = [self._gradient(k, g) for k, g in enumerate(gradients)]
-        length = torch.stack([(g * s).square().sum() for g, s in zip(found, self.scales)]).sum().sqrt()
+        parameters = list(self.parameters.values())
+        found = torch.autograd.grad(loss, [p.leaf for p in parameters], allow_unused=True)
+        gradients = [p.gradient(g) for p, g in zip(parameters, found, strict=True)]
+        squares = [(g * p.scale).square().sum() for p, g in zip(parameters, gradients, strict=True)]
+        length = torch.stack(squares).sum().sqrt()
         if not bool((loss.detach() + length).isfinite()):
             return False
         shrink = (_NORM / length).clamp_max(1.0)
-        for k, (p, g) in enumerate(zip(self.parameters, found)):
-            move = self._orthogonal_step(k, g) if self.matrices[k] else self._adam_step(k, g * shrink, step)
-            p.sub_(move * (rate * self.scales[k]))
-        self._fill()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.move(gradient, shrink, rate, step)
         return True
 
-    def _adam_step(self, k: int, gradient: Tensor, step: int) -> Tensor:
-        b1, b2 = _DECAYS
-        self.first[k].lerp_(gradient, 1 - b1)
-        self.second[k].lerp_(gradient.square(), 1 - b2)
-        size = (self.second[k] / (1 - b2 ** (step + 1))).sqrt_().add_(1e-8 / self.scales[k])
-        return self.first[k] / (1 - b1 ** (step + 1)) / size
-
-    def _orthogonal_step(self, k: int, gradient: Tensor) -> Tensor:
-        """Muon (Jordan et al., 2024): momentum with all its singular values made nearly equal, of unit mean square.
-        A few hundred steps of it do what takes thousands of Adam's.
-        """
-        self.first[k].lerp_(gradient, 1 - _MOMENTUM)
-        move = orthogonalised(gradient.lerp(self.first[k], _MOMENTUM).flatten(1)).view(gradient.shape)
-        return move / move.square().mean().sqrt().clamp_min(1e-12)
-
-    def _gradient(self, k: int, gradient: Tensor | None) -> Tensor:
-        shared = self.shared[k]
-        if gradient is None:
-            return torch.zeros_like(self.parameters[k])
-        return gradient if shared is None else shared.sum(gradient)
-
-    @torch.no_grad()
-    def _fill(self) -> None:
-        for leaf, shared in zip(self.leaves, self.shared):
-            if shared is not None:
-                leaf.copy_(shared.values[shared.index])
-
     def state(self) -> dict[str, Tensor]:
-        """All that a step depends on, by name."""
-        parts = {"value": self.parameters, "first": self.first, "second": self.second}
-        return {f"{part}{k}": tensor for part, tensors in parts.items() for k, tensor in enumerate(tensors)}
+        """Return everything that a step depends on, by name."""
+        parts = {}
+        for k, p in enumerate(self.parameters.values()):
+            parts |= {f"value{k}": p.value, f"first{k}": p.first, f"second{k}": p.second}
+        return parts
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state`."""
+        """Go on from a `state`, which may hold other tensors too."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
-        self._fill()
+        for parameter in self.parameters.values():
+            parameter.fill()
 
     def copy(self) -> list[Tensor]:
-        """The trained tensors as they are now."""
-        return [leaf.detach().clone() for leaf in self.leaves]
+        """Return the trained tensors as they are now."""
+        return [parameter.leaf.detach().clone() for parameter in self.parameters.values()]
 
-    def graph(self, leaves: Sequence[Tensor] | None = None) -> Graph:
-        """The network with those trained tensors (as they are now, by default), where the given one was."""
-        values = zip(self.names, self.leaves if leaves is None else leaves)
-        return self._graph.with_tensors({n: v.detach().clone().to(self._graph.tensors[n].device) for n, v in values})
+    def graph(self, tensors: Sequence[Tensor]) -> Graph:
+        """Return the network with the trained tensors from `copy`, where the given one was."""
+        old, values = self._graph.tensors, zip(self.parameters, tensors, strict=True)
+        return self._graph.with_tensors({name: value.to(old[name].device) for name, value in values})
 
 
-class _Shared:
-    """A tensor with a codebook: its distinct ``values`` (K,) and their ``index``, of the tensor's shape."""
+class Parameter:
+    """A tensor in training, and its optimiser's state.
+
+    Attributes:
+        leaf: the tensor that the network computes with.
+        value: what moves: the leaf itself, or the distinct values (K,) of its codebook.
+        by_muon: whether it moves by orthogonalised momentum, else by Adam.
+        first, second: moments of the gradient, of the value's shape; Muon has no second one.
+        scale: size of the tensor, the unit of its steps.
+    """
+
+    def __init__(self, tensor: Tensor, has_codebook: bool) -> None:
+        self.leaf = tensor.detach().clone().requires_grad_()
+        self.codebook = Codebook(self.leaf.detach()) if has_codebook else None
+        self.value = self.codebook.values if self.codebook else self.leaf.detach()
+        self.by_muon = not has_codebook and is_matrix(tensor)
+        self.first = torch.zeros_like(self.value)
+        self.second = self.value.new_zeros(()) if self.by_muon else torch.zeros_like(self.value)
+        self.scale = _scale(self.leaf.detach())
+
+    def gradient(self, gradient: Tensor | None) -> Tensor:
+        """Return the gradient of the value for that of the leaf, which is None where no loss depends on it."""
+        if gradient is None:
+            return torch.zeros_like(self.value)
+        return self.codebook.sum(gradient) if self.codebook else gradient
+
+    @torch.no_grad()
+    def move(self, gradient: Tensor, shrink: Tensor, rate: float, step: int) -> None:
+        """Take one step of length ``rate``; Adam takes its gradient times ``shrink``."""
+        move = self._muon_step(gradient) if self.by_muon else self._adam_step(gradient * shrink, step)
+        self.value.sub_(move * (rate * self.scale))
+        self.fill()
+
+    def fill(self) -> None:
+        """Bring the leaf up to date with the codebook."""
+        if self.codebook:
+            self.leaf.detach().copy_(self.value[self.codebook.index])
+
+    def _adam_step(self, gradient: Tensor, step: int) -> Tensor:
+        b1, b2 = _DECAYS
+        self.first.lerp_(gradient, 1 - b1)
+        self.second.lerp_(gradient.square(), 1 - b2)
+        size = (self.second / (1 - b2 ** (step + 1))).sqrt_().add_(1e-8 / self.scale)
+        return self.first / (1 - b1 ** (step + 1)) / size
+
+    def _muon_step(self, gradient: Tensor) -> Tensor:
+        """Muon (Jordan et al., 2024): momentum with all its singular values made nearly equal, of unit mean square.
+
+        A few hundred of its steps do what takes Adam thousands.
+        """
+        self.first.lerp_(gradient, 1 - _MOMENTUM)
+        move = orthogonalised(gradient.lerp(self.first, _MOMENTUM).flatten(1)).view(gradient.shape)
+        return move / move.square().mean().sqrt().clamp_min(1e-12)
+
+
+class Codebook:
+    """Distinct ``values`` (K,) of a tensor, and their ``index`` in the tensor's shape."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.values, self.index = torch.unique(tensor, return_inverse=True)
@@ -142,18 +176,18 @@ class _Shared:
         self._moves = self.values != 0
 
     def sum(self, gradient: Tensor) -> Tensor:
-        """The gradient of each value: over all its positions, in a fixed order; none for zero."""
+        """Return each value's gradient: the sum over its positions, in a fixed order; 0 for the value zero."""
         sums = torch.segment_reduce(gradient.reshape(-1)[self._order].double(), "sum", lengths=self._lengths)
         return sums.to(self.values) * self._moves
 
 
 def is_matrix(weight: Tensor) -> bool:
-    """Whether a weight maps several inputs to several outputs (a depthwise one does not) and is not too wide."""
+    """Tell whether a weight maps several inputs to several outputs (a depthwise one does not) and is not too wide."""
     return weight.dim() > 1 and weight.shape[1] > 1 and 1 < min(len(weight), weight[0].numel()) <= _WIDEST_MATRIX
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """A matrix (m, n) with the same singular vectors, its singular values between about 0.7 and 1.2."""
+    """Return a matrix (m, n) with the same singular vectors, and singular values between about 0.7 and 1.2."""
     a, b, c = _POLYNOMIAL
     x = matrix / matrix.norm().clamp_min(1e-30)
     x = x.T if len(x) > x.shape[1] else x
@@ -164,14 +198,14 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 
 def update_macs(graph: Graph) -> int:
-    """Multiply-accumulates that one step spends on orthogonalising."""
+    """Count the multiply-accumulates that one step spends on orthogonalising."""
     weights = [graph.tensors[name] for name in trained_tensors(graph) if is_matrix(graph.tensors[name])]
     sides = [sorted((len(w), w[0].numel())) for w in weights]
     return sum(_ROUNDS * (2 * short**2 * long + short**3) for short, long in sides)
 
 
 def trained_tensors(graph: Graph) -> list[str]:
-    """Stored floating-point tensors that convolutions, Linear and norms use as weight or bias, each once."""
+    """Name the stored floating-point tensors that convolutions, Linear and norms use as weight or bias, each once."""
     found: dict[str, None] = {}
     for node in graph.nodes:
         for place in _TRAINED.get(node.op, ()):
@@ -182,6 +216,6 @@ def trained_tensors(graph: Graph) -> list[str]:
 
 
 def _scale(tensor: Tensor) -> float:
-    """The unit in which a tensor moves: its root mean square; biases may be zero, so vectors have at least 0.1."""
+    """Root mean square of a tensor; a bias may be all zero, so vectors have at least 0.1."""
     rms = float(tensor.double().square().mean().sqrt()) if tensor.numel() else 1.0
     return max(rms, 0.1 if tensor.dim() < 2 else 1e-6)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,63 +12,58 @@ from redpp_serve.graph.graph import InputSpec, Ref
 from redpp_serve.graph.layers import mac_count
 from redpp_serve.pruning import distillation as module
 from redpp_serve.pruning import student as training
-from redpp_serve.pruning.distillation import Schedule, distil, matched_values, mixed, schedule
+from redpp_serve.pruning.distillation import Lesson, OutputLoss, Schedule, distil, matched_values, mixed, schedule
 from redpp_serve.pruning.inputs import smooth_noise
 from redpp_serve.pruning.student import Student, trained_tensors, update_macs
-from redpp_serve.pruning.verification import compare_outputs
+from redpp_serve.pruning.verification import Reference, compare_outputs
 from tests.support.networks import KINDS, Builder, network
 from tests.support.pairs import pair, whole
 
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
-    """Forty steps of 16, whatever the budget."""
-    monkeypatch.setattr(module, "schedule", lambda *args: Schedule(40, 16))
+STEPS = 24
 
 
 def data(graph, images=32):
     return smooth_noise(graph.inputs, images, 0), smooth_noise(graph.inputs, 16, 1)
 
 
-def run(narrow, graph, kept, **kwargs):
-    return distil(narrow, graph, *data(graph), kept, seconds=1.0, **kwargs)
+def run(narrow, graph, kept, how=Schedule(STEPS, 16), inputs=None, codebooks=frozenset(), **options):  # noqa: B008
+    learn, held_out = data(graph)
+    return distil(Lesson(narrow, Reference(graph, held_out), inputs or learn, kept, codebooks), how, **options)
 
 
 def same(a, b):
     return a.nodes == b.nodes and all(a.tensors[n].equal(b.tensors[n]) for n in {*a.tensors, *b.tensors})
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_learns_and_every_weight_takes_part(kind):
-    narrow, graph, kept = pair(kind)
-    narrow = narrow.with_tensors({n: 1.2 * t for n, t in narrow.tensors.items() if t.dim() > 1})
-    done = run(narrow, graph, kept)
-    assert done.steps == 40 and done.note == "" and done.reproducible
-    assert done.error[1] < 0.9 * done.error[0]
-    held_out = data(graph)[1]
-    assert done.error == pytest.approx(
-        [compare_outputs(graph, g, held_out).error for g in (narrow, done.graph)], rel=1e-4
-    )
-    moved = {n for n in narrow.tensors if not narrow.tensors[n].equal(done.graph.tensors[n])}
-    assert moved == {n for n in narrow.tensors if "running" not in n} == set(trained_tensors(narrow))
-    assert all(t.requires_grad is False for t in done.graph.tensors.values())
+def test_every_kind_learns_and_every_weight_takes_part():
+    for kind in KINDS:
+        narrow, graph, kept = pair(kind)
+        narrow = narrow.with_tensors({n: 1.2 * t for n, t in narrow.tensors.items() if t.dim() > 1})
+        done = run(narrow, graph, kept)
+        assert done.steps == STEPS and done.note == "" and done.reproducible, kind
+        assert done.error[1] < 0.9 * done.error[0], kind
+        held_out = data(graph)[1]
+        measured = [compare_outputs(graph, g, held_out).error for g in (narrow, done.graph)]
+        assert done.error == pytest.approx(measured, rel=1e-4), kind
+        moved = {n for n in narrow.tensors if not narrow.tensors[n].equal(done.graph.tensors[n])}
+        assert moved == {n for n in narrow.tensors if "running" not in n} == set(trained_tensors(narrow)), kind
+        assert all(t.requires_grad is False for t in done.graph.tensors.values()), kind
 
 
 def test_the_given_graphs_do_not_change():
     narrow, graph, kept = pair("depthwise")
     before = [{n: t.clone() for n, t in g.tensors.items()} for g in (narrow, graph)]
     run(narrow, graph, kept)
-    for g, tensors in zip((narrow, graph), before):
+    for g, tensors in zip((narrow, graph), before, strict=True):
         assert all(g.tensors[n].equal(t) and not g.tensors[n].requires_grad for n, t in tensors.items())
 
 
-@pytest.mark.parametrize("rate", [1e3, 1e30])
-def test_a_hostile_learning_rate_never_makes_the_result_worse(monkeypatch, rate):
-    monkeypatch.setattr(module, "_RATE", rate)
-    narrow, graph, kept = pair("residual")
-    done = run(narrow, graph, kept)
-    assert same(done.graph, narrow) and done.error[0] == done.error[1]
-    assert "the earlier weights stay" in done.note
+def test_a_hostile_learning_rate_never_makes_the_result_worse():
+    for rate in (1e3, 1e30):
+        narrow, graph, kept = pair("residual")
+        done = run(narrow, graph, kept, Schedule(STEPS, 16, rate))
+        assert same(done.graph, narrow) and done.error[0] == done.error[1]
+        assert "the earlier weights stay" in done.note
 
 
 def test_a_perfect_network_stays_as_it_is():
@@ -80,20 +76,18 @@ def test_a_loss_that_becomes_nan_keeps_the_best_weights_until_then(monkeypatch):
     narrow, graph, kept = pair("chain")
     draw = module.mixed
     monkeypatch.setattr(
-        module, "mixed", lambda x, n, seed: tuple(v * (math.nan if seed >= 20 else 1) for v in draw(x, n, seed))
+        module, "mixed", lambda x, n, seed: tuple(v * (math.nan if seed >= 10 else 1) for v in draw(x, n, seed))
     )
     done = run(narrow, graph, kept)
-    assert "NaN or infinite after 20 of 40 steps" in done.note and done.steps == 20
+    assert "NaN or infinite after 10 of 24 steps" in done.note and done.steps == 10
     assert done.error[1] < done.error[0] and all(t.isfinite().all() for t in done.graph.tensors.values())
 
 
 def test_inputs_that_give_nan_leave_everything_as_it_was():
     narrow, graph, kept = pair("chain")
-    inputs, held_out = data(graph)
-    done = distil(narrow, graph, (inputs[0] * math.inf,), held_out, kept, seconds=1.0)
-    assert (
-        same(done.graph, narrow) and done.steps == 0 and "after 0 of 40" in done.note and "earlier weights" in done.note
-    )
+    done = run(narrow, graph, kept, inputs=(data(graph)[0][0] * math.inf,))
+    assert same(done.graph, narrow) and done.steps == 0
+    assert "after 0 of 24" in done.note and "earlier weights" in done.note
 
 
 def test_one_seed_one_result():
@@ -109,30 +103,29 @@ class Interrupt(Exception):
 
 def interrupting(at):
     def progress(done, total):
-        assert total == 40
+        assert total == STEPS
         if done == at:
             raise Interrupt
 
     return progress
 
 
-@pytest.mark.parametrize("codebooks", [frozenset(), frozenset({"inner.weight", "second.weight"})])
-@pytest.mark.parametrize("at", [1, 17, 39])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, at, codebooks):
-    narrow, graph, kept = pair("residual")
-    narrow = narrow.with_tensors({n: (4 * narrow.tensors[n]).round() / 4 for n in codebooks})
-    plain = run(narrow, graph, kept, codebooks=codebooks)
-    monkeypatch.setattr(module, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    checkpoint, steps = tmp_path / "distil.safetensors", []
-    with pytest.raises(Interrupt):
-        run(narrow, graph, kept, codebooks=codebooks, checkpoint=checkpoint, progress=interrupting(at))
-    resumed = run(
-        narrow, graph, kept, codebooks=codebooks, checkpoint=checkpoint, progress=lambda n, _: steps.append(n)
-    )
-    assert steps == list(range(at, 41)) if at > 1 else steps[0] == 1
-    assert same(plain.graph, resumed.graph) and plain.error == resumed.error
-    again = run(narrow, graph, kept, codebooks=codebooks, checkpoint=checkpoint, progress=interrupting(0))
-    assert same(plain.graph, again.graph) and again.steps == 40
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    original, graph, kept = pair("residual")
+    for codebooks in (frozenset(), frozenset({"inner.weight", "second.weight"})):
+        narrow = original.with_tensors({n: (4 * original.tensors[n]).round() / 4 for n in codebooks})
+        plain = run(narrow, graph, kept, codebooks=codebooks)
+        for at in (1, 11, STEPS - 1):
+            checkpoint, steps = tmp_path / f"{len(codebooks)} {at}.safetensors", []
+            how = {"codebooks": codebooks, "checkpoint": checkpoint}
+            with pytest.raises(Interrupt):
+                run(narrow, graph, kept, **how, progress=interrupting(at))
+            resumed = run(narrow, graph, kept, **how, progress=lambda n, _, steps=steps: steps.append(n))
+            assert steps == list(range(at, STEPS + 1)) if at > 1 else steps[0] == 1
+            assert same(plain.graph, resumed.graph) and plain.error == resumed.error
+        again = run(narrow, graph, kept, **how, progress=interrupting(0))
+        assert same(plain.graph, again.graph) and again.steps == STEPS
 
 
 def test_another_runs_checkpoint_or_a_damaged_one_is_not_used(tmp_path):
@@ -151,31 +144,27 @@ def test_another_runs_checkpoint_or_a_damaged_one_is_not_used(tmp_path):
 def test_the_deadline_ends_it_and_the_note_says_so():
     narrow, graph, kept = pair("chain")
     done = run(narrow, graph, kept, deadline=time.monotonic() - 1)
-    assert done.steps == 1 and not done.reproducible and "not reproducible" in done.note and "1 of 40" in done.note
+    assert done.steps == 1 and not done.reproducible and "not reproducible" in done.note and "1 of 24" in done.note
     assert done.error[1] <= done.error[0]
 
 
-@pytest.mark.parametrize("kind", ["residual", "depthwise", "tokens", "bare"])
-def test_codebooks_keep_their_indices_and_their_zeros(kind):
-    narrow, graph, kept = pair(kind)
-    names = frozenset(n for n, t in narrow.tensors.items() if t.dim() > 1)
-    coarse = narrow.with_tensors({n: (3 * narrow.tensors[n]).round() / 3 for n in names})
-    done = run(coarse, graph, kept, codebooks=names)
-    assert done.error[1] < done.error[0]
-    moved = 0
-    for name in names:
-        old, new = coarse.tensors[name], done.graph.tensors[name]
-        for value in old.unique():
-            assert len(new[old == value].unique()) == 1
-        assert (new[old == 0] == 0).all() and (old == 0).any()
-        moved += not new.equal(old)
-    assert moved == len(names)
-    assert all(not done.graph.tensors[n].equal(t) for n, t in coarse.tensors.items() if n.endswith("bias"))
+def test_codebooks_keep_their_indices_and_their_zeros():
+    for kind in ("residual", "depthwise", "tokens", "bare"):
+        narrow, graph, kept = pair(kind)
+        names = frozenset(n for n, t in narrow.tensors.items() if t.dim() > 1)
+        coarse = narrow.with_tensors({n: (3 * narrow.tensors[n]).round() / 3 for n in names})
+        done = run(coarse, graph, kept, codebooks=names)
+        assert done.error[1] < done.error[0], kind
+        for name in names:
+            old, new = coarse.tensors[name], done.graph.tensors[name]
+            assert all(len(new[old == value].unique()) == 1 for value in old.unique()), (kind, name)
+            assert (new[old == 0] == 0).all() and (old == 0).any() and not new.equal(old), (kind, name)
+        assert all(not done.graph.tensors[n].equal(t) for n, t in coarse.tensors.items() if n.endswith("bias")), kind
 
 
 def test_a_shared_value_has_the_sum_of_its_gradients():
     tensor = torch.tensor([[0.5, -1.0, 0.0], [0.5, 0.5, -1.0]])
-    shared = training._Shared(tensor)
+    shared = training.Codebook(tensor)
     values = shared.values.clone().requires_grad_()
     weight = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
     (values[shared.index] * weight).sum().backward()
@@ -188,13 +177,11 @@ def test_a_step_is_that_of_adam_or_muon_in_each_tensors_own_unit():
     graph = network("depthwise")
     student, (inputs, _) = Student(graph, frozenset({"second.weight"}), "cpu"), data(graph)
     program = student.program(graph.outputs)
-    by_adam = {n for n, m in zip(student.names, student.matrices) if not m}
-    assert by_adam == {n for n in student.names if not n.endswith("weight") or "_bn" in n} | {
-        "spatial.weight",
-        "second.weight",
-    }
-    leaves = {n: graph.tensors[n].clone().requires_grad_() for n in student.names}
-    units = dict(zip(student.names, student.scales))
+    by_adam = {n for n, p in student.parameters.items() if not p.by_muon}
+    vectors = {n for n in student.parameters if not n.endswith("weight") or "_bn" in n}
+    assert by_adam == vectors | {"spatial.weight", "second.weight"}
+    leaves = {n: graph.tensors[n].clone().requires_grad_() for n in student.parameters}
+    units = {n: p.scale for n, p in student.parameters.items()}
     groups = [{"params": [leaves[n]], "lr": 1e-3 * units[n], "eps": 1e-8 / units[n]} for n in by_adam]
     adam, reference = torch.optim.Adam(groups, betas=(0.9, 0.99)), Program(graph.with_tensors(leaves))
     momentum = {n: torch.zeros_like(p) for n, p in leaves.items()}
@@ -209,12 +196,12 @@ def test_a_step_is_that_of_adam_or_muon_in_each_tensors_own_unit():
             move = training.orthogonalised((0.1 * g + 0.9 * momentum[name]).flatten(1)).view(g.shape)
             leaves[name].data -= 1e-3 * units[name] * move / move.square().mean().sqrt()
             leaves[name].grad = None
-    for mine, name in zip(student.leaves, student.names):
-        torch.testing.assert_close(mine, leaves[name], rtol=1e-4, atol=1e-6, msg=name)
-        assert not mine.equal(graph.tensors[name])
+    for name, mine in student.parameters.items():
+        torch.testing.assert_close(mine.leaf, leaves[name], rtol=1e-4, atol=1e-6, msg=name)
+        assert not mine.leaf.equal(graph.tensors[name])
 
 
-@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (7, 7)])
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (7, 7)], ids=str)
 def test_an_orthogonalised_matrix_keeps_its_singular_vectors(shape):
     matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for scale in (1e-8, 1.0, 1e8):
@@ -230,8 +217,8 @@ def test_an_orthogonalised_matrix_keeps_its_singular_vectors(shape):
 def test_no_gradient_no_move():
     graph = network("chain")
     student = Student(graph, frozenset(), "cpu")
-    assert student.learn(sum(0.0 * leaf.sum() for leaf in student.leaves), 0.1, 0)
-    assert all(leaf.equal(graph.tensors[n]) for n, leaf in zip(student.names, student.leaves))
+    assert student.learn(sum(0.0 * p.leaf.sum() for p in student.parameters.values()), 0.1, 0)
+    assert all(p.leaf.equal(graph.tensors[n]) for n, p in student.parameters.items())
 
 
 def test_the_cost_of_orthogonalising_leaves_wide_and_depthwise_weights_out():
@@ -311,26 +298,30 @@ def test_the_ends_of_blocks_are_compared():
     found = matched_values(graph, graph, whole)
     places = [expected.index(name) for name in found]
     assert len(found) == 16 and places == sorted(places) and places[-1] == 39
-    assert {b - a for a, b in zip(places, places[1:])} <= {2, 3}
+    assert {b - a for a, b in pairwise(places)} <= {2, 3}
 
 
 def test_values_of_other_shapes_are_compared_at_the_kept_positions_only():
     narrow, graph, kept = pair("chain")
     assert "inner_bn_relu" in matched_values(narrow, graph, kept)
     assert matched_values(narrow, graph, whole) == ["stem_bn_relu", "second_bn_relu"]
-    lesson = module._Lesson(Student(narrow, frozenset(), "cpu"), graph, ["head", "inner_bn_relu"], 1, kept, "cpu")
-    value = torch.arange(24.0).view(1, 8, 3, 1)
-    assert module._at(value, lesson.kept[1])[0, :, 0, 0].tolist() == [0.0, 6.0, 9.0, 15.0]
+    names, inputs = ["head", "inner_bn_relu"], data(graph)[0]
+    new, old = (Program(g, names)(*inputs) for g in (narrow, graph))
+    expected = [
+        (n - o).square().mean() / o.square().mean() for n, o in zip(new, (old[0], old[1][:, [0, 2, 3, 5]]), strict=True)
+    ]
+    loss = OutputLoss(Student(narrow, frozenset(), "cpu"), graph, names, 1, kept)(inputs)
+    torch.testing.assert_close(loss, sum(expected))
 
 
 def test_the_loss_of_the_same_network_is_zero_and_else_relative():
     graph = network("residual")
     names = [*graph.outputs, *matched_values(graph, graph, whole)]
     inputs = data(graph)[0]
-    lesson = lambda g: module._Lesson(Student(g, frozenset(), "cpu"), graph, names, 1, whole, "cpu")  # noqa: E731
-    assert lesson(graph).loss(inputs).item() == 0
     doubled = graph.with_tensors({n: 2 * graph.tensors[n] for n in ("head.weight", "head.bias")})
-    assert lesson(doubled).loss(inputs).item() == pytest.approx(1.0, rel=1e-4)
+    for other, expected in ((graph, 0.0), (doubled, 1.0)):
+        loss = OutputLoss(Student(other, frozenset(), "cpu"), graph, names, 1, whole)(inputs)
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_schedule_follows_from_cost_and_budget(monkeypatch):
@@ -351,9 +342,8 @@ def test_the_schedule_follows_from_cost_and_budget(monkeypatch):
     assert schedule(graph, graph, 10.0).steps == 0
 
 
-def test_too_small_a_budget_leaves_the_weights(monkeypatch):
+def test_too_small_a_budget_leaves_the_weights():
     narrow, graph, kept = pair("chain")
-    monkeypatch.setattr(module, "schedule", lambda *args: Schedule(3, 16))
-    done = run(narrow, graph, kept)
-    assert done.graph is narrow and done.steps == 0 and "3 steps" in done.note and done.error[0] == done.error[1]
-    assert distil(narrow, graph, *data(graph), kept, seconds=0.0).note == ""
+    done = run(narrow, graph, kept, Schedule(3, 16))
+    assert done.graph is narrow and done.steps == 0 and "3 steps of at least 10" in done.note
+    assert done.error[0] == done.error[1]

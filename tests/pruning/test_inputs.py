@@ -13,8 +13,15 @@ from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import InputSpec, Ref
 from redpp_serve.graph.layers import mac_count
 from redpp_serve.pruning import inputs as synthetic
-from redpp_serve.pruning.inputs import SynthesisBudget, smooth_noise, synthesis_budget, synthesize, trained_norms
-from tests.support.networks import Builder, calibrated, many, network
+from redpp_serve.pruning.inputs import (
+    Matcher,
+    SynthesisBudget,
+    smooth_noise,
+    synthesis_budget,
+    synthesize,
+    trained_norms,
+)
+from tests.support.networks import Builder, calibrated, few, network
 
 SMALL = SynthesisBudget(images=24, batch=8, steps=6)
 
@@ -26,18 +33,18 @@ def trained(kind):
 
 
 def equal(a, b):
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_matching_lowers_the_mismatch_and_leaves_unit_scale():
-    made = synthesize(trained("residual"), SynthesisBudget(32, 16, 40), seed=1)
+    made = synthesize(trained("residual"), SynthesisBudget(16, 8, 40), seed=1)
     assert made.note == "" and made.losses[1] < 0.1 * made.losses[0]
-    assert made.inputs[0].shape == (32, 3, 6, 5) and made.inputs[0].isfinite().all()
+    assert made.inputs[0].shape == (16, 3, 6, 5) and made.inputs[0].isfinite().all()
     assert 0.3 < float(made.inputs[0].std()) < 3
 
 
 def matcher(graph):
-    return synthetic._Matcher(graph, [n for n in graph.nodes if "batch_norm" in n.op], "cpu")
+    return Matcher(graph, [n for n in graph.nodes if "batch_norm" in n.op], "cpu")
 
 
 def test_the_statistics_of_each_batch_norm_are_approached():
@@ -61,7 +68,7 @@ def test_the_network_takes_each_input_for_a_class_drawn_for_it(monkeypatch):
         return float(torch.nn.functional.cross_entropy(scores, drawn))
 
     with_classes = surprise()
-    monkeypatch.setattr(synthetic, "_CLASS_WEIGHT", 0.0)
+    monkeypatch.setattr(synthetic, "CLASS_WEIGHT", 0.0)
     assert with_classes < 0.8 * surprise()
 
 
@@ -80,59 +87,49 @@ def test_one_seed_one_result():
     assert not torch.equal(batches[0], batches[1])
 
 
-@pytest.mark.parametrize("finished", [1, 2, 3])
-def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, finished):
-    graph, checkpoint = network("chain"), tmp_path / "inputs.safetensors"
+def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path):
+    graph = network("chain")
     whole = synthesize(graph, SMALL, seed=5)
+    for finished in (1, 2, 3):
+        checkpoint, steps = tmp_path / f"{finished}.safetensors", []
 
-    def interrupt(done, total):
-        assert total == 18
-        if done == finished * SMALL.steps + 1:
-            raise KeyboardInterrupt
+        def interrupt(done, total, at=finished * SMALL.steps + 1):
+            assert total == 18
+            if done == at:
+                raise KeyboardInterrupt
 
-    if finished < 3:
-        with pytest.raises(KeyboardInterrupt):
+        try:
             synthesize(graph, SMALL, seed=5, checkpoint=checkpoint, progress=interrupt)
-    else:
-        synthesize(graph, SMALL, seed=5, checkpoint=checkpoint)
+        except KeyboardInterrupt:
+            assert finished < 3
+        resumed = synthesize(graph, SMALL, seed=5, checkpoint=checkpoint, progress=lambda n, _, s=steps: s.append(n))
+        assert len(steps) == (3 - finished) * SMALL.steps, "finished batches were made again"
+        assert equal(resumed.inputs, whole.inputs) and resumed.losses == whole.losses and resumed.note == whole.note
+
+
+def steps_taken(graph, budget, seed, checkpoint):
     steps = []
-    resumed = synthesize(graph, SMALL, seed=5, checkpoint=checkpoint, progress=lambda done, total: steps.append(done))
-    assert len(steps) == (3 - finished) * SMALL.steps  # finished batches were not made again
-    assert equal(resumed.inputs, whole.inputs) and resumed.losses == whole.losses and resumed.note == whole.note
+    synthesize(graph, budget, seed=seed, checkpoint=checkpoint, progress=lambda done, _: steps.append(done))
+    return len(steps)
 
 
 def test_the_checkpoint_of_another_run_is_not_used(tmp_path):
-    graph, checkpoint = network("chain"), tmp_path / "inputs.safetensors"
-    synthesize(graph, SMALL, seed=5, checkpoint=checkpoint)
+    graph, budget, checkpoint = network("chain"), SynthesisBudget(16, 8, 2), tmp_path / "inputs.safetensors"
+    synthesize(graph, budget, seed=5, checkpoint=checkpoint)
+    data = checkpoint.read_bytes()
     stem = graph.node("stem")
     strided = graph.with_nodes({"stem": replace(stem, args=(*stem.args[:3], [2, 2], *stem.args[4:]))})
     heavier = graph.with_tensors({"stem.weight": 2 * graph.tensors["stem.weight"]})
     for other, how, seed in (
-        (graph, SMALL, 6),
-        (graph, replace(SMALL, steps=5), 5),
-        (strided, SMALL, 5),
-        (heavier, SMALL, 5),
+        (graph, budget, 6),
+        (graph, replace(budget, steps=3), 5),
+        (strided, budget, 5),
+        (heavier, budget, 5),
     ):
-        assert synthetic._restore(checkpoint, synthetic._key(other, how, seed)) == ([], [])
-    assert len(synthetic._restore(checkpoint, synthetic._key(graph, SMALL, 5))[0]) == 3
-
-
-@pytest.mark.parametrize("damage", ["empty", "cut", "text", "flipped", "folder"])
-def test_a_damaged_checkpoint_is_made_again(tmp_path, damage):
-    graph, checkpoint = network("chain"), tmp_path / "inputs.safetensors"
-    how = replace(SMALL, steps=4)
-    whole = synthesize(graph, how, checkpoint=checkpoint)
-    data = checkpoint.read_bytes()
-    checkpoint.unlink()
-    key = synthetic._key(graph, how, 0)
-    if damage == "folder":
-        checkpoint.mkdir()
-        assert synthetic._restore(checkpoint, key) == ([], [])
-        return
-    wrong = {"empty": b"", "cut": data[:-9], "text": b"not tensors at all", "flipped": b"\xff" * 16 + data[16:]}
-    checkpoint.write_bytes(wrong[damage])
-    assert equal(synthesize(graph, how, checkpoint=checkpoint).inputs, whole.inputs)
-    assert len(synthetic._restore(checkpoint, key)[0]) == 3  # and written again
+        checkpoint.write_bytes(data)
+        assert steps_taken(other, how, seed, checkpoint) == 2 * how.steps
+    checkpoint.write_bytes(data)
+    assert steps_taken(graph, budget, 5, checkpoint) == 0
 
 
 def test_a_deadline_ends_the_run_with_a_note(tmp_path):
@@ -149,9 +146,8 @@ def test_a_deadline_ends_the_run_with_a_note(tmp_path):
 def test_networks_without_batch_norm_get_noise_and_a_note():
     graph = network("bare")
     made = synthesize(graph, SMALL, seed=2)
-    assert (
-        "no batch norm" in made.note and "smooth noise" in made.note and all(math.isnan(loss) for loss in made.losses)
-    )
+    assert "no batch norm" in made.note and "smooth noise" in made.note
+    assert all(math.isnan(loss) for loss in made.losses)
     assert equal(made.inputs, smooth_noise(graph.inputs, 24, 2))
 
 
@@ -167,33 +163,31 @@ def with_statistics(graph, statistics):
     return graph.with_tensors(changed)
 
 
-@pytest.mark.parametrize(
-    ("statistics", "words"),
-    [
+def test_statistics_that_say_nothing_are_not_matched_and_noted():
+    graph = trained("chain")
+    norms = [n.name for n in graph.nodes if "batch_norm" in n.op]
+    others = synthesize(with_statistics(graph, {norms[-1]: UNTRAINED}), SMALL, seed=1)
+    for statistics, words in (
         (UNTRAINED, "look untrained (mean 0, variance 1)"),
         (BROKEN, "are NaN or infinite"),
         ((0.0, math.inf), "are NaN or infinite"),
-    ],
-)
-def test_statistics_that_say_nothing_are_not_matched_and_noted(statistics, words):
-    graph = trained("chain")
-    norms = [n.name for n in graph.nodes if "batch_norm" in n.op]
-    doubtful = with_statistics(graph, {norms[-1]: statistics})
-    kept, doubt = trained_norms(doubtful)
-    assert [n.name for n in kept] == norms[:-1] and doubt == f"the statistics of 1 of {len(norms)} batch norms {words}"
-    made = synthesize(doubtful, SMALL, seed=1)
-    assert doubt in made.note and "not matched" in made.note and math.isfinite(made.losses[1])
-    others = synthesize(with_statistics(graph, {norms[-1]: UNTRAINED}), SMALL, seed=1)
-    assert equal(made.inputs, others.inputs)  # nothing of what they hold takes part
+    ):
+        doubtful = with_statistics(graph, {norms[-1]: statistics})
+        kept, doubt = trained_norms(doubtful)
+        assert [n.name for n in kept] == norms[:-1]
+        assert doubt == f"the statistics of 1 of {len(norms)} batch norms {words}"
+        made = synthesize(doubtful, SMALL, seed=1)
+        assert doubt in made.note and "not matched" in made.note and math.isfinite(made.losses[1])
+        assert equal(made.inputs, others.inputs), "values that say nothing took part"
 
 
-@pytest.mark.parametrize("statistics", [UNTRAINED, BROKEN])
-def test_without_any_trained_statistics_there_is_noise_and_a_note(statistics):
+def test_without_any_trained_statistics_there_is_noise_and_a_note():
     graph = network("chain")
     norms = [n.name for n in graph.nodes if "batch_norm" in n.op]
-    made = synthesize(with_statistics(graph, dict.fromkeys(norms, statistics)), SMALL, seed=2)
-    assert f"{len(norms)} of {len(norms)} batch norms" in made.note and "smooth noise stands in" in made.note
-    assert "rests on that" in made.note and equal(made.inputs, smooth_noise(graph.inputs, 24, 2))
+    for statistics in (UNTRAINED, BROKEN):
+        made = synthesize(with_statistics(graph, dict.fromkeys(norms, statistics)), SMALL, seed=2)
+        assert f"{len(norms)} of {len(norms)} batch norms" in made.note and "smooth noise was used" in made.note
+        assert "depends on that" in made.note and equal(made.inputs, smooth_noise(graph.inputs, 24, 2))
 
 
 def test_one_channel_at_mean_0_and_variance_1_is_no_doubt():
@@ -211,20 +205,21 @@ def test_integer_inputs_are_random_and_noted():
     assert set(made.inputs[0].unique().tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize(("mean", "variance"), [(0.0, 1.0), (0.0, 0.0), (50.0, 1e-12), (0.0, 1e12)])
-def test_batch_norms_that_never_saw_data_or_died(mean, variance):
-    graph = network("chain")
-    graph.tensors["inner_bn.running_mean"][:] = mean
-    graph.tensors["inner_bn.running_var"][:2] = variance
-    made = synthesize(graph, replace(SMALL, images=8))
-    assert made.inputs[0].isfinite().all() and made.losses[1] <= made.losses[0] < math.inf
+def test_batch_norms_that_never_saw_data_or_died():
+    for mean, variance in ((0.0, 1.0), (0.0, 0.0), (50.0, 1e-12), (0.0, 1e12)):
+        graph = network("chain")
+        graph.tensors["inner_bn.running_mean"][:] = mean
+        graph.tensors["inner_bn.running_var"][:2] = variance
+        made = synthesize(graph, replace(SMALL, images=8))
+        assert made.inputs[0].isfinite().all(), (mean, variance)
+        assert made.losses[1] <= made.losses[0] < math.inf, (mean, variance)
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 1), (1, 1, 9), (3, 1, 1), (7,), (), (2, 3), (2, 3, 4, 5)])
-def test_noise_has_unit_power_for_any_shape(shape):
-    (noise,) = smooth_noise((InputSpec("x", shape),), 400, 0)
-    assert noise.shape == (400, *shape) and noise.isfinite().all()
-    assert 0.8 < float(noise.square().mean().sqrt()) < 1.2
+def test_noise_has_unit_power_for_any_shape():
+    for shape in ((3, 8, 8), (1, 1, 1), (1, 1, 9), (3, 1, 1), (7,), (), (2, 3), (2, 3, 4, 5)):
+        (noise,) = smooth_noise((InputSpec("x", shape),), 400, 0)
+        assert noise.shape == (400, *shape) and noise.isfinite().all(), shape
+        assert 0.8 < float(noise.square().mean().sqrt()) < 1.2, shape
 
 
 def test_image_noise_has_low_spatial_frequencies():
@@ -234,24 +229,18 @@ def test_image_noise_has_low_spatial_frequencies():
 
 
 @given(st.floats(1, 1e5), st.sampled_from(["cpu", "cuda", "cuda:1"]), st.integers(2, 400))
-@many
-def test_a_plan_fits_its_budget_and_depends_on_nothing_else(seconds, device, width):
+@few
+def test_a_budget_fits_the_time_and_depends_on_nothing_else(seconds, device, width):
     graph = network("chain", width)
     how = synthesis_budget(graph, seconds, device)
     assert how == synthesis_budget(graph, seconds, device)
     assert how.images % how.batch == 0 and how.images >= 2 * how.batch and 4 <= how.steps <= 60
     assert how.batch <= how.held_out <= how.images // 2
-    spent = (
-        how.images
-        * how.steps
-        * synthetic._FORWARD_AND_BACKWARD
-        * mac_count(graph)
-        / synthetic._MACS_PER_SECOND[device[:4].strip(":")]
-    )
+    spent = how.images * how.steps * 3 * mac_count(graph) / (25e9 if device == "cpu" else 2e12)
     assert spent <= seconds or (how.batch == 8 and how.images == 16) or how.steps == 4
 
 
-def test_a_plan_for_a_huge_network_is_the_smallest_one(monkeypatch):
+def test_the_budget_for_a_huge_network_is_the_smallest_one(monkeypatch):
     monkeypatch.setattr(synthetic, "mac_count", lambda graph: 10**12)
     assert synthesis_budget(network("chain"), 10.0) == SynthesisBudget(16, 8, 4)
     monkeypatch.setattr(synthetic, "mac_count", lambda graph: 4 * 10**9)
