@@ -23,7 +23,7 @@ from queries import AB_TEST, INTERVAL, MODEL, matched, recorded
 
 FOLDER = Path(__file__).parent / "dashboards"
 OF_VERSION = "{{variant}} {{version}} {{server}}"
-SPEED = {0: BAD, 1: GOOD}
+SPEED: dict[float, str] = {0: BAD, 1: GOOD}
 Rows = dict[str, list[Any]]  # title of a row to panels with their widths set
 
 

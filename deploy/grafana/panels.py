@@ -41,7 +41,8 @@ def lines(title: str, text: str, unit: str, targets: Targets, **limits: float) -
         panel.override_by_regexp(f"/\\b{start}\\b/", [_set("custom.lineStyle", {"fill": "dash", "dash": dash})])
     for name, value in limits.items():
         getattr(panel, name)(value)
-    return _filled(panel, title, text, unit, targets)
+    _fill(panel, title, text, unit, targets)
+    return panel
 
 
 def number(title: str, text: str, unit: str, targets: Targets, colours: dict[float, str] | None = None) -> stat.Panel:
@@ -52,21 +53,24 @@ def number(title: str, text: str, unit: str, targets: Targets, colours: dict[flo
         panel.thresholds(_thresholds(colours))
     if len(targets) > 1:
         panel.text_mode(BigValueTextMode.VALUE_AND_NAME)
-    return _filled(panel, title, text, unit, targets)
+    _fill(panel, title, text, unit, targets)
+    return panel
 
 
 def word(title: str, text: str, targets: Targets) -> stat.Panel:
     """Build a panel with the name of the series that exists now."""
     panel = stat.Panel().text_mode(BigValueTextMode.NAME).graph_mode(BigValueGraphMode.NONE)
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
-    return _filled(panel, title, text, "none", targets, instant=True)
+    _fill(panel, title, text, "none", targets, instant=True)
+    return panel
 
 
 def bars(title: str, text: str, unit: str, targets: Targets) -> bargauge.Panel:
     """Build a panel with a bar for each series, over the dashboard's whole time range."""
     panel = bargauge.Panel().orientation(VizOrientation.HORIZONTAL)
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
-    return _filled(panel, title, text, unit, targets, instant=True)
+    _fill(panel, title, text, unit, targets, instant=True)
+    return panel
 
 
 def heat(title: str, text: str, expression: str) -> heatmap.Panel:
@@ -84,12 +88,11 @@ def heat(title: str, text: str, expression: str) -> heatmap.Panel:
     return panel.title(title).description(text).datasource(SOURCE).with_target(query)
 
 
-def _filled(panel: Any, title: str, text: str, unit: str, targets: Targets, instant: bool = False) -> Any:
+def _fill(panel: Any, title: str, text: str, unit: str, targets: Targets, instant: bool = False) -> None:
     panel.title(title).description(text).unit(unit).datasource(SOURCE)
     for letter, (legend, expression) in zip("ABCDEFGH", targets.items(), strict=False):
         query = _query(legend, expression, letter)
         panel.with_target(query.instant() if instant else query.range())
-    return panel
 
 
 def _query(legend: str, expression: str, letter: str) -> prometheus.Dataquery:

@@ -1,6 +1,6 @@
 """What users got, from the gateway's access log, and what the server's counters say, second by second.
 
-`Counting` writes both into the experiment's state folder: windows of the counters line by line, totals as a whole.
+`Counting` writes both into the A/B test's state folder: windows of the counters line by line, totals as a whole.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Windows:
     Seconds whose batches are not counted yet, read between the two, wait for the next window.
 
     Attributes:
-        since: times over the whole experiment.
+        since: times over the whole A/B test.
         divided: the times while users were divided; only then may the versions' tails be compared.
     """
 

@@ -1,4 +1,4 @@
-"""An experiment's own Prometheus metrics: shares, requests, pairs, agreement, speed-up with bounds, verdict, advice."""
+"""An A/B test's own Prometheus metrics: shares, requests, pairs, agreement, speed-up with bounds, verdict, advice."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ AB_FAMILIES = {
 Samples = dict[tuple[str, ...], float]  # values of the family's own labels -> value
 
 
-class ExperimentCollector:
+class AbTestCollector:
     """Turns the latest `Status` into samples when Prometheus asks; there are none before the first."""
 
     def __init__(self, latest: Callable[[], Status | None]) -> None:
@@ -57,11 +57,11 @@ class ExperimentCollector:
 
 
 def registry(latest: Callable[[], Status | None]) -> CollectorRegistry:
-    """Return a registry with the experiment's metrics alone."""
+    """Return a registry with the A/B test's metrics alone."""
     from prometheus_client import CollectorRegistry  # noqa: PLC0415
 
     own = CollectorRegistry()
-    own.register(ExperimentCollector(latest))
+    own.register(AbTestCollector(latest))
     return own
 
 

@@ -20,6 +20,7 @@ from redpp_serve.ab.gateway import NginxProcess
 from redpp_serve.ab.shadow import Inbox, Mirrored, Replayer, command
 from redpp_serve.ab.state import PAIRS, RECORDER, Lines, read_json, write_json
 from redpp_serve.comparison.outputs import difference, read_outputs
+from redpp_serve.handlers.wire import HANDLER_HEADER
 from redpp_serve.loopback import GatewayPorts, free_ports
 from redpp_serve.statistics.sequences import RatioSequence
 from redpp_serve.statistics.verdicts import Verdict, verdict
@@ -194,6 +195,30 @@ def test_the_inbox_is_bounded_by_count_and_bytes() -> None:
     assert (inbox.received, inbox.dropped) == (6, 2)
     assert [inbox.take(0) is None for _ in range(4)] == [False, False, False, True]
     assert inbox.quiet_since(time.perf_counter()) and not inbox.quiet_since(time.perf_counter() - 10)
+
+
+def test_replays_go_in_random_order_as_the_user_sent_them() -> None:
+    """The guard follows the replays' own times; times in the handler count only where both versions tell them."""
+    told = {"1.0": {HANDLER_HEADER: "2.5"}, "2.0": {}}
+
+    def answer(path: str, body: bytes, headers: dict[str, str]) -> Any:
+        version = path.rsplit("/", 1)[-1]
+        return 200, {"outputs": [[1.0, 2.0]]}, told[version]
+
+    with stub(answer) as server:
+        replayer = Replayer([f"http://127.0.0.1:{server.port}{path}" for path in PATHS], Inbox(), seed=1)
+        assert replayer.guard_s == 0.1
+        request = Mirrored("id", {"content-type": "x/y", "x-mine": "yes"}, b"1")
+        seen = [replayer.replay(request) for _ in range(12)]
+        told["2.0"] = {HANDLER_HEADER: "1.5"}
+        both = replayer.replay(request)
+        times = [seconds for pair in (*seen, both) for seconds in pair.seconds]
+        assert replayer.guard_s == pytest.approx(max(0.005, 1.5 * numpy.quantile(times, 0.9)), rel=1e-3)
+        replayer.close()
+    assert {pair.first for pair in seen} == {"original", "pruned"}
+    assert {headers["content-type"] for headers in server.headers} == {"x/y"}
+    assert {headers["x-mine"] for headers in server.headers} == {"yes"}
+    assert {pair.handler for pair in seen} == {None} and both.handler == [0.0025, 0.0015]
 
 
 def test_a_pair_among_other_users_requests_is_not_quiet() -> None:

@@ -1,9 +1,14 @@
 """The A/B test as the user asks for it: the traffic split, the header, and its way through a file."""
 
+import json
+from decimal import Decimal
+from pathlib import Path
+
 import pytest
 
-from redpp_serve.ab.spec import parse_split
+from redpp_serve.ab.spec import Spec, TrafficSplit, parse_split
 from redpp_serve.errors import RedppError
+from redpp_serve.options import Limits
 
 
 def test_splits_that_are_accepted() -> None:
@@ -40,3 +45,25 @@ def test_splits_that_are_refused() -> None:
         with pytest.raises(RedppError, match=message) as error:
             parse_split(text)
         parse_split(error.value.do.split("--split ")[1])  # the example in the message is itself accepted
+
+
+def test_the_spec_goes_through_json() -> None:
+    spec = Spec(
+        Path("/a"),
+        Path("/b"),
+        "triton",
+        TrafficSplit(Decimal("99.5"), Decimal("0.5")),
+        None,
+        False,
+        Limits(0.2),
+        3,
+        8000,
+        False,
+    )
+    assert Spec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_a_header_that_is_not_a_name_is_refused() -> None:
+    for header in ("", "X User", "X_User", "X-User;", "1-User", "X-User\n"):
+        with pytest.raises(RedppError, match="--sticky-header"):
+            Spec(Path("/a"), None, "triton", TrafficSplit(Decimal(50), Decimal(50)), header, False)

@@ -1,8 +1,8 @@
-"""The running verdict from an experiment's files, and how it is shown and exported."""
+"""The running verdict from the files of an A/B test, and how it is shown and exported."""
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,30 @@ import pytest
 from prometheus_client import generate_latest
 
 from redpp_serve.ab.counts import HandlerTimes
-from redpp_serve.ab.evidence import Evidence, deciding
+from redpp_serve.ab.evidence import Evidence, deciding, known_agreement
 from redpp_serve.ab.exporter import registry
 from redpp_serve.ab.gateway import switch
 from redpp_serve.ab.spec import Spec, Started, TrafficSplit
-from redpp_serve.ab.state import COUNTS, GATEWAY, PAIRS, RECORDER, SPEC, WINDOWS, Heartbeat, read_json, write_json
+from redpp_serve.ab.state import (
+    COUNTS,
+    GATEWAY,
+    PAIRS,
+    RECORDER,
+    SPEC,
+    WINDOWS,
+    Heartbeat,
+    Lines,
+    read_json,
+    write_json,
+)
 from redpp_serve.ab.status import Status, read_status
-from redpp_serve.errors import RedppError
 from redpp_serve.options import Limits
+from redpp_serve.statistics.guardrails import error_guardrail
+from redpp_serve.statistics.sequences import RatioSequence
+from redpp_serve.variants import NAMES
 
 URLS = {"gateway": "http://127.0.0.1:1/predictions/m", "metrics": "http://127.0.0.1:2/metrics"}
-BOUNDS = (0.005, 0.007, 0.01, 0.014, 0.02, 0.028)
+BOUNDS = (0.005, 0.007, 0.01, 0.014, 0.02, 0.028, float("inf"))
 
 
 class Experiment:
@@ -66,11 +79,11 @@ class Experiment:
                 file.write(json.dumps({"time": 0, "batches": {"1": [20, a, 20, pruned * b]}}) + "\n")
 
     def users(self, original: int, pruned: int, errors: int = 0, slow: int = 0) -> None:
-        """Users' requests, ``errors`` of the pruned arm failed; ``slow`` of its batches of 1000 took more than twice as long."""
+        """Users' requests: ``errors`` of the pruned arm's failed, ``slow`` of its 1000 batches were slow."""
         times = HandlerTimes(
             {
-                "original": dict(zip((*BOUNDS, float("inf")), (0, 500, 1000, 1000, 1000, 1000, 1000))),
-                "pruned": dict(zip((*BOUNDS, float("inf")), (0, 0, *3 * (1000 - slow,), 1000, 1000))),
+                "original": dict(zip(BOUNDS, (0, 500, 1000, 1000, 1000, 1000, 1000), strict=True)),
+                "pruned": dict(zip(BOUNDS, (0, 0, *3 * (1000 - slow,), 1000, 1000), strict=True)),
             }
         ).to_json()
         users = {
@@ -127,7 +140,7 @@ def test_errors_agreement_and_tail_advise_to_roll_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("split", ["100:0", "90:10"])
 def test_a_server_that_was_down_is_no_fault_of_the_pruned_version(tmp_path: Path, split: str) -> None:
-    """While it is down replays fail at once, so they are more: a larger part of replays is no larger share of errors."""
+    """While it is down replays fail at once and become more frequent, which is no larger share of errors."""
     experiment = Experiment(tmp_path, split=split)
     experiment.pairs(1500, 0.8)
     experiment.pairs(1500, status=[0, 0], difference=None, top1=None)
@@ -337,23 +350,77 @@ def test_the_metrics(experiment: Experiment) -> None:
     assert 'redpp_ab_traffic_ratio{arm="original",model="m"} 1.0' in generate_latest(own).decode()
 
 
-def test_the_spec_goes_through_json() -> None:
-    spec = Spec(
-        Path("/a"),
-        Path("/b"),
-        "triton",
-        TrafficSplit(Decimal("99.5"), Decimal("0.5")),
-        None,
-        False,
-        Limits(0.2),
-        3,
-        8000,
-        False,
-    )
-    assert Spec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+def test_a_finding_that_says_slower_goes_before_all_others(experiment: Experiment) -> None:
+    experiment.pairs(1500, 0.8)
+    experiment.windows(200, 1.25)
+    status = experiment.status()
+    assert [finding.verdict.kind for finding in status.findings] == ["faster", "slower"]
+    assert deciding(status.findings).source == "split" and status.advice.kind == "rollback"
 
 
-@pytest.mark.parametrize("header", ["", "X User", "X_User", "X-User;", "1-User", "X-User\n"])
-def test_a_header_that_is_no_name_is_refused(header: str) -> None:
-    with pytest.raises(RedppError, match="--sticky-header"):
-        Spec(Path("/a"), None, "triton", TrafficSplit(Decimal(50), Decimal(50)), header, False)
+def test_all_comparisons_and_guardrails_share_one_chance_of_error(experiment: Experiment) -> None:
+    """Any of three comparisons, and errors of users or of replays, may decide: each gets its part of 5 %."""
+    experiment.pairs(300, 0.9)
+    experiment.pairs(10, status=[500, 500], difference=None, top1=None)
+    evidence = Evidence(experiment.state, experiment.spec)
+    evidence.refresh()
+    lines = list(Lines(experiment.state / PAIRS).new())
+    alone = RatioSequence(0.05 / 3)
+    alone.update([numpy.log(line["seconds"][0] / line["seconds"][1]) for line in lines if line["difference"]])
+    assert evidence.pairs.latency.interval() == alone.interval()
+    users, replays = (rail for rail in evidence.guardrails() if rail.name == "errors")
+    for rail, counts in ((users, (0, 500, 0, 500)), (replays, (10, 310, 10, 310))):
+        expected = error_guardrail(*counts, 0.01, 0.05 / 2)
+        assert (rail.low, rail.high) == (expected.low, expected.high)
+    write_json(experiment.state / COUNTS, {**read_json(experiment.state / COUNTS), "users": {}})
+    evidence.refresh()
+    (replays,) = (rail for rail in evidence.guardrails() if rail.name == "errors")
+    assert replays.low == error_guardrail(10, 310, 10, 310, 0.01, 0.05).low  # users are not divided: it has all of it
+
+
+def test_what_the_reports_say_of_agreement_follows_candidate_and_tolerance(tmp_path: Path) -> None:
+    own, other = tmp_path / "own", tmp_path / "other"
+    for folder, same, difference in ((own, 1.0, 0.3), (other, 0.5, 0.05)):
+        folder.mkdir()
+        verify = {"agreement": same, "output_error": difference, "images": 400}
+        write_json(folder / "report.json", {"verify": verify})
+    spec = Spec(own, None, "torchserve", TrafficSplit(Decimal(50), Decimal(50)), None, False)
+    assert known_agreement(spec).ok is True and known_agreement(replace(spec, candidate=other)).ok is False
+    assert known_agreement(replace(spec, limits=Limits(tolerance=0.2))).ok is False  # 0.3 apart, though the same class
+    assert known_agreement(replace(spec, candidate=other, limits=Limits(tolerance=0.2))).ok is True
+
+
+def test_percentiles_are_those_of_their_names(experiment: Experiment) -> None:
+    counts = read_json(experiment.state / COUNTS)
+    milliseconds = {"pruned": {"5": 950, "70": 35, "900": 15}}
+    write_json(experiment.state / COUNTS, {**counts, "users": {**counts["users"], "milliseconds": milliseconds}})
+    assert experiment.status().arms["pruned"].gateway_ms == {"p50": 5, "p99": 900}
+
+
+def test_bounds_that_are_not_there_are_null_in_json(experiment: Experiment) -> None:
+    document = experiment.status().to_json()
+    assert document["verdicts"][0]["high"] is None and document["verdicts"][0]["low"] == 0.0
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+
+
+def test_each_arms_numbers_stand_in_its_own_column(experiment: Experiment) -> None:
+    counts = read_json(experiment.state / COUNTS)
+    numbers = {
+        "requests": (900, 800),
+        "errors": (11, 12),
+        "refused": (21, 22),
+        "abandoned": (31, 32),
+        "by_header": (41, 42),
+    }
+    users = {key: dict(zip(NAMES, pair, strict=True)) for key, pair in numbers.items()}
+    write_json(experiment.state / COUNTS, {**counts, "users": users})
+    rows = [line.split() for line in experiment.status().to_text().splitlines()]
+    titles = {
+        "requests": "requests",
+        "failed": "errors",
+        "refused": "refused",
+        "left": "abandoned",
+        "asked": "by_header",
+    }
+    seen = {titles[row[0]]: (int(row[-2]), int(row[-1])) for row in rows if row and row[0] in titles}
+    assert seen == numbers

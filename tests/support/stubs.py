@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = Callable[[str, bytes, dict[str, str]], tuple[int, Any]]
+Answer = Callable[[str, bytes, dict[str, str]], tuple[int, Any] | tuple[int, Any, dict[str, str]]]
 
 
 class StubServer(ThreadingHTTPServer):
-    """Answers POST with what ``answer(path, body, headers)`` returns as (status, JSON); counts requests by path."""
+    """Answers POST with (status, JSON[, headers]), as ``answer(path, body, headers)`` returns; counts requests by path."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -40,11 +40,13 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.server.seen[self.path] += 1
         self.server.headers = [*self.server.headers[-50:], headers]
-        status, document = self.server.answer(self.path, body, headers)
+        status, document, *more = self.server.answer(self.path, body, headers)
         reply = json.dumps(document).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(reply)))
         self.send_header("X-Request-Id", "the server's own")
+        for name, value in more[0].items() if more else ():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(reply)
 

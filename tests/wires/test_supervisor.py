@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from redpp_serve.ab.counts import Counting
+from redpp_serve.ab.counts import Counting, scrape
 from redpp_serve.ab.exporter import registry
 from redpp_serve.ab.gateway import switch
 from redpp_serve.ab.shadow import Pair, RecorderCounts
@@ -45,7 +46,7 @@ def test_status_and_exporter_read_what_the_supervisor_writes(tmp_path: Path) -> 
     test = Started(Spec(tmp_path, None, "torchserve", parse_split("75:25"), None, True), "small", time.time())
     write_json(tmp_path / SPEC, test.to_json())
     with Exporter() as server:
-        counting = Counting(tmp_path, log, server.url, "small")
+        counting = Counting(tmp_path, log, partial(scrape, server.url, "small"))
         processes: Any = SimpleNamespace(check_alive=lambda: None, alive=lambda: True, rotate=lambda: False)
         watch = Watch(tmp_path, test, URLS, counting, Parts(processes, processes))
         for look in range(24):
