@@ -34,7 +34,7 @@ from redpp_serve.errors import RedppError
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import find_layers, parameter_count
-from redpp_serve.packaging.package import describe_machine
+from redpp_serve.machine import describe_machine
 from redpp_serve.pruning.merging import merge_exact
 
 OUT = Path("benchmarks/results/coverage.json")

@@ -28,11 +28,12 @@ from redpp_serve.graph.artifact import build, load
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import mac_count
+from redpp_serve.machine import describe_machine
 from redpp_serve.options import Options
-from redpp_serve.packaging.package import describe_machine
 from redpp_serve.pruning.pipeline import prune
 from redpp_serve.reference import catalog
-from redpp_serve.report.plans import plan_rows
+from redpp_serve.report.data import PlanRecord
+from redpp_serve.report.tables import kernel_rows
 from redpp_serve.runtime.plan import Plan
 from redpp_serve.statistics.intervals import percentile_interval
 
@@ -140,7 +141,7 @@ def network_rows(
 def kernel_lines(plan: Plan) -> list[str]:
     """One line for each set of equal layers that had a choice: what was chosen and every candidate's time, also of those
     that lost."""
-    return [" | ".join(row) for row in plan_rows(plan.to_json())]
+    return [" | ".join(row) for row in kernel_rows(PlanRecord.from_json(plan.to_json()))]
 
 
 def merged(networks: list[dict[str, Any]], found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -25,8 +25,9 @@ from redpp_serve.graph.artifact import load
 from redpp_serve.graph.executor import Program
 from redpp_serve.handlers.payload import parse
 from redpp_serve.handlers.torchserve import RedppHandler
-from redpp_serve.packaging.package import VARIANTS, describe_machine
+from redpp_serve.machine import describe_machine
 from redpp_serve.statistics.intervals import percentile_interval
+from redpp_serve.variants import NAMES
 
 BATCHES = (1, 2, 4, 8, 16)
 
@@ -101,7 +102,7 @@ def main() -> None:
     payloads = read_payloads(options.inputs) if options.inputs else folder_payloads(options.folder)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as scratch:
-        arms = [Arm(options.folder / f"{variant}.mar", Path(scratch), options.threads) for variant in VARIANTS]
+        arms = [Arm(options.folder / f"{variant}.mar", Path(scratch), options.threads) for variant in NAMES]
         for arm in arms:
             arm.check(payloads[:8])
         rows = [measure(arms, payloads, batch, options.rounds, rng) for batch in BATCHES]

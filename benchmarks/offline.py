@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from redpp_serve.capture.arch import build
-from redpp_serve.packaging.package import describe_machine
+from redpp_serve.machine import describe_machine
 from redpp_serve.pruning.hashing import METHODS, Target, hash_weight
 
 RESNET = "torchvision:resnet50"

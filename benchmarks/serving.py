@@ -31,24 +31,26 @@ from redpp_serve.capture import capture_file
 from redpp_serve.graph.graph import InputSpec
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.loopback import ask
+from redpp_serve.machine import describe_machine
 from redpp_serve.options import Options
-from redpp_serve.packaging.package import VARIANTS, describe_machine, package
+from redpp_serve.packaging.package import package
 from redpp_serve.reference import ARCH, CHECKPOINT
 from redpp_serve.reference.digits import MEAN, STD
 from redpp_serve.serving.serve import KINDS, model_name, open_server
 from redpp_serve.serving.server import LocalServer
 from redpp_serve.serving.switching import switch
+from redpp_serve.variants import NAMES
 
 BAD_SHARE, FAULT_CLIENTS, CRASH_S, ROLL_OUT_S = 0.1, 8, 40.0, 16.0
 
 
 def load_part(server: LocalServer, cases: Cases, clients: int, seconds: float) -> dict[str, Any]:
     """Good and bad requests to both versions from many clients."""
-    run = run_load(server, cases, clients=clients, seconds=seconds, bad_share=BAD_SHARE, targets=tuple(VARIANTS))
+    run = run_load(server, cases, clients=clients, seconds=seconds, bad_share=BAD_SHARE, targets=NAMES)
     good, bad = ([sent for sent in run.sent if sent.good is kind] for kind in (True, False))
     latencies = {
         variant: np.quantile([x.end_s - x.start_s for x in good if x.target == variant], [0.5, 0.99])
-        for variant in VARIANTS
+        for variant in NAMES
     }
     return {
         "clients": clients,
@@ -74,7 +76,7 @@ def crash_part(server: LocalServer, cases: Cases) -> dict[str, Any]:
         clients=FAULT_CLIENTS,
         seconds=CRASH_S,
         bad_share=BAD_SHARE,
-        targets=tuple(VARIANTS),
+        targets=NAMES,
         events=[(killed, "kill", lambda: os.kill(worker_of(server, "pruned"), signal.SIGKILL))],
     )
     at = run.events["kill"][0]
@@ -129,7 +131,7 @@ def _between(run: Run, start: float, end: float) -> list[Sent]:
 
 def worker_of(server: LocalServer, variant: str) -> int:
     """The process that runs a version's handler."""
-    number = server.versions[list(VARIANTS).index(variant)]
+    number = server.versions[NAMES.index(variant)]
     if server.kind == "torchserve":
         _, body = ask(f"{server.management_url}/models/{server.name}/{number}", server.headers("management"))
         return int(json.loads(body)[0]["workers"][0]["pid"])

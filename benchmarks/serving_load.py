@@ -20,8 +20,8 @@ from redpp_serve.comparison.triton_client import TritonConnection, as_input
 from redpp_serve.graph.artifact import load
 from redpp_serve.graph.executor import Program
 from redpp_serve.handlers.payload import parse
-from redpp_serve.packaging.package import VARIANTS
 from redpp_serve.serving.server import LocalServer
+from redpp_serve.variants import NAMES
 
 BINARY = "application/octet-stream"
 INPUTS = 16  # different good requests
@@ -50,7 +50,7 @@ class Sent:
     @property
     def lost(self) -> bool:
         """A good request without the right answer."""
-        allowed = VARIANTS if self.target == UNVERSIONED else (self.target,)
+        allowed = NAMES if self.target == UNVERSIONED else (self.target,)
         return self.good and not set(self.answered_by) & set(allowed)
 
     @property
@@ -65,7 +65,7 @@ class Cases:
     def __init__(self, folder: Path) -> None:
         self.good = folder_payloads(folder)[:INPUTS]
         self.expected: dict[str, list[np.ndarray]] = {}
-        for variant in VARIANTS:
+        for variant in NAMES:
             with zipfile.ZipFile(folder / f"{variant}.mar") as file:
                 artifact = load(file.read("model.redpp"))
             program = Program(artifact.graph)

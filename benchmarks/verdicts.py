@@ -22,7 +22,7 @@ from numpy import ndarray
 
 from benchmarks import verdict_guardrails as rails
 from benchmarks.verdict_simulation import ALPHA, PAIRED, SIZES, arm_stops, paired_stops, split_windows, t_test_stops
-from redpp_serve.packaging.package import describe_machine
+from redpp_serve.machine import describe_machine
 from redpp_serve.statistics.sequences import RatioSequence
 from redpp_serve.statistics.unequal_traffic import ArmSequence
 

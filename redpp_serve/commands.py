@@ -73,7 +73,7 @@ def package(options: argparse.Namespace) -> None:
         dry_run=options.dry_run,
     )
     print(package_summary(report))
-    for message in report["messages"][len(captured.messages) :]:
+    for message in report.messages[len(captured.messages) :]:
         _note(f"note: {message}")
     if options.dry_run:
         print("\ndry run: nothing was written")
@@ -88,7 +88,7 @@ def plan(options: argparse.Namespace) -> None:
     """Time the kernels of both versions, print the choice, and add it to the package's report."""
     from redpp_serve.planning import plan as choose_kernels
     from redpp_serve.planning import record
-    from redpp_serve.report.plans import plan_text
+    from redpp_serve.report.text import plan_text
     from redpp_serve.runtime.plan_cache import default_path
 
     wanted = from_arguments(PlanOptions, options)

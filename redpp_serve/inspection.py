@@ -11,7 +11,9 @@ from redpp_serve.capture import Captured
 from redpp_serve.capture.sniff import FileKind, refusal, scan, shorten, sniff
 from redpp_serve.channels.coupling import ChannelSet, Coupling, couple
 from redpp_serve.graph.layers import find_layers, mac_count, parameter_count
-from redpp_serve.report.text import count, layer_table, printable, size
+from redpp_serve.report.data import Layer
+from redpp_serve.report.formats import count, printable, size
+from redpp_serve.report.text import layer_table
 
 _WEIGHTS = (FileKind.STATE_DICT, FileKind.LEGACY_STATE_DICT, FileKind.SAFETENSORS)
 _SHOW = {"bytes": size, "parameters": count, "MACs": count}
@@ -45,7 +47,7 @@ class Inspection:
         if self.sets is not None:
             lines += ["", *_set_lines(self.sets)]
         elif self.layers:
-            lines += ["", layer_table(self.layers)]
+            lines += ["", layer_table([Layer.from_json(layer) for layer in self.layers])]
         return "\n".join([*lines, "", self.next_step])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import torch
 from redpp_serve.capture.sniff import ZIP_ERRORS
 from redpp_serve.errors import RedppError
 from redpp_serve.packaging.mar import ARTIFACT
-from redpp_serve.report import write_reports
+from redpp_serve.report.data import Report
+from redpp_serve.report.folder import change_report, read_report
 from redpp_serve.runtime.device import parse_device
 from redpp_serve.runtime.model import ServingModel
 from redpp_serve.runtime.planner import PLAN_SECONDS
@@ -73,20 +73,14 @@ def plan(
 
 
 def record(folder: Path, plans: dict[str, Any]) -> bool:
-    """Put the plans into the folder's report.json and report.html; return False if they cannot be written."""
-    try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        write_reports({**report, "plan": plans}, folder)
-    except (OSError, ValueError, TypeError, RecursionError, RedppError):
-        return False
-    return True
+    """Put the plans into the folder's report.json and report.html; return False where they cannot be written."""
+    return change_report(folder, lambda report: Report.from_json({**report.to_json(), "plan": plans}))
 
 
 def _options(folder: Path) -> dict[str, Any]:
     try:
-        given = json.loads((folder / "report.json").read_text(encoding="utf-8"))["options"].items()
-        return {name: value for name, value in given if value is not None}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {name: value for name, value in read_report(folder).options.items() if value is not None}
+    except RedppError:
         return {}
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import mac_count, parameter_count
-from redpp_serve.packaging.package import describe_machine
+from redpp_serve.machine import describe_machine
 from redpp_serve.pruning.latency import paired_latency
 from redpp_serve.reference import catalog
 

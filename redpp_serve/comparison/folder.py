@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ from redpp_serve.graph.artifact import load
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.loopback import ADDRESS, Ports, TritonPorts
 from redpp_serve.packaging.mar import ARTIFACT
-from redpp_serve.packaging.package import VARIANTS, request_body
-from redpp_serve.report import write_reports
+from redpp_serve.packaging.samples import INPUTS, request_body
+from redpp_serve.report.data import Report
+from redpp_serve.report.folder import change_report
 from redpp_serve.serving.serve import model_name, open_server
 from redpp_serve.serving.server import LocalServer
+from redpp_serve.variants import NAMES
 
 _BINARY = "application/octet-stream"
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile)
@@ -57,7 +58,7 @@ def compare(
     name = model_name(folder)
     payloads = read_payloads(inputs) if inputs else folder_payloads(folder)
     with open_server(server, folder, name=name, workers=workers, ports=ports, auth=auth, note=note) as running:
-        original, pruned = (endpoint(running, variant) for variant in VARIANTS)
+        original, pruned = (endpoint(running, variant) for variant in NAMES)
         return compare_endpoints(
             original,
             pruned,
@@ -72,7 +73,7 @@ def compare(
 
 def endpoint(server: LocalServer, variant: str) -> Endpoint:
     """Where a running server answers for ``original``, ``pruned``, or ``default``: without a version."""
-    versions = {**dict(zip(VARIANTS, server.versions)), "default": ""}
+    versions = {**dict(zip(NAMES, server.versions)), "default": ""}
     headers = server.headers("inference")
     if server.kind == "torchserve":
         version = versions[variant]
@@ -97,22 +98,18 @@ def endpoint(server: LocalServer, variant: str) -> Endpoint:
 
 def record(folder: Path, result: Comparison) -> bool:
     """Put the comparison into the folder's report.json and report.html; False where they cannot be written."""
-    try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        write_reports(with_comparison(report, result.to_json()), folder)
-    except (OSError, ValueError, RedppError):
-        return False
-    return True
+    return change_report(folder, lambda report: with_comparison(report, result.to_json()))
 
 
-def with_comparison(report: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
-    """The report with what was measured beside what was counted. An accuracy on verification data stays."""
-    kept = {"accuracy"} if "accuracy_of" in report else set()
+def with_comparison(report: Report, measured: dict[str, Any]) -> Report:
+    """Put what was measured beside what was counted. An accuracy on verification data stays."""
+    before = report.to_json()
+    kept = {"accuracy"} if report.accuracy_of else set()
     arms = {
-        arm: {**report[arm], **{k: v for k, v in measured[arm].items() if k not in kept}}
-        for arm in ("original", "pruned")
+        name: {**before[name], **{key: value for key, value in measured[name].items() if key not in kept}}
+        for name in NAMES
     }
-    return {**report, **measured, **arms}
+    return Report.from_json({**before, **measured, **arms})
 
 
 def folder_payloads(folder: Path) -> list[Payload]:
@@ -121,14 +118,11 @@ def folder_payloads(folder: Path) -> list[Payload]:
     Raises:
         RedppError: they are missing or damaged.
     """
-    import torch
-
-    path = folder / "inputs.npz"
+    path = folder / INPUTS
     try:
         with np.load(path, allow_pickle=False) as file:
-            names = tuple(file.files)
-            arrays = tuple(torch.from_numpy(file[name]) for name in names)
-        if not arrays or any(x.dim() == 0 for x in arrays):
+            arrays = {name: file[name] for name in file.files}
+        if not arrays or any(x.ndim == 0 for x in arrays.values()):
             raise ValueError("no arrays with a batch dimension")
     except _UNREADABLE as error:
         raise RedppError(
@@ -136,7 +130,8 @@ def folder_payloads(folder: Path) -> list[Payload]:
             "the synthetic inputs that redpp-serve package keeps there",
             "give other inputs with --inputs, or package the model again",
         ) from error
-    return [Payload(request_body(arrays, k, names), _BINARY) for k in range(len(arrays[0]))]
+    count = len(next(iter(arrays.values())))
+    return [Payload(request_body({name: x[k] for name, x in arrays.items()}), _BINARY) for k in range(count)]
 
 
 def read_payloads(path: Path) -> list[Payload]:
@@ -162,8 +157,6 @@ def read_payloads(path: Path) -> list[Payload]:
 
 
 def _from_arrays(path: Path) -> list[Payload]:
-    import torch
-
     try:
         with np.load(path, allow_pickle=False) as file:
             alone = [name for name in file.files if name != "labels"]
@@ -171,21 +164,21 @@ def _from_arrays(path: Path) -> list[Payload]:
             if name not in file.files:
                 raise ValueError(f"it holds {', '.join(file.files) or 'nothing'}")
             given = file[name]
-            inputs = torch.from_numpy(np.ascontiguousarray(given))
+            inputs = np.ascontiguousarray(given)
             labels = file["labels"].tolist() if "labels" in file.files else [None] * len(given)
             if any(not isinstance(label, int | None) for label in labels):
                 raise ValueError("labels that are not one integer for each input")
-            if inputs.dim() == 0 or len(labels) != len(inputs):
-                raise ValueError(f"inputs of shape {tuple(inputs.shape)} with {len(labels)} labels")
+            if given.ndim == 0 or len(labels) != len(inputs):
+                raise ValueError(f"inputs of shape {given.shape} with {len(labels)} labels")
     except _UNREADABLE as error:
         raise RedppError(
             f"--inputs {path} cannot be read: {error}",
             "an .npz file with an array 'inputs', batch first",
             "write it with numpy.savez, or give a folder of images",
         ) from error
-    if inputs.dtype == torch.uint8 and inputs.dim() == 4 and inputs.shape[1] in (1, 3):  # images travel as images
-        return [Payload(_png(x.numpy()), _BINARY, label) for x, label in zip(inputs, labels)]
-    return [Payload(request_body((inputs,), k), _BINARY, label) for k, label in enumerate(labels)]
+    if inputs.dtype == np.uint8 and inputs.ndim == 4 and inputs.shape[1] in (1, 3):  # images travel as images
+        return [Payload(_png(x), _BINARY, label) for x, label in zip(inputs, labels)]
+    return [Payload(request_body({name: x}), _BINARY, label) for x, label in zip(inputs, labels, strict=True)]
 
 
 def _png(image: np.ndarray) -> bytes:

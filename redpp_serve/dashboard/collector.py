@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
@@ -19,6 +18,8 @@ from redpp_serve.dashboard.scraping import VARIANTS, Key, Target, merged
 from redpp_serve.dashboard.speedups import HANDLER, percentile_ratio
 from redpp_serve.dashboard.words import headline, source_text
 from redpp_serve.errors import RedppError
+from redpp_serve.report.data import Report
+from redpp_serve.report.folder import read_report
 
 EVERY_S = 1.0
 WINDOWS = (10, 60, 300, 900)  # seconds that the page offers
@@ -44,7 +45,7 @@ class Collector:
         self._history = History()
         self._trend: deque[tuple[int, float, dict[str, float | None]]] = deque()
         self._number, self._served_at = 0, math.nan
-        self._report: tuple[int, dict[str, Any]] = (0, {})
+        self._report: tuple[int, Report] = (0, Report.from_json({}))
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="scrape", daemon=True)
 
@@ -143,15 +144,14 @@ class Collector:
         found["speedup"] = {"pruned": [figures.rounded(point.get("speedup")) for _, point in points]}
         return found
 
-    def _read_report(self) -> tuple[dict[str, Any], str]:
+    def _read_report(self) -> tuple[Report, str]:
         """The folder's report and when it was written; the last good one where it cannot be read."""
         path = self._folder / "report.json"
         try:
             written = path.stat().st_mtime_ns
             if written != self._report[0]:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                self._report = (written, found if isinstance(found, dict) else {})
-        except (OSError, ValueError, RecursionError):
+                self._report = (written, read_report(self._folder))
+        except (OSError, RedppError):
             pass
         written, report = self._report
         return report, datetime.fromtimestamp(written / 1e9).strftime("%Y-%m-%d %H:%M") if written else ""

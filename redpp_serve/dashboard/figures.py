@@ -18,13 +18,12 @@ from redpp_serve.dashboard.speedups import (
     percentile_ratio,
 )
 from redpp_serve.dashboard.words import span
+from redpp_serve.report.data import Report
 from redpp_serve.report.formats import (
     DASH,
     count,
-    dig,
     exact,
     milliseconds,
-    number,
     percent,
     printable,
     quotient,
@@ -127,7 +126,7 @@ def _memory(gauges: Mapping[Key, float], key: Key) -> str:
     return size(gauges[key]) if key in gauges else "unknown"
 
 
-def model_rows(gauges: Mapping[Key, float], report: Mapping[str, Any]) -> list[Row]:
+def model_rows(gauges: Mapping[Key, float], report: Report) -> list[Row]:
     """What the versions cost, with the share that is left."""
     rows = []
     for label, before, after, show in _costs(gauges, report):
@@ -137,7 +136,7 @@ def model_rows(gauges: Mapping[Key, float], report: Mapping[str, Any]) -> list[R
 
 
 def _costs(
-    gauges: Mapping[Key, float], report: Mapping[str, Any]
+    gauges: Mapping[Key, float], report: Report
 ) -> Iterator[tuple[str, float | None, float | None, Callable[[Any], str]]]:
     """Label, the versions' values, and how to show them: as the workers say, else as report.json has it."""
     for label, key, show in (
@@ -146,12 +145,12 @@ def _costs(
         ("stored weights", "bytes", size),
     ):
         told = [gauges.get(Key(f"redpp_model_{key}", variant)) for variant in VARIANTS]
-        kept = [number(dig(report, side, key)) for side in ("original", "pruned")]
+        kept = [getattr(figures, key) for figures in report.versions]
         before, after = (kept[i] if told[i] is None else told[i] for i in (0, 1))
         yield label, before, after, show
 
 
-def left_shares(gauges: Mapping[Key, float], report: Mapping[str, Any]) -> dict[str, Any]:
+def left_shares(gauges: Mapping[Key, float], report: Report) -> dict[str, Any]:
     """What the pruned network still has, in percent of the original."""
     found = [(label, quotient(after, before)) for label, before, after, _ in _costs(gauges, report)]
     known = [(label, share) for label, share in found if share is not None]
@@ -193,10 +192,9 @@ def rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
 
 
-def compare_card(report: Mapping[str, Any], when: str) -> dict[str, Any]:
+def compare_card(report: Report, when: str) -> dict[str, Any]:
     """The verdict of the last `compare`, from the folder's report.json."""
-    verdict = dig(report, "verdict")
-    if not verdict:
+    if not report.verdict:
         text = "Not compared yet: redpp-serve compare sends the same inputs to both versions."
         return {"text": text, "rows": [], "note": ""}
     rows = []
@@ -206,9 +204,10 @@ def compare_card(report: Mapping[str, Any], when: str) -> dict[str, Any]:
         ("end-to-end p99", "end_to_end_p99"),
         ("throughput", "throughput"),
     ):
-        ratio, low, high = (number(dig(report, "speedup", key, part)) for part in ("ratio", "low", "high"))
-        if ratio is not None:
-            rows.append([label, times(ratio), DASH if low is None or high is None else f"{low:.2f} to {high:.2f}"])
-    if (top1 := number(dig(report, "agreement", "top1"))) is not None:
-        rows.append(["same top-1 class", percent(top1), DASH])
-    return {"text": printable(verdict), "rows": rows, "note": f"report.json of {when}" if when else ""}
+        found = (report.speedup or {}).get(key)
+        if found and found.ratio is not None:
+            known = found.low is not None and found.high is not None
+            rows.append([label, times(found.ratio), f"{found.low:.2f} to {found.high:.2f}" if known else DASH])
+    if report.agreement and report.agreement.top1 is not None:
+        rows.append(["same top-1 class", percent(report.agreement.top1), DASH])
+    return {"text": printable(report.verdict), "rows": rows, "note": f"report.json of {when}" if when else ""}

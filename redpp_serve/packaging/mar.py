@@ -1,6 +1,6 @@
 """The TorchServe archive: artifact, handler and a copy of the serving code, in one deterministic zip.
 
-Self-contained: it runs on a stock TorchServe with torch, numpy and pillow where this project is not installed.
+It runs on a stock TorchServe with torch, numpy and pillow where this project is not installed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from redpp_serve.errors import RedppError
 from redpp_serve.files import deterministic_zip
-from redpp_serve.graph.artifact import load
+from redpp_serve.graph.artifact import Artifact
+from redpp_serve.packaging.templates import render
 
 if TYPE_CHECKING:  # Python 3.10 has it elsewhere
     from importlib.resources.abc import Traversable
@@ -24,40 +25,25 @@ _MODULES = ("__init__.py", "errors.py", "files.py", "variants.py")
 _PACKAGES = ("graph", "runtime", "handlers", "kernels")
 _SUFFIXES = (".py", ".json")  # the code, and the times of known devices that the planner starts from
 
-_HANDLER = '''"""Entry point of this archive. Its own copy of the code comes first: the archive is what was tested."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from redpp_serve.handlers.torchserve import RedppHandler  # noqa: E402
-
-
-class Service(RedppHandler):
-    """TorchServe takes the one class that is defined here."""
-'''
-
-
-def build_mar(artifact: bytes, *, name: str, version: str, model_config: str) -> bytes:
-    """The archive's bytes; equal arguments give equal bytes.
+def build_mar(artifact: Artifact, *, name: str, model_config: str) -> bytes:
+    """Return the archive's bytes; equal arguments give equal bytes.
 
     Args:
-        artifact: what `runtime.artifact.build` returned; its description holds the same ``version``.
+        artifact: its description holds the ``version`` in URLs, such as ``1.0``.
         name: the model's name in URLs.
-        version: the version in URLs, such as ``1.0``.
         model_config: text of ``model-config.yaml``, see `server_config.model_config`.
 
     Raises:
-        RedppError: a name or version that TorchServe does not take, or another version in the artifact.
+        RedppError: a name or version that TorchServe does not take.
     """
     check_name(name)
-    described = load(artifact).description.get("version")
-    if described != version or not re.fullmatch(r"[0-9]+(\.[0-9]+)*", version):
+    version = artifact.description.get("version")
+    if not isinstance(version, str) or not re.fullmatch(r"[0-9]+(\.[0-9]+)*", version):
         raise RedppError(
-            f"version {version!r} for an artifact that says {described!r}",
-            "numbers with dots, such as 1.0, the same in both",
-            "build the artifact with this version in its description",
+            f"an artifact of version {version!r}",
+            "numbers with dots, such as 1.0",
+            "build the artifact with such a version in its description",
         )
     manifest = {
         "createdOn": "01/01/1980 00:00:00",
@@ -73,8 +59,8 @@ def build_mar(artifact: bytes, *, name: str, version: str, model_config: str) ->
     }
     entries = {
         "MAR-INF/MANIFEST.json": json.dumps(manifest, indent=2).encode(),
-        ARTIFACT: artifact,
-        "handler.py": _HANDLER.encode(),
+        ARTIFACT: artifact.data,
+        "handler.py": render("handler.py").encode(),
         CONFIG: model_config.encode(),
     }
     return deterministic_zip({**entries, **serving_sources()})
@@ -95,7 +81,7 @@ def check_name(name: str) -> None:
 
 
 def serving_sources() -> dict[str, bytes]:
-    """Path in an archive to bytes, for all code and data that serving needs, in a fixed order."""
+    """Return path in an archive -> bytes, in a fixed order, of all code and data that serving needs."""
     root = files("redpp_serve")
     sources = {f"redpp_serve/{module}": root.joinpath(module).read_bytes() for module in _MODULES}
     for package in _PACKAGES:

@@ -5,27 +5,30 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
+from redpp_serve.packaging.samples import INPUTS
+from redpp_serve.report.folder import PAGE, REPORT
 from redpp_serve.variants import VARIANTS
 
-_WRITTEN = {
+_OURS = {
     *(f"{name}.mar" for variant in VARIANTS for name in (variant.name, variant.former_name)),
     "config.properties",
     "log4j2.xml",
     "model-config.yaml",
     "README.md",
-    "inputs.npz",
+    INPUTS,
     "sample.npy",
     "sample.npz",
     "triton",
-    "report.json",
-    "report.html",
-    "key_file.json",
-    "logs",  # the last two by TorchServe
+    REPORT,
+    PAGE,
+    "key_file.json",  # TorchServe writes this and the logs where it is started
+    "logs",
 }
 
 
@@ -39,13 +42,10 @@ def check_out(out: Path) -> None:
         return
     try:
         entries = sorted(path.name for path in out.iterdir())
-        ours = (
-            not entries
-            or json.loads((out / "report.json").read_text(encoding="utf-8"))["tool"]["name"] == "redpp-serve"
-        )
+        ours = not entries or json.loads((out / REPORT).read_text(encoding="utf-8"))["tool"]["name"] == "redpp-serve"
     except (OSError, ValueError, KeyError, TypeError):
         entries, ours = [], False
-    foreign = [name for name in entries if name not in _WRITTEN]
+    foreign = [name for name in entries if name not in _OURS]
     if not ours or foreign:
         lost = f"holds {', '.join(foreign[:5])}, which" if ours else "exists and"
         raise RedppError(
@@ -57,7 +57,14 @@ def check_out(out: Path) -> None:
 
 @contextmanager
 def all_or_nothing(out: Path, checkpoint: Path | None) -> Iterator[None]:
-    """Only an interrupted run leaves its inputs behind, for the next one; a failed one not even an empty folder."""
+    """Clean up after the run that the body is.
+
+    Only an interrupted run leaves its checkpoints, for the next one to go on from; a failed one does not even leave an
+    empty folder.
+
+    Raises:
+        RedppError: in place of an OSError.
+    """
     made = [folder for folder in out.parents if not folder.exists()]
     try:
         yield
@@ -76,24 +83,34 @@ def all_or_nothing(out: Path, checkpoint: Path | None) -> Iterator[None]:
     _forget(checkpoint)
 
 
-def replace(new: Path, out: Path, aside: Path) -> None:
-    """Move the new folder to ``out``; what is there goes to ``aside``, and comes back if that fails."""
-    try:
-        if out.exists():
-            os.replace(out, aside)
-        os.replace(new, out)
-    except BaseException:  # also Ctrl-C between the two
-        if aside.exists() and not out.exists():
-            os.replace(aside, out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+@contextmanager
+def replaced(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``out``, which takes its place when the body ends without an exception."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        new, aside = Path(scratch) / "new", Path(scratch) / "old"
+        new.mkdir(mode=0o755)
+        yield new
+        try:
+            if out.exists():
+                os.replace(out, aside)
+            os.replace(new, out)
+        except BaseException:  # also Ctrl-C between the two
+            if aside.exists() and not out.exists():
+                os.replace(aside, out)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write path -> content below a folder; folders that are missing are made."""
+    for path, content in files.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
 
 
 def _forget(checkpoint: Path | None) -> None:
-    for path in (
-        (checkpoint, *(checkpoint.with_name(f"{checkpoint.name}.{x}") for x in ("distil", "tune")))
-        if checkpoint
-        else ()
-    ):
+    for suffix in ("", ".distil", ".tune") if checkpoint else ():
         with suppress(OSError):  # where it could not be written it cannot be removed either
-            path.unlink(missing_ok=True)
+            checkpoint.with_name(f"{checkpoint.name}{suffix}").unlink(missing_ok=True)

@@ -1,23 +1,25 @@
 """The Triton model repository: both versions, one configuration, and a copy of the serving code in each version.
 
-Self-contained: it runs on a stock Triton with the Python back end and torch where this project is not installed.
-
-config.pbtxt of a Triton model, written as text: the protobuf classes belong to Triton's client, not to this side.
+It runs on a stock Triton Inference Server with the Python back end and torch where this project is not installed. Its
+config.pbtxt is written as text: the protobuf classes belong to Triton's client, which packaging does not need.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import InputSpec
+from redpp_serve.options import Serving
 from redpp_serve.packaging.mar import ARTIFACT, check_name, serving_sources
+from redpp_serve.packaging.templates import render
 from redpp_serve.runtime.serving_graph import batch_buckets
+from redpp_serve.variants import NAMES, VARIANTS
 
+CONFIG = "config.pbtxt"
 TYPES = {
     "float32": "TYPE_FP32",
     "float16": "TYPE_FP16",
@@ -36,59 +38,90 @@ class Word(str):
     """A value without quotes, such as an enumeration's."""
 
 
-def warmup_file(index: int) -> str:
-    """Name of the file in the model's ``warmup`` folder that holds the input of that index."""
-    return f"input_{index}"
+def build_repository(
+    name: str, artifacts: Mapping[str, bytes], config: Mapping[str, Any], sample: Sequence[np.ndarray[Any, Any]]
+) -> dict[str, bytes]:
+    """Return path below the repository -> bytes for all files; equal arguments give equal bytes.
+
+    Args:
+        name: the model's name in URLs.
+        artifacts: variant's name -> artifact.
+        config: from `triton_config`.
+        sample: one input without batch for each of the network's, for Triton to warm up with.
+
+    Raises:
+        RedppError: a name that cannot be used.
+    """
+    check_name(name)
+    files = {f"{name}/{CONFIG}": to_text(config).encode()}
+    for index, array in enumerate(sample):
+        files[f"{name}/warmup/{_warmup_file(index)}"] = array.tobytes()
+    model = render("model.py", artifact=ARTIFACT).encode()
+    for variant in VARIANTS:
+        own = {"model.py": model, ARTIFACT: artifacts[variant.name], **serving_sources()}
+        files.update({f"{name}/{variant.triton_version}/{path}": content for path, content in own.items()})
+    return files
 
 
 def triton_config(
-    name: str,
-    inputs: Sequence[InputSpec],
-    outputs: Sequence[InputSpec],
-    *,
-    batch_size: int,
-    max_batch_delay_ms: int,
-    threads: int,
-    precision: str = "fp32",
+    name: str, inputs: Sequence[InputSpec], outputs: Sequence[InputSpec], serving: Serving
 ) -> dict[str, Any]:
-    """The configuration that both versions share, as a message for `to_text` and `to_json`.
+    """Return the configuration that both versions share, as a message for `to_text` and `to_json`.
 
     Args:
-        name: the model's, which is also its folder's.
-        inputs, outputs: names, shapes without batch, torch dtypes. bfloat16 travels as float32: numpy has none.
-        batch_size: rows of the largest batch.
-        max_batch_delay_ms: how long a request waits for others, milliseconds.
-        threads, precision: torch threads and precision of each instance.
+        name: the name of the model and of its folder.
+        inputs: names, shapes without batch, torch dtypes. bfloat16 travels as float32, since NumPy has none.
+        outputs: the same for the outputs.
+        serving: the largest batch, how long a request waits for others, threads and precision of each instance.
 
     Raises:
         RedppError: a dtype that Triton does not know.
     """
+    parameters = {"threads": serving.threads, "precision": serving.precision}
     return {
         "name": name,
         "backend": "python",
-        "max_batch_size": batch_size,
+        "max_batch_size": serving.batch_size,
         "input": [_tensor(spec) for spec in inputs],
         "output": [_tensor(spec) for spec in outputs],
         "version_policy": {"all": {}},
-        # Every GPU that there is gets an instance, a machine without one gets one on the CPU.
+        # Every GPU gets an instance; a machine without one gets an instance on the CPU.
         "instance_group": [{"count": 1, "kind": Word("KIND_AUTO")}],
         "dynamic_batching": {
             # Not the smaller buckets: two of three waiting requests would go ahead, and the third wait alone.
-            "preferred_batch_size": [batch_size],
-            "max_queue_delay_microseconds": 1000 * max_batch_delay_ms,
+            "preferred_batch_size": [serving.batch_size],
+            "max_queue_delay_microseconds": 1000 * serving.max_batch_delay_ms,
             # No queue policy: with any, Triton 2.51 lets all waiting requests of a busy model lie for half a second now
             # and then (measured: every 30th to 100th, throughput halved). A gateway has to limit the queue.
         },
-        "parameters": [
-            {"key": key, "value": {"string_value": str(value)}}
-            for key, value in (("threads", threads), ("precision", precision))
-        ],
-        "model_warmup": [_warmup(size, inputs) for size in batch_buckets(batch_size)],
+        "parameters": [{"key": key, "value": {"string_value": str(value)}} for key, value in parameters.items()],
+        "model_warmup": [_warmup(size, inputs) for size in batch_buckets(serving.batch_size)],
     }
 
 
+def output_specs(outputs: Mapping[str, Sequence[InputSpec]]) -> tuple[InputSpec, ...]:
+    """Return the outputs as clients name them, which both variants must share.
+
+    Args:
+        outputs: variant's name -> shape without batch and dtype of each output.
+
+    Raises:
+        RedppError: the pruned network's differ from the original's.
+    """
+    original, pruned = (
+        tuple(InputSpec(f"output_{k}", y.shape, y.dtype) for k, y in enumerate(outputs[name])) for name in NAMES
+    )
+    if original != pruned:
+        raise RedppError(
+            f"outputs {pruned} of the pruned network",
+            f"those of the original, {original}",
+            "report this with the model and the command",
+        )
+    return original
+
+
 def to_text(message: Mapping[str, Any], indent: str = "") -> str:
-    """Protobuf's text format: mappings are messages, lists repeated fields, texts quoted unless they are a `Word`."""
+    """Write protobuf's text format: mappings are messages, lists repeated fields, texts are quoted but for a `Word`."""
     lines = []
     for key, value in message.items():
         for one in value if isinstance(value, list) else [value]:
@@ -101,7 +134,7 @@ def to_text(message: Mapping[str, Any], indent: str = "") -> str:
 
 
 def to_json(message: Any) -> Any:
-    """The message as Triton hands it to a model: maps are objects by their keys."""
+    """Return the message as Triton hands it to a model: maps are objects by their keys."""
     if isinstance(message, list):
         entries = [to_json(one) for one in message]
         is_map = bool(entries) and all(isinstance(e, dict) and set(e) == {"key", "value"} for e in entries)
@@ -112,11 +145,9 @@ def to_json(message: Any) -> Any:
 def _scalar(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str) and not isinstance(value, Word):
-        return (
-            '"' + "".join(c if c.isascii() and c.isprintable() and c not in '"\\' else _escaped(c) for c in value) + '"'
-        )
-    return str(value)
+    if not isinstance(value, str) or isinstance(value, Word):
+        return str(value)
+    return '"' + "".join(c if c.isascii() and c.isprintable() and c not in '"\\' else _escaped(c) for c in value) + '"'
 
 
 def _escaped(character: str) -> str:
@@ -124,20 +155,21 @@ def _escaped(character: str) -> str:
 
 
 def _tensor(spec: InputSpec) -> dict[str, Any]:
-    """A tensor with one number in a row has no dimensions, which Triton writes as one that is taken away again."""
     if spec.dtype not in TYPES:
         raise RedppError(
             f"{spec.name!r} of dtype {spec.dtype}",
             f"one of {', '.join(TYPES)}",
             "convert it inside the network, and package that",
         )
+    # Scalars need dims [1] and reshape [].
     shape = {"dims": list(spec.shape)} if spec.shape else {"dims": [1], "reshape": {"shape": []}}
     return {"name": spec.name, "data_type": Word(TYPES[spec.dtype]), **shape}
 
 
 def _warmup(size: int, inputs: Sequence[InputSpec]) -> dict[str, Any]:
-    """One batch of that many equal requests before the version is ready. A real input: zeros may have no finite output,
-    and then Triton would refuse to load the model.
+    """Return a batch of ``size`` equal requests for Triton to run before a version is ready.
+
+    They hold a real input: zeros may have no finite output, and then Triton would refuse to load the model.
     """
     values = [
         {
@@ -145,7 +177,7 @@ def _warmup(size: int, inputs: Sequence[InputSpec]) -> dict[str, Any]:
             "value": {
                 "data_type": Word(TYPES[spec.dtype]),
                 "dims": list(spec.shape) or [1],
-                "input_data_file": warmup_file(index),
+                "input_data_file": _warmup_file(index),
             },
         }
         for index, spec in enumerate(inputs)
@@ -153,80 +185,5 @@ def _warmup(size: int, inputs: Sequence[InputSpec]) -> dict[str, Any]:
     return {"name": f"batch of {size}", "batch_size": size, "inputs": values}
 
 
-CONFIG = "config.pbtxt"
-VERSIONS = {"original": "1", "pruned": "2"}  # Triton's versions are whole numbers
-
-_MODEL = f'''"""Entry point of this version. Its own copy of the code comes first: it is what was tested."""
-
-import locale
-import sys
-from contextlib import suppress
-from pathlib import Path
-
-with suppress(locale.Error):
-    locale.setlocale(locale.LC_ALL, "")  # the back end starts Python with an ASCII locale
-sys.dont_write_bytecode = True  # new files in the repository look to Triton like a changed model
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from redpp_serve.handlers.triton_server import RedppModel  # noqa: E402
-
-
-class TritonPythonModel(RedppModel):
-    """Triton looks for this name."""
-
-    artifact = Path(__file__).resolve().with_name("{ARTIFACT}")
-'''
-
-
-def build_repository(
-    name: str, artifacts: Mapping[str, bytes], config: str, sample: Sequence[np.ndarray]
-) -> dict[str, bytes]:
-    """Path below the repository to bytes, for all files; equal arguments give equal bytes.
-
-    Args:
-        name: the model's name in URLs.
-        artifacts: of the variants ``original`` and ``pruned``.
-        config: text of ``config.pbtxt``, see `triton_config.triton_config`.
-        sample: one input without batch for each of the network's; what Triton warms up with.
-
-    Raises:
-        RedppError: a name that cannot be used.
-    """
-    check_name(name)
-    files = {f"{name}/{CONFIG}": config.encode()}
-    for index, array in enumerate(sample):
-        files[f"{name}/warmup/{warmup_file(index)}"] = array.tobytes()
-    for variant, version in VERSIONS.items():
-        own = {"model.py": _MODEL.encode(), ARTIFACT: artifacts[variant], **serving_sources()}
-        files.update({f"{name}/{version}/{path}": content for path, content in own.items()})
-    return files
-
-
-def output_specs(outputs: Mapping[str, Sequence[InputSpec]]) -> tuple[InputSpec, ...]:
-    """The outputs as clients name them, which both variants must share.
-
-    Args:
-        outputs: for each variant shape without batch and dtype of each output.
-
-    Raises:
-        RedppError: the pruned network's differ from the original's.
-    """
-    original, pruned = (
-        tuple(InputSpec(f"output_{k}", y.shape, y.dtype) for k, y in enumerate(outputs[variant]))
-        for variant in VERSIONS
-    )
-    if original != pruned:
-        raise RedppError(
-            f"outputs {pruned} of the pruned network",
-            f"those of the original, {original}",
-            "report this with the model and the command",
-        )
-    return original
-
-
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write them below the folder, which is made where it is missing."""
-    for path, content in files.items():
-        target = folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
+def _warmup_file(index: int) -> str:
+    return f"input_{index}"

@@ -1,9 +1,9 @@
-"""Numbers and untrusted text for people; what is unknown shows as an en dash."""
+"""Format numbers and untrusted text for people; the unknown shows as an en dash."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -11,7 +11,7 @@ DASH = "–"
 
 
 def printable(value: object) -> str:
-    """One safe line: white space collapsed; control, direction and surrogate characters replaced.
+    """Make one safe line: collapse white space; replace control, direction and surrogate characters.
 
     Layer and file names come from untrusted files; raw, they could move the cursor or break XML.
     """
@@ -19,7 +19,7 @@ def printable(value: object) -> str:
 
 
 def shorten(value: object, limit: int) -> str:
-    """`printable(value)` in at most `limit` characters: the middle goes first, both ends tell layers apart."""
+    """Return ``printable(value)`` in at most ``limit`` characters; both ends stay, since they tell layers apart."""
     line = printable(value)
     if len(line) <= limit:
         return line
@@ -27,15 +27,8 @@ def shorten(value: object, limit: int) -> str:
     return f"{line[: limit - 1 - tail]}…{line[len(line) - tail :]}"
 
 
-def dig(tree: Any, *keys: str) -> Any:
-    """`tree[k0][k1]...`, or None where a key is missing or a level is not a mapping."""
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree
-
-
 def number(value: Any) -> float | None:
-    """A finite real number, else None (missing, NaN, infinite, text, bool)."""
+    """Return a finite real number, or None for anything else: missing, NaN, infinite, a text or a truth value."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     return float(value) if math.isfinite(value) else None
@@ -54,7 +47,7 @@ def _scaled(value: float, suffixes: Sequence[str], digits: Callable[[float], int
 
 
 def count(value: Any) -> str:
-    """Three significant digits: 512, 1.09 M, 2.31 G."""
+    """Show three significant digits: 512, 1.09 M, 2.31 G."""
     found = number(value)
     if found is None or abs(found) < 1000:
         return _fixed(found, "{:.4g}")
@@ -62,12 +55,12 @@ def count(value: Any) -> str:
 
 
 def exact(value: Any) -> str:
-    """All digits, for numbers people compare one by one: 2048."""
+    """Show all digits, for numbers that people compare one by one: 2048."""
     return _fixed(value, "{:.0f}")
 
 
 def size(value: Any) -> str:
-    """Bytes in decimal units: 512 B, 4.2 MB."""
+    """Show bytes in decimal units: 512 B, 4.2 MB."""
     found = number(value)
     if found is None or abs(found) < 1000:
         return _fixed(found, "{:.0f} B")
@@ -75,13 +68,13 @@ def size(value: Any) -> str:
 
 
 def percent(value: Any) -> str:
-    """A share as a percentage: 0.984 -> 98.40 %."""
+    """Show a share as a percentage: 0.984 -> 98.40 %."""
     found = number(value)
     return DASH if found is None else f"{100 * found:.{2 if abs(found) < 10 else 0}f} %"
 
 
 def error(value: Any) -> str:
-    """A relative error: 2.10 %, or 3.1e-13 where a percentage would show only zeros."""
+    """Show a relative error: 2.10 %, or 3.1e-13 where a percentage would show only zeros."""
     found = number(value)
     if not found:
         return DASH if found is None else "0"
@@ -89,37 +82,48 @@ def error(value: Any) -> str:
 
 
 def milliseconds(value: Any) -> str:
+    """Show a time in milliseconds: 0.742 ms, 12.3 ms."""
     found = number(value) or 0.0
     return _fixed(value, "{:.3f} ms" if found < 1 else "{:.2f} ms" if found < 10 else "{:.1f} ms")
 
 
 def seconds(value: Any) -> str:
+    """Show a time in seconds: 1.24 s, 31.7 s."""
     return _fixed(value, "{:.2f} s" if (number(value) or 0.0) < 10 else "{:.1f} s")
 
 
 def rate(value: Any) -> str:
+    """Show a throughput: 98.2 /s, 223 /s."""
     return _fixed(value, "{:.1f} /s" if (number(value) or 0.0) < 100 else "{:.0f} /s")
 
 
 def bits(value: Any) -> str:
+    """Show an entropy: 3.18."""
     return _fixed(value, "{:.2f}")
 
 
+def share(value: Any) -> str:
+    """Show a share of a cost with one digit: 52.0 %."""
+    found = number(value)
+    return DASH if found is None else f"{100 * found:.1f} %"
+
+
 def times(value: Any) -> str:
+    """Show a ratio: 1.71x."""
     return _fixed(value, "{:.2f}x")
 
 
 def shape(sides: Any) -> str:
-    """[16, 8, 3, 3] -> 16x8x3x3."""
+    """Show the sides of a tensor: 16x8x3x3."""
     return "x".join(exact(side) for side in sides) if isinstance(sides, Sequence) and sides else DASH
 
 
 def of(part: Any, whole: Any) -> str:
-    """`part/whole` in full; a dash when both are unknown."""
+    """Show ``part/whole`` in full; a dash where both are unknown."""
     return DASH if number(part) is None and number(whole) is None else f"{exact(part)}/{exact(whole)}"
 
 
 def quotient(top: Any, bottom: Any) -> float | None:
-    """`top / bottom`, or None where either is unknown or the bottom is zero."""
+    """Return ``top / bottom``, or None where either is unknown or the bottom is zero."""
     above, below = number(top), number(bottom)
     return None if above is None or not below else above / below

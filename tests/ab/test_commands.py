@@ -18,11 +18,12 @@ from redpp_serve.ab.state import abandoned, supervising
 from redpp_serve.cli import main
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import InputSpec, Ref
+from redpp_serve.options import Serving
 from redpp_serve.packaging.mar import build_mar
 from redpp_serve.packaging.server_config import model_config
 from redpp_serve.processes import started
 from redpp_serve.serving.running import Running, register
-from tests.support.served import artifact, network, write_archives
+from tests.support.served import built, network, write_archives
 from tests.support.tools import tool
 
 
@@ -168,10 +169,8 @@ def package(folder: Path, name: str, spec: InputSpec | None = None) -> Path:
         graph = network(1)
         first = replace(graph.nodes[0], args=(Ref(spec.name), *graph.nodes[0].args[1:]))
         graph = replace(graph, inputs=(spec,), nodes=(first, *graph.nodes[1:]))
-        data = artifact("2.0", graph, preprocess=None)
-        (folder / "pruned.mar").write_bytes(
-            build_mar(data, name="tiny", version="2.0", model_config=model_config(4, 20, 1))
-        )
+        data = built("2.0", graph, preprocess=None)
+        (folder / "pruned.mar").write_bytes(build_mar(data, name="tiny", model_config=model_config(Serving(4, 20, 1))))
     (folder / "report.json").write_text(json.dumps({"name": name}))
     for version in ("1", "2"):
         (folder / "triton" / name / version).mkdir(parents=True)

@@ -17,6 +17,7 @@ from PIL import Image
 import redpp_serve.comparison.folder as module
 from redpp_serve.comparison.folder import compare, folder_payloads, read_payloads
 from redpp_serve.errors import RedppError
+from redpp_serve.report.data import Report
 from tests.support.small import SHAPE, outputs
 
 BINARY = "application/octet-stream"
@@ -210,14 +211,12 @@ def test_counts_and_served_numbers_stand_side_by_side() -> None:
         "pruned": {"throughput_rps": 6.0},
         "verdict": "faster",
     }
-    assert module.with_comparison(report, measured) == {
-        "name": "x",
-        "verdict": "faster",
-        "accuracy_of": "verification data",
-        "original": {"macs": 2, "accuracy": 0.9, "throughput_rps": 5.0},  # accuracy on all data, not on what was sent
-        "pruned": {"macs": 1, "accuracy": 0.8, "throughput_rps": 6.0},
-    }
+    found = module.with_comparison(Report.from_json(report), measured)
+    assert found.verdict == "faster" and found.accuracy_of == "verification data"
+    # the accuracy is that on all data, not on what was sent
+    assert [(x.macs, x.accuracy, x.throughput_rps) for x in found.versions] == [(2, 0.9, 5.0), (1, 0.8, 6.0)]
     del report["accuracy_of"]  # then it is of an earlier comparison
-    assert module.with_comparison(report, measured)["original"]["accuracy"] == 1.0
+    found = module.with_comparison(Report.from_json(report), measured)
+    assert found.original.accuracy == 1.0
     again = {"original": {"throughput_rps": 7.0}, "pruned": {"throughput_rps": 8.0}, "verdict": "slower"}
-    assert module.with_comparison(module.with_comparison(report, measured), again)["pruned"]["throughput_rps"] == 8.0
+    assert module.with_comparison(found, again).pruned.throughput_rps == 8.0

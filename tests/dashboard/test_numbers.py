@@ -26,6 +26,7 @@ from redpp_serve.dashboard.scraping import Key, Target
 from redpp_serve.dashboard.speedups import equal_batch_ratio, network_ratio, noise, percentile_ratio
 from redpp_serve.dashboard.words import headline
 from redpp_serve.handlers.metrics import SECONDS_BUCKETS
+from redpp_serve.report.data import Report
 from redpp_serve.report.formats import DASH
 from redpp_serve.statistics.intervals import quantile
 from tests.support.live_metrics import Exporter
@@ -202,7 +203,7 @@ def test_what_is_not_there_is_said_in_words() -> None:
     assert all(row[3] == DASH for row in latency_rows(silent))
     assert worker_rows(silent, {})[0] == ["CPU", "idle", "idle"]
     assert batch_shares(silent)["labels"] == []
-    assert model_rows({}, {})[0] == ["parameters", DASH, DASH, DASH]
+    assert model_rows({}, Report.from_json({}))[0] == ["parameters", DASH, DASH, DASH]
 
 
 def test_every_row_has_its_unit() -> None:
@@ -244,7 +245,7 @@ def test_cpu_memory_and_network() -> None:
         ["resident memory", "unknown", "500.0 MB"],
         ["tensors on cuda:0", "unknown", "2.0 GB"],
     ]
-    report = {"original": {"parameters": 1000}, "pruned": {"parameters": 250}}
+    report = Report.from_json({"original": {"parameters": 1000}, "pruned": {"parameters": 250}})
     rows = model_rows(gauges, report)
     assert rows[0] == ["parameters", "1.00 k", "250", "25.0 % left"]
     assert rows[1] == ["MACs of one input", "4.00 M", "1.00 M", "25.0 % left"]

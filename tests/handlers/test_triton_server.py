@@ -12,7 +12,7 @@ from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.handlers.triton_metrics import TritonBinding, summed
 from redpp_serve.handlers.triton_server import RedppModel, non_finite_rows
-from redpp_serve.packaging import triton_stub as stand_in
+from redpp_serve.packaging.trials import triton_python_backend_utils as stand_in
 from redpp_serve.runtime.model import ServingModel
 from tests.support.served import INFO, SHAPE, artifact, expected, network, triton_arguments
 

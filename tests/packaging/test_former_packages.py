@@ -9,6 +9,7 @@ import pytest
 
 from redpp_serve import cli
 from redpp_serve.graph.graph import InputSpec
+from redpp_serve.options import Serving
 from redpp_serve.packaging.output_folder import check_out
 from redpp_serve.packaging.trials import run_trials, try_archive, try_model
 from redpp_serve.packaging.triton_repository import to_json, triton_config
@@ -26,7 +27,7 @@ def test_its_archives_and_its_model_repository_answer_as_they_did(former: tuple[
     folder, outputs = former
     request = (folder / "sample.npy").read_bytes()
     x, y = InputSpec("x", (1, 12, 12)), InputSpec("output_0", (5,))
-    config = triton_config("small", [x], [y], batch_size=8, max_batch_delay_ms=2, threads=1)
+    config = triton_config("small", [x], [y], Serving())
     archives = [try_archive(folder / f"{name}.mar", request, [np.array(y)]) for name, y in outputs.items()]
     models = [
         try_model(folder / "triton" / "small" / version, to_json(config), request, [np.array(y)])

@@ -5,19 +5,21 @@ import json
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
-import numpy
+import numpy as np
 import pytest
 import torch
 
 from redpp_serve.errors import RedppError
-from redpp_serve.packaging.mar import build_mar, serving_sources
+from redpp_serve.options import Serving
+from redpp_serve.packaging.mar import build_mar, check_name, serving_sources
 from redpp_serve.packaging.server_config import model_config
 from redpp_serve.runtime.plan_cache import SHIPPED
-from tests.support.served import SHAPE, archive, artifact, expected, npy
+from tests.support.served import SHAPE, archive, artifact, built, expected, npy
 
-CONFIG = model_config(4, 20, 1)
+CONFIG = model_config(Serving(4, 20, 1))
 
 # Runs in a process where this project cannot be imported, installed or not, but from the archive.
 STOCK = """
@@ -76,7 +78,7 @@ def test_the_archive_serves_where_the_project_is_not_installed(tmp_path: Path) -
     folder = tmp_path / "unpacked"
     with zipfile.ZipFile(io.BytesIO(archive())) as file:
         file.extractall(folder)
-    x = numpy.random.default_rng(0).standard_normal(SHAPE, dtype=numpy.float32)
+    x = np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32)
     (tmp_path / "x.npy").write_bytes(npy(x))
     (tmp_path / "served_context.py").write_text(CONTEXT)
     (tmp_path / "stock.py").write_text(STOCK)
@@ -137,22 +139,20 @@ def test_the_sources_are_those_that_serving_needs_and_no_more() -> None:
     assert names["redpp_serve/runtime/plans.json"] == SHIPPED.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["../x", "1; rm", "", "-x", ".x", "a/b", "a b", "x\n", "é", "a:b"])
-def test_dangerous_names_are_refused(name: str) -> None:
+def test_dangerous_names_are_refused_and_plain_ones_taken() -> None:
+    for name in ("../x", "1; rm", "", "-x", ".x", "a/b", "a b", "x\n", "é", "a:b"):
+        with pytest.raises(RedppError, match="model name"):
+            check_name(name)
+            pytest.fail(f"{name!r} was taken")
+    for name in ("digits", "0", "a-b_c.d"):
+        check_name(name)
     with pytest.raises(RedppError, match="model name"):
-        build_mar(artifact(), name=name, version="1.0", model_config=CONFIG)
+        build_mar(built(), name="../x", model_config=CONFIG)
 
 
-@pytest.mark.parametrize("name", ["digits", "0", "a-b_c.d"])
-def test_plain_names_are_taken(name: str) -> None:
-    assert build_mar(artifact(), name=name, version="1.0", model_config=CONFIG)
-
-
-def test_a_version_other_than_the_artifacts_is_refused() -> None:
-    with pytest.raises(RedppError, match="version"):
-        build_mar(artifact("1.0"), name="tiny", version="2.0", model_config=CONFIG)
-
-
-def test_a_damaged_artifact_is_refused() -> None:
-    with pytest.raises(RedppError, match="artifact"):
-        build_mar(artifact()[:-1], name="tiny", version="1.0", model_config=CONFIG)
+def test_a_version_that_torchserve_does_not_take_is_refused() -> None:
+    for version in (None, 1.0, "", "1.", "one", "1.0-rc", "1.0\n"):
+        wrong = replace(built(), description={**built().description, "version": version})
+        with pytest.raises(RedppError, match="an artifact of version"):
+            build_mar(wrong, name="tiny", model_config=CONFIG)
+            pytest.fail(f"{version!r} was taken")

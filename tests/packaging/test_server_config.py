@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import yaml
 
+from redpp_serve.options import Serving
 from redpp_serve.packaging.server_config import LOG4J2, MAX_REQUEST_BYTES, config_properties, model_config
 
 
@@ -38,7 +39,7 @@ def test_a_large_image_as_float32_fits_into_a_request() -> None:
 
 
 def test_model_config_is_yaml_with_the_servers_keys() -> None:
-    assert yaml.safe_load(model_config(8, 20, 2)) == {
+    assert yaml.safe_load(model_config(Serving(8, 20, 2))) == {
         "batchSize": 8,
         "maxBatchDelay": 20,
         "responseTimeout": 120,

@@ -3,9 +3,10 @@
 import json
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
-import numpy
+import numpy as np
 import pytest
 import torch
 from google.protobuf import json_format, text_format
@@ -13,7 +14,9 @@ from tritonclient.grpc import model_config_pb2
 
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import InputSpec
+from redpp_serve.options import Serving
 from redpp_serve.packaging.mar import serving_sources
+from redpp_serve.packaging.output_folder import write_files
 from redpp_serve.packaging.trials import run_trials, try_model
 from redpp_serve.packaging.triton_repository import (
     TYPES,
@@ -22,14 +25,13 @@ from redpp_serve.packaging.triton_repository import (
     to_json,
     to_text,
     triton_config,
-    write_files,
 )
 from tests.packaging.test_mar import STOCK
 from tests.support.served import SHAPE, VARIANTS, artifact, expected, npy
 
 IMAGE, ANSWER = InputSpec("x", SHAPE), InputSpec("output_0", (5,))
-CONFIG = triton_config("tiny", (IMAGE,), (ANSWER,), batch_size=4, max_batch_delay_ms=3, threads=1)
-X = numpy.random.default_rng(0).standard_normal(SHAPE, dtype=numpy.float32)
+CONFIG = triton_config("tiny", (IMAGE,), (ANSWER,), Serving(4, 3, 1))
+X = np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32)
 
 
 def parsed(text: str) -> model_config_pb2.ModelConfig:
@@ -38,11 +40,11 @@ def parsed(text: str) -> model_config_pb2.ModelConfig:
 
 def repository() -> dict[str, bytes]:
     artifacts = {variant: artifact(version) for version, variant in VARIANTS.items()}
-    return build_repository("tiny", artifacts, to_text(CONFIG), [X])
+    return build_repository("tiny", artifacts, CONFIG, [X])
 
 
-def right(version: str) -> list[numpy.ndarray]:
-    return [numpy.array(expected(version, torch.from_numpy(X)))]
+def right(version: str) -> list[np.ndarray]:
+    return [np.array(expected(version, torch.from_numpy(X)))]
 
 
 def test_the_configuration_as_triton_reads_it() -> None:
@@ -82,7 +84,7 @@ def test_what_a_model_is_given_is_the_same_configuration() -> None:
 def test_several_inputs_and_outputs_of_other_types_and_without_dimensions() -> None:
     inputs = (InputSpec("tokens", (5,), "int64"), InputSpec("mask", (5,), "bool"), InputSpec("half", (2,), "bfloat16"))
     outputs = (InputSpec("output_0", (), "int64"), InputSpec("output_1", (2, 3), "float16"))
-    config = parsed(to_text(triton_config("m", inputs, outputs, batch_size=16, max_batch_delay_ms=0, threads=2)))
+    config = parsed(to_text(triton_config("m", inputs, outputs, Serving(16, 0, 2))))
     kinds = [model_config_pb2.DataType.Name(i.data_type) for i in config.input]
     assert kinds == ["TYPE_INT64", "TYPE_BOOL", "TYPE_FP32"]
     assert [list(o.dims) for o in config.output] == [[1], [2, 3]]
@@ -93,31 +95,29 @@ def test_several_inputs_and_outputs_of_other_types_and_without_dimensions() -> N
         "half": "input_2",
     }
     with pytest.raises(RedppError, match="'output_0' of dtype complex64"):
-        triton_config(
-            "m", inputs, (InputSpec("output_0", (2,), "complex64"),), batch_size=1, max_batch_delay_ms=0, threads=1
-        )
+        triton_config("m", inputs, (InputSpec("output_0", (2,), "complex64"),), Serving(1, 0, 1))
 
 
 def test_every_type_is_one_of_tritons() -> None:
     assert set(TYPES.values()) <= set(model_config_pb2.DataType.keys())
 
 
-@pytest.mark.parametrize("text", ["plain", 'quote " and \\ slash', "line\nbreak\ttab", "Größe 模型", "\x00\x7f"])
-def test_any_text_survives(text: str) -> None:
-    assert parsed(to_text({"name": text})).name == text
+def test_any_text_survives() -> None:
+    for text in ("plain", 'quote " and \\ slash', "line\nbreak\ttab", "Größe 模型", "\x00\x7f"):
+        assert parsed(to_text({"name": text})).name == text
 
 
 def test_equal_input_gives_equal_bytes_and_all_that_serving_needs() -> None:
-    files = repository()
-    assert files == repository() and list(files) == list(repository())
-    assert files["tiny/config.pbtxt"].decode() == to_text(CONFIG)
-    assert files["tiny/warmup/input_0"] == X.tobytes()
+    found = repository()
+    assert found == repository() and list(found) == list(repository())
+    assert found["tiny/config.pbtxt"].decode() == to_text(CONFIG)
+    assert found["tiny/warmup/input_0"] == X.tobytes()
     for number, version in (("1", "1.0"), ("2", "2.0")):
-        assert files[f"tiny/{number}/model.redpp"] == artifact(version)
-        assert {path: files[f"tiny/{number}/{path}"] for path in serving_sources()} == serving_sources()
-    assert files["tiny/1/model.py"] == files["tiny/2/model.py"]
+        assert found[f"tiny/{number}/model.redpp"] == artifact(version)
+        assert {path: found[f"tiny/{number}/{path}"] for path in serving_sources()} == serving_sources()
+    assert found["tiny/1/model.py"] == found["tiny/2/model.py"]
     with pytest.raises(RedppError, match="model name"):
-        build_repository("../x", {}, "", [])
+        build_repository("../x", {}, {}, [])
 
 
 def test_both_versions_answer_as_the_networks_do_in_a_trial(tmp_path: Path) -> None:
@@ -130,9 +130,9 @@ def test_both_versions_answer_as_the_networks_do_in_a_trial(tmp_path: Path) -> N
     assert not list(tmp_path.rglob("__pycache__"))
     wrong = try_model(tmp_path / "tiny" / "2", to_json(CONFIG), npy(X), right("1.0"))
     with pytest.raises(RedppError, match="handler of triton version 2 failed.*other outputs"):
-        run_trials([trials[0], wrong])
+        run_trials([wrong])
     with pytest.raises(RedppError, match="triton version 1 failed.*NaN"):
-        run_trials([try_model(tmp_path / "tiny" / "1", to_json(CONFIG), npy(X * numpy.nan), right("1.0"))])
+        run_trials([try_model(tmp_path / "tiny" / "1", to_json(CONFIG), npy(X * np.nan), right("1.0"))])
 
 
 def test_a_version_serves_where_the_project_is_not_installed(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_version_serves_where_the_project_is_not_installed(tmp_path: Path) -> 
     write_files(tmp_path, repository())
     folder = tmp_path / "tiny" / "1"
     (tmp_path / "x.npy").write_bytes(npy(X))
-    source = Path(sys.modules[run_trials.__module__].__file__ or "").with_name("triton_stub.py").read_text()
+    source = files("redpp_serve.packaging.trials").joinpath("triton_python_backend_utils.py").read_text()
     (tmp_path / "triton_python_backend_utils.py").write_text(source)
     (tmp_path / "config.json").write_text(json.dumps(to_json(CONFIG)))
     barrier = STOCK[: STOCK.index("import handler")]

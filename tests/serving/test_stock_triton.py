@@ -21,9 +21,9 @@ import tritonclient.http as over_http
 from prometheus_client.parser import text_string_to_metric_families
 
 from redpp_serve.loopback import TritonPorts, free_ports
-from redpp_serve.packaging.package import VARIANTS
 from redpp_serve.processes import kill_session
 from redpp_serve.serving.triton_binary import link_backend
+from redpp_serve.variants import VARIANTS
 from tests.support.small import outputs
 from tests.support.tools import triton
 
@@ -224,7 +224,8 @@ def _ask(client: Any, x: numpy.ndarray, version: str) -> Any:
 
 
 def labels(variant: str, **more: str) -> frozenset[tuple[str, str]]:
-    return frozenset({"model": "small", "version": VARIANTS[variant], "variant": variant, **more}.items())
+    version = {v.name: v.version for v in VARIANTS}[variant]
+    return frozenset({"model": "small", "version": version, "variant": variant, **more}.items())
 
 
 def samples(ports: TritonPorts) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:

@@ -9,9 +9,10 @@ import numpy
 import torch
 from PIL import Image
 
-from redpp_serve.graph.artifact import build
+from redpp_serve.graph.artifact import Artifact, build
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.handlers.preprocess import Preprocess
+from redpp_serve.options import Serving
 from redpp_serve.packaging.mar import build_mar
 from redpp_serve.packaging.server_config import model_config
 
@@ -45,7 +46,7 @@ def expected(version: str, x: torch.Tensor) -> list[float]:
     return (hidden @ tensors["lw"].T)[0].tolist()
 
 
-def artifact(version: str = "1.0", graph: Graph | None = None, preprocess: Preprocess | None = PREPROCESS) -> bytes:
+def built(version: str = "1.0", graph: Graph | None = None, preprocess: Preprocess | None = PREPROCESS) -> Artifact:
     """An artifact of `network`, another one for each version, with all that the handler reads."""
     description = {
         "name": "tiny",
@@ -54,12 +55,17 @@ def artifact(version: str = "1.0", graph: Graph | None = None, preprocess: Prepr
         "preprocess": preprocess.to_json() if preprocess else None,
         "info": INFO,
     }
-    return build(graph or network(list(VARIANTS).index(version)), description).data
+    return build(graph or network(list(VARIANTS).index(version)), description)
+
+
+def artifact(version: str = "1.0", graph: Graph | None = None, preprocess: Preprocess | None = PREPROCESS) -> bytes:
+    """The bytes of `built`."""
+    return built(version, graph, preprocess).data
 
 
 def archive(version: str = "1.0") -> bytes:
     """The archive of `artifact`; batches of up to 4 requests that arrive within 20 ms."""
-    return build_mar(artifact(version), name="tiny", version=version, model_config=model_config(4, 20, 1))
+    return build_mar(built(version), name="tiny", model_config=model_config(Serving(4, 20, 1)))
 
 
 def write_archives(folder: Path) -> Path:

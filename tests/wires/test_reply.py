@@ -26,7 +26,7 @@ from redpp_serve.comparison.triton_client import TritonEndpoint, as_input
 from redpp_serve.handlers.torchserve import RedppHandler
 from redpp_serve.handlers.triton_server import RedppModel
 from redpp_serve.handlers.wire import VARIANT_HEADER, read_seconds, write_seconds
-from redpp_serve.packaging import triton_stub
+from redpp_serve.packaging.trials import triton_python_backend_utils as triton_stub
 from tests.support.served import PREPROCESS, SHAPE, Context, artifact, expected, npy, picture, triton_arguments
 
 SLOW_S = 0.02  # the network takes this long, so that the handler's time is not a rounding error

@@ -1,12 +1,12 @@
-"""What Triton's Python back end gives ``model.py`` under the name triton_python_backend_utils, as far as it is used.
+"""A substitute for the module of this name that Triton's Python back end gives ``model.py``, where no server runs.
 
-This file is written beside a model that is tried without a server. It imports nothing of this project.
+It has the parts that the handlers use, and imports nothing of this project.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -93,7 +93,7 @@ class MetricFamily:
     """Samples of one name. The server has one set of them for all processes, kept here in ``samples``."""
 
     COUNTER, GAUGE, HISTOGRAM = range(3)
-    samples: dict[tuple[str, frozenset[tuple[str, str]]], Metric] = {}
+    samples: ClassVar[dict[tuple[str, frozenset[tuple[str, str]]], Metric]] = {}
 
     def __init__(self, name: str, description: str, kind: int) -> None:
         self.name, self.kind = name, kind

@@ -1,27 +1,29 @@
-"""The page: self-contained, escaped, complete, and calm about missing keys; and the writer of both files."""
+"""The page: self-contained, escaped, complete, and calm about missing keys."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-import redpp_serve.report as report_package
-from redpp_serve.errors import RedppError
-from redpp_serve.report import write_reports
-from redpp_serve.report.html import DENSITIES_SHOWN, render
-from tests.report.test_text import sample_layers, sample_report
+from redpp_serve.report.data import Report
+from redpp_serve.report.page import DENSITIES_SHOWN
+from redpp_serve.report.page import render as render_report
+from redpp_serve.report.text import plan_text
+from tests.support.reports import SAMPLE_PLAN, sample_choice, sample_layers, sample_report
 
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
 VOID = {"meta", "br", "!doctype"}
+
+
+def render(report: dict[str, Any]) -> str:
+    """Return the page of a report.json."""
+    return render_report(Report.from_json(report))
 
 
 class _Page(HTMLParser):
@@ -139,10 +141,10 @@ def test_tables_have_header_cells_with_scope() -> None:
     assert page.count("figcaption") == page.count("figure") == page.count("svg")
 
 
-@pytest.mark.parametrize("report", [{}, {"layers": [{}], "stages": [{}], "smoke": [{}]}, {"layers": None, "hash": 1}])
-def test_sparse_reports_render_with_dashes(report: dict[str, Any]) -> None:
-    page = _Page(render(report))
-    assert "–" in page.words and not {"None", "nan"} & set(page.words)
+def test_sparse_reports_render_with_dashes() -> None:
+    for report in ({}, {"layers": [{}], "stages": [{}], "smoke": [{}]}, {"layers": None, "hash": 1}):
+        page = _Page(render(report))
+        assert "–" in page.words and not {"None", "nan"} & set(page.words), report
 
 
 @pytest.mark.parametrize("gone", [None, math.nan, "absent"])
@@ -180,40 +182,105 @@ def test_densities_are_limited_with_a_note() -> None:
     assert "The first" not in render(sample_report())
 
 
-def test_write_reports_writes_finite_sorted_json(tmp_path: Path) -> None:
-    report = {**sample_report(), "zz": np.float32(0.5), "aa": [math.nan, math.inf, np.int64(3), (1, True)]}
-    write_reports(report, tmp_path / "new" / "folder")
-    folder = tmp_path / "new" / "folder"
-    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json"]
-    content = (folder / "report.json").read_text(encoding="utf-8")
-    loaded = json.loads(content)
-    assert (loaded["aa"], loaded["zz"]) == ([None, None, 3, [1, True]], 0.5)
-    assert list(loaded) == sorted(loaded) and content.startswith('{\n "aa": [\n')
-    assert (folder / "report.html").read_text(encoding="utf-8") == render(loaded)
+def card(page: str, title: str) -> list[list[str]]:
+    """Return the rows of the first table in the card of that title; none where there is no such card."""
+    found = re.search(rf"<h2>{re.escape(title)}</h2>.*?</table>", page, re.S)
+    rows = (
+        [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", found[0])]
+        if found
+        else []
+    )
+    return [row for row in rows if row]
 
 
-def test_write_reports_is_deterministic_and_replaces(tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text("old")
-    write_reports(sample_report(), tmp_path)
-    first = (tmp_path / "report.json").read_bytes(), (tmp_path / "report.html").read_bytes()
-    write_reports(dict(reversed(sample_report().items())), tmp_path)
-    assert first == ((tmp_path / "report.json").read_bytes(), (tmp_path / "report.html").read_bytes())
+FRONTIER, SHARES = "Frontier: error against cost", "What each stage changed"
 
 
-def test_a_failed_write_leaves_the_old_report_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "report.json").write_text("old")
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(report_package.os, "replace", fail)
-    with pytest.raises(RedppError, match="No space left on device"):
-        write_reports(sample_report(), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
-    assert (tmp_path / "report.json").read_text() == "old"
+def test_the_frontier_has_every_point_with_its_flag() -> None:
+    page = render({**sample_report(), "layers": []})
+    assert card(page, FRONTIER) == [
+        ["flag", "MACs", "latency", "error", "predicted error"],
+        ["--target macs=0.8", "1.85 G (80.0 %)", "85.0 % [83.5, 87.0]", "1.21 %", "1.09 %"],
+        ["--target macs=0.48 (chosen)", "1.10 G (47.6 %)", "60.2 % [58.9, 61.7]", "6.11 %", "5.50 %"],
+        ["--target macs=0.25", "578 M (25.0 %)", "–", "29.00 %", "26.10 %"],
+    ]
+    assert page.count("<svg") == 2 and "on Intel Xeon, 2 cores, batch 1;" in page
 
 
-def test_unknown_types_are_a_programming_error(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="not set"):
-        write_reports({"x": {1}}, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+def test_a_frontier_without_latencies_has_one_chart_and_no_column() -> None:
+    report = {**sample_report(), "layers": []}
+    for point in report["frontier"]["points"]:
+        point.update(latency_ratio=None, latency_low=None, latency_high=None, predicted_error=None)
+    page = render(report)
+    assert page.count("<svg") == 1 and card(page, FRONTIER)[0] == ["flag", "MACs", "error"] and "in turns" not in page
+
+
+def test_no_frontier_shows_nothing() -> None:
+    for frontier in (None, {}, 3, {"points": None}, {"points": []}, {"points": [None, 1]}):
+        assert FRONTIER not in render({"frontier": frontier}), frontier
+    assert FRONTIER not in render({})
+
+
+def test_points_of_unknown_cost_come_last_and_show_dashes() -> None:
+    page = render({"frontier": {"points": [{"flag": EVIL}, {"macs_ratio": 0.5}]}})
+    assert [row[1:] for row in card(page, FRONTIER)[1:]] == [["– (50.0 %)", "–"], ["–", "–"]]
+    assert page.count("<script") == 1 and "<svg" not in page
+
+
+def test_a_point_reads_only_finite_numbers_and_true() -> None:
+    odd = {"macs": "9", "error": math.nan, "chosen": "yes", "flag": None}
+    assert card(render({"frontier": {"points": [odd]}}), FRONTIER)[1] == ["–", "–", "–"]
+
+
+def test_each_stage_shows_its_change_to_the_row_before() -> None:
+    assert card(render(sample_report()), SHARES) == [
+        ["stage", "error after it", "change", "same top-1 class", "MACs", "time"],
+        ["hash", "2.10 %", "+2.10 points", "99.61 %", "2.31 G", "0.41 s"],
+        ["reconstruct", "8.80 %", "+6.70 points", "98.10 %", "1.10 G", "21.3 s"],
+        ["distil", "6.11 %", "-2.69 points", "99.20 %", "1.10 G", "75.0 s"],
+    ]
+
+
+def test_accuracy_appears_when_a_stage_has_one_and_unknown_errors_break_the_chain() -> None:
+    stages = [{"stage": "hash", "error": 0.01, "accuracy": 0.98}, {"stage": EVIL}, {"stage": "distil", "error": 0.02}]
+    page = render({"stages_share": stages})
+    assert card(page, SHARES)[0] == ["stage", "error after it", "change", "accuracy"]
+    assert [row[2] for row in card(page, SHARES)[1:]] == ["+1.00 points", "–", "–"]
+    assert page.count("<script") == 1
+    for nothing in ({}, {"stages_share": []}, {"stages_share": 5}):
+        assert SHARES not in render(nothing)
+
+
+def test_kernels_are_shown_only_where_a_plan_was_made() -> None:
+    assert "Kernels" not in _Page(render({})).words
+    words = _Page(render({"plan": {"original": SAMPLE_PLAN, "pruned": SAMPLE_PLAN}})).words
+    assert {"Kernels", "The original network", "The pruned network", "split 50.00 ms"} <= set(words)
+    assert any("3 dense, 1 fused" in word for word in words)
+    former = _Page(render({"plan": {"redpp": SAMPLE_PLAN}})).words
+    assert "The pruned network" in former and "The redpp network" not in former
+
+
+def test_names_in_a_plan_cannot_break_out() -> None:
+    hostile = "<script>x</script>\x1b[2J\u202e"
+    choices = [sample_choice(hostile, 1, hostile, hostile, **{"dense": 1.0, hostile: 1.0, "y" + hostile: 2.0})]
+    plan = {**SAMPLE_PLAN, "choices": choices, "batches": [hostile], "device": hostile, "precision": hostile}
+    page = _Page(render({"plan": {"pruned": plan, hostile: plan}}))
+    assert page.count("script") == 1 and any("<script>" in word for word in page.words)
+    assert not any(c in word for word in page.words for c in "\x1b\u202e")
+    assert not any(c in plan_text({"pruned": plan}) for c in "\x1b\u202e")
+
+
+def test_a_damaged_plan_shows_what_is_left() -> None:
+    for damage in (
+        {"choices": None},
+        {"choices": 5},
+        {"choices": ["x", None]},
+        {"batches": 5},
+        {"seconds": "x"},
+        {"choices": [{}]},
+        {"choices": [sample_choice("a", 1, "dense", "measured", dense=float("nan"))]},
+        {"choices": [{**sample_choice("a", 1, "dense", "measured"), "times": {"dense": [1], "b": None}}]},
+    ):
+        plan = {**SAMPLE_PLAN, **damage}
+        assert plan_text({"pruned": plan}) and "Kernels" in render({"plan": {"pruned": plan}}), damage
+    assert plan_text({"pruned": 3}) == "" and "Kernels" not in render({"plan": 3})

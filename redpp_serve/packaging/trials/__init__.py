@@ -1,0 +1,158 @@
+"""Run finished archives' handlers, and the models of a Triton repository, on one request, each in a process of its own.
+
+The programs in this folder run what was packaged with the code that was packaged: they import nothing of the installed
+project. A process each also means that one version cannot spoil the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from redpp_serve.errors import RedppError
+
+TIMEOUT_S = 300.0
+# Largest difference from the network's outputs in that precision, as a share of the largest: sums in another order.
+TOLERANCES = {"fp32": 1e-3, "tf32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
+_PROGRAMS = Path(__file__).parent
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One version to run, and the outputs that it must give.
+
+    Attributes:
+        name: the word for it in messages and in the report.
+        command: a program of this folder with its arguments; it prints one line of JSON.
+        files: name -> content of what it finds in its working folder.
+        outputs: the network's outputs for the request, without batch dimension.
+        precision: the precision that it computes in, which decides how close its outputs must be.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    files: Mapping[str, bytes]
+    outputs: Sequence[Array]
+    precision: str
+
+
+def try_archive(archive: Path, request: bytes, outputs: Sequence[Array], precision: str = "fp32") -> Trial:
+    """Return the trial of a ``.mar`` as TorchServe would run it; ``request`` is a body."""
+    command = ("run_archive.py", str(archive.resolve()), precision)
+    return Trial(archive.name, command, {"request.bin": request}, outputs, precision)
+
+
+def try_model(version: Path, config: Mapping[str, Any], request: bytes, outputs: Sequence[Array]) -> Trial:
+    """Return the trial of one version in a Triton repository, with a substitute for the Python back end.
+
+    Args:
+        version: the version's folder.
+        config: the configuration as Triton hands it to the model.
+        request: .npy or .npz without batch dimension.
+        outputs: see `Trial`.
+    """
+    files = {"request.bin": request, "config.json": json.dumps(config).encode()}
+    precision = config["parameters"]["precision"]["string_value"]
+    command = ("run_model.py", str(version.resolve()))
+    return Trial(f"triton version {version.name}", command, files, outputs, precision)
+
+
+def run_trials(trials: Sequence[Trial], timeout_s: float = TIMEOUT_S) -> list[dict[str, str | float]]:
+    """Run all trials side by side and compare their outputs with the networks'.
+
+    Args:
+        trials: what to run.
+        timeout_s: seconds until a trial without an answer fails.
+
+    Returns:
+        {"archive", "milliseconds"} for each: its name, and the handler's time for the request after its warm-up.
+
+    Raises:
+        RedppError: a trial fails, or answers something else.
+    """
+    deadline = time.monotonic() + timeout_s
+    with tempfile.TemporaryDirectory(prefix="redpp-smoke-") as scratch, ExitStack() as stack:
+        started = []
+        for k, trial in enumerate(trials):
+            folder = Path(scratch) / str(k)
+            folder.mkdir()
+            started.append((trial, folder, _start(trial, folder)))
+            stack.callback(_end, started[-1][2])  # after a failure or Ctrl-C some still run
+        found = []
+        for trial, folder, process in started:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            if process.returncode is None:
+                raise _failure(trial, f"no answer in {timeout_s:g} s")
+            found.append({"archive": trial.name, "milliseconds": _milliseconds(trial, folder)})
+        return found
+
+
+def _start(trial: Trial, folder: Path) -> subprocess.Popen[bytes]:
+    for name, content in trial.files.items():
+        (folder / name).write_bytes(content)
+    # By path, not by -m: that would import this project, where the archive's own copy has to be imported.
+    command = [sys.executable, str(_PROGRAMS / trial.command[0]), *trial.command[1:]]
+    environment = os.environ | {"REDPP_PLAN_SECONDS": "0"}  # kernels are chosen where the model is served
+    with (folder / "printed").open("wb") as printed, (folder / "errors").open("wb") as errors:
+        return subprocess.Popen(
+            command, cwd=folder, stdout=printed, stderr=errors, start_new_session=True, env=environment
+        )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _milliseconds(trial: Trial, folder: Path) -> float:
+    """Return the handler's time for its answer, which must hold the outputs."""
+    printed, errors = ((folder / name).read_text(encoding="utf-8", errors="replace") for name in ("printed", "errors"))
+    try:
+        answer = json.loads(printed.splitlines()[-1])
+        close = all(
+            _close(np.asarray(got, dtype=np.float64), np.asarray(wanted, dtype=np.float64), TOLERANCES[trial.precision])
+            for got, wanted in zip(answer["reply"]["outputs"], trial.outputs, strict=True)
+        )
+    except (IndexError, KeyError, ValueError, TypeError):
+        raise _failure(trial, _tail(printed if "reply" in printed else errors or printed)) from None
+    if not close:
+        raise _failure(trial, "it gave other outputs than the network")
+    return round(float(answer["milliseconds"]), 3)
+
+
+def _failure(trial: Trial, why: str) -> RedppError:
+    do = "report this with the model and the command"
+    if trial.precision in ("fp16", "bf16"):  # numbers beyond 65504 are infinite in fp16
+        reason = f"{trial.precision} may hold too few digits or too small a range"
+        do = f"try --precision fp32: {reason}; if that fails as well, {do}"
+    return RedppError(
+        f"the handler of {trial.name} failed on one request: {why}",
+        "the packaged handler gives the network's outputs",
+        do,
+    )
+
+
+def _close(a: Array, b: Array, tolerance: float) -> bool:
+    scale = float(np.abs(b).max(initial=0.0)) or 1.0
+    return a.shape == b.shape and bool(np.abs(a - b).max(initial=0.0) <= tolerance * scale)
+
+
+def _tail(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return " / ".join(lines[-3:])[-400:] or "it ended without a message"
