@@ -1,4 +1,4 @@
-"""What a file is and what could be pruned in it, without changing or writing anything."""
+"""Describing a file and what could be pruned in it, without changing or writing anything."""
 
 from __future__ import annotations
 
@@ -23,8 +23,14 @@ _DIGEST_SHOWN = 16  # of 64 characters, enough to tell files apart by eye
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts by name, a record for each layer where the network could be captured, notes, what to do next, and the
-    sets of coupled channels where they were asked for.
+    """What is known of a file.
+
+    Attributes:
+        facts: texts and numbers by name.
+        layers: a record for each layer, if the network was captured.
+        notes: lines for the user.
+        next_step: what to do next.
+        sets: a record for each set of coupled channels, if they were asked for.
     """
 
     facts: dict[str, Any]
@@ -34,13 +40,13 @@ class Inspection:
     sets: list[dict[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers and texts, keys in lower case without spaces."""
+        """Return plain numbers and texts, with keys in lower case without spaces."""
         facts = {key.lower().replace(" ", "_"): value for key, value in self.facts.items()}
         found = {**facts, "notes": self.notes, "layers": self.layers}
         return found if self.sets is None else {**found, "channel_sets": self.sets}
 
     def to_text(self) -> str:
-        """Facts, the table of layers with reasons, and the next step, for the terminal."""
+        """Return facts, the table of layers or channel sets with reasons, and the next step, for the terminal."""
         width = max(map(len, self.facts))
         lines = [f"{key:<{width}}  {_shown(key, value)}" for key, value in self.facts.items() if value is not None]
         lines += [f"{'note':<{width}}  {printable(note)}" for note in self.notes]
@@ -52,10 +58,10 @@ class Inspection:
 
 
 def describe_file(path: Path) -> Inspection:
-    """What the bytes are, without loading them.
+    """Describe the bytes of a file without loading them.
 
     Raises:
-        RedppError: nothing that this tool could ever load.
+        RedppError: this program cannot load such a file.
     """
     kind = sniff(path)
     if not kind.loadable:
@@ -73,7 +79,7 @@ def describe_file(path: Path) -> Inspection:
 
 
 def describe_network(captured: Captured, exclude: tuple[str, ...], channels: bool = False) -> Inspection:
-    """The layers of a captured network: which could be narrowed, and why the others could not.
+    """Describe the layers of a captured network: which could be narrowed, and why the others could not.
 
     Args:
         captured: the network.
@@ -82,20 +88,9 @@ def describe_network(captured: Captured, exclude: tuple[str, ...], channels: boo
     """
     graph = captured.graph
     coupling = couple(graph, exclude)
-    layers = []
-    for layer in find_layers(graph):
-        layers.append(
-            {
-                "name": layer.name,
-                "op": layer.node.op.split(".")[1],
-                "shape": list(layer.shape),
-                "parameters": graph.tensors[layer.weight].numel() + (layer.shape[0] if layer.bias else 0),
-                "macs": layer.macs,
-                "merge": {"channels": layer.shape[0], "reason": coupling.closed_layers.get(layer.name, "")},
-            }
-        )
+    layers = find_layers(graph)
     touched = touched_layers(coupling)
-    share = sum(r["macs"] for r in layers if r["name"] in touched) / max(1, sum(r["macs"] for r in layers))
+    share = sum(layer.macs for layer in layers if layer.name in touched) / max(1, mac_count(graph))
     facts = {
         **captured.source,
         "inputs": ", ".join(f"{'x'.join(map(str, i.shape))} {i.dtype}" for i in graph.inputs),
@@ -105,13 +100,26 @@ def describe_network(captured: Captured, exclude: tuple[str, ...], channels: boo
         "can be narrowed": f"{len(coupling.open)} of {len(coupling.sets)} sets of coupled channels; "
         f"the layers that they touch are {share:.0%} of the MACs",
     }
+    records = [
+        {
+            "name": layer.name,
+            "op": layer.node.op.split(".")[1],
+            "shape": list(layer.shape),
+            "parameters": graph.tensors[layer.weight].numel() + (layer.shape[0] if layer.bias else 0),
+            "macs": layer.macs,
+            "merge": {"channels": layer.shape[0], "reason": coupling.closed_layers.get(layer.name, "")},
+        }
+        for layer in layers
+    ]
     sets = [_set_record(c) for c in coupling.sets] if channels else None
-    return Inspection(facts, layers, captured.messages, "next: redpp-serve package with the same arguments", sets)
+    return Inspection(facts, records, captured.messages, "next: redpp-serve package with the same arguments", sets)
 
 
 def touched_layers(coupling: Coupling) -> set[str]:
-    """Names of the layers whose cost falls when open sets are narrowed."""
-    tensors = {part.tensor for c in coupling.open for part in (*c.parts, *c.readers)}
+    """Return the names of the layers whose cost falls when open sets are narrowed."""
+    tensors = {
+        tensor for c in coupling.open for tensor in (*(p.tensor for p in c.parts), *(r.tensor for r in c.readers))
+    }
     return {layer.name for layer in find_layers(coupling.graph) if layer.weight in tensors}
 
 
@@ -130,7 +138,7 @@ def _set_record(found: ChannelSet) -> dict[str, Any]:
 
 
 def _set_lines(sets: list[dict[str, Any]]) -> list[str]:
-    """One block for each channel set: its channels, who writes and who reads them, or why they stay."""
+    """Return a block for each channel set: its channels, who writes and who reads them, and why they stay, if so."""
     lines = []
     for found in sets:
         state = f"closed: {found['closed']}" if found["closed"] else "open"

@@ -7,14 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from redpp_serve.capture.arch import build, load_into, preprocess_hints
+from redpp_serve.capture.export import capture
+from redpp_serve.capture.load import load_file
+from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import Graph, InputSpec
+
+__all__ = ["Captured", "capture_file"]
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A captured network: its graph, where it came from, and what the user should know about the way.
+    """A captured network.
 
-    ``source`` has file, kind, sha256 and arch; ``hints`` the pre-processing the architecture declares, if any.
+    Attributes:
+        graph: the network.
+        source: where it came from: file, kind, sha256 and arch.
+        messages: lines for the user about choices made on the way.
+        hints: the preprocessing that the architecture declares, if any.
     """
 
     graph: Graph
@@ -43,13 +53,9 @@ def capture_file(
     Raises:
         RedppError: see `load.load_file`, `arch.build`, `arch.load_into`, `export.capture`.
     """
-    from redpp_serve.capture.arch import build, load_into, preprocess_hints
-    from redpp_serve.capture.export import capture
-    from redpp_serve.capture.load import load_file
-    from redpp_serve.errors import RedppError
-
     loaded = load_file(path, trust=trust)
-    messages, module = list(loaded.messages), loaded.exported or loaded.module
+    messages = list(loaded.messages)
+    network = loaded.exported or loaded.module
     if loaded.state_dict is not None:
         if arch is None:
             raise RedppError(
@@ -57,18 +63,18 @@ def capture_file(
                 "the architecture that the weights belong to",
                 "add --arch torchvision:NAME, --arch timm:NAME or --arch path/to/file.py:factory",
             )
-        module = build(arch, dict(arch_args or {}))
-        messages += load_into(module, loaded.state_dict)
-        module.eval()  # weights have no mode to be told about
+        network = build(arch, dict(arch_args or {}))
+        messages += load_into(network, loaded.state_dict)
+        network.eval()  # weights have no mode to be told about
     elif arch is not None:
         messages.append(f"--arch {arch} is not needed: the file brings its own ({loaded.kind.value})")
-    assert module is not None
+    assert network is not None
     if not inputs:
         raise RedppError(
             "no --input was given",
             "the shape of one input without its batch dimension",
             "add --input 3x224x224 (repeat it for a network with several inputs)",
         )
-    graph = capture(module, inputs, messages)
+    graph = capture(network, inputs, messages)
     source = {"file": path.name, "kind": loaded.kind.value, "sha256": loaded.sha256, "arch": arch}
-    return Captured(graph, source, messages, preprocess_hints(module))
+    return Captured(graph, source, messages, preprocess_hints(network))

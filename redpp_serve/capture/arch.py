@@ -22,7 +22,7 @@ from redpp_serve.errors import RedppError
 FORMS = "torchvision:NAME, timm:NAME or path/to/file.py:factory"
 # Arguments of torchvision's and timm's builders that fetch weights or read them by another loader than this project's.
 WEIGHT_ARGS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone", "checkpoint_path")
-_STAND_INS: list[torch.library.Library] = []  # operators vanish with the Library that defined them
+PLACEHOLDERS: list[torch.library.Library] = []  # operators vanish with the Library that defined them
 
 
 def build(arch: str, arch_args: Mapping[str, Any]) -> nn.Module:
@@ -33,7 +33,7 @@ def build(arch: str, arch_args: Mapping[str, Any]) -> nn.Module:
         arch_args: keyword arguments of the builder, such as ``num_classes``.
 
     Raises:
-        RedppError: unknown form, name or factory; library missing; arguments that ask for weights; failing builder.
+        RedppError: unknown form, name or factory; a missing library; arguments that ask for weights; a failing builder.
     """
     library, colon, name = arch.partition(":")
     if colon and library in ("torchvision", "timm"):
@@ -88,20 +88,20 @@ def load_into(module: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
     return [f"converted weights from {change}".replace("torch.", "") for change in changed]
 
 
-def preprocess_hints(module: nn.Module) -> dict[str, Any] | None:
-    """The preprocessing a timm module was trained with, or None where the module does not say.
+def preprocess_hints(network: object) -> dict[str, Any] | None:
+    """Return the preprocessing that a timm module was trained with, or None if the network does not say.
 
     Returns:
         ``mean`` and ``std`` per channel in units of a 0..1 image, ``size`` as (channels, height, width).
     """
-    config = getattr(module, "pretrained_cfg", None)
+    config = getattr(network, "pretrained_cfg", None)
     if not isinstance(config, Mapping) or not all(config.get(key) for key in ("mean", "std", "input_size")):
         return None
-    return {key: list(config[source]) for key, source in (("mean", "mean"), ("std", "std"), ("size", "input_size"))}
+    return {"mean": list(config["mean"]), "std": list(config["std"]), "size": list(config["input_size"])}
 
 
 def _copy(module: nn.Module, own: dict[str, Any], state_dict: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Missing and unexpected names after the modules' own renaming of old files has had its turn."""
+    """Return missing and unexpected names, after modules have renamed what old files call otherwise."""
     holder = OrderedDict(state_dict)
     # safetensors keeps no version numbers, and some modules insist on them
     holder._metadata = getattr(state_dict, "_metadata", None) or own._metadata  # type: ignore[attr-defined]
@@ -151,7 +151,7 @@ def import_library(library: str) -> ModuleType:
         try:
             return importlib.import_module(library)
         except RuntimeError as error:
-            if _STAND_INS or "torchvision::" not in str(error):
+            if PLACEHOLDERS or "torchvision::" not in str(error):
                 raise
             _define_detection_operators()
             return importlib.import_module(library)
@@ -165,14 +165,15 @@ def import_library(library: str) -> ModuleType:
 
 
 def _define_detection_operators() -> None:
-    """Schemas that torchvision looks up while importing; beside a torch of another build its own are not there.
+    """Define operators that torchvision looks up while importing and lacks beside a torch of another build.
 
-    Only detection models call these operators. The half-imported package is forgotten, so that it can start afresh.
+    Only detection models call them. The half-imported package is forgotten, so that it can start afresh.
     """
-    library = torch.library.Library("torchvision", "DEF")
+    library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _STAND_INS.append(library)
+        schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        library.define(schema)  # type: ignore[no-untyped-call]
+    PLACEHOLDERS.append(library)
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
 
@@ -187,7 +188,7 @@ def _from_file(path: Path, name: str) -> Callable[..., Any]:
     if (folder := str(path.resolve().parent)) not in sys.path:
         sys.path.append(folder)  # its sibling files; last, so that none of them hides a library
     _run(f"--arch: {path}", lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
-    factory = getattr(module, name, None)
+    factory: Callable[..., Any] | None = getattr(module, name, None)
     if not callable(factory):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         mine = [key for key in public if getattr(vars(module)[key], "__module__", None) == spec.name]
@@ -196,7 +197,7 @@ def _from_file(path: Path, name: str) -> Callable[..., Any]:
 
 
 def _run(what: str, call: Callable[[], Any]) -> Any:
-    """Run the user's or a library's code; what it raises becomes a refusal that names the exception and its line."""
+    """Run code of the user or a library; turn what it raises into a refusal that names the exception and its line."""
     try:
         return call()
     except (Exception, SystemExit) as error:

@@ -13,13 +13,15 @@ from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import InputSpec
 
 DTYPES = ("float32", "float16", "float64", "bfloat16", "int64", "int32", "uint8", "bool")
-ALIASES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "fp64": "float64"}
-ALIASES |= {"double": "float64", "bf16": "bfloat16", "int": "int64", "long": "int64"}
+ALIASES = {
+    **{"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"},
+    **{"fp64": "float64", "double": "float64", "int": "int64", "long": "int64"},
+}
 MAX_ELEMENTS = 1 << 30  # per request: 4 GiB of float32
 
 
 def parse_input(text: str, index: int) -> InputSpec:
-    """Parse ``3x224x224`` or ``3x224x224:dtype``: the shape of one input without batch, float32 unless said.
+    """Parse ``3x224x224`` or ``3x224x224:dtype``: the shape of one input without batch, by default of float32.
 
     Args:
         text: what the user wrote.
@@ -45,7 +47,7 @@ def parse_input(text: str, index: int) -> InputSpec:
 def sample(
     specs: Sequence[InputSpec], batch: int, generator: torch.Generator, *, largest: int = 1
 ) -> tuple[Tensor, ...]:
-    """Random inputs of shape ``(batch, *spec.shape)`` on the CPU, the same for the same generator state.
+    """Draw random inputs of shape ``(batch, *spec.shape)`` on the CPU, the same for the same generator state.
 
     Floating-point inputs are standard normal; integers are uniform over 0..``largest``; booleans are fair coins.
     """

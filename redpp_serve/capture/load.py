@@ -1,4 +1,4 @@
-"""The one place that loads a network from a file. Nothing in a file runs unless the user trusts that file."""
+"""Loading a network from a file, the only place that does. Nothing in a file runs unless the user trusts that file."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ from redpp_serve.errors import RedppError
 
 CHUNK = 1 << 20
 # Where training scripts keep the weights inside a checkpoint. Averaged weights come first: they are the ones evaluated.
-WRAPPERS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema", "params_ema")
-WRAPPERS += ("state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights")
+WRAPPERS = (
+    *("state_dict_ema", "ema_state_dict", "model_ema", "ema", "params_ema"),
+    *("state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights"),
+)
 PREFIXES = ("module.", "_orig_mod.")  # of nn.DataParallel (and DistributedDataParallel), of torch.compile
 MAX_NESTING = 3
 
@@ -43,8 +45,13 @@ MAX_NESTING = 3
 class Loaded:
     """What a file held: exactly one of ``state_dict``, ``module`` and ``exported`` is not None.
 
-    Tensors are dense, finite and on the CPU; those of a state_dict may be memory-mapped from the file. ``sha256`` is
-    of the file's bytes; ``messages`` says in words what was chosen, renamed or left out on the way.
+    Attributes:
+        kind: the kind of file.
+        sha256: digest of the file's bytes.
+        state_dict: dense, finite tensors on the CPU, which may be memory-mapped from the file.
+        module: a module with such tensors.
+        exported: a program with such tensors.
+        messages: lines for the user about what was chosen, renamed or left out.
     """
 
     kind: FileKind
@@ -60,7 +67,7 @@ def load_file(path: Path, *, trust: bool) -> Loaded:
 
     Args:
         path: the file.
-        trust: the user vouches for the file (``--trust-file``), so formats that run code on load are admitted. A
+        trust: the user vouches for the file (``--trust-file``), so formats that run code on load are accepted. A
             state_dict is loaded by the safe reader either way.
 
     Raises:
@@ -93,7 +100,7 @@ def load_file(path: Path, *, trust: bool) -> Loaded:
 
 
 def _safely(path: Path) -> Callable[[], Any]:
-    """A reader that admits tensors and containers only; storages are memory-mapped where the file stores them plain."""
+    """Make a reader that accepts tensors and containers only; it memory-maps storages that are not compressed."""
     mmap = False
     if is_zip(path):
         with open_zip(path) as archive:
@@ -113,13 +120,13 @@ _READERS: dict[FileKind, Callable[[Path], Callable[[], Any]]] = {
     FileKind.LEGACY_STATE_DICT: _safely,
     FileKind.MODULE: _trusting,
     FileKind.OBJECTS: _trusting,
-    FileKind.TORCHSCRIPT: lambda path: lambda: torch.jit.load(path, map_location="cpu"),
+    FileKind.TORCHSCRIPT: lambda path: lambda: torch.jit.load(path, map_location="cpu"),  # type: ignore[no-untyped-call]
     FileKind.EXPORTED: lambda path: lambda: torch.export.load(path),
 }
 
 
 def _read(path: Path, kind: FileKind, reader: Callable[[], Any]) -> Any:
-    """Whatever goes wrong inside a reader, as a refusal: its exceptions have no common class."""
+    """Call a reader; turn whatever goes wrong into a refusal, for its exceptions have no common class."""
     try:
         with warnings.catch_warnings():  # torch's notes to whoever wrote the file, such as that TorchScript ends
             warnings.simplefilter("ignore")
@@ -167,7 +174,7 @@ def _check_sums(path: Path) -> None:
 
 
 def _unwrap(path: Path, content: Any, messages: list[str]) -> Any:
-    """The module, program or dict of tensors inside a checkpoint, with the choice among its entries told."""
+    """Return the module, program or dict of tensors inside a checkpoint; note which of its entries was chosen."""
     for _ in range(MAX_NESTING):
         if isinstance(content, (nn.Module, torch.export.ExportedProgram)) or _is_state_dict(content):
             return content
@@ -195,14 +202,14 @@ def _tensors_of(path: Path, content: Mapping[Any, Any], holding: list[Any], mess
 
 
 def _is_state_dict(value: Any) -> bool:
-    """Tensors by name, none else, except what modules add through ``get_extra_state``."""
+    """Return whether a value is tensors by name, and at most what modules add through ``get_extra_state``."""
     if not isinstance(value, Mapping) or not any(isinstance(tensor, Tensor) for tensor in value.values()):
         return False
     return all(isinstance(k, str) and (isinstance(v, Tensor) or k.endswith("_extra_state")) for k, v in value.items())
 
 
 def _holds(value: Any, depth: int = 1) -> bool:
-    """Whether weights lie in ``value``; an optimizer's state does not count, its tensors are keyed by number."""
+    """Return whether a value holds weights; an optimizer's state does not count, its tensors are keyed by number."""
     if isinstance(value, nn.Module) or _is_state_dict(value):
         return True
     return (
@@ -213,7 +220,7 @@ def _holds(value: Any, depth: int = 1) -> bool:
 
 
 def _dense(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Detached tensors, each plain in memory and no larger than what the file can hold; keeps ``_metadata``."""
+    """Detach tensors, each plain in memory and no larger than the file can hold; keep ``_metadata``."""
     tensors = {key: value.detach() for key, value in content.items() if isinstance(value, Tensor)}
     odd = [k for k, v in tensors.items() if v.layout is not torch.strided or v.is_quantized or v.device.type != "cpu"]
     if odd:

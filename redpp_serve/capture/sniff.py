@@ -1,4 +1,4 @@
-"""What a file is, told from its bytes alone: the extension is never read and nothing is unpickled.
+"""The kind of a file, told from its bytes alone: the extension is never read and nothing is unpickled.
 
 Formats: the ZIP application note (APPNOTE.TXT), ``pickletools`` of the standard library, the layouts that
 ``torch.save``, ``torch.jit.save`` and ``torch.export.save`` write, and the safetensors header.
@@ -84,18 +84,23 @@ _DO: dict[FileKind, str] = {
 
 @dataclass(frozen=True)
 class PickleScan:
-    """What a pickle names: its globals as ``module.name`` in order of first use, and whether a module's state."""
+    """What a pickle names.
+
+    Attributes:
+        globals: names as ``module.name`` in order of first use.
+        has_module_state: whether the keys of a module's ``__dict__`` are among its strings.
+    """
 
     globals: tuple[str, ...]
     has_module_state: bool
 
     @property
     def unsafe(self) -> tuple[str, ...]:
-        """The globals that a state_dict has no use for."""
+        """Globals that no state_dict needs."""
         return tuple(name for name in self.globals if not _SAFE_GLOBAL.fullmatch(name))
 
 
-# What torch.load(weights_only=True) admits, by shape of name. It only tells kinds apart: torch enforces its own list.
+# Names that torch.load(weights_only=True) accepts, roughly. They only tell kinds apart: torch enforces its own list.
 _SAFE_GLOBAL = re.compile(
     r"collections\.(OrderedDict|Counter)|builtins\.(set|bytearray|complex)|_codecs\.encode"
     r"|torch\.(cuda\.)?(sparse\.)?\w+(Storage|Tensor)|torch\.(Size|Tensor|device|storage\.\w+Storage)"
@@ -106,10 +111,10 @@ _SAFE_GLOBAL = re.compile(
 
 
 def sniff(path: Path) -> FileKind:
-    """The kind of the file at ``path``.
+    """Tell the kind of the file at ``path``.
 
     Raises:
-        RedppError: no such file, not readable, not a regular file, or a zip built to harm (see `open_zip`).
+        RedppError: no such file, not readable, not a regular file, or a hostile zip (see `open_zip`).
     """
     if path.is_dir():
         return FileKind.DIRECTORY
@@ -131,7 +136,7 @@ def sniff(path: Path) -> FileKind:
 
 
 def refusal(path: Path, kind: FileKind) -> RedppError:
-    """The error for a file that is not `FileKind.loadable`: what it is and what to do about it."""
+    """Make the error for a file that is not `FileKind.loadable`: what it is and what to do about it."""
     article = "an" if kind in (FileKind.ONNX, FileKind.HTML, FileKind.EMPTY) else "a"
     do = _DO[kind]
     if kind is FileKind.DIRECTORY:
@@ -141,7 +146,7 @@ def refusal(path: Path, kind: FileKind) -> RedppError:
 
 
 def scan(path: Path) -> PickleScan:
-    """The globals of every pickle that loading this torch.save file or plain pickle would run, without running any.
+    """List the globals of every pickle that loading a torch.save file or plain pickle would run, and run none.
 
     Raises:
         RedppError: see `open_zip`.
@@ -159,13 +164,13 @@ def scan(path: Path) -> PickleScan:
 
 
 def is_zip(path: Path) -> bool:
-    """Whether torch reads the file as a zip, which it decides by the first bytes; zipfile looks at the last ones."""
+    """Return whether torch reads the file as a zip: it looks at the first bytes, zipfile at the last ones."""
     with path.open("rb") as file:
         return file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """The archive, once its table of contents has proved harmless; no entry has been read by then.
+    """Open a zip once its table of contents has proved harmless, before any entry is read.
 
     Raises:
         RedppError: names that repeat or lead out of the archive, encryption, or declared sizes far beyond the file's.
@@ -189,7 +194,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    """The bytes of one entry, checked against its checksum where it has one.
+    """Read one entry and check it against its checksum, if it has one.
 
     `torch.serialization.set_crc32_options(False)` writes zero for every checksum, which zipfile would refuse.
     """
@@ -199,14 +204,14 @@ def read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 
 def shorten(names: Iterable[str], limit: int = 5) -> str:
-    """The first ``limit`` names and how many more there are."""
+    """List the first ``limit`` names, and say how many more there are."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(name if len(name) <= 80 else name[:77] + "..." for name in names[:limit]) + more
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's class and the first line of what it says."""
+    """Return an exception's class and the first line of its text."""
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"
 
 
@@ -216,7 +221,7 @@ def _hostile(archive: zipfile.ZipFile, found: str) -> RedppError:
 
 
 def _inner(name: str) -> str:
-    """An entry's name below the top folder that every torch archive has."""
+    """Return an entry's name below the top folder that every torch archive has."""
     return name.partition("/")[2]
 
 
@@ -278,12 +283,12 @@ def _is_text(head: bytes) -> bool:
 
 
 def _first_object(file: IO[bytes]) -> object:
-    """What the first opcode with content pushes: the value itself where the first pickle is one number."""
+    """Return what the first opcode with content pushes: the value, if the first pickle is one number."""
     return next(arg for op, arg, _ in pickletools.genops(file) if op.name not in ("PROTO", "FRAME"))
 
 
 def _scan(ops: Iterable[tuple[pickletools.OpcodeInfo, object, int | None]]) -> PickleScan:
-    """Follow strings through stack and memo far enough to name what STACK_GLOBAL takes; the rest is '(computed)'."""
+    """Follow strings through stack and memo far enough to name STACK_GLOBAL's operands; others are '(computed)'."""
     found: dict[str, None] = {}
     state: set[str] = set()
     memo: dict[object, str | None] = {}

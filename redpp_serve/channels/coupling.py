@@ -204,7 +204,8 @@ def _channel_sets(walk: Walk) -> list[tuple[ChannelSet, Tensor]]:
     (closed, tied), alone = walk.labels.reasons(), walk.alone()
     makers = _makers(walk)
     leaders = _leaders(makers, len(walk.produced))
-    entries = _Entries([walk.labels.find(source.labels) for source in (*walk.uses, *walk.reads)])
+    rows = [*(use.labels for use in walk.uses), *(read.labels for read in walk.reads)]
+    entries = _Entries([walk.labels.find(row) for row in rows])
     members: dict[tuple[int, bytes, bool, bool], list[int]] = {}
     for root, produced in makers.items():
         key = (leaders[produced[0]], entries.signature(root), root in closed, root in alone)

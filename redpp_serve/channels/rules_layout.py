@@ -28,7 +28,7 @@ def made(walk: Walk, node: Node) -> Any:
 
 def number(walk: Walk, node: Node) -> Any:
     """Compute sizes and arithmetic on them, at batch size 1."""
-    args = [list(a.shape) if isinstance(a, Tensor) else a for a in (walk.value(a) for a in node.args)]
+    args: list[Any] = [list(a.shape) if isinstance(a, Tensor) else a for a in (walk.value(a) for a in node.args)]
     if node.op == "aten.sym_size.int":
         sizes, axis = args
         return sizes[axis]

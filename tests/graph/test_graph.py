@@ -1,11 +1,12 @@
 """The graph: names, readers, and the passes that return another graph."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
-from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref, map_refs
+from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref, map_refs, once_per_graph
 
 
 def graph() -> Graph:
@@ -68,3 +69,19 @@ def test_precision_changes_floating_point_alone() -> None:
 
 def test_map_refs_keeps_structure() -> None:
     assert map_refs([Ref("a"), (Ref("b"), 2), "a", None], str.upper) == ["A", ("B", 2), "a", None]
+
+
+def test_what_is_derived_is_computed_once_for_each_graph_and_dies_with_it() -> None:
+    calls: list[tuple[int, ...]] = []
+
+    @once_per_graph
+    def count(given: Graph, *extra: int) -> int:
+        calls.append(extra)
+        return len(given.nodes)
+
+    one, other = graph(), graph()
+    assert [count(one), count(one), count(one, 2), count(other), count(one, 2)] == [3] * 5
+    assert calls == [(), (2,), ()]
+    gone = weakref.ref(one)
+    del one
+    assert gone() is None

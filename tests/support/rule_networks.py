@@ -12,9 +12,8 @@ from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from tests.support.networks import Builder, outputs
 
 R = Ref
-OPEN: dict[
-    str, tuple[Callable[[], Graph], dict[str, int]]
-] = {}  # the network, its open channel sets and their channels
+Case = tuple[Callable[[], Graph], dict[str, int]]  # a network, its open channel sets and their channels
+OPEN: dict[str, Case] = {}
 
 
 def opens(**sets: int) -> Callable[[Callable[[Builder], Graph]], Callable[[Builder], Graph]]:
@@ -50,6 +49,15 @@ def norm_and_activations(b):
         x = b.op(f"act{k}", f"{op}.default", R(x))
     x = b.op("leaky", "leaky_relu.default", R(x), 0.1)
     return head(b, b.conv(x, "second", 8, 6), 6)
+
+
+@opens(first=8)
+def unflattened(b):  # the channels themselves, then the positions in front of them
+    x = b.op("wide", "unflatten.int", R(b.relu(b.conv("x", "first", 4, 8))), 1, [8, 1])
+    x = b.op("flat", "flatten.using_ints", R(x), 2)
+    x = b.op("last", "transpose.int", R(x), 1, 2)
+    x = b.op("rows", "unflatten.int", R(x), 1, [6, 6])
+    return head(b, b.op("back", "permute.default", R(x), [0, 3, 1, 2]), 8)
 
 
 @opens(first=4)
