@@ -20,9 +20,8 @@ from redpp_serve.options import Options
 from redpp_serve.pruning.effort import Effort
 from redpp_serve.pruning.fit import Fitting, Reconstruction, quick_fit, reconstruct, then
 from redpp_serve.pruning.latency import layer_model, paired_latency
-from redpp_serve.pruning.observation import observe
+from redpp_serve.pruning.observation import observe, select
 from redpp_serve.pruning.repair import repair_batch_norm
-from redpp_serve.pruning.selection import select
 from redpp_serve.pruning.verification import Reference
 from redpp_serve.pruning.widths import (
     NarrowingPath,

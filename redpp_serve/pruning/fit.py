@@ -177,7 +177,7 @@ def _narrowed_sets(coupling: Coupling, kept: Mapping[str, Tensor]) -> list[Chann
 
 
 def _layers_to_fit(graph: Graph, readers: Collection[str], frozen: Collection[str]) -> list[Layer]:
-    """The first reader and all layers behind it, but for depthwise or grouped ones and those with frozen weights."""
+    """Find the first reader and all layers behind it, but for grouped ones and those with frozen weights."""
     layers = [layer for layer in find_layers(graph) if layer.groups == 1]
     first = next((k for k, layer in enumerate(layers) if layer.node.name in readers), len(layers))
     return [layer for layer in layers[first:] if layer.weight not in frozen]
@@ -257,7 +257,7 @@ def mix_of(gram: Tensor, kept: Tensor) -> Tensor:
 
 
 def _mixed(weight: Tensor, reader: Reader, kept: Tensor, mix: Tensor) -> Tensor:
-    """A float64 weight at full width whose kept columns took over the other columns, which become 0."""
+    """Let the kept columns of a float64 weight take over the other columns, which become 0."""
     moved = weight.movedim(reader.dim, 0).clone()
     positions = reader.positions
     columns = moved[positions.flatten()].reshape(*positions.shape, -1)
@@ -379,7 +379,7 @@ def _with_constant(graph: Graph, layer: Layer, constant: Tensor) -> Graph:
 
 
 def _features(value: Tensor, layer: Layer, picks: Tensor) -> Tensor:
-    """The layer's input at the picked output positions as rows (samples, channels * taps)."""
+    """Unfold the layer's input at the picked output positions into rows (samples, channels * taps)."""
     if not layer.is_conv:
         return samples(value, -1, picks)
     return samples(F.unfold(value, layer.shape[2:], layer.dilation, layer.padding, layer.stride), 1, picks)

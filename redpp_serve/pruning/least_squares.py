@@ -1,4 +1,7 @@
-"""Ridge least squares from streamed second moments, in float64; the ridge is chosen on inputs it was not fitted to."""
+"""Solve ridge least squares from streamed second moments, in float64.
+
+The strength of the ridge is the one that predicts inputs best to which it was not fitted.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1)  # of features scaled to unit variance
+_RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1)  # for features scaled to unit variance
 _FEWER_RIDGES = (1e-6, 1e-4, 1e-2)
-_WIDE = 1500  # unknowns of one output beyond which fewer ridges are tried
-
-_LEAST_SPREAD = 1e-5  # of a feature's mean; below it a variance from sums of squares is much rounding error
+_WIDE = 1500  # unknowns per output, beyond which fewer ridges are tried
+_LEAST_SPREAD = 1e-5  # relative to a feature's mean; below, a variance from sums of squares is mostly rounding error
 
 
 @dataclass
 class Sums:
-    """Uncentred sums over samples of features u (d,) and targets y (n_out,)."""
+    """Uncentred sums over samples of features u (d,) and targets y (n_out,).
+
+    Attributes:
+        uu: sum of u u^T, (d, d).
+        uy: sum of u y^T, (d, n_out).
+        u: sum of the features, (d,).
+        y: sum of the targets, (n_out,).
+        yy: sum of the squared targets, (n_out,).
+        count: number of samples.
+    """
 
     uu: Tensor
     uy: Tensor
@@ -28,11 +39,12 @@ class Sums:
 
     @classmethod
     def of(cls, u: Tensor, y: Tensor) -> Sums:
-        """Sums over the rows of u (samples, d) and y (samples, n_out)."""
+        """Sum over the rows of u (samples, d) and y (samples, n_out)."""
         u, y = u.double(), y.double()
         return cls(u.T @ u, u.T @ y, u.sum(0), y.sum(0), y.square().sum(0), len(u))
 
     def add(self, other: Sums) -> None:
+        """Add the sums over other samples, in place."""
         for name in ("uu", "uy", "u", "y", "yy"):
             getattr(self, name).add_(getattr(other, name))
         self.count += other.count
@@ -40,7 +52,15 @@ class Sums:
 
 @dataclass(frozen=True)
 class Moments:
-    """Means u (d,) and y (n_out,), centred second moments uu (d, d) and uy (d, n_out), and yy, y's total variance."""
+    """Means, and second moments about them, of features u and targets y.
+
+    Attributes:
+        uu: covariance of the features, (d, d).
+        uy: covariance of features and targets, (d, n_out).
+        u: mean of the features, (d,).
+        y: mean of the targets, (n_out,).
+        yy: variance of the targets, summed.
+    """
 
     uu: Tensor
     uy: Tensor
@@ -49,32 +69,33 @@ class Moments:
     yy: float
 
     def lost(self, weight: Tensor) -> float:
-        """The variance of y that u @ weight, (d, n_out), leaves."""
+        """Return the variance of y that is left after u @ weight, for a weight (d, n_out)."""
         return self.yy - float((weight * (2 * self.uy - self.uu @ weight)).sum())
 
 
 def moments(parts: Sequence[Sums]) -> Moments:
-    """The moments of all samples of the parts together."""
+    """Return the moments of the samples of all parts together."""
     count = sum(part.count for part in parts)
     uu, uy, u, y, yy = (sum(getattr(part, name) for part in parts) / count for name in ("uu", "uy", "u", "y", "yy"))
     return Moments(uu - torch.outer(u, u), uy - torch.outer(u, y), u, y, float((yy - y.square()).sum().clamp_min(0)))
 
 
 def solve(parts: Sequence[Sums], start: Tensor) -> tuple[Tensor, Tensor, float]:
-    """The least-squares weights from u to y, drawn towards ``start`` (d, n_out) where the samples say little.
+    """Return the least-squares weights from u to y, drawn towards ``start`` where the samples say little.
 
     Args:
         parts: sums over disjoint sets of inputs; where there are two, the ridge is the one that predicts the second
             best when fitted to the first.
+        start: weights (d, n_out).
 
     Returns:
         weights (d, n_out), constant (n_out,), and the share of y's variance that is left.
     """
     whole = moments(parts)
     scale = whole.uu.diagonal().clamp_min(0).sqrt()
-    varies = (scale > 1e-7 * scale.max()) & (scale > _LEAST_SPREAD * whole.u.abs())  # what is constant says nothing
+    varies = (scale > 1e-7 * scale.max()) & (scale > _LEAST_SPREAD * whole.u.abs())  # a constant feature says nothing
     scale = torch.where(varies, 1 / scale.clamp_min(1e-300), 0.0)
-    ridges = RIDGES if len(whole.uu) <= _WIDE else _FEWER_RIDGES
+    ridges = _RIDGES if len(whole.uu) <= _WIDE else _FEWER_RIDGES
     best = ridges[len(ridges) // 2]
     if len(parts) == 2:
         first, second = (moments([part]) for part in parts)
@@ -92,12 +113,15 @@ def _towards(m: Moments, start: Tensor, scale: Tensor, ridges: Sequence[float]) 
 
 
 def _factor(gram: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor of gram + ridge. Features that hardly vary beside their mean have moments with rounding
-    errors, which can leave gram indefinite by more than a small ridge; a larger one then stands in.
+    """Cholesky factor of gram + ridge, with a larger ridge where that is not positive definite.
+
+    The moments of features that hardly vary beside their mean have rounding errors, which can leave ``gram`` indefinite
+    by more than a small ridge.
     """
     unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     while True:
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(gram + ridge * unit)
-        if not failed or ridge > len(gram):  # then it cannot be but for NaN
+        if not failed or ridge > len(gram):  # only NaN can fail with such a ridge
             return factor
         ridge *= 10

@@ -1,13 +1,14 @@
-"""What synthetic inputs show of the channels that may go: one streaming pass gathers their second moments.
+"""Observe which channels the others follow from, and rank them by that.
 
-From these follow the order in which channels are worth keeping (`selection`) and a fit of the readers of any
-narrower network (`quick_fit`), without another pass.
+One streaming pass over synthetic inputs gathers the channels' second moments (`observe`). From these follow, without
+another pass, the order in which channels are worth keeping (`select`) and a fit of the readers of any narrower network
+(`fit.quick_fit`). Channels come first that the others predict poorly, weighted by what their readers do with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,39 +17,60 @@ from redpp_serve.channels.coupling import ChannelSet, Coupling, Reader
 from redpp_serve.graph.graph import Graph, conv2d_geometry
 from redpp_serve.pruning.piecewise import Piecewise, chunk_size
 
-_SAMPLES = 256  # positions of an input, unless a channel set has many channels
+_SAMPLES = 256  # positions per input, unless a set has many channels
 _SPECTRUM_IMAGES = 8
 
-Reading = tuple[str, str]  # a channel set, and a value or node that it is read from or by
+Reading = tuple[str, str]  # name of a channel set, and of a value that is read
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Second moments in float64, on the CPU.
+    """Second moments of a network's channels, float64 on the CPU.
 
-    ``grams``: by channel set and value that it is read from, (channels, channels), centred, the mean over a channel's
-    entries in the value. ``entries``: for the same, how a channel's m entries correlate, (m, m). ``taps``: by reader,
-    how its input at one tap of the kernel correlates with that at another, (taps, taps). ``means``: by value, its mean
-    over the inputs. ``power``: by reader, its output's variance, summed over its channels.
+    Attributes:
+        coupling: the network and its channel sets.
+        grams: by set and value, covariance of the channels (channels, channels), the mean over a channel's entries.
+        entries: by set and value, how a channel's m entries correlate, (m, m).
+        taps: by reader, how its input at one tap of the kernel correlates with that at another, (taps, taps).
+        means: by value, its mean over the inputs.
+        power: by reader, its output's variance, summed over its channels.
     """
 
     coupling: Coupling
-    grams: Mapping[Reading, Tensor]
-    entries: Mapping[Reading, Tensor]
-    taps: Mapping[str, Tensor]
-    means: Mapping[str, Tensor]
-    power: Mapping[str, float]
+    grams: dict[Reading, Tensor] = field(default_factory=dict)
+    entries: dict[Reading, Tensor] = field(default_factory=dict)
+    taps: dict[str, Tensor] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
+    power: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Order in which the channels of one set are worth keeping.
+
+    Attributes:
+        order: channels (channels,) int64, the most needed first.
+        curve: (channels + 1,) float64; entry k is the predicted share of the readers' output variance that is lost
+            with the first k channels alone, so the first entry is 1.
+    """
+
+    order: Tensor
+    curve: Tensor
+
+    def kept(self, width: int) -> Tensor:
+        """Return the channels that stay at a width, (width,) int64 ascending."""
+        return self.order[:width].sort().values
 
 
 def observe(
     coupling: Coupling, inputs: Sequence[Tensor], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Observed:
-    """Run the network once over the inputs; what is kept of each value are sums over them.
+    """Run the network once over the inputs and keep sums over the values.
 
     Args:
-        coupling: the network and its sets.
+        coupling: network and its channel sets.
         inputs: (images, ...) for each network input, on the device to compute on.
-        progress: called with readers done and in all.
+        progress: called with the number of readers done and in all.
     """
     graph = coupling.graph
     place = {node.name: k for k, node in enumerate(graph.nodes)}
@@ -56,25 +78,21 @@ def observe(
     for channel_set in coupling.open:
         for reader in channel_set.readers:
             readers.setdefault(reader.node, []).append((channel_set, reader))
-    ordered = sorted(readers, key=place.__getitem__)
-    found = Observed(coupling, {}, {}, {}, {}, {})
+    found = Observed(coupling)
     run = Piecewise(graph, inputs, chunk_size(graph, len(inputs[0])))
-    for done, node in enumerate(ordered):
+    for done, node in enumerate(sorted(readers, key=place.__getitem__), start=1):
         run.advance(place[node])
         _observe_reader(found, run, node, readers[node])
-        progress(done + 1, len(ordered))
+        progress(done, len(readers))
     return found
 
 
 def _observe_reader(found: Observed, run: Piecewise, node: str, readers: Sequence[tuple[ChannelSet, Reader]]) -> None:
     graph, value = found.coupling.graph, readers[0][1].value
-    sums = {
-        (channel_set.name, value): _Sums(reader)
-        for channel_set, reader in readers
-        if (channel_set.name, value) not in found.grams
-    }
+    sums = {(s.name, value): _Sums(reader, run.device) for s, reader in readers if (s.name, value) not in found.grams}
     spectrum = _Spectrum(graph, node)
-    axis, mean, total, square, images, count = output_axis(graph, node), 0.0, 0.0, 0.0, 0, 0
+    axis, images, count = output_axis(graph, node), 0, 0
+    mean = total = square = torch.zeros((), dtype=torch.float64, device=run.device)
     for x, y in run.values([value, node]):
         mean, images = mean + x.double().sum(0), images + len(x)
         rows = samples(y, axis).double()
@@ -90,17 +108,17 @@ def _observe_reader(found: Observed, run: Piecewise, node: str, readers: Sequenc
 
 
 class _Sums:
-    """Sums over samples of the channels of one channel set in one value."""
+    """Sums over samples of the channels of one set in one value."""
 
-    def __init__(self, reader: Reader) -> None:
-        self.axis, self.positions = reader.axis, reader.positions
+    def __init__(self, reader: Reader, device: torch.device) -> None:
+        self.axis, self.positions = reader.axis, reader.positions.T.flatten().to(device)
         self.channels, self.m = reader.positions.shape
         self.count = 0
-        self.gram = self.cross = self.means = 0.0
+        self.gram = self.cross = self.means = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, value: Tensor) -> None:
         rows = samples(value, self.axis, spread(value, self.axis, max(_SAMPLES, self.channels // 4)))
-        chosen = rows[:, self.positions.T.flatten().to(rows.device)].double().view(len(rows), self.m, self.channels)
+        chosen = rows[:, self.positions].double().view(len(rows), self.m, self.channels)
         flat = chosen.flatten(0, 1)
         self.gram = self.gram + flat.T @ flat
         if self.m > 1:
@@ -117,14 +135,14 @@ class _Sums:
 
 
 class _Spectrum:
-    """The power spectrum of a 2-D convolution's input, summed over channels: from it how neighbours correlate."""
+    """Power spectrum of a 2-D convolution's input, summed over channels; it tells how neighbours correlate."""
 
     def __init__(self, graph: Graph, node: str) -> None:
         call = graph.node(node)
         self.kernel, self.dilation = (1, 1), (1, 1)
         if call.op == "aten.conv2d.default":
-            self.kernel = tuple(graph.tensors[call.args[1].name].shape[2:])
-            self.dilation = conv2d_geometry(call)[2]
+            height, width = graph.tensors[call.args[1].name].shape[2:]
+            self.kernel, self.dilation = (height, width), conv2d_geometry(call)[2]
         self.left = _SPECTRUM_IMAGES if self.kernel != (1, 1) else 0
         self.power: Tensor | None = None
 
@@ -143,7 +161,7 @@ class _Spectrum:
             return torch.eye(self.kernel[0] * self.kernel[1], dtype=torch.float64)
         by_offset = torch.fft.irfft2(self.power, s=self.size)
         by_offset = by_offset / by_offset[0, 0].clamp_min(1e-300)
-        rows, columns = (torch.arange(n) * d for n, d in zip(self.kernel, self.dilation))
+        rows, columns = (torch.arange(n) * d for n, d in zip(self.kernel, self.dilation, strict=True))
         y, x = (grid.flatten() for grid in torch.meshgrid(rows, columns, indexing="ij"))
         down, right = y[:, None] - y, x[:, None] - x
         near = (down.abs() < self.size[0] // 2) & (right.abs() < self.size[1] // 2)
@@ -151,18 +169,21 @@ class _Spectrum:
 
 
 def output_axis(graph: Graph, node: str) -> int:
-    """The channel axis of a reader's output: 1 behind a convolution, the last one else."""
+    """Return the channel axis of a reader's output: 1 behind a convolution, else the last one."""
     return 1 if ".conv" in graph.node(node).op else -1
 
 
 def spread(value: Tensor, axis: int, most: int) -> Tensor:
-    """Which of a value's positions (an image and a place each, row by row) to use: at most about ``most`` an image."""
+    """Return indices of evenly spread positions of a value, roughly ``most`` per image.
+
+    A position is an image and a place in it; they are numbered row by row.
+    """
     count = value.numel() // value.shape[axis]
     return torch.arange(0, count, -(-count // (most * len(value))), device=value.device)
 
 
 def samples(value: Tensor, axis: int, picks: Tensor | None = None) -> Tensor:
-    """A value (N, ...) as rows (samples, channels), all of them or those picked."""
+    """Return a value (N, ...) as rows (samples, channels), all of them or those picked."""
     if axis == 1 and value.dim() > 2:
         value = value.flatten(2)
         if picks is None:
@@ -170,3 +191,99 @@ def samples(value: Tensor, axis: int, picks: Tensor | None = None) -> Tensor:
         return value[picks // value.shape[2], :, picks % value.shape[2]]
     rows = value.flatten(0, -2) if axis in (-1, value.dim() - 1) else value.movedim(axis, -1).flatten(0, -2)
     return rows if picks is None else rows[picks]
+
+
+def select(observed: Observed) -> dict[str, Selection]:
+    """Rank the channels of every open set."""
+    found = {}
+    for channel_set in observed.coupling.open:
+        uses: dict[str, Tensor] = {}
+        for reader in channel_set.readers:
+            columns = _columns(observed, channel_set.name, reader)
+            use = columns @ columns.T / max(observed.power[reader.node], 1e-30)
+            uses[reader.value] = uses[reader.value] + use if reader.value in uses else use
+        readings = [(observed.grams[channel_set.name, value], use) for value, use in uses.items()]
+        found[channel_set.name] = Selection(*select_channels(readings))
+    return found
+
+
+def _columns(observed: Observed, channel_set: str, reader: Reader) -> Tensor:
+    """Express a reader's weights (channels, ...) for each channel in terms of uncorrelated parts of its entries."""
+    weight = observed.coupling.graph.tensors[reader.tensor].double().cpu().movedim(reader.dim, 0)
+    columns = weight[reader.positions.flatten()].reshape(*reader.positions.shape, -1)
+    columns = torch.einsum("cmr,mn->cnr", columns, _root(observed.entries[channel_set, reader.value]))
+    taps = observed.taps[reader.node]
+    return (columns.reshape(len(columns), -1, len(taps)) @ _root(taps)).flatten(1)
+
+
+def _root(correlation: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(correlation)
+    root: Tensor = vectors * values.clamp_min(0).sqrt()
+    return root
+
+
+def select_channels(readings: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Order channels by what they add for the readers, and predict the error that remains after each.
+
+    Greedy with deflation (pivoted Cholesky): each step takes the channel whose part that the earlier ones do not
+    explain carries most of what the readers use. It ends at numerical rank; the rest follows in index order.
+
+    Args:
+        readings: for each value that is read, the channels' second moments and the readers' use of them, the sum of
+            w w^T, both (channels, channels) float64.
+
+    Returns:
+        the order and the curve of a `Selection`.
+    """
+    states = [_Deflated(gram, use) for gram, use in readings]
+    channels = len(readings[0][0])
+    free = torch.ones(channels, dtype=torch.bool)
+    total = sum(state.total for state in states)
+    order: list[int] = []
+    curve = [total]
+    while len(order) < channels:
+        gain = torch.where(free, sum(state.gain() for state in states), -1.0)
+        pivot = int(gain.argmax())
+        if gain[pivot] <= 0:
+            break
+        for state in states:
+            state.take(pivot)
+        free[pivot] = False
+        order.append(pivot)
+        curve.append(max(curve[-1] - float(gain[pivot]), 0.0))
+    curve += [0.0] * (channels + 1 - len(curve))
+    order += free.nonzero().view(-1).tolist()
+    shares = torch.tensor(curve, dtype=torch.float64) / max(total, 1e-300)
+    shares[0] = 1.0
+    return torch.tensor(order), shares
+
+
+class _Deflated:
+    """Second moments of the channels, less what the channels taken so far explain."""
+
+    def __init__(self, gram: Tensor, use: Tensor) -> None:
+        self.gram = gram
+        values, vectors = torch.linalg.eigh(use)
+        used = values > 1e-13 * values[-1].clamp_min(0)
+        self.carried = gram @ (vectors[:, used] * values[used].sqrt())  # covariance with what the readers use
+        self.total = max(float((use * gram).sum()), 0.0)
+        self.residual = gram.diagonal().clone()
+        self.floor = (1e-10 * self.residual).clamp_min(1e-14 * float(self.residual.max()))
+        self.factor = torch.zeros_like(gram)
+        self.rank = 0
+
+    def gain(self) -> Tensor:
+        """By how much the readers' error would fall, for each channel."""
+        usable = self.residual > self.floor
+        return torch.where(usable, self.carried.square().sum(1) / self.residual.clamp_min(1e-300), 0.0)
+
+    def take(self, pivot: int) -> None:
+        if self.residual[pivot] <= self.floor[pivot]:
+            return
+        root = self.residual[pivot].sqrt()
+        done = self.factor[:, : self.rank]
+        column = (self.gram[:, pivot] - done @ done[pivot]) / root
+        self.carried.addr_(column, self.carried[pivot] / root, alpha=-1)
+        self.residual -= column.square()
+        self.factor[:, self.rank] = column
+        self.rank += 1

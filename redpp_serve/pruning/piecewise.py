@@ -1,4 +1,4 @@
-"""Running a network piece by piece over a set of inputs, so that a pass that stops at every layer runs each once."""
+"""Run a network piece by piece over a set of inputs, so that a pass which stops at every layer runs each layer once."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from redpp_serve.graph.executor import Program, value_shapes
 from redpp_serve.graph.graph import Graph
 
-_CHUNK_VALUES = 2**24  # of the widest point, run at once
-_KEPT_VALUES = 2**27  # of the values that later nodes need, over all inputs; where they are more, nodes run again
+_CHUNK_VALUES = 2**24  # numbers at the widest point that are computed at once
+_KEPT_VALUES = 2**27  # numbers that are kept for later nodes, over all inputs; where they are more, nodes run again
 
 
 class Piecewise:
-    """A place in a network, between two nodes, and the values that nodes behind it need.
+    """A place in a network, between two nodes, with the values that nodes behind it need.
 
-    Positions are indices into ``graph.nodes``. The graph may be exchanged for one with other tensors behind the place
-    (`use`), as a layer-by-layer fit does.
+    Positions are indices into ``graph.nodes``. A layer-by-layer fit may exchange the graph for one with other tensors
+    behind the place (`use`).
 
     Args:
         graph: the network.
@@ -33,35 +33,40 @@ class Piecewise:
         self._sizes = {name: math.prod(shape) for name, shape in value_shapes(graph).items()}
         self._images, self.device = len(inputs[0]), inputs[0].device
         names = [spec.name for spec in graph.inputs]
-        self._chunks = [dict(zip(names, part)) for part in zip(*(x.split(chunk) for x in inputs))]
+        self._chunks = [
+            dict(zip(names, part, strict=True)) for part in zip(*(torch.split(x, chunk) for x in inputs), strict=True)
+        ]
 
     def use(self, graph: Graph) -> None:
-        """Go on with a graph of the same nodes; those before the place must be as they were, or be gone for want of
-        readers (a narrowed shuffle no longer asks for the batch's size).
+        """Go on with a graph of the same nodes.
+
+        Those before the place must be as they were, or be gone because nothing reads them any more (a narrowed shuffle
+        no longer asks for the batch size).
         """
         self._graph = graph
         self._place = sum(node.name in self._done for node in graph.nodes)
 
     def advance(self, position: int) -> None:
-        """Move up to before the node at ``position``, unless the values to keep there were too many."""
+        """Move the place to before the node at ``position``, unless too many values would have to be kept there."""
         live = self._live(position)
         if position <= self._place or self._images * sum(self._sizes.get(name, 0) for name in live) > _KEPT_VALUES:
             return
-        self._chunks = [dict(zip(live, values)) for values in self._run(live, position)]
+        self._chunks = [dict(zip(live, values, strict=True)) for values in self._run(live, position)]
         self._place, self._done = position, frozenset(node.name for node in self._graph.nodes[:position])
 
     def values(self, wanted: Sequence[str]) -> Iterator[tuple[Tensor, ...]]:
-        """The values of that name, chunk by chunk; each is an input, a tensor, or a node's, at or behind the place."""
+        """Yield values by name, chunk by chunk; each is an input, a tensor, or of a node at or behind the place."""
         last = max((k for k, node in enumerate(self._graph.nodes) if node.name in set(wanted)), default=-1)
         yield from self._run(wanted, max(last + 1, self._place))
 
     def outputs(self) -> Iterator[tuple[Tensor, ...]]:
-        """The network's outputs, chunk by chunk."""
+        """Yield the network's outputs, chunk by chunk."""
         yield from self._run(self._graph.outputs, len(self._graph.nodes))
 
     def _live(self, position: int) -> list[str]:
-        """Inputs and nodes before ``position`` that nodes behind it, or the outputs, need; tensors first, then sizes and
-        lists, since a program computes where its first input lies.
+        """Name the inputs and nodes before ``position`` that nodes behind it, or the outputs, need.
+
+        Tensors come first, then sizes and lists: a program computes on the device of its first input.
         """
         needed = set(self._graph.outputs).union(*(node.refs() for node in self._graph.nodes[position:]))
         made = [spec.name for spec in self._graph.inputs] + [node.name for node in self._graph.nodes[:position]]
@@ -79,6 +84,6 @@ class Piecewise:
 
 
 def chunk_size(graph: Graph, images: int) -> int:
-    """How many of the images to run at once: up to 32, at most a quarter, fewer for networks with wide values."""
+    """Return how many images to run at once: up to 32, at most a quarter of them, fewer where values are wide."""
     widest = max((math.prod(shape) for shape in value_shapes(graph).values()), default=1)
     return max(1, min(32, images // 4, _CHUNK_VALUES // max(widest, 1)))

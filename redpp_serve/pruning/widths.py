@@ -19,9 +19,8 @@ from torch import Tensor
 from redpp_serve.channels.coupling import ChannelSet, Coupling
 from redpp_serve.graph.layers import find_layers, mac_count
 from redpp_serve.pruning.fit import quick_fit
-from redpp_serve.pruning.observation import Observed
+from redpp_serve.pruning.observation import Observed, Selection
 from redpp_serve.pruning.piecewise import Piecewise, chunk_size
-from redpp_serve.pruning.selection import Selection
 from redpp_serve.pruning.verification import squared_error
 
 Shapes = Mapping[str, tuple[int, ...]]  # the shapes of layers' weights by layer name

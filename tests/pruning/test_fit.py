@@ -1,7 +1,7 @@
 """Fitted readers make up for channels that others determine, in every kind of set, and means are preserved."""
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -13,8 +13,7 @@ from redpp_serve.graph.layers import find_layers
 from redpp_serve.pruning import fit as module
 from redpp_serve.pruning.fit import Epilogue, Fitting, epilogue, quick_fit, reconstruct, then
 from redpp_serve.pruning.inputs import smooth_noise
-from redpp_serve.pruning.observation import observe
-from redpp_serve.pruning.selection import select
+from redpp_serve.pruning.observation import observe, select
 from redpp_serve.pruning.verification import compare_outputs
 from tests.support.networks import Builder, inner_of, network, plant
 
@@ -80,7 +79,7 @@ class Case:
         return {layer.weight for layer in find_layers(self.graph) if layer.node.name not in layers}
 
 
-@lru_cache(maxsize=None)
+@cache
 def random_case(kind):
     return Case(network_of(kind, 10), 40)
 
@@ -273,7 +272,7 @@ def test_what_follows_a_layer():
     late = [node for node in graph.nodes if node.name in ("inner_bn", "inner_bn_relu")]
     nodes = [node for node in graph.nodes if node not in late]
     behind = nodes.index(graph.node("second0")) + 1
-    reordered = replace(graph, nodes=tuple([*nodes[:behind], *late, *nodes[behind:]]))
+    reordered = replace(graph, nodes=(*nodes[:behind], *late, *nodes[behind:]))
     assert epilogue(reordered, graph.node("second0"), shapes) == Epilogue("second0_bn", None)  # not computed yet
     other_shape = {**shapes, "inner_bn_relu": (1, 8, 1, 1)}
     assert epilogue(graph, graph.node("second0"), other_shape) == Epilogue("second0_bn", None)

@@ -62,7 +62,7 @@ def test_features_that_are_constant_keep_their_start():
     u = gaussian(100, 4)
     u[:, 2] = 7
     start = torch.ones(4, 2, dtype=torch.float64)
-    new, constant, lost = solve(halves(u, u @ gaussian(4, 2, seed=1)), start)
+    new, _, lost = solve(halves(u, u @ gaussian(4, 2, seed=1)), start)
     assert torch.equal(new[2], start[2]) and lost < 1e-9
     dead = solve(halves(0 * u, 0 * u[:, :2] + 3), start)
     assert torch.equal(dead[0], start) and dead[1].tolist() == [3, 3] and dead[2] == 0

@@ -1,6 +1,7 @@
 """A network run piece by piece gives what it gives at once, however little is kept between the pieces."""
 
-import pytest
+from itertools import product
+
 import torch
 
 from redpp_serve.channels.coupling import couple
@@ -12,21 +13,21 @@ from redpp_serve.pruning.piecewise import Piecewise, chunk_size
 from tests.support.networks import KINDS, Builder, network
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kept", [10**9, 400, 0])
-def test_every_place_gives_the_same_values(monkeypatch, kind, kept):
-    monkeypatch.setattr(module, "_KEPT_VALUES", kept)
-    graph = network(kind, 4)
-    inputs = smooth_noise(graph.inputs, 7, 0)
-    names = [node.name for node in graph.nodes]
-    expected = dict(zip(names, Program(graph, names)(*inputs)))
-    run = Piecewise(graph, inputs, 3)
-    for k, name in enumerate(names):
-        run.advance(k)
-        (value,) = zip(*run.values([name]))
-        assert torch.allclose(torch.cat(value), expected[name], atol=1e-6)
-    got = [torch.cat(parts) for parts in zip(*run.outputs())]
-    assert all(torch.allclose(a, expected[b], atol=1e-6) for a, b in zip(got, graph.outputs))
+def test_every_place_gives_the_same_values(monkeypatch):
+    for kind, kept in product(KINDS, (10**9, 400, 0)):
+        monkeypatch.setattr(module, "_KEPT_VALUES", kept)
+        graph = network(kind, 4)
+        inputs = smooth_noise(graph.inputs, 7, 0)
+        names = [node.name for node in graph.nodes]
+        expected = dict(zip(names, Program(graph, names)(*inputs), strict=True))
+        run = Piecewise(graph, inputs, 3)
+        for k, name in enumerate(names):
+            run.advance(k)
+            (value,) = zip(*run.values([name]), strict=True)
+            assert torch.allclose(torch.cat(value), expected[name], atol=1e-6), (kind, kept, name)
+        got = [torch.cat(parts) for parts in zip(*run.outputs(), strict=True)]
+        pairs = zip(got, graph.outputs, strict=True)
+        assert all(torch.allclose(a, expected[b], atol=1e-6) for a, b in pairs), (kind, kept)
 
 
 def test_tensors_behind_the_place_may_change():

@@ -28,20 +28,20 @@ def statistics(graph, norm, inputs):
     return value.mean(1), value.std(1, correction=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_norm_gets_the_statistics_of_its_original(monkeypatch, kind):
-    monkeypatch.setattr(module, "_MOST_CHANGE", 100.0)
-    narrow, graph, kept = pair(kind)
-    inputs = smooth_noise(graph.inputs, 40, 0)
-    repaired = repair_batch_norm(narrow, graph, inputs, kept)
-    for norm in norms_of(graph):
-        channels = kept(norm.name).get(1, slice(None))
-        for got, expected in zip(statistics(repaired, norm, inputs), statistics(graph, norm, inputs)):
-            torch.testing.assert_close(got, expected[channels], rtol=1e-3, atol=1e-3)
-    assert {n for n in graph.tensors if not repaired.tensors[n].equal(narrow.tensors[n])} <= {
-        n for n in graph.tensors if "running" in n
-    }
-    assert any(not repaired.tensors[n].equal(narrow.tensors[n]) for n in graph.tensors)
+def test_every_norm_gets_the_statistics_of_its_original(monkeypatch):
+    for kind in KINDS:
+        monkeypatch.setattr(module, "_MOST_CHANGE", 100.0)
+        narrow, graph, kept = pair(kind)
+        inputs = smooth_noise(graph.inputs, 40, 0)
+        repaired = repair_batch_norm(narrow, graph, inputs, kept)
+        for norm in norms_of(graph):
+            channels = kept(norm.name).get(1, slice(None))
+            for got, expected in zip(statistics(repaired, norm, inputs), statistics(graph, norm, inputs), strict=True):
+                torch.testing.assert_close(got, expected[channels], rtol=1e-3, atol=1e-3, msg=kind)
+        assert {n for n in graph.tensors if not repaired.tensors[n].equal(narrow.tensors[n])} <= {
+            n for n in graph.tensors if "running" in n
+        }
+        assert any(not repaired.tensors[n].equal(narrow.tensors[n]) for n in graph.tensors)
 
 
 def test_the_targets_are_those_of_the_original_and_not_zero_and_one():
@@ -102,20 +102,22 @@ def test_a_channel_far_from_zero_keeps_its_digits():
     torch.testing.assert_close(new, old, rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("where", ["graph", "original"])
-def test_a_dead_channel_keeps_its_scale_and_gets_its_mean(where):
-    graph = network("chain")
-    dead = graph.tensors["inner.weight"].clone()
-    dead[3] = 0
-    dead = graph.with_tensors({"inner.weight": dead})
-    pairs = {"graph": (dead, graph), "original": (graph, dead)}
-    inputs = smooth_noise(graph.inputs, 32, 0)
-    repaired = repair_batch_norm(*pairs[where], inputs, whole)
-    assert all(t.isfinite().all() for t in repaired.tensors.values())
-    torch.testing.assert_close(repaired.tensors["inner_bn.running_var"][3], graph.tensors["inner_bn.running_var"][3])
-    norm = graph.node("inner_bn")
-    got, expected = statistics(repaired, norm, inputs)[0][3], statistics(pairs[where][1], norm, inputs)[0][3]
-    assert float(got) == pytest.approx(float(expected), abs=1e-3)
+def test_a_dead_channel_keeps_its_scale_and_gets_its_mean():
+    for where in ("graph", "original"):
+        graph = network("chain")
+        dead = graph.tensors["inner.weight"].clone()
+        dead[3] = 0
+        dead = graph.with_tensors({"inner.weight": dead})
+        pairs = {"graph": (dead, graph), "original": (graph, dead)}
+        inputs = smooth_noise(graph.inputs, 32, 0)
+        repaired = repair_batch_norm(*pairs[where], inputs, whole)
+        assert all(t.isfinite().all() for t in repaired.tensors.values())
+        torch.testing.assert_close(
+            repaired.tensors["inner_bn.running_var"][3], graph.tensors["inner_bn.running_var"][3]
+        )
+        norm = graph.node("inner_bn")
+        got, expected = statistics(repaired, norm, inputs)[0][3], statistics(pairs[where][1], norm, inputs)[0][3]
+        assert float(got) == pytest.approx(float(expected), abs=1e-3), where
 
 
 def test_a_scale_changes_by_a_bounded_factor():
@@ -127,25 +129,25 @@ def test_a_scale_changes_by_a_bounded_factor():
     assert float(ratio.max()) == pytest.approx(4, rel=1e-3)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_spreads_no_further(value):
-    graph = network("residual")
-    weight = graph.tensors["inner.weight"].clone()
-    weight[2] = value
-    bad = graph.with_tensors({"inner.weight": weight})
-    repaired = repair_batch_norm(bad, graph, smooth_noise(graph.inputs, 16, 0), whole)
-    assert all(repaired.tensors[n].isfinite().all() for n in repaired.tensors if "running" in n)
-    assert float(repaired.tensors["inner_bn.running_var"][2]) == float(graph.tensors["inner_bn.running_var"][2])
+def test_what_is_not_finite_spreads_no_further():
+    for value in (float("nan"), float("inf")):
+        graph = network("residual")
+        weight = graph.tensors["inner.weight"].clone()
+        weight[2] = value
+        bad = graph.with_tensors({"inner.weight": weight})
+        repaired = repair_batch_norm(bad, graph, smooth_noise(graph.inputs, 16, 0), whole)
+        assert all(repaired.tensors[n].isfinite().all() for n in repaired.tensors if "running" in n)
+        assert float(repaired.tensors["inner_bn.running_var"][2]) == float(graph.tensors["inner_bn.running_var"][2])
 
 
-@pytest.mark.parametrize("kind", ["mlp", "tokens", "bare"])
-def test_networks_without_norms_stay(kind):
-    graph = network(kind)
-    assert repair_batch_norm(graph, graph, smooth_noise(graph.inputs, 4, 0), whole) is graph
+def test_networks_without_norms_stay():
+    for kind in ("mlp", "tokens", "bare"):
+        graph = network(kind)
+        assert repair_batch_norm(graph, graph, smooth_noise(graph.inputs, 4, 0), whole) is graph, kind
 
 
 def test_norms_that_share_their_statistics_or_do_not_correspond_stay():
-    narrow, graph, kept = pair("chain")
+    narrow, graph, _ = pair("chain")
     inputs = smooth_noise(graph.inputs, 16, 0)
     unknown = repair_batch_norm(narrow, graph, inputs, whole)  # nothing says which channels are left
     assert unknown.tensors["inner_bn.running_mean"].equal(narrow.tensors["inner_bn.running_mean"])
