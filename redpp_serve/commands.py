@@ -176,7 +176,7 @@ def dashboard(options: argparse.Namespace) -> None:
     """Show live numbers until a signal."""
     from redpp_serve.dashboard.server import dashboard as show
 
-    show(options.folder, port=options.port, urls=options.metrics_url, say=_say)
+    show(options.folder, port=options.port, urls=options.metrics_url, note=_say)
 
 
 def ab_start(options: argparse.Namespace) -> None:

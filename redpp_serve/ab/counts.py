@@ -174,7 +174,7 @@ class Traffic:
 
 def _three_digits(milliseconds: int) -> int:
     """Keep three digits, so that there are no more different values than 900 per power of ten."""
-    step = max(1, 10 ** (len(str(milliseconds)) - 3))
+    step = 10 ** max(len(str(milliseconds)) - 3, 0)
     return milliseconds // step * step
 
 

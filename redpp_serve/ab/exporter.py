@@ -48,7 +48,9 @@ class AbTestCollector:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily  # noqa: PLC0415
 
         status = self._latest()
-        for name, samples in _samples(status).items() if status else ():
+        if status is None:
+            return
+        for name, samples in _samples(status).items():
             kind = CounterMetricFamily if AB_FAMILIES[name].kind == "counter" else GaugeMetricFamily
             made = kind(name, AB_FAMILIES[name].help, labels=["model", *AB_FAMILIES[name].labels])
             for labels, value in samples.items():

@@ -1,1 +1,1 @@
-"""A page with live numbers of both versions for people without Grafana: scraped, kept for minutes, on loopback."""
+"""A page with live numbers of both versions for people without Grafana, on the loopback address."""

@@ -1,4 +1,4 @@
-"""Scrapes the metrics once a second in the background, and turns what is kept into the page's data."""
+"""Scrapes the metrics once a second in the background, and keeps what the page shows."""
 
 from __future__ import annotations
 
@@ -11,22 +11,56 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from redpp_serve.dashboard import figures
-from redpp_serve.dashboard.experiment import experiment
-from redpp_serve.dashboard.history import KEPT_S, History
-from redpp_serve.dashboard.scraping import VARIANTS, Key, Target, merged
-from redpp_serve.dashboard.speedups import HANDLER, percentile_ratio
-from redpp_serve.dashboard.words import headline, source_text
+from redpp_serve.ab.exporter import AB_FAMILIES
+from redpp_serve.dashboard.view import Shown, page_data, rounded
+from redpp_serve.dashboard.window import KEPT_S, REQUESTS, History, percentile_ratio
 from redpp_serve.errors import RedppError
+from redpp_serve.handlers.metrics import FAMILIES
+from redpp_serve.metrics_reader import Key, Limits, Reading, Unreadable, merged, read
 from redpp_serve.report.data import Report
 from redpp_serve.report.folder import read_report
+from redpp_serve.variants import NAMES
 
-EVERY_S = 1.0
 WINDOWS = (10, 60, 300, 900)  # seconds that the page offers
 _STOP_S = 5.0
 _TREND_S = 10.0  # span behind each point of a curve
 _POINTS = 300  # of a curve on the page; all are kept
-_CURVES = ("p50", "throughput", "cpu")
+_LIMITS = Limits(seconds=2.0)
+_ALL = {**FAMILIES, **AB_FAMILIES}
+
+
+class Target:
+    """A metrics URL and its last answer.
+
+    The first scrape adds nothing: what it counts happened before.
+
+    Attributes:
+        last: the last good reading.
+        serves: whether a scrape has shown one of the model's versions.
+        problem: why the last scrape failed; empty after a good one.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.last: Reading | None = None
+        self.serves = False
+        self.problem = "not asked yet"
+
+    def scrape(self, model: str) -> dict[Key, float]:
+        """Ask the URL, and return what its counters gained since the last answer."""
+        try:
+            now = read(self.url, model, _ALL, _LIMITS)
+        except Unreadable as error:
+            self.problem = str(error)
+            return {}
+        before, self.last, self.problem = self.last, now, ""
+        self.serves = self.serves or any(sample.key.variant for sample in now.samples)
+        return now.since(before).gained if before else {}
+
+    @property
+    def up(self) -> bool:
+        """Whether the last scrape succeeded."""
+        return not self.problem
 
 
 class Collector:
@@ -35,12 +69,13 @@ class Collector:
     Args:
         folder: written by `package`; its report.json is read again when it changes.
         model: served name.
-        urls: says where the metrics are; asked again while one of them does not answer, as a server that was started
-            again has other ports. A RedppError then means: as before.
+        urls: returns the metrics URLs. It is asked again while one of them does not answer, as a server that was
+            restarted has other ports; a RedppError then means that nothing has changed.
+        every_s: seconds from scrape to scrape.
     """
 
-    def __init__(self, folder: Path, model: str, urls: Callable[[], list[str]]) -> None:
-        self._folder, self._model, self._urls = folder, model, urls
+    def __init__(self, folder: Path, model: str, urls: Callable[[], list[str]], every_s: float = 1.0) -> None:
+        self._folder, self._model, self._urls, self._every_s = folder, model, urls, every_s
         self._targets = [Target(url) for url in urls()]
         self._history = History()
         self._trend: deque[tuple[int, float, dict[str, float | None]]] = deque()
@@ -50,29 +85,29 @@ class Collector:
         self._thread = threading.Thread(target=self._run, name="scrape", daemon=True)
 
     def start(self) -> None:
-        """Begin to scrape; the first answer is there when it returns."""
+        """Begin to scrape; the first answer is there on return."""
         self.step(time.monotonic())
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; returns when it has ended, or hangs on an address that answers in drops."""
+        """End the thread; one that hangs on an address that answers in drops is left behind."""
         self._stop.set()
         self._thread.join(_STOP_S)
 
     def _run(self) -> None:
-        while not self._stop.wait(EVERY_S):
+        while not self._stop.wait(self._every_s):
             self.step(time.monotonic())
 
     def step(self, now: float) -> None:
-        """Scrape every address once; ``now`` in seconds of a clock that never falls."""
-        if any(target.problem for target in self._targets):
+        """Scrape every address once; ``now`` is in seconds of a clock that never falls."""
+        if not all(target.up for target in self._targets):
             self._look_again()
         gained: dict[Key, float] = {}
         for target in self._targets:
             for key, value in target.scrape(self._model).items():
                 gained[key] = gained.get(key, 0.0) + value
         with self._lock:
-            served = any(target.serves and not target.problem for target in self._targets)
+            served = any(target.serves and target.up for target in self._targets)
             if served or math.isnan(self._served_at):
                 self._served_at = now
             self._history.add(now, gained)
@@ -90,62 +125,52 @@ class Collector:
         self._targets = [known.get(url) or Target(url) for url in urls]
 
     def _point(self) -> dict[str, float | None]:
-        """Of the curves; a server that does not answer leaves a gap instead."""
+        """Compute a point of each curve; a server that does not answer leaves a gap instead."""
         window = self._history.window(_TREND_S)
-        point: dict[str, float | None] = {}
-        for variant in VARIANTS:
-            p50 = window.quantile(HANDLER, variant, 0.5)
+        ratio = percentile_ratio(window, 0.5)
+        point: dict[str, float | None] = {"speedup pruned": ratio and ratio.value}
+        for variant in NAMES:
+            p50 = window.quantile("redpp_handler_seconds", variant, 0.5)
             cpu = window.rate("redpp_worker_cpu_seconds_total", variant)
             point[f"p50 {variant}"] = p50 and 1000 * p50.value
-            point[f"throughput {variant}"] = window.rate("redpp_requests_total", variant, "ok")
+            point[f"throughput {variant}"] = window.rate(REQUESTS, variant, "ok")
             point[f"cpu {variant}"] = None if cpu is None else 100 * cpu
-        ratio = percentile_ratio(window, 0.5)
-        point["speedup"] = ratio and ratio.value
         return point
 
     def data(self, seconds: int = 60) -> dict[str, Any]:
-        """What the page shows, in plain JSON types without NaN.
+        """Return what the page shows, in plain JSON types without NaN.
 
         Args:
             seconds: the window of the numbers; the curves always show all that is kept.
         """
-        with self._lock:
-            window, targets = self._history.window(seconds), list(self._targets)
-            now = self._trend[-1][1] if self._trend else 0.0
-            gauges = merged(target.gauges for target in targets)
-            curves = self._curves(now)
-            down_s = now - self._served_at if self._trend else 0.0
         report, when = self._read_report()
-        return {
-            "model": self._model,
-            "window": seconds,
-            "windows": list(WINDOWS),
-            "span": round(window.span, 1),
-            "headline": headline(self._model, window, targets, down_s)._asdict(),
-            "sources": [{"url": t.url, "up": not t.problem, "text": source_text(t)} for t in targets],
-            "speedups": figures.speedup_tiles(window),
-            "latency": figures.latency_rows(window),
-            "traffic": figures.traffic_rows(window),
-            "workers": figures.worker_rows(window, gauges),
-            "network": figures.model_rows(gauges, report),
-            "left": figures.left_shares(gauges, report),
-            "batches": figures.batch_shares(window),
-            "curves": curves,
-            "experiment": experiment(gauges, window),
-            "compare": figures.compare_card(report, when),
-        }
+        with self._lock:
+            targets = list(self._targets)
+            now = self._trend[-1][1] if self._trend else 0.0
+            shown = Shown(
+                model=self._model,
+                window=self._history.window(seconds),
+                values=merged(target.last for target in targets if target.last and target.up),
+                report=report,
+                report_time=when,
+                problems={target.url: target.problem for target in targets},
+                serving={target.url for target in targets if target.serves},
+                others={name for target in targets if target.last for name in target.last.others},
+                down_s=now - self._served_at if self._trend else 0.0,
+            )
+            curves = self._curves(now)
+        return {**page_data(shown), "window": seconds, "windows": list(WINDOWS), "curves": curves}
 
     def _curves(self, now: float) -> dict[str, Any]:
         stride = math.ceil(len(self._trend) / _POINTS) or 1
         points = [(at, point) for number, at, point in self._trend if number % stride == 0]
-        found: dict[str, Any] = {"seconds": [round(at - now, 1) for at, _ in points]}
-        for curve in _CURVES:
-            found[curve] = {v: [figures.rounded(point.get(f"{curve} {v}")) for _, point in points] for v in VARIANTS}
-        found["speedup"] = {"pruned": [figures.rounded(point.get("speedup")) for _, point in points]}
+        found: dict[str, Any] = {"seconds": [round(at - now, 1) for at, _ in points], "speedup": {}}
+        for curve, variants in {"p50": NAMES, "throughput": NAMES, "cpu": NAMES, "speedup": NAMES[1:]}.items():
+            found[curve] = {v: [rounded(point.get(f"{curve} {v}")) for _, point in points] for v in variants}
         return found
 
     def _read_report(self) -> tuple[Report, str]:
-        """The folder's report and when it was written; the last good one where it cannot be read."""
+        """Return the folder's report and when it was written; the last good one where it cannot be read."""
         path = self._folder / "report.json"
         try:
             written = path.stat().st_mtime_ns

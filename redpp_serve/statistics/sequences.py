@@ -278,8 +278,8 @@ class RatioSequence(ConfidenceSequence):
         return means
 
     def _influence(self) -> np.ndarray:
-        means = self._means
-        return means - means.mean()
+        centred: np.ndarray = self._means - self._means.mean()
+        return centred
 
     def _shortage(self) -> str:
         return f"at least {MINIMUM_BLOCKS * self._first_block} needed"

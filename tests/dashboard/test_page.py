@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from redpp_serve.cli import main
-from redpp_serve.dashboard import collector
-from redpp_serve.dashboard.server import metrics_urls, page, serving
+from redpp_serve.dashboard.server import check_urls, metrics_urls, page, serving
 from redpp_serve.errors import RedppError
 from redpp_serve.processes import started
 from redpp_serve.serving.running import Running, register
@@ -51,12 +50,6 @@ def browser() -> Iterator[Browser]:
         yield made
 
 
-@pytest.fixture
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scrapes ten times a second."""
-    monkeypatch.setattr(collector, "EVERY_S", 0.1)
-
-
 def get(url: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -82,10 +75,9 @@ def both(exporter: Exporter, times: int = 40) -> None:
         exporter.batches("pruned", 2, 0.0017, times)
 
 
-def test_the_page_shows_the_numbers_of_moving_counters(
-    folder: Path, exporter: Exporter, browser: Browser, often: None
-) -> None:
-    with serving(folder, urls=[exporter.url]) as address:
+@pytest.mark.browser
+def test_the_page_shows_the_numbers_of_moving_counters(folder: Path, exporter: Exporter, browser: Browser) -> None:
+    with serving(folder, urls=[exporter.url], every_s=0.1) as address:
         browser.open(address)
         browser.wait("document.querySelector('#headline').textContent.startsWith('No traffic')")
         assert browser.evaluate("document.querySelector('[data-curve=p50] svg').textContent") == "no traffic yet"
@@ -107,15 +99,18 @@ def test_the_page_shows_the_numbers_of_moving_counters(
             exporter.batches("pruned", 2, 0.0017, 20, outcome="error")
         browser.wait("document.querySelector('#traffic').innerText.includes('40 of 120\\n33.33 % of requests')")
         assert browser.evaluate("document.querySelectorAll('[data-curve=p50] svg path.line').length") == 2
+        colours = "['original', 'pruned'].map(n => getComputedStyle(document.querySelector(`path.line.${n}`)).stroke)"
+        assert browser.evaluate(colours) == ["rgb(185, 86, 26)", "rgb(31, 102, 179)"]
         assert browser.evaluate("document.querySelector('#batches').textContent") == "2100.0 %100.0 %"
     assert browser.complaints == []
     assert {url.split("?")[0] for url in browser.requested} == {address, f"{address}data.json"}
 
 
+@pytest.mark.browser
 def test_the_page_goes_through_an_outage_and_sees_the_server_come_back(
-    folder: Path, exporter: Exporter, browser: Browser, often: None
+    folder: Path, exporter: Exporter, browser: Browser
 ) -> None:
-    with serving(folder, urls=[exporter.url]) as address:
+    with serving(folder, urls=[exporter.url], every_s=0.1) as address:
         both(exporter, 5)
         browser.open(address)
         browser.wait("document.querySelector('#status').innerText == 'live'")
@@ -131,12 +126,11 @@ def test_the_page_goes_through_an_outage_and_sees_the_server_come_back(
     assert [text for text in browser.complaints if "ERR_CONNECTION_REFUSED" not in text] == []
 
 
-def test_labels_and_reports_are_text_and_never_markup(
-    folder: Path, exporter: Exporter, browser: Browser, often: None
-) -> None:
+@pytest.mark.browser
+def test_labels_and_reports_are_text_and_never_markup(folder: Path, exporter: Exporter, browser: Browser) -> None:
     label = HOSTILE.replace('"', '\\"')
     exporter.text = f'redpp_model_bytes{{model="{label}",variant="pruned"}} 1\n'.encode()
-    with serving(folder, urls=[exporter.url]) as address:
+    with serving(folder, urls=[exporter.url], every_s=0.1) as address:
         browser.open(address)
         browser.wait("document.querySelector('#detail').textContent.includes('has metrics of')")
         assert "<img src=x onerror=" in browser.evaluate("document.querySelector('#detail').textContent")
@@ -153,9 +147,8 @@ def test_labels_and_reports_are_text_and_never_markup(
     assert any("Content Security Policy" in text for text in browser.complaints)
 
 
-def test_an_experiment_and_a_narrow_dark_window(
-    folder: Path, exporter: Exporter, browser: Browser, often: None
-) -> None:
+@pytest.mark.browser
+def test_an_experiment_and_a_narrow_dark_window(folder: Path, exporter: Exporter, browser: Browser) -> None:
     for name, value, labels in (
         ("redpp_ab_traffic_ratio", 0.9, {"arm": "original"}),
         ("redpp_ab_traffic_ratio", 0.1, {"arm": "pruned"}),
@@ -166,7 +159,7 @@ def test_an_experiment_and_a_narrow_dark_window(
         ("redpp_ab_advice", 1, {"kind": "promote"}),
     ):
         exporter.gauge(name, value, **labels)
-    with serving(folder, urls=[exporter.url]) as address:
+    with serving(folder, urls=[exporter.url], every_s=0.1) as address:
         browser.open(address, width=400, scheme="dark")
         both(exporter)
         browser.wait("document.querySelector('#ab-intervals .whisker')")
@@ -257,3 +250,19 @@ def test_the_command_prints_the_address_and_ends_with_its_signal(
     assert main(["dashboard", str(folder), "--metrics-url", exporter.url]) == 130
     thread.join()
     assert found == [200]
+
+
+def test_an_address_that_is_none_is_refused_and_one_counts_once() -> None:
+    for url in (
+        "",
+        "localhost:9400",
+        "file:///etc/passwd",
+        "http://",
+        "http://a b/",
+        "http://a\n/",
+        "http://[/",
+        "http://a:70000/",
+    ):
+        with pytest.raises(RedppError, match="--metrics-url"):
+            check_urls([url])
+    assert check_urls(["http://a/m", "http://b/m", "http://a/m"]) == ["http://a/m", "http://b/m"]
