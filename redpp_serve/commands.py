@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redpp_serve.errors import RedppError
-from redpp_serve.options import RATIO, ComparisonOptions, Limits, Options, PlanOptions, Serving, from_arguments
+from redpp_serve.options import (
+    RATIO,
+    ComparisonOptions,
+    Limits,
+    Options,
+    PlanOptions,
+    ServerOptions,
+    Serving,
+    from_arguments,
+)
 
 if TYPE_CHECKING:
     from redpp_serve.ab.spec import Spec
@@ -152,21 +161,8 @@ def compare(options: argparse.Namespace) -> None:
     from redpp_serve.comparison.folder import compare as compare_folder
     from redpp_serve.comparison.folder import record
 
-    load = from_arguments(ComparisonOptions, options)
-    result = compare_folder(
-        options.folder,
-        inputs=load.inputs,
-        concurrency=load.concurrency,
-        seconds=load.duration,
-        margin=load.margin,
-        seed=load.seed,
-        rate_rps=load.rate,
-        server=options.server,
-        workers=options.workers,
-        ports=_ports(options),
-        auth=not options.demo_auth_off,
-        note=_note,
-    )
+    load, server = (from_arguments(kind, options) for kind in (ComparisonOptions, ServerOptions))
+    result = compare_folder(options.folder, load, server, note=_note)
     print(json.dumps(result.to_json(), indent=1) if options.json else result.to_text())
     if record(options.folder, result):
         _note(f"added to {options.folder / 'report.html'}")

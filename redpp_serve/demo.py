@@ -15,7 +15,7 @@ from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import InputSpec
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.inspection import describe_network
-from redpp_serve.options import Options
+from redpp_serve.options import ComparisonOptions, Options, ServerOptions
 from redpp_serve.packaging.package import package
 from redpp_serve.reference import ARCH, CHECKPOINT, HELD_OUT
 from redpp_serve.reference.digits import MEAN, STD
@@ -69,7 +69,8 @@ def demo(out: Path, duration: float, time_budget: float) -> Report:
     print(package_summary(report))
 
     _show("compare", str(folder), "--inputs", str(HELD_OUT), "--duration", f"{duration:g}", "--demo-auth-off")
-    result = compare(folder, inputs=HELD_OUT, seconds=duration, auth=False, note=_note)
+    load, server = ComparisonOptions(inputs=HELD_OUT, duration=duration), ServerOptions(demo_auth_off=True)
+    result = compare(folder, load, server, note=_note)
     print(result.to_text())
     report = with_comparison(report, result.to_json())
     report.environment.versions |= _versions(_MEASURED_WITH)

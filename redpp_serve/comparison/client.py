@@ -1,18 +1,18 @@
-"""One keep-alive connection to one endpoint, and what its replies mean."""
+"""One keep-alive connection to one endpoint, and the meaning of its replies."""
 
 from __future__ import annotations
 
 import http.client
-import json
 import time
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
 
-import numpy
+import numpy as np
 
+from redpp_serve.comparison.outputs import finite, read_outputs
 from redpp_serve.errors import RedppError
-from redpp_serve.handlers.wire import HANDLER_HEADER, OUTPUTS_KEY, read_seconds
+from redpp_serve.handlers.wire import HANDLER_HEADER, read_seconds
 
 TIMEOUT_S = 30.0
 ERROR_CHARACTERS = 2000
@@ -20,14 +20,14 @@ ERROR_CHARACTERS = 2000
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One arm of the experiment: the URL that answers predictions (POST), its name and extra request headers."""
+    """One version on a server: its name, the URL that answers predictions (POST), and extra request headers."""
 
     label: str
     url: str
     headers: dict[str, str]
 
     def connect(self) -> Wire:
-        """A connection of its own, not open yet."""
+        """Return a connection of its own, not open yet."""
         return Connection(self)
 
 
@@ -35,10 +35,10 @@ class Wire(Protocol):
     """One connection, used by one thread at a time."""
 
     def send(self, payload: Payload) -> Exchange:
-        """Send one input and time it. A failed connection is an Exchange of status 0, never an exception."""
+        """Send one input and time it; a failed connection is an Exchange of status 0, never an exception."""
 
     def close(self) -> None:
-        """Close it; the next ``send`` opens it again."""
+        """Close the connection; the next ``send`` opens it again."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Payload:
 
 @dataclass
 class Reply:
-    """What came back for one request.
+    """The answer to one request.
 
     Attributes:
         arm: label of the endpoint.
@@ -71,7 +71,7 @@ class Reply:
     latency_s: float
     handler_s: float | None
     status: int
-    outputs: numpy.ndarray | None
+    outputs: np.ndarray | None
     error: str
 
     @property
@@ -90,7 +90,7 @@ class Exchange(NamedTuple):
     latency_s: float
     handler_s: float | None
     status: int
-    body: bytes | numpy.ndarray
+    body: bytes | np.ndarray
     error: str
 
     @property
@@ -154,42 +154,42 @@ class Connection:
 
 
 class Decoder:
-    """Exchanges to replies; ``origin_s`` is the run's start on the clock of ``time.perf_counter``.
+    """Turns exchanges into replies.
 
-    A network mostly repeats itself on a repeated input, so the last body and array of each arm and input are kept:
+    A network mostly repeats itself on a repeated input, so the last body and array of each version and input are kept:
     a long run then neither parses nor stores the same numbers twice.
+
+    Args:
+        origin_s: the run's start on the clock of ``time.perf_counter``.
     """
 
     def __init__(self, origin_s: float) -> None:
         self.origin_s = origin_s
-        self._last: dict[tuple[str, int], tuple[bytes | numpy.ndarray, numpy.ndarray]] = {}
+        self._last: dict[tuple[str, int], tuple[bytes | np.ndarray, np.ndarray]] = {}
 
     def reply(self, arm: str, payload: int, exchange: Exchange) -> Reply:
-        """The reply of ``arm`` to the input of index ``payload``; an unreadable body is a reply with an ``error``."""
+        """Return the reply of ``arm`` to the input of index ``payload``; an unreadable body makes it a failure."""
         outputs, error = None, exchange.error
         if not error and not exchange.ok:
             error = as_text(exchange)
         if not error:
             try:
                 outputs = self._outputs((arm, payload), exchange.body)
-            except (ValueError, TypeError, KeyError, IndexError) as problem:
-                error = f'reply is not {{"outputs": [[numbers], ...]}} with finite numbers: {problem}'
+            except ValueError as problem:
+                error = f"reply without readable outputs: {problem}"
         start = exchange.start_s - self.origin_s
         return Reply(arm, payload, start, exchange.latency_s, exchange.handler_s, exchange.status, outputs, error)
 
-    def _outputs(self, key: tuple[str, int], body: bytes | numpy.ndarray) -> numpy.ndarray:
+    def _outputs(self, key: tuple[str, int], body: bytes | np.ndarray) -> np.ndarray:
         known = self._last.get(key)
-        if known and (known[0] == body if isinstance(body, bytes) else numpy.array_equal(known[0], body)):
+        if known and (known[0] == body if isinstance(body, bytes) else np.array_equal(known[0], body)):
             return known[1]
-        first = json.loads(body)[OUTPUTS_KEY][0] if isinstance(body, bytes) else body
-        outputs = numpy.asarray(first, dtype=numpy.float64)
-        if not numpy.isfinite(outputs).all():
-            raise ValueError("it holds NaN or infinity")
+        outputs = read_outputs(body)[0] if isinstance(body, bytes) else finite([body])[0]
         self._last[key] = (body, outputs)
         return outputs
 
 
 def as_text(exchange: Exchange) -> str:
-    """Why an exchange failed, in the server's words or the connection's."""
+    """Return why an exchange failed, in the server's words or the connection's."""
     text = exchange.body.decode(errors="replace") if isinstance(exchange.body, bytes) else ""
     return exchange.error or text[:ERROR_CHARACTERS]

@@ -1,17 +1,21 @@
-"""Original against pruned on a live server: what was measured, and the verdict in words."""
+"""Compare the original and the pruned version on a live server: the figures, and the verdict in words."""
 
+from __future__ import annotations
+
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy
+import numpy as np
 from tqdm import tqdm
 
 from redpp_serve.comparison.client import Endpoint, Payload, Reply
 from redpp_serve.comparison.load import (
+    BlockThroughput,
+    Load,
     OpenLoop,
-    Throughput,
     measure_open_loop,
     plan_blocks,
     preflight,
@@ -19,7 +23,9 @@ from redpp_serve.comparison.load import (
     run_blocks,
     run_paired,
 )
+from redpp_serve.comparison.outputs import classes, difference
 from redpp_serve.errors import RedppError
+from redpp_serve.options import ComparisonOptions
 from redpp_serve.statistics.intervals import Estimate, percentile_interval, ratio_interval
 from redpp_serve.statistics.sequences import RatioSequence
 from redpp_serve.statistics.verdicts import Verdict, verdict
@@ -30,7 +36,18 @@ LATENCY_PERCENTILES, HANDLER_PERCENTILES = (50, 95, 99), (50, 99)
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm's numbers. Percentiles ("p50", ...) are estimates in milliseconds; None where the server gave none."""
+    """The figures of one version.
+
+    Attributes:
+        label: its endpoint's name.
+        latency_ms: percentiles ("p50", ...) of the time from sending to the last byte, milliseconds.
+        handler_ms: percentiles of the time in the handler; None where the server does not say.
+        throughput_rps: requests per second in a closed loop.
+        requests: all requests that were sent.
+        errors: those that failed.
+        first_error: the text of the first failure.
+        accuracy: share of labelled inputs with the right class; None without labels.
+    """
 
     label: str
     latency_ms: dict[str, Estimate]
@@ -42,7 +59,7 @@ class Arm:
     accuracy: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """Percentiles as numbers, their intervals beside them under ``*_interval``."""
+        """Return percentiles as numbers, their intervals beside them under ``*_interval``."""
         handler = self.handler_ms
         data: dict[str, Any] = {
             "latency_ms": {name: x.value for name, x in self.latency_ms.items()},
@@ -59,13 +76,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike the outputs are, over ``inputs`` different inputs.
+    """The agreement of the outputs over different inputs.
 
     Attributes:
         top1: share of inputs with the same largest output; None where an output is no vector of classes.
         max_abs_difference: largest difference of any output value.
         mean_relative_difference: mean over inputs of |original - pruned| / |original| (Euclidean).
-        inputs: how many inputs both arms answered.
+        inputs: number of inputs that both versions answered.
     """
 
     top1: float | None
@@ -76,7 +93,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result. Ratios in ``speedup`` are above 1 where the pruned network is faster; None where not measured."""
+    """The result. Ratios in ``speedup`` are above 1 where the pruned version is faster, None where not measured."""
 
     original: Arm
     pruned: Arm
@@ -91,7 +108,7 @@ class Comparison:
     open_loop: OpenLoop | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers, texts and lists, fit for ``json.dumps``."""
+        """Return plain numbers, texts and lists, fit for ``json.dumps``."""
         return {
             "original": self.original.to_json(),
             "pruned": self.pruned.to_json(),
@@ -109,7 +126,7 @@ class Comparison:
         }
 
     def to_text(self) -> str:
-        """A table for the terminal that ends with the verdict."""
+        """Return a table for the terminal that ends with the verdict."""
         rows = [("", self.original.label, self.pruned.label, "ratio (95 % interval)"), *self._rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         table = [
@@ -148,152 +165,162 @@ class Comparison:
         )
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """The raw results.
+
+    Attributes:
+        pairs: replies of both versions to one input, in order of time.
+        good: those of them that both answered.
+        throughput: of both versions, in alternating blocks.
+        open_loop: None where no rate was asked for.
+    """
+
+    pairs: list[tuple[Reply, Reply]]
+    good: list[tuple[Reply, Reply]]
+    throughput: BlockThroughput
+    open_loop: OpenLoop | None
+
+
 def compare_endpoints(
     original: Endpoint,
     pruned: Endpoint,
     payloads: Sequence[Payload],
+    options: ComparisonOptions = ComparisonOptions(),
     *,
-    concurrency: int = 4,
-    seconds: float = 20.0,
-    margin: float = 0.02,
-    seed: int = 0,
-    rate_rps: float | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Measure two live endpoints with the same inputs.
 
+    The time of ``options.duration`` is without warm-up: 60 % for paired latencies, 40 % for throughput blocks; a rate
+    adds another 40 %.
+
     Args:
-        original: the baseline arm.
-        pruned: the candidate arm.
-        payloads: inputs, each sent to both arms; with class labels the accuracy is measured too.
-        concurrency: requests in flight at a time.
-        seconds: time of the whole measurement, without warm-up: 60 % paired latencies, 40 % throughput blocks.
-        margin: relative difference in speed that counts as none.
-        seed: of the random order and of the bootstrap.
-        rate_rps: also measure latency at this many requests per second, for another 40 % of ``seconds``.
+        original: the original version.
+        pruned: the pruned version.
+        payloads: inputs, each sent to both; with class labels the accuracy is measured too.
+        options: the load; its ``inputs`` are not read.
         progress: show bars on stderr when it is a terminal.
 
     Raises:
-        RedppError: an arm answered nothing, with the text it sent instead; or the arms' outputs differ in shape.
+        RedppError: a version answered nothing, with the text it sent instead; or their outputs differ in shape.
     """
-    if margin <= 0:
-        raise RedppError(f"a margin of {margin:g}", "a relative difference above 0", "pass a margin such as 0.02")
-    for endpoint in (original, pruned):
+    load = Load(original, pruned, payloads, options.concurrency, options.seed)
+    for endpoint in load.endpoints:
         preflight(endpoint, payloads)
-    paired_s = PAIRED_SHARE * seconds
-    with _bar("paired latency", progress) as report:
-        pairs = run_paired(original, pruned, payloads, concurrency, None, paired_s, seed, report)
-    for endpoint, replies in zip((original, pruned), zip(*pairs, strict=True), strict=True):
-        require_success(endpoint, replies)
-    good = [(a, b) for a, b in pairs if a.ok and b.ok]
-    if not good:
-        raise RedppError("no input was answered by both arms", "at least one", "send inputs that both versions accept")
-    agreement = _agreement(good)
-    latencies = numpy.array([(a.latency_s, b.latency_s) for a, b in good])
-    block_s, blocks = plan_blocks(seconds - paired_s, float(numpy.median(latencies)))
-    with _bar("throughput", progress) as report:
-        served = run_blocks(original, pruned, payloads, concurrency, block_s, blocks, seed + 1, report)
-    open_loop = None
-    if rate_rps is not None:
-        with _bar(f"latency at {rate_rps:g}/s", progress) as report:
-            open_loop = measure_open_loop(original, pruned, payloads, rate_rps, seconds - paired_s, seed + 2, report)
-    rng, block = numpy.random.default_rng([seed, 2]), max(concurrency, round(len(good) ** (1 / 3)))
-    handlers = numpy.array([(a.handler_s, b.handler_s) for a, b in good if a.handler_s and b.handler_s])
-    arms = [
-        _arm(endpoint, [pair[i] for pair in pairs], payloads, count, rng, block)
-        for i, (endpoint, count) in enumerate(((original, served.a), (pruned, served.b)))
-    ]
+    measured = _measure(load, options, progress)
+    agreement = _agreement(measured.good)
+    rng = np.random.default_rng([options.seed, 2])
+    block = max(options.concurrency, round(len(measured.good) ** (1 / 3)))
+    arms = [_arm(load, measured, version, rng, block) for version in (0, 1)]
+    latencies = np.array([(a.latency_s, b.latency_s) for a, b in measured.good])
+    handlers = np.array([(a.handler_s, b.handler_s) for a, b in measured.good if a.handler_s and b.handler_s])
 
-    def ratio(times: numpy.ndarray) -> Estimate:
-        return ratio_interval(times[:, 0], times[:, 1], 0.5, rng, block=block)
+    def ratio(times: np.ndarray) -> Estimate | None:
+        return ratio_interval(times[:, 0], times[:, 1], 0.5, rng, block=block) if times.size else None
 
     return Comparison(
         original=arms[0],
         pruned=arms[1],
         agreement=agreement,
         speedup={
-            "handler_p50": ratio(handlers) if handlers.size else None,
+            "handler_p50": ratio(handlers),
             "end_to_end_p50": ratio(latencies),
-            "throughput": served.ratio,
+            "throughput": measured.throughput.ratio,
         },
-        verdict=_decide(latencies, concurrency, margin, "end to end"),
-        handler_verdict=_decide(handlers, concurrency, margin, "in the handler") if handlers.size else None,
-        pairs=len(good),
-        concurrency=concurrency,
-        seconds=seconds,
-        margin=margin,
-        open_loop=open_loop,
+        verdict=_decide(latencies, options, "end to end"),
+        handler_verdict=_decide(handlers, options, "in the handler") if handlers.size else None,
+        pairs=len(measured.good),
+        concurrency=options.concurrency,
+        seconds=options.duration,
+        margin=options.margin,
+        open_loop=measured.open_loop,
     )
 
 
-def _arm(
-    endpoint: Endpoint,
-    replies: list[Reply],
-    payloads: Sequence[Payload],
-    served: Throughput,
-    rng: numpy.random.Generator,
-    block: int,
-) -> Arm:
+def _measure(load: Load, options: ComparisonOptions, progress: bool) -> _Measured:
+    paired_s = PAIRED_SHARE * options.duration
+    other_s = options.duration - paired_s
+    with _bar("paired latency", progress) as report:
+        pairs = run_paired(load, None, paired_s, report)
+    for endpoint, replies in zip(load.endpoints, zip(*pairs, strict=True), strict=True):
+        require_success(endpoint, replies)
+    good = [(a, b) for a, b in pairs if a.ok and b.ok]
+    if not good:
+        raise RedppError("no input was answered by both", "at least one", "send inputs that both versions accept")
+    _require_equal_shapes(good)
+    block_s, blocks = plan_blocks(other_s, float(np.median([(a.latency_s, b.latency_s) for a, b in good])))
+    with _bar("throughput", progress) as report:
+        throughput = run_blocks(replace(load, seed=load.seed + 1), block_s, blocks, report)
+    open_loop = None
+    if options.rate is not None:
+        with _bar(f"latency at {options.rate:g}/s", progress) as report:
+            open_loop = measure_open_loop(replace(load, seed=load.seed + 2), options.rate, other_s, report)
+    return _Measured(pairs, good, throughput, open_loop)
+
+
+def _arm(load: Load, measured: _Measured, version: int, rng: np.random.Generator, block: int) -> Arm:
     def percentiles(seconds: list[float], which: tuple[int, ...]) -> dict[str, Estimate]:
-        milliseconds = 1000 * numpy.asarray(seconds)
+        milliseconds = 1000 * np.asarray(seconds)
         return {f"p{q}": percentile_interval(milliseconds, q / 100, rng, block=block) for q in which}
 
+    replies = [pair[version] for pair in measured.pairs]
     good = [reply for reply in replies if reply.ok]
     handler = [reply.handler_s for reply in good if reply.handler_s]
+    served = (measured.throughput.original, measured.throughput.pruned)[version]
     return Arm(
-        label=endpoint.label,
+        label=load.endpoints[version].label,
         latency_ms=percentiles([reply.latency_s for reply in good], LATENCY_PERCENTILES),
         handler_ms=percentiles(handler, HANDLER_PERCENTILES) if handler else None,
         throughput_rps=served.rps,
         requests=len(replies) + served.completed + served.failed,
         errors=len(replies) - len(good) + served.failed,
         first_error=next((reply.error for reply in replies if not reply.ok), served.error),
-        accuracy=_accuracy(good, payloads),
+        accuracy=_accuracy(good, load.payloads),
     )
 
 
 def _accuracy(replies: list[Reply], payloads: Sequence[Payload]) -> float | None:
-    """Share of labelled inputs, each counted once, whose largest output is the label."""
+    """Return the share of labelled inputs, each counted once, whose largest output is the label."""
     hits = {}
     for reply in replies:
-        label, top = payloads[reply.payload].label, _top(reply.outputs)
+        label, top = payloads[reply.payload].label, None if reply.outputs is None else classes(reply.outputs)
         if label is not None and top is not None:
             hits[reply.payload] = top == [label]
-    return float(numpy.mean(list(hits.values()))) if hits else None
+    return float(np.mean(list(hits.values()))) if hits else None
 
 
-def _top(outputs: numpy.ndarray | None) -> list[int] | None:
-    """Classes of an output (classes,) or (rows, classes); None for anything else."""
-    if outputs is None or outputs.ndim not in (1, 2) or outputs.shape[-1] < 2:
-        return None
-    return numpy.atleast_1d(outputs.argmax(axis=-1)).tolist()
-
-
-def _agreement(pairs: list[tuple[Reply, Reply]]) -> Agreement:
-    """Compare outputs once per input."""
-    same, largest, relative = [], 0.0, []
-    for a, b in {a.payload: (a.outputs, b.outputs) for a, b in pairs}.values():
-        assert a is not None and b is not None, "a successful reply has outputs"
+def _require_equal_shapes(pairs: list[tuple[Reply, Reply]]) -> None:
+    for a, b in _outputs(pairs):
         if a.shape != b.shape:
             raise RedppError(
                 f"the two endpoints answer with outputs of shapes {a.shape} and {b.shape}",
                 "two versions of one network",
                 "check the URLs of both endpoints",
             )
-        if a.size:
-            largest = max(largest, float(numpy.abs(a - b).max()))
-        scale = float(numpy.linalg.norm(a))
-        relative.append(float(numpy.linalg.norm(a - b)) / scale if scale else float((a != b).any()))
-        if _top(a) is not None:
-            same.append(_top(a) == _top(b))
-    return Agreement(float(numpy.mean(same)) if same else None, largest, float(numpy.mean(relative)), len(relative))
 
 
-def _decide(times: numpy.ndarray, concurrency: int, margin: float, measure: str) -> Verdict:
-    """``times`` (pairs, 2): seconds of original and pruned, in order of time; a block is at first about one round."""
-    sequence = RatioSequence(block=concurrency)
-    sequence.update(numpy.log(times[:, 0] / times[:, 1]))
-    return verdict(sequence, margin, measure=measure)
+def _outputs(pairs: list[tuple[Reply, Reply]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return both versions' outputs, once per input."""
+    last = {a.payload: (a.outputs, b.outputs) for a, b in pairs}
+    return [(a, b) for a, b in last.values() if a is not None and b is not None]
+
+
+def _agreement(pairs: list[tuple[Reply, Reply]]) -> Agreement:
+    outputs = _outputs(pairs)
+    found = [difference([a], [b]) for a, b in outputs]
+    same = [each.top1 for each in found if each.top1 is not None]
+    # An original of zeros that is not met counts as wholly different: the mean stays finite.
+    relative = [1.0 if math.isinf(each.relative) else each.relative for each in found]
+    largest = max((float(np.abs(a - b).max()) for a, b in outputs if a.size), default=0.0)
+    return Agreement(float(np.mean(same)) if same else None, largest, float(np.mean(relative)), len(relative))
+
+
+def _decide(times: np.ndarray, options: ComparisonOptions, measure: str) -> Verdict:
+    """Decide from ``times`` (pairs, 2), seconds in order of time; a block is at first about one round."""
+    sequence = RatioSequence(block=options.concurrency)
+    sequence.update(np.log(times[:, 0] / times[:, 1]))
+    return verdict(sequence, options.margin, measure=measure)
 
 
 def _ratio(estimate: Estimate | None) -> str:
@@ -302,7 +329,11 @@ def _ratio(estimate: Estimate | None) -> str:
 
 @contextmanager
 def _bar(title: str, shown: bool) -> Iterator[Callable[[float], None]]:
-    """A progress bar on stderr; ``disable=None`` lets tqdm hide it where stderr is no terminal."""
+    """Show a progress bar on stderr; ``disable=None`` lets tqdm hide it where stderr is no terminal."""
     layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
     with tqdm(total=1.0, desc=title, bar_format=layout, disable=None if shown else True) as bar:
-        yield lambda share: bar.update(share - bar.n)
+
+        def report(share: float) -> None:
+            bar.update(share - bar.n)
+
+        yield report

@@ -1,27 +1,31 @@
-"""Compare the two versions in a packaged folder: requests from its inputs or the user's, on a server of our own."""
+"""Compare the two versions in a packaged folder with requests from its inputs or the user's, on a server of its own."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
+from PIL import Image
 
 from redpp_serve.comparison.client import Endpoint, Payload
 from redpp_serve.comparison.compare import Comparison, compare_endpoints
+from redpp_serve.comparison.triton_client import TritonEndpoint
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import load
 from redpp_serve.handlers.preprocess import Preprocess
-from redpp_serve.loopback import ADDRESS, Ports, TritonPorts
+from redpp_serve.loopback import ADDRESS, Ports, TritonPorts, consecutive_ports
+from redpp_serve.options import ComparisonOptions, ServerOptions
 from redpp_serve.packaging.mar import ARTIFACT
 from redpp_serve.packaging.samples import INPUTS, request_body
 from redpp_serve.report.data import Report
 from redpp_serve.report.folder import change_report
 from redpp_serve.serving.serve import model_name, open_server
 from redpp_serve.serving.server import LocalServer
-from redpp_serve.variants import NAMES
+from redpp_serve.variants import NAMES, ORIGINAL
 
 _BINARY = "application/octet-stream"
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile)
@@ -30,74 +34,52 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".json")
 
 def compare(
     folder: Path,
+    options: ComparisonOptions = ComparisonOptions(),
+    server: ServerOptions = ServerOptions(),
     *,
-    inputs: Path | None = None,
-    concurrency: int = 4,
-    seconds: float = 20.0,
-    margin: float = 0.02,
-    seed: int = 0,
-    rate_rps: float | None = None,
-    server: str = "torchserve",
-    workers: int = 1,
-    ports: Ports | TritonPorts | None = None,
-    auth: bool = True,
     note: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
-    """Start a server for the folder, send the same inputs to both versions, stop it, and say what was measured.
+    """Start a server for the folder, send the same inputs to both versions, stop it, and return the measurements.
 
     Args:
         folder: written by `package`.
-        inputs: an .npz with ``inputs`` and optionally ``labels``, or a folder of images, .npy or .json files; by
-            default the held-out synthetic inputs kept in the folder.
-        server: ``torchserve`` or ``triton``.
-        workers: worker processes for each version.
+        options: the load; its inputs are by default the held-out synthetic ones kept in the folder.
+        server: the server and its ports.
         note: called with a line of text as the server starts.
 
-    See `compare_endpoints` for the rest and for what it raises.
+    Raises:
+        RedppError: see `compare_endpoints`; or the folder, the inputs or the server are not what they should be.
     """
     name = model_name(folder)
-    payloads = read_payloads(inputs) if inputs else folder_payloads(folder)
-    with open_server(server, folder, name=name, workers=workers, ports=ports, auth=auth, note=note) as running:
+    payloads = read_payloads(options.inputs) if options.inputs else folder_payloads(folder)
+    ports: Ports | TritonPorts | None = None
+    if server.port:
+        triton = server.server == "triton"
+        ports = consecutive_ports(TritonPorts, server.port) if triton else consecutive_ports(Ports, server.port)
+    with open_server(
+        server.server, folder, name=name, workers=server.workers, ports=ports, auth=not server.demo_auth_off, note=note
+    ) as running:
         original, pruned = (endpoint(running, variant) for variant in NAMES)
-        return compare_endpoints(
-            original,
-            pruned,
-            payloads,
-            concurrency=concurrency,
-            seconds=seconds,
-            margin=margin,
-            seed=seed,
-            rate_rps=rate_rps,
-        )
+        return compare_endpoints(original, pruned, payloads, options)
 
 
 def endpoint(server: LocalServer, variant: str) -> Endpoint:
-    """Where a running server answers for ``original``, ``pruned``, or ``default``: without a version."""
-    versions = {**dict(zip(NAMES, server.versions)), "default": ""}
+    """Return the endpoint of a running server for ``original``, ``pruned``, or ``default``: without a version."""
+    version = {**dict(zip(NAMES, server.versions, strict=True)), "default": ""}[variant]
     headers = server.headers("inference")
     if server.kind == "torchserve":
-        version = versions[variant]
         return Endpoint(variant, server.url(version) if version else server.default_url(), headers)
-    from redpp_serve.comparison.triton_client import TritonEndpoint
-
-    with ZipFile(server.folder / "original.mar") as file:
+    with ZipFile(server.folder / ORIGINAL.archive) as file:
         artifact = load(file.read(ARTIFACT))
     declared = artifact.description.get("preprocess")
     preprocess = Preprocess.from_json(declared) if declared else None
     assert isinstance(server.ports, TritonPorts)
-    return TritonEndpoint(
-        variant,
-        f"{ADDRESS}:{server.ports.grpc}",
-        headers,
-        server.name,
-        versions[variant],
-        artifact.graph.inputs,
-        preprocess,
-    )
+    url = f"{ADDRESS}:{server.ports.grpc}"
+    return TritonEndpoint(variant, url, headers, server.name, version, artifact.graph.inputs, preprocess)
 
 
 def record(folder: Path, result: Comparison) -> bool:
-    """Put the comparison into the folder's report.json and report.html; False where they cannot be written."""
+    """Put the comparison into the folder's report.json and report.html; return False where they cannot be written."""
     return change_report(folder, lambda report: with_comparison(report, result.to_json()))
 
 
@@ -113,7 +95,7 @@ def with_comparison(report: Report, measured: dict[str, Any]) -> Report:
 
 
 def folder_payloads(folder: Path) -> list[Payload]:
-    """Requests from the synthetic inputs that `package` kept.
+    """Make requests from the synthetic inputs that `package` kept.
 
     Raises:
         RedppError: they are missing or damaged.
@@ -135,10 +117,10 @@ def folder_payloads(folder: Path) -> list[Payload]:
 
 
 def read_payloads(path: Path) -> list[Payload]:
-    """Requests from the user's inputs.
+    """Make requests from the user's inputs.
 
     Raises:
-        RedppError: nothing there that can be sent.
+        RedppError: there is nothing that can be sent.
     """
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
@@ -177,15 +159,11 @@ def _from_arrays(path: Path) -> list[Payload]:
             "write it with numpy.savez, or give a folder of images",
         ) from error
     if inputs.dtype == np.uint8 and inputs.ndim == 4 and inputs.shape[1] in (1, 3):  # images travel as images
-        return [Payload(_png(x), _BINARY, label) for x, label in zip(inputs, labels)]
+        return [Payload(_png(x), _BINARY, label) for x, label in zip(inputs, labels, strict=True)]
     return [Payload(request_body({name: x}), _BINARY, label) for x, label in zip(inputs, labels, strict=True)]
 
 
 def _png(image: np.ndarray) -> bytes:
-    import io
-
-    from PIL import Image
-
     stream = io.BytesIO()
     Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)).save(stream, "PNG")
     return stream.getvalue()

@@ -1,7 +1,4 @@
-"""Both arms at a rate of requests that does not depend on their answers, as users' traffic does not.
-
-Requests to one or two endpoints: paired rounds, closed-loop throughput, and an open loop on a schedule.
-"""
+"""Requests to both versions: paired rounds, closed-loop throughput, and an open loop on a schedule."""
 
 from __future__ import annotations
 
@@ -13,11 +10,12 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
+import numpy as np
 
 from redpp_serve.comparison.client import Decoder, Endpoint, Exchange, Payload, Reply, Wire, as_text
 from redpp_serve.errors import RedppError
 from redpp_serve.statistics.intervals import Estimate, mean_interval, percentile_interval
+from redpp_serve.variants import NAMES
 
 Progress = Callable[[float], None]
 """Called with the share of the run that is done, 0..1."""
@@ -26,163 +24,247 @@ WARMUP_REQUESTS = 3
 PREFLIGHT_INPUTS = 4
 # A throughput block holds many requests per worker, and there are enough blocks for an interval.
 BLOCK_LATENCIES, SHORTEST_BLOCK_S, MOST_BLOCKS, FEWEST_BLOCKS = 20, 0.25, 16, 4
+PERCENTILES = (50, 95, 99)
+CONNECTIONS = 32
+_THERE_AND_BACK = (0, 1, 1, 0)  # order of the versions that cancels a linear drift
+
+
+@dataclass(frozen=True)
+class Load:
+    """The requests of one measurement.
+
+    Attributes:
+        original: the original version.
+        pruned: the pruned version.
+        payloads: inputs, each sent to both.
+        concurrency: requests in flight at a time.
+        seed: of the random order.
+    """
+
+    original: Endpoint
+    pruned: Endpoint
+    payloads: Sequence[Payload]
+    concurrency: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.payloads, self.concurrency)
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, Endpoint]:
+        """Both versions, the original first."""
+        return self.original, self.pruned
+
+    @contextmanager
+    def warm(self) -> Iterator[tuple[ThreadPoolExecutor, list[list[Wire]]]]:
+        """Yield a pool of workers and, for each version, a warm connection per worker."""
+        with ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(self.concurrency))
+            versions = [stack.enter_context(_connections(each, self.concurrency)) for each in self.endpoints]
+            for connections in versions:
+                _warm_up(pool, connections, self.payloads)
+            yield pool, versions
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """A closed loop's count: ``completed`` answered with 200, ``failed`` the rest, ``rps`` completed per second."""
+    """A closed loop's count.
+
+    Attributes:
+        completed: requests answered with status 200.
+        failed: the rest.
+        seconds: until the last answer.
+        error: the first failure's text.
+    """
 
     completed: int
     failed: int
     seconds: float
-    rps: float
     error: str = ""
+
+    @property
+    def rps(self) -> float:
+        """Completed requests per second."""
+        return self.completed / self.seconds
 
 
 @dataclass(frozen=True)
 class BlockThroughput:
-    """Throughput of two arms over alternating blocks; ``ratio`` is b / a, None where an arm answered nothing."""
+    """Throughput of both versions over alternating blocks; ``ratio`` is pruned / original, None without answers."""
 
-    a: Throughput
-    b: Throughput
+    original: Throughput
+    pruned: Throughput
     ratio: Estimate | None
 
 
 def run_paired(
-    a: Endpoint,
-    b: Endpoint,
-    payloads: Sequence[Payload],
-    concurrency: int,
-    pairs: int | None,
-    seconds: float | None,
-    seed: int,
-    progress: Progress = lambda share: None,
+    load: Load, pairs: int | None, seconds: float | None, progress: Progress = lambda share: None
 ) -> list[tuple[Reply, Reply]]:
-    """Send the same inputs to both arms until ``pairs`` or ``seconds`` are reached, whichever comes first.
+    """Send the same inputs to both versions until ``pairs`` or ``seconds`` are reached, whichever comes first.
 
-    In each round every worker takes an input (shuffled passes over all of them) and all send it to one arm, then all
-    to the other, in random order. Were the workers to run freely, most of them would stand in the queue of the slower
-    arm: it would be measured under more load than the faster one, and the ratio would come out too large. Here both
-    arms see bursts of ``concurrency`` requests, alone on the machine; a round is one independent observation.
+    In each round every worker takes an input (shuffled passes over all of them) and all send it to one version, then
+    all to the other, in random order. Were the workers to run freely, most of them would stand in the queue of the
+    slower version: it would be measured under more load than the faster one, and the ratio would come out too large.
+    Here both see bursts of ``concurrency`` requests, alone on the machine; a round is one independent observation.
 
     Returns:
-        (reply of a, reply of b) per pair, in order of time; failed replies are kept, with their text.
+        (reply of the original, of the pruned version) per pair, in order of time; failed replies keep their text.
     """
-    _check(payloads, concurrency)
     if not (pairs or seconds) or min(pairs or 1, seconds or 1) < 0:
         raise RedppError(
             f"paired load of {pairs} pairs in {seconds} seconds",
             "a number of pairs above 0, a time above 0, or both",
             "pass pairs or seconds",
         )
-    rng = numpy.random.default_rng(seed)
-    inputs = _shuffled(len(payloads), rng)
+    rng = np.random.default_rng(load.seed)
+    inputs = _shuffled(len(load.payloads), rng)
     results: list[tuple[Reply, Reply]] = []
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(concurrency))
-        arms = [stack.enter_context(_connections(arm, concurrency)) for arm in (a, b)]
-        for connections in arms:
-            _warm_up(pool, connections, payloads)
+    with load.warm() as (pool, versions):
         origin = time.perf_counter()
         decoder = Decoder(origin)
         done = 0.0
         while done < 1:
-            size = concurrency if pairs is None else min(concurrency, pairs - len(results))
+            size = load.concurrency if pairs is None else min(load.concurrency, pairs - len(results))
             chosen = [next(inputs) for _ in range(size)]
-            sent = [payloads[index] for index in chosen]
+            sent = [load.payloads[index] for index in chosen]
             exchanges: list[list[Exchange]] = [[], []]
-            for arm in rng.permutation(2):
-                exchanges[arm] = list(pool.map(_send, arms[arm], sent))
-            for index, *both in zip(chosen, *exchanges, strict=True):
-                reply_a, reply_b = (decoder.reply(arm.label, index, x) for arm, x in zip((a, b), both, strict=True))
-                results.append((reply_a, reply_b))
+            for version in rng.permutation(2):
+                exchanges[version] = list(pool.map(_send, versions[version], sent))
+            for index, first, second in zip(chosen, *exchanges, strict=True):
+                original = decoder.reply(load.original.label, index, first)
+                results.append((original, decoder.reply(load.pruned.label, index, second)))
             by_count = len(results) / pairs if pairs else 0.0
             done = max(by_count, (time.perf_counter() - origin) / seconds if seconds else 0.0)
             progress(min(done, 1.0))
     return results
 
 
-def run_throughput(
-    endpoint: Endpoint, payloads: Sequence[Payload], concurrency: int, seconds: float, seed: int
-) -> Throughput:
-    """Closed loop: each of ``concurrency`` workers sends its next request as soon as the last one is answered."""
-    _check(payloads, concurrency)
-    with ThreadPoolExecutor(concurrency) as pool, _connections(endpoint, concurrency) as connections:
-        _warm_up(pool, connections, payloads)
-        return _closed_loop(pool, connections, payloads, seconds, numpy.random.default_rng(seed))
-
-
 def run_blocks(
-    a: Endpoint,
-    b: Endpoint,
-    payloads: Sequence[Payload],
-    concurrency: int,
-    block_seconds: float,
-    blocks: int,
-    seed: int,
-    progress: Progress = lambda share: None,
+    load: Load, block_seconds: float, blocks: int, progress: Progress = lambda share: None
 ) -> BlockThroughput:
-    """Closed-loop throughput of both arms in alternating blocks, A B B A ..., which cancels a linear drift.
+    """Measure the closed-loop throughput of both versions in alternating blocks, A B B A ..., which cancels a drift.
 
-    The ratio is that of the totals; its interval comes from the log-ratios of neighbouring blocks. ``blocks`` is even, at least 4.
+    In a closed loop each worker sends its next request as soon as the last one is answered. The ratio is that of the
+    totals; its interval comes from the log-ratios of neighbouring blocks. ``blocks`` is even, at least 4.
     """
-    _check(payloads, concurrency)
     if blocks < FEWEST_BLOCKS or blocks % 2:
         raise RedppError(
             f"{blocks} throughput blocks", f"an even number, at least {FEWEST_BLOCKS}", "pass another number of blocks"
         )
-    rng = numpy.random.default_rng(seed)
+    rng = np.random.default_rng(load.seed)
     counts: tuple[list[Throughput], list[Throughput]] = ([], [])
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(concurrency))
-        arms = [stack.enter_context(_connections(arm, concurrency)) for arm in (a, b)]
-        for connections in arms:
-            _warm_up(pool, connections, payloads)
+    with load.warm() as (pool, versions):
         for block in range(blocks):
-            arm = (0, 1, 1, 0)[block % 4]
-            counts[arm].append(_closed_loop(pool, arms[arm], payloads, block_seconds, rng))
+            version = _THERE_AND_BACK[block % 4]
+            counts[version].append(_closed_loop(pool, versions[version], load.payloads, block_seconds, rng))
             progress((block + 1) / blocks)
-    logs = [numpy.log(y.rps / x.rps) for x, y in zip(*counts, strict=True) if x.completed and y.completed]
-    totals = _total(counts[0]), _total(counts[1])
+    logs = [np.log(y.rps / x.rps) for x, y in zip(*counts, strict=True) if x.completed and y.completed]
+    original, pruned = map(_total, counts)
     if len(logs) < 2:
-        return BlockThroughput(*totals, None)
-    _, low, high = numpy.exp(mean_interval(logs, rng)).tolist()
-    ratio = totals[1].rps / totals[0].rps
-    return BlockThroughput(*totals, Estimate(ratio, min(low, ratio), max(high, ratio)))
+        return BlockThroughput(original, pruned, None)
+    _, low, high = np.exp(mean_interval(logs, rng)).tolist()
+    ratio = pruned.rps / original.rps
+    return BlockThroughput(original, pruned, Estimate(ratio, min(low, ratio), max(high, ratio)))
 
 
 def plan_blocks(seconds: float, latency_s: float) -> tuple[float, int]:
-    """(seconds per block, number of blocks), an even number that fits into ``seconds``."""
+    """Return (seconds per block, number of blocks), an even number that fits into ``seconds``."""
     shortest = max(SHORTEST_BLOCK_S, BLOCK_LATENCIES * latency_s)
     blocks = min(MOST_BLOCKS, max(FEWEST_BLOCKS, int(seconds / shortest) // 2 * 2))
     return seconds / blocks, blocks
 
 
-def run_open_loop(
-    endpoint: Endpoint,
-    payloads: Sequence[Payload],
-    rate_rps: float,
-    seconds: float,
-    concurrency_limit: int,
-    seed: int,
-    progress: Progress = lambda share: None,
-) -> list[Reply]:
-    """Send Poisson arrivals of ``rate_rps`` for ``seconds``, whether or not earlier ones are answered.
+@dataclass(frozen=True)
+class OpenLoop:
+    """The answers of both versions at ``rate_rps`` requests per second, whatever they take.
 
-    Latency counts from the time a request was due, so a request that waits for a free connection (at most
-    ``concurrency_limit`` are in flight) is charged for it: no coordinated omission. What could not be sent within
-    twice the time is a reply of status 0, so an overloaded endpoint ends too.
+    Attributes:
+        rate_rps: requests per second.
+        latency_ms: percentiles ("p50", ...) of original and pruned, from when a request was due, so that one that
+            had to wait for a free connection is charged for it; None where no request was answered.
+        sent: requests that were due for each.
+        failed: those of them that were not answered with outputs.
     """
-    _check(payloads, concurrency_limit)
-    if rate_rps <= 0 or seconds <= 0:
-        raise RedppError(f"a rate of {rate_rps:g}/s over {seconds:g} s", "positive numbers", "pass a rate and a time")
-    rng = numpy.random.default_rng(seed)
-    due = rng.uniform(0, seconds, rng.poisson(rate_rps * seconds))
+
+    rate_rps: float
+    latency_ms: tuple[dict[str, Estimate] | None, ...]
+    sent: tuple[int, ...]
+    failed: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return percentiles as numbers, their intervals beside them."""
+        versions = {
+            name: {
+                "latency_ms": {k: x.value for k, x in (latency or {}).items()},
+                "latency_ms_interval": {k: [x.low, x.high] for k, x in (latency or {}).items()},
+                "sent": sent,
+                "failed": failed,
+            }
+            for name, latency, sent, failed in zip(NAMES, self.latency_ms, self.sent, self.failed, strict=True)
+        }
+        return {"rate_rps": self.rate_rps, **versions}
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """Yield a title and a cell for each version."""
+        for q in PERCENTILES:
+            original, pruned = ("-" if each is None else f"{each[f'p{q}'].value:.2f}" for each in self.latency_ms)
+            yield f"at {self.rate_rps:g}/s p{q} (ms)", original, pruned
+        original, pruned = (f"{failed} of {sent}" for failed, sent in zip(self.failed, self.sent, strict=True))
+        yield f"at {self.rate_rps:g}/s failed", original, pruned
+
+
+def measure_open_loop(load: Load, rate_rps: float, seconds: float, progress: Progress = lambda share: None) -> OpenLoop:
+    """Send Poisson arrivals to each version in turn, original, pruned, pruned, original, for ``seconds`` in all."""
+    replies: tuple[list[Reply], list[Reply]] = ([], [])
+    for turn, version in enumerate(_THERE_AND_BACK):
+        schedule = Schedule(rate_rps, seconds / len(_THERE_AND_BACK), CONNECTIONS, load.seed + turn)
+        replies[version].extend(run_open_loop(load.endpoints[version], load.payloads, schedule))
+        progress((turn + 1) / len(_THERE_AND_BACK))
+    rng = np.random.default_rng(load.seed)
+    good = [[1000 * reply.latency_s for reply in each if reply.ok] for each in replies]
+    latency = tuple({f"p{q}": percentile_interval(x, q / 100, rng) for q in PERCENTILES} if x else None for x in good)
+    failed = tuple(len(each) - len(x) for each, x in zip(replies, good, strict=True))
+    return OpenLoop(rate_rps, latency, tuple(map(len, replies)), failed)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Arrivals that do not depend on the answers, as users' requests do not.
+
+    Attributes:
+        rate_rps: mean number of requests per second.
+        seconds: length of the run.
+        connections: most requests in flight at a time.
+        seed: of the arrivals and the order of inputs.
+    """
+
+    rate_rps: float
+    seconds: float
+    connections: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.rate_rps <= 0 or self.seconds <= 0:
+            found = f"a rate of {self.rate_rps:g}/s over {self.seconds:g} s"
+            raise RedppError(found, "positive numbers", "pass a rate and a time")
+
+
+def run_open_loop(endpoint: Endpoint, payloads: Sequence[Payload], schedule: Schedule) -> list[Reply]:
+    """Send Poisson arrivals to one version, whether or not earlier ones are answered.
+
+    Latency counts from the time a request was due, so a request that waits for a free connection is charged for it:
+    no coordinated omission. A request that could not be sent within twice the time is a reply of status 0, so that
+    the run ends at an overloaded endpoint too.
+    """
+    _check(payloads, schedule.connections)
+    rng = np.random.default_rng(schedule.seed)
+    due = rng.uniform(0, schedule.seconds, rng.poisson(schedule.rate_rps * schedule.seconds))
     due.sort()
     inputs = _shuffled(len(payloads), rng)
     chosen = [next(inputs) for _ in due]
     exchanges: list[Exchange | None] = [None] * due.size
-    with ThreadPoolExecutor(concurrency_limit) as pool, _connections(endpoint, concurrency_limit) as connections:
+    count = schedule.connections
+    with ThreadPoolExecutor(count) as pool, _connections(endpoint, count) as connections:
         _warm_up(pool, connections, payloads)
         queue, lock, origin = iter(range(due.size)), threading.Lock(), time.perf_counter()
 
@@ -192,9 +274,10 @@ def run_open_loop(
                     turn = next(queue, None)
                 if turn is None:
                     return
-                payload, moment = payloads[chosen[turn]], origin + float(due[turn])
-                exchanges[turn] = _send_when_due(connection, payload, moment, origin + 2 * seconds)
-                progress((turn + 1) / due.size)
+                moment = origin + float(due[turn])
+                exchanges[turn] = _send_when_due(
+                    connection, payloads[chosen[turn]], moment, origin + 2 * schedule.seconds
+                )
 
         list(pool.map(work, connections))
     decoder = Decoder(origin)
@@ -203,7 +286,6 @@ def run_open_loop(
 
 def preflight(endpoint: Endpoint, payloads: Sequence[Payload]) -> None:
     """Find a dead or refusing endpoint at once, not at the end of the measurement."""
-    _check(payloads, concurrency=1)
     decoder, replies = Decoder(0.0), []
     with closing(endpoint.connect()) as connection:
         for index, payload in enumerate(payloads[:PREFLIGHT_INPUTS]):
@@ -214,7 +296,7 @@ def preflight(endpoint: Endpoint, payloads: Sequence[Payload]) -> None:
 
 
 def require_success(endpoint: Endpoint, replies: Sequence[Reply]) -> None:
-    """Refuse an arm that answered nothing, with the first text it sent instead."""
+    """Refuse a version that answered nothing, with the first text it sent instead."""
     if not any(reply.ok for reply in replies):
         first = replies[0]
         raise RedppError(
@@ -226,7 +308,7 @@ def require_success(endpoint: Endpoint, replies: Sequence[Reply]) -> None:
 
 
 def _send_when_due(connection: Wire, payload: Payload, due: float, end: float) -> Exchange:
-    """Times are on the clock of ``time.perf_counter``."""
+    """Send at ``due`` unless it is later than ``end``; both are on the clock of ``time.perf_counter``."""
     time.sleep(max(0.0, due - time.perf_counter()))
     now = time.perf_counter()
     if now > end:
@@ -240,13 +322,13 @@ def _closed_loop(
     connections: list[Wire],
     payloads: Sequence[Payload],
     seconds: float,
-    rng: numpy.random.Generator,
+    rng: np.random.Generator,
 ) -> Throughput:
     start = time.perf_counter()
 
     def work(connection: Wire, seed: int) -> tuple[int, int, str]:
         completed, failed, error = 0, 0, ""
-        inputs = _shuffled(len(payloads), numpy.random.default_rng(seed))
+        inputs = _shuffled(len(payloads), np.random.default_rng(seed))
         while time.perf_counter() - start < seconds:
             exchange = connection.send(payloads[next(inputs)])
             completed, failed = completed + exchange.ok, failed + (not exchange.ok)
@@ -255,17 +337,15 @@ def _closed_loop(
         return completed, failed, error
 
     seeds = rng.integers(0, 2**32, len(connections)).tolist()
-    done = list(pool.map(work, connections, seeds))
+    completed, failed, errors = zip(*pool.map(work, connections, seeds), strict=True)
     # Until the last answer, not until the deadline: a count of whole requests over a cut time would be biased.
-    elapsed = time.perf_counter() - start
-    completed, failed = sum(item[0] for item in done), sum(item[1] for item in done)
-    return Throughput(completed, failed, elapsed, completed / elapsed, next((e for *_, e in done if e), ""))
+    return Throughput(sum(completed), sum(failed), time.perf_counter() - start, next(filter(None, errors), ""))
 
 
 def _total(blocks: list[Throughput]) -> Throughput:
     completed, failed = sum(block.completed for block in blocks), sum(block.failed for block in blocks)
-    seconds = sum(block.seconds for block in blocks)
-    return Throughput(completed, failed, seconds, completed / seconds, next((x.error for x in blocks if x.error), ""))
+    error = next((block.error for block in blocks if block.error), "")
+    return Throughput(completed, failed, sum(block.seconds for block in blocks), error)
 
 
 def _send(connection: Wire, payload: Payload) -> Exchange:
@@ -274,7 +354,7 @@ def _send(connection: Wire, payload: Payload) -> Exchange:
 
 @contextmanager
 def _connections(endpoint: Endpoint, count: int) -> Iterator[list[Wire]]:
-    """One connection per worker, closed at the end."""
+    """Yield one connection per worker, closed at the end."""
     with ExitStack() as stack:
         yield [stack.enter_context(closing(endpoint.connect())) for _ in range(count)]
 
@@ -285,8 +365,8 @@ def _warm_up(pool: ThreadPoolExecutor, connections: list[Wire], payloads: Sequen
         list(pool.map(_send, connections, [payloads[turn % len(payloads)]] * len(connections)))
 
 
-def _shuffled(count: int, rng: numpy.random.Generator) -> Iterator[int]:
-    """Random passes over all indices: random order, yet every input gets its turn."""
+def _shuffled(count: int, rng: np.random.Generator) -> Iterator[int]:
+    """Yield random passes over all indices: random order, yet every input gets its turn."""
     while True:
         yield from rng.permutation(count).tolist()
 
@@ -296,70 +376,3 @@ def _check(payloads: Sequence[Payload], concurrency: int) -> None:
         raise RedppError("no inputs to send", "at least one payload", "pass inputs")
     if concurrency < 1:
         raise RedppError(f"a concurrency of {concurrency}", "1 or more", "pass another concurrency")
-
-
-PERCENTILES = (50, 95, 99)
-CONNECTIONS = 32
-_ORDER = (0, 1, 1, 0)  # cancels a linear drift
-
-
-@dataclass(frozen=True)
-class OpenLoop:
-    """What both arms did at ``rate_rps`` requests per second.
-
-    Attributes:
-        latency_ms: percentiles ("p50", ...) of original and pruned, from when a request was due, so that one that
-            had to wait for a free connection is charged for it; None where no request was answered.
-        sent: requests that were due for each.
-        failed: those of them that were not answered with outputs.
-    """
-
-    rate_rps: float
-    latency_ms: tuple[dict[str, Estimate] | None, ...]
-    sent: tuple[int, ...]
-    failed: tuple[int, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Percentiles as numbers, their intervals beside them."""
-        arms = {}
-        for label, latency, sent, failed in zip(("original", "pruned"), self.latency_ms, self.sent, self.failed):
-            found = latency or {}
-            arms[label] = {
-                "latency_ms": {k: x.value for k, x in found.items()},
-                "latency_ms_interval": {k: [x.low, x.high] for k, x in found.items()},
-                "sent": sent,
-                "failed": failed,
-            }
-        return {"rate_rps": self.rate_rps, **arms}
-
-    def rows(self) -> Iterator[tuple[str, str, str]]:
-        """Title and a cell for each arm."""
-        for q in PERCENTILES:
-            cells = ["-" if latency is None else f"{latency[f'p{q}'].value:.2f}" for latency in self.latency_ms]
-            yield f"at {self.rate_rps:g}/s p{q} (ms)", cells[0], cells[1]
-        failed = [f"{failed} of {sent}" for failed, sent in zip(self.failed, self.sent)]
-        yield f"at {self.rate_rps:g}/s failed", failed[0], failed[1]
-
-
-def measure_open_loop(
-    original: Endpoint,
-    pruned: Endpoint,
-    payloads: Sequence[Payload],
-    rate_rps: float,
-    seconds: float,
-    seed: int,
-    progress: Callable[[float], None] = lambda share: None,
-) -> OpenLoop:
-    """Poisson arrivals at ``rate_rps`` for each arm in turns, original, pruned, pruned, original, ``seconds`` in all."""
-    replies: tuple[list[Reply], list[Reply]] = ([], [])
-    for turn, arm in enumerate(_ORDER):
-        replies[arm].extend(
-            run_open_loop((original, pruned)[arm], payloads, rate_rps, seconds / len(_ORDER), CONNECTIONS, seed + turn)
-        )
-        progress((turn + 1) / len(_ORDER))
-    rng = numpy.random.default_rng(seed)
-    good = [[1000 * reply.latency_s for reply in arm if reply.ok] for arm in replies]
-    latency = tuple({f"p{q}": percentile_interval(x, q / 100, rng) for q in PERCENTILES} if x else None for x in good)
-    return OpenLoop(
-        rate_rps, latency, tuple(map(len, replies)), tuple(len(arm) - len(x) for arm, x in zip(replies, good))
-    )

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
+import numpy as np
 
 from redpp_serve.comparison.client import TIMEOUT_S, Endpoint, Exchange, Payload
 from redpp_serve.graph.graph import InputSpec
@@ -48,7 +48,7 @@ class TritonEndpoint(Endpoint):
     preprocess: Preprocess | None
 
     def connect(self) -> TritonConnection:
-        """A connection of its own, not open yet."""
+        """Return a connection of its own, not open yet."""
         return TritonConnection(self)
 
 
@@ -71,7 +71,7 @@ class TritonConnection:
 
     def infer(self, inputs: list[Any]) -> Exchange:
         """Send tritonclient inputs as they are, see `as_input`."""
-        from tritonclient.utils import InferenceServerException
+        from tritonclient.utils import InferenceServerException  # noqa: PLC0415
 
         client = self._open()
         start = time.perf_counter()
@@ -90,7 +90,7 @@ class TritonConnection:
         return Exchange(start, seconds, _handler_seconds(result), 200, result.as_numpy(output_name(0))[0], "")
 
     def _open(self) -> Any:
-        from tritonclient.grpc import InferenceServerClient
+        from tritonclient.grpc import InferenceServerClient  # noqa: PLC0415
 
         if self._client is None:
             private = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
@@ -98,11 +98,14 @@ class TritonConnection:
         return self._client
 
     def _inputs(self, payload: Payload) -> list[Any]:
-        """The payload as Triton's inputs of batch 1; kept for the next time as long as there is room."""
+        """Return the payload as Triton's inputs of batch 1, kept for the next time while there is room."""
         if payload in self._converted:
             return self._converted[payload]
         tensors = parse({"body": payload.body}, self.endpoint.inputs, self.endpoint.preprocess)
-        inputs = [as_input(spec.name, tensor[None].numpy()) for spec, tensor in zip(self.endpoint.inputs, tensors)]
+        inputs = [
+            as_input(spec.name, tensor[None].numpy())
+            for spec, tensor in zip(self.endpoint.inputs, tensors, strict=True)
+        ]
         self._bytes += sum(tensor.nbytes for tensor in tensors)
         if self._bytes <= _KEPT_BYTES:
             self._converted[payload] = inputs
@@ -115,10 +118,10 @@ class TritonConnection:
         self._client = None
 
 
-def as_input(name: str, array: numpy.ndarray) -> Any:
-    """A tritonclient input that holds the array, batch first."""
-    from tritonclient.grpc import InferInput
-    from tritonclient.utils import np_to_triton_dtype
+def as_input(name: str, array: np.ndarray) -> Any:
+    """Return a tritonclient input that holds the array, batch first."""
+    from tritonclient.grpc import InferInput  # noqa: PLC0415
+    from tritonclient.utils import np_to_triton_dtype  # noqa: PLC0415
 
     tensor = InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
     tensor.set_data_from_numpy(array)

@@ -3,13 +3,13 @@
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +17,8 @@ from PIL import Image
 import redpp_serve.comparison.folder as module
 from redpp_serve.comparison.folder import compare, folder_payloads, read_payloads
 from redpp_serve.errors import RedppError
+from redpp_serve.loopback import Ports
+from redpp_serve.options import ComparisonOptions, ServerOptions
 from redpp_serve.report.data import Report
 from tests.support.small import SHAPE, outputs
 
@@ -26,7 +28,7 @@ BINARY = "application/octet-stream"
 class Standin:
     """TorchServe's interface over a thread of this process; answers with the archives' own graphs."""
 
-    made: list["Standin"] = []
+    made: ClassVar[list["Standin"]] = []
     versions = ("1.0", "2.0")
 
     def __init__(self, kind: str, folder: Path, *, name: str, workers: int, ports: Any, auth: bool, note: Any) -> None:
@@ -48,7 +50,7 @@ class Standin:
                 standin.seen.append((self.path, self.headers["Authorization"]))
                 variant = "original" if self.path.endswith("/1.0") else "pruned"
                 if (variant, body) not in replies:
-                    x = torch.from_numpy(numpy.load(io.BytesIO(body)))
+                    x = torch.from_numpy(np.load(io.BytesIO(body)))
                     answer = outputs(standin.folder / f"{variant}.mar", x)
                     replies[variant, body] = json.dumps({"outputs": answer}).encode()
                 self.send_response(200)
@@ -88,7 +90,9 @@ def standin(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Standin]]:
 
 def test_both_versions_are_measured_and_the_server_is_left(packaged: Path, standin: list[Standin]) -> None:
     notes: list[str] = []
-    result = compare(packaged, seconds=1.0, concurrency=2, workers=3, note=notes.append)
+    result = compare(
+        packaged, ComparisonOptions(duration=1.0, concurrency=2), ServerOptions(workers=3), note=notes.append
+    )
     (server,) = standin
     assert (server.name, server.options, notes) == ("small", (3, None), ["stand-in"])
     paths = {path for path, _ in server.seen}
@@ -102,49 +106,48 @@ def test_both_versions_are_measured_and_the_server_is_left(packaged: Path, stand
 
 
 def test_without_auth_no_token_is_sent(packaged: Path, standin: list[Standin]) -> None:
-    compare(packaged, seconds=0.5, concurrency=1, auth=False)
+    compare(packaged, ComparisonOptions(duration=0.5, concurrency=1), ServerOptions(demo_auth_off=True, port=20100))
     assert {token for _, token in standin[0].seen} == {None}
+    assert standin[0].options == (1, Ports(20100, 20101, 20102, 20103, 20104, 20105))
 
 
 def test_labels_give_accuracy(packaged: Path, standin: list[Standin], tmp_path: Path) -> None:
     x = torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(1))
-    labels = [int(numpy.argmax(outputs(packaged / "original.mar", each)[0])) for each in x]
+    labels = [int(np.argmax(outputs(packaged / "original.mar", each)[0])) for each in x]
     labels[0] = (labels[0] + 1) % 5
-    numpy.savez(tmp_path / "data.npz", inputs=x.numpy(), labels=labels)
-    result = compare(packaged, inputs=tmp_path / "data.npz", seconds=1.0, concurrency=2)
+    np.savez(tmp_path / "data.npz", inputs=x.numpy(), labels=labels)
+    result = compare(packaged, ComparisonOptions(tmp_path / "data.npz", duration=1.0, concurrency=2))
     assert result.original.accuracy == pytest.approx(5 / 6)
 
 
 def test_the_packages_own_inputs_are_requests(packaged: Path) -> None:
     payloads = folder_payloads(packaged)
-    with numpy.load(packaged / "inputs.npz") as file:
+    with np.load(packaged / "inputs.npz") as file:
         kept = file["x"]
     assert len(payloads) == len(kept) == 16 and {p.content_type for p in payloads} == {BINARY}
-    assert (numpy.load(io.BytesIO(payloads[3].body)) == kept[3]).all()
+    assert (np.load(io.BytesIO(payloads[3].body)) == kept[3]).all()
 
 
 def test_several_inputs_travel_by_name(tmp_path: Path) -> None:
-    numpy.savez(
-        tmp_path / "inputs.npz", image=numpy.zeros((2, 1, 4, 4), "float32"), vector=numpy.arange(6.0).reshape(2, 3)
-    )
-    first, second = folder_payloads(tmp_path)
-    with numpy.load(io.BytesIO(second.body)) as file:
+    np.savez(tmp_path / "inputs.npz", image=np.zeros((2, 1, 4, 4), "float32"), vector=np.arange(6.0).reshape(2, 3))
+    _, second = folder_payloads(tmp_path)
+    with np.load(io.BytesIO(second.body)) as file:
         assert set(file.files) == {"image", "vector"} and file["vector"].tolist() == [3, 4, 5]
 
 
-@pytest.mark.parametrize(("shape", "mode"), [((2, 1, 4, 6), "L"), ((2, 3, 4, 6), "RGB")])
-def test_bytes_of_images_travel_as_images(tmp_path: Path, shape: tuple[int, ...], mode: str) -> None:
-    pixels = numpy.random.default_rng(0).integers(0, 256, shape, dtype=numpy.uint8)
-    numpy.savez(tmp_path / "data.npz", inputs=pixels, labels=[4, 2])
-    payloads = read_payloads(tmp_path / "data.npz")
-    image = Image.open(io.BytesIO(payloads[1].body))
-    assert (image.format, image.mode, image.size, payloads[1].label) == ("PNG", mode, (6, 4), 2)
-    assert (numpy.asarray(image).reshape(4, 6, -1).transpose(2, 0, 1) == pixels[1]).all()
+def test_bytes_of_images_travel_as_images(tmp_path: Path) -> None:
+    for shape, mode in (((2, 1, 4, 6), "L"), ((2, 3, 4, 6), "RGB")):
+        pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        np.savez(tmp_path / "data.npz", inputs=pixels, labels=[4, 2])
+        payloads = read_payloads(tmp_path / "data.npz")
+        image = Image.open(io.BytesIO(payloads[1].body))
+        assert (image.format, image.mode, image.size, payloads[1].label) == ("PNG", mode, (6, 4), 2)
+        assert (np.asarray(image).reshape(4, 6, -1).transpose(2, 0, 1) == pixels[1]).all(), mode
 
 
 def test_bytes_that_are_no_images_travel_as_numbers(tmp_path: Path) -> None:
-    numpy.savez(tmp_path / "data.npz", inputs=numpy.arange(6, dtype=numpy.uint8).reshape(2, 3))
-    assert numpy.load(io.BytesIO(read_payloads(tmp_path / "data.npz")[1].body)).tolist() == [3, 4, 5]
+    np.savez(tmp_path / "data.npz", inputs=np.arange(6, dtype=np.uint8).reshape(2, 3))
+    assert np.load(io.BytesIO(read_payloads(tmp_path / "data.npz")[1].body)).tolist() == [3, 4, 5]
 
 
 def test_a_folder_of_files_is_sent_as_it_is(tmp_path: Path) -> None:
@@ -158,29 +161,26 @@ def test_a_folder_of_files_is_sent_as_it_is(tmp_path: Path) -> None:
     ]
 
 
-def _labels_too_short(path: Path) -> None:
-    numpy.savez(path, inputs=numpy.zeros((3, 2), "float32"), labels=[1])
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
+def test_inputs_that_cannot_be_sent_are_refused(tmp_path: Path) -> None:
+    writers: list[Callable[[Path], object]] = [
         lambda path: None,
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"PK\x03\x04 cut"),
         lambda path: path.write_text("text"),
-        lambda path: numpy.savez(path, x=numpy.zeros(3), y=numpy.zeros(3)),
-        lambda path: numpy.savez(path, inputs=numpy.array([{}], dtype=object)),
-        lambda path: numpy.savez(path, inputs=numpy.float32(1)),
-        lambda path: numpy.savez(path, inputs=numpy.zeros((0, 3), "float32")),
+        lambda path: np.savez(path, x=np.zeros(3), y=np.zeros(3)),
+        lambda path: np.savez(path, inputs=np.array([{}], dtype=object)),
+        lambda path: np.savez(path, inputs=np.float32(1)),
+        lambda path: np.savez(path, inputs=np.zeros((0, 3), "float32")),
         lambda path: path.mkdir(),
-        _labels_too_short,
-    ],
-)
-def test_inputs_that_cannot_be_sent_are_refused(tmp_path: Path, write: Any) -> None:
-    write(tmp_path / "data.npz")
-    with pytest.raises(RedppError, match="data.npz"):
-        read_payloads(tmp_path / "data.npz")
+        lambda path: np.savez(path, inputs=np.zeros((3, 2), "float32"), labels=[1]),
+        lambda path: np.savez(path, inputs=np.zeros((1, 2), "float32"), labels=[1.5]),
+    ]
+    for index, write in enumerate(writers):
+        (tmp_path / str(index)).mkdir()
+        path = tmp_path / str(index) / "data.npz"
+        write(path)
+        with pytest.raises(RedppError, match=r"data\.npz"):
+            read_payloads(path)
 
 
 def test_a_damaged_package_is_refused_before_a_server_starts(

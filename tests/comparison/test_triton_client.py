@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy
+import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from redpp_serve.comparison import Payload, compare_endpoints
 from redpp_serve.comparison.client import Decoder
-from redpp_serve.comparison.load import run_paired
+from redpp_serve.comparison.load import Load, run_paired
 from redpp_serve.comparison.triton_client import TritonEndpoint, as_input
 from redpp_serve.graph.graph import InputSpec
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.handlers.wire import HANDLER_PARAMETER, write_seconds
+from redpp_serve.options import ComparisonOptions
 
 INPUT = InputSpec("image", (1, 2, 2))
 BINARY = "application/octet-stream"
@@ -36,7 +37,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelInfer(self, request: Any, context: Any) -> Any:
         token = dict(context.invocation_metadata()).get("token")
         (tensor,) = request.inputs
-        x = numpy.frombuffer(request.raw_input_contents[0], numpy.float32)
+        x = np.frombuffer(request.raw_input_contents[0], np.float32)
         self.seen.append((request.model_name, request.model_version, tuple(tensor.shape), token))
         self.peers.add(context.peer())
         if 99 in x:
@@ -47,7 +48,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
         reply = service_pb2.ModelInferResponse(model_name="m", model_version=request.model_version)
         reply.parameters[HANDLER_PARAMETER].string_param = write_seconds(self.delay_s.get(request.model_version, 0))
         reply.outputs.add(name="output_0", datatype="FP32", shape=[1, 2])
-        reply.raw_output_contents.append(numpy.array([x.sum(), x.max()], numpy.float32).tobytes())
+        reply.raw_output_contents.append(np.array([x.sum(), x.max()], np.float32).tobytes())
         return reply
 
 
@@ -63,7 +64,7 @@ def service() -> Iterator[tuple[Service, TritonEndpoint]]:
 
 def npy(*values: float) -> Payload:
     stream = io.BytesIO()
-    numpy.save(stream, numpy.array(values, numpy.float32).reshape(INPUT.shape))
+    np.save(stream, np.array(values, np.float32).reshape(INPUT.shape))
     return Payload(stream.getvalue(), BINARY)
 
 
@@ -83,7 +84,7 @@ def test_an_input_is_sent_as_a_batch_of_one_and_its_reply_decoded(service: tuple
         (npy(1, 2, 3, 99), 400, "no 99 please", 1),
         (npy(1, 2, 3, 98), 500, "the stub is dead", 1),
         (Payload(b"garbage", BINARY), 400, "no known kind", 0),
-        (npy(1, 2, 3, numpy.nan), 400, "NaN", 0),
+        (npy(1, 2, 3, np.nan), 400, "NaN", 0),
     ],
 )
 def test_refusals_have_a_status_and_the_servers_words(
@@ -107,7 +108,7 @@ def test_nobody_there_is_a_failed_request_not_an_exception() -> None:
 def test_what_the_client_does_not_convert_reaches_the_server(service: tuple[Service, TritonEndpoint]) -> None:
     served, endpoint = service
     wire = endpoint.connect()
-    assert wire.infer([as_input("image", numpy.full((1, *INPUT.shape), numpy.nan, numpy.float32))]).ok
+    assert wire.infer([as_input("image", np.full((1, *INPUT.shape), np.nan, np.float32))]).ok
     wire.close()
     assert len(served.seen) == 1
 
@@ -116,7 +117,7 @@ def test_images_are_preprocessed_as_the_handler_does(service: tuple[Service, Tri
     from PIL import Image
 
     _, endpoint = service
-    Image.fromarray(numpy.full((2, 2), 255, numpy.uint8)).save(tmp_path / "white.png")
+    Image.fromarray(np.full((2, 2), 255, np.uint8)).save(tmp_path / "white.png")
     white = replace(endpoint, preprocess=Preprocess("L", 2, 2, (0.5,), (0.25,)))
     wire = white.connect()
     reply = Decoder(0.0).reply("original", 0, wire.send(Payload((tmp_path / "white.png").read_bytes(), BINARY)))
@@ -127,7 +128,7 @@ def test_images_are_preprocessed_as_the_handler_does(service: tuple[Service, Tri
 def test_connections_have_sockets_of_their_own(service: tuple[Service, TritonEndpoint]) -> None:
     """Else all clients would share one connection's flow control, and the comparison its queue."""
     served, endpoint = service
-    run_paired(endpoint, replace(endpoint, label="pruned", version="2"), [npy(1, 2, 3, 4)], 3, 6, None, 0)
+    run_paired(Load(endpoint, replace(endpoint, label="pruned", version="2"), [npy(1, 2, 3, 4)], 3), 6, None)
     assert len(served.peers) == 6
 
 
@@ -137,8 +138,7 @@ def test_the_comparison_reads_as_on_torchserve(service: tuple[Service, TritonEnd
         endpoint,
         replace(endpoint, label="pruned", version="2"),
         [npy(1, 2, 3, k) for k in range(4)],
-        concurrency=2,
-        seconds=2.0,
+        ComparisonOptions(concurrency=2, duration=2.0),
         progress=False,
     )
     assert result.to_json()["speedup"]["handler_p50"]["ratio"] == pytest.approx(2.0)
