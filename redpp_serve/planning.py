@@ -48,7 +48,7 @@ def plan(
     """
     where = str(parse_device(device))
     wanted = {"threads": threads, "batch_size": batch, "precision": precision}
-    options = {"threads": 1, "batch_size": 1, "precision": "fp32"} | _options(folder)
+    options: dict[str, Any] = {"threads": 1, "batch_size": 1, "precision": "fp32"} | _options(folder)
     options |= {name: value for name, value in wanted.items() if value is not None}
     for name in ("threads", "batch_size"):
         if type(options[name]) is not int or options[name] < 1:

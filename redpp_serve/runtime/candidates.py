@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -130,7 +131,7 @@ def _from_repeats(layer: FusedLayer, x_shape: tuple[int, ...], device: torch.dev
     if not layer.is_conv and found.values is not None:
         worth, reason = _codebook_rule(layer, len(found.values), layer.rows(x_shape))
         for decode in _decodes(layer, len(found.values), device):
-            yield Candidate(f"codebook:{decode}", worth, reason, lambda decode=decode: forms.codebook(layer, decode))
+            yield Candidate(f"codebook:{decode}", worth, reason, partial(forms.codebook, layer, decode))
     if found.split_share is not None:
         worth = device.type == "cpu" and layer.values[0, 0].numel() > 1 and found.split_share <= SPLIT_SHARE
         reason = f"{found.split_share:.1%} of the dense operations (worth it on a CPU, for k x k, to {SPLIT_SHARE:.0%})"

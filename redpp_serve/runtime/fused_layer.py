@@ -115,24 +115,23 @@ def cudnn(layer: FusedLayer) -> Form:
     """Call cuDNN's convolution with bias, ReLU and, if there is one, the summand."""
     window = *layer.geometry, layer.groups
     if layer.other is None:
-        call = "cudnn.conv2d_relu", (layer.x, layer.weight, layer.bias, *window)
-    else:
-        call = "cudnn.conv2d_add_relu", (layer.x, layer.weight, layer.other, 1.0, layer.bias, *window)
-    return Node(layer.node.name, *call), _stored(layer)
+        return _form(layer, "cudnn.conv2d_relu", (layer.x, layer.weight, layer.bias, *window), _stored(layer))
+    args = layer.x, layer.weight, layer.other, 1.0, layer.bias, *window
+    return _form(layer, "cudnn.conv2d_add_relu", args, _stored(layer))
 
 
 def fused(layer: FusedLayer) -> Form:
     """Call `kernels.fused_conv2d` or `kernels.fused_linear`."""
     args = layer.x, layer.weight, layer.bias, layer.other, layer.activation
     if layer.is_conv:
-        return Node(layer.node.name, "redpp.fused_conv2d", (*args, *layer.geometry)), _stored(layer)
-    return Node(layer.node.name, "redpp.fused_linear", args), _stored(layer)
+        return _form(layer, "redpp.fused_conv2d", (*args, *layer.geometry), _stored(layer))
+    return _form(layer, "redpp.fused_linear", args, _stored(layer))
 
 
 def depthwise(layer: FusedLayer) -> Form:
     """Call `kernels.depthwise_conv2d`; for a layer without a summand."""
     args = layer.x, layer.weight, layer.bias, layer.activation, *layer.geometry
-    return Node(layer.node.name, "redpp.depthwise_conv2d", args), _stored(layer)
+    return _form(layer, "redpp.depthwise_conv2d", args, _stored(layer))
 
 
 def codebook(layer: FusedLayer, decode: str) -> Form:
@@ -140,13 +139,12 @@ def codebook(layer: FusedLayer, decode: str) -> Form:
     values = repeats(layer.values).values
     assert values is not None
     indices, book = f"{layer.node.name}.indices", f"{layer.node.name}.codebook"
+    tensors = {indices: kernels.pack_indices(pack_values(layer.values, values)), book: values}
     refs = Ref(indices), Ref(book), layer.bias
     if layer.other is None:
-        call = "redpp.codebook_linear", (layer.x, *refs, layer.activation, decode)
-    else:
-        call = "redpp.codebook_linear_then", (layer.x, layer.other, *refs, decode, layer.activation)
-    tensors = {indices: kernels.pack_indices(pack_values(layer.values, values)), book: values}
-    return Node(layer.node.name, *call), tensors | layer.stored_bias()
+        return _form(layer, "redpp.codebook_linear", (layer.x, *refs, layer.activation, decode), tensors)
+    args = layer.x, layer.other, *refs, decode, layer.activation
+    return _form(layer, "redpp.codebook_linear_then", args, tensors)
 
 
 def split(layer: FusedLayer) -> Form:
@@ -155,12 +153,15 @@ def split(layer: FusedLayer) -> Form:
     unique = parts.kernels if layer.is_conv else parts.kernels.view(-1)
     forms = {"kernels": unique, "channel": parts.channel, "index": parts.index, "sign": parts.sign}
     tensors = {f"{layer.node.name}.split_{part}": tensor.contiguous() for part, tensor in forms.items()}
-    args = layer.x, layer.other, *map(Ref, tensors), layer.bias
+    args: tuple[Any, ...] = (layer.x, layer.other, *map(Ref, tensors), layer.bias)
     if layer.is_conv:
-        call = "redpp.split_conv2d_then", (*args, *layer.geometry, layer.groups, layer.activation)
-    else:
-        call = "redpp.split_linear_then", (*args, layer.activation)
-    return Node(layer.node.name, *call), tensors | layer.stored_bias()
+        args = (*args, *layer.geometry, layer.groups)
+    op = "redpp.split_conv2d_then" if layer.is_conv else "redpp.split_linear_then"
+    return _form(layer, op, (*args, layer.activation), tensors)
+
+
+def _form(layer: FusedLayer, op: str, args: tuple[Any, ...], tensors: dict[str, Tensor]) -> Form:
+    return Node(layer.node.name, op, args), tensors | layer.stored_bias()
 
 
 def _stored(layer: FusedLayer) -> dict[str, Tensor]:
@@ -201,25 +202,22 @@ def onednn_conv2d(layer: FusedLayer, x_shape: tuple[int, ...]) -> Form:
     name = f"{layer.node.name}.packed"
     pack = torch.ops.mkldnn._reorder_convolution_weight
     packed = pack(layer.values.contiguous(), layer.padding, layer.stride, layer.dilation, layer.groups, list(x_shape))
-    weights: tuple[Any, ...] = (Ref(name), layer.bias)
-    window = layer.padding, layer.stride, layer.dilation, layer.groups
+    refs, window = (Ref(name), layer.bias), (layer.padding, layer.stride, layer.dilation, layer.groups)
     if layer.other is None and layer.activation in _ATTRIBUTES:
-        call = "onednn.conv2d", (layer.x, *weights, *window, *_ATTRIBUTES[layer.activation])
-    elif layer.other is not None and layer.activation in _AFTER_SUM:
+        return _form(layer, "onednn.conv2d", (layer.x, *refs, *window, *_ATTRIBUTES[layer.activation]), {name: packed})
+    if layer.other is not None and layer.activation in _AFTER_SUM:
         after = _AFTER_SUM[layer.activation]
-        call = "onednn.conv2d_add", (layer.x, layer.other, *weights, *window, "add", None, after, [], None)
-    else:
-        call = "onednn.conv2d_then", (layer.x, layer.other, *weights, *layer.geometry, layer.groups, layer.activation)
-    return Node(layer.node.name, *call), {name: packed} | layer.stored_bias()
+        args = layer.x, layer.other, *refs, *window, "add", None, after, [], None
+        return _form(layer, "onednn.conv2d_add", args, {name: packed})
+    rest = layer.x, layer.other, *refs, *layer.geometry, layer.groups, layer.activation
+    return _form(layer, "onednn.conv2d_then", rest, {name: packed})
 
 
 def onednn_linear(layer: FusedLayer) -> Form:
     """Call oneDNN's Linear with a packed weight, for any number of rows."""
     name = f"{layer.node.name}.packed"
     packed = torch.ops.mkldnn._reorder_linear_weight(layer.values.contiguous())
-    weights: tuple[Any, ...] = (Ref(name), layer.bias)
+    refs = Ref(name), layer.bias
     if layer.other is None and layer.activation in _ATTRIBUTES:
-        call = "onednn.linear", (layer.x, *weights, *_ATTRIBUTES[layer.activation])
-    else:
-        call = "onednn.linear_then", (layer.x, layer.other, *weights, layer.activation)
-    return Node(layer.node.name, *call), {name: packed} | layer.stored_bias()
+        return _form(layer, "onednn.linear", (layer.x, *refs, *_ATTRIBUTES[layer.activation]), {name: packed})
+    return _form(layer, "onednn.linear_then", (layer.x, layer.other, *refs, layer.activation), {name: packed})

@@ -19,15 +19,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from redpp_serve.graph.executor import Program
-from redpp_serve.graph.graph import Graph, InputSpec
+from redpp_serve.graph.graph import Graph, InputSpec, Node
 from redpp_serve.runtime.candidates import Candidate
 from redpp_serve.runtime.device import device_name
-from redpp_serve.runtime.fused_layer import Form, FusedLayer, fused_layers
+from redpp_serve.runtime.fused_layer import FusedLayer, fused_layers
 from redpp_serve.runtime.plan import DENSE, Choice, Plan, Timing, decide
 from redpp_serve.runtime.plan_cache import PlanCache, device_key
 from redpp_serve.runtime.serving_graph import PlanContext, planned_programs
@@ -35,6 +36,7 @@ from redpp_serve.runtime.timing import (
     FEWEST_ROUNDS,
     ClockTimer,
     EventTimer,
+    Make,
     Timer,
     in_turns,
     random_tensor,
@@ -145,8 +147,10 @@ def confirmed(
             if known and math.isfinite(known[PLANNED].seconds):
                 cache.add(key, {name: known})
         if not known or known[PLANNED].high > 1.0:
-            dense = {"kernel": DENSE, "source": "network" if known else "budget"}
-            kept = [replace(c, **dense) if c.batch == batch and c.kernel != DENSE else c for c in kept]
+            source = "network" if known else "budget"
+            kept = [
+                replace(c, kernel=DENSE, source=source) if c.batch == batch and c.kernel != DENSE else c for c in kept
+            ]
     return kept
 
 
@@ -166,10 +170,7 @@ def _time_networks(
     )
     try:
         start = time.perf_counter()
-        runs = []
-        for table in ({}, kernels):
-            program = planned_programs(context, (batch,), lambda layer, _, table=table: table.get(layer, DENSE))[batch]
-            runs.append(timer.prepare(lambda _, program=program: program, {}, inputs))
+        runs = [timer.prepare(_network(context, batch, table), {}, inputs) for table in ({}, kernels)]
         once = (time.perf_counter() - start) / 2
         if time.perf_counter() + 2 * FEWEST_ROUNDS * once > end:
             return {}
@@ -177,6 +178,11 @@ def _time_networks(
     except Exception as error:  # whatever a driver raises: a plan never stops a worker
         log.warning("the network does not run with the kernels chosen for batch %d: %s", batch, _one_line(error))
         return {PLANNED: Timing(math.inf, math.inf)}
+
+
+def _network(context: PlanContext, batch: int, kernels: Mapping[str, str]) -> Make:
+    program = planned_programs(context, (batch,), lambda layer, _: kernels.get(layer, DENSE))[batch]
+    return lambda _: program
 
 
 def _network_key(context: PlanContext, batch: int, kernels: Mapping[str, str]) -> str:
@@ -274,13 +280,11 @@ def time_candidates(
     for option in options:
         try:
             node, tensors = option.make()
-            result = _program(layer, (node, tensors))(*inputs)[0]
+            result = _program(layer, node, tensors)(*inputs)[0]
             difference = 0.0 if expected is None else _difference(result, expected)
             if not difference <= most_roundings(result):
                 raise ValueError(f"its result differs by {difference:.0f} roundings from the dense kernel's")
-            runs[option.kernel] = timer.prepare(
-                lambda stored, node=node: _program(layer, (node, dict(stored))), tensors, inputs
-            )
+            runs[option.kernel] = timer.prepare(partial(_program, layer, node), tensors, inputs)
         except Exception as error:  # whatever a compiler or a driver raises: this kernel is not for this device
             if expected is None:
                 raise
@@ -307,13 +311,12 @@ def _inputs(layer: FusedLayer, x_shape: tuple[int, ...]) -> tuple[Tensor, ...]:
     return tuple(random_tensor(shape, layer.values.dtype, layer.values.device, generator) for shape in shapes)
 
 
-def _program(layer: FusedLayer, form: Form) -> Program:
+def _program(layer: FusedLayer, node: Node, tensors: Mapping[str, Tensor]) -> Program:
     """Build a program of one layer alone."""
-    node, tensors = form
     values = list(dict.fromkeys([layer.x, layer.other] if layer.other is not None else [layer.x]))
     dtype = str(layer.values.dtype).removeprefix("torch.")
     specs = tuple(InputSpec(value.name, (), dtype) for value in values)  # a program does not look at shapes
-    return Program(Graph(specs, tensors, (node,), (node.name,))).eval()
+    return Program(Graph(specs, dict(tensors), (node,), (node.name,))).eval()
 
 
 def most_roundings(result: Tensor) -> float:

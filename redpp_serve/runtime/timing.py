@@ -110,7 +110,7 @@ class EventTimer:
             graph.replay()
             after.record()
             after.synchronize()
-            return before.elapsed_time(after) / 1e3 / repeats
+            return float(before.elapsed_time(after)) / 1e3 / repeats
 
         return run
 

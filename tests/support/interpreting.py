@@ -28,7 +28,7 @@ def run_child(file: str, *what: str, **environment: str) -> dict[str, Any]:
             env=os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)} | environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
