@@ -51,38 +51,27 @@ def depthwise_conv2d(
 
 
 def depthwise_conv2d_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *window: Sequence[int]
 ) -> Tensor:
-    """Compute the operator in plain PyTorch; half precisions are rounded once, at the end."""
+    """Compute the operator in plain PyTorch; half precisions are rounded once, at the end.
+
+    ``window`` is stride, padding and dilation.
+    """
     n, channels, *size = x.shape
     if channels == 0:  # torch refuses a convolution without channels
-        return empty_channels_last(x, (n, 0, *conv_output_size(size, weight.shape[2:], stride, padding, dilation)))
+        return empty_channels_last(x, (n, 0, *conv_output_size(size, weight.shape[2:], *window)))
     work = working_dtype(x.dtype)
     shift = None if bias is None else bias.to(work)
-    total = F.conv2d(x.to(work), weight.to(work), shift, list(stride), list(padding), list(dilation), channels)
+    total = F.conv2d(x.to(work), weight.to(work), shift, *map(list, window), channels)
     return as_channels_last(ACTIVATIONS[activation](total), x.dtype)
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Sequence[int]:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *window: Sequence[int]) -> Sequence[int]:
     check_activation(_OP, activation)
     check_input(_OP, x, "(n, channels, h, w)", x.dim() == 4)
     check_conv_weight(_OP, weight)
     n, channels = x.shape[:2]
-    size = check_window(_OP, x, weight.shape[2:], stride, padding, dilation)
+    size = check_window(_OP, x, weight.shape[2:], *window)
     expect(_OP, "weight", weight, x, x.dtype, (channels, 1, *weight.shape[2:]))
     expect(_OP, "bias", bias, x, x.dtype, (channels,))
     return n, channels, *size

@@ -54,22 +54,18 @@ def fused_conv2d(
 
 
 def fused_conv2d_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, *window: Sequence[int]
 ) -> Tensor:
-    """Compute the operator in plain PyTorch; half precisions are rounded once, at the end."""
+    """Compute the operator in plain PyTorch; half precisions are rounded once, at the end.
+
+    ``window`` is stride, padding and dilation.
+    """
     work = working_dtype(x.dtype)
     if 0 in (*x.shape, *weight.shape):  # torch refuses or misreads a convolution without channels
-        size = conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+        size = conv_output_size(x.shape[2:], weight.shape[2:], *window)
         total = torch.zeros((x.shape[0], weight.shape[0], *size), dtype=work, device=x.device)
     else:
-        total = F.conv2d(x.to(work), weight.to(work), None, list(stride), list(padding), list(dilation))
+        total = F.conv2d(x.to(work), weight.to(work), None, *map(list, window))
     if bias is not None:
         total = total + bias.to(work).view(1, -1, 1, 1)
     if residual is not None:
@@ -78,20 +74,13 @@ def fused_conv2d_reference(
 
 
 def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, *window: Sequence[int]
 ) -> Sequence[int]:
     check_activation(_OP, activation)
     check_input(_OP, x, "(n, n_in, h, w)", x.dim() == 4)
     check_conv_weight(_OP, weight)
     n_out, _, *kernel = weight.shape
-    size = check_window(_OP, x, kernel, stride, padding, dilation)
+    size = check_window(_OP, x, kernel, *window)
     expect(_OP, "weight", weight, x, x.dtype, (n_out, x.shape[1], *kernel))
     expect(_OP, "bias", bias, x, x.dtype, (n_out,))
     shape = x.shape[0], n_out, *size
