@@ -62,7 +62,8 @@ def depthwise_conv2d_reference(
         return empty_channels_last(x, (n, 0, *conv_output_size(size, weight.shape[2:], *window)))
     work = working_dtype(x.dtype)
     shift = None if bias is None else bias.to(work)
-    total = F.conv2d(x.to(work), weight.to(work), shift, *map(list, window), channels)
+    stride, padding, dilation = map(list, window)
+    total = F.conv2d(x.to(work), weight.to(work), shift, stride, padding, dilation, channels)
     return as_channels_last(ACTIVATIONS[activation](total), x.dtype)
 
 

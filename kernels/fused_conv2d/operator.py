@@ -65,7 +65,8 @@ def fused_conv2d_reference(
         size = conv_output_size(x.shape[2:], weight.shape[2:], *window)
         total = torch.zeros((x.shape[0], weight.shape[0], *size), dtype=work, device=x.device)
     else:
-        total = F.conv2d(x.to(work), weight.to(work), None, *map(list, window))
+        stride, padding, dilation = map(list, window)
+        total = F.conv2d(x.to(work), weight.to(work), None, stride, padding, dilation)
     if bias is not None:
         total = total + bias.to(work).view(1, -1, 1, 1)
     if residual is not None:

@@ -207,8 +207,8 @@ def onednn_conv2d(layer: FusedLayer, x_shape: tuple[int, ...]) -> Form:
         return _form(layer, "onednn.conv2d", (layer.x, *refs, *window, *_ATTRIBUTES[layer.activation]), {name: packed})
     if layer.other is not None and layer.activation in _AFTER_SUM:
         after = _AFTER_SUM[layer.activation]
-        args = layer.x, layer.other, *refs, *window, "add", None, after, [], None
-        return _form(layer, "onednn.conv2d_add", args, {name: packed})
+        sum_args: tuple[Any, ...] = (layer.x, layer.other, *refs, *window, "add", None, after, [], None)
+        return _form(layer, "onednn.conv2d_add", sum_args, {name: packed})
     rest = layer.x, layer.other, *refs, *layer.geometry, layer.groups, layer.activation
     return _form(layer, "onednn.conv2d_then", rest, {name: packed})
 

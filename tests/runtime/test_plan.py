@@ -28,6 +28,7 @@ PLAN = Plan(
         ({"dense": (1.0, 1.0)}, "dense"),
         ({}, "dense"),
         ({"dense": (1.0, 1.0), "a": (0.9, 0.95)}, "a"),
+        ({"dense": (1.0, 1.0), "a": (0.9, 1 - LEAST_GAIN)}, "a"),
         ({"dense": (1.0, 1.0), "a": (0.5, 0.98)}, "dense"),  # looks twice as fast, but surely only 2 %
         ({"dense": (1.0, 1.0), "a": (0.9, 1 - LEAST_GAIN), "b": (0.8, 0.9), "c": (0.7, 1.1)}, "b"),
         ({"dense": (1.0, 1.0), "a": (math.inf, math.inf)}, "dense"),

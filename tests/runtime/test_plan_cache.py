@@ -37,6 +37,9 @@ def test_what_others_wrote_stays(tmp_path: Path) -> None:
     second.add("other", TIMES)
     found = PlanCache(tmp_path / "p")
     assert found.find(KEY, "one") and found.find(KEY, "two") and found.find("other", "op=a x=1x2")
+    again = {"dense": Timing(5e-3, 1.0)}
+    first.add(KEY, {"two": again})  # taken again: the newer one counts
+    assert PlanCache(tmp_path / "p").find(KEY, "two") == (again, "cached")
 
 
 @pytest.mark.parametrize(
