@@ -164,9 +164,9 @@ def stop(folder: Path, keep: Path | None = None) -> str:
                 os.kill(running.pid, signal.SIGKILL)
             while started(running.pid) == running.created:
                 time.sleep(_POLL_S)
-            clean(folder)
             break
         time.sleep(_POLL_S)
+    clean(folder)  # nothing is left unless the supervisor was killed, by this command or by somebody else
     return f"stopped the A/B test for {folder}{kept}"
 
 

@@ -174,7 +174,7 @@ class Traffic:
 
 def _three_digits(milliseconds: int) -> int:
     """Keep three digits, so that there are no more different values than 900 per power of ten."""
-    step = 10 ** max(len(str(milliseconds)) - 3, 0)
+    step = int(10 ** max(len(str(milliseconds)) - 3, 0))
     return milliseconds // step * step
 
 

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,7 @@ from redpp_serve.packaging.mar import build_mar
 from redpp_serve.packaging.server_config import model_config
 from redpp_serve.processes import started
 from redpp_serve.serving.running import Running, register
+from tests.ab.test_status import Experiment
 from tests.support.served import built, network, write_archives
 from tests.support.tools import tool
 
@@ -125,7 +128,8 @@ def test_an_ab_test_is_found_beside_another_server_of_its_folder(
     test = replace(server, extra={"state": str(state.parent), "gateway": "http://g", "ab_metrics": ""})
     other = subprocess.Popen(["sleep", "60"])
     try:
-        with register(test), register(replace(server, pid=other.pid, created=started(other.pid) or 0.0)):
+        servers = [replace(server, pid=pid, created=started(pid) or 0.0) for pid in (1, other.pid)]  # before and after
+        with register(test), register(servers[0]), register(servers[1]):
             assert main(["ab", "promote", str(packaged)]) == 0
             assert "all users of http://g get pruned" in capsys.readouterr().out and (state / "promoted").exists()
             read, write = os.pipe()
@@ -145,6 +149,49 @@ def test_an_ab_test_is_found_beside_another_server_of_its_folder(
     finally:
         other.kill()
         other.wait()
+
+
+@pytest.fixture
+def registered(packaged: Path, tmp_path: Path) -> Iterator[tuple[Experiment, subprocess.Popen[bytes]]]:
+    """An A/B test's state folder, and a process that other commands take for its supervisor."""
+    (tmp_path / "state").mkdir()
+    experiment = Experiment(tmp_path / "state", margin=0.05, max_error_rate_gap=0.05)
+    process = subprocess.Popen(["sleep", "60"])
+    extra = {"state": str(experiment.state), "gateway": "http://g", "ab_metrics": ""}
+    begun = started(process.pid) or 0.0
+    server = Running(
+        str(packaged), "m", "torchserve", process.pid, begun, ("1.0", "2.0"), {}, "http://127.0.0.1:9", [], {}
+    )
+    with register(replace(server, headers={"management": {}}, extra=extra)):
+        yield experiment, process
+    process.kill()
+    process.wait()
+
+
+def test_a_promotion_against_the_advice_says_so(
+    packaged: Path, registered: tuple[Experiment, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, _ = registered
+    assert main(["ab", "promote", str(packaged)]) == 0
+    assert "the advice was another one: " in capsys.readouterr().out
+    experiment.pairs(1500, 0.8)
+    experiment.windows(200, 0.8)
+    assert experiment.status().advice.kind == "promote"
+    assert main(["ab", "promote", str(packaged)]) == 0
+    assert "the advice was another one" not in capsys.readouterr().out
+
+
+def test_records_are_kept_in_a_new_folder_only(
+    packaged: Path, registered: tuple[Experiment, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, process = registered
+    (experiment.state / "gateway" / "access.log").write_text("a line")
+    (tmp_path / "there").mkdir()
+    assert main(["ab", "stop", str(packaged), "--keep", str(tmp_path / "there")]) == 2
+    assert "there exists" in capsys.readouterr().err and process.poll() is None
+    assert main(["ab", "stop", str(packaged), "--keep", str(tmp_path / "kept")]) == 0
+    assert process.wait(5) == -signal.SIGTERM and f"is in {tmp_path / 'kept'}" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"spec.json", "counts.json", "access.log"}
 
 
 @pytest.mark.server

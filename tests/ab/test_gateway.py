@@ -18,6 +18,7 @@ from redpp_serve.ab.gateway import (
     connection_limit,
     gateway_config,
     private_folder,
+    stop_mirroring,
     switch,
     switched,
     worker_account,
@@ -148,6 +149,22 @@ def test_promote_and_rollback_take_effect_at_the_next_request_of_a_connection(fo
     assert (
         arm(ask(live.gateway.port, PUBLIC, headers={"X-Redpp-Arm": "original"})) == "original"
     )  # asked for: that stands
+
+
+def test_the_switches_are_the_files_that_nginx_looks_for(tmp_path: Path) -> None:
+    """Where both stand, for a moment or because somebody put them there, the roll-back wins."""
+    text = gateway_config(gateway(tmp_path, 4711, recorder=4712))
+    rules = [line.split("{")[0].strip() for line in text.splitlines() if f"-f {tmp_path}" in line]
+    assert rules == [f"if (-f {tmp_path}/{name})" for name in ("promoted", "rolled_back", "shadow_off")]
+    assert switched(tmp_path) is None
+    switch(tmp_path, "pruned")
+    assert (tmp_path / "promoted").exists() and switched(tmp_path) == "pruned"
+    switch(tmp_path, "original")
+    assert [path.name for path in tmp_path.iterdir()] == ["rolled_back"] and switched(tmp_path) == "original"
+    (tmp_path / "promoted").touch()
+    assert switched(tmp_path) == "original"
+    stop_mirroring(tmp_path)
+    assert (tmp_path / "shadow_off").exists()
 
 
 @pytest.mark.server

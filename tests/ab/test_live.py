@@ -272,7 +272,8 @@ def test_the_end_leaves_nothing_behind(
         assert f"no A/B test runs for {folder}" in capsys.readouterr().err
 
 
-def test_an_ab_test_on_triton_inference_server(folder: Path) -> None:
+def test_an_ab_test_on_triton_inference_server(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the end its supervisor is killed: nothing of it stays, and `ab stop` says so."""
     start(folder, "--split", "80:20", "--server", "triton")
     client = Client(folder, "triton")
     processes = family(client)
@@ -283,5 +284,11 @@ def test_an_ab_test_on_triton_inference_server(folder: Path) -> None:
         now = until(lambda: (s := status(folder)).arms["pruned"].handler_ms["p50"] and s)
         assert now.kind == "triton" and now.problems == [] and now.findings[0].source == "split"
     finally:
+        supervisor = psutil.Process(client.running.pid)
+        supervisor.kill()
+        until(lambda: not living([supervisor]))
+        capsys.readouterr()
         assert main(["ab", "stop", str(folder)]) == 0
-    assert not living(processes)
+    assert "cleaned up after an A/B test" in capsys.readouterr().out
+    state = Path(client.running.extra["state"])
+    assert not living(processes) and not state.exists() and not list(Path("/dev/shm").glob(f"{state.name}*"))
