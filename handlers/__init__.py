@@ -1,1 +1,1 @@
-"""What runs inside a model server: requests, preprocessing, metrics. Needs `runtime`; copied into each archive."""
+"""Code that runs inside a model server: requests, preprocessing, metrics. Each archive carries a copy of it."""

@@ -1,4 +1,4 @@
-"""Processes that this project starts: found, ended, and cleaned up after when their supervisor is killed.
+"""Programs that this project starts: found, ended, and cleaned up after when their supervisor is killed.
 
 Every program is started as the leader of a session of its own, so that all its descendants can be found by the
 session's number, also those whose parent has ended. A `Guard` is a small process beside the supervisor that ends the
@@ -18,8 +18,38 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from redpp_serve.errors import RedppError
+
 if TYPE_CHECKING:
     from psutil import Process
+
+# Programs of the system that this project starts but does not install, and Debian's packages that hold them.
+PACKAGES = {
+    "nginx": "nginx-light",
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+    "chromium": "chromium",
+    "kubectl": "kubernetes-client",
+}
+ADMINISTRATION = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # not in every user's PATH, and nginx lies there
+
+
+def find_program(name: str, administration: Sequence[str] | None = None) -> Path:
+    """Return the program of that name in PATH, or else in folders of programs for administration.
+
+    Raises:
+        RedppError: it is not installed; names Debian's package.
+    """
+    folders = ADMINISTRATION if administration is None else administration
+    path = os.pathsep.join([os.environ.get("PATH", ""), *folders])
+    found = shutil.which(name, path=path)
+    if found is None:
+        raise RedppError(
+            f"the program {name} is not installed",
+            f"{name} in PATH",
+            f"install it, on Debian and Ubuntu: apt-get install {PACKAGES.get(name, name)}",
+        )
+    return Path(found)
 
 
 def started(pid: int) -> float | None:

@@ -29,9 +29,9 @@ def test_chosen_ports_are_different_and_free() -> None:
 
 def test_a_port_in_use_is_refused_by_name() -> None:
     ports = free_ports(Ports)
-    with socket.create_server(("127.0.0.1", ports.grpc_management)):
-        with pytest.raises(RedppError, match=f"port {ports.grpc_management} for grpc management: .*in use"):
-            check_ports(ports)
+    refusal = pytest.raises(RedppError, match=f"port {ports.grpc_management} for grpc management: .*in use")
+    with socket.create_server(("127.0.0.1", ports.grpc_management)), refusal:
+        check_ports(ports)
     check_ports(ports)
 
 
@@ -69,6 +69,5 @@ def test_a_request_goes_past_any_proxy_and_any_status_is_an_answer(monkeypatch: 
 def test_nobody_there_and_no_http_are_both_no_answer() -> None:
     with pytest.raises(NO_ANSWER):
         ask("http://127.0.0.1:9/")
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        with pytest.raises(NO_ANSWER):
-            ask(f"http://127.0.0.1:{mute.getsockname()[1]}/", timeout_s=0.1)
+    with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(NO_ANSWER):
+        ask(f"http://127.0.0.1:{mute.getsockname()[1]}/", timeout_s=0.1)

@@ -11,8 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from redpp_serve.errors import RedppError
 from redpp_serve.processes import (
     command_line,
+    find_program,
     free_shared_memory,
     kill_session,
     session,
@@ -20,6 +22,7 @@ from redpp_serve.processes import (
     terminate,
     wait_and_end,
 )
+from tests.support.tools import REQUIRED, tool
 
 # Its leader ends at once, and leaves a process in the session, as a server does that was killed.
 _SUPERVISOR = """
@@ -128,10 +131,40 @@ def test_terminating_tells_some_and_waits_for_all() -> None:
     leader = subprocess.Popen(["sh", "-c", "sleep 60 & wait"], start_new_session=True)
     try:
         deadline = time.monotonic() + 10
-        while len(members := session(leader.pid)) < 2 and time.monotonic() < deadline:
+        while time.monotonic() < deadline:  # until the shell has started its child, and the child its program
+            members = session(leader.pid)
+            sleeper = next((process for process in members if command_line(process)[:1] == ["sleep"]), None)
+            if sleeper:
+                break
             time.sleep(0.01)
-        sleeper = next(process for process in members if command_line(process)[0] == "sleep")
         terminate(members, lambda process: process == sleeper, timeout_s=10)
         assert leader.wait(10) == 0 and session(leader.pid) == [] and command_line(sleeper) == []
     finally:
         kill_session(leader)
+
+
+def test_a_program_is_found_in_path_or_among_those_for_administration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    for folder in ("sbin", "bin"):
+        (tmp_path / folder).mkdir()
+        program = tmp_path / folder / "nginx"
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+        assert find_program("nginx", [str(tmp_path / "sbin")]) == program  # once it is in both, PATH wins
+
+
+def test_a_missing_program_is_named_with_its_package_and_skips_or_fails_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name, package in (("nginx", "nginx-light"), ("redpp-absent", "redpp-absent")):
+        with pytest.raises(RedppError, match=f"{name} is not installed.*apt-get install {package}"):
+            find_program(name, [])
+    monkeypatch.delenv(REQUIRED, raising=False)
+    with pytest.raises(pytest.skip.Exception, match="redpp-absent"):
+        tool("redpp-absent")
+    monkeypatch.setenv(REQUIRED, "1")
+    with pytest.raises(pytest.fail.Exception, match="redpp-absent"):
+        tool("redpp-absent")

@@ -32,12 +32,11 @@ from redpp_serve.ab.state import (
 from redpp_serve.ab.status import Status, read_status
 from redpp_serve.ab.supervisor import supervise
 from redpp_serve.errors import RedppError
-from redpp_serve.processes import started
+from redpp_serve.processes import find_program, started
 from redpp_serve.serving.health import sample_request
 from redpp_serve.serving.running import Running, find_all
 from redpp_serve.serving.serve import model_name
 from redpp_serve.serving.switching import switch as switch_server
-from redpp_serve.serving.tools import find_tool
 from redpp_serve.variants import ORIGINAL, PRUNED
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def start(spec: Spec, *, foreground: bool, say: Note, note: Note) -> None:
             "give it a part of --split, or add --shadow",
         )
     _refuse_second(spec)
-    find_tool("nginx")
+    find_program("nginx")
     state = private_folder("redpp-ab-")
     test = Started(spec, name, time.time())
 

@@ -32,8 +32,7 @@ from redpp_serve.ab.spec import TrafficSplit
 from redpp_serve.errors import RedppError
 from redpp_serve.loopback import ADDRESS
 from redpp_serve.packaging.server_config import MAX_REQUEST_BYTES
-from redpp_serve.processes import kill_session
-from redpp_serve.serving.tools import find_tool
+from redpp_serve.processes import find_program, kill_session
 from redpp_serve.variants import NAMES, ORIGINAL, PRUNED
 
 ARM_HEADER = "X-Redpp-Arm"  # asks for an arm in a request, and names it in the reply
@@ -208,7 +207,7 @@ class NginxProcess(ListeningProcess):
     def __init__(
         self, gateway: Gateway, watch: Callable[[subprocess.Popen[bytes]], None] = lambda process: None
     ) -> None:
-        folder, program = gateway.folder, find_tool("nginx")
+        folder, program = gateway.folder, find_program("nginx")
         log, config = folder / ERROR_LOG, folder / "nginx.conf"
         command = [str(program), "-e", str(log), "-p", str(folder), "-c", str(config)]
         super().__init__("nginx", command, gateway.port, log, watch)

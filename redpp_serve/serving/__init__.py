@@ -1,1 +1,1 @@
-"""Starting and stopping real model servers on this machine, for the demo, the comparison and the tests."""
+"""Real model servers on this machine: started, stopped, found again, probed, and switched between versions."""

@@ -74,7 +74,7 @@ def test_a_missing_nginx_is_named_with_its_package(
     packaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", os.devnull)
-    monkeypatch.setattr("redpp_serve.serving.tools._ADMINISTRATION", ())
+    monkeypatch.setattr("redpp_serve.processes.ADMINISTRATION", ())
     assert main(["ab", "start", str(packaged)]) == 2
     assert "apt-get install nginx-light" in capsys.readouterr().err
 

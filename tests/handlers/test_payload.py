@@ -165,6 +165,7 @@ BAD_BODIES = {
     "number": ({"body": b"5"}, r"\(\)"),
     "other key": ({"body": {"input": [1]}}, 'keys input, expected the key "inputs"'),
     "other name": ({"body": {"inputs": {"y": [1]}}}, "with y, expected x"),
+    "five names": ({"body": {"inputs": {name: [1] for name in "abcde"}}}, "with a, b, c, d and 1 more, expected x"),
     "many names": ({"body": {"inputs": {name: [1] for name in "abcdef"}}}, "with a, b, c, d and 2 more, expected x"),
     "no name": ({"body": {"inputs": {}}}, "with nothing, expected x"),
     "image": ({"body": picture()}, "declares no preprocessing"),

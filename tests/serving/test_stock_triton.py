@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -27,10 +27,13 @@ from redpp_serve.variants import VARIANTS
 from tests.support.small import outputs
 from tests.support.tools import triton
 
+pytestmark = pytest.mark.server
+
 START_S = 120
 INSTANCES = 2
-VERSIONS = {"original": "1", "pruned": "2"}
-RANDOM = numpy.random.default_rng(4)
+VERSIONS = {variant.name: variant.triton_version for variant in VARIANTS}
+ARTIFACTS = {variant.name: variant.version for variant in VARIANTS}
+RANDOM = np.random.default_rng(4)
 
 
 @pytest.fixture(scope="module")
@@ -93,19 +96,19 @@ def _ready(ports: TritonPorts) -> bool:
         return False
 
 
-def given(module: Any, x: numpy.ndarray) -> Any:
+def given(module: Any, x: np.ndarray) -> Any:
     made = module.InferInput("x", x.shape, "FP32")
     made.set_data_from_numpy(x)
     return made
 
 
-def images(rows: int) -> numpy.ndarray:
-    return RANDOM.standard_normal((rows, 1, 12, 12), dtype=numpy.float32)
+def images(rows: int) -> np.ndarray:
+    return RANDOM.standard_normal((rows, 1, 12, 12), dtype=np.float32)
 
 
-def right(package: Path, variant: str, x: numpy.ndarray) -> Any:
+def right(package: Path, variant: str, x: np.ndarray) -> Any:
     expected = [outputs(package / f"{variant}.mar", torch.from_numpy(row))[0] for row in x]
-    return pytest.approx(numpy.array(expected), rel=1e-3, abs=1e-4)
+    return pytest.approx(np.array(expected), rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("variant", VERSIONS)
@@ -121,11 +124,11 @@ def test_both_versions_answer_over_both_protocols_as_their_graphs_do(
 
 def test_a_bad_request_in_a_batch_costs_its_sender_alone(server: TritonPorts, package: Path) -> None:
     inputs = [images(1) for _ in range(4)]
-    inputs[2][0, 0, 5, 5] = numpy.nan
+    inputs[2][0, 0, 5, 5] = np.nan
     before = settled(server)
     with over_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
         answers = ThreadPoolExecutor(4).map(lambda x: _ask(client, x, "2"), inputs)
-        for k, (x, answer) in enumerate(zip(inputs, answers)):
+        for k, (x, answer) in enumerate(zip(inputs, answers, strict=True)):
             if k == 2:
                 assert answer.status() == "StatusCode.INVALID_ARGUMENT"
                 assert (
@@ -159,7 +162,7 @@ def test_the_metrics_of_all_instances_add_up_under_the_names_and_labels_of_torch
     counts = {"original": 40, "pruned": 23}
     with over_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client, ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(_ask, client, images(1), VERSIONS[v]) for v, n in counts.items() for _ in range(n)]
-        assert all(isinstance(a.result(), numpy.ndarray) for a in asked)
+        assert all(isinstance(a.result(), np.ndarray) for a in asked)
     for variant, count in counts.items():
         gain = wait_for(server, before, lambda gain: gain("redpp_requests_total", variant, outcome="ok") == count)  # noqa: B023
         batches = gain("redpp_handler_seconds_count", variant)
@@ -203,7 +206,7 @@ def test_the_readme_asks_as_its_code_says(server: TritonPorts, package: Path) ->
     assert result.returncode == 0, result.stderr
     numbers = [float(number) for number in re.findall(r"-?[\d.]+(?:e-?\d+)?", result.stdout)]
     assert numbers == pytest.approx(
-        outputs(package / "pruned.mar", torch.from_numpy(numpy.load(package / "sample.npy")))[0], rel=1e-3, abs=1e-4
+        outputs(package / "pruned.mar", torch.from_numpy(np.load(package / "sample.npy")))[0], rel=1e-3, abs=1e-4
     )
 
 
@@ -215,7 +218,7 @@ def test_the_server_left_the_repository_as_it_was(server: TritonPorts, package: 
     assert all(re.fullmatch(r"small/[12]/__pycache__/model\..*\.pyc", name) for name in extra), extra
 
 
-def _ask(client: Any, x: numpy.ndarray, version: str) -> Any:
+def _ask(client: Any, x: np.ndarray, version: str) -> Any:
     """The first output, or the error."""
     try:
         return client.infer("small", [given(over_grpc, x)], model_version=version).as_numpy("output_0")
@@ -224,8 +227,7 @@ def _ask(client: Any, x: numpy.ndarray, version: str) -> Any:
 
 
 def labels(variant: str, **more: str) -> frozenset[tuple[str, str]]:
-    version = {v.name: v.version for v in VARIANTS}[variant]
-    return frozenset({"model": "small", "version": version, "variant": variant, **more}.items())
+    return frozenset({"model": "small", "version": ARTIFACTS[variant], "variant": variant, **more}.items())
 
 
 def samples(ports: TritonPorts) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:

@@ -7,11 +7,10 @@ import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -25,7 +24,7 @@ from tests.support.served import INFO, PREPROCESS, SHAPE, VARIANTS, expected, np
 
 pytestmark = pytest.mark.server
 
-X = numpy.random.default_rng(0).standard_normal(SHAPE, dtype=numpy.float32)
+X = np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32)
 IMAGE = picture(size=(20, 12))
 BINARY = "application/octet-stream"
 GOOD = [(npy(X), BINARY), (IMAGE, BINARY), (json.dumps(X.tolist()).encode(), "application/json")]
@@ -36,7 +35,7 @@ BAD = [
     (IMAGE[:40], "image/png"),
     (b"", BINARY),
     (b"\xff\xfe", "text/plain"),
-    (npy(X * numpy.nan), BINARY),
+    (npy(X * np.nan), BINARY),
 ]
 
 
@@ -103,13 +102,13 @@ def test_good_and_bad_requests_share_batches_and_metrics_count_them(server: Torc
         for good, bodies in ((True, GOOD * 8), (False, BAD * 3))
         for body, kind in bodies
     ]
-    order = numpy.random.default_rng(1).permutation(len(requests))
+    order = np.random.default_rng(1).permutation(len(requests))
     requests = [requests[i] for i in order]
     before = samples(server)
     with ThreadPoolExecutor(16) as pool:
         replies = list(pool.map(lambda r: post(server, *r[:3]), requests))
     image = PREPROCESS.image(IMAGE)
-    for (version, body, _, good), (status, headers, document) in zip(requests, replies):
+    for (version, body, _, good), (status, headers, document) in zip(requests, replies, strict=True):
         assert status == (200 if good else 400), document
         assert headers["X-Redpp-Variant"] == VARIANTS[version] and float(headers["X-Redpp-Handler-Ms"]) > 0
         if good:
@@ -122,7 +121,7 @@ def test_good_and_bad_requests_share_batches_and_metrics_count_them(server: Torc
     for version, variant in VARIANTS.items():
         key = ("tiny", version, variant)
 
-        def grown(name: str) -> float:
+        def grown(name: str, key: tuple[str, str, str] = key) -> float:
             return after[name][key] - before[name][key]
 
         good, bad = 8 * len(GOOD), 3 * len(BAD)
@@ -210,7 +209,7 @@ def test_workers_that_die_end_the_start_with_their_log(folder: Path, tmp_path: P
 
 def test_a_port_in_use_is_found_beforehand(folder: Path) -> None:
     ports, before = free_ports(Ports), set(mine())
-    with socket.create_server(("127.0.0.1", ports.metrics)):
-        with pytest.raises(RedppError, match=f"port {ports.metrics} for metrics"):
-            TorchServe(folder, name="tiny", ports=replace(ports)).start()
+    refusal = pytest.raises(RedppError, match=f"port {ports.metrics} for metrics")
+    with socket.create_server(("127.0.0.1", ports.metrics)), refusal:
+        TorchServe(folder, name="tiny", ports=ports).start()
     assert set(mine()) <= before

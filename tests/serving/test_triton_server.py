@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy
+import numpy as np
 import psutil
 import pytest
 
@@ -100,7 +100,7 @@ def test_tritonclient_needs_the_token_in_one_and_the_same_header(
     import importlib
 
     client = importlib.import_module(f"tritonclient.{protocol}")
-    x = numpy.load(packaged / "sample.npy")[None]
+    x = np.load(packaged / "sample.npy")[None]
     tensor = client.InferInput("x", list(x.shape), "FP32")
     tensor.set_data_from_numpy(x)
     address = f"127.0.0.1:{server.ports.grpc}" if protocol == "grpc" else urlsplit(server.default_url()).netloc
@@ -126,12 +126,12 @@ def test_more_rows_than_triton_can_count_reach_no_network(server: TritonServer, 
     import tritonclient.grpc
     from tritonclient.grpc import service_pb2
 
-    x = numpy.load(packaged / "sample.npy")
+    x = np.load(packaged / "sample.npy")
     request = service_pb2.ModelInferRequest(model_name="small", raw_input_contents=[x.tobytes()])
     request.inputs.add(name="x", datatype="FP32", shape=[2**40, *x.shape])
-    with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}") as connection:
-        with pytest.raises(Exception, match="INVALID_ARGUMENT") as error:
-            connection._client_stub.ModelInfer(request, metadata=list(server.headers().items()))
+    client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}")
+    with client as connection, pytest.raises(Exception, match="INVALID_ARGUMENT") as error:
+        connection._client_stub.ModelInfer(request, metadata=list(server.headers().items()))
     assert "expected one or more rows" in str(error.value) and infer(server, "2")[0].status == 200
 
 
@@ -341,9 +341,9 @@ def test_a_model_that_does_not_load_ends_the_start_with_its_log(packaged: Path, 
 
 def test_a_port_in_use_is_found_beforehand(packaged: Path) -> None:
     ports, before = free_ports(TritonPorts), set(mine())
-    with socket.create_server(("127.0.0.1", ports.grpc)):
-        with pytest.raises(RedppError, match=f"port {ports.grpc} for grpc: .*in use.*three different"):
-            TritonServer(packaged, name="small", ports=ports).start()
+    refusal = pytest.raises(RedppError, match=f"port {ports.grpc} for grpc: .*in use.*three different")
+    with socket.create_server(("127.0.0.1", ports.grpc)), refusal:
+        TritonServer(packaged, name="small", ports=ports).start()
     assert set(mine()) <= before
 
 

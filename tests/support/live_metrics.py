@@ -44,7 +44,7 @@ class Exporter:
         self.registry = CollectorRegistry()
         binding = OneProcess(self.registry)
         self.versions = {v: Metrics(ModelLabels(self.model, n, v), binding) for v, n in VERSIONS.items()}
-        for (variant, metrics), cost in zip(self.versions.items(), (2000.0, 500.0)):
+        for metrics, cost in zip(self.versions.values(), (2000.0, 500.0), strict=True):
             metrics.describe(parameters=cost, macs=3 * cost, bytes=4 * cost)
             metrics.plan("fp32", "0123456789ab", {1: {"dense": 2}, 8: {"dense": 1, "split": 1}})
 

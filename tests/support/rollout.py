@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy
+import numpy as np
 import pytest
 import torch
 
@@ -21,8 +21,10 @@ CLIENTS = 4
 
 
 def switch_under_load(server: LocalServer, cycles: int, least: int) -> Counter[str]:
-    """Promote and roll back that often, and on until there were ``least`` requests; each must be answered in full by one
-    of the versions. Returns how many each variant answered."""
+    """Promote and roll back that often, and on until there were ``least`` requests, which must all be answered in full.
+
+    Returns how many each variant answered.
+    """
     running = server.running()
     request, url = sample_request(running), urlsplit(server.default_url())
     headers = {**server.headers(), **request.headers}
@@ -70,7 +72,7 @@ def switch_under_load(server: LocalServer, cycles: int, least: int) -> Counter[s
 
 def expected_outputs(folder: Path) -> dict[str, list[float]]:
     """Each variant's outputs for the package's sample."""
-    x = torch.from_numpy(numpy.load(folder / "sample.npy"))
+    x = torch.from_numpy(np.load(folder / "sample.npy"))
     return {variant: outputs(folder / f"{variant}.mar", x)[0] for variant in ("original", "pruned")}
 
 

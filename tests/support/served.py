@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 import torch
 from PIL import Image
 
@@ -76,17 +76,17 @@ def write_archives(folder: Path) -> Path:
     return folder
 
 
-def npy(array: numpy.ndarray) -> bytes:
-    """What ``numpy.save`` writes."""
+def npy(array: np.ndarray) -> bytes:
+    """What ``np.save`` writes."""
     stream = io.BytesIO()
-    numpy.save(stream, array)
+    np.save(stream, array)
     return stream.getvalue()
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (8, 8), kind: str = "PNG", seed: int = 0) -> bytes:
     """A random image file."""
     channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
-    pixels = numpy.random.default_rng(seed).integers(0, 256, (size[1], size[0], *channels), dtype=numpy.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *channels), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, kind)
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""Programs of the system that some tests need: in continuous integration they must be there, elsewhere they may be missing."""
+"""Programs of the system that some tests need; only continuous integration must have them."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from redpp_serve.errors import RedppError
-from redpp_serve.serving.tools import find_tool
+from redpp_serve.processes import find_program
 from redpp_serve.serving.triton_binary import TritonBinary, find_triton
 
 REQUIRED = "REDPP_TOOLS_REQUIRED"  # set by .ci/run, which installs them
@@ -15,7 +15,7 @@ REQUIRED = "REDPP_TOOLS_REQUIRED"  # set by .ci/run, which installs them
 def tool(name: str) -> Path:
     """The program's path; without it the test is skipped with the reason, or fails where `REQUIRED` is set."""
     try:
-        return find_tool(name)
+        return find_program(name)
     except RedppError as error:
         if os.environ.get(REQUIRED):
             pytest.fail(f"{error} ({REQUIRED} is set)")
@@ -23,7 +23,7 @@ def tool(name: str) -> Path:
 
 
 def triton() -> TritonBinary:
-    """A real tritonserver; where none can be had the test is skipped with the reason, or fails where `REQUIRED` is set."""
+    """A real tritonserver; without one the test is skipped with the reason, or fails where `REQUIRED` is set."""
     try:
         return find_triton(print)
     except RedppError as error:
