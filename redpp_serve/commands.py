@@ -161,7 +161,7 @@ def compare(options: argparse.Namespace) -> None:
     from redpp_serve.comparison.folder import compare as compare_folder
     from redpp_serve.comparison.folder import record
 
-    load, server = (from_arguments(kind, options) for kind in (ComparisonOptions, ServerOptions))
+    load, server = from_arguments(ComparisonOptions, options), from_arguments(ServerOptions, options)
     result = compare_folder(options.folder, load, server, note=_note)
     print(json.dumps(result.to_json(), indent=1) if options.json else result.to_text())
     if record(options.folder, result):
