@@ -11,7 +11,7 @@ from redpp_serve.capture import Captured
 from redpp_serve.capture.sniff import FileKind, refusal, scan, shorten, sniff
 from redpp_serve.channels.coupling import ChannelSet, Coupling, couple
 from redpp_serve.graph.layers import find_layers, mac_count, parameter_count
-from redpp_serve.report.data import Layer
+from redpp_serve.report.data import Layer, LayerMerge
 from redpp_serve.report.formats import count, printable, size
 from redpp_serve.report.text import layer_table
 
@@ -34,7 +34,7 @@ class Inspection:
     """
 
     facts: dict[str, Any]
-    layers: list[dict[str, Any]]
+    layers: list[Layer]
     notes: list[str]
     next_step: str
     sets: list[dict[str, Any]] | None = None
@@ -42,7 +42,7 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         """Return plain numbers and texts, with keys in lower case without spaces."""
         facts = {key.lower().replace(" ", "_"): value for key, value in self.facts.items()}
-        found = {**facts, "notes": self.notes, "layers": self.layers}
+        found = {**facts, "notes": self.notes, "layers": [layer.to_json() for layer in self.layers]}
         return found if self.sets is None else {**found, "channel_sets": self.sets}
 
     def to_text(self) -> str:
@@ -53,7 +53,7 @@ class Inspection:
         if self.sets is not None:
             lines += ["", *_set_lines(self.sets)]
         elif self.layers:
-            lines += ["", layer_table([Layer.from_json(layer) for layer in self.layers])]
+            lines += ["", layer_table(self.layers)]
         return "\n".join([*lines, "", self.next_step])
 
 
@@ -101,14 +101,14 @@ def describe_network(captured: Captured, exclude: tuple[str, ...], channels: boo
         f"the layers that they touch are {share:.0%} of the MACs",
     }
     records = [
-        {
-            "name": layer.name,
-            "op": layer.node.op.split(".")[1],
-            "shape": list(layer.shape),
-            "parameters": graph.tensors[layer.weight].numel() + (layer.shape[0] if layer.bias else 0),
-            "macs": layer.macs,
-            "merge": {"channels": layer.shape[0], "reason": coupling.closed_layers.get(layer.name, "")},
-        }
+        Layer(
+            name=layer.name,
+            op=layer.node.op.split(".")[1],
+            shape=list(layer.shape),
+            parameters=graph.tensors[layer.weight].numel() + (layer.shape[0] if layer.bias else 0),
+            macs=layer.macs,
+            merge=LayerMerge(channels=layer.shape[0], reason=coupling.closed_layers.get(layer.name, "")),
+        )
         for layer in layers
     ]
     sets = [_set_record(c) for c in coupling.sets] if channels else None

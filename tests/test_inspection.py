@@ -38,7 +38,7 @@ def test_what_can_never_be_loaded_is_refused(tmp_path: Path) -> None:
 
 def test_layers_say_whether_and_why_not(tmp_path: Path) -> None:
     report = describe_network(captured(write_model(tmp_path)), ())
-    found = {layer["name"]: layer for layer in report.layers}
+    found = {layer["name"]: layer for layer in report.to_json()["layers"]}
     assert {name: layer["merge"] for name, layer in found.items()} == {
         "stem.0": {"channels": 8, "reason": ""},
         "body.0": {"channels": 16, "reason": ""},
@@ -100,7 +100,7 @@ def test_the_layers_that_open_sets_touch() -> None:
 
 def test_excluded_layers_and_their_producers_stay(tmp_path: Path) -> None:
     report = describe_network(captured(write_model(tmp_path)), ("head",))
-    assert {layer["name"]: layer["merge"]["reason"] for layer in report.layers}[
+    assert {layer["name"]: layer["merge"]["reason"] for layer in report.to_json()["layers"]}[
         "body.0"
     ] == "head, which goes with it, is excluded"
     assert report.facts["can be narrowed"].startswith("1 of 3 sets of coupled channels")
