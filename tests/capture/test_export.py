@@ -46,7 +46,9 @@ def small(family: str) -> nn.Module:
     return nn.Sequential(first, narrow, last, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-FAMILIES = ["mobilenet", "densenet", "shufflenet", "efficientnet", "convnext", "vit", "swin", "googlenet", "inception"]
+OFTEN = ["densenet", "efficientnet"]
+SELDOM = ["mobilenet", "shufflenet", "convnext", "vit", "swin", "googlenet", "inception"]
+FAMILIES = [*OFTEN, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in SELDOM)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,7 +56,7 @@ def test_families_of_torchvision(family: str) -> None:
     captured(lively(small(family)), [InputSpec("x", (3, 32, 32))])
 
 
-@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])
+@pytest.mark.parametrize("name", ["squeezenet1_1", pytest.param("resnet18", marks=pytest.mark.exhaustive)])
 def test_networks_of_torchvision(name: str) -> None:
     captured(lively(architecture(f"torchvision:{name}", {})), [InputSpec("x", (3, 64, 64))])
 

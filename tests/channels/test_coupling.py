@@ -42,7 +42,7 @@ def test_planted_copies_are_merged_and_nothing_else(graph, seed):
     generator, planted = torch.Generator().manual_seed(seed), 0
     for channel_set in coupling.open:
         order = torch.randperm(channel_set.channels, generator=generator).tolist()
-        copies = dict(zip(order[: channel_set.channels // 3], order[channel_set.channels // 3 :]))
+        copies = dict(zip(order[: channel_set.channels // 3], order[channel_set.channels // 3 :], strict=False))
         coupling = coupling.with_tensors(with_copies(coupling, channel_set, copies).tensors)
         planted += len(copies)
     merged = merge_exact(coupling, 1)
@@ -77,7 +77,7 @@ def test_the_same_network_gives_the_same_sets(graph):
     assert [(c.name, c.channels, c.producers, c.closed) for c in one.sets] == [
         (c.name, c.channels, c.producers, c.closed) for c in two.sets
     ]
-    for a, b in zip(one.sets, two.sets):
+    for a, b in zip(one.sets, two.sets, strict=True):
         pairs = zip((*a.parts, *a.readers), (*b.parts, *b.readers), strict=True)
         assert all(torch.equal(p.positions, q.positions) for p, q in pairs)
 

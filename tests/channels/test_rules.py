@@ -1,35 +1,44 @@
 """Each operator's rule: which sets it leaves open, and that these can go without harm to what others compute."""
 
+import functools
+
 import pytest
 import torch
 
 from redpp_serve.channels import rules
 from redpp_serve.channels.coupling import couple
+from redpp_serve.channels.walk import OWN
 from redpp_serve.graph.graph import Node
+from redpp_serve.graph.operators import ALLOWED
 from tests.support.networks import Builder
 from tests.support.rule_networks import OPEN, R, gap, head, items, some_kept, widths_of, with_copies, without
 
 EXACT = 1e-12
 
 
-@pytest.mark.parametrize("case", OPEN)
-def test_the_sets_of_each_network(case):
-    build, expected = OPEN[case]
-    assert widths_of(couple(build())) == expected
+@functools.cache
+def coupled(case):
+    return couple(OPEN[case][0]())
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+def test_the_sets_of_each_network():
+    for case, (_, expected) in OPEN.items():
+        assert widths_of(coupled(case)) == expected, case
+
+
 @pytest.mark.parametrize("case", OPEN)
-def test_narrowing_is_dropping_the_readers_columns(case, batch):
-    coupling = couple(OPEN[case][0]())
+def test_narrowing_is_dropping_the_readers_columns(case):
+    coupling = coupled(case)
     for seed in range(4):
         kept = some_kept(coupling, seed)
-        assert gap(without(coupling, kept), coupling.narrow(kept), batch) < EXACT
+        whole, narrow = without(coupling, kept), coupling.narrow(kept)
+        for batch in (1, 3):
+            assert gap(whole, narrow, batch) < EXACT, (seed, batch)
 
 
 @pytest.mark.parametrize("case", OPEN)
 def test_a_narrowed_network_has_the_same_sets(case):
-    coupling = couple(OPEN[case][0]())
+    coupling = coupled(case)
     kept = {c.name: torch.arange(c.channels - 1) for c in coupling.open if c.channels > 2}  # a single group is none
     again = {c.name: c.channels for c in couple(coupling.narrow(kept)).sets if c.name in kept}
     assert again == {name: len(stay) for name, stay in kept.items()}
@@ -311,14 +320,10 @@ def test_a_wrong_rule_is_noticed(monkeypatch, mutant):
 
 
 def test_every_operator_with_weights_of_its_own_has_a_rule():
-    from redpp_serve.channels.walk import OWN
-
     assert set(OWN) <= set(rules.RULES)
 
 
 def test_every_rule_is_for_an_operator_that_an_artifact_may_call():
-    from redpp_serve.graph.operators import ALLOWED
-
     assert set(rules.RULES) <= ALLOWED
 
 

@@ -100,7 +100,7 @@ def test_what_has_no_form_in_the_file_is_not_written() -> None:
     for constant in (torch.device("cpu"), 1j, {"a": 1}, slice(3), torch.ones(1)):
         graph = Graph((InputSpec("x", (8,)),), {}, (Node("y", "aten.relu.default", (constant,)),), ("y",))
         with pytest.raises(TypeError, match="no place in an artifact"):
-            build(graph, {}).data
+            build(graph, {})
 
 
 def test_description_comes_back_with_the_stored_bytes() -> None:
@@ -140,7 +140,8 @@ layers = nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(inplace=True), nn.Flat
 network = nn.Sequential(*layers)
 network[0].weight.data = (network[0].weight.data * 8).round() / 8  # few values: a codebook
 network[4].weight.data = (network[4].weight.data * 2000).round() / 2000
-data = build(capture(network.eval(), [InputSpec("input_0", (3, 8, 8))], []), {"names": sorted({"p", "q", "r", "s"})}).data
+data = build(capture(network.eval(), [InputSpec("input_0", (3, 8, 8))], []), {"names": sorted({"p", "q", "r", "s"})})
+data = data.data
 print(hashlib.sha256(data).hexdigest(), len(data))
 """
 

@@ -25,7 +25,7 @@ def test_computed_weights_are_stored_and_their_channels_open():
     folded = fold_constants(graph)
     assert [n.name for n in folded.nodes if n.name in ("norm", "scaled", "bias")] == []
     assert {"scaled", "bias"} <= folded.tensors.keys() and not {"raw", "norm", "some", "others"} & folded.tensors.keys()
-    for a, b in zip(outputs(graph), outputs(folded)):
+    for a, b in zip(outputs(graph), outputs(folded), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     assert couple(graph).open == ()
     assert [c.channels for c in couple(folded).open] == [8, 5]

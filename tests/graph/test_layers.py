@@ -26,7 +26,7 @@ def test_macs_are_half_the_flops_that_torch_counts(graph):
 def test_value_shapes_are_those_of_a_real_run(graph):
     names = [node.name for node in graph.nodes]
     values = Program(graph, names)(*(torch.zeros(1, *i.shape) for i in graph.inputs))
-    expected = {name: tuple(v.shape) for name, v in zip(names, values)}
+    expected = {name: tuple(v.shape) for name, v in zip(names, values, strict=True)}
     assert value_shapes(graph) == value_shapes(graph, "cpu") == expected
 
 

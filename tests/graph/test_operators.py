@@ -53,10 +53,10 @@ def test_every_operator_exists_in_this_torch() -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("op", HOSTILE)
-def test_nothing_else_resolves(op: str) -> None:
-    with pytest.raises(KeyError):
-        resolve(op)
+def test_nothing_else_resolves() -> None:
+    for op in HOSTILE:
+        with pytest.raises(KeyError):
+            pytest.fail(f"{op!r} resolves to {resolve(op)}")
 
 
 def test_what_a_name_resolves_to() -> None:

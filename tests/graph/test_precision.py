@@ -131,5 +131,5 @@ def test_switches_of_cuda() -> None:
             set_switches(precision)
             assert [switch.allow_tf32 for switch in switches] == [on, on]
     finally:
-        for switch, value in zip(switches, before):
+        for switch, value in zip(switches, before, strict=True):
             switch.allow_tf32 = value
