@@ -92,6 +92,13 @@ def test_seconds_that_were_read_before_their_batch_wait() -> None:
     assert windows.cut(counted({1: (11, 1.5)}, {1: (11, 1.1)})) == {1: [1, 0.5, 0, 0]}
 
 
+def test_seconds_that_wait_are_forgotten_with_the_server_that_spent_them() -> None:
+    windows = Windows(counted({1: (10, 1.0)}, {}))
+    assert windows.cut(counted({1: (10, 1.5)}, {})) == {}
+    assert windows.cut(counted({1: (1, 0.1)}, {})) == {}
+    assert windows.cut(counted({1: (2, 0.2)}, {})) == {1: [1, pytest.approx(0.1), 0, 0]}
+
+
 def test_a_server_that_was_started_anew_counts_from_there() -> None:
     windows = Windows(counted({1: (100, 9.0)}, {1: (50, 5.0), 2: (1, 0.9)}))
     # the pruned version has passed its totals again: what lies between is no difference of one server's

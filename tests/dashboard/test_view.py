@@ -14,6 +14,7 @@ from redpp_serve.dashboard.window import History, Window, equal_batch_ratio, net
 from redpp_serve.metrics_reader import Key
 from redpp_serve.report.data import Report
 from redpp_serve.report.formats import DASH
+from redpp_serve.variants import NAMES
 from tests.support.live_metrics import Exporter, while_down
 
 KEY = Key("redpp_requests_total", "original", "ok")
@@ -167,6 +168,9 @@ def test_the_error_of_the_ratio_is_what_it_says() -> None:
         errors.append(noise(window))
     assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.2)
     assert noise(Window({}, 0.0)) is None
+    gains = {Key(n, v, "2"): 5.0 for n in ("redpp_batches_total", "redpp_batch_seconds_total") for v in NAMES}
+    for scrapes, known in ((4, False), (5, True)):
+        assert (noise(Window(gains, scrapes, np.ones((scrapes, 4)))) is not None) == known, scrapes
 
 
 def test_what_is_not_there_is_said_in_words() -> None:
