@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from redpp_serve import __version__
-from redpp_serve.runtime.plan_cache import device_name
+from redpp_serve.runtime.device import device_name
 
 
 def describe_machine() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from redpp_serve.demo import demo
 from redpp_serve.errors import RedppError
 
 
+@pytest.mark.server
 def test_the_whole_path(tmp_path: Path) -> None:
     """Twenty seconds instead of ninety for making inputs: enough for this network, and CI waits less."""
     scratch, out = tmp_path / "scratch", tmp_path / "demo"

@@ -111,6 +111,8 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _forget(checkpoint: Path | None) -> None:
-    for suffix in ("", ".distil", ".tune") if checkpoint else ():
+    if checkpoint is None:
+        return
+    for suffix in ("", ".distil", ".tune"):
         with suppress(OSError):  # where it could not be written it cannot be removed either
             checkpoint.with_name(f"{checkpoint.name}{suffix}").unlink(missing_ok=True)

@@ -136,8 +136,9 @@ def doubts(verify: Verify) -> list[str]:
     if far or (verify.agreement is not None and verify.agreement < _ALIKE):
         classes = "" if verify.agreement is None else f", the same class on {verify.agreement:.1%}"
         found.append(
-            "the pruned network's outputs are far from the original's (relative error "
-            f"{verify.output_error:.2f}{classes} on held-out inputs): prune less, give more --time-budget and --distil, or check it with --verify-data"
+            f"the pruned network's outputs are far from the original's (relative error {verify.output_error:.2f}"
+            f"{classes} on held-out inputs): prune less, give more --time-budget and --distil, or check it with "
+            "--verify-data"
         )
     if "cut short by --time-budget in" in (verify.inputs or ""):
         found.append(

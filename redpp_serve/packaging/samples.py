@@ -23,7 +23,7 @@ def request_body(inputs: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
     """Write one input without batch dimension as the body of a request."""
     stream = io.BytesIO()
     if len(inputs) == 1:
-        np.save(stream, *inputs.values())
+        np.save(stream, next(iter(inputs.values())))
     else:
         np.savez(stream, **inputs)  # type: ignore[arg-type]
     return stream.getvalue()

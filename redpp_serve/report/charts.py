@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -19,7 +19,7 @@ from redpp_serve.report.templates import ENVIRONMENT
 
 ROW = 30  # pixels for each layer: one line of text over one bar
 NAME_LIMIT = 30  # characters of a layer's name that fit beside its value on a narrow screen
-_DRAW = ENVIRONMENT.get_template("charts.svg.j2").module
+_DRAW: Any = ENVIRONMENT.get_template("charts.svg.j2").module  # its macros
 
 
 class _Bar(NamedTuple):

@@ -10,7 +10,6 @@ unknown.
 
 from __future__ import annotations
 
-import functools
 import math
 import typing
 from collections.abc import Mapping
@@ -72,15 +71,19 @@ def plain(value: Any) -> Any:
     raise TypeError(f"a report holds numbers, text, lists and dicts, not {type(value).__name__}")
 
 
-@functools.cache
+_DEFINITIONS: dict[str, dict[str, tuple[Any, bool]]] = {}
+
+
 def _definition(kind: type[Record]) -> dict[str, tuple[Any, bool]]:
     """Return for each key its type, and whether it may be left out."""
-    hints = typing.get_type_hints(kind)
-    return {
-        f.name: (hints[f.name], f.default is not MISSING or f.default_factory is not MISSING)
-        for f in fields(kind)
-        if f.name != "undefined"
-    }
+    if kind.__name__ not in _DEFINITIONS:
+        hints = typing.get_type_hints(kind)
+        _DEFINITIONS[kind.__name__] = {
+            f.name: (hints[f.name], f.default is not MISSING or f.default_factory is not MISSING)
+            for f in fields(kind)
+            if f.name != "undefined"
+        }
+    return _DEFINITIONS[kind.__name__]
 
 
 def _read(kind: Any, value: Any) -> Any:
@@ -105,7 +108,7 @@ def _fits(kind: Any, value: Any) -> bool:
     """Tell whether a JSON value is of a field's type; a number also passes as text."""
     origin = typing.get_origin(kind) or kind
     if origin is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
     if origin is str:
         return isinstance(value, str | Real)
     if origin is list:

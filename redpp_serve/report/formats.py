@@ -15,7 +15,8 @@ def printable(value: object) -> str:
 
     Layer and file names come from untrusted files; raw, they could move the cursor or break XML.
     """
-    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(value).split()))
+    line = " ".join(str(value).split())
+    return line if line.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in line)
 
 
 def shorten(value: object, limit: int) -> str:

@@ -299,12 +299,12 @@ def _layer_row(layer: Layer) -> list[Cell]:
         Cell(_name(layer), layer.name),
         Cell(layer.op or DASH, layer.op),
         Cell(before if after in (DASH, before) else f"{before} → {after}"),
-        cell(exact, hashed and hashed.values),
-        cell(formats.bits, hashed and hashed.entropy),
-        cell(error, hashed and hashed.error),
-        cell(percent, hashed and hashed.zero_kernels),
-        part(merge and merge.kept, merge and merge.channels),
-        part(split and split.unique_kernels, split and split.kernels),
+        cell(exact, hashed.values if hashed else None),
+        cell(formats.bits, hashed.entropy if hashed else None),
+        cell(error, hashed.error if hashed else None),
+        cell(percent, hashed.zero_kernels if hashed else None),
+        part(*((merge.kept, merge.channels) if merge else (None, None))),
+        part(*((split.unique_kernels, split.kernels) if split else (None, None))),
         cell(error, layer.error),
         Cell(shorten(reason or DASH, 200), reason),
     ]
@@ -343,7 +343,7 @@ def _densities(layers: Sequence[Layer]) -> list[Card]:
     note = "Curve: estimated density. Thin lines: borders of the cells. Ticks under the axis: codebook values."
     if len(hashed) > DENSITIES_SHOWN:
         note += f" The first {DENSITIES_SHOWN} of {len(hashed)} layers; report.json has all."
-    parts = [Note(note), Figures(figures, "grid")]
+    parts = (Note(note), Figures(figures, "grid"))
     return [Card("Weight densities and their cells", parts, folded=True)] if figures else []
 
 

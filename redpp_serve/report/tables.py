@@ -88,9 +88,9 @@ def hash_rows(report: Report) -> list[tuple[str, str, str, str]]:
     found = report.hash
     if found is None:
         return []
-    errors = (found.predicted_error_typical, found.predicted_error_bound, found.measured_error)
+    typical, bound = error(found.predicted_error_typical), error(found.predicted_error_bound)
     return [
-        ("relative output error", *map(error, errors)),
+        ("relative output error", typical, bound, error(found.measured_error)),
         ("multiplications removed by splitting", percent(found.predicted_ratio), DASH, percent(found.measured_ratio)),
     ]
 
@@ -247,7 +247,10 @@ def _kernel_row(choice: ChoiceRecord, more: int) -> KernelRow:
     ]
     return KernelRow(
         shorten(choice.name or DASH, 48) + (f" and {more} alike" if more else ""),
-        *(printable(value) for value in (choice.shape, choice.batch, choice.kernel, choice.source)),
+        printable(choice.shape),
+        printable(choice.batch),
+        printable(choice.kernel),
+        printable(choice.source),
         _time(choice.times.get("dense")),
         _time(choice.times.get(choice.kernel or "")),
         ", ".join(others) or DASH,

@@ -153,6 +153,8 @@ def test_any_single_missing_key_renders(gone: Any) -> None:
     full = sample_report()
     for key in ("layers", "stages", "smoke"):
         full[key] = full[key][1:2]
+    density = full["layers"][0]["hash"]["density"]
+    density.update({key: values[95:105] for key, values in density.items() if key in "xy"})
 
     def holes(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         items = node.items() if isinstance(node, dict) else enumerate(node[:2]) if isinstance(node, list) else ()

@@ -71,7 +71,7 @@ def try_model(version: Path, config: Mapping[str, Any], request: bytes, outputs:
     return Trial(f"triton version {version.name}", command, files, outputs, precision)
 
 
-def run_trials(trials: Sequence[Trial], timeout_s: float = TIMEOUT_S) -> list[dict[str, str | float]]:
+def run_trials(trials: Sequence[Trial], timeout_s: float = TIMEOUT_S) -> list[dict[str, object]]:
     """Run all trials side by side and compare their outputs with the networks'.
 
     Args:
@@ -92,7 +92,7 @@ def run_trials(trials: Sequence[Trial], timeout_s: float = TIMEOUT_S) -> list[di
             folder.mkdir()
             started.append((trial, folder, _start(trial, folder)))
             stack.callback(_end, started[-1][2])  # after a failure or Ctrl-C some still run
-        found = []
+        found: list[dict[str, object]] = []
         for trial, folder, process in started:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))

@@ -21,11 +21,11 @@ class Tensor:
         return self._name
 
     def to_dlpack(self) -> Any:
-        return torch.utils.dlpack.to_dlpack(self.held)
+        return torch.utils.dlpack.to_dlpack(self.held)  # type: ignore[attr-defined]
 
     @staticmethod
     def from_dlpack(name: str, tensor: torch.Tensor) -> Tensor:
-        held = torch.from_dlpack(tensor)
+        held = torch.utils.dlpack.from_dlpack(tensor)
         if not held.is_contiguous():
             raise TritonError("DLPack tensor is not contiguous")
         return Tensor(name, held)
@@ -74,7 +74,8 @@ class Metric:
     """One sample; ``value`` of counters and gauges, ``observed`` of histograms."""
 
     def __init__(self, buckets: Sequence[float] | None) -> None:
-        self.buckets, self._value, self.observed = buckets, 0.0, []
+        self.buckets, self._value = buckets, 0.0
+        self.observed: list[float] = []
 
     def increment(self, value: float) -> None:
         self._value += value
