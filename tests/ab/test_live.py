@@ -291,4 +291,5 @@ def test_an_ab_test_on_triton_inference_server(folder: Path, capsys: pytest.Capt
         assert main(["ab", "stop", str(folder)]) == 0
     assert "cleaned up after an A/B test" in capsys.readouterr().out
     state = Path(client.running.extra["state"])
-    assert not living(processes) and not state.exists() and not list(Path("/dev/shm").glob(f"{state.name}*"))
+    until(lambda: not living(processes))  # the guard ends last
+    assert not state.exists() and not list(Path("/dev/shm").glob(f"{state.name}*"))
