@@ -129,6 +129,11 @@ def test_a_header_asks_for_an_arm_and_is_not_passed_on(live: NginxProcess, upstr
 def test_gateway_user_and_server_see_the_same_request_id(live: NginxProcess, upstream: StubServer) -> None:
     _, headers, _ = ask(live.gateway.port, PUBLIC, headers={"X-Request-Id": "mine"})
     assert headers["x-request-id"] == upstream.headers[-1]["x-request-id"] != "mine"
+    connection = http.client.HTTPConnection("127.0.0.1", live.gateway.port)
+    connection.request("POST", PUBLIC, b"x")
+    ids = connection.getresponse().headers.get_all("X-Request-Id")
+    connection.close()
+    assert ids == [upstream.headers[-1]["x-request-id"]]  # not the server's own beside it
 
 
 @pytest.mark.server
