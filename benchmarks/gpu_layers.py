@@ -22,7 +22,8 @@ from benchmarks.gpu_peers import COMPILED_ROWS, compiled_linear, linear_peers
 from benchmarks.gpu_timing import Bench
 from redpp_serve import kernels
 from redpp_serve.kernels.epilogue import ACTIVATIONS
-from redpp_serve.pruning.hashing import Target, hash_weight
+from redpp_serve.options import HashTarget
+from redpp_serve.pruning.hashing import hash_weight
 
 VALUES = (16, 8)  # of a codebook
 DECODES = {16: ("auto", "prmt16", "pair", "pointer"), 8: ("auto", "prmt8", "prmt16", "pair", "pointer")}
@@ -48,7 +49,7 @@ class CodebookWeight:
 def gaussian_codebook(count: int) -> Tensor:
     """The values that k-means finds for normally distributed weights, (count,) fp32, ascending."""
     sample = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(0))
-    found = hash_weight(sample, "kmeans", Target(values=count)).codebook
+    found = hash_weight(sample, "kmeans", HashTarget(values=count)).codebook
     return torch.from_numpy(found.values[found.frequencies > 0]).unique().float()
 
 

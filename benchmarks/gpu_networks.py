@@ -28,7 +28,8 @@ from redpp_serve.channels.coupling import couple
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import find_layers
-from redpp_serve.pruning.hashing import Target, hash_weight
+from redpp_serve.options import HashTarget
+from redpp_serve.pruning.hashing import hash_weight
 from redpp_serve.runtime.cuda_graphs import BucketRunner, CudaRecorder
 from redpp_serve.runtime.plan import Plan
 from redpp_serve.runtime.plan_cache import PlanCache
@@ -97,9 +98,9 @@ def with_codebooks(graph: Graph) -> Graph:
         if not layer.is_conv:
             weight = graph.tensors[layer.weight]
             sample = weight.flatten()[:: max(1, weight.numel() >> 16)]
-            values = torch.from_numpy(hash_weight(sample, "kmeans", Target(values=VALUES)).codebook.values).unique()[
-                :VALUES
-            ]
+            values = torch.from_numpy(
+                hash_weight(sample, "kmeans", HashTarget(values=VALUES)).codebook.values
+            ).unique()[:VALUES]
             values = values.to(weight.dtype)
             changed[layer.weight] = values[torch.bucketize(weight, (values[1:] + values[:-1]) / 2)]
     return graph.with_tensors(changed)

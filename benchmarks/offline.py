@@ -21,8 +21,14 @@ import torch
 from torch import nn
 
 from redpp_serve.capture.arch import build
+<<<<<<< HEAD
 from redpp_serve.machine import describe_machine
 from redpp_serve.pruning.hashing import METHODS, Target, hash_weight
+=======
+from redpp_serve.options import HASHES, HashTarget
+from redpp_serve.packaging.package import describe_machine
+from redpp_serve.pruning.hashing import hash_weight
+>>>>>>> 48df149 (Hashing and latency: whole sentences, seams instead of patched names, tests of planted faults)
 
 RESNET = "torchvision:resnet50"
 DEPTH, SIDE = 6, 8
@@ -82,11 +88,11 @@ def hash_speed(weights: int = 10**7, rounds: int = 5) -> dict[str, Any]:
     torch.set_num_threads(1)
     weight = torch.randn(weights, generator=torch.Generator().manual_seed(0))
     rows = {}
-    for method in METHODS:
+    for method in HASHES:
         times = []
         for _ in range(rounds):
             start = time.perf_counter()
-            hashed = hash_weight(weight, method, Target(error=0.02))
+            hashed = hash_weight(weight, method, HashTarget(error=0.02))
             times.append(time.perf_counter() - start)
             error = float((hashed.weight - weight).norm() / weight.norm())
             if not error <= 0.0201:

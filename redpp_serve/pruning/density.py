@@ -17,14 +17,22 @@ from torch import Tensor
 _CHUNK = 1 << 20
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Weights in bins of width ``step`` from ``low``: prefix sums (bins + 1,) of count, w and w squared.
+    """Weights in bins.
 
-    ``linear`` (bins + 1,) is the weights' mass at each grid point by linear binning. ``zeros`` counts the weights
-    that are exactly zero, ``dtype`` is the weights'.
+    Attributes:
+        low: the first grid point.
+        step: width of a bin.
+        count: prefix sums of the number of weights, (bins + 1,).
+        total: prefix sums of the weights, (bins + 1,).
+        square: prefix sums of their squares, (bins + 1,).
+        linear: the weights' mass at each grid point by linear binning, (bins + 1,).
+        zeros: number of weights that are exactly zero.
+        dtype: type of the weights.
     """
 
     low: float
@@ -38,22 +46,25 @@ class Grid:
 
     @property
     def bins(self) -> int:
+        """Number of bins."""
         return len(self.linear) - 1
 
     @property
     def weights(self) -> float:
+        """Number of weights."""
         return float(self.count[-1])
 
     @property
     def rms(self) -> float:
+        """Root mean square of the weights."""
         return float(np.sqrt(self.square[-1] / self.weights))
 
     def points(self) -> Array:
-        """The grid points (bins + 1,), which are the bins' borders."""
-        return self.low + self.step * np.arange(self.bins + 1)
+        """Return the grid points (bins + 1,), which are the bins' borders."""
+        return self.low + self.step * np.arange(self.bins + 1, dtype=np.float64)
 
     def bin_of(self, values: Tensor) -> Tensor:
-        """The bin (int64) of each value."""
+        """Return the bin (int64) of each value."""
         return _bin_index(values, self.low, self.step, self.bins)
 
 
@@ -70,7 +81,7 @@ def build_grid(weight: Tensor) -> Grid:
     bins = 1 << min(max(math.ceil(math.log2(wanted)), 14), 18)
     step = span / (bins * (1 - 1e-6))
     count, total, square = (np.zeros(bins) for _ in range(3))
-    for chunk in flat.split(_CHUNK):
+    for chunk in torch.split(flat, _CHUNK):
         values = chunk.double().numpy()
         index = _bin_index(chunk, low, step, bins).numpy()
         count += np.bincount(index, minlength=bins)
@@ -80,8 +91,12 @@ def build_grid(weight: Tensor) -> Grid:
     linear = np.zeros(bins + 1)
     linear[:-1] += count - above
     linear[1:] += above
-    prefixes = (np.concatenate([[0.0], np.cumsum(a)]) for a in (count, total, square))
-    return Grid(low, step, *prefixes, linear, int((flat == 0).sum()), flat.dtype)
+    zeros = int((flat == 0).sum())
+    return Grid(low, step, _prefix_sums(count), _prefix_sums(total), _prefix_sums(square), linear, zeros, flat.dtype)
+
+
+def _prefix_sums(values: Array) -> Array:
+    return np.concatenate([np.zeros(1), np.cumsum(values)])
 
 
 def _bin_index(values: Tensor, low: float, step: float, bins: int) -> Tensor:
@@ -89,7 +104,10 @@ def _bin_index(values: Tensor, low: float, step: float, bins: int) -> Tensor:
 
 
 def density(grid: Grid, bandwidth: float) -> Array:
-    """Gaussian kernel density at the grid points (bins + 1,), by FFT; for a bandwidth of at most the grid's width."""
+    """Compute the Gaussian kernel density at the grid points (bins + 1,) by FFT.
+
+    The bandwidth is at most the grid's width.
+    """
     reach = int(min(5 * grid.bins, np.ceil(5 * bandwidth / grid.step) + 1))
     length = 1 << int(np.ceil(np.log2(grid.bins + 1 + reach)))
     frequency = 2 * np.pi * np.fft.rfftfreq(length)
@@ -98,8 +116,8 @@ def density(grid: Grid, bandwidth: float) -> Array:
     return np.maximum(spread, 0.0) / (grid.weights * grid.step)
 
 
-def cells_of(curve: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Borders (cells - 1,) at the density's minima and modes (cells,) at its maxima, as grid point indices."""
+def cells_of(curve: Array) -> tuple[Indices, Indices]:
+    """Find borders (cells - 1,) at a density's minima and modes (cells,) at its maxima, as grid point indices."""
     floor = 1e-12 * curve.max()
     slope = np.sign(np.where(np.abs(np.diff(curve)) > floor, np.diff(curve), 0))
     moving = np.flatnonzero(slope)
@@ -116,8 +134,8 @@ def cells_of(curve: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return borders, modes
 
 
-def cell_costs(grid: Grid, borders: NDArray[np.int64], values: Array) -> tuple[Array, float]:
-    """Weights in each cell (cells,), and the RMS error of replacing every weight by its cell's value, over the RMS weight."""
+def cell_costs(grid: Grid, borders: Indices, values: Array) -> tuple[Array, float]:
+    """Count the weights in each cell (cells,), and find the relative RMS error of giving each its cell's value."""
     edges = np.concatenate([[0], borders, [grid.bins]])
     count, total, square = (np.diff(prefix[edges]) for prefix in (grid.count, grid.total, grid.square))
     error = float((square - 2 * values * total + values**2 * count).sum())
@@ -125,6 +143,6 @@ def cell_costs(grid: Grid, borders: NDArray[np.int64], values: Array) -> tuple[A
 
 
 def entropy(count: Array) -> float:
-    """Bits a weight, of cells with that many weights."""
+    """Return the bits a weight that an index into cells with that many weights takes."""
     p = count[count > 0] / count.sum()
     return float(-(p * np.log2(p)).sum())

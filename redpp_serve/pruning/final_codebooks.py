@@ -1,7 +1,7 @@
-"""Final codebooks: after merging and distillation the weights are hashed again, each layer as coarsely as an error
-budget of the outputs allows.
+"""Final codebooks: each layer is hashed as coarsely as an error budget of the outputs allows.
 
-Sixteen values a layer (4-bit indices) are tried first; where one layer alone moves the outputs too far it keeps more.
+This comes after merging and distillation. Sixteen values a layer (4-bit indices) are tried first; a layer that alone
+moves the outputs too far gets more.
 """
 
 from __future__ import annotations
@@ -14,20 +14,27 @@ from torch import Tensor
 
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import Layer, mac_count
+from redpp_serve.options import HashTarget
 from redpp_serve.pruning.density import build_grid
-from redpp_serve.pruning.hashing import Hashed, Target, fit_codebook, hash_weight, quantise
+from redpp_serve.pruning.hashing import Hashed, fit_codebook, hash_weight, quantise
 from redpp_serve.pruning.piecewise import Piecewise, chunk_size
 from redpp_serve.pruning.verification import squared_error
 
 LEVELS = (16, 32, 64, 128, 256)
 METHOD = "kmeans"  # the lowest error of the three at a given number of values
-_PROBE_MACS = 1e12  # what all measurements together may cost
+_PROBE_MACS = 1e12  # limit on the cost of all measurements together
 _ROUNDS = 6
 
 
 @dataclass(frozen=True)
 class Codebooks:
-    """The hashed network, each layer's codebook, and the squared relative error that hashing adds to the outputs."""
+    """The result of hashing with an error budget.
+
+    Attributes:
+        graph: the hashed network.
+        hashed: each layer's hashed weight and codebook.
+        added: the squared relative error that hashing adds to the outputs.
+    """
 
     graph: Graph
     hashed: dict[str, Hashed]
@@ -40,16 +47,20 @@ def hash_within(
     inputs: tuple[Tensor, ...],
     budget: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    probe_macs: float = _PROBE_MACS,
 ) -> Codebooks:
     """Hash every layer with the fewest bits that keep the relative output error of hashing within ``budget``.
 
     Args:
-        graph: the network; its layers' weights are hashed with `METHOD`.
+        graph: the network.
+        layers: those of its layers to hash, with `METHOD`.
         inputs: (images, ...) for each network input; a big network uses the first few.
         budget: relative error of the outputs, hashed against not hashed. Where even the finest of `LEVELS` exceed it,
-            they are what is used.
+            they are used.
+        progress: called with layers done and in all.
+        probe_macs: limit on the multiply-accumulates of all measurements together.
     """
-    few = max(2, int(_PROBE_MACS // max(1, len(layers) * mac_count(graph))))
+    few = max(2, int(probe_macs // max(1, len(layers) * mac_count(graph))))
     inputs = tuple(x[:few] for x in inputs)
     run = Piecewise(graph, inputs, chunk_size(graph, len(inputs[0])))
     expected = list(run.outputs())
@@ -60,7 +71,7 @@ def hash_within(
         run.use(graph)
         run.advance(place[layer.node.name])
         run.use(graph.with_tensors({layer.weight: books[layer.name].coarsest()}))
-        alone[layer.name] = squared_error(zip(expected, run.outputs()))
+        alone[layer.name] = squared_error(zip(expected, run.outputs(), strict=True))
         progress(done + 1, len(layers))
     allowed = budget
     for left in reversed(range(_ROUNDS)):
@@ -68,7 +79,7 @@ def hash_within(
         hashed = {name: books[name].hashed(level) for name, level in levels.items()}
         result = graph.with_tensors({layer.weight: hashed[layer.name].weight for layer in layers})
         whole = Piecewise(result, inputs, chunk_size(graph, len(inputs[0])))
-        added = squared_error(zip(expected, whole.outputs()))
+        added = squared_error(zip(expected, whole.outputs(), strict=True))
         if math.sqrt(added) <= budget or all(level == LEVELS[-1] for level in levels.values()):
             break
         allowed = allowed * 0.9 * budget / math.sqrt(added) if left > 1 else 0.0  # last, the finest there are
@@ -84,25 +95,27 @@ class _Levels:
         self._hashed: dict[int, Hashed] = {}
 
     def coarsest(self) -> Tensor:
-        """The weight with the fewest values."""
-        return quantise(self.weight, self.grid, fit_codebook(self.grid, METHOD, Target(values=LEVELS[0])))
+        """Return the weight with the fewest values."""
+        return quantise(self.weight, self.grid, fit_codebook(self.grid, METHOD, HashTarget(values=LEVELS[0])))
 
     def hashed(self, values: int) -> Hashed:
+        """Return the weight hashed to a number of values."""
         if values not in self._hashed:
-            self._hashed[values] = hash_weight(self.weight, METHOD, Target(values=values))
+            self._hashed[values] = hash_weight(self.weight, METHOD, HashTarget(values=values))
         return self._hashed[values]
 
     def error(self, values: int) -> float:
-        """Squared relative error of the weight."""
+        """Return the squared relative error of the weight hashed to a number of values."""
         if values not in self._errors:
-            self._errors[values] = fit_codebook(self.grid, METHOD, Target(values=values)).error ** 2
+            self._errors[values] = fit_codebook(self.grid, METHOD, HashTarget(values=values)).error ** 2
         return self._errors[values]
 
 
 def _choose(books: dict[str, _Levels], alone: dict[str, float], budget: float) -> dict[str, int]:
-    """For each layer a number of values: from the coarsest on, the step that takes the most error off for its bytes.
+    """Choose a number of values for each layer.
 
-    A layer's share of the outputs' squared error is taken to be in proportion to that of its weights.
+    Starting from the coarsest codebooks, each step refines the one that takes the most error off for its bytes. A
+    layer's share of the outputs' squared error is assumed to be in proportion to that of its weights.
     """
 
     def error(name: str, level: int) -> float:

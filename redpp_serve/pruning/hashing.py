@@ -1,8 +1,8 @@
 """Data-free scalar hashing: each weight of a layer is replaced by the value of its cell.
 
-``kde`` (RED++, arXiv 2110.01397): cells between the minima of the weights' kernel density, values at its maxima;
-``kmeans`` (Lloyd-Max) and ``uniform`` codebooks stand beside it. The bandwidth, or the number of cells, is found by
-bisection to a target error or number of values. Borders lie on the density grid.
+Method ``kde`` (RED++, arXiv 2110.01397) puts the borders of cells at the minima of the weights' kernel density and
+their values at its maxima; ``kmeans`` (Lloyd-Max) and ``uniform`` codebooks are there to compare with. The bandwidth,
+or the number of cells, is found by bisection to a target error or number of values. Borders lie on the density grid.
 """
 
 from __future__ import annotations
@@ -12,29 +12,33 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from redpp_serve.options import HASHES
-from redpp_serve.options import HashTarget as Target
-from redpp_serve.pruning.density import Array, Grid, build_grid, cell_costs, cells_of, density, entropy
+from redpp_serve.options import HASHES, HashTarget
+from redpp_serve.pruning.density import Array, Grid, Indices, build_grid, cell_costs, cells_of, density, entropy
 
-METHODS = HASHES
 _FEW = 256  # a weight with no more distinct values than this is a codebook already
 _MOST_CELLS = 8192
 _SMOOTHING = 0.5  # bandwidth, in units of RMS / weights^0.2, of the density that k-means starts from
+_LLOYD_ROUNDS = 60
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """Cells and their values, representable in the weight's dtype; some cells may be empty or share a value.
+    """Cells and their values; some cells may be empty or share a value.
 
-    ``error`` is the weights' RMS error over their RMS, ``entropy`` in bits a weight; ``frequencies`` (cells,) sums
-    to 1; ``bandwidth`` is that of the density, for ``kde``.
+    Attributes:
+        method: the method that made it, or ``unchanged`` for the values that a weight came with.
+        borders: grid points between the cells, (cells - 1,).
+        values: (cells,), representable in the weight's dtype.
+        frequencies: share of the weights in each cell, (cells,).
+        error: the weights' RMS error over their RMS.
+        entropy: bits a weight.
+        bandwidth: bandwidth of the density, for ``kde``.
     """
 
     method: str
-    borders: NDArray[np.int64]
+    borders: Indices
     values: Array
     frequencies: Array
     error: float
@@ -57,13 +61,13 @@ class Hashed:
     grid: Grid
 
 
-def hash_weight(weight: Tensor, method: str, target: Target) -> Hashed:
+def hash_weight(weight: Tensor, method: str, target: HashTarget) -> Hashed:
     """Hash one layer's weight of any shape.
 
-    Left as it is: a weight that has at most 256 distinct values, some of them repeated, and meets the target's number
-    (so quantised networks stay, and hashing again changes nothing where the codebook has at most 256 values); and
-    one that no codebook of the method brings within the target's error, or whose every value would keep its own.
-    Exact zeros stay zero.
+    Two kinds of weights are left as they are. One has at most 256 distinct values, some of them repeated, and meets
+    the target's number of values: quantised networks stay, and hashing again changes nothing where the codebook has at
+    most 256 values. No codebook of the method brings the other within the target's error, or each of its values would
+    keep its own. Exact zeros stay zero.
     """
     grid = build_grid(weight)
     existing = _existing_codebook(weight, target)
@@ -72,21 +76,21 @@ def hash_weight(weight: Tensor, method: str, target: Target) -> Hashed:
     codebook = fit_codebook(grid, method, target)
     if codebook.size == weight.numel() or (target.error is not None and codebook.error > target.error):
         return Hashed(weight, _own_values(weight), {}, grid)
-    others = {m: at_entropy(grid, m, codebook.entropy) for m in METHODS if m != method}
+    others = {m: at_entropy(grid, m, codebook.entropy) for m in HASHES if m != method}
     return Hashed(quantise(weight, grid, codebook), codebook, {method: codebook, **others}, grid)
 
 
 def quantise(weight: Tensor, grid: Grid, codebook: Codebook) -> Tensor:
-    """The weight with each value replaced by that of its cell."""
+    """Replace each value of the weight by that of its cell."""
     table = torch.from_numpy(codebook.values).to(weight.dtype)
     cell_of_bin = torch.from_numpy(np.searchsorted(codebook.borders, np.arange(grid.bins), side="right"))
     value_of_bin = table[cell_of_bin]
-    hashed = torch.cat([value_of_bin[grid.bin_of(chunk)] for chunk in weight.reshape(-1).split(1 << 20)])
+    hashed = torch.cat([value_of_bin[grid.bin_of(chunk)] for chunk in torch.split(weight.reshape(-1), 1 << 20)])
     return hashed.view(weight.shape)
 
 
 def retuned(hashed: Hashed, weight: Tensor) -> Hashed:
-    """The same cells with other values: ``weight`` has one value wherever the hashed weight has one."""
+    """Give the same cells other values: those of ``weight``, which has one wherever the hashed weight has one."""
     old, place = np.unique(hashed.weight.flatten().double().numpy(), return_index=True)
     new = weight.flatten().double().numpy()[place]
     book = hashed.codebook
@@ -95,21 +99,24 @@ def retuned(hashed: Hashed, weight: Tensor) -> Hashed:
     return replace(hashed, weight=weight, codebook=replace(book, values=values))
 
 
-def fit_codebook(grid: Grid, method: str, target: Target) -> Codebook:
-    """The coarsest codebook of that method that meets an error target (the finest, if none does), or the finest that
-    meets a number of values (the coarsest, if none does).
+def fit_codebook(grid: Grid, method: str, target: HashTarget) -> Codebook:
+    """Find the codebook of a method that meets a target.
+
+    This is the coarsest that meets an error (the finest, if none does), or the finest that meets a number of values
+    (the coarsest, if none does).
     """
     family = _FAMILIES[method](grid)
-    if method == "kmeans" and target.values is not None:
-        return _lloyd_max(grid, target.values - bool(grid.zeros))  # zeros have a value of their own
-    if target.error is not None:
-        return family.finest_while(lambda book: book.error > target.error, accept_first_false=True)
-    assert target.values is not None
-    return family.finest_while(lambda book: book.size <= target.values)
+    if target.values is None:
+        error = target.error or 0.0
+        return family.finest_while(lambda book: book.error > error, accept_first_false=True)
+    values = target.values
+    if method == "kmeans":
+        return _lloyd_max(grid, values - bool(grid.zeros))  # zeros have a value of their own
+    return family.finest_while(lambda book: book.size <= values)
 
 
 def at_entropy(grid: Grid, method: str, bits: float) -> Codebook:
-    """The finest codebook of that method whose entropy does not exceed ``bits``."""
+    """Find the finest codebook of a method whose entropy does not exceed ``bits``."""
     return _FAMILIES[method](grid).finest_while(lambda book: book.entropy <= bits + 1e-6)
 
 
@@ -143,7 +150,7 @@ def _kde_family(grid: Grid) -> _Family:
     def make(fineness: float) -> Codebook:
         bandwidth = coarse * (fine / coarse) ** fineness
         borders, modes = cells_of(density(grid, bandwidth))
-        values = grid.low + grid.step * modes
+        values = grid.low + grid.step * modes.astype(np.float64)
         zero = np.searchsorted(grid.low + grid.step * borders, 0.0, side="right")
         if abs(values[zero]) <= bandwidth:
             values[zero] = 0.0  # weights at zero stay there: their kernels cost nothing
@@ -167,12 +174,7 @@ def _uniform_family(grid: Grid) -> _Family:
 
 
 def _kmeans_family(grid: Grid) -> _Family:
-    most = _MOST_CELLS
-
-    def make(fineness: float) -> Codebook:
-        return _lloyd_max(grid, round(most**fineness))
-
-    return _Family(make, 12)
+    return _Family(lambda fineness: _lloyd_max(grid, round(_MOST_CELLS**fineness)), 12)
 
 
 _FAMILIES: dict[str, Callable[[Grid], _Family]] = {
@@ -182,14 +184,14 @@ _FAMILIES: dict[str, Callable[[Grid], _Family]] = {
 }
 
 
-def _lloyd_max(grid: Grid, cells: int, rounds: int = 60) -> Codebook:
-    """Lloyd's algorithm on the grid: borders half-way between values, values at their cells' means."""
-    # The optimal density of levels is the cube root of the weights' (Panter-Dite). It must be a smooth one: single counts
-    # would give the many bins of the tails, most of them with one weight or none, a share of the levels that is far off.
+def _lloyd_max(grid: Grid, cells: int) -> Codebook:
+    """Run Lloyd's algorithm on the grid: borders half-way between values, values at their cells' means."""
+    # The optimal density of levels is the cube root of the weights' (Panter-Dite). It must be smooth: with single
+    # counts the many bins of the tails, most of them with one weight or none, would get far too many levels.
     width = max(_SMOOTHING * grid.rms * grid.weights**-0.2, 2 * grid.step)
     cube = np.cumsum(np.cbrt(np.maximum(density(grid, width), 0.0)))
     borders = np.searchsorted(cube, cube[-1] * np.arange(1, cells) / cells).astype(np.int64)
-    for _ in range(rounds):
+    for _ in range(_LLOYD_ROUNDS):
         edges = np.concatenate([[0], borders, [grid.bins]])
         count, total = np.diff(grid.count[edges]), np.diff(grid.total[edges])
         middle = grid.low + grid.step * (edges[:-1] + edges[1:]) / 2
@@ -201,9 +203,7 @@ def _lloyd_max(grid: Grid, cells: int, rounds: int = 60) -> Codebook:
     return _codebook("kmeans", grid, borders, values)
 
 
-def _codebook(
-    method: str, grid: Grid, borders: NDArray[np.int64], values: Array, bandwidth: float | None = None
-) -> Codebook:
+def _codebook(method: str, grid: Grid, borders: Indices, values: Array, bandwidth: float | None = None) -> Codebook:
     if grid.zeros:
         borders, values = _keep_zero(grid, borders, values)
     values = torch.from_numpy(values).to(grid.dtype).double().numpy()
@@ -212,8 +212,8 @@ def _codebook(
     return Codebook(method, borders, values, count / count.sum(), error, entropy(by_value), bandwidth)
 
 
-def _keep_zero(grid: Grid, borders: NDArray[np.int64], values: Array) -> tuple[NDArray[np.int64], Array]:
-    """The same cells, with one around zero alone if its cell has another value: zeros cost nothing and must stay."""
+def _keep_zero(grid: Grid, borders: Indices, values: Array) -> tuple[Indices, Array]:
+    """Give zeros, which cost nothing and must stay, a cell of one bin if the cell around them has another value."""
     place = int(grid.bin_of(torch.zeros(1, dtype=torch.float64)))
     cell = int(np.searchsorted(borders, place, side="right"))
     if values[cell] == 0.0:
@@ -221,7 +221,7 @@ def _keep_zero(grid: Grid, borders: NDArray[np.int64], values: Array) -> tuple[N
     return np.insert(borders, cell, [place, place + 1]), np.insert(values, cell + 1, [0.0, values[cell]])
 
 
-def _existing_codebook(weight: Tensor, target: Target) -> Codebook | None:
+def _existing_codebook(weight: Tensor, target: HashTarget) -> Codebook | None:
     flat = weight.detach().reshape(-1)
     most = min(_FEW, target.values or _FEW)
     if len(torch.unique(flat[:: max(1, len(flat) // 8192)])) > most:

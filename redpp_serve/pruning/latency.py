@@ -1,11 +1,12 @@
 """Latency on the device at hand: networks side by side, and a model of it over the widths of the layers.
 
 Everything runs through the runtime that serves, and with the threads that are set. Other work on the machine and its
-clock change all times alike, so what is compared is measured in turns.
+clock rate change all times alike, so networks to compare are measured in turns.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -22,27 +23,30 @@ from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref, map_refs
 from redpp_serve.graph.layers import Layer, find_layers
 from redpp_serve.graph.passes import is_inference_norm
 from redpp_serve.runtime.serving_graph import serving_program
+from redpp_serve.runtime.timing import random_tensor, rounds
 
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 1000
 RESAMPLES = 1000
 # Calls between two synchronisations on a GPU: a network waits for the device once, not once for each of its layers.
 GPU_CALLS = 10
-EPILOGUES = frozenset(
-    f"aten.{name}"
-    for name in [
-        "relu.default",
-        "relu6.default",
-        "silu.default",
-        "gelu.default",
-        "hardswish.default",
-        "hardsigmoid.default",
-    ]
-)
+_EPILOGUES = frozenset(f"aten.{name}.default" for name in ("relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid"))
+
+Timer = Callable[[Program, Sequence[Tensor], torch.device], float]  # seconds of one call on a device
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds for one call of a network, and its ratio to the first network measured with it (95 % interval)."""
+    """Latency of a network, in seconds for one call, and its ratio to the first network measured with it.
+
+    Attributes:
+        median: median over the rounds.
+        p10: 10th percentile.
+        p90: 90th percentile.
+        ratio: median of the ratios within the rounds.
+        low: lower end of the ratio's 95 % interval.
+        high: upper end of the ratio's 95 % interval.
+        rounds: number of rounds.
+    """
 
     median: float
     p10: float
@@ -55,14 +59,20 @@ class Latency:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Seconds of one layer: ``fixed + slope * (number of weights)``; weights are MACs for each output position."""
+    """Seconds of one layer: ``fixed + slope * (number of weights)``; weights are MACs for each output position.
+
+    Attributes:
+        fixed: seconds that do not depend on the weight's shape.
+        slope: seconds for each weight.
+        shape: shape of the measured weight.
+    """
 
     fixed: float
     slope: float
     shape: tuple[int, ...]
 
     def at(self, shape: tuple[int, ...]) -> float:
-        """Seconds with a weight of another shape."""
+        """Return the seconds with a weight of another shape."""
         return self.fixed + self.slope * math.prod(shape)
 
 
@@ -70,8 +80,10 @@ class LayerTime:
 class LatencyModel:
     """Seconds of a network as the sum over its layers and a constant for all else.
 
-    ``layers`` goes by layer name; ``whole`` is the measured time of the network as it was, which `predict` gives back
-    for unchanged shapes.
+    Attributes:
+        constant: seconds that belong to no layer.
+        layers: the layers' times by name.
+        whole: the measured time of the whole network, which `predict` returns for unchanged shapes.
     """
 
     constant: float
@@ -79,10 +91,10 @@ class LatencyModel:
     whole: float
 
     def predict(self, shapes: Mapping[str, tuple[int, ...]]) -> float:
-        """Seconds with the layers' weights in these shapes; a layer that is not named keeps its own.
+        """Return the seconds with the layers' weights in these shapes; a layer that is not named keeps its own.
 
         Raises:
-            KeyError: a name that is no layer of the measured network.
+            KeyError: a name is no layer of the measured network.
         """
         change = sum(
             self.layers[name].at(shape) - self.layers[name].at(self.layers[name].shape)
@@ -92,21 +104,27 @@ class LatencyModel:
 
 
 def paired_latency(
-    graphs: Sequence[Graph], batch: int = 1, device: torch.device | str = "cpu", seconds: float = 5.0
+    graphs: Sequence[Graph],
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+    seconds: float = 5.0,
+    timer: Timer | None = None,
 ) -> list[Latency]:
-    """Networks with the same inputs, timed in turns on random inputs of ``batch``; ratios are to the first.
+    """Time networks with the same inputs in turns; ratios are to the first.
 
-    A round calls each network twice, in a random order and then in the reverse, so that slow drift cancels. A ratio is
-    the median over the rounds, its interval a bootstrap over them. Copies to and from a GPU are not in it.
+    A round calls each network twice, in order and then in reverse, so that slow drift cancels. A ratio is the median
+    over the rounds, its interval a bootstrap over them. Copies to and from a GPU are not counted.
 
     Args:
         graphs: at least one; their tensors are not changed.
+        batch: number of random inputs in one call.
+        device: where the networks run.
         seconds: time for the rounds; at least `FEWEST_ROUNDS` are run, however long they take.
+        timer: times one call; by default `time_call`.
     """
     device = torch.device(device)
     inputs = _inputs(graphs[0].inputs, batch, device)
-    calls = [_caller(serving_program(graph, device).to(device), inputs) for graph in graphs]
-    times = _measure(calls, device, seconds)
+    times = _measure([(_program(graph, device), inputs) for graph in graphs], device, seconds, timer or time_call)
     rng = np.random.default_rng(0)
     picked = rng.integers(0, len(times), (RESAMPLES, len(times)))
     found = []
@@ -119,43 +137,45 @@ def paired_latency(
 
 
 def layer_model(
-    graph: Graph, device: torch.device | str = "cpu", seconds: float = 10.0, batch: int = 1
+    graph: Graph, device: torch.device | str = "cpu", seconds: float = 10.0, batch: int = 1, timer: Timer | None = None
 ) -> LatencyModel:
-    """Measure each layer with what runs in one call with it, at full and about half of its outputs and inputs.
+    """Measure each layer together with the operators fused into it, at full and about half of its width.
 
-    Layers of equal geometry are measured once. What the layers do not explain of the whole network's time is a
-    constant.
+    Layers of equal geometry are measured once. The rest of the whole network's time is a constant.
 
     Args:
+        graph: the network.
+        device: where it runs.
         seconds: time for the measurements; each is repeated at least `FEWEST_ROUNDS` times.
-        batch: inputs in one call.
+        batch: number of inputs in one call.
+        timer: times one call; by default `time_call`.
     """
     device = torch.device(device)
     patches = {layer.name: patch for layer, patch in _patches(graph)}
     distinct = {patch.geometry: patch for patch in patches.values()}
     inputs = _inputs(graph.inputs, batch, device)
-    calls, sizes = [_caller(serving_program(graph, device).to(device), inputs)], []
+    programs, sizes = [(_program(graph, device), inputs)], []
     for geometry, patch in distinct.items():
         for outputs, inputs_kept in patch.widths():
             small = patch.narrowed(outputs, inputs_kept)
             example = _inputs(small.inputs, batch * patch.rows, device)
-            calls.append(_caller(serving_program(small, device).to(device), example))
+            programs.append((_program(small, device), example))
             sizes.append((geometry, small.tensors[patch.layer.weight].numel()))
-    times = _measure(calls, device, seconds)
+    times = _measure(programs, device, seconds, timer or time_call)
     lines, means, typical = {}, dict.fromkeys(distinct, 0.0), np.median(times, axis=0)
     for geometry in distinct:
         columns = [k for k, (key, _) in enumerate(sizes, start=1) if key == geometry]
         lines[geometry] = _line([sizes[k - 1][1] for k in columns], typical[columns])
         means[geometry] = float(times[:, columns[0]].mean())  # the full width comes first
-    # A busy machine interrupts whole networks often and single layers seldom, and medians would drop the latter: the
-    # layers' share of the time comes from means, in which both have their part.
+    # A busy machine interrupts whole networks often and single layers seldom, and medians would drop the latter.
+    # Means include both, so the layers' share of the time is a ratio of means.
     share = min(1.0, sum(means[patch.geometry] for patch in patches.values()) / float(times[:, 0].mean()))
     found = {name: LayerTime(*lines[patch.geometry], patch.layer.shape) for name, patch in patches.items()}
     return _scaled(found, float(typical[0]), share)
 
 
 def _scaled(layers: Mapping[str, LayerTime], whole: float, share: float) -> LatencyModel:
-    """The model in which the layers as they are take this share of the whole."""
+    """Scale the layers' times so that together they take this share of the whole network's."""
     total = sum(layer.at(layer.shape) for layer in layers.values())
     scale = share * whole / total if total else 1.0
     scaled = {name: LayerTime(scale * layer.fixed, scale * layer.slope, layer.shape) for name, layer in layers.items()}
@@ -163,7 +183,7 @@ def _scaled(layers: Mapping[str, LayerTime], whole: float, share: float) -> Late
 
 
 def _line(sizes: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
-    """Fixed and slope, neither negative, with the least sum of squared relative errors."""
+    """Fit fixed and slope, neither negative, with the least sum of squared relative errors."""
     x, y = np.asarray(sizes, dtype=np.float64), np.asarray(times, dtype=np.float64)
     a, b = 1 / y, x / y  # fixed * a + slope * b = 1
     determinant = (a @ a) * (b @ b) - (a @ b) ** 2
@@ -181,7 +201,11 @@ def _line(sizes: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
 class _Patch:
     """A layer and the nodes that follow it position by position, cut out of the network.
 
-    ``rows`` is the length of axis 0 for one input of the network: 1, or the windows that attention cuts an image into.
+    Attributes:
+        layer: the layer.
+        graph: the patch as a network.
+        rows: length of axis 0 for one input of the network: 1, or the number of windows that attention makes.
+        geometry: equal for patches that take the same time.
     """
 
     layer: Layer
@@ -190,7 +214,7 @@ class _Patch:
     geometry: tuple[object, ...]
 
     def widths(self) -> list[tuple[int, int]]:
-        """(outputs, inputs) to measure; the depthwise share one number, an image's few colours stay."""
+        """Return (outputs, inputs) to measure: one number for depthwise layers, all of an image's few colours."""
         n_out, n_in = self.layer.shape[:2]
         if self.layer.groups > 1:
             fewer = n_out // self.layer.groups * _half(self.layer.groups)
@@ -198,15 +222,14 @@ class _Patch:
         return list(dict.fromkeys(itertools.product((n_out, _half(n_out)), (n_in, _half(n_in) if n_in >= 8 else n_in))))
 
     def narrowed(self, outputs: int, inputs: int) -> Graph:
-        """The patch with the first of its output channels, and per group of its input channels."""
+        """Keep the first of the patch's output channels, and of the input channels of each group."""
         n_out = self.layer.shape[0]
         groups = self.layer.groups * outputs // n_out if self.layer.groups > 1 else 1
-        weight = self.graph.tensors[self.layer.weight][:outputs, :inputs].contiguous()
         tensors = {name: t[:outputs] if t.shape[:1] == (n_out,) else t for name, t in self.graph.tensors.items()}
+        tensors[self.layer.weight] = self.graph.tensors[self.layer.weight][:outputs, :inputs].contiguous()
         source, *others = self.graph.inputs
         axis = 0 if self.layer.is_conv else -1  # of shapes without the batch
         specs = [_resized(source, axis, inputs * groups), *(_resized(other, axis, outputs) for other in others)]
-        tensors[self.layer.weight] = weight
         small = Graph(tuple(specs), tensors, self.graph.nodes, self.graph.outputs)
         call = self.layer.node
         if groups == self.layer.groups:
@@ -215,7 +238,7 @@ class _Patch:
 
 
 def _half(width: int) -> int:
-    """About half, on the multiples of 8 that pruning keeps where the width allows it."""
+    """Return about half, on the multiples of 8 that pruning keeps where the width allows it."""
     return -(-width // 16) * 8 if width >= 16 else -(-width // 2)
 
 
@@ -226,10 +249,10 @@ def _resized(spec: InputSpec, axis: int, width: int) -> InputSpec:
 
 
 def _patches(graph: Graph) -> list[tuple[Layer, _Patch]]:
-    """Each layer with its patch; a node belongs to the first layer that reaches it, as in fusion."""
+    """Cut out the patch of each layer; a node belongs to the first layer that reaches it, as in fusion."""
     shapes = {name: tuple(tensor.shape) for name, tensor in graph.tensors.items()}
     shapes |= {i.name: (1, *i.shape) for i in graph.inputs} | value_shapes(graph)
-    users, taken, found = graph.users(), set(), []
+    users, taken, found = graph.users(), set[str](), []
     for layer in find_layers(graph):
         nodes, specs = _follow(graph, users, shapes, layer, taken)
         taken.update(node.name for node in nodes)
@@ -254,7 +277,7 @@ def _patches(graph: Graph) -> list[tuple[Layer, _Patch]]:
 def _follow(
     graph: Graph, users: Mapping[str, list[Node]], shapes: Mapping[str, tuple[int, ...]], layer: Layer, taken: set[str]
 ) -> tuple[list[Node], list[InputSpec]]:
-    """The layer, then batch norm, activation and addition of an equal shape while each alone reads the last."""
+    """Follow a layer's output through batch norms, activations and additions, each the only reader of the last."""
     dtype = str(graph.tensors[layer.weight].dtype).removeprefix("torch.")
     nodes, specs = [layer.node], [InputSpec(layer.node.args[0].name, shapes[layer.node.args[0].name][1:], dtype)]
     while len(readers := users.get(nodes[-1].name, [])) == 1 and nodes[-1].name not in graph.outputs:
@@ -267,67 +290,60 @@ def _follow(
         elif is_inference_norm(node):
             if not layer.is_conv and len(shapes[node.name]) != 2:
                 break  # it normalises axis 1, which holds positions
-        elif node.op not in EPILOGUES:
+        elif node.op not in _EPILOGUES:
             break
         nodes.append(node)
     return nodes, specs
 
 
 def _computed(nodes: Sequence[Node], others: Sequence[InputSpec]) -> list[Node]:
-    """The nodes with each other summand made by a node (a view of itself): fusion takes no network input for one."""
+    """Let a node make each other summand, as a view of itself: fusion takes no input of the network for a summand."""
     names = {spec.name: f"{spec.name}.summand" for spec in others}
     views = [
         Node(view, "aten.expand.default", (Ref(spec.name), [-1] * (len(spec.shape) + 1)))
-        for spec, view in zip(others, names.values())
+        for spec, view in zip(others, names.values(), strict=True)
     ]
     first, *rest = nodes
     renamed = [Node(n.name, n.op, map_refs(n.args, lambda name: Ref(names.get(name, name))), n.kwargs) for n in rest]
     return [first, *views, *renamed]
 
 
-def _inputs(specs: Sequence[InputSpec], batch: int, device: torch.device) -> list[Tensor]:
-    """Random numbers; integers are zeros, which every table of embeddings has."""
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for spec in specs:
-        dtype = getattr(torch, spec.dtype)
-        shape = (batch, *spec.shape)
-        values = torch.randn(shape, generator=generator) if dtype.is_floating_point else torch.zeros(shape)
-        values = values.to(device, dtype)
-        found.append(values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values)
-    return found
+def _program(graph: Graph, device: torch.device) -> Program:
+    return serving_program(graph, device).to(device)
 
 
-def _caller(program: Program, inputs: Sequence[Tensor]) -> Callable[[], object]:
-    return lambda: program(*inputs)
-
-
-def _measure(calls: Sequence[Callable[[], object]], device: torch.device, seconds: float) -> NDArray[np.float64]:
-    """Seconds of each call in each round (rounds, calls): the mean of two, in a random order and in its reverse.
+def _measure(
+    programs: Sequence[tuple[Program, Sequence[Tensor]]], device: torch.device, seconds: float, timer: Timer
+) -> NDArray[np.float64]:
+    """Return the seconds of each program with its inputs, (rounds, programs).
 
     A round of warm-up comes first and counts towards ``seconds``.
     """
-    rng = np.random.default_rng(0)
-    deadline = time.perf_counter() + seconds
-    rounds: list[NDArray[np.float64]] = []
+    runs = [functools.partial(timer, program, inputs, device) for program, inputs in programs]
+    deadline, found = time.perf_counter() + seconds, []
     with torch.inference_mode():
-        while len(rounds) <= FEWEST_ROUNDS or (time.perf_counter() < deadline and len(rounds) <= MOST_ROUNDS):
-            row, order = np.zeros(len(calls)), rng.permutation(len(calls))
-            for index in (*order, *order[::-1]):
-                row[index] += _timed(calls[index], device) / 2
-            rounds.append(row)
-    return np.stack(rounds[1:])
+        for row in rounds(runs):
+            found.append(row)
+            late = time.perf_counter() >= deadline or len(found) > MOST_ROUNDS
+            if late and len(found) > FEWEST_ROUNDS:
+                break
+    return np.array(found[1:])
 
 
-def _timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds for one call."""
+def time_call(program: Program, inputs: Sequence[Tensor], device: torch.device) -> float:
+    """Return the seconds of one call; on a GPU the mean of several between two synchronisations."""
     if device.type != "cuda":
         start = time.perf_counter()
-        call()
+        program(*inputs)
         return time.perf_counter() - start
     torch.cuda.synchronize(device)
     start = time.perf_counter()
     for _ in range(GPU_CALLS):
-        call()
+        program(*inputs)
     torch.cuda.synchronize(device)
     return (time.perf_counter() - start) / GPU_CALLS
+
+
+def _inputs(specs: Sequence[InputSpec], batch: int, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [random_tensor((batch, *spec.shape), getattr(torch, spec.dtype), device, generator) for spec in specs]

@@ -16,7 +16,13 @@ from redpp_serve.pruning.widths import unit
 
 @dataclass(frozen=True)
 class Merged:
-    """The merged graph, and by channel set the channels that stayed, (k,) int64 ascending, where some went."""
+    """The result of exact merging.
+
+    Attributes:
+        graph: the network with fewer channels.
+        kept: the channels that stayed, (k,) int64 ascending, by channel set where some went.
+        removed: number of channels that went.
+    """
 
     graph: Graph
     kept: dict[str, Tensor]
@@ -26,8 +32,8 @@ class Merged:
 def merge_exact(coupling: Coupling, round_to: int) -> Merged:
     """Merge the channels of every open channel set that are equal in all its tensors.
 
-    Channels that all readers ignore (columns of zeros) go as well. Widths of layers stay multiples of ``round_to`` by
-    leaving some duplicates in place. Exact up to re-association of the readers' sums.
+    Channels that all readers ignore (columns of zeros) go as well. Widths of layers stay multiples of ``round_to``
+    because some duplicates stay. The result is exact up to re-association of the readers' sums.
     """
     tensors, kept, removed = dict(coupling.graph.tensors), {}, 0
     for channel_set in coupling.open:
@@ -47,13 +53,13 @@ def merge_exact(coupling: Coupling, round_to: int) -> Merged:
 
 
 def _survivors(channel_set: ChannelSet, tensors: dict[str, Tensor], round_to: int) -> tuple[Tensor, Tensor]:
-    """For each channel the one that stands for it, (channels,) int64, and which channels stay, (channels,) bool."""
+    """Find the channel that replaces each, (channels,) int64, and which channels stay, (channels,) bool."""
     first = first_equal([_rows(tensors, part) for part in channel_set.parts])
     ignored = torch.ones(channel_set.channels, dtype=torch.bool)
     for reader in channel_set.readers:
         columns = tensors[reader.tensor].movedim(reader.dim, 0)[reader.positions]
         ignored &= (columns == 0).flatten(1).all(1)
-    stays = (first == torch.arange(channel_set.channels)) & ~_all_of_group(ignored, first)
+    stays = (first == torch.arange(channel_set.channels)) & ~_all_equal_ones(ignored, first)
     step = unit(channel_set, round_to)
     width = int(stays.sum())
     missing = min(channel_set.channels, -(-max(width, 1) // step) * step) - width
@@ -68,7 +74,7 @@ def _rows(tensors: dict[str, Tensor], part: Part) -> Tensor:
 
 
 def _summed(weight: Tensor, dim: int, positions: Tensor, first: Tensor, stays: Tensor) -> Tensor:
-    """The weight with each channel's columns added to those of the channel that stands for it."""
+    """Add each channel's columns of a weight to those of the channel that replaces it, in float64."""
     moved = weight.movedim(dim, 0).double()
     gone = (~stays).nonzero().view(-1)
     gone = gone[stays[first[gone]]]  # the others are ignored by all readers
@@ -77,9 +83,10 @@ def _summed(weight: Tensor, dim: int, positions: Tensor, first: Tensor, stays: T
 
 
 def first_equal(tensors: Sequence[Tensor]) -> Tensor:
-    """For each channel (dimension 0 of every tensor) the first one with the same values in all tensors, (channels,) int64.
+    """Find for each channel the first one with the same values in all tensors, (channels,) int64.
 
-    Compared by digest, so that a wide layer takes no memory beyond its weights.
+    Channels lie along dimension 0 of every tensor. They are compared by digest, so that a wide layer takes no memory
+    beyond its weights.
     """
     seen: dict[bytes, int] = {}
     rows = [(t.detach().cpu().reshape(len(t), -1) + 0.0).contiguous() for t in tensors]  # + 0.0 makes -0.0 equal to 0.0
@@ -92,7 +99,7 @@ def first_equal(tensors: Sequence[Tensor]) -> Tensor:
     return torch.tensor(first)
 
 
-def _all_of_group(flags: Tensor, first: Tensor) -> Tensor:
-    """For each channel, whether ``flags`` holds for every channel that is equal to it."""
+def _all_equal_ones(flags: Tensor, first: Tensor) -> Tensor:
+    """Tell for each channel whether ``flags`` holds for every channel that is equal to it."""
     held = torch.ones(len(flags), dtype=torch.int64).scatter_reduce(0, first, flags.long(), "amin")
     return held[first].bool()

@@ -9,9 +9,10 @@ import torch
 
 from redpp_serve.graph.layers import find_layers, mac_count, parameter_count
 from redpp_serve.graph.weights import split_weight
+from redpp_serve.options import HASHES, HashTarget
 from redpp_serve.pruning.accounting import Counts, count_dense, count_kernels, count_network, count_scalars, totals
 from redpp_serve.pruning.fit import Reconstruction
-from redpp_serve.pruning.hashing import METHODS, Target, hash_weight
+from redpp_serve.pruning.hashing import hash_weight
 from redpp_serve.pruning.records import HashRecord, HashSummary, LayerRecord, Share, SplitRecord, merge_record
 from tests.support.networks import KINDS, network, quantised
 
@@ -53,13 +54,15 @@ def test_both_readings_compare_dense_before_with_split_after():
             assert all(b <= a for a, b in (unit["multiplications"], unit["additions"])), kind
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", HASHES)
 def test_the_record_of_a_hash(method):
     for shape in ((32, 8, 3, 3), (70, 40)):
-        hashed = hash_weight(torch.randn(shape, generator=torch.Generator().manual_seed(0)), method, Target(error=0.05))
+        hashed = hash_weight(
+            torch.randn(shape, generator=torch.Generator().manual_seed(0)), method, HashTarget(error=0.05)
+        )
         record = written(HashRecord.of(hashed))
         assert record["values"] == len(hashed.weight.unique()) and 0.04 <= record["error"] <= 0.05
-        assert set(record["alternatives"]) == set(METHODS) and record["zero_kernels"] < 0.1
+        assert set(record["alternatives"]) == set(HASHES) and record["zero_kernels"] < 0.1
         assert set(record["alternatives"][method]) == {"values", "entropy", "error"}
         assert (record["bandwidth"] is None) == (method != "kde")
         curve = record["density"]
@@ -72,7 +75,7 @@ def test_the_record_of_a_hash(method):
 def test_the_record_of_degenerate_weights_is_finite_json():
     weights = torch.zeros(20, 20), torch.full((9, 5, 3, 3), 2.0), torch.ones(1, 1), torch.zeros(2, 2, 1, 1)
     for weight in weights:
-        record = written(HashRecord.of(hash_weight(weight, "kde", Target(error=0.02))))
+        record = written(HashRecord.of(hash_weight(weight, "kde", HashTarget(error=0.02))))
         assert record["values"] == 1 and record["error"] == 0, weight
         assert record["zero_kernels"] == float(weight.flatten()[0] == 0), weight
 
@@ -81,7 +84,7 @@ def test_zero_kernels_also_in_half_precision():
     weight = torch.randn(40, 8, 3, 3, generator=torch.Generator().manual_seed(0)) * 1e-3
     weight[:10] = 0
     for dtype in (torch.float32, torch.float16):
-        assert HashRecord.of(hash_weight(weight.to(dtype), "kde", Target(error=0.02))).zero_kernels == 0.25, dtype
+        assert HashRecord.of(hash_weight(weight.to(dtype), "kde", HashTarget(error=0.02))).zero_kernels == 0.25, dtype
 
 
 def test_the_record_of_a_split():
@@ -113,7 +116,7 @@ def test_the_prediction_from_frequencies_is_close_to_the_count():
     layers, splits = parts(graph)
     splits = {name: splits[name] for name in ("inner", "second")}
     hashed, first = (
-        {name: hash_weight(graph.tensors[layers[name].weight], "kde", Target(error=error)) for name in layers}
+        {name: hash_weight(graph.tensors[layers[name].weight], "kde", HashTarget(error=error)) for name in layers}
         for error in (0.02, 0.05)
     )
     found, errors = summary_of(layers, first, hashed, splits)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from redpp_serve.graph.layers import find_layers
-from redpp_serve.pruning import final_codebooks as module
 from redpp_serve.pruning.final_codebooks import LEVELS, hash_within
 from redpp_serve.pruning.verification import compare_outputs
 from tests.support.networks import KINDS, Builder, natural, quantised, trained
@@ -93,15 +92,12 @@ def test_no_layer_is_no_error():
     assert found.hashed == {} and found.added == 0
 
 
-def test_big_networks_are_measured_on_fewer_inputs(monkeypatch):
-    seen = []
-    real = module.Piecewise
-    monkeypatch.setattr(
-        module, "Piecewise", lambda graph, inputs, chunk: seen.append(len(inputs[0])) or real(graph, inputs, chunk)
-    )
-    monkeypatch.setattr(module, "_PROBE_MACS", 1.0)
-    hashed(trained("chain"), 0.3)
-    assert set(seen) == {2}
+def test_big_networks_are_measured_on_fewer_inputs():
+    graph = trained("chain")
+    layers, inputs = find_layers(graph), natural(graph, 12)
+    limited = hash_within(graph, layers, inputs, 0.3, probe_macs=1.0)
+    few = hash_within(graph, layers, tuple(x[:2] for x in inputs), 0.3)
+    assert limited.added == few.added != hash_within(graph, layers, inputs, 0.3).added
 
 
 def test_progress_counts_the_layers():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 from redpp_serve.graph.executor import Program, value_shapes
 from redpp_serve.graph.graph import Graph, InputSpec, Ref
@@ -19,14 +20,13 @@ from tests.support.networks import Builder
 
 
 class Clock:
-    """Stands in for the timer: each call of a program costs what ``cost`` says, and all cost more as time goes by."""
+    """A timer by which each call of a program takes what ``cost`` says, and all take longer as time goes by."""
 
     def __init__(self, cost: Callable[[Program], float], drift: float = 0.0) -> None:
         self.cost, self.drift, self.now = cost, drift, 0
 
-    def __call__(self, call: Callable[[], object], device: torch.device) -> float:
-        program = next(c.cell_contents for c in call.__closure__ if isinstance(c.cell_contents, Program))
-        call()
+    def __call__(self, program: Program, inputs: Sequence[Tensor], device: torch.device) -> float:
+        program(*inputs)
         self.now += 1
         return self.cost(program) * (1 + self.drift * self.now)
 
@@ -35,18 +35,18 @@ def weights(graph: Graph) -> int:
     return sum(math.prod(layer.shape) for layer in find_layers(graph))
 
 
-def by_weights(known: dict[int, int]) -> Callable[[Program], float]:
+def by_steps(known: dict[int, int]) -> Callable[[Program], float]:
     """Cost by the number of a program's steps (which tells test networks apart)."""
     return lambda program: known[len(program.operators)]
 
 
-def test_a_drifting_machine_leaves_the_ratio_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drifting_machine_leaves_the_ratio_alone() -> None:
     """Both calls of a round sum to the same drift for each network, so the ratio within a round is exact."""
     graphs = [networks.network("chain"), networks.network("bare"), networks.network("mlp")]
     steps = [len(latency.serving_program(g, torch.device("cpu")).operators) for g in graphs[:2]]
     assert steps[0] != steps[1]
-    monkeypatch.setattr(latency, "_timed", Clock(by_weights({steps[0]: 2, steps[1]: 1}), drift=0.5))
-    first, second = paired_latency(graphs[:2], seconds=0)
+    clock = Clock(by_steps({steps[0]: 2, steps[1]: 1}), drift=0.5)
+    first, second = paired_latency(graphs[:2], seconds=0, timer=clock)
     assert (first.ratio, first.low, first.high) == (1, 1, 1)
     assert (second.ratio, second.low, second.high) == (0.5, 0.5, 0.5)
     assert first.rounds == second.rounds == FEWEST_ROUNDS
@@ -78,7 +78,9 @@ def test_a_patch_computes_what_the_network_computes_there(kind: str) -> None:
     for layer, patch in latency._patches(graph):
         wanted = [spec.name for spec in patch.graph.inputs] + list(patch.graph.outputs)
         needed = [name for name in wanted if name not in {i.name for i in graph.inputs}]
-        values = dict(zip((i.name for i in graph.inputs), inputs)) | dict(zip(needed, Program(graph, needed)(*inputs)))
+        values = dict(zip((i.name for i in graph.inputs), inputs, strict=True)) | dict(
+            zip(needed, Program(graph, needed)(*inputs))
+        )
         (found,) = Program(patch.graph)(*(values[spec.name] for spec in patch.graph.inputs))
         torch.testing.assert_close(found, values[patch.graph.outputs[0]])
         assert patch.layer == layer
@@ -158,7 +160,7 @@ def test_fixed_and_slope_are_never_negative(
     assert latency._line(sizes, times) == pytest.approx(expected, abs=1e-3)
 
 
-def test_the_model_predicts_a_narrowed_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_predicts_a_narrowed_network() -> None:
     """With times that follow its law exactly: 1 a step, 0.01 a weight, and steps that belong to no layer."""
     whole, narrow = (networks.network("residual", width) for width in (32, 16))
 
@@ -166,8 +168,7 @@ def test_the_model_predicts_a_narrowed_network(monkeypatch: pytest.MonkeyPatch) 
         steps = sum("expand" not in op for op in program.operators)
         return steps + 0.01 * sum(t.numel() for t in program.buffers() if t.dim() > 1)
 
-    monkeypatch.setattr(latency, "_timed", Clock(cost))
-    model = layer_model(whole, seconds=0)
+    model = layer_model(whole, seconds=0, timer=Clock(cost))
     real = [cost(latency.serving_program(graph, torch.device("cpu"))) for graph in (whole, narrow)]
     assert model.whole == pytest.approx(real[0])
     assert model.predict({layer.name: layer.shape for layer in find_layers(whole)}) == pytest.approx(real[0])
@@ -176,26 +177,23 @@ def test_the_model_predicts_a_narrowed_network(monkeypatch: pytest.MonkeyPatch) 
     assert model.constant == pytest.approx(model.whole - total) and model.constant > 0
 
 
-def test_layers_that_explain_more_than_all_are_scaled_down(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_explain_more_than_all_are_scaled_down() -> None:
     graph = networks.network("chain")
     steps = len(latency.serving_program(graph, torch.device("cpu")).operators)
-    monkeypatch.setattr(latency, "_timed", Clock(lambda program: 1.0 if len(program.operators) == steps else 10.0))
-    model = layer_model(graph, seconds=0)
+    model = layer_model(graph, seconds=0, timer=Clock(lambda program: 1.0 if len(program.operators) == steps else 10.0))
     assert (model.whole, model.constant) == (1.0, 0.0)
     assert sum(layer.at(layer.shape) for layer in model.layers.values()) == pytest.approx(1.0)
 
 
-def test_equal_geometries_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_geometries_are_measured_once() -> None:
     b = Builder(8, 6, 6)
     value = "x"
     for k in range(4):
         value = b.conv(value, f"c{k}", 8, 8)
     graph = b.graph(value)
-    built: list[Graph] = []
-    real = latency.serving_program
-    monkeypatch.setattr(latency, "serving_program", lambda g, d: (built.append(g), real(g, d))[1])
-    model = layer_model(graph, seconds=0)
-    assert len(built) == 1 + 4  # the network, and one layer at (8, 8), (8, 4), (4, 8), (4, 4)
+    timed: set[Program] = set()
+    model = layer_model(graph, seconds=0, timer=Clock(lambda program: timed.add(program) or 1.0))
+    assert len(timed) == 1 + 4  # the network, and one layer at (8, 8), (8, 4), (4, 8), (4, 4)
     assert len(model.layers) == 4 and len(set(model.layers.values())) == 1
 
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from redpp_serve.channels.coupling import couple
 from redpp_serve.graph.graph import Ref
 from redpp_serve.graph.layers import find_layers
+from redpp_serve.options import HashTarget
 from redpp_serve.pruning import merging
-from redpp_serve.pruning.hashing import Target, hash_weight
+from redpp_serve.pruning.hashing import hash_weight
 from redpp_serve.pruning.merging import first_equal, merge_exact
 from tests.support.networks import (
     KINDS,
@@ -48,7 +49,7 @@ def merge_one(graph, round_to=1, name="inner"):
 
 def hashed(graph, values=5):
     weights = {
-        layer.weight: hash_weight(graph.tensors[layer.weight], "kmeans", Target(values=values)).weight
+        layer.weight: hash_weight(graph.tensors[layer.weight], "kmeans", HashTarget(values=values)).weight
         for layer in find_layers(graph)
     }
     return graph.with_tensors(weights)
@@ -233,6 +234,24 @@ def test_half_precision_sums_are_rounded_once():
     graph.tensors["inner.weight"][:] = 1
     graph.tensors["head.weight"][0] = torch.tensor([2048.0, 1.0, 1.0])  # 2048 + 1 is 2048 in half precision
     assert merge_one(graph)[0].tensors["head.weight"].tolist() == [[2050.0]]
+
+
+def test_columns_are_summed_in_float64():
+    """In float32, 1e8 takes up none of the ones that are added to it singly."""
+    b = Builder(4)
+    hidden = b.linear("x", "inner", 4, 3, bias=False)
+    graph = b.graph(b.linear(hidden, "head", 3, 1, bias=False))
+    graph.tensors["inner.weight"][:] = 1
+    graph.tensors["head.weight"][0] = torch.tensor([1e8, 3.0, 3.0])
+    assert merge_one(graph)[0].tensors["head.weight"].tolist() == [[float(torch.tensor(1e8 + 6))]]
+
+
+def test_channels_that_differ_in_the_sign_of_a_zero_are_equal():
+    graph = plant(network("chain", 6), {4: 1})
+    weight = graph.tensors["inner.weight"].clone()
+    weight[1, 0], weight[4, 0] = 0.0, -0.0
+    merged, kept = merge_one(graph.with_tensors({"inner.weight": weight}))
+    assert kept == 5 and difference(graph.with_tensors({"inner.weight": weight}), merged) < 1e-6
 
 
 def drop_last(summed):
