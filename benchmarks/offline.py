@@ -21,14 +21,9 @@ import torch
 from torch import nn
 
 from redpp_serve.capture.arch import build
-<<<<<<< HEAD
 from redpp_serve.machine import describe_machine
-from redpp_serve.pruning.hashing import METHODS, Target, hash_weight
-=======
 from redpp_serve.options import HASHES, HashTarget
-from redpp_serve.packaging.package import describe_machine
 from redpp_serve.pruning.hashing import hash_weight
->>>>>>> 48df149 (Hashing and latency: whole sentences, seams instead of patched names, tests of planted faults)
 
 RESNET = "torchvision:resnet50"
 DEPTH, SIDE = 6, 8
