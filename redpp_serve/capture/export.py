@@ -98,7 +98,7 @@ def _export(module: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
                 from torch._export.converter import TS2EPConverter  # noqa: PLC0415 - a private module of torch
 
                 return TS2EPConverter(module, example).convert()
-            dynamic = ShapesCollection()  # type: ignore[no-untyped-call]
+            dynamic = ShapesCollection()
             for x in example:
                 dynamic[x] = {0: Dim.DYNAMIC}
             try:

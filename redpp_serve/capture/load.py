@@ -120,7 +120,7 @@ _READERS: dict[FileKind, Callable[[Path], Callable[[], Any]]] = {
     FileKind.LEGACY_STATE_DICT: _safely,
     FileKind.MODULE: _trusting,
     FileKind.OBJECTS: _trusting,
-    FileKind.TORCHSCRIPT: lambda path: lambda: torch.jit.load(path, map_location="cpu"),  # type: ignore[no-untyped-call]
+    FileKind.TORCHSCRIPT: lambda path: lambda: torch.jit.load(path, map_location="cpu"),
     FileKind.EXPORTED: lambda path: lambda: torch.export.load(path),
 }
 

@@ -98,7 +98,7 @@ def once(labels: Tensor) -> Tensor:
 
 def _pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return the distinct pairs of unequal labels that meet when two arrays are broadcast together."""
-    shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+    shape = torch.broadcast_shapes(a.shape, b.shape)
     a, b = a.expand(shape), b.expand(shape)
     for dim in range(a.dim()):
         if a.stride(dim) == 0 and b.stride(dim) == 0 and a.shape[dim] > 1:

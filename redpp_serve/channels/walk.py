@@ -289,7 +289,7 @@ def join(walk: Walk, a: Tensor, b: Tensor, node: Node) -> Tensor:
     """Join the labels of two broadcast operands and return those of the result."""
     dims = max(a.dim(), b.dim())
     a, b = (t[(None,) * (dims - t.dim())] for t in (a, b))
-    shape: tuple[int, ...] = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+    shape: tuple[int, ...] = torch.broadcast_shapes(a.shape, b.shape)
     moves_a, moves_b = walk.varying(a), walk.varying(b)
     first_a, first_b = (int(t.reshape(-1)[0]) if t.numel() else Labels.NONE for t in (a, b))
     if not moves_a and not moves_b and Labels.NONE in (first_a, first_b):
