@@ -56,14 +56,16 @@ class Record:
 
 def plain(value: Any) -> Any:
     """Turn records, NumPy's numbers and tuples into what JSON knows; NaN and infinities become None."""
+    if isinstance(value, bool | str | int) or value is None:
+        return value
+    if type(value) is float:  # long lists are made of these
+        return value if math.isfinite(value) else None
     if isinstance(value, Record):
         return value.to_json()
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if isinstance(value, bool | str) or value is None:
-        return value
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
@@ -92,7 +94,10 @@ def _read(kind: Any, value: Any) -> Any:
     if kind is Any:
         return plain(value)
     if origin is list:
-        return [_read(arguments[0], item) for item in value if _fits(arguments[0], item)] if _fits(kind, value) else []
+        items = value if _fits(kind, value) else ()
+        if arguments[0] == float | None:  # densities are long
+            return [plain(item) if _fits(float, item) else None for item in items]
+        return [_read(arguments[0], item) for item in items if _fits(arguments[0], item)]
     if origin is dict:
         return {str(key): _read(arguments[1], item) for key, item in value.items()} if _fits(kind, value) else {}
     if NoneType in arguments:
@@ -106,6 +111,8 @@ def _read(kind: Any, value: Any) -> Any:
 
 def _fits(kind: Any, value: Any) -> bool:
     """Tell whether a JSON value is of a field's type; a number also passes as text."""
+    if kind is float and type(value) is float:
+        return math.isfinite(value)
     origin = typing.get_origin(kind) or kind
     if origin is float:
         return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
