@@ -1,11 +1,12 @@
-"""What can be merged in the networks people deploy: ``python -m benchmarks.coverage`` (about an hour; it goes on
-where it stopped).
+"""Measure what can be merged in the networks people deploy: ``python -m benchmarks.coverage``.
+
+A run takes about an hour and goes on where it stopped.
 
 Each torchvision or timm classifier is built with random weights, captured and coupled, one at a time in a process of
 its own. Its row says how many channel sets are open, the share of parameters and multiply-accumulates in layers
 that touch one, and why the others are closed. Two checks in float64 at batch 2 prove the sets: with copies planted
-in a third of every open channel set, exact merging must take out as many channels and leave the outputs as they were; and
-narrowing every channel set at random must equal the whole network with the columns of the removed channels at zero.
+in a third of every open set, exact merging must take out as many channels and leave the outputs as they were; and
+narrowing every set at random must equal the whole network with the columns of the removed channels at zero.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def smallest(arch: str) -> tuple[nn.Module, int]:
 
 
 def planted(coupling: Coupling) -> tuple[Graph, int]:
-    """The graph where the second third of every open channel set is a copy of the first, and how many copies that makes."""
+    """Make the second third of every open set a copy of the first; return the graph and the number of copies."""
     tensors, count = dict(coupling.graph.tensors), 0
     for channel_set in coupling.open:
         third = channel_set.channels // 3
@@ -106,7 +107,9 @@ def outputs(graph: Graph) -> tuple[Tensor, ...]:
 
 def gap(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:
     """The largest relative difference."""
-    return max(float((x - y).norm() / x.norm()) if x.shape == y.shape else float("inf") for x, y in zip(a, b))
+    return max(
+        float((x - y).norm() / x.norm()) if x.shape == y.shape else float("inf") for x, y in zip(a, b, strict=True)
+    )
 
 
 def exactness(coupling: Coupling) -> dict[str, Any]:
@@ -174,7 +177,7 @@ def measure(arch: str) -> dict[str, Any]:
 
 
 def in_process(arch: str, timeout: float) -> dict[str, Any]:
-    """`measure` in a process of its own, which starts with the libraries loaded; a failure is a row with its message."""
+    """Run `measure` in a process of its own, forked with the libraries loaded; a failure is a row with its message."""
     receive, send = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(target=_send_row, args=(arch, send))
     child.start()

@@ -1,4 +1,4 @@
-"""The classifiers of `benchmarks.coverage`: at least one of each family that torchvision and timm deploy."""
+"""List the classifiers of `benchmarks.coverage`: at least one of each family that torchvision and timm deploy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TIMM = """
 NETWORKS = [
     f"{library}:{name}"
     for pair in zip_longest(_TORCHVISION.split(), _TIMM.split())
-    for library, name in zip(("torchvision", "timm"), pair)
+    for library, name in zip(("torchvision", "timm"), pair, strict=True)
     if name
 ]
 

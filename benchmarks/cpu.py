@@ -1,4 +1,4 @@
-"""The CPU runtime against its peers: ``python -m benchmarks.cpu --out benchmarks/results/cpu.json`` (half an hour).
+"""Compare the CPU runtime with its peers: ``python -m benchmarks.cpu --out FILE.json`` (half an hour).
 
 On each reference network and at each batch size, in one process and in turns: the stock handler's eager module, the
 original and the pruned network in this project's runtime, and both in torch.compile (max-autotune, frozen weights) and
@@ -85,7 +85,7 @@ def timed(calls: dict[str, Call], x: Tensor, seconds: float, rng: np.random.Gene
             calls[names[index]](x)
             spent[index] += (time.perf_counter() - start) / 2
         rounds.append(spent)
-    return dict(zip(names, np.array(rounds).T))
+    return dict(zip(names, np.array(rounds).T, strict=True))
 
 
 def measure(every: list[Arm], x: Tensor, seconds: float, rng: np.random.Generator) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def network_rows(
 
 
 def kernel_lines(plan: Plan) -> list[str]:
-    """One line for each set of equal layers that had a choice: what was chosen and every candidate's time, also of those
+    """Write a line for each set of equal layers with a choice: what was chosen, and all candidates' times, also those
     that lost."""
     return [" | ".join(row) for row in kernel_rows(PlanRecord.from_json(plan.to_json()))]
 
@@ -166,7 +166,7 @@ def table(networks: list[dict[str, Any]]) -> str:
 
 
 def markdown(networks: list[dict[str, Any]]) -> str:
-    """The table of results/cpu.md: milliseconds at each batch size, and what pruning gained in this runtime (95 % interval)."""
+    """Return the table of cpu.md: milliseconds by batch size, and the gain by pruning with its 95 % interval."""
     head = (
         "network",
         "batch",
@@ -193,7 +193,7 @@ def markdown(networks: list[dict[str, Any]]) -> str:
 
 
 def targets(networks: list[dict[str, Any]]) -> list[str]:
-    """What was wanted and whether it was reached, a line for each network, ratio and batch; a ratio counts by its median."""
+    """Say for each network, ratio and batch what was wanted and whether the ratio's median reached it."""
     lines = []
     for title, (_, _, least) in RATIOS.items():
         for network in networks if least else ():
@@ -202,7 +202,8 @@ def targets(networks: list[dict[str, Any]]) -> list[str]:
                 verdict = "not measured" if ratio is None else "met" if ratio[0] >= least else "missed"
                 figure = f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})" if ratio else "-"
                 lines.append(
-                    f"{verdict}: {network['network']}, batch {row['batch']}: {title} {figure}, at least {least:g} wanted"
+                    f"{verdict}: {network['network']}, batch {row['batch']}: {title} {figure}, "
+                    f"at least {least:g} wanted"
                 )
     return lines
 

@@ -1,4 +1,4 @@
-"""The arms of `benchmarks.cpu`: one network and its pruned form in every runtime that a CPU server could use."""
+"""Make the arms of `benchmarks.cpu`: a network and its pruned form in every runtime that a CPU server could use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Arm:
 def arms(module: nn.Module, original: Graph, pruned: Graph, plan_seconds: float) -> list[Arm]:
     """All arms; the first is what TorchServe's own handler runs: the module as it is, called eagerly.
 
-    ``original`` and ``pruned`` are this project's runtime with its plan, ``dense`` the same without a choice of kernels.
+    ``original`` and ``pruned`` are this project's runtime with its plan, ``dense`` is it without a choice of kernels.
     """
     found = [Arm("stock", original, lambda x: module)]
     for suffix, graph in (("", original), (PRUNED, pruned)):

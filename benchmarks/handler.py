@@ -1,4 +1,6 @@
-"""Handler throughput of a packaged pair: ``python benchmarks/handler.py redpp-demo/digits --inputs HELD_OUT.npz``.
+"""Measure the handler throughput of a packaged pair.
+
+Run ``python benchmarks/handler.py redpp-demo/digits --inputs HELD_OUT.npz``.
 
 The two archives' own handlers, in one process, without server or network: the same requests at each batch size, in
 ABBA order. First the answers are held against the graphs (a fast wrong answer is not measured), then every round
@@ -61,7 +63,7 @@ class Arm:
         """The batch's answers must be those of the unfused graph on the handler's own parsed inputs."""
         parsed = [parse({"body": p.body}, self.handler.model.inputs, self.handler.preprocess) for p in payloads]
         with torch.no_grad():
-            expected = Program(self.graph)(*(torch.stack(column) for column in zip(*parsed)))[0].numpy()
+            expected = Program(self.graph)(*(torch.stack(column) for column in zip(*parsed, strict=True)))[0].numpy()
         got = np.array([json.loads(body)["outputs"][0] for body in self.answer(payloads)])
         if self.failures or not np.allclose(got, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()):
             raise SystemExit(f"wrong answers: {self.failures[:1]}, largest difference {np.abs(got - expected).max()}")
@@ -109,7 +111,8 @@ def main() -> None:
     print(f"{'batch':>5} {'original/s':>11} {'redpp/s':>9}  ratio (95 % interval)")
     for row in rows:
         print(
-            f"{row['batch']:>5} {row['original_per_s']:>11} {row['redpp_per_s']:>9}  {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+            f"{row['batch']:>5} {row['original_per_s']:>11} {row['redpp_per_s']:>9}  "
+            f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
         )
     if options.out:
         report = json.loads((options.folder / "report.json").read_text())

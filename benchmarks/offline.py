@@ -1,4 +1,4 @@
-"""What packaging costs: ``python benchmarks/offline.py --out benchmarks/results/offline.json`` (about five minutes).
+"""Measure what packaging costs: ``python benchmarks/offline.py --out FILE.json`` (about five minutes).
 
 Each row is one whole ``redpp-serve package`` in a process of its own: seconds from start to exit, and the peak
 resident memory of its largest process. Weights are random: the exact stages' cost does not depend on training.

@@ -1,4 +1,6 @@
-"""Accuracy against cost of pruning without data: ``python -m benchmarks.quality`` (hours; it goes on where it stopped).
+"""Measure accuracy against cost of data-free pruning: ``python -m benchmarks.quality``.
+
+A run takes hours and goes on where it stopped.
 
 For each reference network, method and share of multiply-accumulates removed: the held-out accuracy, the cost, and the
 latency in turns with the original. Peers run side by side on the same networks, the same channel sets and the

@@ -1,4 +1,4 @@
-"""Load, faults and roll-out on live servers: ``python -m benchmarks.serving --out FILE.json``.
+"""Put live servers under load, faults and roll-outs: ``python -m benchmarks.serving --out FILE.json``.
 
 Both servers in turn serve one packaged pair on the loopback address. Every answer is held against the outputs that
 the version's graph gives, so a lost request is one without the right answer. Four parts for each server:
@@ -166,7 +166,8 @@ def targets(results: dict[str, Any]) -> list[str]:
         load, crash, roll = (results[kind][part] for part in ("load", "crash", "roll_out"))
         add(
             not load["good_lost"],
-            f"{kind}: {load['good_lost']} of {load['good']} good requests lost, {load['clients']} clients, {load['seconds']:g} s",
+            f"{kind}: {load['good_lost']} of {load['good']} good requests lost, "
+            f"{load['clients']} clients, {load['seconds']:g} s",
         )
         add(
             not load["bad_misjudged"],
@@ -176,8 +177,9 @@ def targets(results: dict[str, Any]) -> list[str]:
         add(growth < 5, f"{kind}: memory grows by {growth:g} % from the second to the last quarter, below 5 % wanted")
         add(
             crash["served_after_recovery"] > 0 and not crash["lost_after_recovery"] and not crash["lost_original"],
-            f"{kind}: pruned version killed: {crash['lost_pruned']} lost, recovered after {crash['recovery_s']:g} s, then "
-            f"{crash['lost_after_recovery']} of {crash['served_after_recovery']} lost; {crash['lost_original']} of the original's lost",
+            f"{kind}: pruned version killed: {crash['lost_pruned']} lost, "
+            f"recovered after {crash['recovery_s']:g} s, then {crash['lost_after_recovery']} of "
+            f"{crash['served_after_recovery']} lost; {crash['lost_original']} of the original's lost",
         )
         add(
             not roll["lost"] and not roll["answered_by_the_wrong_version"],

@@ -1,4 +1,4 @@
-"""Requests from many clients to a live pair of versions, good and bad ones mixed, each answer checked."""
+"""Send requests from many clients to a live pair of versions, good and bad ones mixed, and check each answer."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def run_load(
     targets: Sequence[str],
     events: Sequence[Event] = (),
 ) -> Run:
-    """``clients`` closed loops for ``seconds``, each choosing target and request at random; ``events`` happen meanwhile."""
+    """Run ``clients`` closed loops for ``seconds``, with random targets and requests; ``events`` happen meanwhile."""
     endpoints = {target: endpoint(server, target) for target in targets}  # each reads the archive
     run, lock, start = Run(), threading.Lock(), time.perf_counter()
 

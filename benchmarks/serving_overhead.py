@@ -1,4 +1,4 @@
-"""What the handler and its metrics add to a request, beside the barest handler that could serve the same network.
+"""Measure what the handler and its metrics add to a request, beside the barest handler that could serve the network.
 
 In one process, without server or network, the same requests in turns: the cost is a few microseconds on
 milliseconds, which no measurement through a server would resolve.
@@ -53,7 +53,7 @@ def overhead(folder: Path, rounds: int) -> list[dict[str, Any]]:
         assert measured.handler.metrics is not None
         plain = Arm(folder / "original.mar", Path(scratch) / "without", 1)
         plain.handler.metrics = None
-        # One copy of the weights for all: else who runs behind his own copy finds it in the cache, and the others do not.
+        # All share one copy of the weights: with copies, whoever runs twice in a row would find his own in the cache.
         plain.handler.model = measured.handler.model
         bare = Bare(measured.handler.model)
         for arm in (measured, plain):

@@ -1,11 +1,11 @@
-"""Noise as servers make it, and the product's confidence sequences replayed on many runs at once."""
+"""Simulate noise as servers make it, and replay the product's confidence sequences on many runs at once."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 
-import numpy
+import numpy as np
 from numpy import ndarray
 
 from redpp_serve.statistics.sequences import MAXIMUM_BLOCKS, MINIMUM_BLOCKS, TARGET, best_rho2, half_width
@@ -13,35 +13,35 @@ from redpp_serve.statistics.unequal_traffic import comparable, influence
 
 ALPHA = 0.05
 RHO2 = best_rho2(TARGET, ALPHA)
-Noise = Callable[[numpy.random.Generator, int, int], ndarray]
-SIZES = numpy.array([1, 2, 4, 8])  # requests in a batch
+Noise = Callable[[np.random.Generator, int, int], ndarray]
+SIZES = np.array([1, 2, 4, 8])  # requests in a batch
 
 
-def autoregression(rng: numpy.random.Generator, shape: tuple[int, int], phi: float) -> ndarray:
+def autoregression(rng: np.random.Generator, shape: tuple[int, int], phi: float) -> ndarray:
     """Stationary AR(1), (runs, steps), of standard deviation 1."""
     noise = rng.standard_normal(shape[::-1])
     noise[1:] *= math.sqrt(1 - phi**2)
-    for before, now in zip(noise[:-1], noise[1:], strict=True):
-        now += phi * before
+    for step in range(1, len(noise)):
+        noise[step] += phi * noise[step - 1]
     return noise.T
 
 
-def load(rng: numpy.random.Generator, runs: int, steps: int) -> ndarray:
+def load(rng: np.random.Generator, runs: int, steps: int) -> ndarray:
     """(runs, steps) a factor on all times and arrivals: two swings over the run, and minutes that differ.
 
     Its largest value is about six times its smallest.
     """
     phase = 2 * math.pi * rng.random((runs, 1))
-    swing = numpy.sin(phase + 4 * math.pi * numpy.arange(steps) / steps)
-    minutes = numpy.repeat(rng.standard_normal((runs, -(-steps // 60))), 60, axis=1)[:, :steps]
-    return numpy.exp(0.7 * swing + 0.2 * minutes)
+    swing = np.sin(phase + 4 * math.pi * np.arange(steps) / steps)
+    minutes = np.repeat(rng.standard_normal((runs, -(-steps // 60))), 60, axis=1)[:, :steps]
+    return np.exp(0.7 * swing + 0.2 * minutes)
 
 
-def drifting(rng: numpy.random.Generator, runs: int, steps: int) -> ndarray:
+def drifting(rng: np.random.Generator, runs: int, steps: int) -> ndarray:
     """Log-ratio of two times under one load, each with noise of its own."""
     common = load(rng, runs, steps)
-    times = [common * numpy.exp(rng.standard_normal((runs, steps))) for _ in range(2)]
-    return numpy.log(times[0] / times[1]) / math.sqrt(2)
+    times = [common * np.exp(rng.standard_normal((runs, steps))) for _ in range(2)]
+    return np.log(times[0] / times[1]) / math.sqrt(2)
 
 
 def student(freedom: int) -> Noise:
@@ -49,18 +49,18 @@ def student(freedom: int) -> Noise:
     return lambda rng, runs, steps: rng.standard_t(freedom, (runs, steps)) * math.sqrt(1 - 2 / freedom)
 
 
-def skewed(rng: numpy.random.Generator, runs: int, steps: int) -> ndarray:
+def skewed(rng: np.random.Generator, runs: int, steps: int) -> ndarray:
     """Log-normal with sigma 1, shifted to mean 0: skewness 6."""
     return (rng.lognormal(size=(runs, steps)) - math.exp(0.5)) / math.sqrt(math.e * (math.e - 1))
 
 
-def heavy_autoregression(rng: numpy.random.Generator, runs: int, steps: int) -> ndarray:
+def heavy_autoregression(rng: np.random.Generator, runs: int, steps: int) -> ndarray:
     """AR(1) of 0.8, each value x stretched to x + x^3 / 4: kurtosis 17."""
     x = autoregression(rng, (runs, steps), 0.8)
     return (x + x**3 / 4) / math.sqrt(1 + 1.5 + 15 / 16)
 
 
-def hidden_autoregression(rng: numpy.random.Generator, runs: int, steps: int) -> ndarray:
+def hidden_autoregression(rng: np.random.Generator, runs: int, steps: int) -> ndarray:
     """Independent noise over an AR(1) of 0.9: the lag-1 correlation is 0.27, the long-run variance 6.4 times as large
     as the variance."""
     slow = autoregression(rng, (runs, steps), 0.9)
@@ -93,7 +93,7 @@ def blocks(rows: ndarray, most: float = MAXIMUM_BLOCKS) -> Iterator[tuple[int, i
     """
     sums, done, length = rows[:, :0], 0, 1
     while done + length <= rows.shape[1]:
-        sums = numpy.concatenate([sums, rows[:, done : done + length].sum(axis=1, keepdims=True)], axis=1)
+        sums = np.concatenate([sums, rows[:, done : done + length].sum(axis=1, keepdims=True)], axis=1)
         done += length
         if sums.shape[1] == most:
             sums, length = sums[:, ::2] + sums[:, 1::2], 2 * length
@@ -103,46 +103,46 @@ def blocks(rows: ndarray, most: float = MAXIMUM_BLOCKS) -> Iterator[tuple[int, i
 
 def paired_stops(values: ndarray, most: float = MAXIMUM_BLOCKS) -> ndarray:
     """(runs,) after how many of ``values`` (runs, steps) the interval first leaves 0 out; infinite if never."""
-    first = numpy.full(len(values), math.inf)
+    first = np.full(len(values), math.inf)
     for done, length, sums in blocks(values[:, :, None], most):
         means = sums[:, :, 0] / length
         mean = means.mean(axis=1)
         half = half_width(means - mean[:, None], done, RHO2, ALPHA)
-        first[(numpy.abs(mean) > half) & numpy.isinf(first)] = done
+        first[(np.abs(mean) > half) & np.isinf(first)] = done
     return first
 
 
 def t_test_stops(values: ndarray) -> ndarray:
     """The same for a t-test at 5 % that is repeated after every value from the 20th on."""
-    count = numpy.arange(1, values.shape[1] + 1)
+    count = np.arange(1, values.shape[1] + 1)
     mean = values.cumsum(axis=1) / count
-    freedom = numpy.maximum(count - 1, 1)
-    error = numpy.sqrt(numpy.maximum(numpy.square(values).cumsum(axis=1) / count - mean**2, 0.0) / freedom)
-    outside = numpy.abs(mean) > error * (1.96 + 2.37 / freedom + 2.82 / freedom**2)  # Student's quantile, expanded
+    freedom = np.maximum(count - 1, 1)
+    error = np.sqrt(np.maximum(np.square(values).cumsum(axis=1) / count - mean**2, 0.0) / freedom)
+    outside = np.abs(mean) > error * (1.96 + 2.37 / freedom + 2.82 / freedom**2)  # Student's quantile, expanded
     outside[:, : MINIMUM_BLOCKS - 1] = False
-    return numpy.where(outside.any(axis=1), outside.argmax(axis=1) + 1.0, math.inf)
+    return np.where(outside.any(axis=1), outside.argmax(axis=1) + 1.0, math.inf)
 
 
 def arm_stops(windows: ndarray) -> ndarray:
     """(runs,) after how many of ``windows`` (runs, steps, sizes, 4) the interval of the ratio first leaves 1 out."""
     rows = comparable(windows)
     seen = rows[:, :, 2] > 0
-    order = numpy.argsort(~seen, axis=1, kind="stable")  # windows that say nothing go to the end, and are cut off
-    rows, count = numpy.take_along_axis(rows, order[:, :, None], axis=1), seen.sum(axis=1)
-    first = numpy.full(len(rows), math.inf)
+    order = np.argsort(~seen, axis=1, kind="stable")  # windows that say nothing go to the end, and are cut off
+    rows, count = np.take_along_axis(rows, order[:, :, None], axis=1), seen.sum(axis=1)
+    first = np.full(len(rows), math.inf)
     for done, _, sums in blocks(rows[:, : count.max()]):
         total = sums.sum(axis=1)
         valid = done <= count
-        mean = numpy.log(total[valid, 0] / total[valid, 1])
+        mean = np.log(total[valid, 0] / total[valid, 1])
         half = half_width(influence(sums[valid]), total[valid, 2], RHO2, ALPHA)
-        hit = numpy.flatnonzero(valid)[numpy.abs(mean) > half]
-        hit = hit[numpy.isinf(first[hit])]
+        hit = np.flatnonzero(valid)[np.abs(mean) > half]
+        hit = hit[np.isinf(first[hit])]
         first[hit] = order[hit, done - 1] + 1
     return first
 
 
 def split_windows(
-    rng: numpy.random.Generator,
+    rng: np.random.Generator,
     runs: int,
     steps: int,
     *,
@@ -169,16 +169,16 @@ def split_windows(
         swings: load moves arrivals and all times by a factor of six (``load``).
         outliers: share of batches that take 20 times as long.
     """
-    busy = load(rng, runs, steps) if swings else numpy.ones((runs, steps))
-    result = numpy.zeros((runs, steps, len(SIZES), 4))
+    busy = load(rng, runs, steps) if swings else np.ones((runs, steps))
+    result = np.zeros((runs, steps, len(SIZES), 4))
     for arm, (part, speed) in enumerate(((1 - share, 1.0), (share, math.exp(-effect)))):
         arrivals = rate * part * busy
-        fullness = numpy.log2(1 + 0.03 * arrivals)[..., None]  # requests that come while a batch is computed
-        weights = numpy.exp(-((numpy.log2(SIZES) - fullness) ** 2))
+        fullness = np.log2(1 + 0.03 * arrivals)[..., None]  # requests that come while a batch is computed
+        weights = np.exp(-((np.log2(SIZES) - fullness) ** 2))
         weights /= (weights * SIZES).sum(axis=-1, keepdims=True)
         counts = rng.poisson(arrivals[..., None] * weights)
-        own = numpy.exp(0.1 * autoregression(rng, (runs, steps), phi)) * busy * speed
-        slow = rng.binomial(counts, outliers) if outliers else numpy.zeros_like(counts)
+        own = np.exp(0.1 * autoregression(rng, (runs, steps), phi)) * busy * speed
+        slow = rng.binomial(counts, outliers) if outliers else np.zeros_like(counts)
         work = rng.gamma(4.0 * (counts - slow)) + 20 * rng.gamma(4.0 * slow)
         result[..., 2 * arm] = counts
         result[..., 2 * arm + 1] = work / 4 * (0.005 + 0.002 * SIZES) * own[..., None]

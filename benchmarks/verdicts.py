@@ -1,4 +1,4 @@
-"""How often verdicts are wrong when one looks all the time, and how soon they are right:
+"""Count how often verdicts are wrong when one looks all the time, and how soon they are right:
 ``python -m benchmarks.verdicts`` (about fifteen minutes on one core).
 
 Every run is looked at whenever its interval changes, and the first decision counts. Without a difference between the
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 from numpy import ndarray
 
 from benchmarks import verdict_guardrails as rails
@@ -46,6 +46,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "50:50, 100/s, load swings, AR(1) 0.8": {"share": 0.5, "rate": 100, "swings": True, "phi": 0.8},
 }
 SPLIT_POWER = ("90:10, 100/s, independent", "90:10, 100/s, load swings, AR(1) 0.8", "99:1, 100/s, independent")
+Noise = Callable[[np.random.Generator, int, int], ndarray]
 Cells = Iterator[tuple[str, str, dict[str, Any]]]  # method, data, numbers
 Guard = tuple[str, Callable[..., tuple[ndarray, ndarray]], tuple[float, ...], dict[str, Any], int]
 # In words, how it is simulated, and which answer is wrong: 0 advice to roll back, 1 "kept".
@@ -79,7 +80,7 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
 
 def alarms(stops: ndarray, observations: int, unit: str) -> dict[str, Any]:
     """A cell without a difference; ``stops`` (runs,) is infinite where nothing was decided."""
-    count, runs = int(numpy.isfinite(stops).sum()), len(stops)
+    count, runs = int(np.isfinite(stops).sum()), len(stops)
     low, high = wilson(count, runs)
     numbers = {"rate": round(count / runs, 5), "low": round(low, 5), "high": round(high, 5)}
     return {"runs": runs, "observations": observations, "unit": unit, "false_alarms": count, **numbers}
@@ -87,20 +88,20 @@ def alarms(stops: ndarray, observations: int, unit: str) -> dict[str, Any]:
 
 def stopping(stops: ndarray, limit: int, unit: str) -> dict[str, Any]:
     """A cell with a difference; a quantile beyond the limit is None."""
-    half, most = (float(numpy.quantile(stops, q, method="higher")) for q in (0.5, 0.9))
+    half, most = (float(np.quantile(stops, q, method="higher")) for q in (0.5, 0.9))
     quantiles = {name: int(x) if math.isfinite(x) else None for name, x in (("median", half), ("p90", most))}
-    found = round(float(numpy.isfinite(stops).mean()), 4)
+    found = round(float(np.isfinite(stops).mean()), 4)
     return {"runs": len(stops), "given_up_after": limit, "unit": unit, "found": found, **quantiles}
 
 
 def in_chunks(runs: int, stops: Callable[[int], ndarray]) -> ndarray:
-    """Runs a simulation ``CHUNK`` runs at a time, to bound the memory."""
-    return numpy.concatenate([stops(min(CHUNK, runs - done)) for done in range(0, runs, CHUNK)])
+    """Run a simulation ``CHUNK`` runs at a time, to bound the memory."""
+    return np.concatenate([stops(min(CHUNK, runs - done)) for done in range(0, runs, CHUNK)])
 
 
 def check() -> None:
     """The replays decide when the product's sequences do, which see one observation after the other."""
-    rng = numpy.random.default_rng(5)
+    rng = np.random.default_rng(5)
     values = 0.2 + PAIRED["AR(1) 0.5"](rng, 3, 1000)
     windows = split_windows(rng, 3, 600, share=0.1, rate=20, effect=0.15, phi=0.5, swings=True)
     stops: list[float] = []
@@ -111,7 +112,7 @@ def check() -> None:
         split = ArmSequence(ALPHA)
         stops.append(_first(split, ([dict(zip(SIZES.tolist(), w.tolist(), strict=True))] for w in run)))
     expected = [*paired_stops(values), *arm_stops(windows)]
-    if stops != expected or not numpy.isfinite(stops).any():
+    if stops != expected or not np.isfinite(stops).any():
         raise SystemExit(f"the replays stop at {expected}, the product's sequences at {stops}")
 
 
@@ -124,45 +125,57 @@ def _first(sequence: RatioSequence | ArmSequence, observations: Iterator[Any]) -
     return math.inf
 
 
-def false_alarm_cells(rng: numpy.random.Generator) -> Cells:
-    """Arms that are equally fast."""
+def false_alarm_cells(rng: np.random.Generator) -> Cells:
+    """Yield cells of arms that are equally fast."""
     for name, noise in PAIRED.items():
-        stops = in_chunks(PAIRED_RUNS, lambda n: paired_stops(noise(rng, n, PAIRS)))
+        stops = in_chunks(PAIRED_RUNS, lambda n, noise=noise: paired_stops(noise(rng, n, PAIRS)))
         yield "pairs", name, alarms(stops, PAIRS, "pairs")
     for name, pairs in (("independent", 1000), ("independent", PAIRS), ("AR(1) 0.8", PAIRS)):
-        stops = in_chunks(PAIRED_RUNS, lambda n: t_test_stops(PAIRED[name](rng, n, pairs)))
+        stops = in_chunks(PAIRED_RUNS, lambda n, noise=PAIRED[name], pairs=pairs: t_test_stops(noise(rng, n, pairs)))
         yield "t-test at every pair (foil)", name, alarms(stops, pairs, "pairs")
     for name, options in SPLITS.items():
-        stops = in_chunks(RUNS, lambda n: arm_stops(split_windows(rng, n, WINDOWS, **options)))
+        stops = in_chunks(RUNS, lambda n, options=options: arm_stops(split_windows(rng, n, WINDOWS, **options)))
         yield "split", name, alarms(stops, WINDOWS, "windows of 1 s")
 
 
-def guardrail_alarm_cells(rng: numpy.random.Generator) -> Cells:
-    """Limits that are kept."""
-    for name, simulate, arguments, options, answer in GUARDS_NULL:
-        stops = in_chunks(RUNS, lambda n: simulate(rng, n, REQUESTS, *arguments, **options)[answer])
-        yield "guardrail", name, alarms(stops, REQUESTS, "requests")
+def guard_stops(guard: Guard, rng: np.random.Generator) -> Callable[[int], ndarray]:
+    """Return what simulates so many runs of a guardrail."""
+    _, simulate, arguments, options, answer = guard
+    return lambda n: simulate(rng, n, REQUESTS, *arguments, **options)[answer]
 
 
-def power_cells(rng: numpy.random.Generator) -> Cells:
-    """Arms that are not."""
+def guardrail_alarm_cells(rng: np.random.Generator) -> Cells:
+    """Yield cells of limits that are kept."""
+    for guard in GUARDS_NULL:
+        yield "guardrail", guard[0], alarms(in_chunks(RUNS, guard_stops(guard, rng)), REQUESTS, "requests")
+
+
+def power_cells(rng: np.random.Generator) -> Cells:
+    """Yield cells of arms that are not."""
     for name in ("independent", "AR(1) 0.5", "AR(1) 0.8", "Student t, 3 degrees", "log-normal, skewed"):
         for effect, limit in EFFECTS.items():
             shift, noise = math.log1p(effect), PAIRED[name]
-            stops = in_chunks(POWER_RUNS, lambda n: paired_stops(shift + NOISE * noise(rng, n, limit)))
+
+            def shifted(n: int, shift: float = shift, noise: Noise = noise, limit: int = limit) -> ndarray:
+                return paired_stops(shift + NOISE * noise(rng, n, limit))
+
+            stops = in_chunks(POWER_RUNS, shifted)
             yield "pairs", f"{effect:.0%}, {name}", stopping(stops, limit, "pairs")
     for name in SPLIT_POWER:
         for effect in EFFECTS:
             options = {**SPLITS[name], "effect": math.log1p(effect)}
-            stops = in_chunks(POWER_RUNS, lambda n: arm_stops(split_windows(rng, n, POWER_WINDOWS, **options)))
+
+            def unequal(n: int, options: dict[str, Any] = options) -> ndarray:
+                return arm_stops(split_windows(rng, n, POWER_WINDOWS, **options))
+
+            stops = in_chunks(POWER_RUNS, unequal)
             yield "split", f"{effect:.0%}, {name}", stopping(stops, POWER_WINDOWS, "windows of 1 s")
 
 
-def guardrail_power_cells(rng: numpy.random.Generator) -> Cells:
-    """Limits that are clearly kept or broken."""
-    for name, simulate, arguments, options, answer in GUARDS_POWER:
-        stops = in_chunks(POWER_RUNS, lambda n: simulate(rng, n, REQUESTS, *arguments, **options)[answer])
-        yield "guardrail", name, stopping(stops, REQUESTS, "requests")
+def guardrail_power_cells(rng: np.random.Generator) -> Cells:
+    """Yield cells of limits that are clearly kept or broken."""
+    for guard in GUARDS_POWER:
+        yield "guardrail", guard[0], stopping(in_chunks(POWER_RUNS, guard_stops(guard, rng)), REQUESTS, "requests")
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -215,7 +228,7 @@ def main() -> None:
         ("power", guardrail_power_cells),
     )
     for number, (kind, cells) in enumerate(groups):
-        for method, data, cell in cells(numpy.random.default_rng(options.seed + number)):
+        for method, data, cell in cells(np.random.default_rng(options.seed + number)):
             result.setdefault(kind, []).append({"method": method, "data": data, **cell})
             print(f"{time.perf_counter() - start:6.0f} s  {json.dumps(result[kind][-1])}", flush=True)
     result["seconds"] = round(time.perf_counter() - start)

@@ -1,8 +1,8 @@
 """Coupled channels of a module, found by Torch-Pruning, so that every peer prunes the very same sets.
 
-A channel set is what one convolution's or Linear's output channels drag along: other producers of the same residual
-stream, batch norms, depthwise filters, gates, and the input columns of every reader. Open is a channel set whose channels
-can be averaged and summed: layer norms, attention, grouped convolutions and network outputs close theirs.
+A channel set is everything that the output channels of one convolution or Linear drag along: other producers of the
+same residual stream, batch norms, depthwise filters, gates, and the input columns of every reader. A set is open if its
+channels can be averaged and summed; layer norms, attention, grouped convolutions and network outputs close theirs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CLOSED_OPS = {
 
 @dataclass(frozen=True)
 class Member:
-    """A layer that a channel set touches. ``spots`` (channels, n) int64: which of the layer's own output channels (``out``)
+    """A layer that a set touches. ``spots`` (channels, n) int64: which of the layer's own output channels (``out``)
     or input columns belong to each channel of the channel set; n is above 1 behind a flatten."""
 
     name: str

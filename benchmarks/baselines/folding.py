@@ -1,7 +1,7 @@
 """Model folding, written from its paper as a baseline of this project.
 
 Wang, Sikic, Thiele and Saukh, "Forget the Data and Fine-Tuning! Just Fold the Network to Compress" (ICLR 2025,
-arXiv 2502.10216): channels are clustered with k-means on the weights of every layer that a coupled channel set touches, a
+arXiv 2502.10216): channels are clustered with k-means on the weights of every layer that a channel set touches; a
 cluster becomes its mean and its readers' columns their sum. Means have less variance than what they replace, which
 the paper repairs without data in one of two ways:
 

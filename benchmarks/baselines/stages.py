@@ -31,7 +31,10 @@ def stage_rows(subject: Subject) -> list[dict[str, Any]]:
     }
     hash_only = subject.graph.with_tensors(hashed)
     pruned = prune(subject.graph, options)
-    rows = [_dense_row(name, graph, subject) for name, graph in zip(STAGES, (subject.graph, hash_only, pruned.pruned))]
+    rows = [
+        _dense_row(name, graph, subject)
+        for name, graph in zip(STAGES, (subject.graph, hash_only, pruned.pruned), strict=True)
+    ]
     split = asdict(pruned.counting.kernel)
     # splitting is exact, and the pipeline checks that it is
     rows.append({"stage": STAGES[3], **split, "accuracy": rows[2]["accuracy"]})

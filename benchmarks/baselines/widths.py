@@ -39,8 +39,8 @@ def layer_macs(module: nn.Module, example: Tensor) -> dict[str, int]:
 class CostModel:
     """What the layers cost when sets get narrower.
 
-    ``uses`` holds for each layer with an open channel set: its multiply-accumulates now, and the shares of its rows and of
-    its columns that belong to each channel set, by the channel set's root. ``inner`` are the roots of sets with a single
+    ``uses`` holds for each layer with an open set: its multiply-accumulates now, and the shares of its rows and of its
+    columns that belong to each set, by the set's root. ``inner`` are the roots of sets with a single
     producer, depthwise filters and gates apart: all but residual streams.
     """
 
@@ -87,7 +87,7 @@ def cost_model(network: CoupledNetwork, example: Tensor) -> CostModel:
 
 
 def _producers(members: Sequence[Member], macs: dict[str, int]) -> int:
-    """How many layers write a channel set's channels; gates, which have one position, count only where nothing else does."""
+    """Count the layers that write a set's channels; gates, of one position, count only where nothing else does."""
     writers = [m for m in members if m.is_producer and not is_depthwise(m.module)]
     positions = [macs[m.name] // m.module.weight.numel() for m in writers]
     return sum(p == max(positions) for p in positions) if max(positions) == 1 else sum(p > 1 for p in positions)
@@ -106,7 +106,7 @@ def spreads(model: CostModel, removed: float, round_to: int, near: float) -> Ite
 def uniform_widths(
     model: CostModel, removed: float, round_to: int, roots: frozenset[str] | None = None
 ) -> dict[str, int]:
-    """Widths by root that keep one share of every channel set, as near to ``removed`` multiply-accumulates as steps allow.
+    """Return widths by root that keep one share of every set, as near to ``removed`` operations as steps allow.
 
     Only the sets in ``roots`` change, if given.
 

@@ -21,7 +21,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.filter(x).permute(0, 2, 3, 1))
         y = self.scale * self.down(self.act(self.up(y)))
-        return x + y.permute(0, 3, 1, 2)
+        result: Tensor = x + y.permute(0, 3, 1, 2)
+        return result
 
 
 class Downsample(nn.Module):
@@ -33,7 +34,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(n_in, n_out, stride, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        result: Tensor = self.conv(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        return result
 
 
 class ConvNeXt(nn.Module):
@@ -42,7 +44,7 @@ class ConvNeXt(nn.Module):
     def __init__(self, patch: int, widths: tuple[int, ...], depths: tuple[int, ...], ratio: int, classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(1, widths[0], patch, patch)]
-        for stage, (width, depth) in enumerate(zip(widths, depths)):
+        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             if stage:
                 layers.append(Downsample(widths[stage - 1], width, 2))
             layers += [Block(width, ratio) for _ in range(depth)]
@@ -51,7 +53,8 @@ class ConvNeXt(nn.Module):
         self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.features(x).mean((2, 3))))
+        result: Tensor = self.head(self.norm(self.features(x).mean((2, 3))))
+        return result
 
 
 def fonts_convnext() -> ConvNeXt:

@@ -42,7 +42,8 @@ class DenseNet(nn.Module):
         self.head = nn.Linear(n_in, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x).mean((2, 3)))
+        result: Tensor = self.head(self.features(x).mean((2, 3)))
+        return result
 
 
 def fonts_densenet() -> DenseNet:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -172,11 +172,12 @@ def _family(path: str) -> str:
     if not name or any(part in name.lower() for part in _UNFIT):
         return ""
     missing = _shape(font, "\uffff")
-    shapes = [_shape(font, c) for c in CLASSES]
-    if any(s is None or (missing is not None and np.array_equal(s, missing)) for s in shapes):
+    shapes = {c: shape for c in CLASSES if (shape := _shape(font, c)) is not None}
+    unknown = missing is not None and any(np.array_equal(shape, missing) for shape in shapes.values())
+    if unknown or len(shapes) < len(CLASSES):
         return ""
     for lower in "abdefghnqrt":  # small capitals
-        a, b = (shapes[CLASSES.index(c)] / 255 for c in (lower, lower.upper()))
+        a, b = (shapes[c] / 255 for c in (lower, lower.upper()))
         if np.minimum(a, b).sum() > 0.85 * np.maximum(a, b).sum():
             return ""
     return name.lower().replace("-", " ").split()[0]
@@ -203,13 +204,14 @@ def render(fonts: Sequence[Font], count: int, seed: int, workers: int = 1) -> tu
     paths = [by_family[f][rng.integers(len(by_family[f]))] for f in chosen]
     labels = rng.permutation(np.arange(count) % len(CLASSES))
     jobs = [(seed, i, paths[i], int(labels[i])) for i in sorted(range(count), key=paths.__getitem__)]
+    images: Iterable[np.ndarray]
     if workers == 1:
         images = map(_draw, jobs)
     else:
         with ProcessPoolExecutor(workers) as pool:
             images = list(pool.map(_draw, jobs, chunksize=256))
     out = np.empty((count, 1, SIZE, SIZE), np.uint8)
-    for (_, index, _, _), image in zip(jobs, images):
+    for (_, index, _, _), image in zip(jobs, images, strict=True):
         out[index, 0] = image
     return out, labels.astype(np.int64), chosen
 
@@ -285,7 +287,7 @@ def make(workers: int) -> dict[str, Any]:
     images, labels, _ = render(sides["train"], TRAINING, seed=1, workers=workers)
     np.savez_compressed(TRAINING_FILE, inputs=images, labels=labels)
     np.savez_compressed(FOLDER / "fonts_sample.npz", inputs=images[:SAMPLE], labels=labels[:SAMPLE])
-    held_images, held_labels, families = render(sides["held_out"], HELD_OUT, seed=2, workers=workers)
+    held_images, held_labels, _ = render(sides["held_out"], HELD_OUT, seed=2, workers=workers)
     np.savez_compressed(FOLDER / "fonts_held_out.npz", inputs=held_images, labels=held_labels)
     summary = {
         "classes": CLASSES,

@@ -67,7 +67,8 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and n_in == stage.width
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x) if self.residual else self.body(x)
+        result: Tensor = x + self.body(x) if self.residual else self.body(x)
+        return result
 
 
 class InvertedResidualNet(nn.Module):
@@ -95,7 +96,8 @@ class InvertedResidualNet(nn.Module):
         self.head = nn.Linear(features, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(self.blocks(self.stem(x))).mean((2, 3)))
+        result: Tensor = self.head(self.features(self.blocks(self.stem(x))).mean((2, 3)))
+        return result
 
 
 def digits_mobilenetv2() -> InvertedResidualNet:

@@ -40,7 +40,8 @@ class ResNet(nn.Module):
         self.head = nn.Linear(n_in, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+        result: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
+        return result
 
 
 def digits_resnet20() -> ResNet:

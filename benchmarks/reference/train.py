@@ -86,11 +86,11 @@ def optimiser(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def fit(network: Network, recipe: Recipe, images: Tensor, labels: Tensor) -> nn.Module:
-    """A network trained on uint8 images (N, 1, 32, 32) where they are, in eval mode."""
+    """Train a network on uint8 images (N, 1, 32, 32) on their device; return it in eval mode."""
     torch.manual_seed(0)
     device = images.device
     held, held_labels = (t.to(device) for t in catalog.held_out(network.task.name))
-    net = network.factory().to(device, memory_format=torch.channels_last)
+    net: nn.Module = network.factory().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = len(images) // recipe.batch
     optimise = optimiser(net, recipe)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -99,13 +99,13 @@ def fit(network: Network, recipe: Recipe, images: Tensor, labels: Tensor) -> nn.
     start = time.perf_counter()
     for epoch in range(recipe.epochs):
         net.train()
-        for chosen in torch.randperm(len(images))[: steps * recipe.batch].split(recipe.batch):
+        for chosen in torch.split(torch.randperm(len(images))[: steps * recipe.batch], recipe.batch):
             x = augment(network.task.normalise(images[chosen]))
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.half):
                 logits = net(x)
             loss = F.cross_entropy(logits.float(), labels[chosen], label_smoothing=SMOOTHING)
             optimise.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimise.step()
             schedule.step()
         net.eval()
@@ -127,14 +127,14 @@ def finish(net: nn.Module, images: Tensor) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # the plain average over batches
         norm.train()
-    for batch in images.split(256):
+    for batch in torch.split(images, 256):
         net(batch)
     net.eval()
 
 
 @torch.no_grad()
 def accuracy(net: nn.Module, inputs: Tensor, labels: Tensor) -> float:
-    right = [net(x).argmax(1) == y for x, y in zip(inputs.split(250), labels.split(250))]
+    right = [net(x).argmax(1) == y for x, y in zip(torch.split(inputs, 250), torch.split(labels, 250), strict=True)]
     return torch.cat(right).float().mean().item()
 
 

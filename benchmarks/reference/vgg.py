@@ -31,7 +31,8 @@ class VGG(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x))
+        result: Tensor = self.classifier(self.features(x))
+        return result
 
 
 def digits_vgg() -> VGG:

@@ -195,8 +195,9 @@ def epilogue(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]]) ->
             norm = user.name
         elif user.op == "aten.add.Tensor" and len(user.args) == 2 and not user.kwargs:
             other = next((arg for arg in user.args if arg != Ref(value)), None)
-            fits = isinstance(other, Ref) and _runs_before(graph, other.name, node.name)
-            return Epilogue(norm, other.name if fits and shapes.get(other.name) == shapes[node.name] else None)
+            if isinstance(other, Ref) and _runs_before(graph, other.name, node.name):
+                return Epilogue(norm, other.name if shapes.get(other.name) == shapes[node.name] else None)
+            break
         elif user.op != "aten.clone.default":
             break
         value = user.name

@@ -88,7 +88,7 @@ class Student:
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that a step depends on, by name."""
-        parts = {}
+        parts: dict[str, Tensor] = {}
         for k, p in enumerate(self.parameters.values()):
             parts |= {f"value{k}": p.value, f"first{k}": p.first, f"second{k}": p.second}
         return parts
@@ -177,7 +177,7 @@ class Codebook:
 
     def sum(self, gradient: Tensor) -> Tensor:
         """Return each value's gradient: the sum over its positions, in a fixed order; 0 for the value zero."""
-        sums = torch.segment_reduce(gradient.reshape(-1)[self._order].double(), "sum", lengths=self._lengths)
+        sums: Tensor = torch.segment_reduce(gradient.reshape(-1)[self._order].double(), "sum", lengths=self._lengths)
         return sums.to(self.values) * self._moves
 
 
@@ -189,7 +189,7 @@ def is_matrix(weight: Tensor) -> bool:
 def orthogonalised(matrix: Tensor) -> Tensor:
     """Return a matrix (m, n) with the same singular vectors, and singular values between about 0.7 and 1.2."""
     a, b, c = _POLYNOMIAL
-    x = matrix / matrix.norm().clamp_min(1e-30)
+    x: Tensor = matrix / matrix.norm().clamp_min(1e-30)
     x = x.T if len(x) > x.shape[1] else x
     for _ in range(_ROUNDS):
         gram = x @ x.T

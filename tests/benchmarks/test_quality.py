@@ -58,7 +58,7 @@ class Dense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        for norm, conv in zip(self.norms, self.convs):
+        for norm, conv in zip(self.norms, self.convs, strict=True):
             x = torch.cat([x, conv(torch.relu(norm(x)))], 1)
         return self.head(torch.relu(self.norms[2](x)).mean((2, 3)))
 
