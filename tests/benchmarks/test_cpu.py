@@ -1,20 +1,18 @@
 """The CPU benchmark times only what is right, and results/cpu.md shows its committed figures."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
 from benchmarks.cpu import RATIOS, markdown, measure, merged, targets
 from benchmarks.cpu_arms import Arm, arms
 from redpp_serve.graph.executor import Program
 from tests.support.networks import network
+
+ROOT = Path(__file__).parents[2]
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 

@@ -19,7 +19,11 @@ FLOORS = {"digits": 0.97, "fonts": 0.85}
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "reference.json"
 
 
-@pytest.mark.parametrize("name", catalog.NETWORKS)
+SMALLEST = "digits_resnet20"
+NAMES = [pytest.param(n, marks=() if n == SMALLEST else pytest.mark.exhaustive) for n in catalog.NETWORKS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_is_as_accurate_as_the_results_say(name: str) -> None:
     network, entry = catalog.load(name), json.loads(RESULTS.read_text())[name]
     assert not network.training and all(p.dtype is torch.float32 for p in network.parameters())
@@ -31,7 +35,7 @@ def test_a_checkpoint_is_as_accurate_as_the_results_say(name: str) -> None:
     assert measured == pytest.approx(entry["held_out_accuracy"], abs=0.06)  # three deviations of 200 images
 
 
-@pytest.mark.parametrize("name", catalog.NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_network_can_be_captured_from_what_arch_names(name: str) -> None:
     network = build(catalog.NETWORKS[name].arch, {})
     graph = capture(network.eval(), [InputSpec("image", catalog.NETWORKS[name].input_shape)], [])

@@ -1,20 +1,18 @@
-"""The serving benchmark counts what is lost, misses what it misses, and results/serving.md shows its committed figures."""
+"""The serving benchmark counts what is lost and missed, and results/serving.md shows its committed figures."""
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
 from benchmarks.serving import BAD_SHARE, load_part, table, targets
 from benchmarks.serving_load import Cases, Sent, run_load
 from redpp_serve.comparison.client import Endpoint, Exchange, Payload
+
+ROOT = Path(__file__).parents[2]
 
 RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
 

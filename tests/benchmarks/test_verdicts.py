@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
 from benchmarks import verdict_simulation, verdicts
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_replays_are_the_product_s_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
