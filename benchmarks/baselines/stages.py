@@ -33,7 +33,7 @@ def stage_rows(subject: Subject) -> list[dict[str, Any]]:
     pruned = prune(subject.graph, options)
     rows = [
         _dense_row(name, graph, subject)
-        for name, graph in zip(STAGES, (subject.graph, hash_only, pruned.pruned), strict=False)
+        for name, graph in zip(STAGES[:3], (subject.graph, hash_only, pruned.pruned), strict=True)
     ]
     split = asdict(pruned.counting.kernel)
     # splitting is exact, and the pipeline checks that it is
