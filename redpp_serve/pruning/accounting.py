@@ -114,7 +114,7 @@ def count_scalars(layer: Layer, weight: Tensor, element_size: int = 4) -> Counts
     n_out = layer.shape[0] // layer.groups
     columns = weight.reshape(layer.groups, n_out, -1).transpose(0, 1).reshape(n_out, -1)
     unique = bits = 0
-    for block in columns.split(max(1, SPLIT_CHUNK // n_out), 1):
+    for block in torch.split(columns, max(1, SPLIT_CHUNK // n_out), 1):
         ordered = block.abs().sort(0).values
         unique += int(torch.cat([ordered[:1] != 0, (ordered[1:] != ordered[:-1])]).sum())
         bits += n_out * int(_index_bits(block).sum())

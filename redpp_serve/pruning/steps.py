@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from redpp_serve.channels.coupling import Coupling, couple
 from redpp_serve.errors import GateFailed
@@ -109,9 +110,10 @@ def _narrowing_error(precise: Coupling, graph: Graph, seed: int) -> float:
 def make_inputs(job: Job) -> Inputs:
     """Make inputs whose batch-norm statistics are those of the training data; noise where nothing is fitted."""
     options = job.options
+    fit: tuple[Tensor, ...] = ()
     with job.stages.run("inputs") as stage:
         if options.merge == "exact":
-            fit, held_out = (), smooth_noise(job.original.inputs, 16, options.seed)
+            held_out = smooth_noise(job.original.inputs, 16, options.seed)
             note = "smooth noise (inputs are matched to batch norm for reconstruction only)"
             stage.reason = f"16 inputs of {note}"
         else:
@@ -254,7 +256,7 @@ def hash_fitted(job: Job, inputs: Inputs, state: State) -> State:
 def _codebook_budget(options: Options, before: float) -> float:
     """Return the output error that final codebooks may add: what the user's budget leaves, or a share of ``before``."""
     if options.error_budget is not None:
-        return max(options.error_budget**2 - before**2, 0.0) ** 0.5
+        return float(max(options.error_budget**2 - before**2, 0.0) ** 0.5)
     return max(CODEBOOK_SHARE * before, LEAST_CODEBOOK_ERROR)
 
 

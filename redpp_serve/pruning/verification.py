@@ -56,7 +56,7 @@ class Reference:
 
     def __init__(self, original: Graph, inputs: Sequence[Tensor], device: str = "cpu", chunk: int = _CHUNK) -> None:
         self.original, self.inputs, self.device, self._chunk = original, tuple(inputs), device, chunk
-        self._chunks = list(zip(*(x.to(device).split(chunk) for x in inputs), strict=True))
+        self._chunks = list(zip(*(torch.split(x.to(device), chunk) for x in inputs), strict=True))
         self._outputs = list(self._run(Program(original)))
 
     def on(self, device: str, chunk: int) -> Reference:
@@ -76,7 +76,7 @@ class Reference:
     def error(self, other: Graph | Program) -> float:
         """Return the relative output error of a network, or of a program on this reference's device."""
         program = other if isinstance(other, Program) else Program(other)
-        return squared_error(zip(self._outputs, self._run(program), strict=True)) ** 0.5
+        return float(squared_error(zip(self._outputs, self._run(program), strict=True)) ** 0.5)
 
     def compare(self, other: Graph) -> Difference:
         """Return the relative output error of a network and its agreement with the original."""
@@ -122,7 +122,7 @@ def layer_errors(reference: Reference, other: Graph, layers: Sequence[Layer]) ->
     original, pruned = Program(reference.original, names), Program(other, names)
     lost, norm = torch.zeros(2, len(names), dtype=torch.float64)
     comparable = [True] * len(names)
-    for chunk in zip(*(x[:16].cpu().split(4) for x in reference.inputs), strict=True):
+    for chunk in zip(*(torch.split(x[:16].cpu(), 4) for x in reference.inputs), strict=True):
         for k, (x, y) in enumerate(zip(original(*chunk), pruned(*chunk), strict=True)):
             if x.shape == y.shape:
                 lost[k] += (x.double() - y.double()).square().sum()
@@ -228,7 +228,7 @@ class VerifyData:
         """Return the share of inputs whose largest logit is their label."""
         program = Program(graph)
         right = 0
-        for *chunk, labels in zip(*(x.split(32) for x in self.inputs), self.labels.split(32), strict=True):
+        for *chunk, labels in zip(*(torch.split(x, 32) for x in (*self.inputs, self.labels)), strict=True):
             right += int((program(*chunk)[0].argmax(1) == labels).sum())
         return right / len(self.labels)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from redpp_serve.channels.coupling import ChannelSet, Coupling
+from redpp_serve.channels.coupling import ChannelSet, Coupling, Part, Reader
 from redpp_serve.graph.layers import find_layers, mac_count
 from redpp_serve.pruning.fit import quick_fit
 from redpp_serve.pruning.observation import Observed, Selection
@@ -85,7 +85,7 @@ class ShapeModel:
         self._entries: dict[str, list[tuple[str, int, int]]] = {name: [] for name in self.full}
         self.touched: dict[str, set[str]] = {}
         for channel_set in coupling.open:
-            places = {(x.tensor, x.dim): x.positions.shape[1] for x in (*channel_set.parts, *channel_set.readers)}
+            places = {(x.tensor, x.dim): x.positions.shape[1] for x in _places(channel_set)}
             for (tensor, dim), entries in places.items():
                 if tensor in named:
                     self._entries[named[tensor]].append((channel_set.name, dim, entries))
@@ -105,6 +105,10 @@ class ShapeModel:
     def macs(self, shapes: Shapes) -> int:
         """Return the multiply-accumulates of the layers named, for one input."""
         return sum(self._positions[name] * math.prod(shape) for name, shape in shapes.items())
+
+
+def _places(channel_set: ChannelSet) -> list[Part | Reader]:
+    return [*channel_set.parts, *channel_set.readers]
 
 
 def unit(channel_set: ChannelSet, round_to: int) -> int:
@@ -172,7 +176,7 @@ def _first_nodes(coupling: Coupling) -> dict[str, int]:
     for k, node in enumerate(coupling.graph.nodes):
         for name in node.refs():
             used.setdefault(name, k)
-    return {c.name: min(used[x.tensor] for x in (*c.parts, *c.readers)) for c in coupling.open}
+    return {c.name: min(used[x.tensor] for x in _places(c)) for c in coupling.open}
 
 
 def scaled_curve(curve: Tensor, measured: Mapping[int, float]) -> Tensor:
