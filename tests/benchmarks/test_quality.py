@@ -140,7 +140,7 @@ def test_inner_channels_are_all_but_residual_streams() -> None:
     assert stream.root in ("stem.0", "project.0") and len(cost.inner) == 3
     (_, everywhere), (name, inside) = spreads(cost, 0.3 * cost.open_macs, 4, cost.open_macs)
     assert name == "inner channels" and inside[stream.root] == 16 > everywhere[stream.root]
-    assert [name for name, _ in spreads(cost_of(make("tokens")), 1000.0, 4, 1e9)] == ["all classes"]
+    assert [name for name, _ in spreads(cost_of(make("tokens")), 1000.0, 4, 1e9)] == ["all sets"]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
