@@ -75,13 +75,12 @@ def _sizes(walk: Walk, node: Node, kept: Kept) -> Node:
     """Rewrite the sizes that a reshape or expand lists for its result."""
     sizes, changed = list(node.args[1]), kept(node.name)
     for axis, positions in changed.items():
-        at = axis + len(sizes) - len(_shape(node.name, walk))
-        if isinstance(sizes[at], Ref):
+        if isinstance(sizes[axis], Ref):
             if any(size == -1 for size in sizes):
                 raise ValueError(f"{node.name} computes two of its sizes")
-            sizes[at] = -1
-        elif sizes[at] != -1:
-            sizes[at] = len(positions)
+            sizes[axis] = -1
+        elif sizes[axis] != -1:
+            sizes[axis] = len(positions)
     return node.with_arguments({1: sizes}) if changed else node
 
 

@@ -60,6 +60,16 @@ def unflattened(b):  # the channels themselves, then the positions in front of t
     return head(b, b.op("back", "permute.default", R(x), [0, 3, 1, 2]), 8)
 
 
+@opens(first=8)
+def counted_from_the_end(b):
+    x = b.relu(b.conv("x", "first", 4, 8))
+    low, high = items(b, b.op("parts", "split_with_sizes.default", R(x), [3, 5], -3), "low", "high")
+    tail = b.op("tail", "narrow.default", R(x), -3, 3, 5)
+    cut = b.op("cut", "slice.Tensor", R(x), -3, -5, 1 << 62)
+    total = b.op("total", "add.Tensor", R(b.op("sum", "add.Tensor", R(tail), R(cut))), R(high))
+    return head(b, b.op("cat", "cat.default", [R(low), R(total)], -3), 8)
+
+
 @opens(first=4)
 def grouped(b):  # 2 input and 3 output channels a group
     return head(b, b.relu(b.conv(b.relu(b.conv("x", "first", 4, 8)), "grouped", 8, 12, groups=4)), 12)
