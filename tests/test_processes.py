@@ -99,6 +99,22 @@ def test_a_number_that_is_somebody_elses_by_now_is_left_alone() -> None:
         other.wait()
 
 
+def test_what_a_leader_that_has_ended_leaves_in_its_session_is_ended() -> None:
+    leader = subprocess.Popen(["sh", "-c", "sleep 60 & read line"], stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        begun = started(leader.pid)
+        assert begun is not None
+        deadline = time.monotonic() + 10
+        while len(session(leader.pid)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        leader.communicate(b"\n", timeout=10)
+        assert len(session(leader.pid)) == 1 and started(leader.pid) is None
+        wait_and_end([json.dumps(["session", [leader.pid, begun]])])
+        assert session(leader.pid) == []
+    finally:
+        kill_session(leader)
+
+
 def test_one_guard_ends_several_sessions_and_folders(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("a", "b\n")]
     sessions = [subprocess.Popen(["sleep", "60"], start_new_session=True) for _ in range(2)]
