@@ -27,7 +27,7 @@ pytest.importorskip("triton")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 SAMPLE = {
-    "codebook_linear": ("five rows, pair", "sixteen rows, shares, pointer", "no rows, pointer"),
+    "codebook_linear": ("one row, pair", "sixteen rows, shares, pointer", "no rows, pointer"),
     "depthwise_conv2d": ("3x3", "rectangular, asymmetric", "dilated across", "no channels"),
     "fused_conv2d": ("1x1 stride 2", "7x7 stride 2, flat", "shared reduction", "no inputs", "sliced"),
     "fused_linear": ("activation *", "one row", "no inputs", "shared reduction", "transposed"),
