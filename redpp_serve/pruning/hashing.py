@@ -208,7 +208,7 @@ def _codebook(method: str, grid: Grid, borders: Indices, values: Array, bandwidt
         borders, values = _keep_zero(grid, borders, values)
     values = torch.from_numpy(values).to(grid.dtype).double().numpy()
     count, error = cell_costs(grid, borders, values)
-    by_value = np.bincount(np.unique(values, return_inverse=True)[1].reshape(-1), count)
+    by_value = np.bincount(np.unique(values, return_inverse=True)[1].reshape(-1), count).astype(np.float64)
     return Codebook(method, borders, values, count / count.sum(), error, entropy(by_value), bandwidth)
 
 
