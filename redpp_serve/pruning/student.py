@@ -177,8 +177,9 @@ class Codebook:
 
     def sum(self, gradient: Tensor) -> Tensor:
         """Return each value's gradient: the sum over its positions, in a fixed order; 0 for the value zero."""
-        sums: Tensor = torch.segment_reduce(gradient.reshape(-1)[self._order].double(), "sum", lengths=self._lengths)
-        return sums.to(self.values) * self._moves
+        sums = torch.segment_reduce(gradient.reshape(-1)[self._order].double(), "sum", lengths=self._lengths)
+        result: Tensor = sums.to(self.values) * self._moves
+        return result
 
 
 def is_matrix(weight: Tensor) -> bool:
