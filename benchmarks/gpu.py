@@ -34,8 +34,8 @@ from benchmarks.gpu_timing import Monitor
 
 SETTINGS = {"full": FULL, "quick": QUICK, "rehearse": REHEARSAL}
 NO_GPU = (
-    "benchmarks.gpu needs a CUDA GPU, and torch finds none here (torch.cuda.is_available() is False); nothing was written. "
-    "Run it where one is; --rehearse tries the benchmark itself on a CPU."
+    "benchmarks.gpu needs a CUDA GPU, and torch finds none here (torch.cuda.is_available() is False); nothing was "
+    "written. Run it where one is; --rehearse tries the benchmark itself on a CPU."
 )
 MOST_STARTS = 8
 LAST_S = 12.0  # kept for stopping the worker and for writing

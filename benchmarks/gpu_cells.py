@@ -1,4 +1,4 @@
-"""One cell of the tables: several ways to compute the same layer, each held against the right answer before it is timed.
+"""One cell of the tables: several ways to compute one layer, each held against the right answer before it is timed.
 
 A cell's first contender is its reference, the library call that everybody would make. A contender that fails, is wrong
 or is too slow to build has no time in the cell; it has the reason.

@@ -63,7 +63,7 @@ def codebook_weight(bench: Bench, n_out: int, n_in: int, count: int, seed: int =
 
 
 def linear_cells(bench: Bench, shapes: tuple[tuple[int, int], ...], rows: tuple[int, ...]) -> Iterator[Cell]:
-    """By rows, so that each shape has its small batches before any has its large; torch.compile, the slowest to build, last."""
+    """Yield cells by rows, so that small batches of every shape come first; torch.compile, slowest to build, comes last."""
     weights = functools.cache(lambda n_out, n_in, count: codebook_weight(bench, n_out, n_in, count, seed=count))
     for m, (n_out, n_in) in itertools.product(rows, shapes):
         books = {count: weights(n_out, n_in, count) for count in VALUES}
@@ -204,7 +204,7 @@ def conv_shapes(network: str, side: int = SIDE) -> list[ConvShape]:
 def conv_cells(
     bench: Bench, networks: tuple[str, ...], batches: tuple[int, ...], every: int = 1, side: int = SIDE
 ) -> Iterator[Cell]:
-    """By batch, then half and full widths, then layers; each distinct shape once. ``every`` takes one of so many layers."""
+    """Yield each distinct shape once, by batch, then width, then layer. ``every`` takes one of so many layers."""
     shapes = [(network, shape) for network in networks for shape in conv_shapes(network, side)[::every]]
     seen = set()
     for batch, width, (network, shape) in itertools.product(batches, (1.0, 0.5), shapes):
@@ -296,7 +296,7 @@ def _conv_expected(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | N
 
 
 def _split_conv(operands: Callable[[], Operands], window: tuple[int, int], activation: str) -> Call:
-    """Every kernel of an input once: of random kernels, all are distinct, as they nearly are in real hashed networks."""
+    """Store every kernel of an input once: random kernels are all distinct, as they nearly are in real hashed networks."""
     x, weight, bias, residual = operands()
     n_out, n_in = weight.shape[:2]
     kernels_of_inputs = weight.transpose(0, 1).reshape(n_in * n_out, *weight.shape[2:]).contiguous()

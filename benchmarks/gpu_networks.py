@@ -1,4 +1,4 @@
-"""Whole networks: the stock eager handler, the original and the pruned network in this project's runtime, torch.compile.
+"""Whole networks: the stock eager handler, torch.compile, and both versions in this project's runtime.
 
 Weights are random, with batch-norm statistics of random images. The pruned network keeps half of the channels of every
 channel set, and its Linear layers have 16 values each. Each arm is held against its own network in fp32
@@ -306,7 +306,7 @@ def _module_bytes(module: nn.Module) -> int:
 
 
 def _held(bench: Bench) -> int:
-    """Bytes of GPU memory that this process cannot give back: its tensors, and what recorded graphs keep for themselves."""
+    """Return the bytes of GPU memory that this process cannot give back: its tensors, and what recorded graphs keep."""
     if bench.rehearse:
         return 0
     torch.cuda.synchronize()

@@ -118,7 +118,7 @@ def _fp8(x: Tensor, weight: Tensor) -> Contender:
     def prepared() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         largest = torch.finfo(torch.float8_e4m3fn).max
         scales = [t.abs().max().float() / largest for t in (x, weight)]
-        return *((t.float() / s).to(torch.float8_e4m3fn) for t, s in zip((x, weight), scales)), *scales
+        return *((t.float() / s).to(torch.float8_e4m3fn) for t, s in zip((x, weight), scales, strict=True)), *scales
 
     def fresh() -> Call:
         half, stored, *scales = prepared()

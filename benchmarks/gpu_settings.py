@@ -9,7 +9,7 @@ from benchmarks.gpu_models import SIDE
 
 @dataclass(frozen=True)
 class Settings:
-    """``shapes`` are Linear layers (n_out, n_in); of the convolutions one in ``every`` is taken; ``shares`` go by section."""
+    """What a run measures: Linear ``shapes`` (n_out, n_in), one convolution in ``every``, ``shares`` of time by section."""
 
     seconds: float
     shapes: tuple[tuple[int, int], ...] = ((4096, 25088), (4096, 4096), (1000, 2048))

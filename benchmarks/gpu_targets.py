@@ -33,7 +33,8 @@ class Target:
     @property
     def line(self) -> str:
         figure = "" if self.value is None else f" {self.value:.2f}"
-        return f"{self.verdict}: {self.name}:{figure} (at least {self.wanted:g} wanted){'; ' + self.detail if self.detail else ''}"
+        detail = f"; {self.detail}" if self.detail else ""
+        return f"{self.verdict}: {self.name}:{figure} (at least {self.wanted:g} wanted){detail}"
 
     def to_json(self) -> Row:
         return {**asdict(self), "verdict": self.verdict}
@@ -218,7 +219,8 @@ def _network_table(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     lines = [
-        "Networks: milliseconds with inputs on the GPU and on the host (median), images/s, peak MB, MB of weights, times stock fp32"
+        "Networks: milliseconds with inputs on the GPU and on the host (median), images/s, peak MB, MB of weights, "
+        "times stock fp32"
     ]
     for row in rows:
         for name, cell in row["contenders"].items():
@@ -226,7 +228,8 @@ def _network_table(rows: Sequence[Row]) -> str:
                 device, host = cell["device_us"][0], cell["host_us"][0]
                 stock = quotient(median_us(row, "stock fp32", "device"), device)
                 lines.append(
-                    f"{row['network']:16}{row['batch']:>5} {name:28}{device / 1e3:>9.3f}{host / 1e3:>9.3f}{cell['images_per_s']:>10.0f}"
+                    f"{row['network']:16}{row['batch']:>5} {name:28}{device / 1e3:>9.3f}{host / 1e3:>9.3f}"
+                    f"{cell['images_per_s']:>10.0f}"
                     f"{cell['peak_mb']:>9.0f}{cell['weight_mb']:>8.1f}" + (f"{stock:>8.2f}" if stock else "")
                 )
     return "\n".join(lines)

@@ -117,7 +117,7 @@ def in_turns(
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
     """How many times faster the second is than the first: the spread of the rounds' ratios."""
-    return spread([a / b for a, b in zip(over, under)])
+    return spread([a / b for a, b in zip(over, under, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Monitor:
         columns: dict[str, list[float]] = {field: [] for field in cls.FIELDS}
         for line in text.splitlines():
             cells = line.split(",")
-            for field, cell in zip(cls.FIELDS, cells if len(cells) == len(cls.FIELDS) else ()):
+            for field, cell in zip(cls.FIELDS, cells, strict=True) if len(cells) == len(cls.FIELDS) else ():
                 try:
                     columns[field].append(float(cell))
                 except ValueError:

@@ -1,7 +1,7 @@
 """The process that measures for `benchmarks.gpu`: it goes on where the journal ends, and may die without loss.
 
-``python -m benchmarks.gpu_worker JOURNAL SECONDS full|quick|rehearse [SHARE OF]``; with the last two it measures nothing
-but runs its share of the project's kernels once, so that they are compiled (Triton keeps them on disk).
+``python -m benchmarks.gpu_worker JOURNAL SECONDS full|quick|rehearse [SHARE OF]``; with the last two it measures
+nothing but runs its share of the project's kernels once, so that they are compiled (Triton keeps them on disk).
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Worker:
 
 
 def warm_up(journal: Journal, bench: Bench, budget: Budget, settings: Settings, share: int, of: int) -> None:
-    """Every ``of``-th of the calls of this project's kernels, once. What fails here fails again where it is measured."""
+    """Run every ``of``-th call of this project's kernels once. A failure here shows again where it is measured."""
     cells = itertools.chain(
         linear_cells(bench, settings.shapes, settings.rows),
         conv_cells(bench, settings.conv_networks, settings.conv_batches, settings.every, settings.side),
@@ -165,7 +165,9 @@ def warm_up(journal: Journal, bench: Bench, budget: Budget, settings: Settings, 
     for cell, contender in itertools.islice(calls, share, None, of):
         if budget.left > LEAST_S:
             journal.attempt(
-                f"{cell.key} {contender.name}", budget.at_most(contender.limit_s), lambda: contender.fresh()()
+                f"{cell.key} {contender.name}",
+                budget.at_most(contender.limit_s),
+                lambda contender=contender: contender.fresh()(),
             )
 
 

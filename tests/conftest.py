@@ -42,7 +42,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short pruning runs: few inputs, few networks around the chosen one, and their latencies measured in an instant."""
+    """Short pruning runs: few inputs, few networks around the chosen one, latencies measured in an instant."""
     from redpp_serve.pruning import pipeline
     from redpp_serve.pruning.effort import Effort
     from redpp_serve.pruning.inputs import SynthesisBudget

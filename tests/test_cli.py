@@ -77,8 +77,10 @@ def without_digits(text: str) -> str:
     for line in text.split("\n"):
         points = line.startswith("frontier") or (points and line != "")
         if points or re.match(measured, line):
-            line = re.sub(r"(?<![\w-])\d[\d.]*(e-\d+)?( [kMG]?B?\b)?", "#", line)
-        lines.append(re.sub(r"(?<=\S) {2,}", "  ", line))
+            lines.append(re.sub(r"(?<![\w-])\d[\d.]*(e-\d+)?( [kMG]?B?\b)?", "#", line))
+        else:
+            lines.append(line)
+        lines[-1] = re.sub(r"(?<=\S) {2,}", "  ", lines[-1])
     return "\n".join(lines)
 
 

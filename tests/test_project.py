@@ -1,4 +1,4 @@
-"""The repository as a whole: what an import loads, what a wheel holds, what lies at the top, and which version it is."""
+"""The repository as a whole: what an import loads, what a wheel holds, what lies at the top, which version."""
 
 import re
 import subprocess

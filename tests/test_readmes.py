@@ -1,4 +1,4 @@
-"""Every code block of every README: Python runs, commands are ones that the command line takes, files that are named exist."""
+"""Every code block of every README: Python runs, the command line takes the commands, links lead somewhere."""
 
 import re
 import shlex

@@ -19,6 +19,6 @@ def loads(source: str) -> list[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             found += [name for name in names if name in LOADERS or node.module in UNPICKLERS]
         elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-            if not (isinstance(node.value, ast.Constant) and node.value.value is False):
-                found.append("allow_pickle")
+            refused = isinstance(node.value, ast.Constant) and node.value.value is False
+            found += [] if refused else ["allow_pickle"]
     return found

@@ -1,19 +1,17 @@
-"""The GPU benchmark without a GPU: its arithmetic, that no wrong or hanging kernel gets a time, and a whole rehearsal."""
+"""The GPU benchmark without a GPU: arithmetic, no time for a wrong or hanging kernel, and a whole rehearsal."""
 
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 
 from benchmarks import gpu, gpu_worker
 from benchmarks.gpu_cells import Cell, Contender, error_limit, measure_cell, relative_error
@@ -25,6 +23,7 @@ from benchmarks.gpu_settings import FULL, QUICK, REHEARSAL
 from benchmarks.gpu_targets import COMPILED, Target, evaluate, text
 from benchmarks.gpu_timing import Bench, Monitor, Peaks, in_turns, quantile, ratio, spread
 
+ROOT = Path(__file__).parents[2]
 CPU = Bench(torch.device("cpu"), torch.float32, rehearse=True)
 PEAKS = Peaks(bandwidth=4e12, matrix=8e14, floor=2e-6, l2=50 << 20)
 
@@ -103,7 +102,11 @@ def right(x: Tensor) -> Tensor:
 
 
 def contender(name: str, call: Callable[[Tensor], Tensor], x: Tensor, **options: Any) -> Contender:
-    return Contender(name, lambda: lambda own=x.clone(): call(own), 400, 100, **options)
+    def fresh() -> Callable[[], Tensor]:
+        own = x.clone()
+        return lambda: call(own)
+
+    return Contender(name, fresh, 400, 100, **options)
 
 
 def unwritten(x: Tensor) -> Tensor:
@@ -118,10 +121,8 @@ def raises(x: Tensor) -> Tensor:
 
 def sleeps(x: Tensor) -> Tensor:
     while True:
-        try:
+        with suppress(Exception):  # as compilers do
             time.sleep(5)
-        except Exception:  # as compilers do
-            pass
 
 
 class Flaky:

@@ -79,7 +79,7 @@ def test_a_patch_computes_what_the_network_computes_there(kind: str) -> None:
         wanted = [spec.name for spec in patch.graph.inputs] + list(patch.graph.outputs)
         needed = [name for name in wanted if name not in {i.name for i in graph.inputs}]
         values = dict(zip((i.name for i in graph.inputs), inputs, strict=True)) | dict(
-            zip(needed, Program(graph, needed)(*inputs))
+            zip(needed, Program(graph, needed)(*inputs), strict=True)
         )
         (found,) = Program(patch.graph)(*(values[spec.name] for spec in patch.graph.inputs))
         torch.testing.assert_close(found, values[patch.graph.outputs[0]])

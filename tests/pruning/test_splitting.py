@@ -90,7 +90,8 @@ def index_bits(units: torch.Tensor, groups: int) -> int:
 @given(weights(), st.integers(1, 50))
 @many
 def test_counts_of_kernels_against_the_formulas(case, positions):
-    """k^2 HW sum(u) and HW [(k^2 - 1) sum(u) + sum over outputs of (used - 1)]; k^2 sum(u) values, log2 bits of signed choices a pair."""
+    """k^2 HW sum(u) and HW [(k^2 - 1) sum(u) + sum over outputs of (used - 1)];
+    k^2 sum(u) values, log2 bits of signed choices a pair."""
     w, groups = case
     layer, found = layer_of(w.shape, groups, positions), kernels_by_hand(w, groups)
     taps, u = math.prod(w.shape[2:]), [len(k) for k in found.values()]

@@ -1,6 +1,7 @@
 """Widths: costs are those of the narrowed networks, steps are the cheapest, errors pass through what was measured."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_every_point_costs_less_and_loses_more(kind, step):
     coupling = couple(network_of(kind, 16))
     path = narrowing_path(coupling, errors_of(coupling), step)
     assert path.points[0].cost == mac_count(coupling.graph) and path.points[0].predicted == 0
-    for before, after in zip(path.points, path.points[1:]):
+    for before, after in pairwise(path.points):
         (changed,) = [name for name in before.widths if before.widths[name] != after.widths[name]]
         assert after.widths[changed] < before.widths[changed] and after.widths[changed] % step == 0
         assert after.cost < before.cost and after.predicted > before.predicted
@@ -76,7 +77,7 @@ def test_each_step_is_the_cheapest_there_is():
         saved = model.macs(model.shapes(widths)) - model.macs(model.shapes({**widths, name: width}))
         return float(errors[name][width] - errors[name][widths[name]]) / saved
 
-    for before, after in zip(path.points, path.points[1:]):
+    for before, after in pairwise(path.points):
         ((name, width),) = after.widths.items() - before.widths.items()
         lowest = {n: path.points[-1].widths[n] for n in after.widths}
         others = [price(before.widths, n, k) for n, now in before.widths.items() for k in range(lowest[n], now, 2)]
@@ -127,7 +128,9 @@ def test_the_scaled_curve_passes_through_what_was_measured(seed, channels):
     generator = torch.Generator().manual_seed(seed)
     curve = torch.rand(channels + 1, generator=generator, dtype=torch.float64).sort(descending=True).values
     at = sorted({max(1, round(share * channels)) for share in (0.25, 0.5, 0.75)})
-    measured = dict(zip(at, sorted(torch.rand(3, generator=generator, dtype=torch.float64).tolist(), reverse=True)))
+    measured = dict(
+        zip(at, sorted(torch.rand(3, generator=generator, dtype=torch.float64).tolist(), reverse=True), strict=True)
+    )
     scaled = scaled_curve(curve, measured)
     assert scaled[channels] == 0 and (scaled[1:] <= scaled[:-1]).all() and scaled.isfinite().all()
     for width, error in measured.items():

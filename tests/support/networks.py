@@ -181,7 +181,7 @@ def difference(a: Graph, b: Graph) -> float:
 
 @torch.no_grad()
 def calibrated(graph: Graph, inputs: tuple[Tensor, ...]) -> Graph:
-    """The graph with the statistics of each batch norm set to those it sees for these inputs, as training leaves them."""
+    """The graph with the statistics of each batch norm set to those of these inputs, as training leaves them."""
     for norm in [node for node in graph.nodes if node.op == "aten.batch_norm.default"]:
         (value,) = Program(graph, [norm.args[0].name])(*inputs)
         variance, mean = torch.var_mean(value, dim=[d for d in range(value.dim()) if d != 1], correction=0)

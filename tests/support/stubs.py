@@ -14,7 +14,7 @@ Answer = Callable[[str, bytes, dict[str, str]], tuple[int, Any] | tuple[int, Any
 
 
 class StubServer(ThreadingHTTPServer):
-    """Answers POST with (status, JSON[, headers]), as ``answer(path, body, headers)`` returns; counts requests by path."""
+    """Answers POST with (status, JSON[, headers]), as ``answer(path, body, headers)`` says; counts by path."""
 
     daemon_threads = True
     request_queue_size = 128
