@@ -63,7 +63,7 @@ def codebook_weight(bench: Bench, n_out: int, n_in: int, count: int, seed: int =
 
 
 def linear_cells(bench: Bench, shapes: tuple[tuple[int, int], ...], rows: tuple[int, ...]) -> Iterator[Cell]:
-    """Yield cells by rows, so that small batches of every shape come first; torch.compile, slowest to build, comes last."""
+    """Yield cells by rows: small batches of every shape first; torch.compile, slowest to build, last."""
     weights = functools.cache(lambda n_out, n_in, count: codebook_weight(bench, n_out, n_in, count, seed=count))
     for m, (n_out, n_in) in itertools.product(rows, shapes):
         books = {count: weights(n_out, n_in, count) for count in VALUES}
@@ -296,7 +296,7 @@ def _conv_expected(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | N
 
 
 def _split_conv(operands: Callable[[], Operands], window: tuple[int, int], activation: str) -> Call:
-    """Store every kernel of an input once: random kernels are all distinct, as they nearly are in real hashed networks."""
+    """Store every kernel of an input once; random ones are all distinct, as they nearly are in hashed networks."""
     x, weight, bias, residual = operands()
     n_out, n_in = weight.shape[:2]
     kernels_of_inputs = weight.transpose(0, 1).reshape(n_in * n_out, *weight.shape[2:]).contiguous()

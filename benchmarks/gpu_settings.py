@@ -9,7 +9,7 @@ from benchmarks.gpu_models import SIDE
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run measures: Linear ``shapes`` (n_out, n_in), one convolution in ``every``, ``shares`` of time by section."""
+    """What a run measures: Linear ``shapes`` (n_out, n_in), one convolution in ``every``, ``shares`` of time."""
 
     seconds: float
     shapes: tuple[tuple[int, int], ...] = ((4096, 25088), (4096, 4096), (1000, 2048))
