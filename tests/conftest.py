@@ -1,5 +1,6 @@
 """Options of the test run, and what several test modules share."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -7,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side: more threads would only wait for each other
 
 GOLDEN = Path(__file__).parent / "golden"
 

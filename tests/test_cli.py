@@ -428,6 +428,7 @@ def test_an_action_is_needed(run: Run) -> None:
     assert (code, out) == (2, "") and "ACTION" in err and "--help" in err
 
 
+@pytest.mark.exhaustive
 def test_output_survives_a_terminal_without_unicode(model: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     command = [sys.executable, "-m", "redpp_serve.cli", "inspect", *arguments(model)]
@@ -435,6 +436,7 @@ def test_output_survives_a_terminal_without_unicode(model: Path) -> None:
     assert result.returncode == 0 and "narrowable" in result.stdout
 
 
+@pytest.mark.server
 def test_compare_live_prints_json_alone(packaged: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "redpp_serve.cli", "compare", str(packaged)]
     command += ["--duration", "4", "--concurrency", "2", "--json"]
@@ -457,6 +459,7 @@ def test_compare_live_prints_json_alone(packaged: Path, tmp_path: Path) -> None:
     assert files(tmp_path) == set()
 
 
+@pytest.mark.server
 def test_sigterm_while_a_server_starts_leaves_no_process(packaged: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "redpp_serve.cli", "compare", str(packaged)]

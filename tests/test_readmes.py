@@ -43,6 +43,7 @@ def test_the_first_page_is_short() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= 10_000
 
 
+@pytest.mark.exhaustive
 def test_python_blocks_run(tmp_path: Path) -> None:
     for page in PAGES:
         for code in blocks(page, "python"):

@@ -377,6 +377,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
     return json.loads((folder / "gpu.json").read_text()), json.loads((folder / "plans.json").read_text())
 
 
+@pytest.mark.exhaustive
 def test_a_rehearsal_runs_every_section(rehearsal: tuple[dict[str, Any], dict[str, Any]]) -> None:
     result, table = rehearsal
     assert {row["section"] for row in result["rows"]} >= {"linear", "conv", "network"} and "rehearsal" in result[
@@ -391,6 +392,7 @@ def test_a_rehearsal_runs_every_section(rehearsal: tuple[dict[str, Any], dict[st
     assert "Linear, microseconds" in lines and "not measured: codebook of 16 over gemlite" in lines
 
 
+@pytest.mark.exhaustive
 def test_in_a_rehearsal_all_that_a_cpu_can_do_is_right_and_timed(
     rehearsal: tuple[dict[str, Any], dict[str, Any]],
 ) -> None:

@@ -93,6 +93,7 @@ def test_torchvision() -> None:
         build("torchvision:resnte50", {})
 
 
+@pytest.mark.exhaustive
 def test_a_fresh_process_imports_torchvision_for_a_pickled_module(tmp_path: Path) -> None:
     """Placeholders of its operators are defined once, and only when torchvision is asked for."""
     path = tmp_path / "x.pt"

@@ -146,6 +146,7 @@ print(hashlib.sha256(data).hexdigest(), len(data))
 """
 
 
+@pytest.mark.exhaustive
 def test_two_processes_write_the_same_bytes() -> None:
     """With other hash seeds and thread counts, from the module on."""
     running = []

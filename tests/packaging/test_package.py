@@ -380,6 +380,7 @@ def test_nothing_to_prune_is_a_good_outcome_with_reasons(tmp_path: Path, untried
     assert [layer["merge"]["reason"] for layer in report["layers"]] == ["is an output of the network"]
 
 
+@pytest.mark.exhaustive
 def test_several_inputs_and_outputs(tmp_path: Path) -> None:
     two = randomise(Two())
     model = write_model(tmp_path / "in", two)

@@ -52,6 +52,7 @@ def no_child_left() -> bool:
     return not [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.exhaustive
 def test_right_outputs_pass_in_every_precision_with_their_time(archives: list[Path]) -> None:
     trials = [try_archive(archive, npy(X), right(v)) for archive, v in zip(archives, VARIANTS, strict=True)]
     half = [try_archive(archives[0], npy(X), right("1.0"), precision) for precision in ("fp16", "bf16")]

@@ -120,6 +120,7 @@ def test_equal_input_gives_equal_bytes_and_all_that_serving_needs() -> None:
         build_repository("../x", {}, {}, [])
 
 
+@pytest.mark.exhaustive
 def test_both_versions_answer_as_the_networks_do_in_a_trial(tmp_path: Path) -> None:
     write_files(tmp_path, repository())
     trials = [

@@ -69,6 +69,7 @@ def planted(draw, kinds=KINDS):
 
 @given(planted(), st.sampled_from([1, 2, 8]))
 @many
+@pytest.mark.exhaustive
 def test_merging_keeps_the_function_and_removes_what_was_planted(case, round_to):
     graph, copies = case
     graph = graph.to(torch.float64)

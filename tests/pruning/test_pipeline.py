@@ -113,7 +113,16 @@ def test_the_final_codebooks_are_small_where_nothing_else_is_asked_for():
     assert min(record.hash.values for record in result.layers) <= 32
 
 
-@pytest.mark.parametrize("options", [HALF, fast(max_error=0.3), fast(merge="exact"), fast(target_macs=0.5, distil=0.5)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        HALF,
+        *(
+            pytest.param(options, marks=pytest.mark.exhaustive)
+            for options in (fast(max_error=0.3), fast(merge="exact"), fast(target_macs=0.5, distil=0.5))
+        ),
+    ],
+)
 def test_one_seed_one_result(options):
     first, second = (prune(trained("residual"), options) for _ in range(2))
     assert (
@@ -123,6 +132,7 @@ def test_one_seed_one_result(options):
     )
 
 
+@pytest.mark.exhaustive
 def test_another_process_gives_the_same_tensors():
     code = "import tests.pruning.test_pipeline as t; print(t.digest(t.prune(t.trained('depthwise'), t.HALF).pruned))"
     run = subprocess.run(
