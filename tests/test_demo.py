@@ -24,7 +24,7 @@ def test_the_whole_path(tmp_path: Path) -> None:
         "redpp_serve.cli",
         "demo",
         "--duration",
-        "4",
+        "8",
         "--time-budget",
         "20",
         "--out",

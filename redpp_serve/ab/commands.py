@@ -42,7 +42,7 @@ from redpp_serve.variants import ORIGINAL, PRUNED
 if TYPE_CHECKING:
     from redpp_serve.graph.graph import InputSpec
 
-_START_S, _STOP_S, _POLL_S = 300.0, 60.0, 0.1
+_START_S, _STOP_S, _DYING_S, _POLL_S = 300.0, 60.0, 2.0, 0.1
 Note = Callable[[str], None]
 
 
@@ -147,7 +147,7 @@ def stop(folder: Path, keep: Path | None = None) -> str:
     try:
         running = _find(folder)
     except RedppError:
-        if clean(folder):
+        if _cleaned(folder):
             return f"cleaned up after an A/B test for {folder} that was killed"
         raise
     kept = ""
@@ -167,6 +167,14 @@ def stop(folder: Path, keep: Path | None = None) -> str:
         time.sleep(_POLL_S)
     clean(folder)  # nothing is left unless the supervisor was killed, by this command or by somebody else
     return f"stopped the A/B test for {folder}{kept}"
+
+
+def _cleaned(folder: Path) -> bool:
+    """Clean up after a killed A/B test, whose threads may hold its lock for a moment after its death."""
+    deadline = time.monotonic() + _DYING_S
+    while not (done := clean(folder)) and supervised(folder) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return done
 
 
 def mixed_folder(original: Path, candidate: Path, into: Path) -> Path:
