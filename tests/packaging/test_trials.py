@@ -3,8 +3,10 @@
 import _thread
 import json
 import re
+import signal
 import threading
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -103,7 +105,15 @@ def test_a_crash_shows_its_last_lines(archives: list[Path], tmp_path: Path) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_a_handler_that_hangs_is_ended(archives: list[Path], tmp_path: Path) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, even where the test run was started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_handler_that_hangs_is_ended(archives: list[Path], tmp_path: Path, interruptible: None) -> None:
     hung = with_handler(archives[0], tmp_path / "hung.mar", "import time\ntime.sleep(600)")
     trial = try_archive(hung, npy(X), right("1.0"))
     with pytest.raises(RedppError, match="hung.mar failed.*no answer in 1 s"):
