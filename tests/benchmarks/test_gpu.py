@@ -409,6 +409,7 @@ def test_in_a_rehearsal_all_that_a_cpu_can_do_is_right_and_timed(
     )
 
 
+@pytest.mark.exhaustive
 def test_a_bare_checkout_is_enough(stock_python: Path) -> None:
     code = "from benchmarks import gpu_worker; import redpp_serve.kernels, sys; print(redpp_serve.kernels.__file__)"
     run = subprocess.run([stock_python, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

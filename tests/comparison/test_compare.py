@@ -55,6 +55,7 @@ def test_json_holds_every_key(start: Start) -> None:  # noqa: F811
     assert set(data["speedup"]["throughput"]) == {"ratio", "low", "high"} and arm["accuracy"] == 1.0
 
 
+@pytest.mark.exhaustive
 def test_a_rate_is_kept_whatever_the_answers_take(start: Start) -> None:  # noqa: F811
     """The slow arm is asked as often as the fast one, and its queue shows in its latency."""
     slow, fast = start(0.02, one_at_a_time=True), start(0.002, one_at_a_time=True)

@@ -178,6 +178,7 @@ def test_paired_ends_by_time(start: Start) -> None:
     assert max(reply.start_s for pair in pairs for reply in pair) < 0.3 + 0.5
 
 
+@pytest.mark.exhaustive
 def test_queue_of_the_slower_arm_does_not_inflate_the_ratio(start: Start) -> None:
     """One worker per arm: free-running clients would gather at the slower one and measure about 5 instead of 2."""
     slow, fast = start(0.016, one_at_a_time=True), start(0.008, one_at_a_time=True)
@@ -220,6 +221,7 @@ def test_no_ratio_where_an_arm_answers_nothing(start: Start) -> None:
     assert result.original.completed > 0
 
 
+@pytest.mark.exhaustive
 def test_open_loop_charges_the_wait(start: Start) -> None:
     """40 requests a second of 50 ms each over one connection: the queue grows, and latency shows it."""
     server = start(0.05)

@@ -34,6 +34,7 @@ def everything() -> dict[str, Any]:
     return run_child(__file__, "everything", TRITON_INTERPRET="0")
 
 
+@pytest.mark.exhaustive
 def test_each_kernel_compiles_within_its_budget(sample: dict[str, Any]) -> None:
     assert {name.rsplit(", ", 1)[1] for name in sample} == {
         *("fused_conv2d_kernel", "add_shares_kernel", "depthwise_conv2d_kernel"),

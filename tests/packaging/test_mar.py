@@ -90,6 +90,7 @@ def test_the_archive_serves_where_the_project_is_not_installed(tmp_path: Path) -
     assert output == pytest.approx(expected("1.0", torch.from_numpy(x)), rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_an_older_installation_does_not_win_over_the_archive(tmp_path: Path) -> None:
     old, unpacked = tmp_path / "old", tmp_path / "unpacked"
     (old / "redpp_serve").mkdir(parents=True)

@@ -82,6 +82,7 @@ def test_other_outputs_are_refused_by_name(archives: list[Path], tmp_path: Path)
             run_trials([answering(tmp_path, *outputs)])
 
 
+@pytest.mark.exhaustive
 def test_an_archive_with_one_wrong_weight_is_refused(tmp_path: Path) -> None:
     graph = network()
     graph.tensors["lw"][2, 1] *= -1

@@ -136,6 +136,7 @@ def test_both_versions_answer_as_the_networks_do_in_a_trial(tmp_path: Path) -> N
         run_trials([try_model(tmp_path / "tiny" / "1", to_json(CONFIG), npy(X * np.nan), right("1.0"))])
 
 
+@pytest.mark.exhaustive
 def test_a_version_serves_where_the_project_is_not_installed(tmp_path: Path) -> None:
     """The same barrier as for the archive, then the stand-in for the back end."""
     write_files(tmp_path, repository())

@@ -110,6 +110,7 @@ def interrupting(at):
     return progress
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     original, graph, kept = pair("residual")

@@ -89,6 +89,7 @@ def test_merging_a_hashed_network_keeps_its_function(graph):
 
 @given(networks())
 @settings(few, max_examples=6)
+@pytest.mark.exhaustive
 def test_merging_until_nothing_is_equal_ends_and_then_gives_back_the_same_object(graph):
     """Classes are merged at once, so a merge can make channels of the sets behind it equal."""
     graph = hashed(graph, 2).to(torch.float64)
@@ -105,6 +106,7 @@ def test_merging_until_nothing_is_equal_ends_and_then_gives_back_the_same_object
 
 @given(planted(), st.data())
 @few
+@pytest.mark.exhaustive
 def test_the_order_of_channels_changes_nothing(case, data):
     graph = case[0].to(torch.float64)
     shuffled = permuted(graph, torch.tensor(data.draw(st.permutations(range(inner_of(graph).channels)))))

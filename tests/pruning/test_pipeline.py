@@ -141,10 +141,12 @@ def test_another_process_gives_the_same_tensors():
     assert run.stdout.strip() == digest(prune(trained("depthwise"), HALF).pruned)
 
 
+@pytest.mark.exhaustive
 def test_other_seeds_give_other_networks():
     assert len({digest(prune(trained(), fast(keep=0.5, seed=s)).pruned) for s in (0, 1)}) == 2
 
 
+@pytest.mark.exhaustive
 def test_the_search_for_widths_respects_its_budget():
     graph, widths = trained("chain", 32), []
     for limit in (0.05, 0.15, 0.6):
@@ -313,6 +315,7 @@ class Interrupted(Stages):
         return super().run(name)
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path):
     graph, options = trained(), fast(keep=0.5, distil=0.5)
     whole = prune(graph, options)
