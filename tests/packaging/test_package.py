@@ -26,7 +26,7 @@ from redpp_serve.options import Options, Serving
 from redpp_serve.packaging.package import doubts, package
 from redpp_serve.packaging.samples import as_array, request_body
 from redpp_serve.pruning import choose as lossy
-from redpp_serve.pruning import pipeline
+from redpp_serve.pruning import steps
 from redpp_serve.report.data import Record, Verify
 from redpp_serve.stages import Stages
 from tests.support.small import SHAPE, arguments, captured, network, outputs, randomise, write_data, write_model
@@ -330,7 +330,7 @@ def test_an_interrupt_leaves_what_was_made_for_the_next_run_and_nothing_else(
 ) -> None:
     owner, name = {
         "reconstruct": (lossy, "reconstruct"),
-        "codebooks": (pipeline, "hash_within"),
+        "codebooks": (steps, "hash_within"),
         "package": (module, "write_report"),
     }[stage]
     real = getattr(owner, name)
