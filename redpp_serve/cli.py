@@ -17,12 +17,12 @@ from typing import Any, NoReturn
 from redpp_serve import __version__, commands
 from redpp_serve.errors import RedppError
 from redpp_serve.options import (
+    POSITIVE,
     SERVERS,
     ComparisonOptions,
     Limits,
     Options,
     PlanOptions,
-    Range,
     ServerOptions,
     Serving,
     Source,
@@ -51,7 +51,6 @@ class InspectOptions:
 
     exclude: tuple[str, ...] = option((), "layers to leave alone; repeatable", metavar="PATTERN")
     channels: bool = option(False, "list every set of coupled channels, and why the closed ones are closed")
-    json: bool = option(False, "print JSON")
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,9 @@ class DemoOptions:
     """How long the demo takes, and where it writes."""
 
     out: Path = option(Path("redpp-demo"), "folder to write (default: {default})", metavar="FOLDER", takes=Path)
-    duration: float = option(30.0, "seconds of load (default: {default:g})", metavar="S", takes=Range(above=True))
+    duration: float = option(30.0, "seconds of load (default: {default:g})", metavar="S", takes=POSITIVE)
     time_budget: float = option(
-        90.0, "seconds for making inputs and fitting (default: {default:g})", metavar="S", takes=Range(above=True)
+        90.0, "seconds for making inputs and fitting (default: {default:g})", metavar="S", takes=POSITIVE
     )
 
 
@@ -133,25 +132,21 @@ class StartOptions:
 
 
 @dataclass(frozen=True)
-class GatewayOptions:
-    """The server behind `ab start`."""
+class GatewayOptions(ServerOptions):
+    """The server behind `ab start`, whose ports begin with the gateway's."""
 
-    server: str = option("torchserve", "server to run (default: {default})", takes=SERVERS)
-    workers: int = option(1, "worker processes for each version (default: {default})", metavar="N", takes=whole(1))
     port: int | None = option(
         None,
         "port of the gateway; recorder, metrics and server take those after it (default: free ones)",
         metavar="N",
         takes=whole(1, 65_000),
     )
-    demo_auth_off: bool = option(False, "take requests without a token")
 
 
 @dataclass(frozen=True)
 class StatusOptions:
     """How `ab status` prints."""
 
-    json: bool = option(False, "print JSON")
     watch: bool = option(False, "print it again every two seconds until Ctrl-C")
 
 
@@ -194,7 +189,7 @@ COMMANDS = {
     "inspect": Command(
         commands.inspect,
         "say what a file is and what could be pruned; write nothing",
-        (Source, InspectOptions),
+        (Source, InspectOptions, Json),
         ("inspect model.pt", f"inspect {_MODEL} --channels"),
         "file",
     ),
@@ -253,7 +248,7 @@ COMMANDS = {
     "ab status": Command(
         commands.ab_status,
         "show requests, times, the running verdict and advice",
-        (StatusOptions,),
+        (Json, StatusOptions),
         ("ab status dist/model --watch",),
     ),
     "ab promote": Command(
