@@ -1,0 +1,170 @@
+"""Draw the raw material of synthetic pictures: noise of a given spectrum, palettes, warps, relief, blur.
+
+Arrays are float32 of shape (height, width), or (height, width, 3) with colours in 0..1, where nothing else is said.
+Photographs have a power spectrum that falls with about the square of the frequency, colour channels with correlations
+above 0.9, and sharp edges (Ruderman 1994; Lee, Mumford and Huang 2001); the defaults here aim at these.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[Any]  # float32 where a function does not say otherwise
+Random: TypeAlias = np.random.Generator
+
+# Directions of colour in photographs, nearly those of a principal component analysis: light, blue to yellow, green to
+# magenta; and how much colours vary along the last two.
+_AXES = np.array([[1, 1, 1], [1, 0.1, -1.1], [0.6, -1.0, 0.4]], dtype=np.float32)
+_CHROMA = (0.05, 0.022)
+
+
+def power_noise(rng: Random, height: int, width: int, exponent: float = 2.0) -> Array:
+    """Return noise (height, width) of mean 0 and variance 1 whose power falls with frequency to the ``exponent``."""
+    rows, columns = _round(height), _round(width)  # a crop of a larger field does not wrap around at its borders
+    frequency = np.hypot(np.fft.fftfreq(rows)[:, None] * rows / columns, np.fft.rfftfreq(columns)[None, :])
+    frequency[0, 0] = np.inf
+    amplitude = (frequency ** (-exponent / 2)).astype(np.float32)
+    shape = amplitude.shape
+    spectrum = amplitude * (rng.standard_normal(shape, np.float32) + 1j * rng.standard_normal(shape, np.float32))
+    field = np.fft.irfft2(spectrum, s=(rows, columns))[:height, :width]
+    return standard(field)
+
+
+def _round(size: int) -> int:
+    """Return a size about a quarter larger that the Fourier transform is fast at."""
+    return -(-(size + size // 4 + 2) // 16) * 16
+
+
+def standard(field: NDArray[Any]) -> Array:
+    """Return a field shifted and scaled to mean 0 and variance 1; a constant one becomes 0."""
+    centred = np.asarray(field - field.mean(), dtype=np.float32)
+    return centred / max(float(centred.std()), 1e-6)
+
+
+def unit(field: NDArray[Any]) -> Array:
+    """Return a field scaled to 0..1."""
+    low, high = float(field.min()), float(field.max())
+    return ((field - low) / max(high - low, 1e-6)).astype(np.float32)
+
+
+def grid(rng: Random, height: int, width: int, span: float) -> tuple[Array, Array]:
+    """Return turned coordinates x, y (height, width) in which the shorter side is ``span`` long."""
+    y, x = np.mgrid[:height, :width].astype(np.float32) * np.float32(span / min(height, width))
+    angle = rng.uniform(0, 2 * np.pi)
+    cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    return cosine * x - sine * y, sine * x + cosine * y
+
+
+def palette(rng: Random, count: int) -> Array:
+    """Return colours (count, 3) of one picture: light varies most, and hues keep to one or two directions."""
+    vivid = np.exp(rng.normal(-0.1, 0.6))
+    middle, contrast = rng.uniform(0.3, 0.62), rng.uniform(0.14, 0.32)
+    light = middle + contrast * rng.standard_normal(count)
+    own = rng.standard_t(4, (count, 2)) * _CHROMA * vivid
+    common = rng.standard_normal(2) * _CHROMA * vivid
+    axes = np.concatenate([light[:, None], own + common], axis=1).astype(np.float32)
+    return np.asarray(np.clip(axes @ _AXES, 0.01, 0.99), dtype=np.float32)
+
+
+def paint(rng: Random, field: Array, stops: int) -> Array:
+    """Return a field of values in 0..1 painted through a palette of ``stops`` colours, as (height, width, 3)."""
+    colours = palette(rng, stops)
+    if rng.random() < 0.6:  # ordered by light: relief rather than contour lines
+        colours = colours[np.argsort(colours.sum(axis=1))]
+    places = np.linspace(0, 1, 256)
+    table = np.stack([np.interp(places, np.linspace(0, 1, stops), colours[:, c]) for c in range(3)], axis=1)
+    return table.astype(np.float32)[(np.clip(field, 0, 1) * 255).astype(np.int32)]
+
+
+def relief(rng: Random, heights: Array, strength: float) -> Array:
+    """Return the light (height, width), around 1, on a surface of these heights under a lamp from one side."""
+    down, right = np.gradient(heights)
+    angle = rng.uniform(0, 2 * np.pi)
+    slope = np.cos(angle) * right + np.sin(angle) * down
+    slope = slope / max(float(np.abs(slope).mean()), 1e-6)
+    return np.asarray((1 + strength * np.tanh(0.6 * slope)), dtype=np.float32)
+
+
+def warp(rng: Random, height: int, width: int) -> Array:
+    """Return a field (height, width) in 0..1: waves, rings, checks or steps in bent coordinates."""
+    x, y = grid(rng, height, width, rng.uniform(2, 9))
+    for _ in range(rng.integers(1, 5)):
+        frequency = rng.uniform(0.4, 2.2, 2)
+        amount = rng.uniform(0.1, 0.9, 2) / frequency
+        phase = rng.uniform(0, 2 * np.pi, 2)
+        x = x + np.float32(amount[0]) * np.sin(np.float32(frequency[0]) * y + np.float32(phase[0]))
+        y = y + np.float32(amount[1]) * np.sin(np.float32(frequency[1]) * x + np.float32(phase[1]))
+    if rng.random() < 0.5:
+        bend = power_noise(rng, height, width, rng.uniform(2.5, 4)) * np.float32(rng.uniform(0.1, 0.8))
+        x, y = x + bend, y - bend
+    kind = rng.integers(6)
+    if kind == 0:
+        field = np.sin(x) + np.sin(np.float32(rng.uniform(0.5, 2)) * y)
+    elif kind == 1:
+        field = np.abs(np.sin(x)) + np.abs(np.cos(y))
+    elif kind == 2:
+        field = np.sin(np.hypot(x - x.mean(), y - y.mean()) * np.float32(rng.uniform(1, 3)))
+    elif kind == 3:
+        field = np.tanh(6 * np.sin(x) * np.sin(y))
+    elif kind == 4:
+        field = np.mod(x, np.float32(rng.uniform(0.8, 3)))
+    else:
+        field = np.sin(x * y * np.float32(rng.uniform(0.1, 0.5)))
+    field = unit(field)
+    if rng.random() < 0.35:
+        steps = rng.integers(2, 8)
+        field = np.floor(field * steps * 0.999) / max(steps - 1, 1)
+    return np.asarray(field, dtype=np.float32)
+
+
+def soften(picture: Array, deviation: float) -> Array:
+    """Return a picture (height, width, ...) blurred by a Gaussian with this standard deviation in pixels."""
+    if deviation < 0.2:
+        return picture
+    radius = max(1, int(2.5 * deviation + 0.5))
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / deviation) ** 2)
+    weights = (weights / weights.sum()).astype(np.float32)
+    for axis in (0, 1):
+        length = picture.shape[axis]
+        around = [(radius, radius) if d == axis else (0, 0) for d in range(picture.ndim)]
+        padded = np.pad(picture, around, mode="edge")
+        total = np.zeros_like(picture)
+        for k, weight in enumerate(weights):
+            total += weight * padded.take(range(k, k + length), axis=axis) if axis else weight * padded[k : k + length]
+        picture = total
+    return picture
+
+
+def shrink(picture: Array, factor: int) -> Array:
+    """Return a picture (height, width, ...) reduced by a whole factor: means of its blocks."""
+    if factor == 1:
+        return picture
+    height, width = picture.shape[0] // factor, picture.shape[1] // factor
+    blocks = picture[: height * factor, : width * factor].reshape(height, factor, width, factor, *picture.shape[2:])
+    return np.asarray(blocks.mean(axis=(1, 3)), dtype=np.float32)
+
+
+def light(rng: Random, height: int, width: int) -> Array:
+    """Return the light (height, width, 1) on a whole scene: a smooth fall-off to one side or into a corner."""
+    x, y = grid(rng, height, width, 2.0)
+    x, y = x - x.mean() + np.float32(rng.uniform(-0.7, 0.7)), y - y.mean()
+    fall = np.tanh(x) if rng.random() < 0.6 else np.exp(-0.5 * (x**2 + y**2))
+    return np.asarray((1 + np.float32(rng.uniform(0, 0.45)) * (fall - fall.mean()))[..., None], dtype=np.float32)
+
+
+def develop(rng: Random, picture: Array) -> Array:
+    """Return a picture as a camera would give it: exposure, contrast, white balance, blur and grain, in 0..1."""
+    balance = np.exp(rng.normal(0, 0.04, 3)).astype(np.float32)
+    gain = np.float32(np.exp(rng.normal(0, 0.18)))
+    picture = np.clip(picture * balance * gain, 0, None)
+    middle = picture.mean()
+    picture = middle + (picture - middle) * np.float32(np.exp(rng.normal(0.05, 0.2)))
+    gamma = np.float32(np.exp(rng.normal(0, 0.2)))
+    picture = np.clip(picture, 0, 1) ** gamma
+    picture = soften(picture, max(0.0, rng.normal(0.45, 0.35)))
+    grain = np.float32(abs(rng.normal(0, 0.012)))
+    picture = picture + grain * rng.standard_normal((*picture.shape[:2], 1), np.float32)
+    return np.clip(picture, 0, 1).astype(np.float32)

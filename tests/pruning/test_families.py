@@ -1,0 +1,102 @@
+"""Structured inputs without data: the same for a seed, in range, of every kind and size, and unlike noise."""
+
+import numpy as np
+import pytest
+import torch
+
+from redpp_serve.errors import RedppError
+from redpp_serve.graph.graph import InputSpec
+from redpp_serve.pruning.families import IMAGE, SIGNAL, TABLE, TOKENS, UNKNOWN, Scale, families_of, kind_of, structured
+
+PICTURE = InputSpec("x", (3, 64, 64))
+SOUND = InputSpec("x", (4000,))
+ROW = InputSpec("x", (12,))
+WORDS = InputSpec("x", (16,), "int64")
+CASES = [(spec, family) for spec in (PICTURE, SOUND, ROW, WORDS) for family in families_of(spec)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kind"),
+    [
+        ((3, 224, 224), "float32", IMAGE),
+        ((1, 28, 28), "float32", IMAGE),
+        ((4, 8, 512), "float16", IMAGE),
+        ((3, 7, 224), "float32", UNKNOWN),
+        ((2, 32, 32), "float32", UNKNOWN),
+        ((16000,), "float32", SIGNAL),
+        ((1, 256), "float32", SIGNAL),
+        ((255,), "float32", TABLE),
+        ((1, 30), "float64", TABLE),
+        ((16,), "int64", TOKENS),
+        ((4, 9), "int32", TOKENS),
+        ((2, 16000), "float32", UNKNOWN),
+        ((16,), "bool", UNKNOWN),
+    ],
+)
+def test_the_kind_follows_from_shape_and_dtype(shape, dtype, kind):
+    spec = InputSpec("x", shape, dtype)
+    assert kind_of(spec) == kind
+    assert len(families_of(spec)) >= {IMAGE: 4, UNKNOWN: 0}.get(kind, 3)
+    assert bool(families_of(spec)) == (kind != UNKNOWN)
+
+
+@pytest.mark.parametrize(("spec", "family"), CASES)
+def test_an_input_depends_on_family_seed_and_place_alone(spec, family):
+    three, five, other = (structured(spec, n, seed, family) for n, seed in ((3, 7), (5, 7), (3, 8)))
+    assert three.shape == (3, *spec.shape) and three.dtype == getattr(torch, spec.dtype)
+    assert torch.equal(three, five[:3]) and not torch.equal(three, other)
+    assert len({tuple(x.flatten().tolist()) for x in five}) == 5
+    assert structured(spec, 0, 7, family).shape == (0, *spec.shape)
+
+
+def test_an_unknown_kind_or_family_is_refused():
+    with pytest.raises(RedppError, match="no family of inputs 'speech'.*one of mixed"):
+        structured(PICTURE, 1, 0, "speech")
+    with pytest.raises(RedppError, match="--inputs"):
+        structured(InputSpec("x", (2, 2, 2)), 1, 0)
+
+
+@pytest.mark.parametrize("family", families_of(PICTURE))
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 40), (4, 28, 28), (3, 130, 65)])
+def test_pictures_fill_their_range_at_any_size(shape, family):
+    x = structured(InputSpec("x", shape), 4, 3, family)
+    assert x.shape == (4, *shape) and x.isfinite().all() and float(x.min()) >= 0 and float(x.max()) <= 1
+    assert (x.flatten(1).std(dim=1) > 0.005).all() and float(x.std()) > 0.08
+
+
+def slope(x):
+    """Return the exponent of the falling power spectrum of images (N, channels, side, side)."""
+    grey = x.mean(dim=1).double().numpy()
+    window = np.hanning(grey.shape[1])[:, None] * np.hanning(grey.shape[2])
+    power = np.abs(np.fft.fft2((grey - grey.mean(axis=(1, 2), keepdims=True)) * window)) ** 2
+    radius = np.hypot(*np.meshgrid(*[np.fft.fftfreq(grey.shape[1])] * 2))
+    band = (radius > 3 / grey.shape[1]) & (radius < 0.35)
+    logs = np.log(power.mean(axis=0)[band])
+    return -np.polyfit(np.log(radius[band]), logs, 1)[0]
+
+
+def peakedness(x):
+    """Return the kurtosis of the differences between neighbours: 3 for Gaussian noise, more for edges."""
+    step = (x[..., 1:] - x[..., :-1]).double()
+    return float((step**4).mean() / (step**2).mean() ** 2)
+
+
+@pytest.mark.parametrize("family", families_of(PICTURE))
+def test_pictures_have_the_statistics_of_photographs(family):
+    x = structured(PICTURE, 24, 5, family)
+    assert 1.2 < slope(x) < 3.5 and peakedness(x) > 5
+    centred = x - x.mean(dim=(0, 2, 3), keepdim=True)
+    assert np.corrcoef(centred.transpose(0, 1).flatten(1).numpy()).min() > 0.6
+    contrast = x.mean(dim=1).flatten(1).std(dim=1)
+    assert float(contrast.max() / contrast.min()) > 2
+    noise = torch.rand(24, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert abs(slope(noise)) < 0.3 and peakedness(noise) < 5  # what the figures above would be
+
+
+def test_a_scale_maps_the_range_of_images():
+    x = structured(PICTURE, 2, 1, "leaves")
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.2, 0.1)
+    scaled = structured(PICTURE, 2, 1, "leaves", Scale(mean, std))
+    for c in range(3):
+        assert torch.allclose(scaled[:, c], (x[:, c] - mean[c]) / std[c])
+    assert torch.allclose(structured(PICTURE, 2, 1, "leaves", Scale((1.0,), (-1.0,))), 1 - x, atol=1e-6)
