@@ -47,7 +47,7 @@ def answering(folder: Path, *outputs: object, precision: str = "fp32") -> Trial:
     """Return a trial whose program prints these outputs at once, with the first version's as the expected ones."""
     program = folder / "program.py"
     program.write_text(f"print('{json.dumps({'milliseconds': 1.0, 'reply': {'outputs': outputs}})}')")
-    return Trial("some.mar", (str(program),), {}, right("1.0"), precision)
+    return Trial("some.mar", (str(program),), {}, right("1.0"), precision, modules=())
 
 
 def no_child_left() -> bool:
@@ -116,7 +116,7 @@ def interruptible() -> Iterator[None]:
 
 def test_a_handler_that_hangs_is_ended(archives: list[Path], tmp_path: Path, interruptible: None) -> None:
     hung = with_handler(archives[0], tmp_path / "hung.mar", "import time\ntime.sleep(600)")
-    trial = try_archive(hung, npy(X), right("1.0"))
+    trial = replace(try_archive(hung, npy(X), right("1.0")), modules=())  # so that it hangs before a second has passed
     with pytest.raises(RedppError, match="hung.mar failed.*no answer in 1 s"):
         run_trials([trial], timeout_s=1.0)
     assert no_child_left()

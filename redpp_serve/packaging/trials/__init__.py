@@ -12,10 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Trial:
         files: name -> content of what it finds in its working folder.
         outputs: the network's outputs for the request, without batch dimension.
         precision: the precision that it computes in, which decides how close its outputs must be.
+        modules: what to import before the program starts, once for all trials.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Trial:
     files: Mapping[str, bytes]
     outputs: Sequence[Array]
     precision: str
+    modules: tuple[str, ...] = ("torch",)
 
 
 def try_archive(archive: Path, request: bytes, outputs: Sequence[Array], precision: str = "fp32") -> Trial:
@@ -84,34 +86,39 @@ def run_trials(trials: Sequence[Trial], timeout_s: float = TIMEOUT_S) -> list[di
     Raises:
         RedppError: a trial fails, or answers something else.
     """
-    deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory(prefix="redpp-smoke-") as scratch, ExitStack() as stack:
-        started = []
-        for k, trial in enumerate(trials):
-            folder = Path(scratch) / str(k)
-            folder.mkdir()
-            started.append((trial, folder, _start(trial, folder)))
-            stack.callback(_end, started[-1][2])  # after a failure or Ctrl-C some still run
-        found: list[dict[str, object]] = []
-        for trial, folder, process in started:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-            if process.returncode is None:
-                raise _failure(trial, f"no answer in {timeout_s:g} s")
-            found.append({"archive": trial.name, "milliseconds": _milliseconds(trial, folder)})
+        folders = [Path(scratch) / str(k) for k in range(len(trials))]
+        process = _start(trials, folders)
+        stack.callback(_end, process)  # after a failure or Ctrl-C some still run
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout_s)
+        ended = [(folder / "ended").exists() for folder in folders]
+        pairs = list(zip(trials, folders, strict=True))
+        found: list[dict[str, object]] = [
+            {"archive": trial.name, "milliseconds": _milliseconds(trial, folder)}
+            for trial, folder in compress(pairs, ended)
+        ]
+        if not all(ended):
+            why = f"no answer in {timeout_s:g} s" if process.returncode is None else "its process did not start"
+            raise _failure(trials[ended.index(False)], why)
         return found
 
 
-def _start(trial: Trial, folder: Path) -> subprocess.Popen[bytes]:
-    for name, content in trial.files.items():
-        (folder / name).write_bytes(content)
+def _start(trials: Sequence[Trial], folders: Sequence[Path]) -> subprocess.Popen[bytes]:
+    """Start a process group that runs all trials, each in its folder."""
+    asked = []
+    for trial, folder in zip(trials, folders, strict=True):
+        folder.mkdir()
+        for name, content in trial.files.items():
+            (folder / name).write_bytes(content)
+        program, *arguments = trial.command
+        asked.append({"folder": str(folder), "program": str(_PROGRAMS / program), "arguments": arguments})
+    modules = sorted({module for trial in trials for module in trial.modules})
     # By path, not by -m: that would import this project, where the archive's own copy has to be imported.
-    command = [sys.executable, str(_PROGRAMS / trial.command[0]), *trial.command[1:]]
+    command = [sys.executable, str(_PROGRAMS / "run_all.py"), json.dumps({"modules": modules, "trials": asked})]
     environment = os.environ | {"REDPP_PLAN_SECONDS": "0"}  # kernels are chosen where the model is served
-    with (folder / "printed").open("wb") as printed, (folder / "errors").open("wb") as errors:
-        return subprocess.Popen(
-            command, cwd=folder, stdout=printed, stderr=errors, start_new_session=True, env=environment
-        )
+    nothing = subprocess.DEVNULL
+    return subprocess.Popen(command, stdout=nothing, stderr=nothing, start_new_session=True, env=environment)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
