@@ -32,7 +32,7 @@ from redpp_serve.graph.graph import InputSpec
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.loopback import ask
 from redpp_serve.machine import describe_machine
-from redpp_serve.options import Options
+from redpp_serve.options import Options, ServerOptions
 from redpp_serve.packaging.package import package
 from redpp_serve.reference import ARCH, CHECKPOINT
 from redpp_serve.reference.digits import MEAN, STD
@@ -272,7 +272,7 @@ def main() -> None:
             "versions": {name: version(name) for name in ("torchserve", "tritonclient")},
         }
         for kind in KINDS:
-            with open_server(kind, folder, name=model_name(folder), auth=True, note=_note) as server:
+            with open_server(folder, ServerOptions(kind), name=model_name(folder), note=_note) as server:
                 _note(f"{kind}: load")
                 results[kind] = {"load": load_part(server, cases, options.clients, options.seconds)}
                 _note(f"{kind}: roll-out")

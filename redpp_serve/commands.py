@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from redpp_serve.ab.spec import Spec
     from redpp_serve.capture import Captured
     from redpp_serve.handlers.preprocess import Preprocess
-    from redpp_serve.loopback import Ports, TritonPorts
 
 Run = Callable[[argparse.Namespace], None]
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -121,14 +120,7 @@ def serve(options: argparse.Namespace) -> None:
     """Serve both versions until a signal."""
     from redpp_serve.serving.serve import serve as serve_folder
 
-    serve_folder(
-        options.folder,
-        kind=options.server,
-        workers=options.workers,
-        ports=_ports(options),
-        auth=not options.demo_auth_off,
-        note=_say,
-    )
+    serve_folder(options.folder, from_arguments(ServerOptions, options), note=_say)
 
 
 def promote(options: argparse.Namespace) -> None:
@@ -253,16 +245,6 @@ def _captured(options: argparse.Namespace) -> Captured:
     inputs = [parse_input(text, k) for k, text in enumerate(options.input)]
     arch_args = _json_object("--arch-args", options.arch_args)
     return capture_file(options.file, inputs, arch=options.arch, arch_args=arch_args, trust=options.trust_file)
-
-
-def _ports(options: argparse.Namespace) -> Ports | TritonPorts | None:
-    from redpp_serve.loopback import Ports, TritonPorts, consecutive_ports
-
-    if options.port is None:
-        return None
-    if options.server == "triton":
-        return consecutive_ports(TritonPorts, options.port)
-    return consecutive_ports(Ports, options.port)
 
 
 def _spec(options: argparse.Namespace) -> Spec:

@@ -16,7 +16,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from redpp_serve.ab import shadow
@@ -45,7 +44,8 @@ from redpp_serve.ab.state import (
 )
 from redpp_serve.ab.status import Status, make_status
 from redpp_serve.errors import RedppError
-from redpp_serve.loopback import ADDRESS, GatewayPorts, Ports, TritonPorts, check_ports, consecutive_ports, free_ports
+from redpp_serve.loopback import ADDRESS, GatewayPorts, check_ports, consecutive_ports, free_ports
+from redpp_serve.options import ServerOptions
 from redpp_serve.processes import Guard
 from redpp_serve.serving.running import Running, register
 from redpp_serve.serving.serve import open_server
@@ -71,7 +71,7 @@ def supervise(test: Started, state: Path, note: Callable[[str], None], ready: Ca
     with ExitStack() as stack:
         stack.enter_context(supervising(spec.folder, state))
         stack.enter_context(not_swept(state))
-        ports, server_ports = choose_ports(spec)
+        ports, server_port = choose_ports(spec)
         check_ports(ports)
         guard = Guard()
         stack.callback(guard.dismiss)
@@ -84,15 +84,9 @@ def supervise(test: Started, state: Path, note: Callable[[str], None], ready: Ca
                 if served:
                     tell_others(state, [f"the server is being started again: {line}"])
 
-        server = open_server(
-            spec.kind,
-            state / PACKAGE if spec.candidate else spec.folder,
-            name=test.name,
-            workers=spec.workers,
-            ports=server_ports,
-            auth=spec.auth,
-            note=tell,
-        )
+        options = ServerOptions(spec.kind, spec.workers, server_port, not spec.auth)
+        folder = state / PACKAGE if spec.candidate else spec.folder
+        server = open_server(folder, options, name=test.name, note=tell)
         stack.callback(server.stop)
         server.start(guard)
         recorder = _recorder(state, ports.recorder, server, guard) if spec.shadow else None
@@ -225,13 +219,12 @@ class Watch:
                 print(text, file=sys.stderr, flush=True)
 
 
-def choose_ports(spec: Spec) -> tuple[GatewayPorts, Ports | TritonPorts | None]:
-    """Return the gateway's ports and, after them, the server's; where none was given, free ones and None."""
+def choose_ports(spec: Spec) -> tuple[GatewayPorts, int | None]:
+    """Return the gateway's ports and, after them, the server's first; where none was given, free ones and None."""
     if spec.port is None:
         return free_ports(GatewayPorts), None
     gateway = consecutive_ports(GatewayPorts, spec.port)
-    kind: Any = TritonPorts if spec.kind == "triton" else Ports
-    return gateway, consecutive_ports(kind, gateway.metrics + 1)
+    return gateway, gateway.metrics + 1
 
 
 def _gateway(spec: Spec, folder: Path, ports: GatewayPorts, server: LocalServer) -> Gateway:

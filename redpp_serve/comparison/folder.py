@@ -17,7 +17,7 @@ from redpp_serve.comparison.triton_client import TritonEndpoint
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import load
 from redpp_serve.handlers.preprocess import Preprocess
-from redpp_serve.loopback import ADDRESS, Ports, TritonPorts, consecutive_ports
+from redpp_serve.loopback import ADDRESS, TritonPorts
 from redpp_serve.options import ComparisonOptions, ServerOptions
 from redpp_serve.packaging.mar import ARTIFACT
 from redpp_serve.packaging.samples import INPUTS, request_body
@@ -52,13 +52,7 @@ def compare(
     """
     name = model_name(folder)
     payloads = read_payloads(options.inputs) if options.inputs else folder_payloads(folder)
-    ports: Ports | TritonPorts | None = None
-    if server.port:
-        triton = server.server == "triton"
-        ports = consecutive_ports(TritonPorts, server.port) if triton else consecutive_ports(Ports, server.port)
-    with open_server(
-        server.server, folder, name=name, workers=server.workers, ports=ports, auth=not server.demo_auth_off, note=note
-    ) as running:
+    with open_server(folder, server, name=name, note=note) as running:
         original, pruned = (endpoint(running, variant) for variant in NAMES)
         return compare_endpoints(original, pruned, payloads, options)
 

@@ -26,11 +26,16 @@ def read_report(folder: Path) -> Report:
             raise ValueError(f"{REPORT} is no JSON object")
         return Report.from_json(found)
     except (OSError, ValueError, RecursionError) as error:
-        raise RedppError(
-            f"{folder} is not a packaged model: {error}",
-            "a folder written by redpp-serve package",
-            "package a model first, or correct the path",
-        ) from error
+        raise not_packaged(folder, error) from error
+
+
+def not_packaged(folder: Path, why: object) -> RedppError:
+    """Return the refusal of a folder whose report cannot be used."""
+    return RedppError(
+        f"{folder} is not a packaged model: {why}",
+        "a folder written by redpp-serve package",
+        "package a model first, or correct the path",
+    )
 
 
 def write_report(report: Report, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
@@ -11,7 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
-from redpp_serve.loopback import Ports, TritonPorts
+from redpp_serve.loopback import consecutive_ports
+from redpp_serve.options import ServerOptions
+from redpp_serve.report.folder import not_packaged, read_report
 from redpp_serve.serving.health import sample_request
 from redpp_serve.serving.running import Running, find, find_all, register
 from redpp_serve.serving.server import LocalServer
@@ -30,70 +31,50 @@ def model_name(folder: Path) -> str:
     Raises:
         RedppError: not a folder that `package` wrote.
     """
-    try:
-        return str(json.loads((folder / "report.json").read_text(encoding="utf-8"))["name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RedppError(
-            f"{folder} is not a packaged model: {error}",
-            "a folder written by redpp-serve package",
-            "package a model first, or correct the path",
-        ) from error
+    name = read_report(folder).name
+    if name is None:
+        raise not_packaged(folder, "its report has no name")
+    return name
 
 
 def open_server(
-    kind: str,
     folder: Path,
+    options: ServerOptions = ServerOptions(),
     *,
     name: str,
-    workers: int = 1,
-    ports: Ports | TritonPorts | None = None,
-    auth: bool = True,
     note: Callable[[str], None] = lambda line: None,
 ) -> LocalServer:
-    """Return a server of that kind for a packaged folder; it starts on entering its context or by ``start``.
+    """Return a server for a packaged folder; it starts on entering its context or by ``start``.
 
     Args:
-        kind: one of `KINDS`.
         folder: the packaged folder; only read.
+        options: which server, and where it listens.
         name: the model's name in URLs, see `model_name`.
-        workers: processes for each version.
-        ports: of the type that the kind has; free ones by default.
-        auth: require a token for requests.
         note: takes lines of text for the user.
 
     Raises:
-        RedppError: no such kind, or nothing in the folder that it could serve.
+        RedppError: there is nothing in the folder that the server could serve.
     """
-    if kind == TorchServe.kind and isinstance(ports, Ports | None):
-        return TorchServe(folder, name=name, workers=workers, ports=ports, auth=auth, note=note)
-    if kind == TritonServer.kind and isinstance(ports, TritonPorts | None):
-        return TritonServer(folder, name=name, workers=workers, ports=ports, auth=auth, note=note)
-    raise RedppError(f"server {kind!r}", " or ".join(KINDS), "choose one of them with --server")
+    kind: type[LocalServer] = TorchServe if options.server == TorchServe.kind else TritonServer
+    ports = options.port and consecutive_ports(kind.ports_type, options.port)
+    return kind(folder, name=name, workers=options.workers, ports=ports, auth=not options.demo_auth_off, note=note)
 
 
-def serve(
-    folder: Path,
-    *,
-    kind: str = TorchServe.kind,
-    workers: int = 1,
-    ports: Ports | TritonPorts | None = None,
-    auth: bool = True,
-    note: Callable[[str], None] = print,
-) -> None:
+def serve(folder: Path, options: ServerOptions = ServerOptions(), *, note: Callable[[str], None] = print) -> None:
     """Serve both versions until Ctrl-C, SIGTERM or SIGHUP, then stop every process that was started.
 
     Args:
+        folder: the packaged folder; only read.
+        options: which server, and where it listens.
         note: takes the lines that say how to ask; progress and warnings go to standard error.
-
-    The other arguments are those of `open_server`.
 
     Raises:
         RedppError: not a packaged folder, a server that does not come up, or one that ends by itself.
     """
-    server = open_server(kind, folder, name=model_name(folder), workers=workers, ports=ports, auth=auth, note=_warn)
-    for other in find_all(folder, kind):
+    server = open_server(folder, options, name=model_name(folder), note=_warn)
+    for other in find_all(folder, options.server):
         _warn(
-            f"note: process {other.pid} already serves {folder} with {kind}; "
+            f"note: process {other.pid} already serves {folder} with {options.server}; "
             "promote, rollback and health will be ambiguous"
         )
     with suppress(Stopped), stopped_by_signal() as ignore_signals:

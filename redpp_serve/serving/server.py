@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 from redpp_serve.errors import RedppError
-from redpp_serve.loopback import check_ports
+from redpp_serve.loopback import check_ports, free_ports
 from redpp_serve.processes import Guard, kill_session, started
 from redpp_serve.serving.running import Running
 from redpp_serve.variants import NAMES
@@ -41,37 +41,38 @@ class LocalServer(ABC):
     Args:
         folder: the packaged folder; only read.
         name: the model's name in URLs.
-        versions: the numbers of the original and of the pruned version in URLs.
         workers: processes for each version.
-        ports: where to listen, of the type that this kind of server has.
+        ports: where to listen, of the type ``ports_type``; free ones by default.
         auth: require a token for requests, see `headers`.
         note: takes a line of text for the user when the number of ready workers changes or something restarts.
 
     Attributes:
+        versions: the numbers of the original and of the pruned version in URLs.
         home: its private folder with log and tokens; None when not running.
         restarts: when the last few parts that had died were started again, on the clock of ``time.monotonic``.
     """
 
     kind: ClassVar[str]
     title: ClassVar[str]  # what messages call it
-    content_type: ClassVar[str] = "application/octet-stream"
+    ports_type: ClassVar[Any]  # `Ports` or `TritonPorts`
 
     def __init__(
         self,
         folder: Path,
         *,
         name: str,
-        versions: tuple[str, str],
-        workers: int,
-        ports: Any,
-        auth: bool,
-        note: Callable[[str], None],
+        workers: int = 1,
+        ports: Any = None,
+        auth: bool = True,
+        note: Callable[[str], None] = lambda line: None,
     ) -> None:
         from redpp_serve.packaging.mar import check_name  # noqa: PLC0415  with torch, which other commands do without
 
         check_name(name)
-        self.folder, self.name, self.versions = Path(folder).resolve(), name, versions
-        self.workers, self.auth, self.ports = workers, auth, ports
+        self.folder, self.name = Path(folder).resolve(), name
+        self.versions = self._open()
+        self.workers, self.auth = workers, auth
+        self.ports: Any = ports or free_ports(self.ports_type)
         self.home: Path | None = None
         self._note = note
         self._leaders: dict[str, subprocess.Popen[bytes]] = {}  # what each is -> the leader of its session
@@ -105,6 +106,10 @@ class LocalServer(ABC):
     def model_config(self) -> dict[str, Any]:
         """What the server was told about the model, where `switching` has to repeat it."""
         return {}
+
+    @abstractmethod
+    def _open(self) -> tuple[str, str]:
+        """Return the versions in the folder; raise a RedppError where there is nothing that could be served."""
 
     @abstractmethod
     def _prepare(self) -> None:

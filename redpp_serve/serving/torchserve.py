@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
-from redpp_serve.loopback import ADDRESS, NO_ANSWER, Ports, ask, free_ports
+from redpp_serve.loopback import ADDRESS, NO_ANSWER, Ports, ask
 from redpp_serve.packaging.server_config import LOG4J2, config_properties
 from redpp_serve.processes import command_line, session, terminate
 from redpp_serve.serving.server import GRACE_S, INSTALL, LocalServer, require_packages
@@ -36,29 +36,8 @@ class TorchServe(LocalServer):
 
     kind = "torchserve"
     title = _SERVER
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        name: str,
-        workers: int = 1,
-        ports: Ports | None = None,
-        auth: bool = True,
-        note: Callable[[str], None] = lambda line: None,
-    ) -> None:
-        self._archives = [variant.archive_in(Path(folder).resolve()) for variant in VARIANTS]
-        original, pruned = map(_version, self._archives)
-        super().__init__(
-            folder,
-            name=name,
-            versions=(original, pruned),
-            workers=workers,
-            ports=ports or free_ports(Ports),
-            auth=auth,
-            note=note,
-        )
-        self._start_exporter: Callable[[], None] = lambda: None
+    ports_type = Ports
+    _start_exporter: Callable[[], None]  # again, once it runs
 
     @property
     def management_url(self) -> str:
@@ -85,6 +64,11 @@ class TorchServe(LocalServer):
         assert self.home is not None  # called while the server runs
         keys = json.loads((self.home / "key_file.json").read_text())
         return {"Authorization": f"Bearer {keys[api]['key']}"}
+
+    def _open(self) -> tuple[str, str]:
+        self._archives = [variant.archive_in(self.folder) for variant in VARIANTS]
+        original, pruned = map(_version, self._archives)
+        return original, pruned
 
     def _prepare(self) -> None:
         require_packages(_PACKAGES.items())

@@ -8,12 +8,11 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from redpp_serve.errors import RedppError
-from redpp_serve.loopback import ADDRESS, TritonPorts, free_ports
+from redpp_serve.loopback import ADDRESS, TritonPorts
 from redpp_serve.processes import command_line, free_shared_memory, kill_session, session, terminate
 from redpp_serve.serving.server import GRACE_S, LocalServer, require_packages
 from redpp_serve.serving.switching import (
@@ -49,33 +48,17 @@ class TritonServer(LocalServer):
 
     kind = "triton"
     title = "tritonserver"
+    ports_type = TritonPorts
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        name: str,
-        workers: int = 1,
-        ports: TritonPorts | None = None,
-        auth: bool = True,
-        note: Callable[[str], None] = lambda line: None,
-    ) -> None:
-        original, pruned = TRITON_VERSIONS
-        super().__init__(
-            folder,
-            name=name,
-            versions=(original, pruned),
-            workers=workers,
-            ports=ports or free_ports(TritonPorts),
-            auth=auth,
-            note=note,
-        )
-        self._model = self.folder / "triton" / name
+    def _open(self) -> tuple[str, str]:
+        self._model = self.folder / "triton" / self.name
         _check_repository(self._model)
         self._tokens = {api: secrets.token_hex(24) for api in ("inference", "management")}
         self._binary: TritonBinary | None = None
         self._config: dict[str, Any] = {}
         self._wanted = set(triton_versions(ORIGINAL.name))
+        original, pruned = TRITON_VERSIONS
+        return original, pruned
 
     @property
     def management_url(self) -> str:

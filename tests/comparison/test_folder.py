@@ -17,7 +17,6 @@ from PIL import Image
 import redpp_serve.comparison.folder as module
 from redpp_serve.comparison.folder import compare, folder_payloads, read_payloads
 from redpp_serve.errors import RedppError
-from redpp_serve.loopback import Ports
 from redpp_serve.options import ComparisonOptions, ServerOptions
 from redpp_serve.report.data import Report
 from tests.support.small import SHAPE, outputs
@@ -31,10 +30,10 @@ class Standin:
     made: ClassVar[list["Standin"]] = []
     versions = ("1.0", "2.0")
 
-    def __init__(self, kind: str, folder: Path, *, name: str, workers: int, ports: Any, auth: bool, note: Any) -> None:
-        self.kind = kind
-        self.folder, self.name, self.auth, self.entered = folder, name, auth, 0
-        self.options = (workers, ports)
+    def __init__(self, folder: Path, options: ServerOptions, *, name: str, note: Any) -> None:
+        self.kind = options.server
+        self.folder, self.name, self.auth, self.entered = folder, name, not options.demo_auth_off, 0
+        self.options = (options.workers, options.port)
         self.seen: list[tuple[str, str | None]] = []
         note("stand-in")
         Standin.made.append(self)
@@ -108,7 +107,7 @@ def test_both_versions_are_measured_and_the_server_is_left(packaged: Path, stand
 def test_without_auth_no_token_is_sent(packaged: Path, standin: list[Standin]) -> None:
     compare(packaged, ComparisonOptions(duration=0.5, concurrency=1), ServerOptions(demo_auth_off=True, port=20100))
     assert {token for _, token in standin[0].seen} == {None}
-    assert standin[0].options == (1, Ports(20100, 20101, 20102, 20103, 20104, 20105))
+    assert standin[0].options == (1, 20100)
 
 
 def test_labels_give_accuracy(packaged: Path, standin: list[Standin], tmp_path: Path) -> None:

@@ -109,8 +109,11 @@ def test_the_scraped_ports_are_those_of_the_commands_it_names() -> None:
     }
     for kind, port in served.items():
         spec = Spec(Path("dist"), None, kind, parse_split("90:10"), None, shadow=False, port=8088)
-        gateway, server = choose_ports(spec)
-        behind = server.exporter if isinstance(server, Ports) else server.metrics
+        gateway, first = choose_ports(spec)
+        assert first is not None
+        behind = consecutive_ports(Ports, first).exporter
+        if kind == "triton":
+            behind = consecutive_ports(TritonPorts, first).metrics
         assert scraped[f"redpp-{kind}"] == [f"127.0.0.1:{port}", f"127.0.0.1:{behind}"]
         assert scraped["redpp-ab"] == [f"127.0.0.1:{gateway.metrics}"]
 

@@ -61,7 +61,7 @@ def test_it_is_served_and_compared(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    with open_server("torchserve", own, name="small") as server, register(server.running()):
+    with open_server(own, name="small") as server, register(server.running()):
         assert cli.main(["health", str(own)]) == 0
         answers = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
         assert answers == [["original", "ok,"], ["pruned", "ok,"], ["default", "ok,"]]

@@ -24,7 +24,7 @@ from tests.support.rollout import switch_under_load
 
 @pytest.fixture(scope="module")
 def server(packaged: Path) -> Iterator[LocalServer]:
-    with open_server("torchserve", packaged, name="small") as running:
+    with open_server(packaged, name="small") as running:
         yield running
 
 

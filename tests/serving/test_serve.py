@@ -23,6 +23,7 @@ from redpp_serve.comparison.folder import folder_payloads
 from redpp_serve.errors import RedppError
 from redpp_serve.files import state_folder
 from redpp_serve.loopback import Ports
+from redpp_serve.options import ServerOptions
 from redpp_serve.serving.running import find
 from redpp_serve.serving.serve import model_name, serve
 from redpp_serve.serving.server import LocalServer
@@ -42,9 +43,14 @@ class Standin(LocalServer):
     log: ClassVar[list[str]] = []
     act: ClassVar[dict[str, Callable[[], None]]] = {}
 
-    def __init__(self, kind: str, folder: Path, *, name: str, **options: Any) -> None:
-        super().__init__(folder, name=name, versions=("1.0", "2.0"), **options)
+    ports_type = Ports
+
+    def __init__(self, folder: Path, options: ServerOptions, **given: Any) -> None:
+        super().__init__(folder, workers=options.workers, auth=not options.demo_auth_off, **given)
         self.log.append("made")
+
+    def _open(self) -> tuple[str, str]:
+        return "1.0", "2.0"
 
     def _reach(self, moment: str) -> None:
         self.log.append(moment)
@@ -99,7 +105,7 @@ def send(number: int) -> Callable[[], None]:
 def test_urls_and_token_are_printed(packaged: Path, standin: type[Standin]) -> None:
     lines: list[str] = []
     standin.act["alive"] = send(signal.SIGINT)
-    serve(packaged, workers=3, ports=Ports(), note=lines.append)
+    serve(packaged, ServerOptions(workers=3), note=lines.append)
     assert lines[:5] == [
         "original  http://127.0.0.1:8080/predictions/small/1.0",
         "pruned    http://127.0.0.1:8080/predictions/small/2.0",
@@ -131,7 +137,7 @@ def test_other_commands_find_it_while_it_runs(packaged: Path, standin: type[Stan
 def test_without_auth_no_token_is_mentioned(packaged: Path, standin: type[Standin]) -> None:
     lines: list[str] = []
     standin.act["alive"] = send(signal.SIGINT)
-    serve(packaged, auth=False, note=lines.append)
+    serve(packaged, ServerOptions(demo_auth_off=True), note=lines.append)
     assert not any("oken" in line or "Bearer" in line for line in lines) and len(lines) == 7
 
 

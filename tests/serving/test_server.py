@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from redpp_serve.errors import RedppError
-from redpp_serve.loopback import Ports
+from redpp_serve.loopback import Ports, TritonPorts
+from redpp_serve.options import ServerOptions
 from redpp_serve.serving.serve import open_server
 from redpp_serve.serving.server import require_packages
 from redpp_serve.serving.torchserve import TorchServe, java_home
@@ -37,10 +38,16 @@ def test_names_that_leave_their_folder_and_unknown_kinds_are_refused(packaged: P
     for server in (TorchServe, TritonServer):
         with pytest.raises(RedppError, match="model name"):
             server(packaged, name="../small")
-    with pytest.raises(RedppError, match="server 'other'. Expected: torchserve or triton"):
-        open_server("other", packaged, name="small")
-    with pytest.raises(RedppError, match="server 'triton'"):
-        open_server("triton", packaged, name="small", ports=Ports())
+    with pytest.raises(RedppError, match="--server is other. Expected: torchserve or triton"):
+        open_server(packaged, ServerOptions("other"), name="small")
+
+
+def test_a_port_is_the_first_of_consecutive_ones(packaged: Path) -> None:
+    torchserve, triton = (
+        open_server(packaged, ServerOptions(kind, port=20100), name="small") for kind in ("torchserve", "triton")
+    )
+    assert torchserve.ports == Ports(20100, 20101, 20102, 20103, 20104, 20105)
+    assert triton.ports == TritonPorts(20100, 20101, 20102)
 
 
 def test_what_is_missing_is_named_with_the_command_that_installs_it(

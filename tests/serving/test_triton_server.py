@@ -22,6 +22,7 @@ import pytest
 
 from redpp_serve.errors import RedppError
 from redpp_serve.loopback import TritonPorts, free_ports
+from redpp_serve.options import ServerOptions
 from redpp_serve.processes import session
 from redpp_serve.serving.health import probe, sample_request
 from redpp_serve.serving.serve import open_server
@@ -71,7 +72,7 @@ def tree(folder: Path) -> set[tuple[str, int]]:
 def server(packaged: Path) -> Iterator[TritonServer]:
     lines: list[str] = []
     before, others = tree(packaged), set(mine())
-    running = open_server("triton", packaged, name="small", note=lines.append)
+    running = open_server(packaged, ServerOptions("triton"), name="small", note=lines.append)
     assert isinstance(running, TritonServer)
     with running:
         assert lines[-1] == "2 of 2 workers ready" and running.home
