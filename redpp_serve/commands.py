@@ -100,15 +100,7 @@ def plan(options: argparse.Namespace) -> None:
     from redpp_serve.runtime.plan_cache import default_path
 
     wanted = from_arguments(PlanOptions, options)
-    plans = choose_kernels(
-        options.folder,
-        device=wanted.device,
-        precision=wanted.precision,
-        batch=wanted.batch_size,
-        threads=wanted.threads,
-        seconds=wanted.time_budget,
-        everything=wanted.all,
-    )
+    plans = choose_kernels(options.folder, wanted)
     print(json.dumps(plans, indent=1) if options.json else plan_text(plans))
     _note(f"times are kept in {default_path() or 'no file'}")
     as_packaged = wanted.precision is None and wanted.batch_size is None and wanted.threads is None

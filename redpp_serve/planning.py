@@ -10,35 +10,21 @@ import torch
 
 from redpp_serve.capture.sniff import ZIP_ERRORS
 from redpp_serve.errors import RedppError
+from redpp_serve.options import PlanOptions
 from redpp_serve.packaging.mar import ARTIFACT
 from redpp_serve.report.data import Report
 from redpp_serve.report.folder import change_report, read_report
 from redpp_serve.runtime.device import parse_device
 from redpp_serve.runtime.model import ServingModel
-from redpp_serve.runtime.planner import PLAN_SECONDS
 from redpp_serve.variants import VARIANTS
 
 
-def plan(
-    folder: Path,
-    *,
-    device: str | None = None,
-    precision: str | None = None,
-    batch: int | None = None,
-    threads: int | None = None,
-    seconds: float = PLAN_SECONDS,
-    everything: bool = False,
-) -> dict[str, Any]:
+def plan(folder: Path, options: PlanOptions = PlanOptions()) -> dict[str, Any]:
     """Time the candidates for each layer of both versions, as a worker does at load, and keep the times for it.
 
     Args:
         folder: the folder that `package` wrote.
-        device: ``cpu`` or ``cuda:N``; None: a GPU where there is one.
-        precision: the precision; None: the package's.
-        batch: the largest batch; None: the package's.
-        threads: threads on a CPU; None: the package's.
-        seconds: time budget for each version.
-        everything: time also kernels that the rules would skip.
+        options: where and how long to time; what they leave open is the package's.
 
     Returns:
         `Plan.to_json` for ``original`` and ``pruned``.
@@ -46,27 +32,26 @@ def plan(
     Raises:
         RedppError: the folder or the device cannot be used, or a network does not run in the precision.
     """
-    where = str(parse_device(device))
-    wanted = {"threads": threads, "batch_size": batch, "precision": precision}
-    options: dict[str, Any] = {"threads": 1, "batch_size": 1, "precision": "fp32"} | _options(folder)
-    options |= {name: value for name, value in wanted.items() if value is not None}
+    where = str(parse_device(options.device))
+    serving: dict[str, Any] = {"threads": 1, "batch_size": 1, "precision": "fp32"} | _options(folder)
+    serving |= {name: value for name in serving if (value := getattr(options, name, None)) is not None}
     for name in ("threads", "batch_size"):
-        if type(options[name]) is not int or options[name] < 1:
+        if type(serving[name]) is not int or serving[name] < 1:
             raise RedppError(
-                f"{name} is {str(options[name])[:40]!r}",
+                f"{name} is {str(serving[name])[:40]!r}",
                 "a whole number of at least 1",
                 f"give it with --{name.replace('_', '-')}",
             )
-    torch.set_num_threads(options["threads"])
+    torch.set_num_threads(serving["threads"])
     found = {}
     for variant in VARIANTS:
         model = ServingModel(
             _artifact(variant.archive_in(folder)),
             where,
-            precision=options["precision"],
-            batch=options["batch_size"],
-            plan_seconds=seconds,
-            everything=everything,
+            precision=serving["precision"],
+            batch=serving["batch_size"],
+            plan_seconds=options.time_budget,
+            everything=options.all,
         )
         found[variant.name] = model.plan.to_json()
     return found

@@ -12,11 +12,14 @@ import torch
 
 from redpp_serve.cli import main
 from redpp_serve.errors import RedppError
+from redpp_serve.options import PlanOptions
 from redpp_serve.packaging.mar import ARTIFACT
 from redpp_serve.planning import plan, record
 from redpp_serve.runtime.plan import Plan
 from redpp_serve.runtime.plan_cache import VARIABLE
 from redpp_serve.variants import NAMES
+
+AT_ONCE = PlanOptions("cpu", time_budget=0)
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def test_a_package_is_planned_shown_and_kept(folder: Path, capsys: pytest.Captur
 
 
 def test_options_go_before_the_packages(folder: Path) -> None:
-    found = plan(folder, device="cpu", precision="bf16", batch=2, seconds=0)
+    found = plan(folder, PlanOptions("cpu", precision="bf16", batch_size=2, time_budget=0))
     assert all(found[arm]["precision"] == "bf16" and list(found[arm]["batches"]) == [1, 2] for arm in NAMES)
     assert {c["source"] for c in found["pruned"]["choices"]} <= {"budget", "rule"}  # no time, nothing known
 
@@ -64,13 +67,13 @@ def test_what_cannot_be_used_is_named(folder: Path) -> None:
         ({"device": "cuda:"}, "--device cuda:"),
         ({"device": "tpu"}, "--device tpu"),
         ({"device": ""}, "--device"),
-        ({"precision": "fp8"}, "precision is 'fp8'"),
-        ({"batch": 0}, "batch_size is '0'"),
-        ({"threads": -1}, "threads is '-1'"),
+        ({"precision": "fp8"}, "--precision is fp8"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"threads": -1}, "--threads is -1"),
     ]
     for options, says in wrong:
         with pytest.raises(RedppError, match=says):
-            raise AssertionError((options, plan(folder, seconds=0, **options)))
+            raise AssertionError((options, plan(folder, PlanOptions(**options))))
 
 
 def test_folders_that_are_no_package(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +81,7 @@ def test_folders_that_are_no_package(folder: Path, capsys: pytest.CaptureFixture
     (folder / "file").write_text("")
     for place, name in ((folder, "pruned.mar"), (folder / "none", "original.mar"), (folder / "file", "original.mar")):
         with pytest.raises(RedppError, match=f"{name} is no archive"):
-            plan(place, device="cpu", seconds=0)
+            plan(place, AT_ONCE)
     with pytest.raises(SystemExit) as ended:
         raise SystemExit(main(["plan", str(folder / "none")]))
     assert ended.value.code == 2 and "What to do" in capsys.readouterr().err
@@ -87,7 +90,7 @@ def test_folders_that_are_no_package(folder: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"options": 3}', '{"options": {"threads": null}}'])
 def test_a_damaged_report_stands_in_nothings_way(folder: Path, text: str) -> None:
     (folder / "report.json").write_text(text)
-    assert list(plan(folder, device="cpu", seconds=0)["pruned"]["batches"]) == [1]
+    assert list(plan(folder, AT_ONCE)["pruned"]["batches"]) == [1]
     assert record(folder, {}) == (text.startswith("{"))
 
 
@@ -108,11 +111,11 @@ def test_damaged_archives_are_no_package(folder: Path) -> None:
     for what, content in damaged.items():
         (folder / "pruned.mar").write_bytes(content)
         with pytest.raises(RedppError, match="pruned.mar is no archive"):
-            raise AssertionError((what, plan(folder, device="cpu", seconds=0)))
+            raise AssertionError((what, plan(folder, AT_ONCE)))
 
 
 def test_options_that_a_report_has_wrong_are_named(folder: Path) -> None:
     for options, says in (({"threads": "many"}, "threads is 'many'"), ({"precision": "half"}, "precision is 'half'")):
         (folder / "report.json").write_text(json.dumps({"options": options}))
         with pytest.raises(RedppError, match=says):
-            plan(folder, device="cpu", seconds=0)
+            plan(folder, AT_ONCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from redpp_serve.loopback import Ports
 from redpp_serve.options import Serving
 from redpp_serve.packaging.templates import render
 
@@ -14,38 +15,16 @@ MAX_REQUEST_BYTES = 16 << 20  # an input of 3 x 1024 x 1024 float32 fits
 LOG4J2 = render("log4j2.xml")
 
 
-def config_properties(
-    *,
-    inference: int = 8080,
-    management: int = 8081,
-    metrics: int = 8082,
-    grpc_inference: int = 7070,
-    grpc_management: int = 7071,
-    workers: int = 1,
-    token_minutes: int = 60,
-) -> str:
+def config_properties(ports: Ports = Ports(), *, workers: int = 1, token_minutes: int = 60) -> str:
     """Return ``config.properties``. It holds no paths, so it works beside the archives on any machine.
 
     Args:
-        inference: port of predictions; like all others on the loopback address.
-        management: port of the management API.
-        metrics: port of the server's own metrics.
-        grpc_inference: port of predictions over gRPC.
-        grpc_management: port of the management API over gRPC.
+        ports: where the server listens on the loopback address.
         workers: worker processes for each version.
         token_minutes: minutes until the tokens that the server writes to ``key_file.json`` expire.
     """
-    return render(
-        "config.properties",
-        inference=inference,
-        management=management,
-        metrics=metrics,
-        grpc_inference=grpc_inference,
-        grpc_management=grpc_management,
-        workers=workers,
-        token_minutes=token_minutes,
-        max_request_bytes=MAX_REQUEST_BYTES,
-    )
+    given = {"workers": workers, "token_minutes": token_minutes, "max_request_bytes": MAX_REQUEST_BYTES}
+    return render("config.properties", **asdict(ports), **given)
 
 
 def model_config(serving: Serving) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from redpp_serve.errors import RedppError
 from redpp_serve.loopback import NO_ANSWER, ask
 from redpp_serve.serving.running import Running
-from redpp_serve.variants import NAMES, ORIGINAL, PRUNED, VARIANTS
+from redpp_serve.variants import NAMES, ORIGINAL, VARIANTS
 
 TRITON_VERSIONS = tuple(variant.triton_version for variant in VARIANTS)
 STAND_INS = ("3", "4")  # numbers for the original above both
@@ -37,18 +37,6 @@ def switch(running: Running, variant: str) -> None:
         _manage(running, "PUT", f"/models/{running.name}/{version}/set-default")
     else:
         load_triton_versions(running, triton_versions(variant))
-
-
-def default_variant(running: Running) -> str:
-    """Return where requests that name no version go now: ``original`` or ``pruned``.
-
-    Raises:
-        RedppError: the server does not answer.
-    """
-    if running.kind == "torchserve":
-        version = _manage(running, "GET", f"/models/{running.name}")[0]["modelVersion"]
-        return NAMES[running.versions.index(version)]
-    return ORIGINAL.name if loaded_triton_versions(running) & set(STAND_INS) else PRUNED.name
 
 
 def triton_versions(default: str) -> tuple[str, ...]:

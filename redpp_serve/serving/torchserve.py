@@ -8,7 +8,6 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -77,10 +76,8 @@ class TorchServe(LocalServer):
     def _launch(self, home: Path) -> None:
         for part in ("tmp", "logs", "metrics"):
             (home / part).mkdir()
-        ports = asdict(self.ports)
-        exporter_port = ports.pop("exporter")
         (home / "config.properties").write_text(
-            config_properties(**ports, workers=self.workers, token_minutes=_YEAR_MIN)
+            config_properties(self.ports, workers=self.workers, token_minutes=_YEAR_MIN)
         )
         (home / "log4j2.xml").write_text(LOG4J2)
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TS_")}
@@ -92,7 +89,7 @@ class TorchServe(LocalServer):
             "METRICS_LOCATION": str(home / "logs"),
             "PROMETHEUS_MULTIPROC_DIR": str(home / "metrics"),
         }
-        exporter = ["redpp_serve.handlers.exporter", f"--port={exporter_port}", f"--dir={home / 'metrics'}"]
+        exporter = ["redpp_serve.handlers.exporter", f"--port={self.ports.exporter}", f"--dir={home / 'metrics'}"]
         server = [
             "ts.model_server",
             "--start",

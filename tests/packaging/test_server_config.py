@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import yaml
 
+from redpp_serve.loopback import Ports
 from redpp_serve.options import Serving
 from redpp_serve.packaging.server_config import LOG4J2, MAX_REQUEST_BYTES, config_properties, model_config
 
@@ -23,11 +24,7 @@ def test_everything_listens_on_loopback_and_nothing_is_loaded_over_the_api() -> 
 
 
 def test_ports_workers_and_metrics() -> None:
-    found = properties(
-        config_properties(
-            inference=1, management=2, metrics=3, grpc_inference=4, grpc_management=5, workers=6, token_minutes=7
-        )
-    )
+    found = properties(config_properties(Ports(1, 2, 3, 4, 5), workers=6, token_minutes=7))
     assert [found[f"{k}_address"][-2:] for k in ("inference", "management", "metrics")] == [":1", ":2", ":3"]
     assert (found["grpc_inference_port"], found["grpc_management_port"]) == ("4", "5")
     assert (found["default_workers_per_model"], found["token_expiration_min"]) == ("6", "7")

@@ -18,8 +18,7 @@ from redpp_serve.serving.health import Health, Unhealthy, check, probe, sample_r
 from redpp_serve.serving.running import Running, register
 from redpp_serve.serving.serve import open_server, roll_out
 from redpp_serve.serving.server import LocalServer
-from redpp_serve.serving.switching import default_variant
-from tests.support.rollout import switch_under_load
+from tests.support.rollout import default_variant, switch_under_load
 
 
 @pytest.fixture(scope="module")

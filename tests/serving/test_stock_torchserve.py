@@ -38,11 +38,12 @@ def server(stock_python: Path, packaged: Path, tmp_path_factory: pytest.TempPath
     shutil.copytree(packaged, package)
     shipped = (package / "config.properties").read_text()
     assert shipped == config_properties()
-    ports = asdict(free_ports(Ports))
+    chosen = free_ports(Ports)
+    ports = asdict(chosen)
     del ports["exporter"]
     for name, value in ports.items():
         shipped = shipped.replace(str(getattr(Ports(), name)), str(value))
-    assert shipped == config_properties(**ports)
+    assert shipped == config_properties(chosen)
     (package / "config.properties").write_text(shipped)
     (home / "tmp").mkdir()
     path = os.pathsep.join([str(stock_python.parent), "/usr/bin", "/bin"])  # as in an activated environment

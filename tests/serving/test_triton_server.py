@@ -27,9 +27,9 @@ from redpp_serve.processes import session
 from redpp_serve.serving.health import probe, sample_request
 from redpp_serve.serving.serve import open_server
 from redpp_serve.serving.server import RESTARTS
-from redpp_serve.serving.switching import default_variant, switch
+from redpp_serve.serving.switching import switch
 from redpp_serve.serving.triton_server import TritonServer
-from tests.support.rollout import expected_outputs, read, switch_under_load
+from tests.support.rollout import default_variant, expected_outputs, read, switch_under_load
 
 pytestmark = pytest.mark.server
 

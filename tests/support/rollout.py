@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from redpp_serve.loopback import ask
 from redpp_serve.serving.health import sample_request
+from redpp_serve.serving.running import Running
 from redpp_serve.serving.server import LocalServer
-from redpp_serve.serving.switching import default_variant, switch
+from redpp_serve.serving.switching import STAND_INS, loaded_triton_versions, switch
+from redpp_serve.variants import NAMES
 from tests.support.small import outputs
 
 CLIENTS = 4
@@ -68,6 +71,15 @@ def switch_under_load(server: LocalServer, cycles: int, least: int) -> Counter[s
             thread.join()
     assert failures == []
     return answered
+
+
+def default_variant(running: Running) -> str:
+    """Where requests that name no version go now: ``original`` or ``pruned``."""
+    if running.kind == "torchserve":
+        status, reply = ask(f"{running.management_url}/models/{running.name}", running.headers["management"])
+        assert status == 200, reply
+        return NAMES[running.versions.index(json.loads(reply)[0]["modelVersion"])]
+    return "original" if loaded_triton_versions(running) & set(STAND_INS) else "pruned"
 
 
 def expected_outputs(folder: Path) -> dict[str, list[float]]:
