@@ -1,6 +1,7 @@
 """Registration of the operators in torch's `redpp` namespace, with the dispatch that all of them share."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ def register(
     *,
     check: Callable[..., Sequence[int]],
     reference: Callable[..., Tensor],
-    launch: Callable[..., Tensor],
+    kernel: str,
     allocate: Callable[[Tensor, Sequence[int]], Tensor],
     check_values: Callable[..., None] = lambda *arguments: None,
 ) -> None:
@@ -30,7 +31,8 @@ def register(
         schema: arguments and result in torch's schema language, such as `(Tensor x) -> Tensor`.
         check: refuses arguments that do not fit together, without reading values; returns the shape of the result.
         reference: computes the result in plain PyTorch; runs on the CPU, and for fp64 everywhere.
-        launch: computes the result with GPU kernels, on the device that is current.
+        kernel: module whose function ``launch_<name>`` computes the result with GPU kernels, on the device that is
+            current. It needs triton, and is imported when the first CUDA tensor comes in.
         allocate: makes an uninitialised result of a shape, laid out as the implementations lay it out.
         check_values: refuses wrong values inside of the tensors.
 
@@ -60,7 +62,8 @@ def register(
         check(*arguments)
         check_values(*arguments)
         with torch.cuda.device(x.device):
-            return launch(*arguments)
+            result: Tensor = getattr(import_module(kernel), f"launch_{name}")(*arguments)
+            return result
 
     def infer(*arguments: Any) -> Tensor:
         return allocate(arguments[0], check(*arguments))

@@ -100,18 +100,12 @@ def _check_indices(values: int, indices: Tensor) -> None:
         raise ValueError(f"{_OP}: indices must be below the codebook's {values} values, found {largest}")
 
 
-def _launch(*arguments: Any) -> Tensor:
-    from redpp_serve.kernels.codebook_linear.kernel import launch_codebook_linear  # noqa: PLC0415 - needs triton
-
-    return launch_codebook_linear(*arguments)
-
-
 register(
     "codebook_linear",
     "(Tensor x, Tensor indices, Tensor codebook, Tensor? bias, str activation, str decode) -> Tensor",
     check=_check,
     reference=codebook_linear_reference,
-    launch=_launch,
+    kernel="redpp_serve.kernels.codebook_linear.kernel",
     allocate=empty_contiguous,
     check_values=_check_values,
 )

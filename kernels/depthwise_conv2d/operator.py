@@ -5,7 +5,6 @@ language. Inference only: no gradients.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,17 +77,11 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *win
     return n, channels, *size
 
 
-def _launch(*arguments: Any) -> Tensor:
-    from redpp_serve.kernels.depthwise_conv2d.kernel import launch_depthwise_conv2d  # noqa: PLC0415 - needs triton
-
-    return launch_depthwise_conv2d(*arguments)
-
-
 register(
     "depthwise_conv2d",
     "(Tensor x, Tensor weight, Tensor? bias, str activation, int[2] stride, int[2] padding, int[2] dilation) -> Tensor",
     check=_check,
     reference=depthwise_conv2d_reference,
-    launch=_launch,
+    kernel="redpp_serve.kernels.depthwise_conv2d.kernel",
     allocate=empty_channels_last,
 )

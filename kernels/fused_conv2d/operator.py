@@ -5,7 +5,6 @@ language. Inference only: no gradients.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,18 +88,12 @@ def _check(
     return shape
 
 
-def _launch(*arguments: Any) -> Tensor:
-    from redpp_serve.kernels.fused_conv2d.kernel import launch_fused_conv2d  # noqa: PLC0415 - needs triton
-
-    return launch_fused_conv2d(*arguments)
-
-
 register(
     "fused_conv2d",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, "
     "int[2] stride, int[2] padding, int[2] dilation) -> Tensor",
     check=_check,
     reference=fused_conv2d_reference,
-    launch=_launch,
+    kernel="redpp_serve.kernels.fused_conv2d.kernel",
     allocate=empty_channels_last,
 )

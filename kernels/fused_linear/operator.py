@@ -85,6 +85,6 @@ register(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation) -> Tensor",
     check=_check,
     reference=fused_linear_reference,
-    launch=launch_fused_linear,
+    kernel=__name__,
     allocate=empty_contiguous,
 )

@@ -84,50 +84,39 @@ def split_linear(
     return result
 
 
-def _check_conv2d(
-    x: Tensor,
-    kernels: Tensor,
-    channel: Tensor,
-    index: Tensor,
-    sign: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Sequence[int]:
+def _check_conv2d(x: Tensor, kernels: Tensor, *rest: Any) -> Sequence[int]:
+    *split, stride, padding, dilation, groups = rest
     check_input(_CONV2D, x, "(n, n_in, h, w)", x.dim() == 4)
     if kernels.dim() != 3 or min(kernels.shape[1:]) <= 0:
         raise ValueError(f"{_CONV2D}: kernels must be (unique, kh, kw), found {tuple(kernels.shape)}")
     if groups <= 0 or x.shape[1] % groups != 0:
         raise ValueError(f"{_CONV2D}: groups must be a divisor of the {x.shape[1]} inputs, found {groups}")
     size = check_window(_CONV2D, x, kernels.shape[1:], stride, padding, dilation)
-    n_out = _check_split(_CONV2D, x, "kernels", kernels, channel, index, sign, bias, x.shape[1] // groups)
+    n_out = _check_split(_CONV2D, x, x.shape[1] // groups, "kernels", kernels, *split)
     if n_out % groups != 0:
         raise ValueError(f"{_CONV2D}: groups must be a divisor of the {n_out} outputs, found {groups}")
     return x.shape[0], n_out, *size
 
 
-def _check_linear(
-    x: Tensor, values: Tensor, channel: Tensor, index: Tensor, sign: Tensor, bias: Tensor | None
-) -> Sequence[int]:
+def _check_linear(x: Tensor, values: Tensor, *split: Any) -> Sequence[int]:
     check_input(_LINEAR, x, "(..., n_in)", x.dim() > 0)
     if values.dim() != 1:
         raise ValueError(f"{_LINEAR}: values must be (unique,), found {tuple(values.shape)}")
-    return *x.shape[:-1], _check_split(_LINEAR, x, "values", values, channel, index, sign, bias, x.shape[-1])
+    return *x.shape[:-1], _check_split(_LINEAR, x, x.shape[-1], "values", values, *split)
 
 
 def _check_split(
     op: str,
     x: Tensor,
+    per_group: int,
     name: str,
     kernels: Tensor,
     channel: Tensor,
     index: Tensor,
     sign: Tensor,
     bias: Tensor | None,
-    per_group: int,
 ) -> int:
+    """Refuse parts of a split that do not fit together, and return the number of outputs."""
     if index.dim() != 2:
         raise ValueError(f"{op}: index must be (n_out, inputs per group), found {tuple(index.shape)}")
     if per_group == 0:
@@ -176,25 +165,13 @@ def check_pairs(op: str, unique: int, n_in: int, groups: int, index: Tensor, cha
         )
 
 
-def _launch_conv2d(*arguments: Any) -> Tensor:
-    from redpp_serve.kernels.split.kernel import launch_split_conv2d  # noqa: PLC0415 - needs triton
-
-    return launch_split_conv2d(*arguments)
-
-
-def _launch_linear(*arguments: Any) -> Tensor:
-    from redpp_serve.kernels.split.kernel import launch_split_linear  # noqa: PLC0415 - needs triton
-
-    return launch_split_linear(*arguments)
-
-
 register(
     "split_conv2d",
     "(Tensor x, Tensor kernels, Tensor channel, Tensor index, Tensor sign, Tensor? bias, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
     check=_check_conv2d,
     reference=split_conv2d_reference,
-    launch=_launch_conv2d,
+    kernel="redpp_serve.kernels.split.kernel",
     allocate=empty_contiguous,
     check_values=_check_conv2d_values,
 )
@@ -203,7 +180,7 @@ register(
     "(Tensor x, Tensor values, Tensor channel, Tensor index, Tensor sign, Tensor? bias) -> Tensor",
     check=_check_linear,
     reference=split_linear_reference,
-    launch=_launch_linear,
+    kernel="redpp_serve.kernels.split.kernel",
     allocate=empty_contiguous,
     check_values=_check_linear_values,
 )
