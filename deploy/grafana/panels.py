@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from grafana_foundation_sdk.builders import bargauge, common, heatmap, prometheus, stat, timeseries
@@ -17,15 +18,39 @@ from grafana_foundation_sdk.models.common import (
 from grafana_foundation_sdk.models.dashboard import DataSourceRef, DynamicConfigValue, Threshold, ThresholdsMode
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+from queries import expression
 
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
-ORIGINAL, PRUNED, GOOD, BAD = "#8ab8ff", "#f2994a", "#37872d", "#c4162a"
-TIMES = "suffix: x"  # unit of a speed-up
-Targets = dict[str, str]  # text of the legend to expression
+ORIGINAL, PRUNED = "#8ab8ff", "#f2994a"
+_COLOURS = {"good": "#37872d", "bad": "#c4162a"}
 
 
-def lines(title: str, text: str, unit: str, targets: Targets, **limits: float) -> timeseries.Panel:
-    """Build a panel of values over time; ``limits`` are ``min`` and ``max`` of the axis."""
+def panel(given: Mapping[str, Any]) -> Any:
+    """Build a panel from its entry in ``boards.yaml``.
+
+    Args:
+        given: its ``kind``, see below, ``title``, ``text`` (the help), ``width`` (of 24) and ``series`` (legend ->
+            recording rule or expression); for some kinds a ``unit``, ``min`` and ``max`` of the axis, ``colours`` (each
+            holds from its value on, the first one for all below too), and the text for an ``empty`` panel.
+    """
+    kind = given["kind"]
+    made = {"lines": _lines, "number": _number, "word": _word, "bars": _bars, "heat": _heat}[kind](given)
+    made.title(given["title"]).description(given["text"]).datasource(SOURCE).span(given["width"])
+    if kind != "heat":
+        made.unit(given.get("unit", "none"))
+    for letter, (legend, shown) in zip("ABCDEFGH", given["series"].items(), strict=False):
+        query = prometheus.Dataquery().expr(expression(shown, given.get("about", "versions")))
+        query.legend_format(legend).ref_id(letter).datasource(SOURCE)
+        if kind == "heat":
+            query.format(PromQueryFormat.HEATMAP)
+        else:
+            query.instant() if kind in ("word", "bars") else query.range()
+        made.with_target(query)
+    return made
+
+
+def _lines(given: Mapping[str, Any]) -> timeseries.Panel:
+    """Show values over time."""
     legend = (
         common.VizLegendOptions()
         .display_mode(LegendDisplayMode.TABLE)
@@ -34,49 +59,47 @@ def lines(title: str, text: str, unit: str, targets: Targets, **limits: float) -
         .calcs(["lastNotNull", "mean"])
     )
     tooltip = common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI)
-    panel = timeseries.Panel().legend(legend).tooltip(tooltip).line_width(2).fill_opacity(4)
+    made = timeseries.Panel().legend(legend).tooltip(tooltip).line_width(2).fill_opacity(4)
     for name, colour in (("original", ORIGINAL), ("pruned", PRUNED)):
-        panel.override_by_regexp(f"/\\b{name}\\b/", [_set("color", {"mode": "fixed", "fixedColor": colour})])
+        made.override_by_regexp(f"/\\b{name}\\b/", [_set("color", {"mode": "fixed", "fixedColor": colour})])
     for start, dash in (("p95", [10, 10]), ("p99", [2, 6])):  # of one colour, told apart by strokes
-        panel.override_by_regexp(f"/\\b{start}\\b/", [_set("custom.lineStyle", {"fill": "dash", "dash": dash})])
-    for name, value in limits.items():
-        getattr(panel, name)(value)
-    _fill(panel, title, text, unit, targets)
-    return panel
+        made.override_by_regexp(f"/\\b{start}\\b/", [_set("custom.lineStyle", {"fill": "dash", "dash": dash})])
+    for name in ("min", "max"):
+        if name in given:
+            getattr(made, name)(given[name])
+    return made
 
 
-def number(title: str, text: str, unit: str, targets: Targets, colours: dict[float, str] | None = None) -> stat.Panel:
-    """Build a panel of the value now; each of ``colours`` holds from its value on, the first one for all below too."""
-    panel = stat.Panel().graph_mode(BigValueGraphMode.AREA if len(targets) == 1 else BigValueGraphMode.NONE)
-    panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"])).decimals(2)
-    if colours:
-        panel.thresholds(_thresholds(colours))
-    if len(targets) > 1:
-        panel.text_mode(BigValueTextMode.VALUE_AND_NAME)
-    _fill(panel, title, text, unit, targets)
-    return panel
+def _number(given: Mapping[str, Any]) -> stat.Panel:
+    """Show the value now."""
+    several = len(given["series"]) > 1
+    made = stat.Panel().graph_mode(BigValueGraphMode.NONE if several else BigValueGraphMode.AREA)
+    made.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"])).decimals(2)
+    if colours := given.get("colours"):
+        steps = [Threshold(value=value, color=_COLOURS[colour]) for value, colour in colours.items()]
+        steps[0].value = None
+        made.thresholds(builders.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps))
+    if several:
+        made.text_mode(BigValueTextMode.VALUE_AND_NAME)
+    return made.no_value(given["empty"]) if "empty" in given else made
 
 
-def word(title: str, text: str, targets: Targets) -> stat.Panel:
-    """Build a panel with the name of the series that exists now."""
-    panel = stat.Panel().text_mode(BigValueTextMode.NAME).graph_mode(BigValueGraphMode.NONE)
-    panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
-    _fill(panel, title, text, "none", targets, instant=True)
-    return panel
+def _word(given: Mapping[str, Any]) -> stat.Panel:
+    """Show the name of the series that exists now."""
+    made = stat.Panel().text_mode(BigValueTextMode.NAME).graph_mode(BigValueGraphMode.NONE)
+    return made.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
 
 
-def bars(title: str, text: str, unit: str, targets: Targets) -> bargauge.Panel:
-    """Build a panel with a bar for each series, over the dashboard's whole time range."""
-    panel = bargauge.Panel().orientation(VizOrientation.HORIZONTAL)
-    panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
-    _fill(panel, title, text, unit, targets, instant=True)
-    return panel
+def _bars(given: Mapping[str, Any]) -> bargauge.Panel:
+    """Show a bar for each series, over the dashboard's whole time range."""
+    made = bargauge.Panel().orientation(VizOrientation.HORIZONTAL)
+    return made.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
 
 
-def heat(title: str, text: str, expression: str) -> heatmap.Panel:
-    """Build a heat map of buckets of seconds over time."""
-    panel = heatmap.Panel().calculate(False).y_axis(heatmap.YAxisConfig().unit("s"))
-    panel.color(
+def _heat(given: Mapping[str, Any]) -> heatmap.Panel:
+    """Show buckets of seconds over time."""
+    made = heatmap.Panel().calculate(False).y_axis(heatmap.YAxisConfig().unit("s"))
+    return made.color(
         heatmap.HeatmapColorOptions()
         .mode(HeatmapColorMode.SCHEME)
         .scheme("Oranges")
@@ -84,25 +107,6 @@ def heat(title: str, text: str, expression: str) -> heatmap.Panel:
         .exponent(0.5)
         .steps(64)
     )
-    query = _query("{{le}}", expression, "A").format(PromQueryFormat.HEATMAP)
-    return panel.title(title).description(text).datasource(SOURCE).with_target(query)
-
-
-def _fill(panel: Any, title: str, text: str, unit: str, targets: Targets, instant: bool = False) -> None:
-    panel.title(title).description(text).unit(unit).datasource(SOURCE)
-    for letter, (legend, expression) in zip("ABCDEFGH", targets.items(), strict=False):
-        query = _query(legend, expression, letter)
-        panel.with_target(query.instant() if instant else query.range())
-
-
-def _query(legend: str, expression: str, letter: str) -> prometheus.Dataquery:
-    return prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(letter).datasource(SOURCE)
-
-
-def _thresholds(colours: dict[float, str]) -> builders.ThresholdsConfig:
-    steps = [Threshold(value=value, color=colour) for value, colour in colours.items()]
-    steps[0].value = None
-    return builders.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps)
 
 
 def _set(name: str, value: object) -> DynamicConfigValue:

@@ -17,20 +17,21 @@ _RECORDED = re.compile(r"\b[a-z]+:redpp_\w+:\w+\b")
 _METRIC = re.compile(r"\b(redpp_\w+)(?:\{([^}]*)\})?")
 # Matchers for series of one version, and for comparisons of versions. `=~` with `.*` for "all" also matches series
 # without the label, such as those of targets that carry no label `server`.
-VERSION = ('server=~"$server"', 'model=~"$model"', 'version=~"$version"')
-MODEL = VERSION[:2]
-AB_TEST = ('model=~"$model"',)
+_VERSION = ('server=~"$server"', 'model=~"$model"', 'version=~"$version"')
+_MATCHERS = {"versions": _VERSION, "models": _VERSION[:2], "A/B tests": _VERSION[1:2]}
 
 
-def recorded(name: str, matchers: tuple[str, ...] = VERSION) -> str:
-    """Return the expression of a recording rule, over Grafana's interval."""
+def expression(shown: str, about: str) -> str:
+    """Return the expression for what a panel shows: a recording rule over Grafana's interval, or an expression."""
+    if not _RECORDED.fullmatch(shown):
+        return _matched(shown, _MATCHERS[about])
     expressions = {
         rule["record"]: rule["expr"] for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
     }
-    return matched(_expand(name, expressions).replace("[5m]", f"[{INTERVAL}]"), matchers)
+    return _matched(_expand(shown, expressions).replace("[5m]", f"[{INTERVAL}]"), _MATCHERS[about])
 
 
-def matched(expression: str, matchers: tuple[str, ...] = VERSION) -> str:
+def _matched(expression: str, matchers: tuple[str, ...]) -> str:
     """Return the expression with label matchers on each of the project's metrics."""
 
     def add(found: re.Match[str]) -> str:
@@ -45,6 +46,6 @@ def _expand(name: str, expressions: dict[str, str]) -> str:
 
     def inner(found: re.Match[str]) -> str:
         expression = _expand(found[1], expressions)
-        return "(" + (matched(expression, (found[2],)) if found[2] else expression) + ")"
+        return "(" + (_matched(expression, (found[2],)) if found[2] else expression) + ")"
 
     return re.sub(rf"({_RECORDED.pattern})(?:\{{([^}}]*)\}})?", inner, expressions[name])
