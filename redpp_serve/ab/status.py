@@ -15,6 +15,7 @@ from redpp_serve.ab.gateway import switched
 from redpp_serve.ab.spec import Spec, Started
 from redpp_serve.ab.state import GATEWAY, SPEC, Heartbeat, read_json
 from redpp_serve.errors import RedppError
+from redpp_serve.report.formats import columns
 from redpp_serve.statistics.guardrails import Guardrail
 from redpp_serve.statistics.verdicts import Advice
 from redpp_serve.variants import NAMES
@@ -131,9 +132,7 @@ class Status:
 
     def to_text(self) -> str:
         """Return a table for the terminal that ends with the advice."""
-        rows = [("", *NAMES), *self._rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        table = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}".rstrip() for row in rows]
+        table = columns([("", *NAMES), *self._rows()])
         return "\n".join([*self._head(), "", *table, "", *self._body()])
 
     def _head(self) -> Iterator[str]:

@@ -26,6 +26,7 @@ from redpp_serve.comparison.load import (
 from redpp_serve.comparison.outputs import classes, difference
 from redpp_serve.errors import RedppError
 from redpp_serve.options import ComparisonOptions
+from redpp_serve.report.formats import columns
 from redpp_serve.statistics.intervals import Estimate, percentile_interval, ratio_interval
 from redpp_serve.statistics.sequences import RatioSequence
 from redpp_serve.statistics.verdicts import Verdict, verdict
@@ -128,14 +129,10 @@ class Comparison:
     def to_text(self) -> str:
         """Return a table for the terminal that ends with the verdict."""
         rows = [("", self.original.label, self.pruned.label, "ratio (95 % interval)"), *self._rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        table = [
-            f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows
-        ]
         verdicts = [x.text + "." for x in (self.handler_verdict, self.verdict) if x]
         errors = [f"{x.label} failed first with: {x.first_error}" for x in (self.original, self.pruned) if x.errors]
         head = f"{self.pairs} pairs, {self.concurrency} requests at a time, {self.seconds:g} s"
-        return "\n".join([head, "", *table, "", *errors, self._agreement_line(), *verdicts])
+        return "\n".join([head, "", *columns(rows, left=(0, 3)), "", *errors, self._agreement_line(), *verdicts])
 
     def _rows(self) -> Iterator[tuple[str, str, str, str]]:
         arms = (self.original, self.pruned)

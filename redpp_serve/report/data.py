@@ -14,6 +14,7 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from numbers import Integral, Real
 from types import NoneType
 from typing import Any, TypeVar
@@ -73,19 +74,15 @@ def plain(value: Any) -> Any:
     raise TypeError(f"a report holds numbers, text, lists and dicts, not {type(value).__name__}")
 
 
-_DEFINITIONS: dict[str, dict[str, tuple[Any, bool]]] = {}
-
-
+@cache
 def _definition(kind: type[Record]) -> dict[str, tuple[Any, bool]]:
     """Return for each key its type, and whether it may be left out."""
-    if kind.__name__ not in _DEFINITIONS:
-        hints = typing.get_type_hints(kind)
-        _DEFINITIONS[kind.__name__] = {
-            f.name: (hints[f.name], f.default is not MISSING or f.default_factory is not MISSING)
-            for f in fields(kind)
-            if f.name != "undefined"
-        }
-    return _DEFINITIONS[kind.__name__]
+    hints = typing.get_type_hints(kind)
+    return {
+        f.name: (hints[f.name], f.default is not MISSING or f.default_factory is not MISSING)
+        for f in fields(kind)
+        if f.name != "undefined"
+    }
 
 
 def _read(kind: Any, value: Any) -> Any:

@@ -128,3 +128,18 @@ def quotient(top: Any, bottom: Any) -> float | None:
     """Return ``top / bottom``, or None where either is unknown or the bottom is zero."""
     above, below = number(top), number(bottom)
     return None if above is None or not below else above / below
+
+
+def columns(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,), indent: str = "") -> list[str]:
+    """Align rows of equal length: the columns in ``left`` to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        (
+            indent
+            + "  ".join(
+                cell.ljust(width) if i in left else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,18 +1,17 @@
 """The report as one self-contained HTML page: no network, readable without scripts, light and dark.
 
-The functions below turn the report into cards: plain texts and charts. page.html.j2 lays them out and escapes all text.
+page.html.j2 holds the cards with their titles and notes, and escapes all text; the functions below make what they show.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from redpp_serve.report import charts, formats, tables
-from redpp_serve.report.data import Layer, Report, SplitCost
+from redpp_serve.report.data import Layer, Report
 from redpp_serve.report.formats import DASH, count, error, exact, percent, shorten
 from redpp_serve.report.templates import ENVIRONMENT
 from redpp_serve.variants import NAMES
@@ -29,52 +28,6 @@ class Cell(NamedTuple):
     css: str = ""
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table whose first column heads its rows; without rows it shows one of dashes.
-
-    Attributes:
-        head: titles of the columns.
-        rows: cells, or their texts.
-        kinds: one letter for each column: t(ext), n(umber), w(ide text), c(ode), f(ixed, never wrapped).
-        caption: a line above the table.
-        css: CSS classes of the table; ``sortable`` lets readers sort it.
-        tall: limit the height and scroll.
-    """
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[Cell | str]]
-    kinds: str
-    caption: str = ""
-    css: str = ""
-    tall: bool = False
-
-    kind = "table"
-
-    @property
-    def cells(self) -> list[list[Cell]]:
-        """The rows, every cell a `Cell`."""
-        return [
-            [cell if isinstance(cell, Cell) else Cell(cell) for cell in row]
-            for row in self.rows or [[DASH] * len(self.head)]
-        ]
-
-    @property
-    def classes(self) -> list[str]:
-        """The CSS class of each column."""
-        return [{"t": "", "n": "n", "w": "wide", "c": "code", "f": "fixed"}[kind] for kind in self.kinds]
-
-
-@dataclass(frozen=True)
-class Note:
-    """A paragraph."""
-
-    text: str
-    css: str = "soft"
-
-    kind = "note"
-
-
 class Figure(NamedTuple):
     """A chart, a caption, and for a layer's chart the layer's name."""
 
@@ -83,44 +36,26 @@ class Figure(NamedTuple):
     name: str = ""
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Charts side by side; ``css`` is the layout: panels, grid, or chart for one that scrolls."""
-
-    figures: Sequence[Figure]
-    css: str
-
-    kind = "figures"
-
-
-@dataclass(frozen=True)
-class Card:
-    """A titled part of the page; a folded one opens on demand."""
-
-    title: str
-    parts: Sequence[Table | Note | Figures]
-    folded: bool = False
-
-
 def render(report: Report) -> str:
     """Return the page: a complete HTML document without references to other files. The unknown shows as an en dash."""
-    single, paired = False, True  # how the cards of a row stand: below one another, or side by side
-    rows = [
-        (single, [_figures(report), *_frontier(report), *_shares(report), *_kernels(report)]),
-        (paired, [_stages(report), _verification(report), _hashing(report), _counting(report)]),
-    ]
-    if layers := report.layers:
-        rows.append((paired, _layer_charts(layers)))
-        rows.append((single, [_layers(layers), *_alternatives(layers), *_densities(layers)]))
-    about = (("Options", report.options), ("Source", report.source), ("Environment", report.environment.to_json()))
-    rows.append((paired, [*(_pairs(title, found) for title, found in about), _measured_where(report)]))
+    about = {"Options": report.options, "Source": report.source, "Environment": report.environment.to_json()}
     return _PAGE.render(
         report=report,
         name=report.name or "model",
+        names=list(NAMES),
         sentence=_sentence(report),
         tiles=_tiles(report),
-        rows=rows,
+        frontier=_frontier(report),
+        stages=_stages(report),
+        counting=_counting(report),
+        layers=[_layer_row(layer) for layer in report.layers],
+        alternatives=_alternatives(report.layers),
+        densities=_densities(report.layers),
+        about=[(title, _items(found)) for title, found in about.items()],
+        places=_measured_where(report),
         tool=f"{report.tool.name or 'redpp-serve'} {report.tool.version or DASH}",
+        tables=tables,
+        charts=charts,
     )
 
 
@@ -150,19 +85,10 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
     ]
 
 
-def _figures(report: Report) -> Card:
-    note = (
-        "Ratio: original / pruned for sizes, operations and times, pruned / original for throughput, so above 1 is"
-        " better; accuracy as a difference. [low, high] is the interval measured with the speed-up."
-    )
-    table = Table(("quantity", *NAMES, "ratio"), tables.summary_rows(report), "tnnn")
-    return Card("Original and pruned", [table, Note(note)])
-
-
-def _frontier(report: Report) -> list[Card]:
+def _frontier(report: Report) -> dict[str, Any]:
     points = tables.frontier_points(report)
     if not points:
-        return []
+        return {}
     by_latency = charts.latency_marks(points)
     drawn = [
         Figure(charts.frontier_chart(f"frontier-{key}", title, (axis, "relative output error"), marks), title)
@@ -185,29 +111,11 @@ def _frontier(report: Report) -> list[Card]:
         [Cell(text, css="best" if point.chosen else "") for text in row]
         for point, row in zip(points, found, strict=True)
     ]
-    table = Table(head, rows, "t" + "n" * (len(head) - 1))
-    return [Card("Frontier: error against cost", [Figures(drawn, "panels"), table, Note(note)])]
+    return {"figures": drawn, "head": head, "rows": rows, "note": note}
 
 
-def _shares(report: Report) -> list[Card]:
-    head, rows = tables.share_table(report)
-    note = "Error and agreement of the network after the stage, on held-out inputs; changes are to the row before."
-    table = Table(head, rows, "t" + "n" * (len(head) - 1))
-    return [Card("What each stage changed", [table, Note(note)])] if rows else []
-
-
-def _kernels(report: Report) -> list[Card]:
-    parts: list[Table | Note] = []
-    for name, plan in (report.plan or {}).items():
-        title = f"The {name} network"
-        if rows := tables.kernel_rows(plan):
-            parts.append(Table(tables.KernelRow._fields, rows, "ctnttnnw", title, "dense", tall=True))
-        parts.append(Note(f"{title}: {'. '.join(tables.kernel_summary(plan))}."))
-    return [Card("Kernels", parts)] if parts else []
-
-
-def _stages(report: Report) -> Card:
-    rows = [
+def _stages(report: Report) -> list[tuple[Cell | str, ...]]:
+    return [
         (
             stage.name or DASH,
             Cell(stage.status or DASH, css=stage.status if stage.status in ("done", "skipped", "failed") else ""),
@@ -216,73 +124,20 @@ def _stages(report: Report) -> Card:
         )
         for stage in report.stages or []
     ]
-    return Card("Stages", [Table(("stage", "status", "reason", "time"), rows, "ttwn", "In the order they ran")])
 
 
-def _verification(report: Report) -> Card:
-    table = Table(("check", "result"), tables.verify_rows(report), "tn")
-    return Card(tables.verify_title(report).capitalize(), [table])
-
-
-def _hashing(report: Report) -> Card:
-    method, target = (report.hash.method, report.hash.target) if report.hash else (None, None)
-    head = ("quantity", "predicted", "at most (bound)", "measured")
-    table = Table(head, tables.hash_rows(report), "tnnn", f"Method {method or DASH}, target: {target or DASH}.")
-    note = tables.bound_note(report)
-    return Card("Hashing: predicted and measured", [table, Note(note, "worse" if "ABOVE" in note else "soft")])
-
-
-def _counting(report: Report) -> Card:
-    def rows(reading: str, cost: SplitCost) -> list[tuple[str, ...]]:
-        figures = (
-            ("multiplications", cost.multiplications, count),
-            ("additions", cost.additions, count),
-            ("bytes", cost.bytes, formats.size),
-        )
-        return [(f"{reading}: {kind}", *_removed(pair, show)) for kind, pair, show in figures]
-
-    caption = (
-        "Splitting computes equal units of an input channel once."
-        " Reading A: the unit is a k x k kernel. Reading B: the unit is a scalar weight."
-    )
-    body = rows("A", report.counting.kernel) + rows("B", report.counting.weight)
-    table = Table(("reading", "before", "after", "removed"), body, "tnnn", caption)
-    return Card("Splitting: both readings of the count", [table])
+def _counting(report: Report) -> list[tuple[str, ...]]:
+    return [
+        (f"{reading}: {kind}", *_removed(getattr(cost, kind), show))
+        for reading, cost in (("A", report.counting.kernel), ("B", report.counting.weight))
+        for kind, show in (("multiplications", count), ("additions", count), ("bytes", formats.size))
+    ]
 
 
 def _removed(pair: Sequence[float | None], show: Callable[[Any], str]) -> tuple[str, str, str]:
     before, after = pair if len(pair) == 2 else (None, None)
     left = formats.quotient(after, before)
     return show(before), show(after), percent(None if left is None else 1 - left)
-
-
-def _layer_charts(layers: Sequence[Layer]) -> list[Card]:
-    kept = Figure(charts.kept_chart(layers), "Channels kept of those the layer had.")
-    errors = Figure(
-        charts.error_chart(layers),
-        "Bar: relative output error, pruned against original. Mark: relative RMS error of the hashed weights."
-        " Values in this order.",
-    )
-    return [Card("Kept channels", [Figures([kept], "chart")]), Card("Error per layer", [Figures([errors], "chart")])]
-
-
-def _layers(layers: Sequence[Layer]) -> Card:
-    head = (
-        "layer",
-        "op",
-        "shape → pruned",
-        "values",
-        "entropy (bits)",
-        "RMS error",
-        "near-zero kernels",
-        "kept channels",
-        "unique kernels",
-        "output error",
-        "channels left alone because",
-    )
-    caption = "In network order. Shapes are outputs x inputs per group x kernel; errors are relative."
-    rows = [_layer_row(layer) for layer in layers]
-    return Card("Layers", [Table(head, rows, "ctfnnnnnnnw", caption, "dense sortable", tall=True)])
 
 
 def _layer_row(layer: Layer) -> list[Cell]:
@@ -310,7 +165,7 @@ def _layer_row(layer: Layer) -> list[Cell]:
     ]
 
 
-def _alternatives(layers: Sequence[Layer]) -> list[Card]:
+def _alternatives(layers: Sequence[Layer]) -> dict[str, Any]:
     methods = {"kde": "KDE", "kmeans": "k-means", "uniform": "uniform"}
     rows, wins = [], dict.fromkeys(methods, 0)
     for layer in layers:
@@ -327,13 +182,11 @@ def _alternatives(layers: Sequence[Layer]) -> list[Card]:
             row.append(Cell(shown, errors.get(key), "best" if key == best else ""))
         rows.append(row)
     won = ", ".join(f"{methods[key]} in {number}" for key, number in wins.items())
-    caption = "Relative RMS error of the weights at equal entropy; in brackets, distinct values."
     head = ("layer", "entropy (bits)", *methods.values())
-    table = Table(head, rows, "cnnnn", caption, "dense sortable", tall=True)
-    return [Card("Other codebooks", [table, Note(f"Lowest error: {won} of {len(rows)} layers.")])] if rows else []
+    return {"head": head, "rows": rows, "note": f"Lowest error: {won} of {len(rows)} layers."}
 
 
-def _densities(layers: Sequence[Layer]) -> list[Card]:
+def _densities(layers: Sequence[Layer]) -> dict[str, Any]:
     hashed = [(layer, layer.hash) for layer in layers if layer.hash and layer.hash.density]
     figures = []
     for index, (layer, found) in enumerate(hashed[:DENSITIES_SHOWN]):
@@ -343,12 +196,7 @@ def _densities(layers: Sequence[Layer]) -> list[Card]:
     note = "Curve: estimated density. Thin lines: borders of the cells. Ticks under the axis: codebook values."
     if len(hashed) > DENSITIES_SHOWN:
         note += f" The first {DENSITIES_SHOWN} of {len(hashed)} layers; report.json has all."
-    parts = (Note(note), Figures(figures, "grid"))
-    return [Card("Weight densities and their cells", parts, folded=True)] if figures else []
-
-
-def _pairs(title: str, found: Mapping[str, Any]) -> Card:
-    return Card(title, [Table((title.lower(), "value"), _items(found), "tc")])
+    return {"figures": figures, "note": note}
 
 
 def _items(found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -359,7 +207,7 @@ def _items(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _measured_where(report: Report) -> Card:
+def _measured_where(report: Report) -> list[tuple[str, str]]:
     environment = dict(_items(report.environment.to_json()))
     releases = (f"{key} {value}" for key, value in environment.items() if key != "device" and value != DASH)
     device = ", ".join([environment.get("device", DASH), *releases])
@@ -375,4 +223,4 @@ def _measured_where(report: Report) -> Card:
     for trial in report.smoke or []:
         took = formats.milliseconds(trial.milliseconds)
         rows.append((f"smoke test of {shorten(trial.archive or DASH, 60)}", f"{took} on {device}"))
-    return Card("What was measured where", [Table(("number", "where"), rows, "tt")])
+    return rows

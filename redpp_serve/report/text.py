@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from redpp_serve.report.data import Layer, PlanRecord, Report
-from redpp_serve.report.formats import DASH, bits, count, error, exact, of, printable, shape, shorten
+from redpp_serve.report.formats import DASH, bits, columns, count, error, exact, of, printable, shape, shorten
 from redpp_serve.report.tables import (
     KernelRow,
     bound_note,
@@ -32,14 +32,14 @@ POINTS_SHOWN = 5  # of the frontier; report.html has all
 def package_summary(report: Report) -> str:
     """Return what `package` prints at the end, in at most 110 columns and without a final newline."""
     title = f"{report.name or 'model'}: original and pruned by redpp-serve {report.tool.version or DASH}"
-    lines = [shorten(title, WIDTH), "", *_columns([("", *NAMES, "ratio"), *summary_rows(report)]), *_frontier(report)]
+    lines = [shorten(title, WIDTH), "", *columns([("", *NAMES, "ratio"), *summary_rows(report)]), *_frontier(report)]
     if report.hash:
         how = ", ".join(part for part in (report.hash.method, report.hash.target) if part)
-        table = _columns([("", "predicted", "at most", "measured"), *hash_rows(report)], indent="  ")
+        table = columns([("", "predicted", "at most", "measured"), *hash_rows(report)], indent="  ")
         lines += ["", shorten(f"hashing ({how or DASH})", WIDTH), *table]
         lines += [f"  {note}"] if (note := bound_note(report)) else []
     if report.verify or report.agreement:
-        lines += ["", verify_title(report), *_columns(verify_rows(report), indent="  ")]
+        lines += ["", verify_title(report), *columns(verify_rows(report), indent="  ")]
     for stage in report.stages or []:
         if stage.status in ("skipped", "failed"):
             lines += ["", *_wrapped(f"{stage.status}: {stage.name} ({stage.reason or 'no reason given'})")]
@@ -53,21 +53,6 @@ def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(printable(text), WIDTH, subsequent_indent="  ")
 
 
-def _columns(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,), indent: str = "") -> list[str]:
-    """Align rows of equal length: the columns in ``left`` to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        (
-            indent
-            + "  ".join(
-                cell.ljust(width) if i in left else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-        ).rstrip()
-        for row in rows
-    ]
-
-
 def _frontier(report: Report) -> list[str]:
     """Return at most six lines: a head, then points from the most expensive on."""
     if not (points := frontier_points(report)):
@@ -76,7 +61,7 @@ def _frontier(report: Report) -> list[str]:
     title = "frontier" if len(shown) == len(points) else f"frontier ({len(shown)} of {len(points)} points)"
     head, rows = frontier_table([*shown])
     last = head.index("error") + 1  # the predicted error is for the page
-    table = _columns([(title, *head[1:last]), *(("", *row[1:last]) for row in rows)])
+    table = columns([(title, *head[1:last]), *(("", *row[1:last]) for row in rows)])
     return [
         "",
         *(f"{line}  {shorten(flag, 30)}" for line, flag in zip(table, ["flag", *(r[0] for r in rows)], strict=True)),
@@ -106,10 +91,10 @@ def layer_table(layers: Sequence[Layer]) -> str:
     body = [_layer_cells(layer) for layer in layers]
     used = [i for i in range(len(head)) if any(row[i] != DASH for row in body)]
     rows, left = [[row[i] for i in used] for row in (head, *body)], range(sum(i < 2 for i in used))
-    if (excess := max(map(len, _columns(rows, left))) - WIDTH) > 0:
+    if (excess := max(map(len, columns(rows, left))) - WIDTH) > 0:
         names = max(len(row[0]) for row in rows) - excess
         rows = [[shorten(row[0], max(names, 12)), *row[1:]] for row in rows]
-    return "\n".join([*_columns(rows, left), *_left_alone(layers)])
+    return "\n".join([*columns(rows, left), *_left_alone(layers)])
 
 
 def _layer_cells(layer: Layer) -> tuple[str, ...]:
@@ -139,6 +124,6 @@ def plan_text(plans: Mapping[str, Any]) -> str:
             plan = PlanRecord.from_json(found)
             rows = kernel_rows(plan)
             left = [i for i, key in enumerate(KernelRow._fields) if key not in ("batch", "dense", "chosen")]
-            table = _columns([KernelRow._fields, *rows], left, indent="  ") if rows else []
+            table = columns([KernelRow._fields, *rows], left, indent="  ") if rows else []
             blocks.append("\n".join([canonical_name(name), *table, *(f"  {line}" for line in kernel_summary(plan))]))
     return "\n\n".join(blocks)
