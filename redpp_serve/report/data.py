@@ -14,7 +14,6 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
 from numbers import Integral, Real
 from types import NoneType
 from typing import Any, TypeVar
@@ -74,15 +73,19 @@ def plain(value: Any) -> Any:
     raise TypeError(f"a report holds numbers, text, lists and dicts, not {type(value).__name__}")
 
 
-@cache
+_DEFINITIONS: dict[type[Record], dict[str, tuple[Any, bool]]] = {}
+
+
 def _definition(kind: type[Record]) -> dict[str, tuple[Any, bool]]:
     """Return for each key its type, and whether it may be left out."""
-    hints = typing.get_type_hints(kind)
-    return {
-        f.name: (hints[f.name], f.default is not MISSING or f.default_factory is not MISSING)
-        for f in fields(kind)
-        if f.name != "undefined"
-    }
+    if kind not in _DEFINITIONS:
+        hints = typing.get_type_hints(kind)
+        _DEFINITIONS[kind] = {
+            f.name: (hints[f.name], f.default is not MISSING or f.default_factory is not MISSING)
+            for f in fields(kind)
+            if f.name != "undefined"
+        }
+    return _DEFINITIONS[kind]
 
 
 def _read(kind: Any, value: Any) -> Any:
