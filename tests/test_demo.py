@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,26 +13,20 @@ import pytest
 from redpp_serve.demo import demo
 from redpp_serve.errors import RedppError
 
+DEMO = "REDPP_DEMO"  # the README's command for the demo, from an environment with what the README installs for it
+
 
 @pytest.mark.server
 def test_the_whole_path(tmp_path: Path) -> None:
-    """Twenty seconds instead of ninety for making inputs: enough for this network, and CI waits less."""
+    """Twenty seconds instead of ninety for making inputs: enough for this network; with the README's command all."""
     scratch, out = tmp_path / "scratch", tmp_path / "demo"
     scratch.mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "redpp_serve.cli",
-        "demo",
-        "--duration",
-        "8",
-        "--time-budget",
-        "20",
-        "--out",
-        str(out),
-    ]
+    given = shlex.split(os.environ.get(DEMO, ""))
+    command = given or [sys.executable, "-m", "redpp_serve.cli", "demo", "--time-budget", "20"]
+    command += ["--duration", "8", "--out", str(out)]
     # importing torch.export makes a cache folder of torch's own, which is no leftover of ours
     environment = {**os.environ, "TMPDIR": str(scratch), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    environment["PATH"] = f"{Path(command[0]).parent}{os.pathsep}{environment['PATH']}"
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert list(scratch.iterdir()) == [] and not psutil.Process().children()
@@ -51,7 +46,7 @@ def test_the_whole_path(tmp_path: Path) -> None:
     assert report["pruned"]["macs"] <= 0.5 * report["original"]["macs"]
     assert report["pruned"]["parameters"] < 0.8 * report["original"]["parameters"]
     assert report["frontier"]["points"] and [row["stage"] for row in report["stages_share"]][-1] == "tune"
-    assert report["agreement"]["top1"] >= 0.95
+    assert report["agreement"]["top1"] > (0.98 if given else 0.95)
     assert set(report["speedup"]) == {"handler_p50", "end_to_end_p50", "throughput"}
     for ratio in report["speedup"].values():
         assert set(ratio) == {"ratio", "low", "high"} and 0 < ratio["low"] <= ratio["ratio"] <= ratio["high"]
