@@ -1,6 +1,7 @@
 """Options of the test run, and what several test modules share."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side: more threads would only wait for each other
 
@@ -55,23 +57,33 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package of the small network, merged exactly, with pre-processing; read only."""
+def packaged(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A package of the small network, merged exactly, with pre-processing; read only.
+
+    One process of a run makes it, and each has a copy.
+    """
+    base = tmp_path_factory.getbasetemp()
+    made = (base if worker_id == "master" else base.parent) / "made"
+    with FileLock(f"{made}.lock"):
+        if not made.exists():
+            _package_small(made)
+    return shutil.copytree(made, tmp_path_factory.mktemp("packaged") / "dist" / "small")
+
+
+def _package_small(out: Path) -> None:
     from redpp_serve.handlers.preprocess import Preprocess
     from redpp_serve.options import Options, Serving
     from redpp_serve.packaging.package import package
     from tests.support.small import SHIFT, captured, write_model
 
-    folder = tmp_path_factory.mktemp("packaged")
     package(
-        captured(write_model(folder)),
-        folder / "dist" / "small",
+        captured(write_model(out.with_name("model"))),
+        out,
         name="small",
         options=Options(merge="exact"),
         serving=Serving(4, 1, 1),
         preprocess=Preprocess("L", 12, 12, (SHIFT,), (0.25,)),
     )
-    return folder / "dist" / "small"
 
 
 @pytest.fixture(scope="session")

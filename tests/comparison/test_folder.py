@@ -90,7 +90,7 @@ def standin(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Standin]]:
 def test_both_versions_are_measured_and_the_server_is_left(packaged: Path, standin: list[Standin]) -> None:
     notes: list[str] = []
     result = compare(
-        packaged, ComparisonOptions(duration=1.0, concurrency=2), ServerOptions(workers=3), note=notes.append
+        packaged, ComparisonOptions(duration=0.5, concurrency=2), ServerOptions(workers=3), note=notes.append
     )
     (server,) = standin
     assert (server.name, server.options, notes) == ("small", (3, None), ["stand-in"])
@@ -105,7 +105,7 @@ def test_both_versions_are_measured_and_the_server_is_left(packaged: Path, stand
 
 
 def test_without_auth_no_token_is_sent(packaged: Path, standin: list[Standin]) -> None:
-    compare(packaged, ComparisonOptions(duration=0.5, concurrency=1), ServerOptions(demo_auth_off=True, port=20100))
+    compare(packaged, ComparisonOptions(duration=0.2, concurrency=1), ServerOptions(demo_auth_off=True, port=20100))
     assert {token for _, token in standin[0].seen} == {None}
     assert standin[0].options == (1, 20100)
 
@@ -115,7 +115,7 @@ def test_labels_give_accuracy(packaged: Path, standin: list[Standin], tmp_path: 
     labels = [int(np.argmax(outputs(packaged / "original.mar", each)[0])) for each in x]
     labels[0] = (labels[0] + 1) % 5
     np.savez(tmp_path / "data.npz", inputs=x.numpy(), labels=labels)
-    result = compare(packaged, ComparisonOptions(tmp_path / "data.npz", duration=1.0, concurrency=2))
+    result = compare(packaged, ComparisonOptions(tmp_path / "data.npz", duration=0.5, concurrency=2))
     assert result.original.accuracy == pytest.approx(5 / 6)
 
 

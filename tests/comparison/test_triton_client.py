@@ -138,7 +138,7 @@ def test_the_comparison_reads_as_on_torchserve(service: tuple[Service, TritonEnd
         endpoint,
         replace(endpoint, label="pruned", version="2"),
         [npy(1, 2, 3, k) for k in range(4)],
-        ComparisonOptions(concurrency=2, duration=2.0),
+        ComparisonOptions(concurrency=2, duration=0.8),
         progress=False,
     )
     assert result.to_json()["speedup"]["handler_p50"]["ratio"] == pytest.approx(2.0)
