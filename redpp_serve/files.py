@@ -11,7 +11,7 @@ import os
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -19,12 +19,14 @@ from filelock import FileLock, Timeout
 from redpp_serve.errors import RedppError
 
 
-def write_atomically(path: Path, data: bytes | str, *, mode: int = 0o644, durable: bool = True) -> None:
+def write_atomically(
+    path: Path, data: bytes | str | Iterable[bytes], *, mode: int = 0o644, durable: bool = True
+) -> None:
     """Write a file so that readers see the old contents or the new ones, never a part; make the folder when missing.
 
     Args:
         path: the file to write or to replace.
-        data: the new contents; text is written as UTF-8 with ``\\n`` line ends.
+        data: the new contents, whole or in parts; text is written as UTF-8 with ``\\n`` line ends.
         mode: permission bits of the new file; it is private to this user until it is complete.
         durable: flush to disk before the file takes its place, so that it survives a power failure.
 
@@ -35,7 +37,8 @@ def write_atomically(path: Path, data: bytes | str, *, mode: int = 0o644, durabl
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            whole = data.encode() if isinstance(data, str) else data
+            file.writelines([whole] if isinstance(whole, bytes) else whole)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())

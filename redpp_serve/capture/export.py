@@ -23,7 +23,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from redpp_serve.capture.inputs import sample
 from redpp_serve.errors import RedppError
-from redpp_serve.graph.artifact import DTYPES
+from redpp_serve.graph.tensor_file import DTYPES
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.graph.operators import ALLOWED

@@ -3,7 +3,7 @@
 ``manifest.json`` holds the format, a description and the SHA-256 of the rest; ``graph.json`` operator calls over the
 allow-list of `operators`; ``weights.safetensors`` the tensors. Entries are stored uncompressed with a fixed time
 stamp, so equal content gives equal bytes. A weight with few distinct values is stored as its codebook and packed
-indices. The safetensors format is read here, strictly, so that an archive serves where only torch is installed.
+indices.
 """
 
 from __future__ import annotations
@@ -24,22 +24,11 @@ from redpp_serve.errors import RedppError
 from redpp_serve.files import deterministic_zip
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.graph.operators import ALLOWED, resolve
+from redpp_serve.graph.tensor_file import read_safetensors
 from redpp_serve.graph.weights import decode, encode
 
 FORMAT = 1
 ENTRIES = ("manifest.json", "graph.json", "weights.safetensors")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _MEMORY_FORMATS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
 
 
@@ -78,7 +67,21 @@ def build(graph: Graph, description: dict[str, Any]) -> Artifact:
             stored[f"{name}:codebook"], stored[f"{name}:indices"] = packed.codebook, packed.indices
             encodings[name] = {"bits": packed.bits, "shape": list(tensor.shape)}
     weights = save(stored)
-    document = {
+    document = {**calls_document(graph), "encodings": encodings}
+    graph_bytes = _dump(document)
+    description = {**description, "bytes": sum(t.numel() * t.element_size() for t in stored.values())}
+    manifest = {
+        "format": FORMAT,
+        "description": description,
+        "sha256": {"graph.json": _digest(graph_bytes), "weights.safetensors": _digest(weights)},
+    }
+    entries = dict(zip(ENTRIES, (_dump(manifest), graph_bytes, weights), strict=True))
+    return Artifact(deterministic_zip(entries), description)
+
+
+def calls_document(graph: Graph) -> dict[str, Any]:
+    """Return the graph without its tensors as plain data: inputs, calls and outputs."""
+    return {
         "inputs": [{**asdict(i), "shape": list(i.shape)} for i in graph.inputs],
         "nodes": [
             {
@@ -90,17 +93,7 @@ def build(graph: Graph, description: dict[str, Any]) -> Artifact:
             for n in graph.nodes
         ],
         "outputs": list(graph.outputs),
-        "encodings": encodings,
     }
-    graph_bytes = _dump(document)
-    description = {**description, "bytes": sum(t.numel() * t.element_size() for t in stored.values())}
-    manifest = {
-        "format": FORMAT,
-        "description": description,
-        "sha256": {"graph.json": _digest(graph_bytes), "weights.safetensors": _digest(weights)},
-    }
-    entries = dict(zip(ENTRIES, (_dump(manifest), graph_bytes, weights), strict=True))
-    return Artifact(deterministic_zip(entries), description)
 
 
 def load(source: Path | bytes) -> LoadedArtifact:
@@ -136,40 +129,6 @@ def load(source: Path | bytes) -> LoadedArtifact:
             "an unchanged model.redpp written by redpp-serve",
             "package the model again, or fetch the file again if it was copied",
         ) from error
-
-
-def read_safetensors(data: bytes) -> dict[str, Tensor]:
-    """Read all tensors by name: 8 bytes little-endian header length, a JSON header, then the data.
-
-    Raises:
-        ValueError: a header out of bounds, an unknown dtype, or data ranges that overlap, leave gaps or do not
-            match their shapes.
-    """
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > len(data) - 8:
-        raise ValueError("a weights header longer than the file")
-    header = json.loads(data[8 : 8 + length])
-    header.pop("__metadata__", None)
-    body = memoryview(bytearray(data[8 + length :]))
-    tensors: dict[str, Tensor] = {}
-    end = 0
-    for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
-        start, stop = entry["data_offsets"]
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-        if not all(type(size) is int and 0 <= size < 1 << 40 for size in (start, stop, *shape)):
-            raise ValueError(f"tensor {name[:60]!r} has a shape or data range of other than sizes")
-        if start != end or stop - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"tensor {name[:60]!r} has a data range that does not fit its shape or neighbours")
-        end = stop
-        if stop > len(body):
-            raise ValueError(f"tensor {name[:60]!r} ends past the end of the file")
-        if stop == start:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-        else:
-            tensors[name] = torch.frombuffer(body[start:stop], dtype=torch.uint8).clone().view(dtype).view(shape)
-    if end != len(body):
-        raise ValueError("bytes behind the last tensor")
-    return tensors
 
 
 def _parse(document: dict[str, Any], stored: dict[str, Tensor]) -> Graph:

@@ -55,17 +55,26 @@ def find_layers(graph: Graph) -> list[Layer]:
     return list(_layers(graph))
 
 
-@once_per_graph
-def _layers(graph: Graph) -> list[Layer]:
-    users, shapes = graph.users(), value_shapes(graph)
-    layers = []
+def layer_calls(graph: Graph) -> list[Node]:
+    """List the calls that `find_layers` describes; that needs no shapes of values."""
+    users, calls = graph.users(), []
     for node in graph.nodes:
         if node.op not in (CONV, LINEAR) or not isinstance(node.args[1], Ref):
             continue
+        bias = node.argument(2)
+        stored = (node.args[1].name, bias.name if isinstance(bias, Ref) else None)
+        if all(name in graph.tensors and len(users[name]) == 1 for name in stored if name):
+            calls.append(node)
+    return calls
+
+
+@once_per_graph
+def _layers(graph: Graph) -> list[Layer]:
+    shapes = value_shapes(graph)
+    layers = []
+    for node in layer_calls(graph):
         weight, bias = node.args[1].name, node.argument(2)
         bias = bias.name if isinstance(bias, Ref) else None
-        if any(name not in graph.tensors or len(users[name]) > 1 for name in (weight, bias) if name):
-            continue
         shape, out = tuple(graph.tensors[weight].shape), shapes[node.name]
         conv = node.op == CONV
         geometry = conv2d_geometry(node) if conv else ((1, 1), (0, 0), (1, 1), 1)

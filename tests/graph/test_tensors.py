@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from redpp_serve.graph.artifact import DTYPES, read_safetensors
+from redpp_serve.graph.tensor_file import DTYPES, read_safetensors
 from tests.attacks.artifacts import safetensors_bytes
 from tests.attacks.files import SAFETENSORS, entry
 

@@ -1,0 +1,119 @@
+"""The safetensors format, read strictly and written in parts, so that an archive serves where only torch is installed.
+
+A file is 8 bytes little-endian header length, a JSON header, then the tensors' data without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_METADATA = "__metadata__"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies in a file: dtype, shape, and its range of bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class TensorFile:
+    """A file's tensors by name, each read when it is asked for.
+
+    Args:
+        data: the file's bytes, or a map of them.
+
+    Attributes:
+        entries: name -> where the tensor lies, in the order of the data.
+        metadata: the header's texts by name.
+
+    Raises:
+        ValueError: a header out of bounds, an unknown dtype, or data ranges that overlap, leave gaps or do not
+            match their shapes.
+    """
+
+    def __init__(self, data: bytes | mmap.mmap) -> None:
+        length = int.from_bytes(data[:8], "little")
+        if len(data) < 8 or length > len(data) - 8:
+            raise ValueError("a weights header longer than the file")
+        header = json.loads(data[8 : 8 + length])
+        self.metadata: dict[str, Any] = header.pop(_METADATA, None) or {}
+        self.entries: dict[str, Stored] = {}
+        self._data, end, base = data, 0, 8 + length
+        for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
+            start, stop = entry["data_offsets"]
+            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+            if not all(type(size) is int and 0 <= size < 1 << 40 for size in (start, stop, *shape)):
+                raise ValueError(f"tensor {name[:60]!r} has a shape or data range of other than sizes")
+            if start != end or stop - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"tensor {name[:60]!r} has a data range that does not fit its shape or neighbours")
+            end = stop
+            if base + stop > len(data):
+                raise ValueError(f"tensor {name[:60]!r} ends past the end of the file")
+            self.entries[name] = Stored(dtype, tuple(shape), base + start, base + stop)
+        if base + end != len(data):
+            raise ValueError("bytes behind the last tensor")
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        if entry.stop == entry.start:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        own = bytearray(self._data[entry.start : entry.stop])
+        return torch.frombuffer(own, dtype=torch.uint8).view(entry.dtype).view(entry.shape)
+
+
+def read_safetensors(data: bytes) -> dict[str, Tensor]:
+    """Read all tensors by name.
+
+    Raises:
+        ValueError: see `TensorFile`.
+    """
+    file = TensorFile(data)
+    return {name: file[name] for name in file.entries}
+
+
+def safetensors_parts(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[Tensor], metadata: Mapping[str, str]
+) -> Iterator[bytes]:
+    """Yield the bytes of a file of tensors of one dtype, tensor by tensor.
+
+    Args:
+        shapes: name -> shape, in the order of the file.
+        dtype: the dtype of all of them.
+        tensors: the tensors in that order, on the CPU; each is asked for when its bytes are needed.
+        metadata: texts for the header.
+    """
+    header: dict[str, Any] = {_METADATA: dict(metadata)}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data is aligned
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors:
+        yield tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
