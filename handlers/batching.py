@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 
 from redpp_serve.errors import RedppError
+from redpp_serve.graph.artifact import load
 from redpp_serve.graph.passes import check_precision
 from redpp_serve.handlers.metrics import Metrics
+from redpp_serve.handlers.wire import OBSERVE_FILE_VARIABLE, OBSERVE_VARIABLE
 from redpp_serve.runtime.model import ServingModel
+from redpp_serve.runtime.observer import Observer
 from redpp_serve.runtime.planner import PLAN_SECONDS
+from redpp_serve.variants import ORIGINAL
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +84,33 @@ def _plan_seconds() -> float:
     return seconds
 
 
+def open_observer(artifact: Path, model: ServingModel) -> Observer | None:
+    """Begin to observe what the original's layers read; None for the pruned network, or where nobody asks for it.
+
+    Args:
+        artifact: the file that the model was loaded from.
+        model: the loaded model.
+
+    Raises:
+        RedppError: `OBSERVE_VARIABLE` is not a positive integer, or `OBSERVE_FILE_VARIABLE` no absolute path.
+    """
+    text = os.environ.get(OBSERVE_VARIABLE)
+    if not text or model.description["variant"] != ORIGINAL.name:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise RedppError(
+            f"{OBSERVE_VARIABLE} is {text[:40]!r}",
+            "how many requests there are for each that is observed, such as 10",
+            f"correct or unset {OBSERVE_VARIABLE}",
+        )
+    path = os.environ.get(OBSERVE_FILE_VARIABLE, "")
+    if not os.path.isabs(path):
+        raise RedppError(
+            f"{OBSERVE_FILE_VARIABLE} is {path!r}", "the absolute path of a file", f"set {OBSERVE_FILE_VARIABLE}"
+        )
+    return Observer(load(artifact).graph, int(text), Path(path))
+
+
 def describe(metrics: Metrics, model: ServingModel) -> None:
     """Record the model's fixed figures and its plan."""
     info, plan = model.description["info"], model.plan
@@ -87,8 +118,12 @@ def describe(metrics: Metrics, model: ServingModel) -> None:
     metrics.plan(plan.precision, plan.digest, {batch: plan.counts(batch) for batch in plan.batches})
 
 
-def run_network(model: ServingModel, inputs: Sequence[Tensor], metrics: Metrics | None) -> tuple[Tensor, ...]:
+def run_network(
+    model: ServingModel, inputs: Sequence[Tensor], metrics: Metrics | None, observer: Observer | None = None
+) -> tuple[Tensor, ...]:
     """Return the network's outputs (N, ...) for inputs (N, ...), and record them as one run.
+
+    An observer gets references to the inputs, which nobody may write to afterwards.
 
     Raises:
         RuntimeError: the outputs are not one row for each row of the inputs.
@@ -100,6 +135,8 @@ def run_network(model: ServingModel, inputs: Sequence[Tensor], metrics: Metrics 
         raise RuntimeError(f"outputs of shapes {[tuple(o.shape) for o in outputs]} for a batch of {rows}")
     if metrics:
         metrics.inference(time.perf_counter() - start)
+    if observer:
+        observer.offer(inputs)
     return outputs
 
 

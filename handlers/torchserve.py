@@ -23,6 +23,7 @@ from redpp_serve.handlers.batching import (
     NOT_FINITE,
     describe,
     load_model,
+    open_observer,
     run_network,
     set_threads,
     together_or_alone,
@@ -33,6 +34,7 @@ from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.handlers.prometheus import open_metrics
 from redpp_serve.handlers.wire import HANDLER_HEADER, OUTPUTS_KEY, VARIANT_HEADER, write_seconds
 from redpp_serve.runtime.model import ServingModel
+from redpp_serve.runtime.observer import Observer
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class RedppHandler:
     model: ServingModel
     preprocess: Preprocess | None
     metrics: Metrics | None
+    observer: Observer | None
     variant: str
 
     def initialize(self, context: Any) -> None:
@@ -91,6 +94,7 @@ class RedppHandler:
         self.metrics = open_metrics(labels, device)
         if self.metrics:
             describe(self.metrics, self.model)
+        self.observer = open_observer(artifact, self.model)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """Return one JSON body for each request of the batch; statuses and headers go through ``context``."""
@@ -136,7 +140,7 @@ class RedppHandler:
 
     def _run(self, replies: list[_Reply]) -> tuple[Tensor, ...]:
         columns = zip(*(reply.tensors for reply in replies), strict=True)
-        return run_network(self.model, [torch.stack(column) for column in columns], self.metrics)
+        return run_network(self.model, [torch.stack(column) for column in columns], self.metrics, self.observer)
 
 
 def _preprocess(model: ServingModel) -> Preprocess | None:

@@ -24,6 +24,7 @@ from redpp_serve.handlers.batching import (
     NOT_FINITE,
     describe,
     load_model,
+    open_observer,
     run_network,
     set_threads,
     together_or_alone,
@@ -32,6 +33,7 @@ from redpp_serve.handlers.metrics import Metrics, ModelLabels
 from redpp_serve.handlers.triton_metrics import TritonBinding
 from redpp_serve.handlers.wire import HANDLER_PARAMETER, output_name, write_seconds
 from redpp_serve.runtime.model import ServingModel
+from redpp_serve.runtime.observer import Observer
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +61,13 @@ class RedppModel:
         artifact: the file; set by the generated ``model.py``, which lies beside it.
         model: the loaded network.
         metrics: None where the server collects none. Triton's warm-up requests are not counted.
+        observer: None where nobody asks for moments. Triton's warm-up requests are not observed.
     """
 
     artifact: Path
     model: ServingModel
     metrics: Metrics | None
+    observer: Observer | None
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the artifact, choose its kernels, run every batch bucket, and open the metrics.
@@ -99,6 +103,7 @@ class RedppModel:
             describe(self.metrics, self.model)
         except Exception as error:  # what Triton raises where its metrics are turned off
             log.warning("metrics are off: %s", error)
+        self.observer = open_observer(self.artifact, self.model)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Return one response for each request, with the network's outputs or that request's own error."""
@@ -116,7 +121,9 @@ class RedppModel:
         return responses
 
     def finalize(self) -> None:
-        """Hand over the metrics that are still on their way."""
+        """Hand over the metrics and the observed moments that are still on their way."""
+        if self.observer:
+            self.observer.close()
         self.metrics = None
         self._binding.close()
 
@@ -148,7 +155,9 @@ class RedppModel:
             return
 
         def run(some: list[_Request]) -> tuple[Tensor, ...]:
-            return run_network(self.model, [x[some[0].rows.start : some[-1].rows.stop] for x in batch], self._counting)
+            rows = slice(some[0].rows.start, some[-1].rows.stop)
+            observer = None if self._uncounted else self.observer
+            return run_network(self.model, [x[rows] for x in batch], self._counting, observer)
 
         for group, outputs in together_or_alone(items, run):
             if outputs is None:

@@ -1,4 +1,4 @@
-"""Names and encodings of what a reply carries, for both of its ends.
+"""Names and encodings of what a reply carries, for both of its ends, and of what a handler is told to do.
 
 The handlers write replies with this module, `comparison` reads them with it, and tests/wires checks the two together.
 TorchServe's handler answers ``{"outputs": [...]}`` with headers, Triton's model tensors with response parameters. It
@@ -13,6 +13,8 @@ HANDLER_HEADER = "X-Redpp-Handler-Ms"  # on every reply: the batch's time in the
 VARIANT_HEADER = "X-Redpp-Variant"  # on every reply: ``original`` or ``pruned``
 HANDLER_PARAMETER = "redpp_handler_ms"  # the same time as a response parameter, where the back end takes those
 OUTPUTS_KEY = "outputs"
+OBSERVE_VARIABLE = "REDPP_OBSERVE"  # environment of a server: one request to the original in so many is observed
+OBSERVE_FILE_VARIABLE = "REDPP_OBSERVE_FILE"  # and the file that its moments are added to
 
 
 def output_name(index: int) -> str:

@@ -21,6 +21,7 @@ from redpp_serve.options import (
     SERVERS,
     ComparisonOptions,
     Limits,
+    ObserveOptions,
     Options,
     PlanOptions,
     ServerOptions,
@@ -209,8 +210,8 @@ COMMANDS = {
     "serve": Command(
         commands.serve,
         "serve both versions on the loopback address",
-        (ServerOptions,),
-        ("serve dist/model", "serve dist/model --server triton --workers 2"),
+        (ServerOptions, ObserveOptions),
+        ("serve dist/model", "serve dist/model --server triton --workers 2", "serve dist/model --observe"),
     ),
     "promote": Command(
         commands.promote,
@@ -242,7 +243,7 @@ COMMANDS = {
     "ab start": Command(
         commands.ab_start,
         "start server and gateway, and return when they take requests",
-        (StartOptions, Limits, GatewayOptions),
+        (StartOptions, Limits, GatewayOptions, ObserveOptions),
         ("ab start dist/model --split 90:10 --sticky-header X-User-Id", "ab start dist/model --shadow"),
     ),
     "ab status": Command(

@@ -16,6 +16,7 @@ from redpp_serve.options import (
     RATIO,
     ComparisonOptions,
     Limits,
+    ObserveOptions,
     Options,
     PlanOptions,
     ServerOptions,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from redpp_serve.ab.spec import Spec
     from redpp_serve.capture import Captured
     from redpp_serve.handlers.preprocess import Preprocess
+    from redpp_serve.serving.observing import Observing
 
 Run = Callable[[argparse.Namespace], None]
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -112,7 +114,7 @@ def serve(options: argparse.Namespace) -> None:
     """Serve both versions until a signal."""
     from redpp_serve.serving.serve import serve as serve_folder
 
-    serve_folder(options.folder, from_arguments(ServerOptions, options), note=_say)
+    serve_folder(options.folder, from_arguments(ServerOptions, options), observe=_observing(options), note=_say)
 
 
 def promote(options: argparse.Namespace) -> None:
@@ -239,6 +241,13 @@ def _captured(options: argparse.Namespace) -> Captured:
     return capture_file(options.file, inputs, arch=options.arch, arch_args=arch_args, trust=options.trust_file)
 
 
+def _observing(options: argparse.Namespace) -> Observing | None:
+    from redpp_serve.serving.observing import observing
+
+    wanted = from_arguments(ObserveOptions, options)
+    return observing(options.folder, wanted.observe, wanted.observe_to)
+
+
 def _spec(options: argparse.Namespace) -> Spec:
     from redpp_serve.ab.spec import Spec, parse_split
 
@@ -255,6 +264,7 @@ def _spec(options: argparse.Namespace) -> Spec:
         workers=options.workers,
         port=options.port,
         auth=not options.demo_auth_off,
+        observe=_observing(options),
     )
 
 

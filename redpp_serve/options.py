@@ -75,7 +75,9 @@ def whole(low: int, high: float = _LARGEST) -> Range:
     return Range(low, high, whole=True)
 
 
-def option(default: Any, text: str, *, metavar: str | None = None, takes: Any = None, flag: str | None = None) -> Any:
+def option(
+    default: Any, text: str, *, metavar: str | None = None, takes: Any = None, flag: str | None = None, bare: Any = None
+) -> Any:
     """Declare one option as a dataclass field.
 
     Args:
@@ -84,8 +86,10 @@ def option(default: Any, text: str, *, metavar: str | None = None, takes: Any = 
         metavar: placeholder of its value in the help.
         takes: the values it takes: a `Range`, a tuple of choices, or a function that reads the text.
         flag: the flag, where it is not the field's name.
+        bare: the value that the flag stands for without one; None where it needs one.
     """
-    return field(default=default, metadata={"help": text, "metavar": metavar, "takes": takes, "flag": flag})
+    metadata = {"help": text, "metavar": metavar, "takes": takes, "flag": flag, "bare": bare}
+    return field(default=default, metadata=metadata)
 
 
 def flag_of(item: Field[Any]) -> str:
@@ -286,6 +290,31 @@ class ServerOptions(Checked):
 
 
 @dataclass(frozen=True)
+class ObserveOptions(Checked):
+    """Whether a server adds up moments of what the original's layers read."""
+
+    observe: int | None = option(
+        None,
+        "add up second moments of what the original's layers read, for one request in N (10 where N is left out), for "
+        "'package --moments'; no input and no output is kept",
+        metavar="N",
+        takes=whole(1),
+        bare=10,
+    )
+    observe_to: Path | None = option(
+        None,
+        "file that the moments are added to (default: FOLDER.moments.safetensors, beside the folder)",
+        metavar="FILE",
+        takes=Path,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.observe_to is not None and self.observe is None:
+            raise refusal(self, "observe_to", "--observe with it")
+
+
+@dataclass(frozen=True)
 class ComparisonOptions(Checked):
     """The load that `redpp-serve compare` sends."""
 
@@ -362,6 +391,8 @@ def add_options(parser: argparse.ArgumentParser, record: type, leave_out: Sequen
             words |= {"choices": takes, "metavar": None}
         elif takes is not None:
             words["type"] = takes.parse if isinstance(takes, Range) else takes
+        if item.metadata["bare"] is not None:
+            words |= {"nargs": "?", "const": item.metadata["bare"]}
         parser.add_argument(flag_of(item), **words)
 
 

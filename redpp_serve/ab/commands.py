@@ -72,7 +72,8 @@ def start(spec: Spec, *, foreground: bool, say: Note, note: Note) -> None:
 
     def ready() -> None:
         last = "Ctrl-C ends the A/B test." if foreground else f"next     {_NEXT.format(_quoted(spec.folder))}"
-        for line in (*_how_to_ask(_find(spec.folder), state), last):
+        told = spec.observe.lines() if spec.observe else []
+        for line in (*told, *_how_to_ask(_find(spec.folder), state), last):
             say(line)
 
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from redpp_serve.errors import RedppError
 from redpp_serve.options import Limits
+from redpp_serve.serving.observing import Observing
 
 TOLERANCE = 0.1  # relative difference up to which outputs agree that are not classes, unless the user sets one
 _PERCENT = r"\d{1,3}(?:\.\d{1,2})?"
@@ -70,6 +71,7 @@ class Spec:
         workers: worker processes of each version.
         port: the first of consecutive ports; None for free ones.
         auth: require a token.
+        observe: how the original observes its requests; None for not at all.
     """
 
     folder: Path
@@ -82,6 +84,7 @@ class Spec:
     workers: int = 1
     port: int | None = None
     auth: bool = True
+    observe: Observing | None = None
 
     def __post_init__(self) -> None:
         if self.sticky is not None and not _HEADER.fullmatch(self.sticky):
@@ -94,16 +97,20 @@ class Spec:
     def to_json(self) -> dict[str, Any]:
         """Return the form that `from_json` reads."""
         candidate = None if self.candidate is None else str(self.candidate)
-        return {**asdict(self), "folder": str(self.folder), "candidate": candidate, "split": str(self.split)}
+        observe = self.observe and {"every": self.observe.every, "file": str(self.observe.file)}
+        plain = {"folder": str(self.folder), "candidate": candidate, "split": str(self.split), "observe": observe}
+        return {**asdict(self), **plain}
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Spec:
         """Read what `to_json` returned."""
+        observe = document.get("observe")
         changed = {
             "folder": Path(document["folder"]),
             "candidate": None if document["candidate"] is None else Path(document["candidate"]),
             "split": parse_split(document["split"]),
             "limits": Limits(**document["limits"]),
+            "observe": observe and Observing(observe["every"], Path(observe["file"])),
         }
         return cls(**{**document, **changed})
 

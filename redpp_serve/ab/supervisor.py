@@ -87,6 +87,8 @@ def supervise(test: Started, state: Path, note: Callable[[str], None], ready: Ca
         options = ServerOptions(spec.kind, spec.workers, server_port, not spec.auth)
         folder = state / PACKAGE if spec.candidate else spec.folder
         server = open_server(folder, options, name=test.name, note=tell)
+        if spec.observe:
+            server.environment |= spec.observe.environment()
         stack.callback(server.stop)
         server.start(guard)
         recorder = _recorder(state, ports.recorder, server, guard) if spec.shadow else None

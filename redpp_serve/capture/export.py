@@ -23,11 +23,11 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from redpp_serve.capture.inputs import sample
 from redpp_serve.errors import RedppError
-from redpp_serve.graph.tensor_file import DTYPES
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.graph.operators import ALLOWED
 from redpp_serve.graph.passes import BATCH_NORM, fold_constants
+from redpp_serve.graph.tensor_file import DTYPES
 
 _IGNORED = ("_assert", "sym_constrain", "_check")
 _IDENTITY = ("aten.alias.default", "aten.detach.default", "aten.lift_fresh.default")

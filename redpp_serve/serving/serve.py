@@ -14,6 +14,7 @@ from redpp_serve.loopback import consecutive_ports
 from redpp_serve.options import ServerOptions
 from redpp_serve.report.folder import not_packaged, read_report
 from redpp_serve.serving.health import sample_request
+from redpp_serve.serving.observing import Observing
 from redpp_serve.serving.running import Running, find, find_all, register
 from redpp_serve.serving.server import LocalServer
 from redpp_serve.serving.switching import switch
@@ -60,18 +61,27 @@ def open_server(
     return kind(folder, name=name, workers=options.workers, ports=ports, auth=not options.demo_auth_off, note=note)
 
 
-def serve(folder: Path, options: ServerOptions = ServerOptions(), *, note: Callable[[str], None] = print) -> None:
+def serve(
+    folder: Path,
+    options: ServerOptions = ServerOptions(),
+    *,
+    observe: Observing | None = None,
+    note: Callable[[str], None] = print,
+) -> None:
     """Serve both versions until Ctrl-C, SIGTERM or SIGHUP, then stop every process that was started.
 
     Args:
         folder: the packaged folder; only read.
         options: which server, and where it listens.
+        observe: have the original add up moments, see `observing.observing`.
         note: takes the lines that say how to ask; progress and warnings go to standard error.
 
     Raises:
         RedppError: not a packaged folder, a server that does not come up, or one that ends by itself.
     """
     server = open_server(folder, options, name=model_name(folder), note=_warn)
+    if observe:
+        server.environment |= observe.environment()
     for other in find_all(folder, options.server):
         _warn(
             f"note: process {other.pid} already serves {folder} with {options.server}; "
@@ -83,7 +93,7 @@ def serve(folder: Path, options: ServerOptions = ServerOptions(), *, note: Calla
                 server.start()
                 running = server.running()
                 with register(running):
-                    for line in _how_to_ask(server, running):
+                    for line in (*(observe.lines() if observe else ()), *_how_to_ask(server, running)):
                         note(line)
                     while True:
                         server.check_alive()

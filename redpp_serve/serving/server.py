@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 from redpp_serve.errors import RedppError
+from redpp_serve.handlers.wire import OBSERVE_FILE_VARIABLE, OBSERVE_VARIABLE
 from redpp_serve.loopback import check_ports, free_ports
 from redpp_serve.processes import Guard, kill_session, started
 from redpp_serve.serving.running import Running
@@ -49,6 +50,7 @@ class LocalServer(ABC):
     Attributes:
         versions: the numbers of the original and of the pruned version in URLs.
         home: its private folder with log and tokens; None when not running.
+        environment: variables for its processes, besides those of this one.
         restarts: when the last few parts that had died were started again, on the clock of ``time.monotonic``.
     """
 
@@ -74,6 +76,7 @@ class LocalServer(ABC):
         self.workers, self.auth = workers, auth
         self.ports: Any = ports or free_ports(self.ports_type)
         self.home: Path | None = None
+        self.environment: dict[str, str] = {}
         self._note = note
         self._leaders: dict[str, subprocess.Popen[bytes]] = {}  # what each is -> the leader of its session
         self._guard: Guard | None = None
@@ -126,6 +129,11 @@ class LocalServer(ABC):
     @abstractmethod
     def _terminate(self) -> None:
         """Ask every process to end, and wait up to `GRACE_S`."""
+
+    def _surroundings(self) -> dict[str, str]:
+        """Return the environment of its processes. Only who starts a server can have it observe requests."""
+        own = {key: value for key, value in os.environ.items() if key not in (OBSERVE_VARIABLE, OBSERVE_FILE_VARIABLE)}
+        return own | self.environment
 
     def _answers(self) -> bool:
         """Return True once all that is not a worker responds too."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import zipfile
@@ -80,7 +79,7 @@ class TorchServe(LocalServer):
             config_properties(self.ports, workers=self.workers, token_minutes=_YEAR_MIN)
         )
         (home / "log4j2.xml").write_text(LOG4J2)
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("TS_")}
+        environment = {k: v for k, v in self._surroundings().items() if not k.startswith("TS_")}
         environment |= {
             "JAVA_HOME": str(self._java),
             "TMPDIR": str(home / "tmp"),

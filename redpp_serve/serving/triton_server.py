@@ -164,7 +164,7 @@ class TritonServer(LocalServer):
         ]
         if not Path("/proc/driver/nvidia/version").exists():
             command.append("--allow-gpu-metrics=false")
-        environment = dict(os.environ)
+        environment = self._surroundings()
         libraries = [*map(str, self._binary.libraries), *filter(None, [environment.get("LD_LIBRARY_PATH")])]
         environment |= {
             # the workers' Python finds this environment's packages by the interpreter that is first in PATH
