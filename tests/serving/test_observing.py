@@ -1,4 +1,4 @@
-"""`--observe`: refused before a server starts where it cannot work; real servers, with the moments of their requests."""
+"""`--observe` is refused before a server starts where it cannot work; real servers give the moments of requests."""
 
 import re
 import shutil
