@@ -113,7 +113,7 @@ def main() -> None:
     result: dict[str, Any] = {"environment": describe_machine(), "targets": TARGETS, "hash": hash_speed()}
     print("hash", result["hash"], flush=True)
     resnet = build(RESNET, {})
-    result["resnet50_exact"] = package_once(resnet, RESNET, "{}", "3x224x224", ["--merge", "exact"])
+    result["resnet50_exact"] = package_once(resnet, RESNET, "{}", "3x224x224", ["--method", "red++"])
     print("resnet50 exact", result["resnet50_exact"], flush=True)
     if options.reconstruct:
         result["resnet50_reconstruct"] = package_once(resnet, RESNET, "{}", "3x224x224", ["--keep", "0.5"])
@@ -125,7 +125,7 @@ def main() -> None:
             f"{__file__}:convolutions",
             json.dumps({"width": width}),
             f"3x{SIDE}x{SIDE}",
-            ["--merge", "exact"],
+            ["--method", "red++"],
         )
         result["scaling"].append({"width": width, **row})
         print("scaling", result["scaling"][-1], flush=True)

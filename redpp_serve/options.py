@@ -17,12 +17,15 @@ from redpp_serve.errors import RedppError
 
 HASHES = ("kde", "kmeans", "uniform")
 NO_HASH = "none"  # leave the weights as they are
-MERGES = ("reconstruct", "exact")
+RED = "red++"
+METHODS = ("narrow", RED)
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 SERVERS = ("torchserve", "triton")
 DEFAULT_MAX_ERROR = 0.1
+FLOOR_ERROR = 0.5  # what is farther from the original is not packaged unless the user says so
+FLOOR_AGREEMENT = 0.3
 DEFAULT_HASH_ERROR = 0.02
-_WIDTHS = ("keep", "target_macs", "target_latency")  # at most one of them
+_WIDTHS = ("keep", "target_macs", "target_latency", "keep_point")  # at most one of them
 
 _LARGEST = 2.0**62  # what still fits a signed integer of 64 bits
 
@@ -155,27 +158,32 @@ class Options(Checked):
     )
     max_error: float | None = option(
         None,
-        "limit of the relative output error on held-out synthetic inputs; without --target and --keep it decides how "
-        f"much is pruned (default then: {DEFAULT_MAX_ERROR})",
+        "limit of the relative output error on inputs that nothing was fitted to, the worst family of them; without "
+        f"--target and --keep it decides how much is pruned (default: {DEFAULT_MAX_ERROR}, beside them {FLOOR_ERROR})",
         metavar="E",
         takes=Range(0.0, 10.0),
     )
     min_agreement: float | None = option(
-        None, "gate: share of those inputs that get the original's top-1 class", metavar="A", takes=SHARE
+        None,
+        "gate: share of those inputs that must get the original's top-1 class, where an output is a classification "
+        f"(default: {FLOOR_AGREEMENT})",
+        metavar="A",
+        takes=SHARE,
     )
     max_accuracy_drop: float | None = option(
         None, "gate: points of accuracy lost on --verify-data", metavar="P", takes=Range(0.0, 100.0)
     )
-    merge: str = option(
-        "reconstruct",
-        "remove channels that the others can reconstruct, or only exact duplicates (default: {default})",
-        takes=MERGES,
+    method: str = option(
+        "narrow",
+        "narrow: remove channels that the others can reconstruct, and hash the fitted weights; red++: hash the weights "
+        "as they are, merge channels that became equal, and nothing else (default: {default})",
+        takes=METHODS,
     )
     hash: str = option("kde", "method that turns weights into codebooks (default: {default})", takes=(*HASHES, NO_HASH))
     hash_error: float | None = option(
         None,
-        f"relative RMS error of each layer's weights (default: {DEFAULT_HASH_ERROR} before merging; after it the "
-        "fewest values per layer, at least 16, that the error budget allows)",
+        f"relative RMS error of each layer's weights (default: {DEFAULT_HASH_ERROR} with --method red++; else the "
+        "fewest values per layer, at least 16, that a tenth of the error budget allows)",
         metavar="E",
         takes=Range(1e-4, 1.0),
     )
@@ -184,18 +192,27 @@ class Options(Checked):
     )
     distil: float = option(
         60.0,
-        "seconds of distillation on synthetic inputs, 0 for none (default: {default:g})",
+        "seconds of distillation at most, within the time budget; 0 for none (default: {default:g})",
         metavar="S",
         takes=SECONDS,
     )
     time_budget: float = option(
-        600.0,
-        "seconds for making inputs and fitting, before distillation (default: {default:g})",
+        300.0,
+        "seconds of this machine, otherwise idle, for the whole run but the final trials (default: {default:g})",
         metavar="S",
         takes=Range(1.0),
     )
     round_to: int = option(8, "make widths multiples of N (default: {default})", metavar="N", takes=whole(1))
     exclude: tuple[str, ...] = option((), "leave these layers alone, such as 'layer4.*'; repeatable", metavar="PATTERN")
+    accept_unmeasured: bool = option(
+        False, "narrow also where inputs of the network's kind can be neither made nor were given"
+    )
+    keep_point: int | None = option(
+        None,
+        "package point K of the frontier that the last run for this folder printed, without a new search",
+        metavar="K",
+        takes=whole(1),
+    )
     seed: int = option(0, "seed of the synthetic inputs (default: {default})", metavar="N", takes=whole(0))
     device: str = option("cpu", "device to prune on (default: cuda where there is one, else cpu)", metavar="DEVICE")
 
@@ -207,8 +224,8 @@ class Options(Checked):
         if len(chosen) > 1:
             first = next(flag_of(item) for item in fields(self) if item.name == chosen[0])
             raise refusal(self, chosen[1], f"not together with {first.rstrip('=')}")
-        if self.merge == "exact" and chosen:
-            raise refusal(self, chosen[0], "no ratio with --merge exact, which removes nothing but duplicates")
+        if self.method == RED and chosen:
+            raise refusal(self, chosen[0], "no ratio with --method red++, which removes nothing but duplicates")
 
     @property
     def hash_target(self) -> HashTarget:
@@ -220,9 +237,23 @@ class Options(Checked):
     @property
     def error_budget(self) -> float | None:
         """The held-out error that decides the widths; None where a ratio does, or nothing lossy is merged."""
-        if self.merge == "exact" or any(getattr(self, name) is not None for name in _WIDTHS):
+        if self.method == RED or any(getattr(self, name) is not None for name in _WIDTHS):
             return None
         return DEFAULT_MAX_ERROR if self.max_error is None else self.max_error
+
+    @property
+    def floor_error(self) -> float | None:
+        """The error above which a result is not packaged; None with --method red++ where no limit was given."""
+        if self.max_error is not None or self.method == RED:
+            return self.max_error
+        return FLOOR_ERROR if self.error_budget is None else DEFAULT_MAX_ERROR
+
+    @property
+    def floor_agreement(self) -> float:
+        """The agreement below which a result is not packaged."""
+        if self.min_agreement is not None:
+            return self.min_agreement
+        return 0.0 if self.method == RED or self.max_error is not None else FLOOR_AGREEMENT
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as plain data for report.json."""

@@ -80,7 +80,7 @@ def _package_small(out: Path) -> None:
         captured(write_model(out.with_name("model"))),
         out,
         name="small",
-        options=Options(merge="exact"),
+        options=Options(method="red++"),
         serving=Serving(4, 1, 1),
         preprocess=Preprocess("L", 12, 12, (SHIFT,), (0.25,)),
     )

@@ -26,7 +26,7 @@ from tests.attacks.files import Net
 from tests.support.small import ARCH, INPUT, arguments, network, write_data, write_model
 
 Run = Callable[..., tuple[int, str, str]]
-FAST = ("--merge", "exact")
+FAST = ("--method", "red++")
 
 
 @pytest.fixture
@@ -355,7 +355,7 @@ def test_words_about_the_network(run: Run, model: Path, tmp_path: Path, kind: st
         (["--keep", "1.5"], "--keep: '1.5' is not a number above 0 and at most 1"),
         (["--keep", "nan"], "--keep: 'nan' is not a number above 0"),
         (["--keep", "half"], "--keep"),
-        (["--keep", "0.5", "--merge", "exact"], "--keep"),
+        (["--keep", "0.5", "--method", "red++"], "--keep"),
         (["--target", "macs"], "--target: 'macs' is not macs=R or latency=R with a share R above 0 and at most 1"),
         (["--target", "0.5"], "--target: '0.5' is not macs=R or latency=R"),
         (["--target", "bytes=0.5"], "--target: 'bytes=0.5' is not macs=R or latency=R"),
@@ -365,8 +365,8 @@ def test_words_about_the_network(run: Run, model: Path, tmp_path: Path, kind: st
         (["--target", "latency=1.01"], "--target: 'latency=1.01' is not"),
         (["--target", "macs=0.5", "--keep", "0.5"], "--target macs=0.5. Expected: not together with --keep"),
         (
-            ["--target", "latency=0.5", "--merge", "exact"],
-            "--target latency=0.5. Expected: no ratio with --merge exact",
+            ["--target", "latency=0.5", "--method", "red++"],
+            "--target latency=0.5. Expected: no ratio with --method red++",
         ),
         (["--distil", "-1"], "--distil: '-1' is not a number from 0 to 1e\\+06"),
         (["--distil", "inf"], "--distil: 'inf' is not a number from 0 to"),

@@ -69,10 +69,10 @@ def test_the_limits_themselves_are_allowed(values):
 def test_options_that_contradict_each_other():
     with pytest.raises(RedppError, match="--hash-error or --hash-values"):
         Options(hash_error=0.1, hash_values=4)
-    with pytest.raises(RedppError, match="--keep is 0.5.*--merge exact"):
-        Options(merge="exact", keep=0.5)
-    with pytest.raises(RedppError, match="--target latency=0.5.*--merge exact"):
-        Options(merge="exact", target_latency=0.5)
+    with pytest.raises(RedppError, match="--keep is 0.5.*--method red++"):
+        Options(method="red++", keep=0.5)
+    with pytest.raises(RedppError, match="--target latency=0.5.*--method red++"):
+        Options(method="red++", target_latency=0.5)
 
 
 @pytest.mark.parametrize(

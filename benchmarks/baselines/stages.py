@@ -23,7 +23,7 @@ def stage_rows(subject: Subject) -> list[dict[str, Any]]:
 
     A hashed weight is stored as its codebook and packed indices, a split one as unique kernels and indices.
     """
-    options = Options(merge="exact")
+    options = Options(method="red++")
     layers = find_layers(subject.graph)
     hashed = {
         layer.weight: hash_weight(subject.graph.tensors[layer.weight], options.hash, options.hash_target).weight

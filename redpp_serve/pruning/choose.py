@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,12 +16,12 @@ from redpp_serve.errors import GateFailed
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import mac_count
 from redpp_serve.options import Options
-from redpp_serve.pruning.effort import Effort
+from redpp_serve.pruning.effort import Effort, spent
 from redpp_serve.pruning.fit import Fitting, Reconstruction, quick_fit, reconstruct, then
+from redpp_serve.pruning.judge import Difference, Reference
 from redpp_serve.pruning.latency import layer_model, paired_latency
 from redpp_serve.pruning.observation import observe, select
 from redpp_serve.pruning.repair import repair_batch_norm
-from redpp_serve.pruning.verification import Reference
 from redpp_serve.pruning.widths import (
     NarrowingPath,
     PathPoint,
@@ -33,10 +32,12 @@ from redpp_serve.pruning.widths import (
     uniform,
 )
 
-FIT_IMAGES = 160  # more inputs hardly change a least-squares fit, and each costs time
 _FIT_SHARE = 0.9  # share of the error budget for narrowing; the rest is for the final codebooks
 _LATENCY_ROUNDS = 3
 _SLACK = 0.005  # a latency is met when the measured ratio is within this of the target
+_CHECKED = 64  # inputs of the judge that choose ridges and the order of widths
+_FRONTIER_SHARE = 0.1  # of the time budget, for networks that are not chosen
+_DENSER = 1.5  # power by which the frontier's points lie denser near the whole network
 _TOO_CLOSE = 0.02  # of all multiply-accumulates: nearer to the chosen network the frontier shows no other
 
 
@@ -49,13 +50,15 @@ class Narrowed:
         kept: maps a value's name to the positions that it still has of the original's.
         widths: the number of channels of each set.
         records: what fitting did to each narrowed set.
-        seconds: time that it took.
+        error: the judge's.
+        seconds: time that it took, by `effort.spent`.
     """
 
     graph: Graph
     kept: Kept
     widths: Mapping[str, int]
     records: list[Reconstruction]
+    error: float
     seconds: float
 
 
@@ -66,10 +69,11 @@ class FrontierPoint:
     Attributes:
         graph: the network.
         macs: multiply-accumulates for one input.
-        error: relative output error on held-out inputs.
+        judged: the judge's comparison with the original; None for the original itself.
         predicted: the error that was predicted, where it was.
         chosen: whether this is the result of the run.
         macs_ratio: ``macs`` as a share of the original's.
+        widths: number of channels of each set, for a later run.
         latency_ratio: measured latency as a share of the original's.
         latency_low: lower end of its 95 % interval.
         latency_high: upper end of its 95 % interval.
@@ -77,13 +81,24 @@ class FrontierPoint:
 
     graph: Graph
     macs: int
-    error: float
+    judged: Difference | None
     predicted: float | None
     chosen: bool
     macs_ratio: float
+    widths: Mapping[str, int]
     latency_ratio: float = 1.0
     latency_low: float | None = None
     latency_high: float | None = None
+
+    @property
+    def error(self) -> float:
+        """The relative output error on the worst family of inputs."""
+        return self.judged.error if self.judged else 0.0
+
+    @property
+    def agreement(self) -> float | None:
+        """The share of inputs with the original's top-1 class, on the worst family; None without classes."""
+        return self.judged.agreement if self.judged else None
 
     @property
     def flag(self) -> str:
@@ -92,8 +107,9 @@ class FrontierPoint:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report's figures."""
-        names = ("macs", "macs_ratio", "error", "latency_ratio", "latency_low", "latency_high", "chosen", "flag")
-        return {**{name: getattr(self, name) for name in names}, "predicted_error": self.predicted}
+        names = ("macs", "macs_ratio", "error", "agreement", "latency_ratio", "latency_low", "latency_high", "chosen")
+        found = {name: getattr(self, name) for name in names}
+        return {**found, "flag": self.flag, "predicted_error": self.predicted, "widths": dict(self.widths)}
 
 
 @dataclass(frozen=True)
@@ -116,13 +132,13 @@ class WidthChoice:
 
 
 class Narrower:
-    """Builds narrowed networks of one coupling from synthetic inputs.
+    """Builds narrowed networks of one coupling.
 
     Args:
-        reference: the original network, whose outputs are the target, on held-out inputs.
+        reference: the original network, whose outputs are the target, on inputs that nothing is fitted to.
         coupling: the network to narrow, and its channel sets.
         merged: what ``coupling.graph`` still has of the original's values, where exact merging took some.
-        inputs: (images, ...) for each network input, on the device to compute on; the first `FIT_IMAGES` are fitted to.
+        inputs: (images, ...) for each network input, on the device to compute on, to fit to.
         progress: called with steps done and in all.
         frozen: weights that stay as they are.
     """
@@ -136,40 +152,45 @@ class Narrower:
         progress: Callable[[int, int], None] = lambda done, total: None,
         frozen: frozenset[str] = frozenset(),
     ) -> None:
-        self.reference, self.coupling, self.progress = reference, coupling, progress
-        self.inputs = tuple(x[:FIT_IMAGES] for x in inputs)
-        self._fitting = Fitting(reference.original, coupling, self.inputs, merged, frozen)
-        self.observed = observe(coupling, self.inputs, progress)
+        self.reference, self.coupling, self.progress, self.inputs = reference, coupling, progress, inputs
+        self._check = tuple(x[:_CHECKED].to(inputs[0].device) for x in reference.inputs)
+        self._fitting = Fitting(reference.original, coupling, inputs, self._check, merged, frozen)
+        self.observed = observe(coupling, inputs, progress)
         self.selections = select(self.observed)
-        self._last: Narrowed | None = None
+        self._built: dict[tuple[tuple[str, int], ...], Narrowed] = {}
 
     def set_errors(self) -> dict[str, Tensor]:
         """Return the squared relative output error of each open set at each width; see `measure_errors`."""
-        held_out = [x.to(self.inputs[0].device) for x in self.reference.inputs]
-        return measure_errors(self.observed, self.selections, held_out, self.progress)
+        return measure_errors(self.observed, self.selections, self._check, self.progress)
 
     def kept(self, widths: Mapping[str, int]) -> dict[str, Tensor]:
         """Return the channels that stay at these widths, for the sets that lose some."""
         full = {channel_set.name: channel_set.channels for channel_set in self.coupling.open}
         return {name: self.selections[name].kept(width) for name, width in widths.items() if width < full[name]}
 
-    def build(self, widths: Mapping[str, int]) -> Narrowed:
-        """Narrow, fit the readers, repair the norms; the last network is kept for the next call."""
-        if self._last is None or self._last.widths != dict(widths):
-            start, kept = time.monotonic(), self.kept(widths)
-            places = then(self._fitting.merged, self.coupling.kept(kept))
-            graph, records = reconstruct(self._fitting, kept, quick_fit(self.observed, kept), self.progress)
-            graph = repair_batch_norm(graph, self.reference.original, self.inputs, places)
-            self._last = Narrowed(graph, places, dict(widths), records, time.monotonic() - start)
-        return self._last
+    def quick(self, widths: Mapping[str, int]) -> Graph:
+        """Narrow, with the readers that follow from the moments alone."""
+        return quick_fit(self.observed, self.kept(widths))
 
-    def error(self, widths: Mapping[str, int]) -> float:
-        """Return the relative output error on held-out inputs of the network with these widths."""
-        return self.reference.error(self.build(widths).graph)
+    def build(self, widths: Mapping[str, int]) -> Narrowed:
+        """Narrow, fit the readers layer by layer and repair the norms, each as far as the judge finds it better."""
+        key = tuple(sorted(widths.items()))
+        if key not in self._built:
+            start, kept = spent(), self.kept(widths)
+            places = then(self._fitting.merged, self.coupling.kept(kept))
+            best = quick = quick_fit(self.observed, kept)
+            error = self.reference.error(quick)
+            fitted, records = reconstruct(self._fitting, kept, quick, self.progress)
+            for graph in (fitted, repair_batch_norm(fitted, self.reference.original, self.inputs, places)):
+                found = self.reference.error(graph)
+                if not found >= error:
+                    best, error = graph, found
+            self._built[key] = Narrowed(best, places, dict(widths), records, error, spent() - start)
+        return self._built[key]
 
 
 def choose(
-    narrower: Narrower, options: Options, effort: Effort, deadline: float, frontier_deadline: float
+    narrower: Narrower, options: Options, effort: Effort, left: Callable[[], float], widths: Mapping[str, int] | None
 ) -> WidthChoice:
     """Pick widths as the options ask, build that network, and measure the frontier.
 
@@ -177,13 +198,16 @@ def choose(
         narrower: builds the networks.
         options: the user's options.
         effort: how much work to spend on latencies and on the frontier.
-        deadline: time.monotonic() at which the search for widths ends.
-        frontier_deadline: time.monotonic() at which the frontier ends.
+        left: says how many seconds are left for the search and the frontier.
+        widths: the widths, where they are known from an earlier run.
 
     Raises:
         GateFailed: a target that no network on the path reaches.
     """
-    coupling, errors = narrower.coupling, narrower.set_errors()
+    coupling = narrower.coupling
+    if widths is not None:
+        return WidthChoice(narrower.build(widths), f"--keep-point {options.keep_point}")
+    errors = narrower.set_errors()
     shapes, cost = ShapeModel(coupling), None
     if options.target_latency is not None:
         cost = layer_model(coupling.graph, options.device, effort.latency_seconds).predict
@@ -208,18 +232,18 @@ def choose(
         def measure(point: PathPoint) -> float:
             nonlocal cut_short
             tried.append(point)
-            cut_short = cut_short or time.monotonic() > deadline
-            return math.inf if cut_short else narrower.error(point.widths)
+            cut_short = cut_short or left() < 0
+            return math.inf if cut_short else narrower.build(point.widths).error
 
         index = search_error(path, measure, _FIT_SHARE * limit)
+        widths, why = dict(path.points[index].widths), f"error budget {limit:g}, {len(tried)} networks built"
         if index == 0:
             why = f"no narrower network stays within the error budget of {limit:g}"
-            return WidthChoice(None, why, path.left, cut_short=cut_short)
-        widths, why = dict(path.points[index].widths), f"error budget {limit:g}, {len(tried)} networks built"
     if all(width == whole.get(name, width) for name, width in widths.items()):
-        return WidthChoice(None, f"{why}: nothing is narrowed", path.left, cut_short=cut_short)
+        points = _frontier(path, narrower, None, effort.frontier_points, _FRONTIER_SHARE * options.time_budget)
+        return WidthChoice(None, f"{why}: nothing is narrowed", path.left, points, cut_short)
     chosen = narrower.build(widths)
-    points = _frontier(path, narrower, chosen, effort.frontier_points, frontier_deadline)
+    points = _frontier(path, narrower, chosen, effort.frontier_points, _FRONTIER_SHARE * options.time_budget)
     return WidthChoice(chosen, why, path.left, points, cut_short)
 
 
@@ -255,30 +279,34 @@ def _for_latency(path: NarrowingPath, narrower: Narrower, wanted: float, device:
 
 
 def _frontier(
-    path: NarrowingPath, narrower: Narrower, chosen: Narrowed, count: int, deadline: float
+    path: NarrowingPath, narrower: Narrower, chosen: Narrowed | None, count: int, seconds: float
 ) -> tuple[FrontierPoint, ...]:
-    """Pick points over the whole range; their networks are fitted as the chosen one was, while the time lasts."""
+    """Pick points over the whole range; their networks are fitted as the chosen one was, where that takes no longer.
+
+    Otherwise they are quick fits from the moments, which cost little.
+    """
+    whole_fit = chosen is not None and count * chosen.seconds < seconds
     reference, shapes = narrower.reference, ShapeModel(narrower.coupling)
     macs = mac_count(reference.original)
     costs = [shapes.macs(shapes.shapes(point.widths)) for point in path.points]
-    wanted = torch.linspace(costs[0], costs[-1], count).tolist()
+    wanted = [costs[0] - (costs[0] - costs[-1]) * (k / (count - 1)) ** _DENSER for k in range(count)]
     picked = sorted({min(range(len(costs)), key=lambda k: abs(costs[k] - at)) for at in wanted})
-    own = shapes.macs(shapes.shapes(chosen.widths))
+    own = shapes.macs(shapes.shapes(chosen.widths)) if chosen else -1
     found = []
     for index in picked:
         point, cost = path.points[index], costs[index]
-        if point.widths == chosen.widths or (index and abs(cost - own) < _TOO_CLOSE * macs):
+        if chosen and (point.widths == chosen.widths or (index and abs(cost - own) < _TOO_CLOSE * macs)):
             continue
         if not index:
-            graph, error = reference.original, 0.0
-        elif time.monotonic() + chosen.seconds < deadline:
-            graph = narrower.build(point.widths).graph
-            error = reference.error(graph)
+            graph, judged = reference.original, None
         else:
-            continue
-        found.append(FrontierPoint(graph, cost, error, point.predicted, False, cost / macs))
-    known = next((point.predicted for point in path.points if point.widths == chosen.widths), None)
-    found.append(FrontierPoint(chosen.graph, own, reference.error(chosen.graph), known, True, own / macs))
+            graph = narrower.build(point.widths).graph if whole_fit else narrower.quick(point.widths)
+            judged = reference.compare(graph)
+        found.append(FrontierPoint(graph, cost, judged, point.predicted, False, cost / macs, point.widths))
+    if chosen:
+        known = next((point.predicted for point in path.points if point.widths == chosen.widths), None)
+        judged = reference.compare(chosen.graph)
+        found.append(FrontierPoint(chosen.graph, own, judged, known, True, own / macs, chosen.widths))
     return tuple(sorted(found, key=lambda point: -point.macs))
 
 

@@ -20,18 +20,17 @@ from redpp_serve.graph.executor import Program, value_shapes
 from redpp_serve.graph.graph import Graph, Node
 from redpp_serve.graph.layers import mac_count
 from redpp_serve.pruning.checkpoint import Checkpoint, fingerprint
+from redpp_serve.pruning.effort import spent
+from redpp_serve.pruning.judge import Reference
 from redpp_serve.pruning.student import Student, update_macs
-from redpp_serve.pruning.verification import Reference
 
-# Assumed speed and overheads in multiply-accumulates. Constants, not measurements: the number of steps, and with it
-# the result, must be the same on every machine of a kind.
-_TRAINING_MACS_PER_SECOND = {"cpu": 20e9, "cuda": 2e12}
-_INPUT_MACS = 10**7
-_STEP_MACS = {"cpu": 2e8, "cuda": 3e10}
+_UPDATE_MACS_PER_SECOND = 20e9  # of the step that follows a gradient, which is matrix products alone
+_STEP_SECONDS = 0.01
+_BACKWARD = 3.0  # cost of a forward and backward pass, in forward passes
 _BATCHES = (64, 32, 16)  # small ones learn more in the same time, down to what keeps a gradient steady
 _ENOUGH_STEPS = 1000  # from here on, time goes into larger batches
 _BATCH_BYTES = 2**31  # limit for all values of a batch together
-_FEWEST_STEPS = 10
+_FEWEST_STEPS, _MOST_STEPS = 10, 4000
 _MOST_VALUES = 16
 _EVALUATIONS = 8
 _EXAMINED_AT_ONCE = 16
@@ -112,20 +111,29 @@ class Distilled:
     reproducible: bool
 
 
-def schedule(pruned: Graph, original: Graph, seconds: float, device: str = "cpu") -> Schedule:
-    """Return the steps that fit into ``seconds``: a pure function of both networks' cost and the kind of device."""
-    kind = device.split(":")[0]
-    macs = 3 * mac_count(pruned) + mac_count(original) + _INPUT_MACS
-    fixed = update_macs(pruned) + _STEP_MACS[kind]
+def schedule(pruned: Graph, original: Graph, seconds: float, pace: float, examined: int = 0) -> Schedule:
+    """Return the steps that fit into a time; a pure function of its arguments.
+
+    Args:
+        pruned: the network to train.
+        original: the network that it learns from.
+        seconds: the time.
+        pace: seconds of the original for one input, see `effort.pace`.
+        examined: number of inputs of each examination.
+    """
+    share = mac_count(pruned) / max(mac_count(original), 1)
+    image = pace * (1 + _BACKWARD * share)
+    fixed = update_macs(pruned) / _UPDATE_MACS_PER_SECOND + _STEP_SECONDS
+    left = seconds - _EVALUATIONS * examined * pace * share
 
     def affordable(batch: int) -> int:
-        return int(seconds * _TRAINING_MACS_PER_SECOND[kind] / (macs * batch + fixed))
+        return max(0, int(left / (image * batch + fixed)))
 
     batch = next((batch for batch in _BATCHES if affordable(batch) >= _ENOUGH_STEPS), _BATCHES[-1])
     values = sum(math.prod(shape) for graph in (pruned, original) for shape in value_shapes(graph).values())
     while batch > 4 and batch * values * 4 > _BATCH_BYTES:
         batch //= 2
-    return Schedule(affordable(batch), batch)
+    return Schedule(min(affordable(batch), _MOST_STEPS), batch)
 
 
 def distil(
@@ -145,7 +153,7 @@ def distil(
         schedule: number of steps and inputs per step.
         seed: of the mixtures of inputs.
         device: where to train.
-        deadline: value of time.monotonic() at which to stop.
+        deadline: value of `effort.spent` at which to stop.
         checkpoint: file that keeps the state, so that an interrupted run goes on from there.
         progress: called with the number of steps done and in all.
     """
@@ -211,7 +219,7 @@ class _Training:
                 return "diverged"
             self.step += 1
             progress(self.step, total)
-            late = time.monotonic() > deadline and self.step < total
+            late = spent() > deadline and self.step < total
             if self.step % every == 0 or self.step == total or late:
                 self._examine()
             if late:

@@ -17,12 +17,13 @@ from redpp_serve.graph.layers import Layer, mac_count
 from redpp_serve.options import HashTarget
 from redpp_serve.pruning.density import build_grid
 from redpp_serve.pruning.hashing import Hashed, fit_codebook, hash_weight, quantise
+from redpp_serve.pruning.judge import squared_error
 from redpp_serve.pruning.piecewise import Piecewise, chunk_size
-from redpp_serve.pruning.verification import squared_error
 
 LEVELS = (16, 32, 64, 128, 256)
 METHOD = "kmeans"  # the lowest error of the three at a given number of values
-_PROBE_MACS = 1e12  # limit on the cost of all measurements together
+_MOST_IMAGES = 40
+_PROBE_MACS = 2e11  # limit on the cost of all measurements together
 _ROUNDS = 6
 
 
@@ -60,7 +61,7 @@ def hash_within(
         progress: called with layers done and in all.
         probe_macs: limit on the multiply-accumulates of all measurements together.
     """
-    few = max(2, int(probe_macs // max(1, len(layers) * mac_count(graph))))
+    few = min(_MOST_IMAGES, max(5, int(probe_macs // max(1, len(layers) * mac_count(graph)))))
     inputs = tuple(x[:few] for x in inputs)
     run = Piecewise(graph, inputs, chunk_size(graph, len(inputs[0])))
     expected = list(run.outputs())

@@ -24,12 +24,13 @@ from redpp_serve.graph.executor import Program, value_shapes
 from redpp_serve.graph.graph import Graph, Node, Ref
 from redpp_serve.graph.layers import Layer, find_layers
 from redpp_serve.graph.passes import is_inference_norm, scale_and_shift
-from redpp_serve.pruning.least_squares import Sums, solve
+from redpp_serve.pruning.least_squares import Sums, factor, solve
 from redpp_serve.pruning.observation import Observed, output_axis, samples, spread
 from redpp_serve.pruning.piecewise import Piecewise, chunk_size
 
 _RIDGE = 1e-6  # for channels scaled to unit variance
 _SAMPLES = 128  # output positions per input, unless a layer has many unknowns
+_FEWEST_IMAGES, _SAMPLES_PER_UNKNOWN = 48, 8
 _LEAST_SCALE = 1e-3  # relative to the largest; a batch norm with a smaller scale hides its channel from the fit
 
 
@@ -40,7 +41,8 @@ class Fitting:
     Attributes:
         original: network whose values are the target; its node names are those of ``coupling.graph``.
         coupling: network before narrowing, possibly already hashed and merged, with its channel sets.
-        inputs: synthetic inputs (images, ...), one tensor for each network input, on the device to compute on.
+        inputs: (images, ...) for each network input, on the device to compute on.
+        check: inputs of other families, which choose the ridges; none by default.
         merged: positions of the original's values that ``coupling.graph`` still has after exact merging.
         frozen: names of weights that must not change.
         most_unknowns: per output of a layer; beyond, the layer keeps its quick fit, and each of its outputs only gets
@@ -50,9 +52,10 @@ class Fitting:
     original: Graph
     coupling: Coupling
     inputs: Sequence[Tensor]
+    check: Sequence[Tensor] = ()
     merged: Kept = lambda name: {}
     frozen: Collection[str] = ()
-    most_unknowns: int = 6000
+    most_unknowns: int = 2400
 
 
 @dataclass(frozen=True)
@@ -148,24 +151,44 @@ def reconstruct(
         start, {reader.node for channel_set in narrowed for reader in channel_set.readers}, fitting.frozen
     )
     where = then(fitting.merged, fitting.coupling.kept(kept))
-    chunk = chunk_size(fitting.original, len(fitting.inputs[0]))
-    mine, theirs = (Piecewise(network, fitting.inputs, chunk) for network in (start, fitting.original))
+    sides = [_Sides(start, fitting.original, inputs) for inputs in (fitting.inputs, fitting.check) if inputs]
     place, shapes = {node.name: k for k, node in enumerate(start.nodes)}, value_shapes(start)
     graph, errors = start, {}
     for done, layer in enumerate(layers, start=1):
         name = layer.node.name
-        mine.use(graph)
-        for run in (mine, theirs):
-            run.advance(place[name])
+        unknowns = graph.tensors[layer.weight][0].numel()
+        positions = math.prod(shapes[name][2:]) if layer.is_conv else math.prod(shapes[name][1:-1])
+        images = images_for(unknowns, positions, len(fitting.inputs[0]))
+        for side in sides:
+            side.advance(graph, place[name], images)
         goal = _Goal(graph, fitting.original, layer, epilogue(graph, layer.node, shapes), where)
-        fit = _fit if graph.tensors[layer.weight][0].numel() <= fitting.most_unknowns else _rescale
-        graph, errors[name] = fit(graph, layer, goal, mine, theirs)
+        fit = _fit if unknowns <= fitting.most_unknowns else _rescale
+        graph, errors[name] = fit(graph, layer, goal, sides, images)
         progress(done, len(layers))
     records = []
     for channel_set in narrowed:
         error = max((errors.get(reader.node, 0.0) for reader in channel_set.readers), default=0.0)
         records.append(Reconstruction(channel_set.name, channel_set.channels, len(kept[channel_set.name]), error))
     return graph, records
+
+
+class _Sides:
+    """Both networks on the same inputs, at the same place."""
+
+    def __init__(self, mine: Graph, theirs: Graph, inputs: Sequence[Tensor]) -> None:
+        chunk = chunk_size(theirs, len(inputs[0]))
+        self.mine, self.theirs = Piecewise(mine, inputs, chunk), Piecewise(theirs, inputs, chunk)
+
+    def advance(self, graph: Graph, position: int, images: int) -> None:
+        """Go on with ``graph`` as the narrowed network, to before the node at ``position``."""
+        self.mine.use(graph)
+        for run in (self.mine, self.theirs):
+            run.advance(position, images)
+
+
+def images_for(unknowns: int, positions: int, images: int) -> int:
+    """Return how many of the images a fit of a layer needs: neighbouring positions of one tell much the same."""
+    return min(images, max(_FEWEST_IMAGES, math.ceil(_SAMPLES_PER_UNKNOWN * unknowns / math.sqrt(positions))))
 
 
 def _narrowed_sets(coupling: Coupling, kept: Mapping[str, Tensor]) -> list[ChannelSet]:
@@ -240,18 +263,18 @@ def _shifted(graph: Graph, name: str, constant: Tensor) -> Graph:
     return graph.with_tensors({name: (old.double() + constant.to(old.device)).to(old)})
 
 
-def mix_of(gram: Tensor, kept: Tensor) -> Tensor:
+def mix_of(gram: Tensor, kept: Tensor, ridge: float = _RIDGE) -> Tensor:
     """Express each channel by the kept ones, (k, channels), by least squares; a kept channel is itself.
 
     Args:
         gram: second moments of the channels, (channels, channels) float64.
         kept: channels that stay, (k,) int64.
+        ridge: for channels of unit variance; larger where the moments need it.
     """
     scale = gram.diagonal().clamp_min(1e-300).rsqrt()
     scale = torch.where(gram.diagonal() > 1e-14 * gram.diagonal().max(), scale, 0.0)
     correlation = gram * scale * scale[:, None]
-    inner = correlation[kept][:, kept] + _RIDGE * torch.eye(len(kept), dtype=gram.dtype)
-    mix = torch.cholesky_solve(correlation[kept], torch.linalg.cholesky(inner))
+    mix = torch.cholesky_solve(correlation[kept], factor(correlation[kept][:, kept], ridge))
     mix = mix * scale[kept][:, None] * (1 / scale).nan_to_num(posinf=0.0)
     mix[:, kept] = torch.eye(len(kept), dtype=gram.dtype)
     return mix
@@ -312,19 +335,20 @@ class _Goal:
             self.gain = torch.where(seen, was * self.stream, 1.0)
             self.shift = (shift_was - shift_now) * self.stream
 
-    def rows(self, mine: Piecewise, theirs: Piecewise, most: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def rows(self, networks: _Sides, most: int, images: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield chunk by chunk the layer's input, output positions to fit to, and the desired output there.
 
         Args:
-            mine: pruned network.
-            theirs: original network.
+            networks: the pruned network and the original.
             most: about how many positions to use per image.
+            images: how many images to use.
 
         Yields:
             input (images, ...), indices of positions (samples,), output (samples, n_out) float64.
         """
-        name, axis = self.layer.node.name, 1 if self.layer.is_conv else -1
-        sides = mine.values([self.layer.node.args[0].name, *self.others]), theirs.values([name, *self.others])
+        name, axis, mine = self.layer.node.name, 1 if self.layer.is_conv else -1, networks.mine
+        read = mine.values([self.layer.node.args[0].name, *self.others], images)
+        sides = read, networks.theirs.values([name, *self.others], images)
         gain, shift, stream = (x.to(mine.device) for x in (self.gain, self.shift, self.stream))
         for (x, *now), (y, *was) in zip(*sides, strict=True):
             picks = spread(y, axis, most)
@@ -335,31 +359,31 @@ class _Goal:
             yield x, picks, goal
 
 
-def _fit(graph: Graph, layer: Layer, goal: _Goal, mine: Piecewise, theirs: Piecewise) -> tuple[Graph, float]:
+def _fit(graph: Graph, layer: Layer, goal: _Goal, sides: Sequence[_Sides], images: int) -> tuple[Graph, float]:
     """Fit a layer's weight and constant; return the graph and what is left as a relative RMS error."""
     weight = graph.tensors[layer.weight]
-    unknowns = weight[0].numel()
-    parts: list[Sums] = []
-    for k, (x, picks, y) in enumerate(goal.rows(mine, theirs, max(_SAMPLES, unknowns // 6))):
-        sums = Sums.of(_features(x, layer, picks), y)
-        if k < 2:
-            parts.append(sums)
-        else:
-            parts[k % 2].add(sums)
-    start = weight.double().flatten(1).T.to(mine.device)
-    new, constant, lost = solve(parts, start)
+    most = max(_SAMPLES, weight[0].numel() // 6)
+    sums = []
+    for side in sides:
+        parts = (Sums.of(_features(x, layer, picks), y) for x, picks, y in goal.rows(side, most, images))
+        total = next(parts)
+        for part in parts:
+            total.add(part)
+        sums.append(total)
+    new, constant, lost = solve(sums[0], weight.double().flatten(1).T.to(sides[0].mine.device), *sums[1:])
     graph = graph.with_tensors({layer.weight: new.T.reshape(weight.shape).to(weight)})
     return _with_constant(graph, layer, constant), math.sqrt(lost)
 
 
-def _rescale(graph: Graph, layer: Layer, goal: _Goal, mine: Piecewise, theirs: Piecewise) -> tuple[Graph, float]:
+def _rescale(graph: Graph, layer: Layer, goal: _Goal, sides: Sequence[_Sides], images: int) -> tuple[Graph, float]:
     """Give each output of a layer with too many unknowns for `_fit` a scale and a constant."""
     weight = graph.tensors[layer.weight]
     call = replace(graph, nodes=(layer.node,), inputs=(replace(graph.inputs[0], name=layer.node.args[0].name),))
-    program = Program(call, [layer.node.name]).to(mine.device)
-    bias = graph.tensors[layer.bias].double().to(mine.device) if layer.bias else 0.0
-    sums, count = torch.zeros(5, layer.shape[0], dtype=torch.float64, device=mine.device), 0
-    for x, picks, y in goal.rows(mine, theirs, _SAMPLES):
+    device = sides[0].mine.device
+    program = Program(call, [layer.node.name]).to(device)
+    bias = graph.tensors[layer.bias].double().to(device) if layer.bias else 0.0
+    sums, count = torch.zeros(5, layer.shape[0], dtype=torch.float64, device=device), 0
+    for x, picks, y in goal.rows(sides[0], _SAMPLES, images):
         with torch.no_grad():
             u = samples(program(x)[0], 1 if layer.is_conv else -1, picks).double() - bias
         sums += torch.stack([u.sum(0), y.sum(0), (u * u).sum(0), (u * y).sum(0), (y * y).sum(0)])

@@ -1,16 +1,15 @@
-"""Make inputs without data: images whose batch-norm statistics match those that the network has stored.
+"""Make the inputs of a run without data: structured ones of the network's kind, or noise matched to its batch norms.
 
-After DeepInversion (Yin et al., arXiv 1912.08795) and ZeroQ (Cai et al., arXiv 2001.00281): smooth noise is optimised
-until the mean and variance that each batch norm sees are its running statistics. Where the network gives class scores,
-each input is also optimised towards a class that was drawn for it.
+Matching is after DeepInversion (Yin et al., arXiv 1912.08795) and ZeroQ (Cai et al., arXiv 2001.00281): smooth noise
+is optimised until the mean and variance that each batch norm sees are its running statistics. Where the network gives
+class scores, each input is also optimised towards a class that was drawn for it.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,15 +22,19 @@ from redpp_serve.graph.graph import Graph, InputSpec, Node
 from redpp_serve.graph.layers import mac_count
 from redpp_serve.graph.passes import is_inference_norm
 from redpp_serve.pruning.checkpoint import Checkpoint, fingerprint
+from redpp_serve.pruning.families import IMAGE, SIGNAL, TABLE, Scale, estimate_scale, families_of, kind_of, structured
+from redpp_serve.runtime.moments import Moments
 
-# Assumed speed in multiply-accumulates. A constant, not a measurement: the number of inputs and steps, and with them
-# the result, must be the same on every machine of a kind.
-_MATCHING_MACS_PER_SECOND = {"cpu": 25e9, "cuda": 2e12}
-_FORWARD_AND_BACKWARD = 3
-_OVERHEAD_MACS = 10**7  # per input: what a small network spends on everything but its layers
-_MOST_IMAGES, _MOST_STEPS = 512, 24  # more inputs improve the result more than more steps do
-_STEPS_PER_IMAGE = 40  # an image costs as much as these: its own optimisation, and fitting to it later
+_MOST_STEPS = 24  # of batch-norm matching from noise
 CLASS_WEIGHT = 0.1  # of the cross-entropy, relative to the mismatch of the statistics
+# Numbers of inputs by the network's multiply-accumulates: what the unknowns of late layers need, as far as time allows.
+_FITTED = ((2e8, 192), (1e9, 256), (math.inf, 96))
+_JUDGED = ((2e8, 48), (1e9, 24), (math.inf, 12))  # of each family
+_FORWARD_AND_BACKWARD = 3
+_MATCHED_STEPS = 8  # from structured inputs
+_FAMILIES = 3  # that are fitted to, and that judge
+_REAL_JUDGED = 0.2
+_RANKED = 16  # inputs of each family that are held against the batch norms
 
 
 @dataclass(frozen=True)
@@ -39,28 +42,147 @@ class SynthesisBudget:
     """How many inputs to make, and how.
 
     Attributes:
-        images: number of inputs.
-        batch: number of inputs that are optimised together.
+        images: number of inputs to fit to.
+        batch: number of inputs that are optimised together, where any are.
         steps: optimisation steps of each batch.
+        judged: number of inputs of each family that no fit sees.
+        matched: how many of the structured inputs are optimised towards the batch norms.
     """
 
     images: int
     batch: int
     steps: int
-
-    @property
-    def held_out(self) -> int:
-        """Number of inputs that no fit sees: a fifth, in whole batches, and at least one batch."""
-        return max(1, self.images // self.batch // 5) * self.batch
+    judged: int = 16
+    matched: int = 0
 
 
-def synthesis_budget(graph: Graph, seconds: float, device: str = "cpu") -> SynthesisBudget:
-    """Return the budget for ``seconds``: a pure function of the network's cost, the time and the kind of device."""
-    macs = mac_count(graph) + _OVERHEAD_MACS
-    affordable = seconds * _MATCHING_MACS_PER_SECOND[device.split(":")[0]] / (_FORWARD_AND_BACKWARD * macs)
-    batch = 32 if affordable >= 1280 and macs < 1e9 else 16 if affordable >= 640 and macs < 1e9 else 8
-    images = int(min(_MOST_IMAGES, max(2 * batch, affordable / _STEPS_PER_IMAGE // batch * batch)))
-    return SynthesisBudget(images, batch, int(min(_MOST_STEPS, max(4, affordable // images))))
+def synthesis_budget(graph: Graph, seconds: float = math.inf, pace: float = 0.0) -> SynthesisBudget:
+    """Return the budget of a network.
+
+    Args:
+        graph: the network.
+        seconds: for matching inputs to batch norms.
+        pace: seconds of the network for one input, see `effort.pace`.
+    """
+    macs = mac_count(graph)
+    images, judged = (next(n for most, n in table if macs <= most) for table in (_FITTED, _JUDGED))
+    batch = 32 if macs < 1e9 else 8
+    affordable = seconds / max(_FORWARD_AND_BACKWARD * _MATCHED_STEPS * pace, 1e-9)
+    matched = int(min(images, affordable) // batch * batch) if trained_norms(graph)[0] else 0
+    return SynthesisBudget(images, batch, _MOST_STEPS, judged, matched)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is known beyond the network itself.
+
+    Attributes:
+        inputs: real unlabelled inputs, (images, ...) for each network input; empty without.
+        scale: the value range of images; None to estimate it.
+        moments: second moments of what a serving original reads.
+        widths: of each channel set, where an earlier run has found them, see `Options.keep_point`.
+    """
+
+    inputs: tuple[Tensor, ...] = ()
+    scale: Scale | None = None
+    moments: Moments | None = None
+    widths: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Inputs to fit to and to judge by.
+
+    Attributes:
+        fit: (images, ...) for each network input.
+        families: inputs that nothing is fitted to, by the name of their family.
+        note: how they were made, in words.
+        kind_known: whether they are of the kind that the network reads, or tied to it by its batch norms.
+    """
+
+    fit: tuple[Tensor, ...]
+    families: Mapping[str, tuple[Tensor, ...]]
+    note: str
+    kind_known: bool
+
+
+def prepare(
+    graph: Graph,
+    sources: Sources,
+    budget: SynthesisBudget,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Prepared:
+    """Make, or divide, the inputs of a run; the same for the same arguments.
+
+    Inputs of a known kind are structured: one family to fit to, the others to judge by. Inputs of an unknown kind are
+    noise that is matched to the batch norms. Real inputs join the fitted ones, but for a fifth that judges.
+    """
+    known = all(kind_of(spec) in (IMAGE, SIGNAL, TABLE) for spec in graph.inputs)
+    if known:
+        scale = sources.scale or estimate_scale(graph, seed)
+        names = _ranked(graph, scale, seed)
+        each = -(-budget.images // min(_FAMILIES, len(names)))
+        parts = [_structured(graph, name, each, seed, scale) for name in names[:_FAMILIES]]
+        fit = tuple(torch.stack(xs, 1).flatten(0, 1)[: budget.images] for xs in zip(*parts, strict=True))
+        note = f"structured inputs ({', '.join(names[:_FAMILIES])})"
+        if budget.matched:
+            few = replace(budget, images=budget.matched, steps=_MATCHED_STEPS)
+            made = synthesize(graph, few, fit, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
+            fit = tuple(torch.cat([x, y[len(x) :]]) for x, y in zip(made.inputs, fit, strict=True))
+            note += ", {} of them matched to batch norms, mismatch {:.2g} -> {:.2g}".format(
+                len(made.inputs[0]), *made.losses
+            )
+        others = names[_FAMILIES : 2 * _FAMILIES] or names
+        judged = {name: _structured(graph, name, budget.judged, seed + 1, scale) for name in others}
+        note += f"; judged by {', '.join(judged)}"
+    else:
+        made, again = (
+            synthesize(
+                graph, b, (), seed=s, device=device, checkpoint=checkpoint if s == seed else None, progress=progress
+            )
+            for b, s in ((budget, seed), (replace(budget, images=max(budget.batch, budget.judged)), seed + 1))
+        )
+        fit, other = made.inputs, tuple(x[: budget.judged] for x in again.inputs)
+        judged = {"another start": other, "scaled": _scaled(other, 0.7), "louder": _scaled(other, 1.3)}
+        note = made.note or "inputs matched to batch-norm statistics, mismatch {:.3g} -> {:.3g}".format(*made.losses)
+    real = len(sources.inputs[0]) if sources.inputs else 0
+    if real:
+        held = max(4, round(_REAL_JUDGED * real))
+        fit = tuple(torch.cat([x[:-held], y]) for x, y in zip(sources.inputs, fit, strict=True))
+        judged = {"real": tuple(x[-held:] for x in sources.inputs), **judged}
+        note = f"{real - held} real inputs and {note}; {held} real ones judge"
+    tied = known or bool(real) or sources.moments is not None or bool(trained_norms(graph)[0])
+    return Prepared(fit, judged, note, tied)
+
+
+def _structured(graph: Graph, family: str, count: int, seed: int, scale: Scale) -> tuple[Tensor, ...]:
+    """Make inputs of a family of the first network input; other inputs take the family of the same place."""
+    place = families_of(graph.inputs[0]).index(family)
+    made = []
+    for k, spec in enumerate(graph.inputs):
+        names = families_of(spec)
+        made.append(structured(spec, count, seed + 7919 * k, names[place % len(names)], scale))
+    return tuple(made)
+
+
+def _ranked(graph: Graph, scale: Scale, seed: int) -> list[str]:
+    """Return the families of the first input: nearest to the stored batch-norm statistics first, or as they come."""
+    names = list(families_of(graph.inputs[0]))
+    norms, _ = trained_norms(graph)
+    if not norms:
+        return names
+    matcher = Matcher(graph, norms, "cpu", use_classes=False)
+    with torch.no_grad():
+        found = {n: matcher.losses(_structured(graph, n, _RANKED, seed + 2, scale), torch.empty(0))[0] for n in names}
+    return sorted(names, key=lambda name: float(found[name]))
+
+
+def _scaled(inputs: tuple[Tensor, ...], factor: float) -> tuple[Tensor, ...]:
+    return tuple(x * factor if x.is_floating_point() else x for x in inputs)
 
 
 @dataclass(frozen=True)
@@ -77,30 +199,25 @@ class Synthetic:
     losses: tuple[float, float]
     note: str
 
-    def divide(self, held_out: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Split into inputs to fit to and the last ``held_out`` (at most half), to measure on."""
-        held_out = min(held_out, len(self.inputs[0]) // 2)
-        return tuple(x[:-held_out] for x in self.inputs), tuple(x[-held_out:] for x in self.inputs)
-
 
 def synthesize(
     graph: Graph,
     budget: SynthesisBudget,
+    start: tuple[Tensor, ...] = (),
     *,
     seed: int = 0,
     device: str = "cpu",
-    deadline: float = math.inf,
     checkpoint: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Synthetic:
-    """Make inputs for a network; deterministic for a seed, unless the deadline cuts it short.
+    """Make inputs for a network; deterministic for a seed.
 
     Args:
         graph: network to make inputs for.
         budget: number of inputs and steps.
+        start: inputs to start from, (images, ...) for each network input; smooth noise by default.
         seed: of the noise and the classes.
         device: where to optimise.
-        deadline: value of time.monotonic() at which to stop.
         checkpoint: file that keeps finished batches, so that an interrupted run goes on from there.
         progress: called with the number of steps done and in all.
     """
@@ -111,7 +228,7 @@ def synthesize(
         note = f"{doubt or 'no batch norm to match'}: {kind} was used as inputs, and the result depends on that"
         return Synthetic(smooth_noise(graph.inputs, budget.images, seed), (math.nan, math.nan), note)
     matcher = Matcher(graph, norms, device, use_classes=not doubt)
-    kept = Checkpoint(checkpoint, fingerprint([graph], (), budget, seed))
+    kept = Checkpoint(checkpoint, fingerprint([graph], start, budget, seed))
     batches, losses = _restored(kept, budget.batch)
     count, notes = budget.images // budget.batch, [f"{doubt}: they are not matched"] if doubt else []
 
@@ -119,18 +236,13 @@ def synthesize(
         progress(before + done, count * budget.steps)
 
     for k in range(len(batches), count):
-        start = tuple(x.to(device) for x in smooth_noise(graph.inputs, budget.batch, seed * 7919 + k))
+        noise = smooth_noise(graph.inputs, budget.batch, seed * 7919 + k)
+        first = tuple(x[k * budget.batch : (k + 1) * budget.batch] for x in start) or noise
         classes = matcher.draw(budget.batch, seed * 7919 + k).to(device)
         count_step = partial(count_steps, k * budget.steps)
-        batch, loss, finished = matcher.optimise(start, classes, budget.steps, deadline, count_step)
+        batch, loss = matcher.optimise(tuple(x.to(device) for x in first), classes, budget.steps, count_step)
         batches.append(batch)
         losses.append(loss)
-        if not finished:
-            notes.append(
-                f"cut short by --time-budget in batch {k + 1} of {count}: a larger budget fits better, "
-                "and only a finished run is reproducible to the byte"
-            )
-            break
         tensors = {f"input{i}": torch.cat(parts) for i, parts in enumerate(zip(*batches, strict=True))}
         kept.keep(tensors, {"losses": losses})
     inputs = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -221,16 +333,17 @@ class Matcher:
         return mismatch, mismatch + CLASS_WEIGHT * F.cross_entropy(values[-1], classes)
 
     def optimise(
-        self, start: tuple[Tensor, ...], classes: Tensor, steps: int, deadline: float, progress: Callable[[int], None]
-    ) -> tuple[tuple[Tensor, ...], tuple[float, float], bool]:
-        """Return the batch of the lowest loss, the mismatch before and there, and whether all steps were taken."""
+        self, start: tuple[Tensor, ...], classes: Tensor, steps: int, progress: Callable[[int], None]
+    ) -> tuple[tuple[Tensor, ...], tuple[float, float]]:
+        """Return the batch of the lowest loss, and the mismatch before and there."""
         batch = [x.clone().requires_grad_() for x in start]
         optimiser = torch.optim.Adam(batch, lr=0.1, betas=(0.8, 0.99))
+        spread = float(torch.cat([x.flatten() for x in start]).std())
         first = last = math.nan
         best, best_batch = math.inf, start
         for step in range(steps):
             for group in optimiser.param_groups:
-                group["lr"] = 0.1 * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+                group["lr"] = 0.1 * spread * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
             mismatch, loss = self.losses(tuple(batch), classes)
             value = float(loss.detach())
             if step == 0:
@@ -242,6 +355,4 @@ class Matcher:
             torch.autograd.backward(loss)
             optimiser.step()
             progress(step + 1)
-            if time.monotonic() > deadline:
-                return tuple(x.cpu() for x in best_batch), (first, last), False
-        return tuple(x.cpu() for x in best_batch), (first, last), True
+        return tuple(x.cpu() for x in best_batch), (first, last)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1)  # for features scaled to unit variance
-_FEWER_RIDGES = (1e-6, 1e-4, 1e-2)
+_RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # for features scaled to unit variance
+_FEWER_RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0)
+_EXACT = 512  # features up to which sums are exact to float64; of more, products are summed by chunks in float32
+_RIDGE = 1e-4  # where nothing tells a better one
 _WIDE = 1500  # unknowns per output, beyond which fewer ridges are tried
 _LEAST_SPREAD = 1e-5  # relative to a feature's mean; below, a variance from sums of squares is mostly rounding error
 
@@ -40,6 +42,9 @@ class Sums:
     @classmethod
     def of(cls, u: Tensor, y: Tensor) -> Sums:
         """Sum over the rows of u (samples, d) and y (samples, n_out)."""
+        if u.shape[1] > _EXACT:
+            u, few = u.float(), y.float()
+            return cls((u.T @ u).double(), (u.T @ few).double(), u.double().sum(0), y.sum(0), y.square().sum(0), len(u))
         u, y = u.double(), y.double()
         return cls(u.T @ u, u.T @ y, u.sum(0), y.sum(0), y.square().sum(0), len(u))
 
@@ -80,48 +85,50 @@ def moments(parts: Sequence[Sums]) -> Moments:
     return Moments(uu - torch.outer(u, u), uy - torch.outer(u, y), u, y, float((yy - y.square()).sum().clamp_min(0)))
 
 
-def solve(parts: Sequence[Sums], start: Tensor) -> tuple[Tensor, Tensor, float]:
+def solve(fit: Sums, start: Tensor, check: Sums | None = None) -> tuple[Tensor, Tensor, float]:
     """Return the least-squares weights from u to y, drawn towards ``start`` where the samples say little.
 
     Args:
-        parts: sums over disjoint sets of inputs; where there are two, the ridge is the one that predicts the second
-            best when fitted to the first.
+        fit: sums over the samples to fit to.
         start: weights (d, n_out).
+        check: sums over samples of another kind; the ridge is the one that predicts them best, and the weights stay at
+            ``start`` where none does. Without, the ridge is a small one.
 
     Returns:
         weights (d, n_out), constant (n_out,), and the share of y's variance that is left.
     """
-    whole = moments(parts)
+    whole = moments([fit])
     scale = whole.uu.diagonal().clamp_min(0).sqrt()
     varies = (scale > 1e-7 * scale.max()) & (scale > _LEAST_SPREAD * whole.u.abs())  # a constant feature says nothing
     scale = torch.where(varies, 1 / scale.clamp_min(1e-300), 0.0)
     ridges = _RIDGES if len(whole.uu) <= _WIDE else _FEWER_RIDGES
-    best = ridges[len(ridges) // 2]
-    if len(parts) == 2:
-        first, second = (moments([part]) for part in parts)
-        losses = [second.lost(weight) for weight in _towards(first, start, scale, ridges)]
-        best = ridges[losses.index(min(losses))]
-    (weight,) = _towards(whole, start, scale, (best,))
+    if check is None:
+        (weight,) = _towards(whole, start, scale, (_RIDGE,))
+    else:
+        other = moments([check])
+        found = [start, *_towards(whole, start, scale, ridges)]
+        losses = [other.lost(each) for each in found]
+        weight = found[losses.index(min(losses))]
     return weight, whole.y - weight.T @ whole.u, max(whole.lost(weight), 0.0) / max(whole.yy, 1e-300)
 
 
 def _towards(m: Moments, start: Tensor, scale: Tensor, ridges: Sequence[float]) -> list[Tensor]:
     gram = m.uu * scale * scale[:, None]
     missing = scale[:, None] * (m.uy - m.uu @ start)
-    factors = (_factor(gram, ridge) for ridge in ridges)
-    return [start + scale[:, None] * torch.cholesky_solve(missing, factor) for factor in factors]
+    factors = (factor(gram, ridge) for ridge in ridges)
+    return [start + scale[:, None] * torch.cholesky_solve(missing, lower) for lower in factors]
 
 
-def _factor(gram: Tensor, ridge: float) -> Tensor:
-    """Cholesky factor of gram + ridge, with a larger ridge where that is not positive definite.
+def factor(gram: Tensor, ridge: float) -> Tensor:
+    """Return the Cholesky factor of gram + ridge, with a larger ridge where that is not positive definite.
 
     The moments of features that hardly vary beside their mean have rounding errors, which can leave ``gram`` indefinite
     by more than a small ridge.
     """
     unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     while True:
-        factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(gram + ridge * unit)
+        lower: Tensor
+        lower, failed = torch.linalg.cholesky_ex(gram + ridge * unit)
         if not failed or ridge > len(gram):  # only NaN can fail with such a ridge
-            return factor
+            return lower
         ridge *= 10

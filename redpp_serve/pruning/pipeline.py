@@ -16,6 +16,8 @@ from redpp_serve.options import Options
 from redpp_serve.pruning.accounting import Counting, count_network
 from redpp_serve.pruning.choose import WidthChoice, frontier_record
 from redpp_serve.pruning.effort import Effort
+from redpp_serve.pruning.inputs import Sources
+from redpp_serve.pruning.judge import Difference
 from redpp_serve.pruning.records import (
     HashRecord,
     HashSummary,
@@ -37,7 +39,7 @@ from redpp_serve.pruning.steps import (
     split,
     tune,
 )
-from redpp_serve.pruning.verification import Difference, VerifyData, check_gate, layer_errors
+from redpp_serve.pruning.verification import VerifyData, check_gate, layer_errors
 from redpp_serve.stages import Stages
 
 STANDARD_EFFORT = Effort()
@@ -98,6 +100,7 @@ def prune(
     data: VerifyData | None = None,
     checkpoint: Path | None = None,
     effort: Effort | None = None,
+    sources: Sources | None = None,
 ) -> Pruned:
     """Prune a captured network without data.
 
@@ -109,6 +112,7 @@ def prune(
         checkpoint: file that keeps synthetic inputs, so that an interrupted run goes on; others beside it keep the
             state of the distillation.
         effort: how much work to spend; by default `STANDARD_EFFORT`.
+        sources: what else is known: unlabelled inputs, their value range, moments that a server observed, widths.
 
     Raises:
         GateFailed: an exact stage was not exact, or a number or target of the user's was missed.
@@ -121,7 +125,9 @@ def prune(
             "labelled inputs to measure accuracy with",
             "add --verify-data, or gate on --min-agreement",
         )
-    job = Job(graph, options, stages or Stages(quiet=True), data, checkpoint, effort or STANDARD_EFFORT)
+    job = Job(
+        graph, options, stages or Stages(quiet=True), data, checkpoint, effort or STANDARD_EFFORT, sources or Sources()
+    )
     hashed = hash_weights(job)
     merged, channels = merge_duplicates(job, hashed)
     inputs = make_inputs(job)
@@ -191,8 +197,5 @@ def _layer_record(
 
 
 def _verdict(difference: Difference, accuracy: tuple[float, float] | None) -> str:
-    text = f"output error {difference.error:.4f}"
-    if difference.agreement is not None:
-        text += f", top-1 agreement {difference.agreement:.1%}"
-    text += f" on {difference.images} held-out inputs"
+    text = f"{difference} on {difference.images} held-out inputs"
     return text + (f"; accuracy {accuracy[0]:.2%} -> {accuracy[1]:.2%}" if accuracy else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,12 +16,16 @@ from redpp_serve.graph.layers import Layer, find_layers, mac_count
 from redpp_serve.graph.weights import KernelSplit
 from redpp_serve.options import Options
 from redpp_serve.pruning.choose import WidthChoice
-from redpp_serve.pruning.effort import Effort
+from redpp_serve.pruning.effort import Effort, pace, spent
 from redpp_serve.pruning.fit import Reconstruction
 from redpp_serve.pruning.hashing import Hashed
+from redpp_serve.pruning.inputs import Sources, SynthesisBudget, synthesis_budget
+from redpp_serve.pruning.judge import Reference
 from redpp_serve.pruning.records import Share
-from redpp_serve.pruning.verification import Reference, VerifyData
+from redpp_serve.pruning.verification import VerifyData
 from redpp_serve.stages import Stages
+
+_MATCHING_SHARE = 0.25  # of the time budget
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Job:
         data: labelled inputs, only to measure accuracy with.
         checkpoint: file that keeps synthetic inputs; ones beside it keep the state of the distillation.
         effort: how much work to spend.
-        started: time.monotonic() at the start.
+        sources: what is known beyond the network.
+        started: seconds of `spent` at the start.
     """
 
     original: Graph
@@ -44,11 +49,22 @@ class Job:
     data: VerifyData | None
     checkpoint: Path | None
     effort: Effort
-    started: float = field(default_factory=time.monotonic)
+    sources: Sources = field(default_factory=Sources)
+    started: float = field(default_factory=spent)
 
-    def deadline(self, share: float) -> float:
-        """Return the time.monotonic() at which that share of the time budget is spent."""
-        return self.started + share * self.options.time_budget
+    def left(self, share: float = 1.0) -> float:
+        """Return how many seconds are left of that share of the time budget, by `spent`."""
+        return self.started + share * self.options.time_budget - spent()
+
+    @functools.cached_property
+    def pace(self) -> float:
+        """The seconds of the original for one input, see `effort.pace`."""
+        return self.effort.pace or pace(self.original, self.options.device)
+
+    def synthesis_budget(self) -> SynthesisBudget:
+        """Return how many inputs to make."""
+        seconds = _MATCHING_SHARE * self.options.time_budget
+        return self.effort.synthesis or synthesis_budget(self.original, seconds, self.pace)
 
     def hashable(self, graph: Graph) -> list[Layer]:
         """Return the layers of a graph that the user has not excluded."""
@@ -120,14 +136,16 @@ class Channels:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Synthetic inputs.
+    """The inputs of a run.
 
     Attributes:
         fit: (images, ...) for each network input, to fit and learn on.
-        reference: the original network on held-out inputs.
+        reference: the original network on inputs that nothing is fitted to, the judge of all stages.
         note: how they were made, in words.
+        kind_known: whether they are of the kind that the network reads.
     """
 
     fit: tuple[Tensor, ...]
     reference: Reference
     note: str
+    kind_known: bool = True

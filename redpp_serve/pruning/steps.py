@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from redpp_serve.channels.coupling import Coupling, couple
 from redpp_serve.errors import GateFailed
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import Layer, find_layers
 from redpp_serve.graph.weights import split_weight
-from redpp_serve.options import NO_HASH, Options
+from redpp_serve.options import NO_HASH, RED, Options
 from redpp_serve.pruning.choose import Narrower, choose
 from redpp_serve.pruning.distillation import Lesson, schedule
 from redpp_serve.pruning.distillation import distil as train
+from redpp_serve.pruning.effort import spent
 from redpp_serve.pruning.final_codebooks import METHOD, hash_within
 from redpp_serve.pruning.fit import Reconstruction
 from redpp_serve.pruning.hashing import Hashed, hash_weight, retuned
-from redpp_serve.pruning.inputs import smooth_noise, synthesis_budget, synthesize
+from redpp_serve.pruning.inputs import Prepared, prepare, smooth_noise
+from redpp_serve.pruning.judge import Reference
 from redpp_serve.pruning.merging import merge_exact
 from redpp_serve.pruning.repair import repair_batch_norm
 from redpp_serve.pruning.state import Channels, Inputs, Job, State
-from redpp_serve.pruning.verification import Reference, exact_error, require_exact, split_error
+from redpp_serve.pruning.verification import exact_error, require_exact, split_error
 from redpp_serve.stages import Stage
 
-CODEBOOK_SHARE = 0.45  # of the error so far: what final codebooks may add, in squares, where no budget says
-LEAST_CODEBOOK_ERROR = 0.02
+CODEBOOK_SHARE = 0.2  # of the error so far: what final codebooks may add, in squares, where no budget says
+CODEBOOK_BUDGET = 0.3  # of the error budget, in squares a tenth: what they may add where there is one
+LEAST_CODEBOOK_ERROR = 0.01
+_UNMEASURED = (
+    "inputs of the network's kind can be neither made nor were given, so the error would be unknown: give --inputs or "
+    "--moments, or --accept-unmeasured"
+)
 CODEBOOK_DISTIL_SHARE = 0.25  # of the distillation's seconds, for the values of the final codebooks
-_MATCHING_SHARE = 0.5  # of the time budget; the rest is for fitting
-_MATCHING_END, _FIT_END, _FRONTIER_END = 0.7, 0.8, 0.95  # of the time budget
+_FRONTIER_END = 0.7  # of the time budget; the rest is for distillation, codebooks and verification
+_DISTIL_END = 0.9
 
 
 def hash_weights(job: Job) -> State:
@@ -42,6 +47,8 @@ def hash_weights(job: Job) -> State:
         layers = job.hashable(state.graph)
         if job.options.hash == NO_HASH:
             stage.skip("--hash none")
+        elif job.options.method != RED:
+            stage.skip("the fitted weights are hashed")
         elif not layers:
             stage.skip("no convolution or Linear to hash" + (" that is not excluded" if job.options.exclude else ""))
         else:
@@ -108,35 +115,27 @@ def _narrowing_error(precise: Coupling, graph: Graph, seed: int) -> float:
 
 
 def make_inputs(job: Job) -> Inputs:
-    """Make inputs whose batch-norm statistics are those of the training data; noise where nothing is fitted."""
+    """Make the inputs to fit to and to judge by; noise where nothing is fitted."""
     options = job.options
-    fit: tuple[Tensor, ...] = ()
     with job.stages.run("inputs") as stage:
-        if options.merge == "exact":
-            held_out = smooth_noise(job.original.inputs, 16, options.seed)
-            note = "smooth noise (inputs are matched to batch norm for reconstruction only)"
-            stage.reason = f"16 inputs of {note}"
+        if options.method == RED:
+            found = Prepared((), {"noise": smooth_noise(job.original.inputs, 16, options.seed)}, "smooth noise", True)
+            stage.reason = "16 inputs of smooth noise (nothing is fitted to them)"
         else:
-            seconds = _MATCHING_SHARE * options.time_budget
-            budget = job.effort.synthesis or synthesis_budget(job.original, seconds, options.device)
-            made = synthesize(
+            found = prepare(
                 job.original,
-                budget,
+                job.sources,
+                job.synthesis_budget(),
                 seed=options.seed,
                 device=options.device,
                 checkpoint=job.checkpoint,
-                deadline=job.deadline(_MATCHING_END),
                 progress=stage.progress,
             )
-            fit, held_out = made.divide(budget.held_out)
-            note = made.note or (
-                f"matched to batch-norm statistics in {budget.steps} steps, "
-                f"mismatch {made.losses[0]:.3g} -> {made.losses[1]:.3g}"
-            )
-            stage.reason = f"{len(fit[0])} to fit and {len(held_out[0])} held out, {note}"
-    reference = Reference(job.original, held_out)
-    reference.require_finite("synthetic inputs")
-    return Inputs(fit, reference, note)
+            judging = sum(len(x[0]) for x in found.families.values())
+            stage.reason = f"{len(found.fit[0])} to fit and {judging} held out, {found.note}"
+        reference = Reference(job.original, found.families)
+        reference.require_finite("synthetic inputs")
+    return Inputs(found.fit, reference, found.note, found.kind_known)
 
 
 def measure_exact_stages(job: Job, inputs: Inputs, hashed: State, merged: State) -> State:
@@ -148,22 +147,23 @@ def measure_exact_stages(job: Job, inputs: Inputs, hashed: State, merged: State)
 
 
 def narrow(job: Job, inputs: Inputs, channels: Channels, state: State) -> State:
-    """Choose widths, narrow and fit. Where exact merging took nothing, this starts from the unhashed weights."""
+    """Choose widths, narrow and fit."""
     options, coupling = job.options, channels.coupling
     with job.stages.run("reconstruct") as stage:
-        if options.merge == "exact":
-            stage.skip("--merge exact")
+        if options.method == RED:
+            stage.skip("--method red++")
             return state
         if not coupling.open:
             _require_no_target(options)
             stage.skip("no open channel set")
             return state
-        if not state.merged:
-            coupling = coupling.with_tensors(job.original.tensors)
-            state = replace(state, graph=coupling.graph, hashed={})
+        if not (inputs.kind_known or options.accept_unmeasured):
+            _require_no_target(options, _UNMEASURED)
+            stage.skip(_UNMEASURED)
+            return state
         fit = tuple(x.to(options.device) for x in inputs.fit)
         narrower = Narrower(inputs.reference, coupling, state.kept, fit, stage.progress, job.frozen(state.graph))
-        choice = choose(narrower, options, job.effort, job.deadline(_FIT_END), job.deadline(_FRONTIER_END))
+        choice = choose(narrower, options, job.effort, lambda: job.left(_FRONTIER_END), job.sources.widths)
         state = replace(state, choice=choice)
         if choice.cut_short:
             late = "the search for widths was cut short by --time-budget, so it is not reproducible to the byte"
@@ -183,14 +183,14 @@ def narrow(job: Job, inputs: Inputs, channels: Channels, state: State) -> State:
     return state.measured(job, inputs, "reconstruct")
 
 
-def _require_no_target(options: Options) -> None:
+def _require_no_target(options: Options, why: str = "no channel set is open") -> None:
     """Refuse a target for the cost where all channels have to stay."""
     for what, share in (("macs", options.target_macs), ("latency", options.target_latency)):
         if share is not None and share < 1.0:
             raise GateFailed(
-                f"--target {what}={share:g} cannot be reached: no channel set is open",
-                "a layer that can be narrowed",
-                "see inspect --channels for the reasons, and --exclude",
+                f"--target {what}={share:g} cannot be reached: {why}",
+                "a network that can be narrowed",
+                "see inspect --channels for the channel sets, and --exclude",
             )
 
 
@@ -210,14 +210,15 @@ def distil(job: Job, inputs: Inputs, state: State) -> State:
 
 def _train(job: Job, inputs: Inputs, state: State, stage: Stage, share: float, codebooks: Iterable[str] = ()) -> State:
     """Spend a share of the distillation's seconds; the equal values of the tensors in ``codebooks`` stay equal."""
-    options, seconds = job.options, share * job.options.distil
+    options = job.options
+    seconds = max(0.0, min(share * options.distil, job.left(_DISTIL_END)))
     frozen = job.frozen(state.graph)
     found = train(
         Lesson(state.graph, inputs.reference, inputs.fit, state.kept, frozenset(codebooks), frozen),
-        schedule(state.graph, job.original, seconds, options.device),
+        schedule(state.graph, job.original, seconds, job.pace, inputs.reference.images),
         seed=options.seed,
         device=options.device,
-        deadline=time.monotonic() + job.effort.distillation_patience * seconds,
+        deadline=spent() + job.effort.distillation_patience * seconds,
         checkpoint=job.checkpoint and job.checkpoint.with_name(f"{job.checkpoint.name}.{stage.name}"),
         progress=stage.progress,
     )
@@ -256,7 +257,7 @@ def hash_fitted(job: Job, inputs: Inputs, state: State) -> State:
 def _codebook_budget(options: Options, before: float) -> float:
     """Return the output error that final codebooks may add: what the user's budget leaves, or a share of ``before``."""
     if options.error_budget is not None:
-        return float(max(options.error_budget**2 - before**2, 0.0) ** 0.5)
+        return min(CODEBOOK_BUDGET * options.error_budget, max(options.error_budget**2 - before**2, 0.0) ** 0.5)
     return max(CODEBOOK_SHARE * before, LEAST_CODEBOOK_ERROR)
 
 

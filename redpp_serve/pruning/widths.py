@@ -19,9 +19,9 @@ from torch import Tensor
 from redpp_serve.channels.coupling import ChannelSet, Coupling, Part, Reader
 from redpp_serve.graph.layers import find_layers, mac_count
 from redpp_serve.pruning.fit import quick_fit
+from redpp_serve.pruning.judge import squared_error
 from redpp_serve.pruning.observation import Observed, Selection
 from redpp_serve.pruning.piecewise import Piecewise, chunk_size
-from redpp_serve.pruning.verification import squared_error
 
 Shapes = Mapping[str, tuple[int, ...]]  # the shapes of layers' weights by layer name
 Cost = Callable[[Shapes], float]  # a sum over the layers named, up to a constant
@@ -29,8 +29,8 @@ Cost = Callable[[Shapes], float]  # a sum over the layers named, up to a constan
 SHARES = (0.75, 0.5, 0.25)  # shares of a set's channels at which the network is measured
 LEAST_SHARE = 0.125  # the share of its channels that a set keeps, unless the outputs hardly need it
 _HARDLY = 1e-6  # squared relative error of the outputs at the least of SHARES
-_PROBE_MACS = 2e12  # limit on the cost of all measurements together
-_FEWEST_PROBES = 4
+_PROBE_MACS = 3e11  # limit on the cost of all measurements together
+_FEWEST_PROBES, _MOST_PROBES = 5, 40
 _NO_CURVE = 1e-7  # noise floor added to predicted errors, which may be zero where the measured one is not
 _SEARCH_ROUNDS = 6
 
@@ -153,7 +153,7 @@ def measure_errors(
     coupling = observed.coupling
     graph, sets = coupling.graph, coupling.open
     probes = max(len(sets) * len(SHARES) * mac_count(graph), 1)
-    inputs = [x[: max(_FEWEST_PROBES, int(probe_macs // probes))] for x in inputs]
+    inputs = [x[: min(_MOST_PROBES, max(_FEWEST_PROBES, int(probe_macs // probes)))] for x in inputs]
     run = Piecewise(graph, inputs, chunk_size(graph, len(inputs[0])))
     expected = list(run.outputs())
     first = _first_nodes(coupling)

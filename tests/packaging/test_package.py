@@ -45,7 +45,7 @@ FILES = {
     "report.json",
     "report.html",
 }
-EXACT = Options(merge="exact")
+EXACT = Options(method="red++")
 FAST = Options(keep=0.5, round_to=4, distil=0, time_budget=1)
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -167,7 +167,7 @@ def test_exact_merging_removes_the_twins_and_keeps_the_function(packaged: Path) 
     assert (layers["body.0"]["merge"]["kept"], layers["stem.0"]["merge"]["kept"]) == (8, 8)
     assert report["verify"]["merge_exact"] < 1e-9 and report["verify"]["split_exact"] < 1e-9
     statuses = {stage["name"]: (stage["status"], stage["reason"]) for stage in report["stages"]}
-    assert statuses["reconstruct"] == ("skipped", "--merge exact") and "8 duplicate channels" in statuses["merge"][1]
+    assert statuses["reconstruct"] == ("skipped", "--method red++") and "8 duplicate channels" in statuses["merge"][1]
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
     original, pruned = (outputs(packaged / f"{v}.mar", x)[0] for v in ("original", "pruned"))
     assert np.linalg.norm(np.subtract(original, pruned)) <= 0.1 * np.linalg.norm(original)
@@ -357,7 +357,7 @@ def test_an_interrupt_leaves_what_was_made_for_the_next_run_and_nothing_else(
 
 def test_excluded_layers_keep_their_weights(model: Path, tmp_path: Path, untried: None) -> None:
     out = tmp_path / "small"
-    report = package(captured(model), out, name="small", options=Options(merge="exact", exclude=("body.*",)))
+    report = package(captured(model), out, name="small", options=Options(method="red++", exclude=("body.*",)))
     layers = {layer["name"]: layer for layer in report.to_json()["layers"]}
     assert layers["body.0"]["hash"] is None and layers["body.0"]["pruned_shape"] == [16, 8, 3, 3]
     assert layers["body.0"]["merge"]["reason"] == "excluded"

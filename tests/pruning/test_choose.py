@@ -14,7 +14,7 @@ from redpp_serve.pruning import choose as module
 from redpp_serve.pruning.choose import Narrower, choose, frontier_record
 from redpp_serve.pruning.effort import Effort
 from redpp_serve.pruning.latency import Latency
-from redpp_serve.pruning.verification import Reference
+from redpp_serve.pruning.judge import Reference
 from tests.support.networks import natural, trained, widths_of
 
 FAR = float("inf")

@@ -15,7 +15,8 @@ from redpp_serve.pruning import student as training
 from redpp_serve.pruning.distillation import Lesson, OutputLoss, Schedule, distil, matched_values, mixed, schedule
 from redpp_serve.pruning.inputs import smooth_noise
 from redpp_serve.pruning.student import Student, trained_tensors, update_macs
-from redpp_serve.pruning.verification import Reference, compare_outputs
+from redpp_serve.pruning.judge import Reference
+from tests.support.judging import compare_outputs
 from tests.support.networks import KINDS, Builder, network
 from tests.support.pairs import pair, whole
 

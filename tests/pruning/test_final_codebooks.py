@@ -5,7 +5,7 @@ import torch
 
 from redpp_serve.graph.layers import find_layers
 from redpp_serve.pruning.final_codebooks import LEVELS, hash_within
-from redpp_serve.pruning.verification import compare_outputs
+from tests.support.judging import compare_outputs
 from tests.support.networks import KINDS, Builder, natural, quantised, trained
 
 

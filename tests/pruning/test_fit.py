@@ -14,7 +14,7 @@ from redpp_serve.pruning import fit as module
 from redpp_serve.pruning.fit import Epilogue, Fitting, epilogue, quick_fit, reconstruct, then
 from redpp_serve.pruning.inputs import smooth_noise
 from redpp_serve.pruning.observation import observe, select
-from redpp_serve.pruning.verification import compare_outputs
+from tests.support.judging import compare_outputs
 from tests.support.networks import Builder, inner_of, network, plant
 
 KINDS = ("chain", "residual", "flatten", "mlp", "tokens", "branches", "bare", "gate", "concat", "stream")

@@ -40,7 +40,7 @@ HALF = fast(keep=0.5)
 
 
 # A busy machine must not cut the distillation short.
-EFFORT = Effort(SynthesisBudget(48, 16, 10), frontier_points=3, distillation_patience=float("inf"))
+EFFORT = Effort(SynthesisBudget(48, 16, 10, 8, 16), 3, distillation_patience=float("inf"), pace=1e-4)
 
 
 def prune(graph, options=None, **others):
@@ -119,7 +119,7 @@ def test_the_final_codebooks_are_small_where_nothing_else_is_asked_for():
         HALF,
         *(
             pytest.param(options, marks=pytest.mark.exhaustive)
-            for options in (fast(max_error=0.3), fast(merge="exact"), fast(target_macs=0.5, distil=0.5))
+            for options in (fast(max_error=0.3), fast(method="red++"), fast(target_macs=0.5, distil=0.5))
         ),
     ],
 )
@@ -187,7 +187,7 @@ GATES = [
     (fast(max_error=0.001, hash_error=0.3), "--max-error"),
     (fast(keep=0.1, max_error=1e-4, round_to=1), "--max-error"),
     (fast(target_macs=0.5, max_error=1e-4), "--max-error"),
-    (fast(merge="exact", hash_error=0.5, max_error=0.01), "--max-error"),
+    (fast(method="red++", hash_error=0.5, max_error=0.01), "--max-error"),
     (fast(keep=0.05, hash_error=0.9, min_agreement=1.0, round_to=1), "--min-agreement"),
 ]
 
@@ -208,7 +208,7 @@ def test_an_accuracy_limit_needs_data_and_holds():
     with torch.no_grad():
         data = VerifyData((x,), Program(graph)(x)[0].argmax(1))
     assert len(data.labels.unique()) > 1
-    assert prune(graph, Options(merge="exact", max_accuracy_drop=20.0), data=data).accuracy[0] == 1.0
+    assert prune(graph, Options(method="red++", max_accuracy_drop=20.0), data=data).accuracy[0] == 1.0
     with pytest.raises(GateFailed, match="--max-accuracy-drop"):
         prune(graph, fast(keep=0.05, hash_values=2, round_to=1, max_accuracy_drop=0.0), data=data)
 
@@ -216,7 +216,7 @@ def test_an_accuracy_limit_needs_data_and_holds():
 @pytest.mark.parametrize("kind", ALL)
 def test_exact_merging_takes_planted_copies_and_nothing_else(kind):
     graph = quantised(plant(trained(kind, 12), {11: 3, 9: 3, 4: 0}))
-    result = prune(graph, Options(merge="exact", round_to=1))
+    result = prune(graph, Options(method="red++", round_to=1))
     assert inner_of(result.pruned).channels == 9 and result.verify.merge_exact <= EXACT
     assert result.verify.output_error < 1e-5
     assert all(t.dtype == graph.tensors[name].dtype for name, t in result.pruned.tensors.items())
@@ -239,7 +239,7 @@ def test_copies_in_two_channel_sets_in_a_row_are_merged_before_the_rest_is_fitte
 
 def test_without_redundancy_a_quantised_network_comes_back_as_it_was():
     graph = quantised(trained("chain"))
-    result = prune(graph, Options(merge="exact"))
+    result = prune(graph, Options(method="red++"))
     assert result.pruned.nodes == graph.nodes
     assert all(result.pruned.tensors[name] is tensor for name, tensor in graph.tensors.items())
 
@@ -283,7 +283,7 @@ def test_a_target_where_nothing_may_go_is_missed(options, flag):
 
 def test_half_precision_networks_stay_in_half_precision():
     graph = plant(trained("residual"), {9: 3}).to(torch.float16)
-    result = prune(graph, Options(merge="exact", round_to=1, hash_values=32))
+    result = prune(graph, Options(method="red++", round_to=1, hash_values=32))
     assert {t.dtype for t in result.pruned.tensors.values()} == {torch.float16} and inner_of(
         result.pruned
     ).channels == 15
@@ -297,7 +297,7 @@ def test_a_network_that_casts_its_input():
     nodes = tuple(Node("stem", stem.op, (Ref("cast"), *stem.args[1:])) if n.name == "stem" else n for n in nodes)
     result = prune(
         type(graph)((InputSpec("x", (3, 6, 5)),), graph.tensors, nodes, graph.outputs),
-        Options(merge="exact", round_to=1),
+        Options(method="red++", round_to=1),
     )
     assert inner_of(result.pruned).channels == 15
 
@@ -345,7 +345,7 @@ def test_a_merge_that_is_not_exact_stops_the_run(monkeypatch):
 
     monkeypatch.setattr(steps, "merge_exact", wrong)
     with pytest.raises(GateFailed, match="exact merging changed"):
-        prune(plant(trained("residual"), {9: 3}), Options(merge="exact", round_to=1))
+        prune(plant(trained("residual"), {9: 3}), Options(method="red++", round_to=1))
 
 
 class Careless(Coupling):
@@ -374,7 +374,7 @@ def test_a_split_that_is_not_exact_stops_the_run(monkeypatch):
 
     monkeypatch.setattr(steps, "split_weight", wrong)
     with pytest.raises(GateFailed, match="splitting changed"):
-        prune(trained("residual"), Options(merge="exact"))
+        prune(trained("residual"), Options(method="red++"))
 
 
 class Constant(nn.Module):
@@ -392,7 +392,7 @@ class Constant(nn.Module):
 
 def test_constants_of_the_default_type_join_the_check_in_float64():
     graph = capture(Constant().eval(), [InputSpec("x", (3, 8, 8))], [])
-    result = prune(graph, Options(merge="exact", round_to=1))
+    result = prune(graph, Options(method="red++", round_to=1))
     assert result.verify.merge_exact < 1e-12 and torch.get_default_dtype() is torch.float32
 
 
@@ -409,9 +409,9 @@ class Flags(nn.Module):
 
 def test_outputs_without_classes_have_no_agreement_and_no_accuracy(tmp_path):
     graph = capture(Flags().eval(), [InputSpec("x", (4,))], [])
-    assert prune(graph, Options(merge="exact")).verify.agreement is None
+    assert prune(graph, Options(method="red++")).verify.agreement is None
     with pytest.raises(GateFailed, match="no top-1 agreement"):
-        prune(graph, Options(merge="exact", min_agreement=0.0))
+        prune(graph, Options(method="red++", min_agreement=0.0))
 
 
 def test_a_network_that_gives_no_numbers_is_refused():
@@ -429,6 +429,6 @@ def test_a_network_that_gives_no_numbers_is_refused():
 def test_without_hashing_exact_merging_is_all_that_happens():
     graph = capture(Constant().eval(), [InputSpec("x", (3, 8, 8))], [])
     stages = Stages(quiet=True)
-    result = prune(graph, Options(hash="none", merge="exact", round_to=1), stages=stages)
+    result = prune(graph, Options(hash="none", method="red++", round_to=1), stages=stages)
     assert result.verify.output_error < 1e-6 and len(result.pruned.tensors["a.weight"]) == 3
     assert stages.named("hash").status == "skipped" and all(record.hash is None for record in result.layers)

@@ -7,7 +7,7 @@ from redpp_serve.graph.executor import Program
 from redpp_serve.pruning import repair as module
 from redpp_serve.pruning.inputs import smooth_noise
 from redpp_serve.pruning.repair import repair_batch_norm
-from redpp_serve.pruning.verification import compare_outputs
+from tests.support.judging import compare_outputs
 from tests.support.networks import calibrated, network
 from tests.support.pairs import pair, whole
 

@@ -13,17 +13,20 @@ from redpp_serve.graph.graph import InputSpec, Ref
 from redpp_serve.graph.layers import find_layers
 from redpp_serve.options import Options
 from redpp_serve.pruning.inputs import smooth_noise
-from redpp_serve.pruning.verification import (
-    Difference,
-    Reference,
-    check_gate,
-    compare_outputs,
-    layer_errors,
-    load_verify_data,
-)
+from redpp_serve.pruning.judge import Agreement, Difference, Head, Reference
+from redpp_serve.pruning.verification import check_gate, layer_errors, load_verify_data
+from tests.support.judging import compare_outputs
 from tests.support.networks import Builder, network, outputs
 
-GOOD = Difference(0.05, 0.98, 16)
+
+
+def difference(error, same=None, of=100):
+    """A comparison on one family; ``same`` of ``of`` inputs have the same class, where there are classes."""
+    agreement = {} if same is None else {"family": Agreement(same, of)}
+    return Difference((Head("y", {"family": error}, agreement),), of)
+
+
+GOOD = difference(0.05, 98)
 
 
 def scaled(graph, factor, name="head.weight"):
@@ -78,22 +81,25 @@ def test_layer_errors_name_layers_and_skip_changed_shapes():
 
 GATES = [
     (Options(max_error=0.04), GOOD, None, "0.0500", "--max-error"),
-    (Options(), Difference(0.11, None, 16), None, "0.1100", "--max-error"),
-    (Options(merge="exact", max_error=0.01), GOOD, None, "0.0500", "--max-error"),
+    (Options(), difference(0.11), None, "0.1100", "--max-error"),
+    (Options(method="red++", max_error=0.01), GOOD, None, "0.0500", "--max-error"),
     (Options(keep=0.5, max_error=0.01), GOOD, None, "0.0500", "--max-error"),
     (Options(target_macs=0.5, max_error=0.01), GOOD, None, "0.0500", "--max-error"),
     (Options(target_latency=0.5, max_error=0.01), GOOD, None, "0.0500", "--max-error"),
-    (Options(min_agreement=0.99), GOOD, None, "0.98", "--min-agreement"),
-    (Options(min_agreement=0.5), Difference(0.0, None, 16), None, "no top-1 agreement", "--min-agreement"),
+    (Options(min_agreement=0.99), GOOD, None, "98.0%", "--min-agreement"),
+    (Options(min_agreement=0.5), difference(0.0), None, "no top-1 agreement", "--min-agreement"),
+    (Options(keep=0.5), difference(0.51, 90), None, "0.5100", "--max-error"),
+    (Options(target_macs=0.5), difference(0.4, 29), None, "29.0%", "--min-agreement"),
     (Options(max_accuracy_drop=0.5), GOOD, (0.93, 0.92), "1.00 points", "--max-accuracy-drop"),
 ]
 PASSES = [
     (Options(), GOOD, None),
     (Options(max_error=0.05), GOOD, None),
-    (Options(keep=0.5), Difference(3.0, 0.1, 16), None),
-    (Options(target_macs=0.5), Difference(3.0, 0.1, 16), None),
+    (Options(keep=0.5), difference(0.49, 31), None),
+    (Options(keep=0.5, max_error=5.0), difference(3.0, 10), None),
+    (Options(target_macs=0.5, min_agreement=0.0), difference(0.49, 10), None),
     (Options(target_macs=0.5, max_error=0.05), GOOD, None),
-    (Options(merge="exact"), Difference(3.0, None, 16), None),
+    (Options(method="red++"), difference(3.0), None),
     (Options(min_agreement=0.98), GOOD, None),
     (Options(max_accuracy_drop=1.0), GOOD, (0.75, 0.75)),
     (Options(max_accuracy_drop=0.0), GOOD, (0.75, 0.8)),
