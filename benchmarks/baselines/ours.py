@@ -12,9 +12,9 @@ from redpp_serve.graph.layers import find_layers
 from redpp_serve.pruning.choose import Narrowed, Narrower
 from redpp_serve.pruning.distillation import Lesson, distil, schedule
 from redpp_serve.pruning.final_codebooks import hash_within
+from redpp_serve.pruning.judge import Reference
 from redpp_serve.pruning.repair import repair_batch_norm
 from redpp_serve.pruning.steps import CODEBOOK_DISTIL_SHARE, CODEBOOK_SHARE, LEAST_CODEBOOK_ERROR
-from redpp_serve.pruning.judge import Reference
 from redpp_serve.pruning.widths import NarrowingPath, narrowing_path
 
 from .subject import Subject

@@ -13,7 +13,6 @@ from redpp_serve.graph.layers import find_layers, mac_count
 from redpp_serve.pruning.fit import quick_fit
 from redpp_serve.pruning.inputs import smooth_noise
 from redpp_serve.pruning.observation import observe, select
-from tests.support.judging import compare_outputs
 from redpp_serve.pruning.widths import (
     NarrowingPath,
     PathPoint,
@@ -26,6 +25,7 @@ from redpp_serve.pruning.widths import (
     unit,
 )
 from tests.pruning.test_fit import network_of
+from tests.support.judging import compare_outputs
 from tests.support.networks import KINDS, few, network, networks, seeds
 
 
