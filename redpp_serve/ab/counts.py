@@ -116,7 +116,7 @@ class Windows:
         return window
 
 
-_COUNTERS = ("requests", "errors", "refused", "abandoned", "by_header")
+COUNTERS = ("requests", "errors", "refused", "abandoned", "by_header")
 
 
 class Traffic:
@@ -133,7 +133,7 @@ class Traffic:
 
     def __init__(self, document: Mapping[str, Any] | None = None) -> None:
         given = document or {}
-        counters = (Counter(given.get(name, {})) for name in _COUNTERS)
+        counters = (Counter(given.get(name, {})) for name in COUNTERS)
         self.requests, self.errors, self.refused, self.abandoned, self.by_header = counters
         times = given.get("milliseconds", {})
         self._milliseconds = {name: Counter({int(k): n for k, n in times.get(name, {}).items()}) for name in NAMES}
@@ -169,7 +169,7 @@ class Traffic:
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that the constructor reads."""
-        return {**{name: getattr(self, name) for name in _COUNTERS}, "milliseconds": self._milliseconds}
+        return {**{name: getattr(self, name) for name in COUNTERS}, "milliseconds": self._milliseconds}
 
 
 def _three_digits(milliseconds: int) -> int:
