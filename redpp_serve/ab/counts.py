@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from redpp_serve.ab.gateway import switched
 from redpp_serve.ab.state import COUNTS, GATEWAY, WINDOWS, Lines, read_json, write_json
@@ -201,16 +201,6 @@ class Totals:
         """Read what `to_json` returned."""
         times, divided = (HandlerTimes.from_json(document[name]) for name in ("buckets", "divided"))
         return cls(Traffic(document["users"]), times, divided)
-
-
-class CountSource(Protocol):
-    """Where an `evidence.Evidence` gets its counts: the supervisor's memory, or the files that it writes."""
-
-    def totals(self) -> Totals | None:
-        """Return the counts as of now; None before the first."""
-
-    def new_windows(self) -> list[Window]:
-        """Return the windows that were cut since the last call."""
 
 
 class WrittenCounts:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
-from redpp_serve.ab.counts import CountSource, HandlerTimes, Totals, Traffic, WrittenCounts
+from redpp_serve.ab.counts import Counting, HandlerTimes, Totals, Traffic, WrittenCounts
 from redpp_serve.ab.shadow import Pair, RecorderCounts
 from redpp_serve.ab.spec import TOLERANCE, Spec
 from redpp_serve.ab.state import PAIRS, RECORDER, Lines, read_json
@@ -65,7 +65,7 @@ class Evidence:
         recorder: the recorder's own counts.
     """
 
-    def __init__(self, state: Path, spec: Spec, counts: CountSource | None = None) -> None:
+    def __init__(self, state: Path, spec: Spec, counts: Counting | WrittenCounts | None = None) -> None:
         self._state, self._limits, self._shadow = state, spec.limits, spec.shadow
         self._known = None if spec.shadow else known_agreement(spec)
         self._lines, self._counts = Lines(state / PAIRS), counts or WrittenCounts(state)
