@@ -350,9 +350,17 @@ class Ratio(Record):
 
 @dataclass(kw_only=True)
 class Agreement(Record):
-    """How alike the served answers are: the share of inputs with the same class."""
+    """How alike the served answers are.
+
+    Attributes:
+        top1: share of inputs with the same class.
+        mean_relative_difference: mean over inputs of |original - pruned| / |original|.
+        inputs: number of inputs that both versions answered.
+    """
 
     top1: float | None
+    mean_relative_difference: float | None = None
+    inputs: float | None = None
 
 
 @dataclass(kw_only=True)
