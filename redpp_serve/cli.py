@@ -68,6 +68,16 @@ class PackageOptions:
     verify_data: Path | None = option(
         None, "arrays inputs and labels, used only to measure accuracy", metavar="FILE.npz", takes=Path
     )
+    inputs: Path | None = option(
+        None,
+        "a few unlabelled real inputs, which make the fit and its error better; none of them is kept: an .npz file, or "
+        "a folder of .npy files or images",
+        metavar="PATH",
+        takes=Path,
+    )
+    moments: Path | None = option(
+        None, "what `serve --observe` or `ab start --observe` has added up", metavar="FILE", takes=Path
+    )
     preprocess: str | None = option(
         None,
         'how the server turns images into inputs: {{"mode": "RGB", "mean": [..], "std": [..]}} '

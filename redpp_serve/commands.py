@@ -78,6 +78,8 @@ def package(options: argparse.Namespace) -> None:
         options=choice,
         serving=from_arguments(Serving, options),
         verify_data=options.verify_data,
+        inputs=options.inputs,
+        moments=options.moments,
         preprocess=_preprocess(options.preprocess, captured),
         stages=stages,
         dry_run=options.dry_run,

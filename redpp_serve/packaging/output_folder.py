@@ -11,6 +11,7 @@ from pathlib import Path
 
 from redpp_serve.errors import RedppError
 from redpp_serve.packaging.samples import INPUTS
+from redpp_serve.pruning.checkpoint import frontier_of
 from redpp_serve.report.folder import PAGE, REPORT, read_report
 from redpp_serve.variants import VARIANTS
 
@@ -29,6 +30,16 @@ _OURS = {
     "key_file.json",  # TorchServe writes this and the logs where it is started
     "logs",
 }
+
+
+def checkpoint_of(out: Path) -> Path:
+    """Return the file beside a package's folder that keeps the synthetic inputs of a run."""
+    return out.parent / f".{out.name}.inputs.safetensors"
+
+
+def frontier_files(out: Path) -> list[Path]:
+    """Return the files that may hold the frontier of the last run for a package's folder, the latest kind first."""
+    return [frontier_of(checkpoint_of(out)), out / REPORT]
 
 
 def check_out(out: Path) -> None:

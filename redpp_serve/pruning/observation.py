@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from redpp_serve.channels.coupling import ChannelSet, Coupling, Reader
+from redpp_serve.channels.narrowing import Kept
 from redpp_serve.graph.executor import value_shapes
 from redpp_serve.graph.graph import Graph, conv2d_geometry
 from redpp_serve.pruning.piecewise import Piecewise, chunk_size
+from redpp_serve.runtime.moments import Moments
 
 _SAMPLES = 256  # positions per input, unless a set has many channels
 _SPECTRUM_IMAGES = 8
@@ -118,6 +120,41 @@ def _observe_reader(found: Observed, run: Piecewise, readers: Sequence[tuple[Cha
     found.taps[node] = spectrum.correlation().cpu()
     for key, entry in sums.items():
         found.grams[key], found.entries[key] = (x.cpu() for x in entry.centred())
+
+
+def with_moments(observed: Observed, moments: Moments, merged: Kept) -> Observed:
+    """Return the same observation with the second moments that a serving original has added up, where it has them.
+
+    Args:
+        observed: of the network to narrow, over synthetic inputs.
+        moments: of the original network.
+        merged: positions of the original's values that the network to narrow still has.
+    """
+    graph = observed.coupling.graph
+    grams, entries, taps, means, power = (
+        dict(each) for each in (observed.grams, observed.entries, observed.taps, observed.means, observed.power)
+    )
+    for channel_set in observed.coupling.open:
+        for reader in channel_set.readers:
+            served, spread_of = moments.values.get(reader.value), moments.values.get(reader.node)
+            covariance = served.covariance() if served else None
+            if served is None or covariance is None:
+                continue
+            stay = next(iter(merged(reader.value).values()), torch.arange(len(covariance)))
+            covariance, mean = covariance[stay][:, stay], served.mean()[stay]
+            blocks = covariance[reader.positions[:, None, :, None], reader.positions[None, :, None, :]]
+            m = reader.positions.shape[1]
+            grams[channel_set.name, reader.value] = blocks.diagonal(dim1=2, dim2=3).sum(-1) / m
+            cross = blocks.diagonal(dim1=0, dim2=1).sum(-1)
+            entries[channel_set.name, reader.value] = cross / cross.diagonal().mean().clamp_min(1e-300)
+            axis = reader.axis - 1 if reader.axis > 0 else means[reader.value].dim() - 1
+            shape = [-1 if d == axis else 1 for d in range(means[reader.value].dim())]
+            means[reader.value] = mean.view(shape).expand(means[reader.value].shape).contiguous()
+            if reader.node in moments.patches and graph.node(reader.node).op == "aten.conv2d.default":
+                taps[reader.node] = moments.patches[reader.node].tap_correlation()
+            if spread_of is not None:
+                power[reader.node] = float(spread_of.variance().sum())
+    return Observed(observed.coupling, grams, entries, taps, means, power)
 
 
 class _Sums:
