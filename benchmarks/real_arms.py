@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -60,6 +61,7 @@ class Arm:
         data: the real inputs that it sees, in words; empty for none.
         version: raise it when a change of the benchmark's code changes figures.
         run: makes the candidates.
+        prepare: makes, untimed, the inputs that a user would already have.
     """
 
     title: str
@@ -67,6 +69,7 @@ class Arm:
     data: str
     version: int
     run: Callable[[str, str], Iterator[Candidate]]
+    prepare: Callable[[str], object] = lambda network: None
 
 
 def point_options(point: str) -> dict[str, float]:
@@ -77,19 +80,24 @@ def point_options(point: str) -> dict[str, float]:
     return {{"macs": "target_macs", "keep": "keep"}[name]: float(value)}
 
 
-def _ours(inputs: int = 0, moments: int = 0) -> Callable[[str, str], Iterator[Candidate]]:
-    def run(network: str, point: str) -> Iterator[Candidate]:
-        graph, stages = load_graph(network), Stages(quiet=False)
-        real: dict[str, Any] = {}
+def _ours(title: str, inputs: int = 0, moments: int = 0) -> Arm:
+    @cache
+    def real(network: str) -> dict[str, Any]:
+        given: dict[str, Any] = {}
         for name, count, make in (("inputs", inputs, _real_inputs), ("moments", moments, _real_moments)):
             if count:
                 if name not in inspect.signature(prune).parameters:
                     raise UnavailableError(f"prune has no {name}")
-                real[name] = make(network, count)
-        pruned = prune(graph, Options(**point_options(point)), stages=stages, **real)
+                given[name] = make(network, count)
+        return given
+
+    def run(network: str, point: str) -> Iterator[Candidate]:
+        stages = Stages(quiet=False)
+        pruned = prune(load_graph(network), Options(**point_options(point)), stages=stages, **real(network))
         yield Candidate(pruned.pruned, "", asdict(pruned.verify), stages.to_json())
 
-    return run
+    data = f"{inputs} unlabelled inputs" if inputs else f"moments of {moments} requests" if moments else ""
+    return Arm(title, "ours", data, 1, run, real)
 
 
 def _real_inputs(network: str, count: int) -> tuple[Tensor, ...]:
@@ -139,13 +147,17 @@ def _recalibrated(
     arm: Callable[[str, str], Iterator[Candidate]], images: Callable[[str], Tensor]
 ) -> Callable[[str, str], Iterator[Candidate]]:
     def run(network: str, point: str) -> Iterator[Candidate]:
-        if not any(isinstance(m, NORMS) for m in load_module(network).modules()):
-            raise UnavailableError("no batch norm to recalibrate")
+        _require_norms(network)
         for found in arm(network, point):
             assert isinstance(found.network, nn.Module)
             yield Candidate(folding.estimate_statistics(found.network, images(network)), found.setting)
 
     return run
+
+
+def _require_norms(network: str) -> None:
+    if not any(isinstance(m, NORMS) for m in load_module(network).modules()):
+        raise UnavailableError("no batch norm to recalibrate")
 
 
 def _photographs(network: str) -> Tensor:
@@ -154,6 +166,7 @@ def _photographs(network: str) -> Tensor:
 
 def _inverted(network: str) -> Tensor:
     """The peers' own synthetic images, (FEW, ...)."""
+    _require_norms(network)
     module, shape = load_module(network), NETWORKS[network].shape
     name = f"inverted-{network}-{INVERTED_STEPS}"
     return torch.from_numpy(stored(name, lambda: invert(module, shape, FEW, INVERTED_STEPS).numpy()))
@@ -171,19 +184,25 @@ def _folded(repair: bool) -> Callable[[str, str], Iterator[Candidate]]:
     return run
 
 
+def _peer(
+    title: str,
+    run: Callable[[str, str], Iterator[Candidate]],
+    images: Callable[[str], Tensor] | None = None,
+    data: str = "",
+) -> Arm:
+    if images is None:
+        return Arm(title, "peer", data, 1, run)
+    return Arm(title, "peer", data, 1, _recalibrated(run, images), images)
+
+
 ARMS = {
-    "ours": Arm("redpp-serve", "ours", "", 1, _ours()),
-    "ours_inputs": Arm("redpp-serve", "ours", f"{FEW} unlabelled inputs", 1, _ours(inputs=FEW)),
-    "ours_moments": Arm("redpp-serve", "ours", f"moments of {MANY} requests", 1, _ours(moments=MANY)),
-    "ceiling": Arm("redpp-serve, ceiling", "ours", f"{MANY} unlabelled inputs", 1, _ours(inputs=MANY)),
-    "l1": Arm("Torch-Pruning, L1", "peer", "", 1, _l1),
-    "l1_synthetic": Arm(
-        "Torch-Pruning, L1, batch norms recalibrated on synthetic images", "peer", "", 1, _recalibrated(_l1, _inverted)
-    ),
-    "l1_inputs": Arm(
-        "Torch-Pruning, L1, batch norms recalibrated", "peer", f"{FEW} unlabelled inputs", 1,
-        _recalibrated(_l1, _photographs),
-    ),
-    "fold_ar": Arm("model folding, Fold-AR", "peer", "", 1, _folded(repair=True)),
-    "fold_dir": Arm("model folding, Fold-DIR", "peer", "", 1, _recalibrated(_folded(repair=False), _inverted)),
-}  # fmt: skip
+    "ours": _ours("redpp-serve"),
+    "ours_inputs": _ours("redpp-serve", inputs=FEW),
+    "ours_moments": _ours("redpp-serve", moments=MANY),
+    "ceiling": _ours("redpp-serve, ceiling", inputs=MANY),
+    "l1": _peer("Torch-Pruning, L1", _l1),
+    "l1_synthetic": _peer("Torch-Pruning, L1, batch norms recalibrated on synthetic images", _l1, _inverted),
+    "l1_inputs": _peer("Torch-Pruning, L1, batch norms recalibrated", _l1, _photographs, f"{FEW} unlabelled inputs"),
+    "fold_ar": _peer("model folding, Fold-AR", _folded(repair=True)),
+    "fold_dir": _peer("model folding, Fold-DIR", _folded(repair=False), _inverted),
+}

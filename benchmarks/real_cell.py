@@ -1,5 +1,7 @@
 """One cell of `benchmarks.real`, in a process of its own so that its time and memory are its own.
 
+Time for what a user would already have (inputs, moments, a peer's synthetic images) does not count.
+
 ``python -m benchmarks.real_cell NETWORK ARM POINT FILE`` writes the cell to FILE as JSON.
 """
 
@@ -44,6 +46,8 @@ def measure(network: str, arm: str, point: str) -> dict[str, Any]:
     status, reason = "measured", ""
     start, busy = time.perf_counter(), time.process_time()
     try:
+        ARMS[arm].prepare(network)
+        start, busy = time.perf_counter(), time.process_time()
         candidates += ARMS[arm].run(network, point)
     except UnavailableError as error:
         status, reason = "unavailable", str(error)

@@ -236,6 +236,17 @@ def evaluation_set(name: str) -> EvaluationSet:
     return EvaluationSet(name, _pixels_to_input(pixels), ((),) * len(pixels))
 
 
+@cache
+def check_set(network: str) -> EvaluationSet:
+    """Return every labelled input of both halves, to check an original on that nothing has touched yet."""
+    if network == "digit":
+        inputs, labels = digits()
+        return EvaluationSet("check", inputs, tuple((int(label),) for label in labels))
+    known = [p for half in photographs("B") for p in half if p.labels]
+    pixels = np.stack([middle(p.open()) for p in known])
+    return EvaluationSet("check", _pixels_to_input(pixels), tuple(p.labels for p in known))
+
+
 def _crops(photograph: Photograph, purpose: str) -> list[np.ndarray]:
     rng, image = _generator(f"{purpose} {photograph.name}"), photograph.open()
     return [random_crop(image, rng) for _ in range(CROPS)]

@@ -70,14 +70,14 @@ def markdown(data: Mapping[str, Any]) -> str:
 
 
 def _of_network(network: Mapping[str, Any]) -> str:
-    sets = (f"{name}: {one['images']} images" + _right(one) for name, one in network["sets"].items())
-    return (
-        "; ".join([f"{network['macs']:,} multiply-accumulates", f"{network['parameters']:,} parameters", *sets]) + "."
-    )
-
-
-def _right(score: Mapping[str, Any]) -> str:
-    return f", {score['right']} of {score['labelled']} labelled ones right" if score["labelled"] else ""
+    parts = [f"{network['macs']:,} multiply-accumulates", f"{network['parameters']:,} parameters"]
+    parts += [f"{name}: {one['images']} images" for name, one in network["sets"].items()]
+    if known := network.get("known"):
+        shares = (f"{known[key]:,}" for key in ("right", "right_in_five"))
+        parts.append(
+            f"of {known['labelled']:,} labelled inputs {' first and '.join(shares)} among the first five right"
+        )
+    return "; ".join(parts) + "."
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,6 +67,16 @@ class PackageOptions:
     )
     verify_data: Path | None = option(
         None, "arrays inputs and labels, used only to measure accuracy", metavar="FILE.npz", takes=Path
+    )
+    inputs: Path | None = option(
+        None,
+        "a few unlabelled real inputs, which make the fit and its error better; none of them is kept: an .npz file, or "
+        "a folder of .npy files or images",
+        metavar="PATH",
+        takes=Path,
+    )
+    moments: Path | None = option(
+        None, "what `serve --observe` or `ab start --observe` has added up", metavar="FILE", takes=Path
     )
     preprocess: str | None = option(
         None,
@@ -214,13 +225,16 @@ COMMANDS = {
         ("serve dist/model", "serve dist/model --server triton --workers 2", "serve dist/model --observe"),
     ),
     "promote": Command(
-        commands.promote,
+        partial(commands.roll_out, variant="pruned"),
         "send requests that name no version to the pruned network",
         (AnyServer,),
         ("promote dist/model",),
     ),
     "rollback": Command(
-        commands.rollback, "send requests that name no version to the original", (AnyServer,), ("rollback dist/model",)
+        partial(commands.roll_out, variant="original"),
+        "send requests that name no version to the original",
+        (AnyServer,),
+        ("rollback dist/model",),
     ),
     "health": Command(
         commands.health,
@@ -253,13 +267,16 @@ COMMANDS = {
         ("ab status dist/model --watch",),
     ),
     "ab promote": Command(
-        commands.ab_promote,
+        partial(commands.ab_send_all, arm="pruned"),
         "give all users the pruned version from their next request on",
         (),
         ("ab promote dist/model",),
     ),
     "ab rollback": Command(
-        commands.ab_rollback, "give all users the original from their next request on", (), ("ab rollback dist/model",)
+        partial(commands.ab_send_all, arm="original"),
+        "give all users the original from their next request on",
+        (),
+        ("ab rollback dist/model",),
     ),
     "ab stop": Command(
         commands.ab_stop,

@@ -78,6 +78,8 @@ def package(options: argparse.Namespace) -> None:
         options=choice,
         serving=from_arguments(Serving, options),
         verify_data=options.verify_data,
+        inputs=options.inputs,
+        moments=options.moments,
         preprocess=_preprocess(options.preprocess, captured),
         stages=stages,
         dry_run=options.dry_run,
@@ -117,20 +119,11 @@ def serve(options: argparse.Namespace) -> None:
     serve_folder(options.folder, from_arguments(ServerOptions, options), observe=_observing(options), note=_say)
 
 
-def promote(options: argparse.Namespace) -> None:
-    """Send requests that name no version to the pruned network."""
-    _roll_out(options, "pruned")
+def roll_out(options: argparse.Namespace, variant: str) -> None:
+    """Send requests that name no version to ``pruned`` (promote) or ``original`` (rollback)."""
+    from redpp_serve.serving.serve import roll_out as switch
 
-
-def rollback(options: argparse.Namespace) -> None:
-    """Send requests that name no version to the original."""
-    _roll_out(options, "original")
-
-
-def _roll_out(options: argparse.Namespace, variant: str) -> None:
-    from redpp_serve.serving.serve import roll_out
-
-    running = roll_out(options.folder, variant, options.server)
+    running = switch(options.folder, variant, options.server)
     print(f"requests to {running.urls['default']} now go to {variant}")
 
 
@@ -181,18 +174,11 @@ def ab_status(options: argparse.Namespace) -> None:
         time.sleep(2.0)
 
 
-def ab_promote(options: argparse.Namespace) -> None:
-    """Give all users the pruned version."""
+def ab_send_all(options: argparse.Namespace, arm: str) -> None:
+    """Give all users ``pruned`` (promote) or ``original`` (rollback)."""
     from redpp_serve.ab.commands import send_all
 
-    _say(send_all(options.folder.resolve(), "pruned"))
-
-
-def ab_rollback(options: argparse.Namespace) -> None:
-    """Give all users the original."""
-    from redpp_serve.ab.commands import send_all
-
-    _say(send_all(options.folder.resolve(), "original"))
+    _say(send_all(options.folder.resolve(), arm))
 
 
 def ab_stop(options: argparse.Namespace) -> None:

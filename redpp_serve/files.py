@@ -108,3 +108,10 @@ def state_folder() -> Path:
             "remove it, or point XDG_RUNTIME_DIR at a private folder",
         )
     return path
+
+
+def private_folder(prefix: str) -> Path:
+    """Make a folder for this user alone, whose path is short enough for a socket and needs no quoting in nginx."""
+    parent = tempfile.gettempdir()
+    plain = all(character.isalnum() or character in "/._-" for character in parent) and parent.isascii()
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=parent if plain and len(parent) < 60 else "/tmp"))

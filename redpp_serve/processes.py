@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +50,37 @@ def find_program(name: str, administration: Sequence[str] | None = None) -> Path
             f"install it, on Debian and Ubuntu: apt-get install {PACKAGES.get(name, name)}",
         )
     return Path(found)
+
+
+def start_session(
+    command: Sequence[str], log: Path, *, folder: Path | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a program as the leader of a session of its own, whose output is appended to a log.
+
+    Args:
+        command: the program and its arguments.
+        log: the file for what it prints.
+        folder: its working folder; by default this process's.
+        environment: its variables; by default this process's.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+
+
+def tail(log: Path, lines: int) -> str:
+    """Return the last lines of a log; empty where there is none."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
 
 
 def started(pid: int) -> float | None:

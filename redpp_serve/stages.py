@@ -72,6 +72,11 @@ class Stages:
                     flush=True,
                 )
 
+    def say(self, text: str) -> None:
+        """Print a text between the lines of the steps, unless quiet."""
+        if text and not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
     def named(self, name: str) -> Stage:
         """Return the last step of that name."""
         return next(stage for stage in reversed(self.stages) if stage.name == name)

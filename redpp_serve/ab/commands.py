@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from redpp_serve.ab.gateway import ACCESS_LOG, ARM_HEADER, private_folder, switch
+from redpp_serve.ab.gateway import ACCESS_LOG, ARM_HEADER, switch
 from redpp_serve.ab.spec import Spec, Started
 from redpp_serve.ab.state import (
     GATEWAY,
@@ -32,8 +32,9 @@ from redpp_serve.ab.state import (
 from redpp_serve.ab.status import Status, read_status
 from redpp_serve.ab.supervisor import supervise
 from redpp_serve.errors import RedppError
-from redpp_serve.processes import find_program, started
-from redpp_serve.serving.health import sample_request
+from redpp_serve.files import private_folder
+from redpp_serve.processes import find_program, start_session, started
+from redpp_serve.serving.health import curl
 from redpp_serve.serving.running import Running, find_all
 from redpp_serve.serving.serve import model_name
 from redpp_serve.serving.switching import switch as switch_server
@@ -282,14 +283,8 @@ def _refuse_second(spec: Spec) -> None:
 
 def _start_apart(folder: Path, state: Path, note: Note) -> None:
     """Start a supervisor in a session of its own, and return when it is ready."""
-    with os.fdopen(os.open(state / SUPERVISOR_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "redpp_serve.ab.supervisor", str(state)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    (state / SUPERVISOR_LOG).touch(mode=0o600)
+    process = start_session([sys.executable, "-m", "redpp_serve.ab.supervisor", str(state)], state / SUPERVISOR_LOG)
     try:
         _wait(process, state, note)
     except BaseException:
@@ -326,17 +321,11 @@ _NEXT = "redpp-serve ab status {}   then promote, rollback or stop"
 
 
 def _how_to_ask(running: Running, state: Path) -> list[str]:
-    gateway, request = running.extra["gateway"], sample_request(running)
-    path = request.path
-    if path is None:  # not a file of the folder's
-        path = state / "sample.request"
-        path.write_bytes(request.body)
-    headers = {**running.headers["inference"], **request.headers}
-    given = "".join(f"-H {shlex.quote(f'{key}: {value}')} " for key, value in headers.items())
+    gateway = running.extra["gateway"]
     lines = {
         "gateway": gateway,
         "metrics": " ".join(running.metrics_urls),
-        "try": f"curl -i {given}--data-binary @{shlex.quote(str(path))} {gateway}",
+        "try": curl(running, state, gateway, "-i "),
         "arms": f"-H '{ARM_HEADER}: pruned' or original asks for one; gRPC goes past the gateway and is not split",
         "log": str(state / GATEWAY / ACCESS_LOG),
     }

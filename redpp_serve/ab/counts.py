@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from redpp_serve.ab.gateway import switched
 from redpp_serve.ab.state import COUNTS, GATEWAY, WINDOWS, Lines, read_json, write_json
@@ -116,7 +116,7 @@ class Windows:
         return window
 
 
-_COUNTERS = ("requests", "errors", "refused", "abandoned", "by_header")
+COUNTERS = ("requests", "errors", "refused", "abandoned", "by_header")
 
 
 class Traffic:
@@ -133,7 +133,7 @@ class Traffic:
 
     def __init__(self, document: Mapping[str, Any] | None = None) -> None:
         given = document or {}
-        counters = (Counter(given.get(name, {})) for name in _COUNTERS)
+        counters = (Counter(given.get(name, {})) for name in COUNTERS)
         self.requests, self.errors, self.refused, self.abandoned, self.by_header = counters
         times = given.get("milliseconds", {})
         self._milliseconds = {name: Counter({int(k): n for k, n in times.get(name, {}).items()}) for name in NAMES}
@@ -169,7 +169,7 @@ class Traffic:
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that the constructor reads."""
-        return {**{name: getattr(self, name) for name in _COUNTERS}, "milliseconds": self._milliseconds}
+        return {**{name: getattr(self, name) for name in COUNTERS}, "milliseconds": self._milliseconds}
 
 
 def _three_digits(milliseconds: int) -> int:
@@ -201,16 +201,6 @@ class Totals:
         """Read what `to_json` returned."""
         times, divided = (HandlerTimes.from_json(document[name]) for name in ("buckets", "divided"))
         return cls(Traffic(document["users"]), times, divided)
-
-
-class CountSource(Protocol):
-    """Where an `evidence.Evidence` gets its counts: the supervisor's memory, or the files that it writes."""
-
-    def totals(self) -> Totals | None:
-        """Return the counts as of now; None before the first."""
-
-    def new_windows(self) -> list[Window]:
-        """Return the windows that were cut since the last call."""
 
 
 class WrittenCounts:

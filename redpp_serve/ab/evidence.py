@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
-from redpp_serve.ab.counts import CountSource, HandlerTimes, Totals, Traffic, WrittenCounts
+from redpp_serve.ab.counts import Counting, HandlerTimes, Totals, Traffic, WrittenCounts
 from redpp_serve.ab.shadow import Pair, RecorderCounts
 from redpp_serve.ab.spec import TOLERANCE, Spec
 from redpp_serve.ab.state import PAIRS, RECORDER, Lines, read_json
+from redpp_serve.errors import RedppError
+from redpp_serve.report.data import Report
+from redpp_serve.report.folder import read_report
 from redpp_serve.statistics.guardrails import (
     Guardrail,
     agreement_guardrail,
@@ -64,7 +65,7 @@ class Evidence:
         recorder: the recorder's own counts.
     """
 
-    def __init__(self, state: Path, spec: Spec, counts: CountSource | None = None) -> None:
+    def __init__(self, state: Path, spec: Spec, counts: Counting | WrittenCounts | None = None) -> None:
         self._state, self._limits, self._shadow = state, spec.limits, spec.shadow
         self._known = None if spec.shadow else known_agreement(spec)
         self._lines, self._counts = Lines(state / PAIRS), counts or WrittenCounts(state)
@@ -217,29 +218,34 @@ def known_agreement(spec: Spec) -> Guardrail:
     """
     limit = spec.limits.min_agreement
     try:
-        report = json.loads(((spec.candidate or spec.folder) / "report.json").read_text(encoding="utf-8"))
-        share, inputs, source = _reported(report, spec.limits.tolerance)
-    except (OSError, ValueError, KeyError, TypeError):
+        found = _reported(read_report(spec.candidate or spec.folder), spec.limits.tolerance)
+    except RedppError:
+        found = None
+    if found is None:
         text = f"{_NOT_COMPARED}, and the package's report says nothing of it"
         return Guardrail("agreement", None, text, None, 0.0, 1.0, limit)
+    share, inputs, source = found
     low, high = share_bounds(round(share * inputs), inputs, _ALPHA)
     ok = True if share >= limit else False if high < limit else None
     text = f"{_NOT_COMPARED}; {source} {share:.2%} of {inputs} inputs agreed"
     return Guardrail("agreement", ok, text + ("" if ok else f", {limit:.2%} wanted"), share, low, high, limit)
 
 
-def _reported(report: dict[str, Any], tolerance: float | None) -> tuple[float, int, str]:
+def _reported(report: Report, tolerance: float | None) -> tuple[float, int, str] | None:
     """Return the share of inputs that agreed, the number of inputs, and a phrase for where they were compared."""
-    if found := report.get("agreement"):
-        same, difference, inputs = found["top1"], found["mean_relative_difference"], int(found["inputs"])
+    if (served := report.agreement) and served.inputs is not None:
+        same, difference, inputs = served.top1, served.mean_relative_difference, served.inputs
         source = "in the last comparison"
-    else:
-        found = report["verify"]
-        same, difference, inputs = found["agreement"], found["output_error"], int(found["images"])
+    elif (offline := report.verify) and offline.images is not None:
+        same, difference, inputs = offline.agreement, offline.output_error, offline.images
         source = "when it was packaged"
+    else:
+        return None
     if same is not None and tolerance is None:
-        return float(same), inputs, source
-    return float(difference <= (tolerance or TOLERANCE)), inputs, source  # a mean: all agree, or none
+        return same, int(inputs), source
+    if difference is None:
+        return None
+    return float(difference <= (tolerance or TOLERANCE)), int(inputs), source  # a mean: all agree, or none
 
 
 def _log_ratio(times: Sequence[float]) -> float:

@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -32,7 +31,7 @@ from redpp_serve.ab.spec import TrafficSplit
 from redpp_serve.errors import RedppError
 from redpp_serve.loopback import ADDRESS
 from redpp_serve.packaging.server_config import MAX_REQUEST_BYTES
-from redpp_serve.processes import find_program, kill_session
+from redpp_serve.processes import find_program, kill_session, start_session, tail
 from redpp_serve.variants import NAMES, ORIGINAL, PRUNED
 
 ARM_HEADER = "X-Redpp-Arm"  # asks for an arm in a request, and names it in the reply
@@ -154,15 +153,7 @@ class ListeningProcess:
         """
         if self._process is not None:  # it was killed: what it started may still hold the port
             kill_session(self._process)
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                cwd=self._log.parent,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        self._process = start_session(self._command, self._log, folder=self._log.parent)
         self._watch(self._process)
         deadline = time.monotonic() + _START_S
         while wait and not self._listens():
@@ -177,8 +168,7 @@ class ListeningProcess:
 
     def log_tail(self, lines: int = 5) -> str:
         """Return the last lines of the log."""
-        text = self._log.read_text(errors="replace") if self._log.exists() else ""
-        return "\n".join(text.splitlines()[-lines:])
+        return tail(self._log, lines)
 
     def stop(self) -> None:
         """End the program, gently at first."""
@@ -279,13 +269,6 @@ def switched(folder: Path) -> str | None:
 def stop_mirroring(folder: Path) -> None:
     """Send no further request to the recorder; ``folder`` is the gateway's."""
     _touch(folder / _SHADOW_OFF)
-
-
-def private_folder(prefix: str) -> Path:
-    """Make a folder for this user alone, whose path is short enough for a socket and needs no quoting in nginx."""
-    parent = tempfile.gettempdir()
-    plain = all(character.isalnum() or character in "/._-" for character in parent) and parent.isascii()
-    return Path(tempfile.mkdtemp(prefix=prefix, dir=parent if plain and len(parent) < 60 else "/tmp"))
 
 
 def _touch(path: Path) -> None:

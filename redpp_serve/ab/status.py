@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from redpp_serve.ab.counts import COUNTERS
 from redpp_serve.ab.evidence import Evidence, Finding
 from redpp_serve.ab.gateway import switched
 from redpp_serve.ab.spec import Spec, Started
@@ -180,15 +181,7 @@ class Status:
 def make_status(
     state: Path, test: Started, evidence: Evidence, urls: Mapping[str, str], problems: Sequence[str]
 ) -> Status:
-    """Return the status now, with all that ``evidence`` can take in.
-
-    Args:
-        state: the test's state folder.
-        test: the test that runs.
-        evidence: what was taken in before.
-        urls: ``gateway`` and ``metrics``.
-        problems: what the supervisor could not mend.
-    """
+    """Return the status now, with all that ``evidence`` can take in; ``urls`` are of ``gateway`` and ``metrics``."""
     evidence.refresh()
     findings, guardrails, spec = evidence.findings(), evidence.guardrails(), test.spec
     return Status(
@@ -209,10 +202,6 @@ def make_status(
 
 def read_status(state: Path, urls: Mapping[str, str]) -> Status:
     """Return the status of a test that another process supervises, from the files of its state folder.
-
-    Args:
-        state: the test's state folder.
-        urls: ``gateway`` and ``metrics``.
 
     Raises:
         RedppError: the state folder is gone.
@@ -241,12 +230,8 @@ def _arm(arm: str, spec: Spec, evidence: Evidence) -> ArmStatus:
     traffic = evidence.totals.traffic
     return ArmStatus(
         configured=spec.split.ratio(arm),
-        requests=traffic.requests[arm],
         share=traffic.share(arm),
-        errors=traffic.errors[arm],
-        refused=traffic.refused[arm],
-        abandoned=traffic.abandoned[arm],
-        by_header=traffic.by_header[arm],
+        **{name: getattr(traffic, name)[arm] for name in COUNTERS},
         gateway_ms={key: traffic.percentile_ms(arm, q) for key, q in _PERCENTILES.items()},
         handler_ms={key: evidence.handler_ms(arm, q) for key, q in _PERCENTILES.items()},
     )

@@ -157,13 +157,6 @@ class Parts:
 class Watch:
     """Looks after a running test: mends, counts, and writes down what other processes read.
 
-    Args:
-        state: the test's state folder.
-        test: the test.
-        urls: ``gateway`` and ``metrics``.
-        counting: the counts.
-        parts: the processes to look after.
-
     Attributes:
         latest: the status as of the last look; None before the first.
     """

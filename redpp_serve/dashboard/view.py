@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -233,25 +233,22 @@ def _percentile(window: Window, variant: str, share: float) -> str:
 
 
 def _traffic_rows(window: Window) -> list[Row]:
-    def row(label: str, cell: Callable[[str, dict[str, float]], str]) -> Row:
-        outcomes = [window.details(REQUESTS, variant) for variant in NAMES]
-        return [label, *(cell(v, each) if each else NO_TRAFFIC for v, each in zip(NAMES, outcomes, strict=True))]
+    outcomes = [window.details(REQUESTS, variant) for variant in NAMES]
 
-    def share(outcome: str) -> Callable[[str, dict[str, float]], str]:
-        def cell(variant: str, outcomes: dict[str, float]) -> str:
-            total, found = sum(outcomes.values()), outcomes.get(outcome, 0.0)
-            note = f"\n{percent(found / total)} of requests" if found else ""
-            return f"{exact(found)} of {exact(total)}{note}"
+    def row(label: str, cells: Iterable[str]) -> Row:
+        return [label, *(cell if each else NO_TRAFFIC for cell, each in zip(cells, outcomes, strict=True))]
 
-        return cell
+    def share(of: dict[str, float], outcome: str) -> str:
+        total, found = sum(of.values()), of.get(outcome, 0.0)
+        return f"{exact(found)} of {exact(total)}" + (f"\n{percent(found / total)} of requests" if found else "")
 
     means = [window.mean(BATCH, variant) for variant in NAMES]
     return [
-        row("throughput, answered", lambda variant, _: rate(window.rate(REQUESTS, variant, "ok"))),
-        row("batches", lambda variant, _: rate(window.rate(f"{HANDLER}_count", variant))),
+        row("throughput, answered", (rate(window.rate(REQUESTS, variant, "ok")) for variant in NAMES)),
+        row("batches", (rate(window.rate(f"{HANDLER}_count", variant)) for variant in NAMES)),
         ["mean batch size", *(NO_TRAFFIC if mean is None else f"{mean:.2f} requests" for mean in means)],
-        row("bad requests (400)", share("bad_request")),
-        row("errors (500)", share("error")),
+        row("bad requests (400)", (share(each, "bad_request") for each in outcomes)),
+        row("errors (500)", (share(each, "error") for each in outcomes)),
     ]
 
 
@@ -289,11 +286,12 @@ class _Cost(NamedTuple):
 
 def _costs(shown: Shown) -> Iterator[_Cost]:
     """Yield the networks' figures as the workers say, or else as report.json has them."""
-    for label, key, show in (
-        ("parameters", "parameters", count),
-        ("MACs of one input", "macs", count),
-        ("stored weights", "bytes", size),
-    ):
+    shown_as = {
+        "parameters": ("parameters", count),
+        "macs": ("MACs of one input", count),
+        "bytes": ("stored weights", size),
+    }
+    for key, (label, show) in shown_as.items():
         told = zip(shown.of_both(f"redpp_model_{key}"), shown.report.versions, strict=True)
         original, pruned = (getattr(kept, key) if value is None else value for value, kept in told)
         yield _Cost(label, original, pruned, show)
@@ -330,11 +328,8 @@ def _comparison(shown: Shown) -> dict[str, Any]:
         text = "Not compared yet: redpp-serve compare sends the same inputs to both versions."
         return {"text": text, "rows": [], "note": ""}
     rows = []
-    for label, key in (
-        ("handler p50", "handler_p50"),
-        ("end-to-end p50", "end_to_end_p50"),
-        ("throughput", "throughput"),
-    ):
+    labels = {"handler_p50": "handler p50", "end_to_end_p50": "end-to-end p50", "throughput": "throughput"}
+    for key, label in labels.items():
         found = (report.speedup or {}).get(key)
         if found and found.ratio is not None:
             known = found.low is not None and found.high is not None
@@ -361,19 +356,15 @@ def _experiment(shown: Shown) -> dict[str, Any] | None:
     text = _VERDICTS.get(kind, "No verdict yet")
     if basis := next((each for each in intervals if _supports(each, kind)), None):
         text += f": {basis['low']:.2f} to {basis['high']:.2f} times as fast"
-    shares = [min(max(share, 0.0), 1.0) for arm in NAMES if (share := value("traffic_ratio", arm)) is not None]
+    told = {arm: min(max(x, 0.0), 1.0) for arm in NAMES if (x := value("traffic_ratio", arm)) is not None}
+    shares = [{"arm": arm, "share": share, "text": f"{arm} {100 * share:.0f} %"} for arm, share in told.items()]
     return {
         "verdict": text,
         "kind": kind,
         "advice": _ADVICE.get(advice, "No advice yet"),
         "advice_kind": advice,
         "intervals": intervals,
-        "shares": [
-            {"arm": arm, "share": share, "text": f"{arm} {100 * share:.0f} %"}
-            for arm, share in zip(NAMES, shares, strict=True)
-        ]
-        if len(shares) == len(NAMES)
-        else [],
+        "shares": shares if len(shares) == len(NAMES) else [],
         "rows": _experiment_rows(shown.window, value),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -12,7 +11,8 @@ from pathlib import Path
 
 from redpp_serve.errors import RedppError
 from redpp_serve.packaging.samples import INPUTS
-from redpp_serve.report.folder import PAGE, REPORT
+from redpp_serve.pruning.checkpoint import frontier_of
+from redpp_serve.report.folder import PAGE, REPORT, read_report
 from redpp_serve.variants import VARIANTS
 
 _OURS = {
@@ -32,6 +32,16 @@ _OURS = {
 }
 
 
+def checkpoint_of(out: Path) -> Path:
+    """Return the file beside a package's folder that keeps the synthetic inputs of a run."""
+    return out.parent / f".{out.name}.inputs.safetensors"
+
+
+def frontier_files(out: Path) -> list[Path]:
+    """Return the files that may hold the frontier of the last run for a package's folder, the latest kind first."""
+    return [frontier_of(checkpoint_of(out)), out / REPORT]
+
+
 def check_out(out: Path) -> None:
     """Refuse to replace anything but an earlier package and what TorchServe writes when it is started in one.
 
@@ -42,8 +52,8 @@ def check_out(out: Path) -> None:
         return
     try:
         entries = sorted(path.name for path in out.iterdir())
-        ours = not entries or json.loads((out / REPORT).read_text(encoding="utf-8"))["tool"]["name"] == "redpp-serve"
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = not entries or read_report(out).tool.name == "redpp-serve"
+    except (OSError, RedppError):
         entries, ours = [], False
     foreign = [name for name in entries if name not in _OURS]
     if not ours or foreign:

@@ -24,17 +24,29 @@ from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.machine import describe_machine
 from redpp_serve.options import Options, Serving
 from redpp_serve.packaging.mar import CONFIG, build_mar, check_name
-from redpp_serve.packaging.output_folder import all_or_nothing, check_out, replaced, write_files
+from redpp_serve.packaging.output_folder import (
+    all_or_nothing,
+    check_out,
+    checkpoint_of,
+    frontier_files,
+    replaced,
+    write_files,
+)
 from redpp_serve.packaging.readme import readme
 from redpp_serve.packaging.samples import INPUTS, as_array, request_body, sample_name
 from redpp_serve.packaging.server_config import LOG4J2, config_properties, model_config
 from redpp_serve.packaging.trials import Trial, run_trials, try_archive, try_model
 from redpp_serve.packaging.triton_repository import build_repository, output_specs, to_json, triton_config
 from redpp_serve.pruning.accounting import totals
+from redpp_serve.pruning.choose import known_widths
+from redpp_serve.pruning.families import Scale
+from redpp_serve.pruning.inputs import Sources
 from redpp_serve.pruning.pipeline import Pruned, prune
+from redpp_serve.pruning.real_inputs import load_inputs
 from redpp_serve.pruning.verification import load_verify_data
 from redpp_serve.report.data import Report, Verify
 from redpp_serve.report.folder import write_report
+from redpp_serve.runtime.moments_file import load_moments
 from redpp_serve.runtime.serving_graph import layer_inputs, serving_graph
 from redpp_serve.stages import Stages
 from redpp_serve.variants import ORIGINAL, PRUNED, VARIANTS, Variant
@@ -71,6 +83,8 @@ def package(  # noqa: PLR0913 - the options of the command, given by keyword
     serving: Serving = Serving(),
     preprocess: Preprocess | None = None,
     verify_data: Path | None = None,
+    inputs: Path | None = None,
+    moments: Path | None = None,
     stages: Stages | None = None,
     dry_run: bool = False,
 ) -> Report:
@@ -86,6 +100,8 @@ def package(  # noqa: PLR0913 - the options of the command, given by keyword
         serving: how both versions are served.
         preprocess: how images become the network's input.
         verify_data: labelled inputs to measure accuracy with, an .npz file.
+        inputs: unlabelled inputs to fit to and judge by, see `load_inputs`; nothing of them is in the package.
+        moments: second moments that a serving original has added up, see `load_moments`.
         stages: collects (and prints) the steps.
         dry_run: do everything but the trial runs, and write nothing.
 
@@ -105,9 +121,15 @@ def package(  # noqa: PLR0913 - the options of the command, given by keyword
     stages = stages or Stages(quiet=True)
     scale = (preprocess.mean, preprocess.std) if preprocess else None
     data = load_verify_data(verify_data, captured.graph, scale) if verify_data else None
-    checkpoint = None if dry_run else out.parent / f".{out.name}.inputs.safetensors"
+    checkpoint = None if dry_run else checkpoint_of(out)
+    sources = Sources(
+        load_inputs(inputs, captured.graph, preprocess, options.seed) if inputs else (),
+        Scale(*scale) if scale else None,
+        load_moments(moments, captured.graph) if moments else None,
+        known_widths(frontier_files(out), captured.graph, options.keep_point) if options.keep_point else None,
+    )
     with all_or_nothing(out, checkpoint):
-        pruned = prune(captured.graph, options, stages=stages, data=data, checkpoint=checkpoint)
+        pruned = prune(captured.graph, options, stages=stages, data=data, checkpoint=checkpoint, sources=sources)
         with stages.run("package") as stage:
             versions = [_build(model, ORIGINAL, pruned.original), _build(model, PRUNED, pruned.pruned)]
             stage.reason = ", ".join(f"{v.variant.archive} {len(v.archive) / 1e6:.2f} MB" for v in versions)

@@ -61,3 +61,8 @@ def fingerprint(graphs: Iterable[Graph], tensors: Iterable[Tensor], *rest: objec
         digest.update(repr((tensor.shape, tensor.dtype)).encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def frontier_of(checkpoint: Path) -> Path:
+    """Return the file that keeps the frontier of the run with a checkpoint."""
+    return checkpoint.with_name(checkpoint.name.removesuffix(".inputs.safetensors") + ".frontier.json")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from redpp_serve.channels.coupling import Coupling
 from redpp_serve.channels.narrowing import Kept
-from redpp_serve.errors import GateFailed
+from redpp_serve.errors import GateFailed, RedppError
+from redpp_serve.files import write_atomically
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import mac_count
 from redpp_serve.options import Options
@@ -20,7 +23,7 @@ from redpp_serve.pruning.effort import Effort, spent
 from redpp_serve.pruning.fit import Fitting, Reconstruction, quick_fit, reconstruct, then
 from redpp_serve.pruning.judge import Difference, Reference
 from redpp_serve.pruning.latency import layer_model, paired_latency
-from redpp_serve.pruning.observation import observe, select
+from redpp_serve.pruning.observation import observe, select, with_moments
 from redpp_serve.pruning.repair import repair_batch_norm
 from redpp_serve.pruning.widths import (
     NarrowingPath,
@@ -31,6 +34,7 @@ from redpp_serve.pruning.widths import (
     search_error,
     uniform,
 )
+from redpp_serve.runtime.moments import Moments, fingerprint
 
 _FIT_SHARE = 0.9  # share of the error budget for narrowing; the rest is for the final codebooks
 _LATENCY_ROUNDS = 3
@@ -100,16 +104,12 @@ class FrontierPoint:
         """The share of inputs with the original's top-1 class, on the worst family; None without classes."""
         return self.judged.agreement if self.judged else None
 
-    @property
-    def flag(self) -> str:
-        """The option that gives this network."""
-        return f"--target macs={self.macs_ratio + 5e-4:.3f}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report's figures."""
+    def to_json(self, number: int) -> dict[str, Any]:
+        """Return the report's figures of the point of that number, with the flag that packages it."""
         names = ("macs", "macs_ratio", "error", "agreement", "latency_ratio", "latency_low", "latency_high", "chosen")
         found = {name: getattr(self, name) for name in names}
-        return {**found, "flag": self.flag, "predicted_error": self.predicted, "widths": dict(self.widths)}
+        flag = f"--keep-point {number}" if number else ""
+        return {**found, "flag": flag, "predicted_error": self.predicted, "widths": dict(self.widths)}
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,7 @@ class Narrower:
         inputs: (images, ...) for each network input, on the device to compute on, to fit to.
         progress: called with steps done and in all.
         frozen: weights that stay as they are.
+        moments: what a serving original reads; where given, networks follow from these alone.
     """
 
     def __init__(
@@ -151,11 +152,15 @@ class Narrower:
         inputs: tuple[Tensor, ...],
         progress: Callable[[int, int], None] = lambda done, total: None,
         frozen: frozenset[str] = frozenset(),
+        moments: Moments | None = None,
     ) -> None:
         self.reference, self.coupling, self.progress, self.inputs = reference, coupling, progress, inputs
         self._check = tuple(x[:_CHECKED].to(inputs[0].device) for x in reference.inputs)
         self._fitting = Fitting(reference.original, coupling, inputs, self._check, merged, frozen)
         self.observed = observe(coupling, inputs, progress)
+        self._served = moments is not None
+        if moments is not None:
+            self.observed = with_moments(self.observed, moments, merged)
         self.selections = select(self.observed)
         self._built: dict[tuple[tuple[str, int], ...], Narrowed] = {}
 
@@ -180,6 +185,10 @@ class Narrower:
             places = then(self._fitting.merged, self.coupling.kept(kept))
             best = quick = quick_fit(self.observed, kept)
             error = self.reference.error(quick)
+            if self._served:  # these moments are real, and a fit to synthetic inputs would leave them
+                records = [Reconstruction(n, len(self.selections[n].order), len(k), 0.0) for n, k in kept.items()]
+                self._built[key] = Narrowed(quick, places, dict(widths), records, error, spent() - start)
+                return self._built[key]
             fitted, records = reconstruct(self._fitting, kept, quick, self.progress)
             for graph in (fitted, repair_batch_norm(fitted, self.reference.original, self.inputs, places)):
                 found = self.reference.error(graph)
@@ -326,6 +335,53 @@ def frontier_record(
         return replace(point, latency_ratio=t.ratio, latency_low=t.low, latency_high=t.high)
 
     return {
+        "network": fingerprint(original),
         "latency_on": f"{machine}, {torch.get_num_threads()} threads, batch 1, the server's runtime",
-        "points": [timed(point).to_json() for point in points],
+        "points": [timed(point).to_json(number) for number, point in enumerate(points)],
     }
+
+
+def frontier_text(points: Sequence[FrontierPoint]) -> str:
+    """Return a table of the frontier for the terminal, each point with the number that ``--keep-point`` takes."""
+    lines = ["  point   MACs  error  agreement"]
+    for number, point in enumerate(points):
+        agreement = "" if point.agreement is None else f"{point.agreement:.1%}"
+        chosen = "  (this run)" if point.chosen else ""
+        lines.append(f"  {number:>5}  {point.macs_ratio:.3f}  {point.error:.3f}  {agreement:>9}{chosen}")
+    return "\n".join(lines)
+
+
+def save_frontier(path: Path, original: Graph, points: Sequence[FrontierPoint]) -> None:
+    """Write the widths of a frontier to a file, so that a later run can package any of its points."""
+    found = [{"macs_ratio": point.macs_ratio, "error": point.error, "widths": dict(point.widths)} for point in points]
+    write_atomically(path, json.dumps({"network": fingerprint(original), "points": found}).encode())
+
+
+def known_widths(files: Sequence[Path], graph: Graph, number: int) -> dict[str, int]:
+    """Return the widths of a point of the frontier in the first of ``files`` that is there.
+
+    A file is one of `save_frontier`, or a report that holds a frontier.
+
+    Raises:
+        RedppError: there is none, it is another network's, or it has no such point.
+    """
+    do = "run package with --target or --max-error first, then --keep-point with the same --out"
+    path = next((path for path in files if path.exists()), None)
+    if path is None:
+        raise RedppError(f"--keep-point {number}, but no earlier run is known", "a frontier to take a point of", do)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        frontier = document.get("frontier", document)
+        network = str(frontier["network"])
+        points = [{str(name): int(width) for name, width in point["widths"].items()} for point in frontier["points"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RedppError(
+            f"--keep-point {number}: {path} holds no frontier ({error!r})", "one of this version", do
+        ) from error
+    if network != fingerprint(graph):
+        raise RedppError(f"--keep-point {number}: {path} is of another network", "the frontier of this network", do)
+    if not 1 <= number < len(points):
+        raise RedppError(
+            f"--keep-point is {number}", f"a point from 1 to {len(points) - 1}", "choose one of the frontier"
+        )
+    return points[number]

@@ -25,12 +25,11 @@ from redpp_serve.graph.graph import Graph, Node, Ref
 from redpp_serve.graph.layers import Layer, find_layers
 from redpp_serve.graph.passes import is_inference_norm, scale_and_shift
 from redpp_serve.pruning.least_squares import Sums, factor, solve
-from redpp_serve.pruning.observation import Observed, output_axis, samples, spread
+from redpp_serve.pruning.observation import Observed, images_for, output_axis, samples, spread
 from redpp_serve.pruning.piecewise import Piecewise, chunk_size
 
 _RIDGE = 1e-6  # for channels scaled to unit variance
 _SAMPLES = 128  # output positions per input, unless a layer has many unknowns
-_FEWEST_IMAGES, _SAMPLES_PER_UNKNOWN = 48, 8
 _LEAST_SCALE = 1e-3  # relative to the largest; a batch norm with a smaller scale hides its channel from the fit
 
 
@@ -184,11 +183,6 @@ class _Sides:
         self.mine.use(graph)
         for run in (self.mine, self.theirs):
             run.advance(position, images)
-
-
-def images_for(unknowns: int, positions: int, images: int) -> int:
-    """Return how many of the images a fit of a layer needs: neighbouring positions of one tell much the same."""
-    return min(images, max(_FEWEST_IMAGES, math.ceil(_SAMPLES_PER_UNKNOWN * unknowns / math.sqrt(positions))))
 
 
 def _narrowed_sets(coupling: Coupling, kept: Mapping[str, Tensor]) -> list[ChannelSet]:

@@ -7,6 +7,7 @@ another pass, the order in which channels are worth keeping (`select`) and a fit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,11 +15,15 @@ import torch
 from torch import Tensor
 
 from redpp_serve.channels.coupling import ChannelSet, Coupling, Reader
+from redpp_serve.channels.narrowing import Kept
+from redpp_serve.graph.executor import value_shapes
 from redpp_serve.graph.graph import Graph, conv2d_geometry
 from redpp_serve.pruning.piecewise import Piecewise, chunk_size
+from redpp_serve.runtime.moments import Moments
 
 _SAMPLES = 256  # positions per input, unless a set has many channels
 _SPECTRUM_IMAGES = 8
+_FEWEST_IMAGES, _SAMPLES_PER_UNKNOWN = 48, 8
 
 Reading = tuple[str, str]  # name of a channel set, and of a value that is read
 
@@ -80,20 +85,30 @@ def observe(
             readers.setdefault(reader.node, []).append((channel_set, reader))
     found = Observed(coupling)
     run = Piecewise(graph, inputs, chunk_size(graph, len(inputs[0])))
+    shapes = value_shapes(graph)
     for done, node in enumerate(sorted(readers, key=place.__getitem__), start=1):
-        run.advance(place[node])
-        _observe_reader(found, run, node, readers[node])
+        channels = max(channel_set.channels for channel_set, _ in readers[node])
+        shape = shapes[node]
+        positions = math.prod(shape[2:]) if output_axis(graph, node) == 1 else math.prod(shape[1:-1])
+        images = images_for(channels, positions, run.images)
+        run.advance(place[node], images)
+        _observe_reader(found, run, readers[node], images)
         progress(done, len(readers))
     return found
 
 
-def _observe_reader(found: Observed, run: Piecewise, node: str, readers: Sequence[tuple[ChannelSet, Reader]]) -> None:
-    graph, value = found.coupling.graph, readers[0][1].value
+def images_for(unknowns: int, positions: int, images: int) -> int:
+    """Return how many of the images a fit of a layer needs: neighbouring positions of one tell much the same."""
+    return min(images, max(_FEWEST_IMAGES, math.ceil(_SAMPLES_PER_UNKNOWN * unknowns / math.sqrt(positions))))
+
+
+def _observe_reader(found: Observed, run: Piecewise, readers: Sequence[tuple[ChannelSet, Reader]], most: int) -> None:
+    graph, node, value = found.coupling.graph, readers[0][1].node, readers[0][1].value
     sums = {(s.name, value): _Sums(reader, run.device) for s, reader in readers if (s.name, value) not in found.grams}
     spectrum = _Spectrum(graph, node)
     axis, images, count = output_axis(graph, node), 0, 0
     mean = total = square = torch.zeros((), dtype=torch.float64, device=run.device)
-    for x, y in run.values([value, node]):
+    for x, y in run.values([value, node], most):
         mean, images = mean + x.double().sum(0), images + len(x)
         rows = samples(y, axis).double()
         total, square, count = total + rows.sum(0), square + rows.square().sum(0), count + len(rows)
@@ -105,6 +120,41 @@ def _observe_reader(found: Observed, run: Piecewise, node: str, readers: Sequenc
     found.taps[node] = spectrum.correlation().cpu()
     for key, entry in sums.items():
         found.grams[key], found.entries[key] = (x.cpu() for x in entry.centred())
+
+
+def with_moments(observed: Observed, moments: Moments, merged: Kept) -> Observed:
+    """Return the same observation with the second moments that a serving original has added up, where it has them.
+
+    Args:
+        observed: of the network to narrow, over synthetic inputs.
+        moments: of the original network.
+        merged: positions of the original's values that the network to narrow still has.
+    """
+    graph = observed.coupling.graph
+    grams, entries, taps, means, power = (
+        dict(each) for each in (observed.grams, observed.entries, observed.taps, observed.means, observed.power)
+    )
+    for channel_set in observed.coupling.open:
+        for reader in channel_set.readers:
+            served, spread_of = moments.values.get(reader.value), moments.values.get(reader.node)
+            covariance = served.covariance() if served else None
+            if served is None or covariance is None:
+                continue
+            stay = next(iter(merged(reader.value).values()), torch.arange(len(covariance)))
+            covariance, mean = covariance[stay][:, stay], served.mean()[stay]
+            blocks = covariance[reader.positions[:, None, :, None], reader.positions[None, :, None, :]]
+            m = reader.positions.shape[1]
+            grams[channel_set.name, reader.value] = blocks.diagonal(dim1=2, dim2=3).sum(-1) / m
+            cross = blocks.diagonal(dim1=0, dim2=1).sum(-1)
+            entries[channel_set.name, reader.value] = cross / cross.diagonal().mean().clamp_min(1e-300)
+            axis = reader.axis - 1 if reader.axis > 0 else means[reader.value].dim() - 1
+            shape = [-1 if d == axis else 1 for d in range(means[reader.value].dim())]
+            means[reader.value] = mean.view(shape).expand(means[reader.value].shape).contiguous()
+            if reader.node in moments.patches and graph.node(reader.node).op == "aten.conv2d.default":
+                taps[reader.node] = moments.patches[reader.node].tap_correlation()
+            if spread_of is not None:
+                power[reader.node] = float(spread_of.variance().sum())
+    return Observed(observed.coupling, grams, entries, taps, means, power)
 
 
 class _Sums:

@@ -14,11 +14,12 @@ from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import Layer, find_layers
 from redpp_serve.options import Options
 from redpp_serve.pruning.accounting import Counting, count_network
-from redpp_serve.pruning.choose import WidthChoice, frontier_record
+from redpp_serve.pruning.choose import WidthChoice, frontier_record, frontier_text
 from redpp_serve.pruning.effort import Effort
 from redpp_serve.pruning.inputs import Sources
 from redpp_serve.pruning.judge import Difference
 from redpp_serve.pruning.records import (
+    FamilyRecord,
     HashRecord,
     HashSummary,
     LayerRecord,
@@ -153,6 +154,7 @@ def verify(job: Job, inputs: Inputs, channels: Channels, state: State) -> Pruned
         try:
             check_gate(options, difference, accuracy)
         except GateFailed as missed:
+            job.stages.say(frontier_text(state.choice.points))
             raise GateFailed(f"{missed.found} (measured: {stage.reason})", missed.expected, missed.do) from None
     hash_error = next((share.error for share in state.shares if share.stage == "hash"), 0.0)
     checks = {name: state.checks.get(name) for name in ("merge_exact", "split_exact", "narrow_exact")}
@@ -169,6 +171,8 @@ def verify(job: Job, inputs: Inputs, channels: Channels, state: State) -> Pruned
             output_error=difference.error,
             agreement=difference.agreement,
             images=difference.images,
+            families=tuple(FamilyRecord.of_head(head, family) for head in difference.heads for family in head.errors),
+            known=difference.known,
             inputs="; ".join((inputs.note, *state.notes)),
         ),
         shares=state.shares,

@@ -17,6 +17,7 @@ from redpp_serve.pruning.accounting import count_dense, count_kernels, expected_
 from redpp_serve.pruning.density import Array, density
 from redpp_serve.pruning.fit import Reconstruction
 from redpp_serve.pruning.hashing import Codebook, Hashed
+from redpp_serve.pruning.judge import Head
 
 _CURVE_POINTS, _MOST_MARKS = 200, 400  # of a density that is drawn
 _NEAR_ZERO = 0.01  # of the kernels' RMS norm
@@ -249,6 +250,37 @@ class Share:
 
 
 @dataclass(frozen=True)
+class FamilyRecord:
+    """One output of the pruned network against the original's, on one family of inputs.
+
+    Attributes:
+        output: name of the output.
+        family: name of the family.
+        error: relative, centred over the inputs.
+        same: number of inputs with the same top-1 class, where the output is a classification.
+        of: number of inputs that were compared so.
+        low: lower end of the 95 % interval of the agreement.
+        high: upper end.
+    """
+
+    output: str
+    family: str
+    error: float
+    same: int | None = None
+    of: int | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of_head(cls, head: Head, family: str) -> FamilyRecord:
+        """Describe one family of a compared output."""
+        agreement = head.agreement.get(family)
+        if agreement is None:
+            return cls(head.output, family, head.errors[family])
+        return cls(head.output, family, head.errors[family], agreement.same, agreement.of, *agreement.interval)
+
+
+@dataclass(frozen=True)
 class Verification:
     """The numbers that a run is judged by.
 
@@ -256,9 +288,11 @@ class Verification:
         merge_exact: relative error of exact merging in float64; None where nothing was merged.
         split_exact: relative error of input-wise splitting in float64; None where nothing was split.
         narrow_exact: relative error of leaving out unread channels in float64; None where all channels must stay.
-        output_error: relative output error on held-out inputs.
-        agreement: share of these inputs with the same top-1 class, where there are classes.
-        images: number of these inputs.
+        output_error: relative output error on the worst family of held-out inputs, of the worst output.
+        agreement: share of a family's inputs with the same top-1 class, the worst one, where there are classes.
+        images: number of all these inputs.
+        families: the error of each output on each family.
+        known: whether the families agree on the error within a factor of two; else the error on real inputs is unknown.
         inputs: how they were made, in words.
     """
 
@@ -268,4 +302,6 @@ class Verification:
     output_error: float
     agreement: float | None
     images: int
+    families: tuple[FamilyRecord, ...]
+    known: bool
     inputs: str

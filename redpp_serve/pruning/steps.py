@@ -13,7 +13,8 @@ from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import Layer, find_layers
 from redpp_serve.graph.weights import split_weight
 from redpp_serve.options import NO_HASH, RED, Options
-from redpp_serve.pruning.choose import Narrower, choose
+from redpp_serve.pruning.checkpoint import frontier_of
+from redpp_serve.pruning.choose import Narrower, choose, save_frontier
 from redpp_serve.pruning.distillation import Lesson, schedule
 from redpp_serve.pruning.distillation import distil as train
 from redpp_serve.pruning.effort import spent
@@ -162,9 +163,12 @@ def narrow(job: Job, inputs: Inputs, channels: Channels, state: State) -> State:
             stage.skip(_UNMEASURED)
             return state
         fit = tuple(x.to(options.device) for x in inputs.fit)
-        narrower = Narrower(inputs.reference, coupling, state.kept, fit, stage.progress, job.frozen(state.graph))
+        frozen, moments = job.frozen(state.graph), job.sources.moments
+        narrower = Narrower(inputs.reference, coupling, state.kept, fit, stage.progress, frozen, moments)
         choice = choose(narrower, options, job.effort, lambda: job.left(_FRONTIER_END), job.sources.widths)
         state = replace(state, choice=choice)
+        if job.checkpoint and choice.points:
+            save_frontier(frontier_of(job.checkpoint), job.original, choice.points)
         if choice.cut_short:
             late = "the search for widths was cut short by --time-budget, so it is not reproducible to the byte"
             state = replace(state, notes=(*state.notes, late))

@@ -268,12 +268,27 @@ class Layer(Record):
 
 
 @dataclass(kw_only=True)
+class Family(Record):
+    """The error of one output on one family of inputs, and how many of them have the same class, with an interval."""
+
+    output: str | None
+    family: str | None
+    error: float | None
+    same: float | None = None
+    of: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(kw_only=True)
 class Verify(Record):
     """Relative errors of the exact stages and of the pruned network's outputs, on held-out inputs.
 
     Attributes:
         agreement: share of inputs with the same class.
         images: number of held-out inputs.
+        families: the errors behind the worst one.
+        known: whether the families agree on the error.
         inputs: how the inputs were made.
     """
 
@@ -283,6 +298,8 @@ class Verify(Record):
     output_error: float | None
     agreement: float | None
     images: float | None
+    families: list[Family] | None = None
+    known: bool | None = None
     inputs: str | None = None
 
 
@@ -293,6 +310,8 @@ class FrontierPoint(Record):
     macs: float | None
     macs_ratio: float | None
     error: float | None
+    agreement: float | None = None
+    widths: dict[str, float] | None = None
     predicted_error: float | None
     latency_ratio: float | None
     latency_low: float | None
@@ -303,9 +322,10 @@ class FrontierPoint(Record):
 
 @dataclass(kw_only=True)
 class Frontier(Record):
-    """The networks to choose from; ``latency_on`` is the device that they were timed on."""
+    """The networks to choose from, the device that they were timed on, and a digest of the original."""
 
     latency_on: str | None = None
+    network: str | None = None
     points: list[FrontierPoint]
 
 
@@ -350,9 +370,17 @@ class Ratio(Record):
 
 @dataclass(kw_only=True)
 class Agreement(Record):
-    """How alike the served answers are: the share of inputs with the same class."""
+    """How alike the served answers are.
+
+    Attributes:
+        top1: share of inputs with the same class.
+        mean_relative_difference: mean over inputs of |original - pruned| / |original|.
+        inputs: number of inputs that both versions answered.
+    """
 
     top1: float | None
+    mean_relative_difference: float | None = None
+    inputs: float | None = None
 
 
 @dataclass(kw_only=True)

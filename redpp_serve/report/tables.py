@@ -6,7 +6,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from redpp_serve.report.data import ChoiceRecord, Figures, FrontierPoint, Layer, PlanRecord, Ratio, Report, Verify
+from redpp_serve.report.data import (
+    ChoiceRecord,
+    Family,
+    Figures,
+    FrontierPoint,
+    Layer,
+    PlanRecord,
+    Ratio,
+    Report,
+    Verify,
+)
 from redpp_serve.report.formats import (
     DASH,
     count,
@@ -116,9 +126,25 @@ _CHECKS: tuple[tuple[str, Callable[[Verify], str]], ...] = (
 def verify_rows(report: Report) -> list[tuple[str, str]]:
     """Return (check, result) of the verification, and the agreement of the served answers where it was measured."""
     rows = [(label, show(report.verify) if report.verify else DASH) for label, show in _CHECKS]
+    families = (report.verify and report.verify.families) or []
+    several = len({family.output for family in families}) > 1
+    for family in families:
+        what = f"on {family.family}" + (f", output {family.output}" if several else "")
+        rows.append((f"  {printable(what)}", error(family.error) + _same(family)))
+    if report.verify and report.verify.known is False:
+        rows.append(("error on real inputs", "unknown: the families differ by more than a factor of two"))
     if report.agreement and report.agreement.top1 is not None:
         rows.append(("same top-1 class, served answers", percent(report.agreement.top1)))
     return rows
+
+
+def _same(family: Family) -> str:
+    """Format an agreement with its interval; one that is complete as the least that it proves."""
+    if family.of is None or family.same is None or family.low is None or family.high is None:
+        return ""
+    if family.same == family.of:
+        return f"; same class on {family.same:.0f} of {family.of:.0f}, at least {percent(family.low)}"
+    return f"; same class on {percent(family.same / family.of)} [{100 * family.low:.0f}, {100 * family.high:.0f}]"
 
 
 def verify_title(report: Report) -> str:
@@ -158,13 +184,14 @@ def thinned(points: Sequence[FrontierPoint], limit: int) -> list[FrontierPoint]:
 
 def frontier_table(points: Sequence[FrontierPoint]) -> tuple[list[str], list[list[str]]]:
     """Return the head and the rows of the frontier's table; columns that no point fills are left out."""
-    head = ["flag", "MACs", "latency", "error", "predicted error"]
+    head = ["flag", "MACs", "latency", "error", "agreement", "predicted error"]
     rows = [
         [
             (printable(p.flag or "") or DASH) + (" (chosen)" if p.chosen else ""),
             count(p.macs) + ("" if p.macs_ratio is None else f" ({share(p.macs_ratio)})"),
             _latency(p),
             error(p.error),
+            percent(p.agreement),
             error(p.predicted_error),
         ]
         for p in points

@@ -26,7 +26,7 @@ from redpp_serve.variants import NAMES, canonical_name
 
 WIDTH = 110
 NAMES_SHOWN = 12  # names listed under one reason before "and N more"
-POINTS_SHOWN = 5  # of the frontier; report.html has all
+POINTS_SHOWN = 12  # of the frontier; report.html has all
 
 
 def package_summary(report: Report) -> str:
@@ -54,13 +54,15 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _frontier(report: Report) -> list[str]:
-    """Return at most six lines: a head, then points from the most expensive on."""
+    """Return at most thirteen lines: a head, then points from the most expensive on."""
     if not (points := frontier_points(report)):
         return []
     shown = thinned(points, POINTS_SHOWN)
     title = "frontier" if len(shown) == len(points) else f"frontier ({len(shown)} of {len(points)} points)"
     head, rows = frontier_table([*shown])
-    last = head.index("error") + 1  # the predicted error is for the page
+    last = (
+        head.index("agreement") if "agreement" in head else head.index("error")
+    ) + 1  # the predicted error is for the page
     table = columns([(title, *head[1:last]), *(("", *row[1:last]) for row in rows)])
     return [
         "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -135,6 +136,22 @@ def triton_request(metadata: Mapping[str, Any], arrays: list[np.ndarray[Any, Any
     outputs = [InferRequestedOutput(spec["name"], binary_data=False) for spec in metadata["outputs"]]
     body, header = InferenceServerClient.generate_request_body(inputs, outputs)
     return Request(body, {**_BINARY, "Inference-Header-Content-Length": str(header)})
+
+
+def curl(running: Running, scratch: Path, url: str, flags: str = "") -> str:
+    """Return the command that asks a URL for the sample; a body that no file of the package holds goes to ``scratch``.
+
+    Raises:
+        RedppError, OSError, http.client.HTTPException: see `sample_request`.
+    """
+    request = sample_request(running)
+    path = request.path
+    if path is None:
+        path = scratch / "sample.request"
+        path.write_bytes(request.body)
+    headers = {**running.headers["inference"], **request.headers}
+    given = "".join(f"-H {shlex.quote(f'{key}: {value}')} " for key, value in headers.items())
+    return f"curl {flags}{given}--data-binary @{shlex.quote(str(path))} {url}"
 
 
 def _arrays(path: Path, names: list[str]) -> list[np.ndarray[Any, Any]]:

@@ -13,7 +13,7 @@ from redpp_serve.errors import RedppError
 from redpp_serve.loopback import consecutive_ports
 from redpp_serve.options import ServerOptions
 from redpp_serve.report.folder import not_packaged, read_report
-from redpp_serve.serving.health import sample_request
+from redpp_serve.serving.health import curl
 from redpp_serve.serving.observing import Observing
 from redpp_serve.serving.running import Running, find, find_all, register
 from redpp_serve.serving.server import LocalServer
@@ -124,20 +124,12 @@ def roll_out(folder: Path, variant: str, kind: str | None = None) -> Running:
 
 
 def _how_to_ask(server: LocalServer, running: Running) -> list[str]:
-    headers = running.headers["inference"]
-    request = sample_request(running)
-    path = request.path
-    if path is None:  # it is in no file of the folder
-        assert server.home is not None
-        path = server.home / "sample.request"
-        path.write_bytes(request.body)
-    given = "".join(f"-H {shlex.quote(f'{key}: {value}')} " for key, value in {**headers, **request.headers}.items())
     folder = shlex.quote(str(running.folder))
     lines = {
         **running.urls,
         "metrics": running.metrics_urls[0],
-        "token": next(iter(headers.values()), "").removeprefix("Bearer "),
-        "try": f"curl {given}--data-binary @{shlex.quote(str(path))} {running.urls[PRUNED.name]}",
+        "token": next(iter(running.headers["inference"].values()), "").removeprefix("Bearer "),
+        "try": curl(running, server.home or Path(), running.urls[PRUNED.name]),
         "promote": f"redpp-serve promote {folder}: default, now original, becomes pruned; rollback undoes it",
     }
     return [*(f"{key:<9} {value}" for key, value in lines.items() if value), "Ctrl-C stops the server."]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -20,9 +19,10 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 from redpp_serve.errors import RedppError
+from redpp_serve.files import private_folder
 from redpp_serve.handlers.wire import OBSERVE_FILE_VARIABLE, OBSERVE_VARIABLE
 from redpp_serve.loopback import check_ports, free_ports
-from redpp_serve.processes import Guard, kill_session, started
+from redpp_serve.processes import Guard, kill_session, start_session, started, tail
 from redpp_serve.serving.running import Running
 from redpp_serve.variants import NAMES
 
@@ -162,9 +162,7 @@ class LocalServer(ABC):
         self._prepare()
         check_ports(self.ports)
         try:
-            parent = tempfile.gettempdir()
-            # A socket's path may not exceed about 100 bytes.
-            self.home = Path(tempfile.mkdtemp(prefix="redpp-", dir=parent if len(parent) < 60 else "/tmp"))
+            self.home = private_folder("redpp-")
             self._guard, self._own_guard = guard or Guard(), guard is None
             self._guard.watch_folder(self.home)
             self._launch(self.home)
@@ -194,10 +192,7 @@ class LocalServer(ABC):
 
     def log_tail(self, lines: int = 30) -> str:
         """Return the last lines that the server and its workers wrote; empty when it does not run."""
-        path = self.home / "server.log" if self.home else None
-        if path is None or not path.exists():
-            return ""
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+        return tail(self.home / "server.log", lines) if self.home else ""
 
     def running(self, extra: dict[str, str] | None = None) -> Running:
         """Describe this server for `running.register`, as one that this process supervises."""
@@ -221,16 +216,9 @@ class LocalServer(ABC):
         """Start a session, so that Ctrl-C reaches this program alone and all descendants can be found again."""
         assert self.home is not None and self._guard is not None
         try:
-            with (self.home / "server.log").open("ab") as log:
-                self._leaders[what] = subprocess.Popen(
-                    command,
-                    cwd=self.home,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
+            self._leaders[what] = start_session(
+                command, self.home / "server.log", folder=self.home, environment=environment
+            )
         except OSError as error:
             raise RedppError(
                 f"{what} cannot be started: {error}", f"{command[0]} as a program of this machine", "install it again"

@@ -17,7 +17,6 @@ from redpp_serve.ab.gateway import (
     NginxProcess,
     connection_limit,
     gateway_config,
-    private_folder,
     stop_mirroring,
     switch,
     switched,
@@ -25,6 +24,7 @@ from redpp_serve.ab.gateway import (
 )
 from redpp_serve.ab.spec import parse_split
 from redpp_serve.ab.state import Lines
+from redpp_serve.files import private_folder
 from redpp_serve.loopback import GatewayPorts, free_ports
 from redpp_serve.packaging.server_config import MAX_REQUEST_BYTES
 from tests.support.stubs import StubServer, ask, stub

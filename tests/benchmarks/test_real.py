@@ -124,6 +124,7 @@ def cell(arm: str, point: str, agreement: float, **more: Any) -> dict[str, Any]:
 def results(*cells: dict[str, Any]) -> dict[str, Any]:
     sets = {"A": scored(1.0), "B": scored(1.0)}
     network = {"macs": 385_187_552, "parameters": 4_652_008, "sets": sets}
+    network["known"] = {"labelled": 24, "right": 20, "right_in_five": 23}
     environment = {"device": "a processor", "versions": {"torch": "2"}}
     return {"environment": environment, "networks": {"lite0": network}, "cells": list(cells)}
 
@@ -163,6 +164,7 @@ def test_tables_show_each_cell_and_what_the_tool_said() -> None:
     text = real_table.markdown(results(cell("ours", "macs=0.80", 0.5), far))
     assert "| redpp-serve | 50.0 / 50.0 |" in text
     assert "(25.0 / 25.0 at 0.90)" in text
+    assert "of 24 labelled inputs 20 first and 23 among the first five right" in text
     assert "| macs=0.80, no data | 0.80 | 50.0 (45 to 55) / 50.0 (45 to 55) | 0.200 / 0.100 | 0.150, 100.0 % |" in text
     assert "0.75 / 1.50" in text
 
@@ -218,6 +220,19 @@ def test_inverted_images_match_the_stored_statistics() -> None:
     def mismatch(images: torch.Tensor) -> float:
         return float((module[0](images).mean((0, 2, 3)) - module[1].running_mean).norm())
 
-    images = invert(module, (1, 8, 8), 6, steps=60, batch=4)
+    images = invert(module, (1, 8, 8), 6, steps=30, batch=4)
     assert images.shape == (6, 1, 8, 8)
     assert mismatch(images) < 0.5 * mismatch(torch.randn(6, 1, 8, 8, generator=generator()))
+
+
+def test_an_original_that_is_worse_than_known_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = real_data.EvaluationSet("check", torch.eye(10), tuple((k,) for k in range(10)))
+    monkeypatch.setattr(real, "load_graph", lambda name: nn.Identity())
+    monkeypatch.setattr(real, "evaluate", lambda graph, name: {})
+    monkeypatch.setattr(real, "mac_count", lambda graph: 1)
+    monkeypatch.setattr(real, "parameter_count", lambda graph: 1)
+    monkeypatch.setattr(real, "check_set", lambda name: checked)
+    assert real.describe("digit")["known"]["right"] == 10
+    monkeypatch.setattr(real, "run", lambda graph, inputs: inputs.roll(1, 1))
+    with pytest.raises(SystemExit, match="0 of 10"):
+        real.describe("digit")
