@@ -239,7 +239,8 @@ def test_a_missed_gate_is_exit_code_3(run: Run, model: Path, tmp_path: Path) -> 
     code, out, err = run("package", *arguments(model), "--keep", "0.5", "--distil", "0", "--max-error", "0.00001")
     assert (code, out) == (3, "") and files(tmp_path) == before
     assert re.search(
-        r"redpp-serve package: the relative output error .* is \d\.\d+ on the worst family .*\(measured: .*\)\. Expected: at most 1e-05",
+        r"redpp-serve package: the relative output error is \d\.\d+ on the worst family of inputs "
+        r"\(measured: .*\)\. Expected: at most 1e-05",
         err,
     )
 

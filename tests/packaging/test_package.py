@@ -239,8 +239,8 @@ def test_a_dry_run_writes_nothing_at_all(model: Path, tmp_path: Path) -> None:
         ),
         (
             {"method": "red++", "min_agreement": 1.0, "hash_error": 0.9},
-            r"top-1 agreement is \d+\.\d% \(\d+% to \d+%\) on the worst family of inputs \(measured: .* agreement .*\)\. "
-            r"Expected: at least 1 \(--min-agreement\)",
+            r"top-1 agreement is \d+\.\d% \(\d+% to \d+%\) on the worst family of inputs \(measured: .* agreement "
+            r".*\)\. Expected: at least 1 \(--min-agreement\)",
         ),
         (
             {"keep": 0.1, "round_to": 1, "distil": 0},  # the floor that holds where no limit was given

@@ -1,6 +1,7 @@
 """The choice of widths: every target is met or refused in words, and the frontier holds what could be had."""
 
 import itertools
+import json
 import math
 import re
 from types import SimpleNamespace
@@ -8,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from redpp_serve.channels.coupling import couple
-from redpp_serve.errors import GateFailed
+from redpp_serve.errors import GateFailed, RedppError
 from redpp_serve.graph.layers import mac_count
 from redpp_serve.options import Options
 from redpp_serve.pruning import choose as module
-from redpp_serve.pruning.choose import Narrower, choose, frontier_record
+from redpp_serve.pruning.choose import Narrower, choose, frontier_record, known_widths, save_frontier
 from redpp_serve.pruning.effort import Effort
 from redpp_serve.pruning.judge import Reference
 from redpp_serve.pruning.latency import Latency
@@ -68,11 +69,38 @@ def test_less_is_kept_at_a_higher_error(narrower):
     assert 0 < errors[0] < errors[1] < errors[2]
 
 
-def test_the_flag_of_a_point_gives_that_point(narrower):
-    for point in choice_of(narrower, target_macs=0.5).points[1:]:
-        value = float(re.fullmatch(r"--target macs=(0\.\d+)", point.flag).group(1))
-        again = choice_of(narrower, points=2, target_macs=value)
-        assert mac_count(again.narrowed.graph) == point.macs
+def test_the_flag_of_a_point_gives_that_point(narrower, monkeypatch, tmp_path):
+    """From the file that a run keeps and from its report, for every point but the original."""
+    monkeypatch.setattr(module, "paired_latency", latencies(lambda ratio: ratio))
+    original, choice = narrower.reference.original, choice_of(narrower, target_macs=0.5)
+    record = frontier_record(choice.points, original, "cpu", "a machine", 0.1)
+    kept, report = tmp_path / "frontier.json", tmp_path / "report.json"
+    save_frontier(kept, original, choice.points)
+    report.write_text(json.dumps({"frontier": record}))
+    assert [p["flag"] for p in record["points"]] == ["", *(f"--keep-point {k}" for k in range(1, len(choice.points)))]
+    for number, point in enumerate(choice.points[1:], start=1):
+        for files in ([kept, report], [tmp_path / "absent.json", report]):
+            widths = known_widths(files, original, number)
+            again = choice_of(narrower, widths=widths, keep_point=number)
+            assert mac_count(again.narrowed.graph) == point.macs and again.reason == f"--keep-point {number}"
+        if point.chosen:
+            assert again.narrowed is choice.narrowed
+
+
+def test_a_point_that_is_not_there_is_refused_in_words(narrower, tmp_path):
+    original, kept, empty = narrower.reference.original, tmp_path / "frontier.json", tmp_path / "empty.json"
+    points = choice_of(narrower, points=3, target_macs=0.5).points
+    save_frontier(kept, original, points)
+    empty.write_text("{}")
+    other = trained("chain", 8)
+    for files, graph, number, words in (
+        ([], original, 1, "no earlier run is known"),
+        ([empty], original, 1, "holds no frontier"),
+        ([kept], other, 1, "is of another network"),
+        ([kept], original, len(points), f"a point from 1 to {len(points) - 1}"),
+    ):
+        with pytest.raises(RedppError, match=words):
+            known_widths(files, graph, number)
 
 
 def test_a_target_out_of_reach_is_refused_with_one_that_is_not(narrower):
@@ -98,9 +126,8 @@ def test_a_share_of_every_channel_set(narrower):
 def test_an_error_budget_leaves_room_for_the_codebooks(narrower, limit):
     choice = choice_of(narrower, max_error=limit)
     error = narrower.reference.error(choice.narrowed.graph)
-    assert error == choice.narrowed.error <= 0.9 * limit and re.fullmatch(
-        rf"error budget {limit:g}, \d networks built", choice.reason
-    )
+    assert error == choice.narrowed.error <= 0.9 * limit
+    assert re.fullmatch(rf"error budget {limit:g}, \d networks built", choice.reason)
     check_frontier(narrower, choice)
 
 
