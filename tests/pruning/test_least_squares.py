@@ -125,3 +125,12 @@ def test_samples_of_another_kind_choose_how_far_the_fit_goes():
         assert chosen <= min(losses.values()) * (1 + 1e-9), noise
         assert noise or chosen < 1e-6 * losses["start"]
         assert noise < 1 or losses["small"] > losses["start"]  # without a check the fit would have done harm
+
+
+def test_many_features_of_any_scale_are_fitted():
+    """Of so many, products are summed in float32, in which squares of 1e20 would overflow and those of 1e-25 vanish."""
+    u, weight = gaussian(1400, 520) + 1, gaussian(520, 2, seed=1)
+    y = u @ weight
+    for scale, of_y in ((1e-25, 1.0), (1.0, 1e-25), (1e20, 1e20), (1e20, 1e-20)):
+        new, constant, lost = solve(Sums.of((scale * u).float(), of_y * y), torch.zeros_like(weight))
+        assert lost < 1e-4 and float((scale * u @ new + constant - of_y * y).norm() / (of_y * y).norm()) < 0.01
