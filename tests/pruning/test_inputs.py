@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import InputSpec, Ref
+from redpp_serve.pruning import families
 from redpp_serve.pruning import inputs as synthetic
 from redpp_serve.pruning.families import Scale, estimate_scale, families_of, structured
 from redpp_serve.pruning.inputs import (
@@ -27,6 +28,13 @@ from redpp_serve.runtime.moments import Moments
 from tests.support.networks import Builder, calibrated, few, network
 
 SMALL = SynthesisBudget(images=24, batch=8, steps=6)
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch):
+    """Drawing them takes longer than everything else here."""
+    monkeypatch.setattr(families, "_IMAGES_TO_MATCH", 2)
+    monkeypatch.setattr(synthetic, "_RANKED", 2)
 
 
 def trained(kind):
