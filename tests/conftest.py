@@ -52,7 +52,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     from redpp_serve.pruning.effort import Effort
     from redpp_serve.pruning.inputs import SynthesisBudget
 
-    effort = Effort(SynthesisBudget(32, 16, 4), frontier_points=3, latency_seconds=0.01)
+    effort = Effort(SynthesisBudget(32, 16, 4, 8, 16), frontier_points=3, latency_seconds=0.01, pace=1e-4)
     monkeypatch.setattr(pipeline, "STANDARD_EFFORT", effort)
 
 

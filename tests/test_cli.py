@@ -197,6 +197,8 @@ def test_package_prints_results_to_stdout_and_stages_to_stderr(
         "4",
         "--distil",
         "0",
+        "--max-error",
+        "2",
         "--verify-data",
         data,
         "--preprocess",
@@ -227,7 +229,7 @@ def test_package_prints_results_to_stdout_and_stages_to_stderr(
 
 def test_dry_run_says_so_and_writes_nothing(run: Run, model: Path, tmp_path: Path) -> None:
     before = files(tmp_path)
-    code, out, _ = run("package", *arguments(model), "--dry-run", "--keep", "0.5", "--distil", "0")
+    code, out, _ = run("package", *arguments(model), "--dry-run", "--keep", "0.5", "--max-error", "2", "--distil", "0")
     assert code == 0 and out.endswith("\ndry run: nothing was written\n") and "wrote" not in out
     assert files(tmp_path) == before
 
@@ -237,7 +239,18 @@ def test_a_missed_gate_is_exit_code_3(run: Run, model: Path, tmp_path: Path) -> 
     code, out, err = run("package", *arguments(model), "--keep", "0.5", "--distil", "0", "--max-error", "0.00001")
     assert (code, out) == (3, "") and files(tmp_path) == before
     assert re.search(
-        r"redpp-serve package: the relative output error .* is 0\.\d+ \(measured: .*\)\. Expected: at most 1e-05", err
+        r"redpp-serve package: the relative output error is \d\.\d+ on the worst family of inputs "
+        r"\(measured: .*\)\. Expected: at most 1e-05",
+        err,
+    )
+
+
+def test_a_result_far_from_the_original_is_exit_code_3_without_any_limit(run: Run, model: Path, tmp_path: Path) -> None:
+    before, words = files(tmp_path), ("--keep", "0.1", "--round-to", "1", "--distil", "0")
+    code, out, err = run("package", *arguments(model), *words)
+    assert (code, out) == (3, "") and files(tmp_path) == before
+    assert re.search(
+        r"Expected: at most 0\.5 \(--max-error\)\. What to do: keep more .* fine-tune the network, or", err
     )
 
 
@@ -292,7 +305,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 def one_paragraph(command: str, err: str, found: str) -> None:
-    lines = [line for line in err.splitlines() if not re.match(r"(capture|hash|merge) +done|note: ", line)]
+    lines = [line for line in err.splitlines() if not re.match(r"(capture|merge) +done|hash +skipped|note: ", line)]
     assert len(lines) == 1 and lines[0].startswith(f"redpp-serve {command}: "), err
     assert re.search(found, lines[0]), lines[0]
     assert "Traceback" not in err and "What to do: " in lines[0] and len(lines[0]) < 1000

@@ -5,12 +5,12 @@ import json
 import pytest
 
 from redpp_serve.errors import RedppError
-from redpp_serve.options import DEFAULT_MAX_ERROR, Options
+from redpp_serve.options import DEFAULT_MAX_ERROR, FLOOR_AGREEMENT, FLOOR_ERROR, Options
 
 NAN = float("nan")
 BAD = [
     ("hash", "median"),
-    ("merge", "all"),
+    ("method", "all"),
     ("hash_error", 0.0),
     ("hash_error", 1.5),
     ("hash_error", -0.1),
@@ -30,6 +30,7 @@ BAD = [
     ("distil", -1.0),
     ("distil", NAN),
     ("distil", 2e6),
+    ("keep_point", 0),
 ]
 
 
@@ -54,7 +55,7 @@ def test_a_bad_value_is_refused_with_its_flag(name, value):
         {"hash_values": 2},
         {"round_to": 1},
         {"time_budget": 1},
-        {"merge": "exact", "max_error": 0.1},
+        {"method": "red++", "max_error": 0.1},
         {"distil": 0.0},
         {"target_macs": 1.0},
         {"target_latency": 1e-9},
@@ -69,9 +70,9 @@ def test_the_limits_themselves_are_allowed(values):
 def test_options_that_contradict_each_other():
     with pytest.raises(RedppError, match="--hash-error or --hash-values"):
         Options(hash_error=0.1, hash_values=4)
-    with pytest.raises(RedppError, match="--keep is 0.5.*--method red++"):
+    with pytest.raises(RedppError, match="--keep is 0.5.*--method red\\+\\+"):
         Options(method="red++", keep=0.5)
-    with pytest.raises(RedppError, match="--target latency=0.5.*--method red++"):
+    with pytest.raises(RedppError, match="--target latency=0.5.*--method red\\+\\+"):
         Options(method="red++", target_latency=0.5)
 
 
@@ -111,11 +112,41 @@ def test_the_hash_target():
         ({"keep": 0.5, "max_error": 0.3}, None),
         ({"target_macs": 0.5, "max_error": 0.3}, None),
         ({"target_latency": 0.5}, None),
-        ({"merge": "exact", "max_error": 0.3}, None),
+        ({"method": "red++", "max_error": 0.3}, None),
+        ({"keep_point": 2}, None),
     ],
 )
 def test_only_the_search_for_widths_has_a_budget(values, budget):
     assert Options(**values).error_budget == budget
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "agreement"),
+    [
+        ({}, DEFAULT_MAX_ERROR, FLOOR_AGREEMENT),
+        ({"keep": 0.5}, FLOOR_ERROR, FLOOR_AGREEMENT),
+        ({"target_macs": 0.5}, FLOOR_ERROR, FLOOR_AGREEMENT),
+        ({"target_latency": 0.5}, FLOOR_ERROR, FLOOR_AGREEMENT),
+        ({"keep_point": 2}, FLOOR_ERROR, FLOOR_AGREEMENT),
+        ({"keep": 0.5, "max_error": 3.0}, 3.0, 0.0),  # who says how far the outputs may go has decided
+        ({"keep": 0.5, "min_agreement": 0.0}, FLOOR_ERROR, 0.0),
+        ({"max_error": 0.2, "min_agreement": 0.9}, 0.2, 0.9),
+        ({"method": "red++"}, None, 0.0),
+        ({"method": "red++", "max_error": 0.01}, 0.01, 0.0),
+        ({"method": "red++", "min_agreement": 0.5}, None, 0.5),
+    ],
+)
+def test_there_is_a_floor_where_nothing_was_said(values, error, agreement):
+    options = Options(**values)
+    assert (options.floor_error, options.floor_agreement) == (error, agreement)
+
+
+def test_a_point_of_the_frontier_is_an_answer_of_its_own():
+    for other, flag in (("keep", "--keep"), ("target_macs", "--target macs"), ("target_latency", "--target latency")):
+        with pytest.raises(RedppError, match=f"--keep-point is 2.*not together with {flag}"):
+            Options(**{other: 0.5, "keep_point": 2})
+    with pytest.raises(RedppError, match=r"--keep-point.*--method red\+\+"):
+        Options(method="red++", keep_point=1)
 
 
 def test_json_round_trip():

@@ -12,14 +12,14 @@ from redpp_serve.graph.layers import find_layers
 from redpp_serve.pruning.choose import Narrowed, Narrower
 from redpp_serve.pruning.distillation import Lesson, distil, schedule
 from redpp_serve.pruning.final_codebooks import hash_within
+from redpp_serve.pruning.judge import Reference
 from redpp_serve.pruning.repair import repair_batch_norm
 from redpp_serve.pruning.steps import CODEBOOK_DISTIL_SHARE, CODEBOOK_SHARE, LEAST_CODEBOOK_ERROR
-from redpp_serve.pruning.judge import Reference
 from redpp_serve.pruning.widths import NarrowingPath, narrowing_path
 
 from .subject import Subject
 
-_HELD_OUT = 32  # images of the synthetic ones on which widths are chosen and distillation is judged
+_HELD_OUT = 32  # of the real images: on these widths are chosen
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,10 @@ class _Ready:
 
 @lru_cache(maxsize=4)
 def _ready(subject: Subject, real: bool, round_to: int) -> _Ready:
-    images = subject.real if real else subject.synthetic
-    reference = Reference(subject.graph, (images[-_HELD_OUT:],))
-    narrower = Narrower(reference, couple(subject.graph), lambda name: {}, (images[:-_HELD_OUT],))
+    fit, judging = (subject.synthetic,), subject.prepared.families
+    if real:
+        fit, judging = (subject.real[:-_HELD_OUT],), {"real": (subject.real[-_HELD_OUT:],)}
+    narrower = Narrower(Reference(subject.graph, judging), couple(subject.graph), lambda name: {}, fit)
     return _Ready(narrower, narrowing_path(narrower.coupling, narrower.set_errors(), round_to))
 
 
@@ -60,9 +61,8 @@ def distilled(subject: Subject, target_macs: int, round_to: int, seconds: float)
 def _trained(
     subject: Subject, reference: Reference, narrowed: Narrowed, seconds: float, codebooks: Collection[str] = ()
 ) -> Graph:
-    learn = (subject.synthetic[:-_HELD_OUT],)
-    lesson = Lesson(narrowed.graph, reference, learn, narrowed.kept, frozenset(codebooks))
-    return distil(lesson, schedule(narrowed.graph, subject.graph, seconds)).graph
+    lesson = Lesson(narrowed.graph, reference, (subject.synthetic,), narrowed.kept, frozenset(codebooks))
+    return distil(lesson, schedule(narrowed.graph, subject.graph, seconds, subject.pace, reference.images)).graph
 
 
 def with_codebooks(subject: Subject, target_macs: int, round_to: int, seconds: float) -> tuple[Graph, str]:

@@ -13,7 +13,8 @@ from redpp_serve.capture.export import capture
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import mac_count
-from redpp_serve.pruning.inputs import synthesis_budget, synthesize
+from redpp_serve.pruning.effort import pace
+from redpp_serve.pruning.inputs import Prepared, Sources, prepare, synthesis_budget
 from redpp_serve.reference import catalog
 from redpp_serve.runtime.serving_graph import serving_program
 
@@ -22,7 +23,7 @@ from .widths import CostModel, cost_model
 
 _CHUNK = 125
 _TOLERANCE = 1e-3  # of the largest logit: float32 sums in another order
-_SYNTHESIS_SECONDS = 360.0  # the product's default share for making inputs
+_SYNTHESIS_SECONDS = 75.0  # the product's default share for matching inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +55,21 @@ class Subject:
         return cost_model(CoupledNetwork(self.module, self.example), self.example)
 
     @cached_property
-    def synthetic(self) -> Tensor:
-        """Images (n, ...) that the product makes from the network's own statistics, without data."""
+    def pace(self) -> float:
+        """Seconds of the original for one image."""
+        return pace(self.graph)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """Images that the product makes without data, to fit to and to judge by."""
         self.scratch.mkdir(parents=True, exist_ok=True)
-        how = synthesis_budget(self.graph, _SYNTHESIS_SECONDS)
-        return synthesize(self.graph, how, checkpoint=self.scratch / f"{self.name}.inputs").inputs[0]
+        how = synthesis_budget(self.graph, _SYNTHESIS_SECONDS, self.pace)
+        return prepare(self.graph, Sources(), how, checkpoint=self.scratch / f"{self.name}.inputs")
+
+    @property
+    def synthetic(self) -> Tensor:
+        """The images (n, ...) to fit to."""
+        return self.prepared.fit[0]
 
     @cached_property
     def macs(self) -> int:

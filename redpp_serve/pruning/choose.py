@@ -192,7 +192,7 @@ class Narrower:
             fitted, records = reconstruct(self._fitting, kept, quick, self.progress)
             for graph in (fitted, repair_batch_norm(fitted, self.reference.original, self.inputs, places)):
                 found = self.reference.error(graph)
-                if not found >= error:
+                if found <= error or error != error:  # not where the fit gave NaN
                     best, error = graph, found
             self._built[key] = Narrowed(best, places, dict(widths), records, error, spent() - start)
         return self._built[key]

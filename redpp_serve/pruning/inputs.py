@@ -147,18 +147,19 @@ def prepare(
             judged |= {f"other {names[0]}": again, f"faded {names[0]}": _faded(again)}
         note += f"; judged by {', '.join(judged)}"
     else:
+        whole = -(-budget.judged // budget.batch) * budget.batch  # inputs are made in batches
         made, again = (
             synthesize(
                 graph, b, (), seed=s, device=device, checkpoint=checkpoint if s == seed else None, progress=progress
             )
-            for b, s in ((budget, seed), (replace(budget, images=max(budget.batch, budget.judged)), seed + 1))
+            for b, s in ((budget, seed), (replace(budget, images=whole), seed + 1))
         )
         fit, other = made.inputs, tuple(x[: budget.judged] for x in again.inputs)
         judged = {"another start": other, "scaled": _scaled(other, 0.7), "louder": _scaled(other, 1.3)}
         note = made.note or "inputs matched to batch-norm statistics, mismatch {:.3g} -> {:.3g}".format(*made.losses)
     real = len(sources.inputs[0]) if sources.inputs else 0
     if real:
-        held = max(4, round(_REAL_JUDGED * real))
+        held = min(real, max(4, round(_REAL_JUDGED * real)))
         fit = tuple(torch.cat([x[:-held], y]) for x, y in zip(sources.inputs, fit, strict=True))
         judged = {"real": tuple(x[-held:] for x in sources.inputs), **judged}
         note = f"{real - held} real inputs and {note}; {held} real ones judge"

@@ -5,6 +5,7 @@ The strength of the ridge is the one that predicts inputs best to which it was n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,8 +44,9 @@ class Sums:
     def of(cls, u: Tensor, y: Tensor) -> Sums:
         """Sum over the rows of u (samples, d) and y (samples, n_out)."""
         if u.shape[1] > _EXACT:
-            u, few = u.float(), y.float()
-            return cls((u.T @ u).double(), (u.T @ few).double(), u.double().sum(0), y.sum(0), y.square().sum(0), len(u))
+            (few, unit), (few_y, unit_y), y = _in_units(u), _in_units(y), y.double()
+            uu, uy = (few.T @ few).double() * unit**2, (few.T @ few_y).double() * (unit * unit_y)
+            return cls(uu, uy, u.double().sum(0), y.sum(0), y.square().sum(0), len(u))
         u, y = u.double(), y.double()
         return cls(u.T @ u, u.T @ y, u.sum(0), y.sum(0), y.square().sum(0), len(u))
 
@@ -53,6 +55,13 @@ class Sums:
         for name in ("uu", "uy", "u", "y", "yy"):
             getattr(self, name).add_(getattr(other, name))
         self.count += other.count
+
+
+def _in_units(x: Tensor) -> tuple[Tensor, float]:
+    """Return values as float32 in units of a power of two, in which no square overflows or vanishes; and the unit."""
+    largest = float(x.abs().max())
+    unit = 2.0 ** math.floor(math.log2(largest)) if 0 < largest < math.inf else 1.0
+    return (x / unit).float(), unit
 
 
 @dataclass(frozen=True)

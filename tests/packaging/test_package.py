@@ -27,8 +27,8 @@ from redpp_serve.packaging.package import doubts, package
 from redpp_serve.packaging.samples import as_array, request_body
 from redpp_serve.pruning import choose as lossy
 from redpp_serve.pruning import steps
+from redpp_serve.pruning.inputs import Matcher
 from redpp_serve.report.data import Record, Verify
-from redpp_serve.stages import Stages
 from tests.support.small import SHAPE, arguments, captured, network, outputs, randomise, write_data, write_model
 from tests.support.small_networks import Flat, Two
 
@@ -46,7 +46,7 @@ FILES = {
     "report.html",
 }
 EXACT = Options(method="red++")
-FAST = Options(keep=0.5, round_to=4, distil=0, time_budget=1)
+FAST = Options(keep=0.5, round_to=4, distil=0, max_error=2.0, time_budget=1)  # half of random weights says little
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -109,13 +109,15 @@ def check_report(report: dict[str, Any], accuracy: bool) -> None:
         report["verify"]
     )
     shares = {"stage", "error", "agreement", "macs", "seconds"} | ({"accuracy"} if accuracy else set())
-    assert report["stages_share"][0]["stage"] == "hash"
+    assert report["stages_share"][0]["stage"] == "reconstruct"
     assert all(set(share) == shares for share in report["stages_share"])
     point = {
         "macs",
         "macs_ratio",
         "error",
+        "agreement",
         "predicted_error",
+        "widths",
         "latency_ratio",
         "latency_low",
         "latency_high",
@@ -232,15 +234,20 @@ def test_a_dry_run_writes_nothing_at_all(model: Path, tmp_path: Path) -> None:
     [
         (
             {"keep": 0.5, "round_to": 4, "distil": 0, "max_error": 0.0001},
-            r"relative output error .* is 0\.\d+ \(measured: output error .*\)\. "
+            r"relative output error is \d\.\d+ on the worst family of inputs \(measured: output error .*\)\. "
             r"Expected: at most 0\.0001 \(--max-error\)",
         ),
         (
-            {"merge": "exact", "min_agreement": 1.0, "hash_error": 0.9},
-            r"top-1 agreement .* is 0\.\d+ \(measured: .* agreement .*\)\. Expected: at least 1 \(--min-agreement\)",
+            {"method": "red++", "min_agreement": 1.0, "hash_error": 0.9},
+            r"top-1 agreement is \d+\.\d% \(\d+% to \d+%\) on the worst family of inputs \(measured: .* agreement "
+            r".*\)\. Expected: at least 1 \(--min-agreement\)",
         ),
         (
-            {"merge": "exact", "max_accuracy_drop": 0.01, "hash_error": 0.9},
+            {"keep": 0.1, "round_to": 1, "distil": 0},  # the floor that holds where no limit was given
+            r"relative output error is \d\.\d+ on the worst family .*\. Expected: at most 0\.5 \(--max-error\)",
+        ),
+        (
+            {"method": "red++", "max_accuracy_drop": 0.01, "hash_error": 0.9},
             r"accuracy falls by \d+\.\d\d points, from 100.00% to .*\(--max-accuracy-drop\)",
         ),
     ],
@@ -339,19 +346,15 @@ def test_an_interrupt_leaves_what_was_made_for_the_next_run_and_nothing_else(
         raise KeyboardInterrupt
 
     before, network = everything(tmp_path), captured(model)
-    options = Options(
-        keep=0.5, round_to=4, distil=1, time_budget=30
-    )  # enough to finish a batch of inputs, which is what is kept
+    options = Options(keep=0.5, round_to=4, distil=1, max_error=2.0, time_budget=30)
     monkeypatch.setattr(owner, name, interrupt)
     with pytest.raises(KeyboardInterrupt):
         package(network, tmp_path / "small", name="small", options=options)
     kept = {"reconstruct": ("",), "codebooks": ("", ".distil"), "package": ("", ".distil", ".tune")}[stage]
     assert set(everything(tmp_path)) - set(before) == {f".small.inputs.safetensors{part}" for part in kept}
     monkeypatch.setattr(owner, name, real)
-    stages = Stages(quiet=True)
-    package(network, tmp_path / "small", name="small", options=options, stages=stages)
-    seconds = {s.name: s.seconds for s in stages.stages}
-    assert seconds["inputs"] < 0.3  # read back, not made again
+    monkeypatch.setattr(Matcher, "optimise", lambda *_: pytest.fail("inputs were matched again"))
+    package(network, tmp_path / "small", name="small", options=options)
     assert {p.name for p in tmp_path.iterdir()} == {"in", "small"}
 
 

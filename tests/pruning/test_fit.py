@@ -13,7 +13,7 @@ from redpp_serve.graph.layers import find_layers
 from redpp_serve.pruning import fit as module
 from redpp_serve.pruning.fit import Epilogue, Fitting, epilogue, quick_fit, reconstruct, then
 from redpp_serve.pruning.inputs import smooth_noise
-from redpp_serve.pruning.observation import observe, select
+from redpp_serve.pruning.observation import images_for, observe, select
 from tests.support.judging import compare_outputs
 from tests.support.networks import Builder, inner_of, network, plant
 
@@ -63,7 +63,8 @@ class Case:
         self.graph, self.inputs, self.coupling = graph, smooth_noise(graph.inputs, images, 0), couple(graph)
         self.observed = observe(self.coupling, self.inputs)
         self.selections = select(self.observed)
-        self.fitting = Fitting(original or graph, self.coupling, self.inputs)
+        check = smooth_noise(graph.inputs, 24, 11)
+        self.fitting = Fitting(original or graph, self.coupling, self.inputs, check)
 
     def kept(self, share, only=("inner",)):
         sets = [s for s in self.coupling.open if not only or s.name in only]
@@ -283,8 +284,8 @@ def test_the_planted_network_notices_a_wrong_fit(monkeypatch):
     held_out = smooth_noise(case.graph.inputs, 8, 9)
     for wrong in (lambda new, constant: (new, 0 * constant + 0.1), lambda new, constant: (new.flip(0), constant)):
 
-        def solve_wrongly(parts, start, wrong=wrong):
-            new, constant, lost = solve(parts, start)
+        def solve_wrongly(fit, start, check, wrong=wrong):
+            new, constant, lost = solve(fit, start, check)
             return *wrong(new, constant), lost
 
         monkeypatch.setattr(module, "solve", solve_wrongly)
@@ -296,3 +297,24 @@ def test_the_same_inputs_give_the_same_bytes():
     case = Case(network_of("stream", 10), 16)
     (a, _), (b, _) = (case.narrowed(0.4, only=()) for _ in range(2))
     assert all(torch.equal(tensor, b.tensors[name]) for name, tensor in a.tensors.items())
+
+
+def test_layers_with_more_unknowns_get_more_images():
+    assert images_for(288, 196, 256) == 165  # eight samples for each unknown, the root of the positions from an image
+    assert images_for(27, 12544, 256) == 48 and images_for(27, 12544, 20) == 20
+    assert images_for(2304, 49, 256) == 256 and images_for(512, 1, 10**6) == 4096
+    numbers = [images_for(unknowns, 64, 10**6) for unknowns in range(1, 4000, 97)]
+    assert numbers == sorted(numbers)
+
+
+def test_inputs_of_another_family_decide_how_far_a_fit_goes():
+    """Of a layer with more unknowns than there are samples, the fit helps the inputs it saw and no others."""
+    case = Case(network_of("flatten", 12), 16)
+    kept, held_out = case.kept(0.5), smooth_noise(case.graph.inputs, 64, 3)
+    quick = quick_fit(case.observed, kept)
+    errors = {}
+    for name, how in (("alone", {"check": ()}), ("checked", {})):
+        fitted, _ = reconstruct(replace(case.fitting, **how), kept, quick)
+        errors[name] = compare_outputs(case.graph, fitted, held_out).error
+    assert errors["checked"] < errors["alone"]
+    assert errors["checked"] < 1.02 * compare_outputs(case.graph, quick, held_out).error

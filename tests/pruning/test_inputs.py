@@ -1,7 +1,7 @@
-"""Synthetic inputs: matched to batch norm, deterministic, resumable, and bounded by a deadline."""
+"""Synthetic inputs: matched to batch norm, deterministic, resumable; families to fit to and others to judge by."""
 
 import math
-import time
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,16 +11,19 @@ from hypothesis import strategies as st
 
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import InputSpec, Ref
-from redpp_serve.graph.layers import mac_count
 from redpp_serve.pruning import inputs as synthetic
+from redpp_serve.pruning.families import Scale, estimate_scale, families_of, structured
 from redpp_serve.pruning.inputs import (
     Matcher,
+    Sources,
     SynthesisBudget,
+    prepare,
     smooth_noise,
     synthesis_budget,
     synthesize,
     trained_norms,
 )
+from redpp_serve.runtime.moments import Moments
 from tests.support.networks import Builder, calibrated, few, network
 
 SMALL = SynthesisBudget(images=24, batch=8, steps=6)
@@ -132,15 +135,18 @@ def test_the_checkpoint_of_another_run_is_not_used(tmp_path):
     assert steps_taken(graph, budget, 5, checkpoint) == 0
 
 
-def test_a_deadline_ends_the_run_with_a_note(tmp_path):
-    graph, checkpoint = network("chain"), tmp_path / "inputs.safetensors"
-    start = time.monotonic()
-    made = synthesize(graph, SynthesisBudget(80, 8, 100000), deadline=start + 0.3, checkpoint=checkpoint)
-    assert time.monotonic() - start < 5
-    assert len(made.inputs[0]) == 8 and "--time-budget" in made.note and "batch 1 of 10" in made.note
-    assert made.losses[1] < made.losses[0] and not checkpoint.exists()  # an unfinished batch is not kept
-    fit, held_out = made.divide(16)
-    assert len(fit[0]) == len(held_out[0]) == 4
+def test_matching_starts_from_the_given_inputs(tmp_path):
+    graph, checkpoint = trained("chain"), tmp_path / "inputs.safetensors"
+    start = tuple(x * 0.5 for x in smooth_noise(graph.inputs, 24, 9))
+    still = synthesize(graph, replace(SMALL, steps=1), start)
+    assert equal(still.inputs, start)  # the best of one step is where it began
+    moved = synthesize(graph, SMALL, start, checkpoint=checkpoint)
+    assert not equal(moved.inputs, start) and moved.losses[1] < moved.losses[0]
+    assert float((moved.inputs[0] - start[0]).norm()) < float(
+        (moved.inputs[0] - synthesize(graph, SMALL).inputs[0]).norm()
+    )
+    others = synthesize(graph, SMALL, tuple(1.1 * x for x in start), checkpoint=checkpoint)
+    assert not equal(others.inputs, moved.inputs), "the checkpoint of another start was used"
 
 
 def test_networks_without_batch_norm_get_noise_and_a_note():
@@ -228,27 +234,117 @@ def test_image_noise_has_low_spatial_frequencies():
     assert 0.3 < float(neighbours) < 0.99
 
 
-@given(st.floats(1, 1e5), st.sampled_from(["cpu", "cuda", "cuda:1"]), st.integers(2, 400))
+@given(st.floats(0, 1e4), st.integers(-20, 2), st.sampled_from(["chain", "bare", "residual"]))
 @few
-def test_a_budget_fits_the_time_and_depends_on_nothing_else(seconds, device, width):
-    graph = network("chain", width)
-    how = synthesis_budget(graph, seconds, device)
-    assert how == synthesis_budget(graph, seconds, device)
-    assert how.images % how.batch == 0 and how.images >= 2 * how.batch and 4 <= how.steps <= 60
-    assert how.batch <= how.held_out <= how.images // 2
-    spent = how.images * how.steps * 3 * mac_count(graph) / (25e9 if device == "cpu" else 2e12)
-    assert spent <= seconds or (how.batch == 8 and how.images == 16) or how.steps == 4
+def test_as_many_inputs_are_matched_as_the_time_allows(seconds, exponent, kind):
+    graph, pace = network(kind), 2.0**exponent
+    how = synthesis_budget(graph, seconds, pace)
+    assert how == synthesis_budget(graph, seconds, pace)
+    assert (how.images, how.judged, how.batch) == (192, 48, 32) and how.matched % how.batch == 0
+    cost = 3 * 8 * pace * how.matched  # forward and backward in each of eight steps
+    if kind == "bare":
+        assert how.matched == 0  # there is nothing to match
+    else:
+        assert cost <= seconds * (1 + 1e-9) and (how.matched == 192 or cost + 3 * 8 * pace * 32 > seconds)
 
 
-def test_the_budget_for_a_huge_network_is_the_smallest_one(monkeypatch):
-    monkeypatch.setattr(synthetic, "mac_count", lambda graph: 10**12)
-    assert synthesis_budget(network("chain"), 10.0) == SynthesisBudget(16, 8, 4)
-    monkeypatch.setattr(synthetic, "mac_count", lambda graph: 4 * 10**9)
-    how = synthesis_budget(network("chain"), 600.0)
-    assert how.images * how.steps * 3 * 4e9 <= 600 * 25e9 and how.images > 16
+def test_larger_networks_get_fewer_inputs_to_judge_by(monkeypatch):
+    found = []
+    for macs in (10**6, 5 * 10**8, 10**10):
+        monkeypatch.setattr(synthetic, "mac_count", lambda graph, macs=macs: macs)
+        how = synthesis_budget(network("chain"))
+        assert how.images % how.batch == 0 and how.matched == how.images and how.judged >= 12
+        found.append(how)
+    assert [how.judged for how in found] == [48, 24, 12] and [how.batch for how in found] == [32, 32, 8]
 
 
-def test_dividing_holds_the_last_inputs_out():
-    made = synthesize(network("bare"), SynthesisBudget(40, 8, 4))
-    fit, held_out = made.divide(8)
-    assert torch.equal(torch.cat([fit[0], held_out[0]]), made.inputs[0]) and len(held_out[0]) == 8
+def picture_network(norm=True):
+    b = Builder(3, 12, 12)
+    hidden = b.conv("x", "stem", 3, 4)
+    return b.graph(b.linear(b.mean(b.relu(b.norm(hidden, "bn", 4) if norm else hidden)), "head", 4, 3))
+
+
+def rows(inputs):
+    return {tuple(row.flatten().tolist()) for row in inputs}
+
+
+def test_pictures_of_some_families_are_fitted_and_others_judge():
+    graph, budget = picture_network(), SynthesisBudget(7, 4, 2, 3)
+    made = prepare(graph, Sources(), budget, seed=5)
+    (spec,) = graph.inputs
+    fitted = re.fullmatch(r"structured inputs \((.*)\); judged by (.*)", made.note)
+    names, judging = (part.split(", ") for part in fitted.groups())
+    assert len(names) == len(judging) == 3 and {*names, *judging} == set(families_of(spec))
+    assert list(made.families) == judging and made.kind_known
+    scale = estimate_scale(graph, 5)
+    for k, name in enumerate(names):  # they take turns
+        assert made.fit[0][k::3].equal(structured(spec, 7, 5, name, scale)[: len(made.fit[0][k::3])])
+    for name, (x,) in made.families.items():
+        assert x.shape == (3, 3, 12, 12) and not rows(x) & rows(made.fit[0]), name
+    again, other = (prepare(graph, Sources(), budget, seed=seed) for seed in (5, 6))
+    assert equal(made.fit, again.fit) and again.note == made.note and not equal(made.fit, other.fit)
+    assert all(equal(x, again.families[name]) for name, x in made.families.items())
+
+
+def test_without_batch_norms_families_come_as_they_are_and_the_kind_is_known():
+    graph = picture_network(norm=False)
+    made = prepare(graph, Sources(scale=Scale((0.5,), (0.25,))), SynthesisBudget(6, 4, 2, 2))
+    names = families_of(graph.inputs[0])
+    assert made.note == f"structured inputs ({', '.join(names[:3])}); judged by {', '.join(names[3:])}"
+    assert made.kind_known and float(made.fit[0].min()) >= -2 and float(made.fit[0].max()) <= 2
+
+
+def test_rows_of_tables_judge_by_other_draws_of_all_families():
+    graph = network("mlp")
+    made = prepare(graph, Sources(), SynthesisBudget(8, 4, 2, 5))
+    assert list(made.families) == list(families_of(graph.inputs[0])) and made.kind_known
+    assert len(made.fit[0]) == 8 and all(len(x[0]) == 5 for x in made.families.values())
+    assert not any(rows(x[0]) & rows(made.fit[0]) for x in made.families.values())
+
+
+def test_the_first_structured_inputs_are_matched_where_the_budget_says_so():
+    graph = picture_network()
+    plain = prepare(graph, Sources(), SynthesisBudget(12, 4, 2, 3))
+    some = prepare(graph, Sources(), SynthesisBudget(12, 4, 2, 3, matched=8))
+    assert some.fit[0][8:].equal(plain.fit[0][8:]) and len(some.fit[0]) == 12
+    assert not any(a.equal(b) for a, b in zip(some.fit[0][:8], plain.fit[0][:8], strict=True))
+    assert re.search(r"8 of them matched to batch norms, mismatch \S+ -> \S+; judged by", some.note)
+    assert all(equal(x, plain.families[name]) for name, x in some.families.items())
+
+
+def test_real_inputs_join_and_a_fifth_of_them_judges():
+    for graph in (network("mlp"), network("bare")):
+        real = torch.randn(30, *graph.inputs[0].shape, generator=torch.Generator().manual_seed(0))
+        budget = SynthesisBudget(8, 4, 2, 4)
+        made, without = (prepare(graph, Sources(inputs=x), budget) for x in ((real,), ()))
+        assert made.fit[0].equal(torch.cat([real[:24], without.fit[0]])) and made.kind_known
+        assert next(iter(made.families)) == "real" and made.families["real"][0].equal(real[24:])
+        assert {name: x for name, x in made.families.items() if name != "real"}.keys() == without.families.keys()
+        assert made.note.startswith("24 real inputs and ") and made.note.endswith("; 6 real ones judge")
+
+
+def test_few_real_inputs_all_judge():
+    graph = network("mlp")
+    real = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    made = prepare(graph, Sources(inputs=(real,)), SynthesisBudget(8, 4, 2, 4))
+    assert made.families["real"][0].equal(real) and len(made.fit[0]) == 8
+    assert made.note.startswith("0 real inputs and ") and made.note.endswith("; 3 real ones judge")
+
+
+def test_noise_of_an_unknown_kind_is_tied_to_the_network_by_its_batch_norms_alone():
+    budget = SynthesisBudget(8, 8, 2, 5)
+    matched, loose = (prepare(graph, Sources(), budget) for graph in (trained("chain"), network("bare")))
+    assert matched.kind_known and "matched to batch-norm statistics" in matched.note
+    assert not loose.kind_known and "smooth noise was used" in loose.note
+    moments = Moments(1, 0, "", {}, {}, {})
+    assert prepare(network("bare"), Sources(moments=moments), budget).kind_known
+    for made in (matched, loose):
+        assert list(made.families) == ["another start", "scaled", "louder"]
+        first, scaled, louder = (x[0] for x in made.families.values())
+        assert len(first) == 5 and scaled.equal(0.7 * first) and louder.equal(1.3 * first)
+        assert not rows(first) & rows(made.fit[0])
+
+
+def test_as_many_inputs_judge_as_the_budget_says_whatever_the_batch():
+    made = prepare(trained("chain"), Sources(), SynthesisBudget(8, 4, 1, 9))
+    assert [len(x[0]) for x in made.families.values()] == [9, 9, 9]

@@ -88,3 +88,35 @@ def test_nodes_before_the_place_that_nobody_reads_any_more_may_be_gone():
     run.use(narrow)
     got = torch.cat([part[0] for part in run.outputs()])
     assert torch.allclose(got, Program(narrow)(*inputs)[0], atol=1e-6)
+
+
+def test_images_that_were_left_behind_catch_up():
+    """Each stop asks for another number of images; what is given is what the whole network gives for the first."""
+    for kind in KINDS:
+        graph = network(kind, 4)
+        inputs = smooth_noise(graph.inputs, 11, 0)
+        names = [node.name for node in graph.nodes]
+        expected = dict(zip(names, Program(graph, names)(*inputs), strict=True))
+        run = Piecewise(graph, inputs, 3)
+        for k, name in enumerate(names):
+            images = (2, 11, 4, 1, 7)[k % 5]
+            run.advance(k, images)
+            got = torch.cat([value for (value,) in run.values([name], images)])
+            assert images <= len(got) < images + 3, (kind, name)  # whole chunks
+            assert torch.allclose(got, expected[name][: len(got)], atol=1e-6), (kind, name)
+        got = [torch.cat(parts) for parts in zip(*run.outputs(), strict=True)]
+        assert all(torch.allclose(a, expected[b], atol=1e-6) for a, b in zip(got, graph.outputs, strict=True)), kind
+
+
+def test_images_left_behind_run_through_the_changed_tensors():
+    """They are before the change, so it concerns them; those in front of it keep what they have."""
+    graph = network("chain", 4)
+    inputs = smooth_noise(graph.inputs, 6, 0)
+    place = [node.name for node in graph.nodes].index("second")
+    run = Piecewise(graph, inputs, 2)
+    run.advance(place, 3)
+    changed = graph.with_tensors({"stem.weight": 2 * graph.tensors["stem.weight"]})
+    run.use(changed)
+    got = torch.cat([part[0] for part in run.outputs()])
+    before, after = (Program(g)(*inputs)[0] for g in (graph, changed))
+    assert torch.allclose(got[:4], before[:4], atol=1e-6) and torch.allclose(got[4:], after[4:], atol=1e-6)

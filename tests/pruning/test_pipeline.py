@@ -22,7 +22,7 @@ from redpp_serve.graph.weights import split_weight
 from redpp_serve.options import Options
 from redpp_serve.pruning import choose, pipeline, steps
 from redpp_serve.pruning.effort import Effort
-from redpp_serve.pruning.inputs import SynthesisBudget
+from redpp_serve.pruning.inputs import Sources, SynthesisBudget
 from redpp_serve.pruning.merging import merge_exact
 from redpp_serve.pruning.verification import EXACT, VerifyData
 from redpp_serve.stages import Stages
@@ -32,11 +32,15 @@ ALL = ["residual", "depthwise", "flatten", "branches", "mlp", "tokens", "bare"]
 
 
 def fast(**choice):
-    """Options without distillation, which has tests of its own; widths on multiples of 2."""
-    return Options(**{"distil": 0.0, "round_to": 2, **choice})
+    """Options without distillation, which has tests of its own; widths on multiples of 2.
+
+    The inputs of these networks are too small for pictures, and some have no batch norm: their kind is unknown.
+    """
+    return Options(**{"distil": 0.0, "round_to": 2, "accept_unmeasured": True, **choice})
 
 
 HALF = fast(keep=0.5)
+LOOSE = fast(keep=0.5, max_error=1.0)  # narrow layers of random weights lose much
 
 
 # A busy machine must not cut the distillation short.
@@ -62,10 +66,10 @@ def statuses(stages):
 def test_a_run_gives_a_narrower_network_that_still_runs(kind):
     graph, stages = trained(kind), Stages(quiet=True)
     before = digest(graph)
-    result = prune(graph, HALF, stages=stages)
+    result = prune(graph, LOOSE, stages=stages)
     assert digest(graph) == before and result.original is graph
-    done = dict.fromkeys(["hash", "merge", "inputs", "reconstruct", "codebooks", "split", "verify"], "done")
-    assert statuses(stages) == {**done, "distil": "skipped"}
+    done = dict.fromkeys(["merge", "inputs", "reconstruct", "codebooks", "split", "verify"], "done")
+    assert statuses(stages) == {**done, "hash": "skipped", "distil": "skipped"}
     kept, was = widths_of(result.pruned), widths_of(graph)
     assert kept["inner"] == 8 and all(kept[name] <= max(4, 0.7 * width) for name, width in was.items())
     opened = {layer for channel_set in couple(graph).open for layer in channel_set.producers}
@@ -73,8 +77,8 @@ def test_a_run_gives_a_narrower_network_that_still_runs(kind):
         assert record.name == layer.name and record.pruned_shape == list(layer.shape)
         assert record.hash and record.split and record.merge.kept == layer.shape[0]
         assert (record.merge.reason == "") == (layer.name in opened)
-    limit = 1.0 if kind == "flatten" else 0.8  # 32 images are fewer than the unknowns of a reader of 48 entries
-    assert result.verify.output_error < limit and result.verify.images == 16
+    # 48 images are as many as the unknowns of the flattened reader
+    assert result.verify.output_error < LOOSE.max_error and result.verify.images == 24
     assert result.verify.split_exact <= EXACT and result.verify.merge_exact is None
     assert result.verify.narrow_exact <= EXACT
     assert len(result.samples[0]) == 16
@@ -85,18 +89,27 @@ def test_a_run_gives_a_narrower_network_that_still_runs(kind):
 def test_every_stage_has_its_share():
     result = prune(trained("residual"), fast(keep=0.5, distil=0.5))
     shares = {share.stage: share for share in result.shares}
-    assert list(shares) == ["hash", "reconstruct", "distil", "codebooks", "tune"]
+    assert list(shares) == ["reconstruct", "distil", "codebooks", "tune"]
     macs = {name: share.macs for name, share in shares.items()}
-    assert macs["hash"] == mac_count(result.original) > macs["reconstruct"] == macs["tune"] == mac_count(result.pruned)
+    assert mac_count(result.original) > macs["reconstruct"] == macs["tune"] == mac_count(result.pruned)
     for share in shares.values():
         assert 0 < share.error < 1 and 0 <= share.agreement <= 1 and share.seconds > 0, share
         assert "accuracy" not in share.to_json()
-    assert shares["hash"].error == result.hash.measured_error
     assert shares["tune"].error == pytest.approx(result.verify.output_error, rel=1e-6)
     assert shares["distil"].error <= shares["reconstruct"].error * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("choice", [{"merge": "exact"}, {"keep": 0.5}, {"keep": 0.5, "distil": 0.5}])
+def test_hashing_first_has_its_share_and_its_error():
+    result = prune(plant(trained("residual"), {9: 3}), fast(method="red++"))
+    assert [share.stage for share in result.shares] == ["hash", "merge"]
+    hashed, merged = result.shares
+    assert 0 < hashed.error == result.hash.measured_error < 0.1 and merged.error == pytest.approx(
+        hashed.error, rel=1e-3
+    )
+    assert hashed.macs == mac_count(result.original) > merged.macs == mac_count(result.pruned)
+
+
+@pytest.mark.parametrize("choice", [{"method": "red++"}, {"keep": 0.5}, {"keep": 0.5, "distil": 0.5}])
 def test_every_weight_of_the_result_is_in_its_codebook(choice):
     result = prune(trained("residual"), fast(hash_error=0.05, **choice))
     for record, layer in zip(result.layers, find_layers(result.pruned), strict=True):
@@ -159,9 +172,9 @@ def test_the_search_for_widths_respects_its_budget():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (fast(max_error=0.0), "no narrower network stays within the error budget of 0"),
-        (fast(keep=1.0), "100% of each channel set: nothing is narrowed"),
-        (fast(target_macs=1.0), "nothing is narrowed"),
+        (fast(max_error=0.0, hash_error=0.02), "no narrower network stays within the error budget of 0"),
+        (fast(keep=1.0, hash_error=0.02), "100% of each channel set: nothing is narrowed"),
+        (fast(target_macs=1.0, hash_error=0.02), "nothing is narrowed"),
     ],
 )
 def test_without_a_narrower_network_the_quantised_one_stays(options, reason):
@@ -170,12 +183,14 @@ def test_without_a_narrower_network_the_quantised_one_stays(options, reason):
     assert digest(result.pruned) == digest(graph) and result.verify.output_error == 0
     assert all(record.merge.kept == record.merge.channels for record in result.layers)
     assert reason in next(s for s in stages.to_json() if s["name"] == "reconstruct")["reason"]
-    assert result.choice.points == () and result.frontier("cpu", "machine") == {}
+    assert len(result.choice.points) > 1 and not any(point.chosen for point in result.choice.points)
+    assert result.choice.points[0].graph is graph and result.choice.points[0].error == 0
 
 
 def test_the_search_ends_with_the_time_budget_and_says_so(monkeypatch):
     now = iter(range(0, 10**7, 1000))
-    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(time, "process_time", lambda: next(now))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(choose, "reconstruct", lambda *a, **k: pytest.fail("a network was built after the deadline"))
     graph = trained("chain")
     result = prune(graph, fast())
@@ -188,7 +203,9 @@ GATES = [
     (fast(keep=0.1, max_error=1e-4, round_to=1), "--max-error"),
     (fast(target_macs=0.5, max_error=1e-4), "--max-error"),
     (fast(method="red++", hash_error=0.5, max_error=0.01), "--max-error"),
-    (fast(keep=0.05, hash_error=0.9, min_agreement=1.0, round_to=1), "--min-agreement"),
+    (fast(keep=0.05, hash_error=0.9, min_agreement=1.0, max_error=10.0, round_to=1), "--min-agreement"),
+    (fast(keep=0.05, hash_error=0.9, round_to=1), "at most 0.5 (--max-error)"),  # the floor, without any limit
+    (fast(target_macs=0.2, hash_values=2), "at most 0.5 (--max-error)"),
 ]
 
 
@@ -210,7 +227,7 @@ def test_an_accuracy_limit_needs_data_and_holds():
     assert len(data.labels.unique()) > 1
     assert prune(graph, Options(method="red++", max_accuracy_drop=20.0), data=data).accuracy[0] == 1.0
     with pytest.raises(GateFailed, match="--max-accuracy-drop"):
-        prune(graph, fast(keep=0.05, hash_values=2, round_to=1, max_accuracy_drop=0.0), data=data)
+        prune(graph, fast(keep=0.05, hash_values=2, round_to=1, max_error=10.0, max_accuracy_drop=0.0), data=data)
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -245,21 +262,21 @@ def test_without_redundancy_a_quantised_network_comes_back_as_it_was():
 
 
 @pytest.mark.parametrize(
-    "choice", [{"keep": 0.5, "distil": 1.0}, {"target_macs": 0.8, "distil": 1.0}, {"merge": "exact"}]
+    "choice", [{"keep": 0.5, "distil": 1.0}, {"target_macs": 0.8, "distil": 1.0}, {"method": "red++"}]
 )
 def test_excluded_layers_keep_their_bits(choice):
     """Neither fitting, distillation nor codebooks may touch them, and no constant may go into their bias."""
     graph = trained("chain")
     result = prune(graph, fast(exclude=("second*", "head"), **choice))
     for name in ("second.weight", "second.bias", "head.weight", "head.bias", "inner_bn.weight", "inner_bn.bias"):
-        if "inner" not in name or choice.get("merge"):  # the norm before an excluded reader may be repaired and tuned
+        if "inner" not in name or choice.get("method"):  # the norm before an excluded reader may be repaired and tuned
             assert torch.equal(result.pruned.tensors[name], graph.tensors[name]), name
     records = {record.name: record for record in result.layers}
     for name in ("second", "head"):
         assert records[name].hash is None and records[name].split is None
     assert records["inner"].merge.reason == "second, which goes with it, is excluded"
     assert records["second"].merge.reason == "excluded" and records["stem"].merge.reason == ""
-    assert (records["stem"].merge.kept < 4) == ("merge" not in choice)
+    assert (records["stem"].merge.kept < 4) == ("method" not in choice)
 
 
 def test_all_excluded_or_no_layers_at_all_is_a_run_of_skipped_stages():
@@ -421,9 +438,9 @@ def test_a_network_that_gives_no_numbers_is_refused():
     for net in (closed, narrowable):
         net[1].running_var.fill_(-1e-3)
         graph = capture(net, [InputSpec("x", (3, 8, 8))], [])
-        for merge in ("exact", "reconstruct"):
+        for method in ("red++", "narrow"):
             with pytest.raises(RedppError, match="own output is NaN"):
-                prune(graph, Options(merge=merge, time_budget=1))
+                prune(graph, Options(method=method, time_budget=1))
 
 
 def test_without_hashing_exact_merging_is_all_that_happens():
@@ -432,3 +449,43 @@ def test_without_hashing_exact_merging_is_all_that_happens():
     result = prune(graph, Options(hash="none", method="red++", round_to=1), stages=stages)
     assert result.verify.output_error < 1e-6 and len(result.pruned.tensors["a.weight"]) == 3
     assert stages.named("hash").status == "skipped" and all(record.hash is None for record in result.layers)
+
+
+def test_inputs_of_an_unknown_kind_are_not_narrowed_unless_the_user_accepts_it():
+    graph, stages = trained("bare"), Stages(quiet=True)
+    result = prune(graph, fast(keep=0.5, accept_unmeasured=False), stages=stages)
+    assert widths_of(result.pruned) == widths_of(graph) and statuses(stages)["reconstruct"] == "skipped"
+    assert "--inputs or --moments, or --accept-unmeasured" in stages.named("reconstruct").reason
+    assert widths_of(prune(graph, LOOSE).pruned)["inner"] == 8
+
+
+@pytest.mark.parametrize(("options", "flag"), [({"target_macs": 0.5}, "macs"), ({"target_latency": 0.5}, "latency")])
+def test_a_target_for_inputs_of_an_unknown_kind_is_refused(options, flag):
+    with pytest.raises(GateFailed, match=f"--target {flag}=0.5 cannot be reached: inputs of the network's kind"):
+        prune(trained("bare"), fast(accept_unmeasured=False, **options))
+
+
+def test_token_inputs_are_of_no_known_kind():
+    b = Builder(7)
+    b.inputs = [InputSpec("ids", (7,), "int64")]
+    b.op("embedded", "embedding.default", b.tensor("table", b.random(2, 5)), Ref("ids"))
+    hidden = b.relu(b.linear("embedded", "inner", 5, 8))
+    graph = b.graph(b.linear(b.op("pooled", "mean.dim", Ref(hidden), [1]), "head", 8, 3))
+    stages = Stages(quiet=True)
+    result = prune(graph, fast(keep=0.5, accept_unmeasured=False), stages=stages)
+    assert statuses(stages)["reconstruct"] == "skipped" and widths_of(result.pruned) == widths_of(graph)
+
+
+def test_real_inputs_make_the_kind_known_and_judge():
+    graph, stages = trained("bare"), Stages(quiet=True)
+    sources = Sources(inputs=natural(graph, 40))
+    result = prune(graph, fast(keep=0.5, max_error=1.0, accept_unmeasured=False), stages=stages, sources=sources)
+    assert widths_of(result.pruned)["inner"] == 8 and "32 real inputs" in result.verify.inputs
+    assert result.verify.images == 3 * 8 + 8
+
+
+def test_widths_of_an_earlier_run_give_its_network():
+    graph = trained("chain")
+    first = prune(graph, fast(target_macs=0.5))
+    again = prune(graph, fast(keep_point=1), sources=Sources(widths=first.choice.narrowed.widths))
+    assert digest(again.pruned) == digest(first.pruned)

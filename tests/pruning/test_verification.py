@@ -19,7 +19,6 @@ from tests.support.judging import compare_outputs
 from tests.support.networks import Builder, network, outputs
 
 
-
 def difference(error, same=None, of=100):
     """A comparison on one family; ``same`` of ``of`` inputs have the same class, where there are classes."""
     agreement = {} if same is None else {"family": Agreement(same, of)}

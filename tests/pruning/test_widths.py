@@ -13,7 +13,6 @@ from redpp_serve.graph.layers import find_layers, mac_count
 from redpp_serve.pruning.fit import quick_fit
 from redpp_serve.pruning.inputs import smooth_noise
 from redpp_serve.pruning.observation import observe, select
-from tests.support.judging import compare_outputs
 from redpp_serve.pruning.widths import (
     NarrowingPath,
     PathPoint,
@@ -26,6 +25,7 @@ from redpp_serve.pruning.widths import (
     unit,
 )
 from tests.pruning.test_fit import network_of
+from tests.support.judging import compare_outputs
 from tests.support.networks import KINDS, few, network, networks, seeds
 
 
@@ -157,9 +157,10 @@ def test_big_networks_are_measured_on_fewer_inputs():
     graph = network("bare", 8)
     observed, inputs = observe(couple(graph), smooth_noise(graph.inputs, 24, 0)), smooth_noise(graph.inputs, 16, 1)
     chosen = select(observed)
-    few_inputs = measure_errors(observed, chosen, tuple(x[:4] for x in inputs))
-    limited = measure_errors(observed, chosen, inputs, probe_macs=1)
+    few_inputs = measure_errors(observed, chosen, tuple(x[:5] for x in inputs))
+    limited, plenty = (measure_errors(observed, chosen, inputs, probe_macs=macs) for macs in (1, 3e11))
     assert all(torch.equal(few_inputs[name], curve) for name, curve in limited.items())
+    assert not any(torch.equal(plenty[name], curve) for name, curve in limited.items())
 
 
 def test_units_and_uniform_widths():

@@ -124,13 +124,13 @@ def _frontier_lines(points: list[dict[str, Any]]) -> list[str]:
     return lines[start : next((i for i in range(start, len(lines)) if not lines[i]), len(lines))]
 
 
-def test_the_frontier_takes_six_lines_at_most_and_keeps_the_ends_and_the_chosen() -> None:
+def test_the_frontier_takes_thirteen_lines_at_most_and_keeps_the_ends_and_the_chosen() -> None:
     points = [
         sample_point(10**9 - k, 1 - k / 100, k / 50, f"--target macs={1 - k / 100:g}", (1, 1, 1), k == 37)
         for k in range(90)
     ]
     lines = _frontier_lines(points)
-    assert len(lines) == 6 and lines[0].startswith("frontier (5 of 90 points)")
+    assert len(lines) == 13 and lines[0].startswith("frontier (12 of 90 points)")
     assert max(map(len, lines)) <= text.WIDTH
     flags = [line.split("macs=")[1] for line in lines[1:]]
     assert flags[0] == "1" and flags[-1] == "0.11" and "0.63 (chosen)" in flags
@@ -141,6 +141,27 @@ def test_a_frontier_without_latencies_has_no_column_for_them() -> None:
     assert head.split() == ["frontier", "MACs", "error", "flag"]
     assert row.split() == ["5", "(50.0", "%)", "10.00", "%", "--target", "macs=0.5"]
     assert "frontier" not in text.package_summary(read({"frontier": {"points": []}}))
+
+
+def test_the_frontier_shows_agreements_where_there_are_classes() -> None:
+    points = [{**sample_point(5, 0.5, 0.1, "--keep-point 1"), "agreement": 0.875}, sample_point(4, 0.4, 0.2, "x")]
+    head, first, second = _frontier_lines(points)
+    assert head.split() == ["frontier", "MACs", "error", "agreement", "flag"]
+    assert first.split()[-4:] == ["87.50", "%", "--keep-point", "1"] and second.split()[-2:] == ["–", "x"]
+
+
+def test_the_families_behind_the_error_are_shown_and_whether_they_tell_it() -> None:
+    report = sample_report()
+    one = {"output": "y", "family": "scenes", "error": 0.2, "same": 15, "of": 16, "low": 0.7, "high": 1.0}
+    every = {**one, "family": "leaves", "error": 0.05, "same": 16, "low": 0.794}
+    report["verify"].update(families=[one, every, {"output": "y", "family": "real", "error": 0.06}], known=False)
+    lines = [" ".join(line.split()) for line in text.package_summary(read(report)).splitlines()]
+    assert "on scenes 20.00 %; same class on 93.75 % [70, 100]" in lines
+    assert "on leaves 5.00 %; same class on 16 of 16, at least 79.40 %" in lines and "on real 6.00 %" in lines
+    assert "error on real inputs unknown: the families differ by more than a factor of two" in lines
+    report["verify"].update(families=[one, {**one, "output": "z"}], known=True)
+    summary = text.package_summary(read(report))
+    assert "on scenes, output z" in summary and "unknown" not in summary
 
 
 def test_measured_error_above_the_bound_is_said() -> None:
