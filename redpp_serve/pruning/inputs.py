@@ -23,18 +23,22 @@ from redpp_serve.graph.layers import mac_count
 from redpp_serve.graph.passes import is_inference_norm
 from redpp_serve.pruning.checkpoint import Checkpoint, fingerprint
 from redpp_serve.pruning.families import IMAGE, SIGNAL, TABLE, Scale, estimate_scale, families_of, kind_of, structured
+from redpp_serve.pruning.judge import class_outputs
 from redpp_serve.runtime.moments import Moments
 
 _MOST_STEPS = 24  # of batch-norm matching from noise
 CLASS_WEIGHT = 0.1  # of the cross-entropy, relative to the mismatch of the statistics
 # Numbers of inputs by the network's multiply-accumulates: what the unknowns of late layers need, as far as time allows.
-_FITTED = ((2e8, 192), (1e9, 256), (math.inf, 96))
+_FITTED = ((2e7, 512), (2e8, 192), (1e9, 256), (math.inf, 96))
 _JUDGED = ((2e8, 48), (1e9, 24), (math.inf, 12))  # of each family
 _FORWARD_AND_BACKWARD = 3
 _MATCHED_STEPS = 8  # from structured inputs
 _FAMILIES = 3  # that are fitted to, and that judge
 _REAL_JUDGED = 0.2
-_RANKED = 16  # inputs of each family that are held against the batch norms
+_LEAST_FAMILIES = 2  # unfitted ones that judge alone
+_NEAR = 4.0  # times as far as the nearest family: farther ones tell nothing of the network
+_CONTRAST = 0.7
+_RANKED = 32  # inputs of each family that are held against the batch norms
 
 
 @dataclass(frozen=True)
@@ -125,19 +129,22 @@ def prepare(
     if known:
         scale = sources.scale or estimate_scale(graph, seed)
         names = _ranked(graph, scale, seed)
-        each = -(-budget.images // min(_FAMILIES, len(names)))
-        parts = [_structured(graph, name, each, seed, scale) for name in names[:_FAMILIES]]
+        fitted = names[: min(_FAMILIES, max(1, len(names) - 1))]
+        each = -(-budget.images // len(fitted))
+        parts = [_structured(graph, name, each, seed, scale) for name in fitted]
         fit = tuple(torch.stack(xs, 1).flatten(0, 1)[: budget.images] for xs in zip(*parts, strict=True))
-        note = f"structured inputs ({', '.join(names[:_FAMILIES])})"
+        note = f"structured inputs ({', '.join(fitted)})"
         if budget.matched:
             few = replace(budget, images=budget.matched, steps=_MATCHED_STEPS)
             made = synthesize(graph, few, fit, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
             fit = tuple(torch.cat([x, y[len(x) :]]) for x, y in zip(made.inputs, fit, strict=True))
-            note += ", {} of them matched to batch norms, mismatch {:.2g} -> {:.2g}".format(
-                len(made.inputs[0]), *made.losses
-            )
-        others = names[_FAMILIES : 2 * _FAMILIES] or names
+            first, last = made.losses
+            note += f", {len(made.inputs[0])} of them matched to batch norms, mismatch {first:.2g} -> {last:.2g}"
+        others = names[len(fitted) :][:_FAMILIES]
         judged = {name: _structured(graph, name, budget.judged, seed + 1, scale) for name in others}
+        if len(others) < _LEAST_FAMILIES:
+            again = _structured(graph, names[0], budget.judged, seed + 1, scale)
+            judged |= {f"other {names[0]}": again, f"faded {names[0]}": _faded(again)}
         note += f"; judged by {', '.join(judged)}"
     else:
         whole = -(-budget.judged // budget.batch) * budget.batch  # inputs are made in batches
@@ -171,15 +178,40 @@ def _structured(graph: Graph, family: str, count: int, seed: int, scale: Scale) 
 
 
 def _ranked(graph: Graph, scale: Scale, seed: int) -> list[str]:
-    """Return the families of the first input: nearest to the stored batch-norm statistics first, or as they come."""
+    """Return the families of the first input that a network takes for its own kind, the nearest first.
+
+    Near are those whose batch-norm statistics are the stored ones. Without batch norm they are the ones of which a
+    classifier is surest while it gives them many different classes: the mutual information of input and class.
+    """
     names = list(families_of(graph.inputs[0]))
     norms, _ = trained_norms(graph)
-    if not norms:
+    classes = next((name for name, scores in class_outputs(graph).items() if scores), None)
+    if not norms and classes is None:
         return names
     matcher = Matcher(graph, norms, "cpu", use_classes=False)
+    program = Program(graph, [classes]) if classes else None
+    found = {}
     with torch.no_grad():
-        found = {n: matcher.losses(_structured(graph, n, _RANKED, seed + 2, scale), torch.empty(0))[0] for n in names}
-    return sorted(names, key=lambda name: float(found[name]))
+        for name in names:
+            inputs = _structured(graph, name, _RANKED, seed + 2, scale)
+            far = matcher.losses(inputs, torch.empty(0))[0] if norms else 1 / _information(program(*inputs)[0])
+            found[name] = float(far)
+    near = _NEAR * min(found.values())
+    return sorted((name for name in names if found[name] <= near), key=found.__getitem__)
+
+
+def _information(scores: Tensor) -> float:
+    """Return the mutual information of input and class, in nats, for scores (n, classes) or their softmax."""
+    given = bool((scores >= 0).all()) and torch.allclose(scores.sum(1), scores.new_ones(len(scores)), atol=1e-3)
+    shares = (scores if given else scores.softmax(1)).double()
+    mean = shares.mean(0)
+    information = -torch.special.xlogy(mean, mean).sum() + torch.special.xlogy(shares, shares).sum(1).mean()
+    return max(float(information), 1e-6)
+
+
+def _faded(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Take three tenths of each input's contrast away."""
+    return tuple(_CONTRAST * x + (1 - _CONTRAST) * x.flatten(1).mean(1).view(-1, *[1] * (x.dim() - 1)) for x in inputs)
 
 
 def _scaled(inputs: tuple[Tensor, ...], factor: float) -> tuple[Tensor, ...]:

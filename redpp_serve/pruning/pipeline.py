@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from redpp_serve.errors import GateFailed, RedppError
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import Layer, find_layers
-from redpp_serve.options import Options
+from redpp_serve.options import RED, Options
 from redpp_serve.pruning.accounting import Counting, count_network
 from redpp_serve.pruning.choose import WidthChoice, frontier_record, frontier_text
 from redpp_serve.pruning.effort import Effort
@@ -44,6 +45,8 @@ from redpp_serve.pruning.verification import VerifyData, check_gate, layer_error
 from redpp_serve.stages import Stages
 
 STANDARD_EFFORT = Effort()
+# For the prediction of a run's time.
+_SECONDS_PER_NUMBER, _SEARCHED, _RUNS_OF_A_FIT, _DISTIL_SHARE = 8e-7, 4, 4, 0.3
 _SAMPLES = 16  # held-out inputs that trial runs and examples use
 
 
@@ -131,6 +134,8 @@ def prune(
     )
     hashed = hash_weights(job)
     merged, channels = merge_duplicates(job, hashed)
+    if options.method != RED and channels.coupling.open:
+        job.stages.say(f"  about {_in_words(expected_seconds(job, len(channels.coupling.open)))} on an idle machine")
     inputs = make_inputs(job)
     state = measure_exact_stages(job, inputs, hashed, merged)
     state = narrow(job, inputs, channels, state)
@@ -139,6 +144,28 @@ def prune(
     state = tune(job, inputs, state)
     state = split(job, state)
     return verify(job, inputs, channels, state)
+
+
+def expected_seconds(job: Job, sets: int) -> float:
+    """Predict the seconds of a run from its operations, before it begins.
+
+    Args:
+        job: the run.
+        sets: number of channel sets that may be narrowed.
+    """
+    options, budget = job.options, job.synthesis_budget()
+    judged = 3 * budget.judged
+    numbers = sum(math.prod(spec.shape) for spec in job.original.inputs)
+    drawn = (budget.images + judged) * numbers * _SECONDS_PER_NUMBER
+    networks = 1 if options.error_budget is None else _SEARCHED
+    build = _RUNS_OF_A_FIT * (budget.images + 64) + 3 * judged
+    runs = 24 * budget.matched + 2 * budget.images + 40 * sets + networks * build + 12 * judged
+    found = drawn + runs * job.pace + min(options.distil, _DISTIL_SHARE * options.time_budget)
+    return min(found, options.time_budget)
+
+
+def _in_words(seconds: float) -> str:
+    return f"{max(5, 5 * round(seconds / 5))} seconds" if seconds < 90 else f"{round(seconds / 60)} minutes"
 
 
 def verify(job: Job, inputs: Inputs, channels: Channels, state: State) -> Pruned:
