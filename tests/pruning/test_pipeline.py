@@ -78,7 +78,8 @@ def test_a_run_gives_a_narrower_network_that_still_runs(kind):
         assert record.hash and record.split and record.merge.kept == layer.shape[0]
         assert (record.merge.reason == "") == (layer.name in opened)
     # 48 images are as many as the unknowns of the flattened reader
-    assert result.verify.output_error < LOOSE.max_error and result.verify.images == 24
+    families = {record.family for record in result.verify.families}
+    assert result.verify.output_error < LOOSE.max_error and result.verify.images == 8 * len(families) >= 16
     assert result.verify.split_exact <= EXACT and result.verify.merge_exact is None
     assert result.verify.narrow_exact <= EXACT
     assert len(result.samples[0]) == 16
