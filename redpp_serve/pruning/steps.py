@@ -252,7 +252,9 @@ def hash_fitted(job: Job, inputs: Inputs, state: State) -> State:
             graph, hashed = _hash_layers(before, layers, options, stage)
             how = f"{options.hash}, {options.hash_target}"
         if any(graph.tensors[layer.weight] is not before.tensors[layer.weight] for layer in layers):
-            graph = repair_batch_norm(graph, job.original, inputs.fit, state.kept)
+            repaired = repair_batch_norm(graph, job.original, inputs.fit, state.kept)
+            if inputs.reference.error(repaired) <= inputs.reference.error(graph):
+                graph = repaired
         stage.reason = f"{_sizes(hashed)} ({how})"
         state = replace(state, graph=graph, hashed=hashed)
     return state.measured(job, inputs, "codebooks")

@@ -313,15 +313,17 @@ def test_prepared_inputs_are_the_same_for_the_same_seed():
 
 
 def test_families_far_from_the_stored_statistics_tell_nothing(monkeypatch):
-    graph = picture_network()
+    """Here the families are one noise at several strengths, and the statistics those of the third family."""
+    graph, (noise,) = picture_network(), smooth_noise((InputSpec("x", (3, 12, 12)),), 64, 0)
     names = families_of(graph.inputs[0])
-    matched = calibrated(graph, (structured(graph.inputs[0], 48, 3, "fractals"),))
-    assert synthetic._ranked(matched, Scale(), 0)[0] == "fractals"
+    strengths = dict(zip(names, (2.5, 1.3, 1.0, 9.0, 1.7, 4.0), strict=True))
+    graph = calibrated(graph, (noise,))
+    monkeypatch.setattr(synthetic, "_structured", lambda graph, name, *_: (strengths[name] * noise,))
     monkeypatch.setattr(synthetic, "_NEAR", math.inf)
-    every = synthetic._ranked(matched, Scale(), 0)
-    assert sorted(every) == sorted(names) and every[0] == "fractals"
-    monkeypatch.setattr(synthetic, "_NEAR", 1.0)
-    assert synthetic._ranked(matched, Scale(), 0) == ["fractals"]
+    assert synthetic._ranked(graph, Scale(), 0) == sorted(names, key=strengths.__getitem__)
+    graph = calibrated(graph, (1.2 * noise,))  # now the squares of the mismatch are about 1 : 3 : 14 and more
+    monkeypatch.setattr(synthetic, "_NEAR", 4.0)
+    assert synthetic._ranked(graph, Scale(), 0) == sorted(names, key=strengths.__getitem__)[:2][::-1]
 
 
 def test_without_numbers_all_families_are_as_near(monkeypatch):
