@@ -240,7 +240,7 @@ def hash_fitted(job: Job, inputs: Inputs, state: State) -> State:
         if options.hash == NO_HASH:
             stage.skip("--hash none")
             return state
-        if options.merge == "exact" or not layers:
+        if options.method == RED or not layers:
             stage.skip("the weights are those of the first hashing")
             return state
         if options.hash_error is None and options.hash_values is None:
