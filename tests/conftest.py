@@ -48,12 +48,14 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pruning runs: few inputs, few networks around the chosen one, latencies measured in an instant."""
-    from redpp_serve.pruning import pipeline
+    from redpp_serve.pruning import families, inputs, pipeline
     from redpp_serve.pruning.effort import Effort
     from redpp_serve.pruning.inputs import SynthesisBudget
 
     effort = Effort(SynthesisBudget(32, 16, 4, 8, 16), frontier_points=3, latency_seconds=0.01, pace=1e-4)
     monkeypatch.setattr(pipeline, "STANDARD_EFFORT", effort)
+    monkeypatch.setattr(families, "_IMAGES_TO_MATCH", 2)
+    monkeypatch.setattr(inputs, "_RANKED", 2)
 
 
 @pytest.fixture(scope="session")

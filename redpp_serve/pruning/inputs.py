@@ -197,7 +197,7 @@ def _ranked(graph: Graph, scale: Scale, seed: int) -> list[str]:
         for name in names:
             inputs = _structured(graph, name, count, seed + 2, scale)
             far = matcher.losses(inputs, torch.empty(0))[0] if norms else 1 / _information(program(*inputs)[0])
-            found[name] = float(far)
+            found[name] = float(far) if math.isfinite(far) else math.inf
     near = _NEAR * min(found.values())
     return sorted((name for name in names if found[name] <= near), key=found.__getitem__)
 

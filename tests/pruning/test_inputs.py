@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import InputSpec, Ref
+from redpp_serve.pruning import families
 from redpp_serve.pruning import inputs as synthetic
 from redpp_serve.pruning.families import Scale, estimate_scale, families_of, structured
 from redpp_serve.pruning.inputs import (
@@ -27,6 +28,13 @@ from redpp_serve.runtime.moments import Moments
 from tests.support.networks import Builder, calibrated, few, network
 
 SMALL = SynthesisBudget(images=24, batch=8, steps=6)
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch):
+    """Drawing them takes longer than everything else here."""
+    monkeypatch.setattr(families, "_IMAGES_TO_MATCH", 2)
+    monkeypatch.setattr(synthetic, "_RANKED", 2)
 
 
 def trained(kind):
@@ -240,12 +248,12 @@ def test_as_many_inputs_are_matched_as_the_time_allows(seconds, exponent, kind):
     graph, pace = network(kind), 2.0**exponent
     how = synthesis_budget(graph, seconds, pace)
     assert how == synthesis_budget(graph, seconds, pace)
-    assert (how.images, how.judged, how.batch) == (192, 48, 32) and how.matched % how.batch == 0
+    assert (how.images, how.judged, how.batch) == (512, 48, 32) and how.matched % how.batch == 0
     cost = 3 * 8 * pace * how.matched  # forward and backward in each of eight steps
     if kind == "bare":
         assert how.matched == 0  # there is nothing to match
     else:
-        assert cost <= seconds * (1 + 1e-9) and (how.matched == 192 or cost + 3 * 8 * pace * 32 > seconds)
+        assert cost <= seconds * (1 + 1e-9) and (how.matched == 512 or cost + 3 * 8 * pace * 32 > seconds)
 
 
 def test_larger_networks_get_fewer_inputs_to_judge_by(monkeypatch):
@@ -268,38 +276,93 @@ def rows(inputs):
     return {tuple(row.flatten().tolist()) for row in inputs}
 
 
-def test_pictures_of_some_families_are_fitted_and_others_judge():
+def ranked(monkeypatch, *names):
+    """Take these families for those that a network takes for its own kind, in that order."""
+    monkeypatch.setattr(synthetic, "_ranked", lambda *_: list(names))
+
+
+def test_the_nearest_families_are_fitted_and_others_judge(monkeypatch):
     graph, budget = picture_network(), SynthesisBudget(7, 4, 2, 3)
-    made = prepare(graph, Sources(), budget, seed=5)
     (spec,) = graph.inputs
-    fitted = re.fullmatch(r"structured inputs \((.*)\); judged by (.*)", made.note)
-    names, judging = (part.split(", ") for part in fitted.groups())
-    assert len(names) == len(judging) == 3 and {*names, *judging} == set(families_of(spec))
-    assert list(made.families) == judging and made.kind_known
-    scale = estimate_scale(graph, 5)
-    for k, name in enumerate(names):  # they take turns
-        assert made.fit[0][k::3].equal(structured(spec, 7, 5, name, scale)[: len(made.fit[0][k::3])])
-    for name, (x,) in made.families.items():
-        assert x.shape == (3, 3, 12, 12) and not rows(x) & rows(made.fit[0]), name
-    again, other = (prepare(graph, Sources(), budget, seed=seed) for seed in (5, 6))
-    assert equal(made.fit, again.fit) and again.note == made.note and not equal(made.fit, other.fit)
-    assert all(equal(x, again.families[name]) for name, x in made.families.items())
+    names, scale = families_of(spec), estimate_scale(graph, 5)
+    for count, fitted in ((6, 3), (5, 3), (4, 3), (3, 2), (2, 1), (1, 1)):
+        ranked(monkeypatch, *names[:count])
+        made = prepare(graph, Sources(), budget, seed=5)
+        assert len(made.fit[0]) == 7 and made.kind_known
+        for k, name in enumerate(names[:fitted]):  # they take turns
+            mine = made.fit[0][k::fitted]
+            assert mine.equal(structured(spec, 7, 5, name, scale)[: len(mine)]), (count, name)
+        first, rest = names[0], list(names[fitted:count])
+        assert list(made.families) == (rest if len(rest) > 1 else [*rest, f"other {first}", f"faded {first}"])
+        assert made.note.startswith(
+            f"structured inputs ({', '.join(names[:fitted])}); judged by {', '.join(made.families)}"
+        )
+        for name, (x,) in made.families.items():
+            assert x.shape == (3, 3, 12, 12) and not rows(x) & rows(made.fit[0]), (count, name)
+    clear, faded = (made.families[f"{word} {names[0]}"][0] for word in ("other", "faded"))
+    torch.testing.assert_close(faded.flatten(1).mean(1), clear.flatten(1).mean(1))
+    torch.testing.assert_close(faded.flatten(1).std(1), 0.7 * clear.flatten(1).std(1))
 
 
-def test_without_batch_norms_families_come_as_they_are_and_the_kind_is_known():
+def test_prepared_inputs_are_the_same_for_the_same_seed():
+    graph, budget = picture_network(), SynthesisBudget(4, 4, 2, 2)
+    first, again, other = (prepare(graph, Sources(), budget, seed=seed) for seed in (5, 5, 6))
+    assert equal(first.fit, again.fit) and again.note == first.note and not equal(first.fit, other.fit)
+    assert first.families.keys() == again.families.keys()
+    assert all(equal(x, again.families[name]) for name, x in first.families.items())
+
+
+def test_families_far_from_the_stored_statistics_tell_nothing(monkeypatch):
+    graph = picture_network()
+    names = families_of(graph.inputs[0])
+    matched = calibrated(graph, (structured(graph.inputs[0], 48, 3, "fractals"),))
+    assert synthetic._ranked(matched, Scale(), 0)[0] == "fractals"
+    monkeypatch.setattr(synthetic, "_NEAR", math.inf)
+    every = synthetic._ranked(matched, Scale(), 0)
+    assert sorted(every) == sorted(names) and every[0] == "fractals"
+    monkeypatch.setattr(synthetic, "_NEAR", 1.0)
+    assert synthetic._ranked(matched, Scale(), 0) == ["fractals"]
+
+
+def test_without_numbers_all_families_are_as_near(monkeypatch):
+    """The run is refused afterwards, since the original itself gives none."""
+    for graph in (picture_network(), picture_network(norm=False)):
+        for name in ("bn.running_var", "head.weight"):
+            if name in graph.tensors:
+                broken = graph.with_tensors({name: torch.full_like(graph.tensors[name], -math.inf)})
+                assert prepare(broken, Sources(), SynthesisBudget(4, 4, 1, 2)).kind_known
+    negative = picture_network()
+    negative.tensors["bn.running_var"][:] = -1e-3
+    assert sorted(synthetic._ranked(negative, Scale(), 0)) == sorted(families_of(negative.inputs[0]))
+
+
+def test_without_batch_norms_a_classifier_says_what_it_knows():
+    """By the information that its answers give about the input: sure of each, and different ones."""
+    silent, sure = torch.zeros(6, 3), 50 * torch.eye(3).repeat(2, 1)
+    for scores, nats in (
+        (silent, 0.0),
+        (sure, math.log(3)),
+        (sure.softmax(1), math.log(3)),
+        (sure[:1].repeat(6, 1), 0.0),  # sure, but always of the same
+    ):
+        assert synthetic._information(scores) == pytest.approx(nats, abs=1e-5)
+    b = Builder(3, 12, 12)
+    graph = b.graph(b.relu(b.conv("x", "stem", 3, 4)))  # neither norms nor classes
+    assert synthetic._ranked(graph, Scale(), 0) == list(families_of(graph.inputs[0]))
+
+
+def test_the_given_range_counts(monkeypatch):
     graph = picture_network(norm=False)
     made = prepare(graph, Sources(scale=Scale((0.5,), (0.25,))), SynthesisBudget(6, 4, 2, 2))
-    names = families_of(graph.inputs[0])
-    assert made.note == f"structured inputs ({', '.join(names[:3])}); judged by {', '.join(names[3:])}"
-    assert made.kind_known and float(made.fit[0].min()) >= -2 and float(made.fit[0].max()) <= 2
+    assert -2 <= float(made.fit[0].min()) < -0.5 and 0.5 < float(made.fit[0].max()) <= 2
 
 
-def test_rows_of_tables_judge_by_other_draws_of_all_families():
+def test_rows_of_tables_are_of_a_known_kind():
     graph = network("mlp")
     made = prepare(graph, Sources(), SynthesisBudget(8, 4, 2, 5))
-    assert list(made.families) == list(families_of(graph.inputs[0])) and made.kind_known
-    assert len(made.fit[0]) == 8 and all(len(x[0]) == 5 for x in made.families.values())
-    assert not any(rows(x[0]) & rows(made.fit[0]) for x in made.families.values())
+    assert made.kind_known and len(made.fit[0]) == 8 and len(made.families) >= 2
+    for (x,) in made.families.values():
+        assert len(x) == 5 and not rows(x) & rows(made.fit[0])
 
 
 def test_the_first_structured_inputs_are_matched_where_the_budget_says_so():

@@ -47,7 +47,7 @@ def test_the_centred_error_is_that_of_the_covariances_however_the_inputs_come():
     difference = got - expected
     centred = [float(np.square(x - x.mean(0)).sum()) for x in (difference, expected)]
     whole = error_of((expected, got))
-    assert whole == pytest.approx(centred[0] / centred[1], rel=1e-9) < 0.02
+    assert whole == pytest.approx(centred[0] / centred[1], rel=1e-9) and whole < 0.02
     assert error_of((expected[:7], got[:7]), (expected[7:], got[7:])) == pytest.approx(whole, rel=1e-9)
     plain = np.square(difference).sum() / np.square(expected).sum()
     assert plain < 0.02 and np.square(expected - expected.mean(0)).sum() < 0.01 * np.square(expected).sum()

@@ -106,10 +106,8 @@ def test_samples_of_another_kind_that_contradict_keep_the_start():
         new, constant, lost = solve(Sums.of(u, u @ weight + 5), start, Sums.of(other, other @ true))
         assert torch.equal(new, start)
         torch.testing.assert_close(constant, (u @ weight + 5 - u @ start).mean(0))  # of the samples that are fitted to
-        left = u @ (weight - start)
-        assert lost == pytest.approx(
-            float((left - left.mean(0)).square().sum() / ((y := u @ weight) - y.mean(0)).square().sum())
-        )
+        left, whole = (float((y - y.mean(0)).square().sum()) for y in (u @ (weight - start), u @ weight))
+        assert lost == pytest.approx(left / whole)
 
 
 def test_samples_of_another_kind_choose_how_far_the_fit_goes():

@@ -35,12 +35,14 @@ def fast(**choice):
     """Options without distillation, which has tests of its own; widths on multiples of 2.
 
     The inputs of these networks are too small for pictures, and some have no batch norm: their kind is unknown.
+    Averages over noise hardly vary from input to input, and half of random weights tell little of what does: where
+    the widths are given, the floor gives way.
     """
-    return Options(**{"distil": 0.0, "round_to": 2, "accept_unmeasured": True, **choice})
+    loose = {"max_error": 1.5} if {"keep", "target_macs", "target_latency", "keep_point"} & choice.keys() else {}
+    return Options(**{"distil": 0.0, "round_to": 2, "accept_unmeasured": True, **loose, **choice})
 
 
 HALF = fast(keep=0.5)
-LOOSE = fast(keep=0.5, max_error=1.0)  # narrow layers of random weights lose much
 
 
 # A busy machine must not cut the distillation short.
@@ -66,7 +68,7 @@ def statuses(stages):
 def test_a_run_gives_a_narrower_network_that_still_runs(kind):
     graph, stages = trained(kind), Stages(quiet=True)
     before = digest(graph)
-    result = prune(graph, LOOSE, stages=stages)
+    result = prune(graph, HALF, stages=stages)
     assert digest(graph) == before and result.original is graph
     done = dict.fromkeys(["merge", "inputs", "reconstruct", "codebooks", "split", "verify"], "done")
     assert statuses(stages) == {**done, "hash": "skipped", "distil": "skipped"}
@@ -78,7 +80,8 @@ def test_a_run_gives_a_narrower_network_that_still_runs(kind):
         assert record.hash and record.split and record.merge.kept == layer.shape[0]
         assert (record.merge.reason == "") == (layer.name in opened)
     # 48 images are as many as the unknowns of the flattened reader
-    assert result.verify.output_error < LOOSE.max_error and result.verify.images == 24
+    families = {record.family for record in result.verify.families}
+    assert result.verify.output_error < HALF.max_error and result.verify.images == 8 * len(families) >= 16
     assert result.verify.split_exact <= EXACT and result.verify.merge_exact is None
     assert result.verify.narrow_exact <= EXACT
     assert len(result.samples[0]) == 16
@@ -204,8 +207,10 @@ GATES = [
     (fast(target_macs=0.5, max_error=1e-4), "--max-error"),
     (fast(method="red++", hash_error=0.5, max_error=0.01), "--max-error"),
     (fast(keep=0.05, hash_error=0.9, min_agreement=1.0, max_error=10.0, round_to=1), "--min-agreement"),
-    (fast(keep=0.05, hash_error=0.9, round_to=1), "at most 0.5 (--max-error)"),  # the floor, without any limit
-    (fast(target_macs=0.2, hash_values=2), "at most 0.5 (--max-error)"),
+    # the floor that holds without any limit
+    (Options(keep=0.05, hash_error=0.9, round_to=1, distil=0.0), "at most 0.5 (--max-error)"),
+    (Options(target_macs=0.2, hash_values=2, round_to=2, distil=0.0), "at most 0.5 (--max-error)"),
+    (fast(keep=0.05, hash_values=2, round_to=1, max_error=None, exclude=("head",)), "at most 0.5 (--max-error)"),
 ]
 
 
@@ -437,7 +442,7 @@ def test_a_network_that_gives_no_numbers_is_refused():
     narrowable = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3)).eval()
     for net in (closed, narrowable):
         net[1].running_var.fill_(-1e-3)
-        graph = capture(net, [InputSpec("x", (3, 8, 8))], [])
+        graph = capture(net, [InputSpec("x", (3, 7, 7))], [])
         for method in ("red++", "narrow"):
             with pytest.raises(RedppError, match="own output is NaN"):
                 prune(graph, Options(method=method, time_budget=1))
@@ -456,7 +461,7 @@ def test_inputs_of_an_unknown_kind_are_not_narrowed_unless_the_user_accepts_it()
     result = prune(graph, fast(keep=0.5, accept_unmeasured=False), stages=stages)
     assert widths_of(result.pruned) == widths_of(graph) and statuses(stages)["reconstruct"] == "skipped"
     assert "--inputs or --moments, or --accept-unmeasured" in stages.named("reconstruct").reason
-    assert widths_of(prune(graph, LOOSE).pruned)["inner"] == 8
+    assert widths_of(prune(graph, HALF).pruned)["inner"] == 8
 
 
 @pytest.mark.parametrize(("options", "flag"), [({"target_macs": 0.5}, "macs"), ({"target_latency": 0.5}, "latency")])
@@ -479,7 +484,7 @@ def test_token_inputs_are_of_no_known_kind():
 def test_real_inputs_make_the_kind_known_and_judge():
     graph, stages = trained("bare"), Stages(quiet=True)
     sources = Sources(inputs=natural(graph, 40))
-    result = prune(graph, fast(keep=0.5, max_error=1.0, accept_unmeasured=False), stages=stages, sources=sources)
+    result = prune(graph, fast(keep=0.5, accept_unmeasured=False), stages=stages, sources=sources)
     assert widths_of(result.pruned)["inner"] == 8 and "32 real inputs" in result.verify.inputs
     assert result.verify.images == 3 * 8 + 8
 
