@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from redpp_serve.errors import RedppError
-from redpp_serve.graph.graph import InputSpec
+from redpp_serve.graph.graph import InputSpec, Ref
 from redpp_serve.pruning.families import (
     IMAGE,
     SIGNAL,
@@ -146,3 +146,15 @@ def test_the_range_is_that_of_raw_pictures_where_nothing_tells():
     graph = reads_images(1)
     two = replace(graph, inputs=(*graph.inputs, InputSpec("y", (1, 24, 24))))
     assert estimate_scale(two) == Scale()
+
+
+@pytest.mark.parametrize("scale", [Scale(), Scale((1.0,), (-1.0,)), Scale((0.1307,), (0.3081,))])
+def test_the_range_of_a_classifier_without_batch_norm_follows_from_its_scores(scale):
+    """Templates of marks tell marks from each other in their own range best, and surely, as trained networks do."""
+    spec = InputSpec("x", (1, 16, 16))
+    b = Builder(*spec.shape)
+    templates = structured(spec, 10, 3, "glyphs", scale).flatten(1)
+    weight = b.tensor("head.weight", 20 * templates)
+    bias = b.tensor("head.bias", -10 * templates.square().sum(dim=1))
+    graph = b.graph(b.op("head", "linear.default", Ref(b.flatten("x")), weight, bias))
+    assert estimate_scale(graph) == scale
