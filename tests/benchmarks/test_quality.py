@@ -15,6 +15,7 @@ from benchmarks.baselines.clusters import cluster
 from benchmarks.baselines.coupled import CoupledNetwork
 from benchmarks.baselines.subject import Subject
 from benchmarks.baselines.widths import CostModel, cost_model, layer_macs, spreads, uniform_widths
+from redpp_serve.pruning.inputs import SynthesisBudget
 
 torch.set_num_threads(1)  # networks this small wait for threads longer than they compute
 
@@ -359,7 +360,8 @@ def test_the_table_marks_points_that_missed_their_cost() -> None:
 
 @pytest.mark.parametrize("method", ["random", "fpgm", "fold_ar", "fold_dir"])
 def test_every_baseline_gives_a_cell(subject: Subject, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.baselines.subject._SYNTHESIS_SECONDS", 0.05)
+    few = SynthesisBudget(8, 4, 2, 2)
+    monkeypatch.setattr("benchmarks.baselines.subject.synthesis_budget", lambda *_: few)
     with torch.enable_grad():
         cell = cells.measure_cell(subject, method, 0.2, cells.Timing(2, 0), lambda line: None)
     assert cell["macs"] < subject.macs and cell["latency"] is None and 0 <= cell["accuracy"] <= 100

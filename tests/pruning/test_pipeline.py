@@ -103,7 +103,7 @@ def test_every_stage_has_its_share():
 
 
 def test_hashing_first_has_its_share_and_its_error():
-    result = prune(plant(trained("residual"), {9: 3}), fast(method="red++"))
+    result = prune(plant(trained("residual"), {9: 3, 4: 0}), fast(method="red++"))
     assert [share.stage for share in result.shares] == ["hash", "merge"]
     hashed, merged = result.shares
     assert 0 < hashed.error == result.hash.measured_error < 0.1 and merged.error == pytest.approx(
