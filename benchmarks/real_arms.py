@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,7 +18,10 @@ from benchmarks.real_data import fitting_images, stored
 from benchmarks.real_networks import NETWORKS, load_graph, load_module
 from redpp_serve.graph.graph import Graph
 from redpp_serve.options import Options
+from redpp_serve.pruning.families import Scale
+from redpp_serve.pruning.inputs import Sources
 from redpp_serve.pruning.pipeline import prune
+from redpp_serve.runtime.moments import Adder, Moments, fingerprint
 from redpp_serve.stages import Stages
 
 ROUND_TO = 8
@@ -82,38 +82,31 @@ def point_options(point: str) -> dict[str, float]:
 
 def _ours(title: str, inputs: int = 0, moments: int = 0) -> Arm:
     @cache
-    def real(network: str) -> dict[str, Any]:
-        given: dict[str, Any] = {}
-        for name, count, make in (("inputs", inputs, _real_inputs), ("moments", moments, _real_moments)):
-            if count:
-                if name not in inspect.signature(prune).parameters:
-                    raise UnavailableError(f"prune has no {name}")
-                given[name] = make(network, count)
-        return given
+    def known(network: str) -> Sources:
+        found = NETWORKS[network]
+        return Sources(
+            (fitting_images(network, inputs),) if inputs else (),
+            Scale(*found.scale) if found.scale else None,
+            _moments(network, moments) if moments else None,
+        )
 
     def run(network: str, point: str) -> Iterator[Candidate]:
         stages = Stages(quiet=False)
-        pruned = prune(load_graph(network), Options(**point_options(point)), stages=stages, **real(network))
+        options = Options(**point_options(point), max_error=None if point == "default" else 10.0)
+        pruned = prune(load_graph(network), options, stages=stages, sources=known(network))
         yield Candidate(pruned.pruned, "", asdict(pruned.verify), stages.to_json())
 
     data = f"{inputs} unlabelled inputs" if inputs else f"moments of {moments} requests" if moments else ""
-    return Arm(title, "ours", data, 1, run, real)
+    return Arm(title, "ours", data, 2, run, known)
 
 
-def _real_inputs(network: str, count: int) -> tuple[Tensor, ...]:
-    return (fitting_images(network, count),)
-
-
-def _real_moments(network: str, count: int) -> Any:
-    """What a server that observes ``count`` requests would hand on."""
-    if find_spec("redpp_serve.runtime.moments") is None:
-        raise UnavailableError("nothing adds moments up")
-    library = import_module("redpp_serve.runtime.moments")
+def _moments(network: str, count: int) -> Moments:
+    """Return what a server that observes ``count`` requests would hand on."""
     graph = load_graph(network)
-    adder = library.Adder(graph)
+    adder = Adder(graph)
     for one in fitting_images(network, count).split(1):
         adder.add((one,))
-    return adder.sums.moments(library.fingerprint(graph))
+    return adder.sums.moments(fingerprint(graph))
 
 
 def _widths(network: str, point: str) -> Iterator[tuple[str, dict[str, int]]]:

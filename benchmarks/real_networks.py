@@ -31,12 +31,14 @@ class Network:
         shape: of one input.
         sets: names of its evaluation sets in `benchmarks.real_data`; none where it is untrained.
         build: makes the module in eval mode.
+        scale: mean and deviation of each channel, as a user gives them with ``--preprocess``.
     """
 
     name: str
     shape: tuple[int, int, int]
     sets: tuple[str, ...]
     build: Callable[[], nn.Module]
+    scale: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 def _lite0() -> nn.Module:
@@ -72,8 +74,8 @@ def _untrained(arch: str) -> Callable[[], nn.Module]:
 NETWORKS = {
     network.name: network
     for network in (
-        Network("lite0", (3, 224, 224), ("A", "B"), _lite0),
-        Network("digit", (1, 28, 28), ("digits",), _digit),
+        Network("lite0", (3, 224, 224), ("A", "B"), _lite0, ((127 / 255,) * 3, (128 / 255,) * 3)),
+        Network("digit", (1, 28, 28), ("digits",), _digit, ((0.1307,), (0.3081,))),
         Network("resnet50", (3, 224, 224), (), _untrained("torchvision:resnet50")),
         Network("mobilenetv2_050", (3, 64, 64), (), _untrained("timm:mobilenetv2_050")),
     )

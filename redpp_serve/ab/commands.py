@@ -43,6 +43,7 @@ from redpp_serve.variants import ORIGINAL, PRUNED
 if TYPE_CHECKING:
     from redpp_serve.graph.graph import InputSpec
 
+_OBSERVING_COSTS = "note     observing takes time from the original's workers alone: judge speed without --observe"
 _START_S, _STOP_S, _DYING_S, _POLL_S = 300.0, 60.0, 2.0, 0.1
 Note = Callable[[str], None]
 
@@ -73,7 +74,7 @@ def start(spec: Spec, *, foreground: bool, say: Note, note: Note) -> None:
 
     def ready() -> None:
         last = "Ctrl-C ends the A/B test." if foreground else f"next     {_NEXT.format(_quoted(spec.folder))}"
-        told = spec.observe.lines() if spec.observe else []
+        told = [*spec.observe.lines(), _OBSERVING_COSTS] if spec.observe else []
         for line in (*told, *_how_to_ask(_find(spec.folder), state), last):
             say(line)
 

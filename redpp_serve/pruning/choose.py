@@ -39,7 +39,7 @@ from redpp_serve.runtime.moments import Moments, fingerprint
 _FIT_SHARE = 0.9  # share of the error budget for narrowing; the rest is for the final codebooks
 _LATENCY_ROUNDS = 3
 _SLACK = 0.005  # a latency is met when the measured ratio is within this of the target
-_CHECKED = 64  # inputs of the judge that choose ridges and the order of widths
+_CHECKED = 64  # inputs that choose ridges and the order of widths (the judge's), and that repair norms
 _FRONTIER_SHARE = 0.1  # of the time budget, for networks that are not chosen
 _DENSER = 1.5  # power by which the frontier's points lie denser near the whole network
 _TOO_CLOSE = 0.02  # of all multiply-accumulates: nearer to the chosen network the frontier shows no other
@@ -158,6 +158,7 @@ class Narrower:
         self._check = tuple(x[:_CHECKED].to(inputs[0].device) for x in reference.inputs)
         self._fitting = Fitting(reference.original, coupling, inputs, self._check, merged, frozen)
         self.observed = observe(coupling, inputs, progress)
+        self._few = tuple(x[:_CHECKED] for x in inputs)
         self._served = moments is not None
         if moments is not None:
             self.observed = with_moments(self.observed, moments, merged)
@@ -190,7 +191,7 @@ class Narrower:
                 self._built[key] = Narrowed(quick, places, dict(widths), records, error, spent() - start)
                 return self._built[key]
             fitted, records = reconstruct(self._fitting, kept, quick, self.progress)
-            for graph in (fitted, repair_batch_norm(fitted, self.reference.original, self.inputs, places)):
+            for graph in (fitted, repair_batch_norm(fitted, self.reference.original, self._few, places)):
                 found = self.reference.error(graph)
                 if found <= error or error != error:  # not where the fit gave NaN
                     best, error = graph, found

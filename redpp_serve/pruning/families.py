@@ -19,7 +19,7 @@ from redpp_serve.errors import RedppError
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.passes import is_inference_norm
-from redpp_serve.pruning import pictures, signals
+from redpp_serve.pruning import objects, pictures, signals, surfaces
 from redpp_serve.pruning.glyphs import handwriting, writing
 from redpp_serve.pruning.textures import Array, Random, develop, shrink
 
@@ -33,6 +33,8 @@ _DEFAULT_TOKENS = 1  # the largest token that every network with integer inputs 
 
 _PICTURES: dict[str, Callable[[Random, int, int], Array]] = {
     "mixed": pictures.mixed,
+    "things": objects.things,
+    "surfaces": surfaces.surfaces,
     "leaves": pictures.leaves,
     "scenes": pictures.scenes,
     "warps": pictures.warps,
@@ -151,8 +153,7 @@ def _picture(rng: Random, shape: tuple[int, ...], family: str) -> Array:
     """Return one picture (channels, height, width) in 0..1."""
     channels, height, width = shape
     factor = max(1, -(-_SMALLEST_CANVAS // min(height, width)))
-    marks = family == "glyphs" and channels == 1 and max(height, width) <= _MARK_SIZE
-    if marks:
+    if family == "glyphs" and _shows_marks(shape):
         picture = handwriting(rng, height * factor, width * factor)
     else:
         picture = _PICTURES[family](rng, height * factor, width * factor)
@@ -168,39 +169,83 @@ def _picture(rng: Random, shape: tuple[int, ...], family: str) -> Array:
     return np.ascontiguousarray(picture, dtype=np.float32)
 
 
-# Usual ranges of images as (mean, std) on the scale 0 to 1: 0..1, -1..1, ImageNet's, 0..255, bytes without their mean,
-# a deviation of 1, and white on black where the picture is black on white.
+def _shows_marks(shape: tuple[int, ...]) -> bool:
+    """Return whether images are grey and so small that they show a single digit or letter."""
+    return shape[0] == 1 and max(shape[1:]) <= _MARK_SIZE
+
+
+# Usual ranges of images as (mean, std) on the scale 0 to 1: 0..1, -1..1, ImageNet's, MNIST's, 0..255, bytes without
+# their mean.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _RANGES = (
     Scale(),
     Scale((0.5,), (0.5,)),
     Scale(*_IMAGENET),
+    Scale((0.1307,), (0.3081,)),
     Scale((0.0,), (1 / 255,)),
     Scale(_IMAGENET[0], (1 / 255,)),
-    Scale((1.0,), (-1.0,)),
 )
-_NORMS_TO_MATCH, _IMAGES_TO_MATCH, _MISMATCH_OF_ONE = 6, 12, 3.0
+# Of grey images also the inverse, and means and deviations of standardised data sets. One of these must be better than
+# the usual ranges by a tenth: pictures and their negatives differ little in their statistics.
+_INVERSE = Scale((1.0,), (-1.0,))
+_GREY_MEANS, _GREY_STDS, _DOUBT = (0.1, 0.2, 0.3, 0.4, 0.5), (0.2, 0.25, 0.3, 0.35, 0.4), 1.1
+_JUDGES = ("mixed", "leaves", "warps", "glyphs")
+_MARKS_TO_TELL, _NEAR_THE_BEST = 64, 0.85
+_NORMS_TO_MATCH, _IMAGES_TO_MATCH, _MISMATCH_OF_ONE = 6, 6, 3.0
 
 
 @torch.no_grad()
 def estimate_scale(graph: Graph, seed: int = 0) -> Scale:
-    """Return the usual range of images under which a network's first batch norms see what they have stored.
+    """Return the range of images under which a network's first batch norms see what they have stored.
 
-    Raw pictures of every family are sent through the network in each range; the range counts whose means and
-    deviations before the first batch norms are nearest to the stored ones, for the family that comes nearest. The
-    range is 0..1 where nothing tells: without batch norm, or where the network's only input is no image.
+    Raw pictures of a few families are sent through the first layers in each usual range, grey ones also in those of
+    standardised data sets. The range counts whose means and deviations before the first batch norms are nearest to the
+    stored ones for the family that is farthest from them, as none of the families is the data that the network was
+    trained on. Without batch norm, a classifier of small grey images tells by its scores for digits and letters. The
+    range is 0..1 where nothing tells: other networks without batch norm, more than one input, or an input that is no
+    image. A range that the user or the architecture declares is better than this estimate.
     """
     norms = [node for node in graph.nodes if is_inference_norm(node)][:_NORMS_TO_MATCH]
-    if len(graph.inputs) != 1 or kind_of(graph.inputs[0]) != IMAGE or not norms:
+    if len(graph.inputs) != 1 or kind_of(graph.inputs[0]) != IMAGE:
         return Scale()
     (spec,) = graph.inputs
+    if not norms:
+        return _scale_by_classes(graph, seed) if _shows_marks(spec.shape) else Scale()
     program = Program(graph, [norm.args[0].name for norm in norms])
     stored = [[graph.tensors[norm.args[k].name].double() for k in (3, 4)] for norm in norms]
-    pictures = [structured(spec, _IMAGES_TO_MATCH, seed, family) for family in families_of(spec)]
     ranges = [_for_channels(scale, spec.shape[0]) for scale in _RANGES]
+    usual = len(ranges)
+    if spec.shape[0] == 1:
+        ranges += [_INVERSE] + [Scale((mean,), (std,)) for mean in _GREY_MEANS for std in _GREY_STDS]
+    worst = np.zeros(len(ranges))
     dtype = getattr(torch, spec.dtype)
-    misses = [min(_mismatch(program(scale.apply(x).to(dtype)), stored) for x in pictures) for scale in ranges]
-    return ranges[int(np.argmin(misses))]
+    for family in _JUDGES:
+        pictures = structured(InputSpec(spec.name, spec.shape), _IMAGES_TO_MATCH, seed, family)
+        misses = [_mismatch(program(scale.apply(pictures).to(dtype)), stored) for scale in ranges]
+        worst = np.maximum(worst, misses)
+    worst[usual:] *= _DOUBT
+    return ranges[int(np.argmin(worst))]
+
+
+def _scale_by_classes(graph: Graph, seed: int) -> Scale:
+    """Return the range in which a classifier tells marks from each other: 0..1, its inverse, -1..1 or MNIST's.
+
+    The mutual information of class and mark is measured in each. It grows with the contrast of the input, so the range
+    of the least contrast counts that comes near the best one.
+    """
+    (spec,) = graph.inputs
+    pictures = structured(InputSpec(spec.name, spec.shape), _MARKS_TO_TELL, seed, "glyphs")
+    information = []
+    ranges = (Scale(), _INVERSE, Scale((0.5,), (0.5,)), Scale((0.1307,), (0.3081,)))
+    program = Program(graph, graph.outputs[:1])
+    for scale in ranges:
+        (scores,) = program(scale.apply(pictures).to(getattr(torch, spec.dtype)))
+        if scores.dim() != 2 or scores.shape[1] < 2:
+            return Scale()
+        shares = scores.double().softmax(dim=1)
+        information.append(float(torch.special.entr(shares.mean(0)).sum() - torch.special.entr(shares).sum(1).mean()))
+    near = _NEAR_THE_BEST * max(information)
+    return next((scale for scale, found in zip(ranges, information, strict=True) if found >= near), Scale())
 
 
 def _for_channels(scale: Scale, channels: int) -> Scale:

@@ -137,11 +137,11 @@ def text(rng: Random, height: int, width: int, lines: float) -> Array:
 
 
 def handwriting(rng: Random, height: int, width: int) -> Array:
-    """Return a picture (height, width, 3) of one mark on plain paper, light on dark twice as often as dark on light."""
+    """Return a picture (height, width, 3) of one mark on plain paper, as a rule light on dark."""
     mask = soften(single(rng, height, width), rng.uniform(0, 0.02) * min(height, width))
     paper, ink = (rng.uniform(0, 0.08), rng.uniform(0.8, 1)) if rng.random() < 0.8 else (0.0, 1.0)
     picture = paper + (ink - paper) * np.clip(mask, 0, 1)
-    if rng.random() < 0.33:
+    if rng.random() < 0.1:
         picture = 1 - picture
     return np.repeat(picture[..., None], 3, axis=2).astype(np.float32)
 

@@ -38,7 +38,7 @@ _REAL_JUDGED = 0.2
 _LEAST_FAMILIES = 2  # unfitted ones that judge alone
 _NEAR = 4.0  # times as far as the nearest family: farther ones tell nothing of the network
 _CONTRAST = 0.7
-_RANKED = 32  # inputs of each family that are held against the batch norms
+_RANKED, _RANKED_NUMBERS = 32, 10**7  # inputs of each family to rank it by; fewer where all would have more numbers
 
 
 @dataclass(frozen=True)
@@ -190,10 +190,12 @@ def _ranked(graph: Graph, scale: Scale, seed: int) -> list[str]:
         return names
     matcher = Matcher(graph, norms, "cpu", use_classes=False)
     program = Program(graph, [classes]) if classes else None
+    numbers = len(names) * sum(math.prod(spec.shape) for spec in graph.inputs)
+    count = max(8, min(_RANKED, _RANKED_NUMBERS // numbers))
     found = {}
     with torch.no_grad():
         for name in names:
-            inputs = _structured(graph, name, _RANKED, seed + 2, scale)
+            inputs = _structured(graph, name, count, seed + 2, scale)
             far = matcher.losses(inputs, torch.empty(0))[0] if norms else 1 / _information(program(*inputs)[0])
             found[name] = float(far) if math.isfinite(far) else math.inf
     near = _NEAR * min(found.values())
@@ -260,7 +262,7 @@ def synthesize(
         kind = "smooth noise" if floats else "random integers"
         note = f"{doubt or 'no batch norm to match'}: {kind} was used as inputs, and the result depends on that"
         return Synthetic(smooth_noise(graph.inputs, budget.images, seed), (math.nan, math.nan), note)
-    matcher = Matcher(graph, norms, device, use_classes=not doubt)
+    matcher = Matcher(graph, norms, device, use_classes=not doubt and not start)
     kept = Checkpoint(checkpoint, fingerprint([graph], start, budget, seed))
     batches, losses = _restored(kept, budget.batch)
     count, notes = budget.images // budget.batch, [f"{doubt}: they are not matched"] if doubt else []

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from redpp_serve.pruning.glyphs import writing
+from redpp_serve.pruning.objects import place_things, things
+from redpp_serve.pruning.surfaces import surfaces
 from redpp_serve.pruning.textures import (
     Array,
     Random,
@@ -27,12 +29,13 @@ from redpp_serve.pruning.textures import (
     relief,
     shrink,
     soften,
-    standard,
+    texture,
     unit,
     warp,
 )
 
 _MOST_LEAVES = 900
+_OUTLINE = 20  # corners of a smooth shape
 
 
 def leaves(rng: Random, height: int, width: int) -> Array:
@@ -41,24 +44,25 @@ def leaves(rng: Random, height: int, width: int) -> Array:
     rows, columns = height * factor, width * factor
     ids, centres, radii = _leaf_map(rng, rows, columns)
     count = len(radii)
-    textures = np.stack([_texture(rng, height, width) for _ in range(4)])
-    textures = textures.repeat(factor, axis=1).repeat(factor, axis=2).reshape(4, -1)
+    textures = np.stack([texture(rng, height, width) for _ in range(4)]).reshape(4, -1)
     which = rng.integers(4, size=count)
     strength = (rng.gamma(1.0, 0.13, count) * (rng.random(count) < 0.7)).astype(np.float32)
     tilt = (rng.normal(0, 0.22, (count, 2)) * (rng.random((count, 1)) < 0.7)).astype(np.float32)
-    colours = palette(rng, count)
-    flat = ids.reshape(-1)
-    y, x = np.divmod(np.arange(flat.size, dtype=np.int32), np.int32(columns))
-    place = np.stack([x - centres[flat, 0], y - centres[flat, 1]], axis=1) / radii[flat, None]
-    shade = 1 + (tilt[flat] * place).sum(axis=1) + strength[flat] * textures[which[flat], np.arange(flat.size)]
-    picture = colours[flat] * np.clip(shade, 0.15, 2.0)[:, None]
-    return shrink(picture.reshape(rows, columns, 3).astype(np.float32), factor) * light(rng, height, width)
+    picture = shrink(palette(rng, count)[ids], factor)
+    flat = ids[::factor, ::factor].reshape(-1)  # shading is smooth: one place for each pixel will do
+    y, x = np.divmod(np.arange(flat.size, dtype=np.int32), np.int32(width))
+    tilt /= radii[:, None]
+    right, down = tilt[:, 0][flat], tilt[:, 1][flat]
+    offset = (tilt * centres).sum(axis=1)[flat]
+    shade = 1 + factor * (right * x + down * y).astype(np.float32) - offset
+    shade += strength[flat] * textures[which[flat], np.arange(flat.size)]
+    return np.asarray(picture * np.clip(shade, 0.15, 2.0).reshape(height, width, 1) * light(rng, height, width))
 
 
 def _leaf_map(rng: Random, rows: int, columns: int) -> tuple[NDArray[Any], Array, Array]:
     """Return the number of the shape at each pixel (rows, columns), the shapes' centres (n, 2) and radii (n,)."""
     size = min(rows, columns)
-    slope, low, high = rng.uniform(1.3, 2.6), rng.uniform(0.008, 0.03), rng.uniform(0.25, 0.6)
+    slope, low, high = rng.uniform(0.9, 2.6), np.exp(rng.uniform(np.log(0.008), np.log(0.15))), rng.uniform(0.25, 0.7)
     share = rng.random(_MOST_LEAVES)
     radii = size * (low**-slope - share * (low**-slope - high**-slope)) ** (-1 / slope)
     covered = np.cumsum(np.pi * radii[::-1] ** 2)[::-1] / (rows * columns)
@@ -71,36 +75,22 @@ def _leaf_map(rng: Random, rows: int, columns: int) -> tuple[NDArray[Any], Array
     round_share, smooth_share = rng.uniform(0, 0.7), rng.uniform(0.2, 0.8)
     kinds, angles = rng.random(count), rng.uniform(0, 2 * np.pi, count)
     stretch = np.exp(rng.normal(0, 0.35, count))
-    steps = np.linspace(0, 2 * np.pi, 20, endpoint=False)
-    for k in range(count):
-        (x, y), r = centres[k], float(radii[k])
+    smooth = kinds < round_share + (1 - round_share) * smooth_share  # blobs with lobes and stars, else polygons
+    points = np.where(smooth, _OUTLINE, corners)
+    turn = 2 * np.pi * np.arange(_OUTLINE) / points[:, None]
+    lobes = 0.35 * np.sin(corners[:, None] * turn + angles[:, None]) * (kinds * 7 % 1)[:, None]
+    reach = radii[:, None] * np.where(smooth[:, None], 1 + lobes, 1.15)
+    u, v = reach * np.cos(turn) * stretch[:, None], reach * np.sin(turn) / stretch[:, None]
+    c, s = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    outlines = np.stack([centres[:, :1] + c * u - s * v, centres[:, 1:] + s * u + c * v], axis=2).reshape(count, -1)
+    half = radii[:, None] * np.stack([stretch, 1 / stretch], axis=1)
+    boxes = np.concatenate([centres - half, centres + half], axis=1).tolist()
+    for k, outline in enumerate(outlines.tolist()):
         if kinds[k] < round_share:
-            draw.ellipse([x - r * stretch[k], y - r / stretch[k], x + r * stretch[k], y + r / stretch[k]], fill=k)
-            continue
-        if kinds[k] < round_share + (1 - round_share) * smooth_share:  # a blob with lobes, or a star
-            reach = r * (1 + 0.35 * np.sin(corners[k] * steps + angles[k]) * (kinds[k] * 7 % 1))
-            turn = steps
+            draw.ellipse(boxes[k], fill=k)
         else:
-            turn = np.linspace(0, 2 * np.pi, corners[k], endpoint=False)
-            reach = np.full(len(turn), 1.15 * r)
-        u, v = reach * np.cos(turn) * stretch[k], reach * np.sin(turn) / stretch[k]
-        c, s = np.cos(angles[k]), np.sin(angles[k])
-        draw.polygon(np.stack([x + c * u - s * v, y + s * u + c * v], axis=1).ravel().tolist(), fill=k)
+            draw.polygon(outline[: 2 * points[k]], fill=k)
     return np.asarray(ids, dtype=np.int32), centres, radii
-
-
-def _texture(rng: Random, height: int, width: int) -> Array:
-    """Return a texture (height, width) of variance 1: noise, veins, stripes, or a warp with noise."""
-    kind = rng.random()
-    if kind < 0.45:
-        return power_noise(rng, height, width, rng.uniform(0.6, 2.6))
-    if kind < 0.65:
-        return standard(-np.abs(power_noise(rng, height, width, rng.uniform(1.5, 3))))
-    if kind < 0.85:
-        x, _ = grid(rng, height, width, rng.uniform(20, 160))
-        wave = np.sin(x + power_noise(rng, height, width, 2.5) * np.float32(rng.uniform(0, 2)))
-        return standard(np.tanh(np.float32(rng.uniform(0.5, 4)) * wave))
-    return standard(standard(warp(rng, height, width)) + 0.4 * power_noise(rng, height, width, 1.5))
 
 
 def warps(rng: Random, height: int, width: int) -> Array:
@@ -199,29 +189,30 @@ def scenes(rng: Random, height: int, width: int) -> Array:
     haze = np.exp(-depth * rng.uniform(2, 20))[..., None] * below * np.float32(rng.uniform(0, 0.8))
     picture = picture * (1 - haze) + palette(rng, 1)[0] * haze
     lamp = np.array([rng.uniform(-1, 1), rng.uniform(-1.2, -0.2), rng.uniform(0.3, 1)])
-    lamp = lamp / np.linalg.norm(lamp)
-    count = rng.integers(1, 9)
+    lamp = (lamp / np.linalg.norm(lamp)).astype(np.float32)
+    count = rng.integers(2, 14)
     nearness = np.sort(rng.uniform(0.05, 1, count) ** 1.5)
     for near in nearness:
         base = horizon + near * (height - horizon) * 1.05
         size = min(height, width) * (0.06 + 0.4 * near) * np.exp(rng.normal(0, 0.35))
         _solid(rng, picture, (rng.uniform(-0.05, 1.05) * width, base, size), lamp)
+    if rng.random() < 0.5:
+        picture = place_things(rng, picture)
     return np.asarray(picture * light(rng, height, width), dtype=np.float32)
 
 
 def _ground(rng: Random, height: int, width: int, depth: Array) -> Array:
     """Return a textured plane (height, width, 3) in perspective, or a plain wall."""
     if rng.random() < 0.3:
-        return paint(rng, unit(_texture(rng, height, width)), 3)
-    texture = _texture(rng, 256, 256)
+        return paint(rng, unit(texture(rng, height, width)), 3)
+    cover = texture(rng, 256, 256)
     columns = np.arange(width, dtype=np.float32)[None, :] - width * np.float32(rng.uniform(0.2, 0.8))
     scale = rng.uniform(20, 90)
     u = (columns / width / depth * scale).astype(np.int32) % 256
     v = np.broadcast_to((scale / depth).astype(np.int32) % 256, u.shape)
     near = np.clip(depth * 3, 0, 1)  # far away the texture is finer than a pixel, and only its mean is seen
     return np.asarray(
-        palette(rng, 1)[0] * (1 + np.float32(rng.uniform(0.05, 0.35)) * texture[v, u] * near)[..., None],
-        dtype=np.float32,
+        palette(rng, 1)[0] * (1 + np.float32(rng.uniform(0.05, 0.35)) * cover[v, u] * near)[..., None], dtype=np.float32
     )
 
 
@@ -246,7 +237,7 @@ def _hills(rng: Random, picture: Array, horizon: float) -> Array:
             line = np.repeat(line[:: max(2, width // 24)], max(2, width // 24))[:width]
         line = horizon - height * np.float32(rng.uniform(0.02, 0.12)) * (1.2 + line)
         mask = ((rows > line) & (rows < horizon + height * rng.uniform(0, 0.06)))[..., None]
-        fill = palette(rng, 1)[0] * (1 + np.float32(0.2) * _texture(rng, height, width))[..., None]
+        fill = palette(rng, 1)[0] * (1 + np.float32(0.2) * texture(rng, height, width))[..., None]
         picture = np.where(mask, fill, picture)
     return np.asarray(picture, dtype=np.float32)
 
@@ -286,28 +277,31 @@ def _solid(rng: Random, picture: Array, where: tuple[float, float, float], lamp:
         normal = (a + 0.5 * rough, b, np.full_like(b, 0.5))
     shade = 0.35 + 0.75 * np.clip(sum(n * p for n, p in zip(normal, lamp, strict=True)), 0, 1)
     if rng.random() < 0.6:
-        shade = shade * (1 + np.float32(rng.uniform(0.03, 0.3)) * _texture(rng, *part.shape[:2]))
+        shade = shade * (1 + np.float32(rng.uniform(0.03, 0.3)) * texture(rng, *part.shape[:2]))
     colour = palette(rng, 1)[0] * shade[..., None]
     if rng.random() < 0.3:
         colour = colour + 0.6 * (np.clip(shade - 0.95, 0, 1) * 6)[..., None] ** 2  # a highlight
     part[...] = np.where(mask[..., None], colour, part)
 
 
-_PLAIN = (leaves, warps, fractals, scenes, writing)
-_BEHIND, _BEFORE = (0.3, 0.2, 0.15, 0.25, 0.1), (0.3, 0.25, 0.15, 0.15, 0.15)  # how often each is drawn
+_PLAIN = (leaves, warps, fractals, scenes, writing, things, surfaces)
+_BEHIND = (0.2, 0.1, 0.1, 0.2, 0.05, 0.2, 0.15)  # how often each is drawn
+_BEFORE = (0.2, 0.15, 0.1, 0.1, 0.15, 0.1, 0.2)
 
 
 def mixed(rng: Random, height: int, width: int) -> Array:
     """Return cut-outs of some families over another, with soft shadows, then seen through a camera."""
-    picture = _crop(rng, _PLAIN[rng.choice(5, p=_BEHIND)](rng, height, width))
-    for _ in range(rng.integers(1, 5)):
-        other = _crop(rng, _PLAIN[rng.choice(5, p=_BEFORE)](rng, height, width))
+    picture = _crop(rng, _PLAIN[rng.choice(len(_PLAIN), p=_BEHIND)](rng, height, width))
+    for _ in range(rng.integers(0, 4)):
+        other = _crop(rng, _PLAIN[rng.choice(len(_PLAIN), p=_BEFORE)](rng, height, width))
         mask = _cutout(rng, height, width)
         if rng.random() < 0.6:
             shift = max(1, round(min(height, width) * rng.uniform(0.005, 0.03)))
             shadow = np.roll(soften(mask, shift), (shift, shift), (0, 1))
             picture = picture * (1 - np.float32(rng.uniform(0.2, 0.7)) * shadow)[..., None]
         picture = picture * (1 - mask[..., None]) + other * mask[..., None]
+    if rng.random() < 0.65:
+        picture = place_things(rng, soften(picture, rng.uniform(0, 2.5)) if rng.random() < 0.5 else picture)
     picture = develop(rng, picture)
     return _recoded(rng, picture) if rng.random() < 0.5 else picture
 

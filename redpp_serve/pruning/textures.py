@@ -7,6 +7,7 @@ above 0.9, and sharp edges (Ruderman 1994; Lee, Mumford and Huang 2001); the def
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,24 +19,34 @@ Random: TypeAlias = np.random.Generator
 # Directions of colour in photographs, nearly those of a principal component analysis: light, blue to yellow, green to
 # magenta; and how much colours vary along the last two.
 _AXES = np.array([[1, 1, 1], [1, 0.1, -1.1], [0.6, -1.0, 0.4]], dtype=np.float32)
-_CHROMA = (0.05, 0.022)
+_CHROMA = (0.052, 0.025)
+_CONTRAST = 0.25  # the standard deviation within a picture before clipping
 
 
 def power_noise(rng: Random, height: int, width: int, exponent: float = 2.0) -> Array:
     """Return noise (height, width) of mean 0 and variance 1 whose power falls with frequency to the ``exponent``."""
     rows, columns = _round(height), _round(width)  # a crop of a larger field does not wrap around at its borders
-    frequency = np.hypot(np.fft.fftfreq(rows)[:, None] * rows / columns, np.fft.rfftfreq(columns)[None, :])
-    frequency[0, 0] = np.inf
-    amplitude = (frequency ** (-exponent / 2)).astype(np.float32)
-    shape = amplitude.shape
-    spectrum = amplitude * (rng.standard_normal(shape, np.float32) + 1j * rng.standard_normal(shape, np.float32))
-    field = np.fft.irfft2(spectrum, s=(rows, columns))[:height, :width]
-    return standard(field)
+    amplitude = np.exp(np.float32(-exponent / 2) * _log_frequency(rows, columns))
+    amplitude[0, 0] = 0
+    spectrum = np.empty(amplitude.shape, dtype=np.complex64)
+    spectrum.real = amplitude * rng.standard_normal(amplitude.shape, np.float32)
+    spectrum.imag = amplitude * rng.standard_normal(amplitude.shape, np.float32)
+    return standard(np.fft.irfft2(spectrum, s=(rows, columns))[:height, :width])
+
+
+@lru_cache(maxsize=64)
+def _log_frequency(rows: int, columns: int) -> Array:
+    """Return the logarithms of the frequencies of a real two-dimensional Fourier transform; read-only."""
+    frequency = np.hypot(np.fft.fftfreq(rows)[:, None] * (rows / columns), np.fft.rfftfreq(columns)[None, :])
+    frequency[0, 0] = 1
+    logarithm = np.log(frequency).astype(np.float32)
+    logarithm.flags.writeable = False
+    return np.asarray(logarithm)
 
 
 def _round(size: int) -> int:
-    """Return a size about a quarter larger that the Fourier transform is fast at."""
-    return -(-(size + size // 4 + 2) // 16) * 16
+    """Return a size about an eighth larger that the Fourier transform is fast at."""
+    return -(-(size + size // 8 + 2) // 16) * 16
 
 
 def standard(field: NDArray[Any]) -> Array:
@@ -121,21 +132,37 @@ def warp(rng: Random, height: int, width: int) -> Array:
 
 
 def soften(picture: Array, deviation: float) -> Array:
-    """Return a picture (height, width, ...) blurred by a Gaussian with this standard deviation in pixels."""
+    """Return a picture (height, width, ...) blurred by about a Gaussian with this standard deviation in pixels."""
     if deviation < 0.2:
         return picture
-    radius = max(1, int(2.5 * deviation + 0.5))
-    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / deviation) ** 2)
-    weights = (weights / weights.sum()).astype(np.float32)
+    if deviation > 1.6:  # three running means cost the same at every width
+        radius = max(1, round((np.sqrt(4 * deviation**2 + 1) - 1) / 2))
+        weights, passes = np.full(2 * radius + 1, 1 / (2 * radius + 1), dtype=np.float32), 3
+    else:
+        radius, passes = max(1, int(2.5 * deviation + 0.5)), 1
+        weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / deviation) ** 2).astype(np.float32)
+        weights = weights / weights.sum()
     for axis in (0, 1):
-        length = picture.shape[axis]
-        around = [(radius, radius) if d == axis else (0, 0) for d in range(picture.ndim)]
-        padded = np.pad(picture, around, mode="edge")
-        total = np.zeros_like(picture)
-        for k, weight in enumerate(weights):
-            total += weight * padded.take(range(k, k + length), axis=axis) if axis else weight * padded[k : k + length]
-        picture = total
+        for _ in range(passes):
+            picture = _filtered(picture, weights, axis)
     return picture
+
+
+def _filtered(picture: Array, weights: Array, axis: int) -> Array:
+    """Return a picture filtered along an axis with an odd number of weights; its border is repeated outwards."""
+    radius, length = len(weights) // 2, picture.shape[axis]
+    places = np.clip(np.arange(-radius, length + radius), 0, length - 1)
+    padded = np.moveaxis(picture.take(places, axis=axis), axis, 0)
+    if radius > 1 and weights[0] == weights[radius]:
+        sums = np.cumsum(padded, axis=0, dtype=np.float32)
+        total = sums[2 * radius :].copy()
+        total[1:] -= sums[: length - 1]
+        total *= weights[0]
+    else:
+        total = weights[0] * padded[:length]
+        for k in range(1, len(weights)):
+            total += weights[k] * padded[k : k + length]
+    return np.moveaxis(total, 0, axis)
 
 
 def shrink(picture: Array, factor: int) -> Array:
@@ -156,15 +183,43 @@ def light(rng: Random, height: int, width: int) -> Array:
 
 
 def develop(rng: Random, picture: Array) -> Array:
-    """Return a picture as a camera would give it: exposure, contrast, white balance, blur and grain, in 0..1."""
-    balance = np.exp(rng.normal(0, 0.04, 3)).astype(np.float32)
-    gain = np.float32(np.exp(rng.normal(0, 0.18)))
-    picture = np.clip(picture * balance * gain, 0, None)
-    middle = picture.mean()
-    picture = middle + (picture - middle) * np.float32(np.exp(rng.normal(0.05, 0.2)))
-    gamma = np.float32(np.exp(rng.normal(0, 0.2)))
-    picture = np.clip(picture, 0, 1) ** gamma
-    picture = soften(picture, max(0.0, rng.normal(0.45, 0.35)))
+    """Return a picture as a camera would give it: white balance, exposure, contrast, blur and grain, in 0..1."""
+    balance = np.exp(rng.normal(0, 0.03, 3)).astype(np.float32)
+    picture = np.clip(picture, 0, None) * balance
+    middle, contrast = picture.mean(), max(float(picture.std()), 1e-3)
+    wanted = _CONTRAST * np.exp(rng.normal(0, 0.28))
+    gain = np.clip((wanted / contrast) ** 0.8, 0.4, 3.5)  # most of the way: a plain picture stays plainer
+    grey = picture.mean(axis=2, keepdims=True)
+    colour = (picture - grey) * np.float32(min(gain, 1.1))  # stretched with the light, colours would glow
+    picture = np.clip(np.float32(rng.normal(0.46, 0.1)) + np.float32(gain) * (grey - middle) + colour, 0, 1)
+    picture = soften(picture, max(0.0, rng.normal(0.4, 0.3)))
     grain = np.float32(abs(rng.normal(0, 0.012)))
     picture = picture + grain * rng.standard_normal((*picture.shape[:2], 1), np.float32)
-    return np.clip(picture, 0, 1).astype(np.float32)
+    return np.asarray(np.clip(picture, 0, 1), dtype=np.float32)
+
+
+def texture(rng: Random, height: int, width: int) -> Array:
+    """Return a texture (height, width) of variance 1: noise, veins, stripes, or a warp with noise."""
+    kind = rng.random()
+    if kind < 0.45:
+        return power_noise(rng, height, width, rng.uniform(0.6, 2.6))
+    if kind < 0.65:
+        return standard(-np.abs(power_noise(rng, height, width, rng.uniform(1.5, 3))))
+    if kind < 0.85:
+        x, _ = grid(rng, height, width, rng.uniform(20, 160))
+        wave = np.sin(x + power_noise(rng, height, width, 2.5) * np.float32(rng.uniform(0, 2)))
+        return standard(np.tanh(np.float32(rng.uniform(0.5, 4)) * wave))
+    return standard(standard(warp(rng, height, width)) + 0.4 * power_noise(rng, height, width, 1.5))
+
+
+def fibres(rng: Random, height: int, width: int) -> Array:
+    """Return fur, hair or brushed grain (height, width) of variance 1: noise drawn out in slowly turning directions."""
+    noise = rng.standard_normal((height, width), np.float32)
+    angle = rng.uniform(0, 2 * np.pi) + np.float32(rng.uniform(0.2, 1.0)) * power_noise(rng, height, width, 3.6)
+    step = np.float32(rng.uniform(0.8, 1.6))
+    right, down = step * np.cos(angle), step * np.sin(angle)
+    v, u = np.mgrid[:height, :width].astype(np.float32)
+    total = noise.copy()
+    for k in range(1, 7):
+        total += noise[(v + k * down).astype(np.int32) % height, (u + k * right).astype(np.int32) % width]
+    return standard(total)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ import pytest
 
 from redpp_serve.ab.status import Status
 from redpp_serve.cli import main
+from redpp_serve.graph.artifact import load
+from redpp_serve.runtime.moments_file import LEAST, load_moments
 from redpp_serve.serving.health import sample_request
 from redpp_serve.serving.running import Running, find
 from tests.support.rollout import read
@@ -121,6 +124,10 @@ def start(folder: Path, *arguments: str) -> None:
     assert main(["ab", "start", str(folder), "--margin", "3", "--max-p99-ratio", "50", *arguments]) == 0
 
 
+def moments(folder: Path) -> Path:
+    return folder.parent / "observed.safetensors"
+
+
 def switch_under_load(folder: Path, client: Client) -> Counter[Any]:
     """Promote and roll back twice while users ask; the replies by status and arm."""
     client.seen.clear()
@@ -148,7 +155,9 @@ def folder(packaged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(folder: Path) -> Iterator[Client]:
     """Users of an A/B test on TorchServe that runs for the whole module."""
     candidate = shutil.copytree(folder, folder.parent / "candidate")
-    start(folder, "--split", "50:50", "--shadow", "--sticky-header", "X-User-Id", "--candidate", str(candidate))
+    observe = ("--observe", "1", "--observe-to", str(moments(folder)))
+    candidate_and_more = ("--candidate", str(candidate), *observe)
+    start(folder, "--split", "50:50", "--shadow", "--sticky-header", "X-User-Id", *candidate_and_more)
     yield Client(folder, "torchserve")
     main(["ab", "stop", str(folder)])
 
@@ -176,6 +185,16 @@ def test_users_are_served_and_a_verdict_comes(folder: Path, client: Client, caps
     assert document["verdicts"][0]["kind"] == "equivalent" and document["advice"]["kind"] in ("promote", "wait")
     assert main(["ab", "status", str(folder)]) == 0
     assert "pruned is as fast as original" in capsys.readouterr().out
+
+
+def test_the_original_was_observed(folder: Path, client: Client) -> None:
+    path = moments(folder)
+    until(path.exists)
+    with zipfile.ZipFile(folder / "original.mar") as archive:
+        graph = load(archive.read("model.redpp")).graph
+    found = load_moments(path, graph)
+    (sample,) = found.outputs.values()
+    assert found.images >= LEAST and float(sample.variance().max()) < 1e-6, "all users send the same sample"
 
 
 def test_the_metrics_of_the_test_are_served(client: Client) -> None:

@@ -9,6 +9,7 @@ import pytest
 from redpp_serve.ab.spec import Spec, TrafficSplit, parse_split
 from redpp_serve.errors import RedppError
 from redpp_serve.options import Limits
+from redpp_serve.serving.observing import Observing
 
 
 def test_splits_that_are_accepted() -> None:
@@ -59,6 +60,7 @@ def test_the_spec_goes_through_json() -> None:
         3,
         8000,
         False,
+        Observing(10, Path("/c")),
     )
     assert Spec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 

@@ -144,7 +144,8 @@ def test_the_time_for_plans_comes_from_the_environment(tmp_path: Path, monkeypat
             handler(tmp_path)
 
 
-def test_threads_come_from_the_configuration(tmp_path: Path) -> None:
+def test_threads_come_from_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDPP_PLAN_SECONDS", "0")
     torch.set_num_threads(1)
     handler(tmp_path, config={"handler": {"threads": 2}})
     assert torch.get_num_threads() == 2

@@ -8,6 +8,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,9 +21,11 @@ import pytest
 import torch
 from PIL import Image
 
+from redpp_serve.graph.artifact import load
 from redpp_serve.loopback import Ports, free_ports
 from redpp_serve.packaging.server_config import config_properties
 from redpp_serve.processes import kill_session
+from redpp_serve.runtime.moments_file import LEAST, load_moments
 from tests.support.small import SHIFT, outputs
 
 pytestmark = pytest.mark.server
@@ -31,7 +34,15 @@ START_S = 180
 
 
 @pytest.fixture(scope="module")
-def server(stock_python: Path, packaged: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def moments(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that the server's original adds moments to."""
+    return tmp_path_factory.mktemp("moments") / "moments.safetensors"
+
+
+@pytest.fixture(scope="module")
+def server(
+    stock_python: Path, packaged: Path, moments: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
     """Started as the package's README says, with ports of its own. Yields (URL of predictions, token)."""
     home = tmp_path_factory.mktemp("server")
     package = home / "package"
@@ -54,6 +65,8 @@ def server(stock_python: Path, packaged: Path, tmp_path_factory: pytest.TempPath
         "TEMP": str(home / "tmp"),
         "LOG_LOCATION": str(home),
         "METRICS_LOCATION": str(home),
+        "REDPP_OBSERVE": "1",
+        "REDPP_OBSERVE_FILE": str(moments),
     }
     readme = (package / "README.md").read_text()
     words = readme[readme.index("torchserve --start") :].split("```")[0].replace("\\\n", " ").split()
@@ -129,6 +142,18 @@ def test_both_versions_answer_arrays_and_images_as_their_graphs_do(
         expected = outputs(packaged / f"{variant}.mar", torch.from_numpy(x))
         assert [len(y) for y in got] == [5]
         assert got[0] == pytest.approx(expected[0], rel=1e-3, abs=1e-4)
+
+
+def test_an_observed_original_adds_up_moments(server: tuple[str, str], moments: Path, packaged: Path) -> None:
+    url, token = server
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/octet-stream"}
+    body, deadline = (packaged / "sample.npy").read_bytes(), time.monotonic() + 60
+    while not moments.exists():
+        _open(f"{url}/1.0", body, headers)
+        assert time.monotonic() < deadline
+    with zipfile.ZipFile(packaged / "original.mar") as archive:
+        graph = load(archive.read("model.redpp")).graph
+    assert load_moments(moments, graph).images >= LEAST
 
 
 def test_a_request_without_the_token_is_refused(server: tuple[str, str]) -> None:
