@@ -71,7 +71,10 @@ def steady(text: str) -> str:
 
 def without_digits(text: str) -> str:
     """Without measured digits, and with every gap between columns of one width, for it depends on them."""
-    measured = r"multiplications|additions|stored bytes|accuracy|  (relative|multipl|exact|leaving|pruned against|same top-1|  on )"
+    measured = (
+        r"multiplications|additions|stored bytes|accuracy|"
+        r"  (relative|multipl|exact|leaving|pruned against|same top-1|  on )"
+    )
     lines, points = [], False
     for line in text.split("\n"):
         points = line.startswith("frontier") or (points and line != "")

@@ -313,17 +313,15 @@ def test_prepared_inputs_are_the_same_for_the_same_seed():
 
 
 def test_families_far_from_the_stored_statistics_tell_nothing(monkeypatch):
-    """Here the families are one noise at several strengths, and the statistics those of the third family."""
+    """Here the families are one noise at several strengths: the last at 1, the one before it at 1.4, and so on."""
     graph, (noise,) = picture_network(), smooth_noise((InputSpec("x", (3, 12, 12)),), 64, 0)
-    names = families_of(graph.inputs[0])
-    strengths = dict(zip(names, (2.5, 1.3, 1.0, 9.0, 1.7, 4.0), strict=True))
-    graph = calibrated(graph, (noise,))
+    names = families_of(graph.inputs[0])[::-1]
+    strengths = {name: 1 + 0.4 * k for k, name in enumerate(names)}
     monkeypatch.setattr(synthetic, "_structured", lambda graph, name, *_: (strengths[name] * noise,))
     monkeypatch.setattr(synthetic, "_NEAR", math.inf)
-    assert synthetic._ranked(graph, Scale(), 0) == sorted(names, key=strengths.__getitem__)
-    graph = calibrated(graph, (1.2 * noise,))  # now the squares of the mismatch are about 1 : 3 : 14 and more
+    assert synthetic._ranked(calibrated(graph, (noise,)), Scale(), 0) == list(names)
     monkeypatch.setattr(synthetic, "_NEAR", 4.0)
-    assert synthetic._ranked(graph, Scale(), 0) == sorted(names, key=strengths.__getitem__)[:2][::-1]
+    assert synthetic._ranked(calibrated(graph, (1.25 * noise,)), Scale(), 0) == [names[1], names[0]]
 
 
 def test_without_numbers_all_families_are_as_near(monkeypatch):
