@@ -123,13 +123,13 @@ def run_network(
 ) -> tuple[Tensor, ...]:
     """Return the network's outputs (N, ...) for inputs (N, ...), and record them as one run.
 
-    An observer gets references to the inputs, which nobody may write to afterwards.
+    An observer gives way meanwhile, and gets references to the inputs, which nobody may write to afterwards.
 
     Raises:
         RuntimeError: the outputs are not one row for each row of the inputs.
     """
     start = time.perf_counter()
-    outputs = model(*inputs)
+    outputs = _observed(model, inputs, observer) if observer else model(*inputs)
     rows = len(inputs[0])
     if any(output.dim() == 0 or output.shape[0] != rows for output in outputs):
         raise RuntimeError(f"outputs of shapes {[tuple(o.shape) for o in outputs]} for a batch of {rows}")
@@ -138,6 +138,14 @@ def run_network(
     if observer:
         observer.offer(inputs)
     return outputs
+
+
+def _observed(model: ServingModel, inputs: Sequence[Tensor], observer: Observer) -> tuple[Tensor, ...]:
+    observer.busy = True
+    try:
+        return model(*inputs)
+    finally:
+        observer.busy = False
 
 
 def together_or_alone(

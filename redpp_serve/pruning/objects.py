@@ -41,7 +41,7 @@ def place_things(rng: Random, picture: Array) -> Array:
     for _ in range(count):
         if count > 1 and rng.random() < 0.3:
             layout, colours = _LAYOUTS[rng.integers(len(_LAYOUTS))], palette(rng, 4)
-        size = rng.uniform(0.65, 1.7) if count == 1 else rng.uniform(0.35, 0.8)
+        size = rng.uniform(0.65, 1.7) if count == 1 else rng.uniform(0.4, 0.9)
         place = rng.normal(0, 0.18 if count == 1 else 0.5, 2)
         picture = _thing(rng, picture, layout(rng), colours, (size, *place))
     return picture

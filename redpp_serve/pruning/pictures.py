@@ -285,14 +285,14 @@ def _solid(rng: Random, picture: Array, where: tuple[float, float, float], lamp:
 
 
 _PLAIN = (leaves, warps, fractals, scenes, writing, things, surfaces)
-_BEHIND = (0.2, 0.1, 0.1, 0.2, 0.05, 0.2, 0.15)  # how often each is drawn
-_BEFORE = (0.2, 0.15, 0.1, 0.1, 0.15, 0.1, 0.2)
+_BEHIND = (0.1, 0.1, 0.1, 0.3, 0.05, 0.2, 0.15)  # how often each is drawn
+_BEFORE = (0.1, 0.15, 0.1, 0.2, 0.15, 0.15, 0.15)
 
 
 def mixed(rng: Random, height: int, width: int) -> Array:
     """Return cut-outs of some families over another, with soft shadows, then seen through a camera."""
     picture = _crop(rng, _PLAIN[rng.choice(len(_PLAIN), p=_BEHIND)](rng, height, width))
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.integers(0, 3)):
         other = _crop(rng, _PLAIN[rng.choice(len(_PLAIN), p=_BEFORE)](rng, height, width))
         mask = _cutout(rng, height, width)
         if rng.random() < 0.6:
@@ -300,7 +300,7 @@ def mixed(rng: Random, height: int, width: int) -> Array:
             shadow = np.roll(soften(mask, shift), (shift, shift), (0, 1))
             picture = picture * (1 - np.float32(rng.uniform(0.2, 0.7)) * shadow)[..., None]
         picture = picture * (1 - mask[..., None]) + other * mask[..., None]
-    if rng.random() < 0.65:
+    if rng.random() < 0.75:
         picture = place_things(rng, soften(picture, rng.uniform(0, 2.5)) if rng.random() < 0.5 else picture)
     picture = develop(rng, picture)
     return _recoded(rng, picture) if rng.random() < 0.5 else picture

@@ -19,8 +19,8 @@ Random: TypeAlias = np.random.Generator
 # Directions of colour in photographs, nearly those of a principal component analysis: light, blue to yellow, green to
 # magenta; and how much colours vary along the last two.
 _AXES = np.array([[1, 1, 1], [1, 0.1, -1.1], [0.6, -1.0, 0.4]], dtype=np.float32)
-_CHROMA = (0.052, 0.025)
-_CONTRAST = 0.25  # the standard deviation within a picture before clipping
+_CHROMA = (0.058, 0.03)
+_CONTRAST = 0.29  # the standard deviation within a picture before clipping
 
 
 def power_noise(rng: Random, height: int, width: int, exponent: float = 2.0) -> Array:
@@ -191,7 +191,7 @@ def develop(rng: Random, picture: Array) -> Array:
     gain = np.clip((wanted / contrast) ** 0.8, 0.4, 3.5)  # most of the way: a plain picture stays plainer
     grey = picture.mean(axis=2, keepdims=True)
     colour = (picture - grey) * np.float32(min(gain, 1.1))  # stretched with the light, colours would glow
-    picture = np.clip(np.float32(rng.normal(0.46, 0.1)) + np.float32(gain) * (grey - middle) + colour, 0, 1)
+    picture = np.clip(np.float32(rng.normal(0.46, 0.13)) + np.float32(gain) * (grey - middle) + colour, 0, 1)
     picture = soften(picture, max(0.0, rng.normal(0.4, 0.3)))
     grain = np.float32(abs(rng.normal(0, 0.012)))
     picture = picture + grain * rng.standard_normal((*picture.shape[:2], 1), np.float32)

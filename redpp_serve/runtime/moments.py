@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -300,8 +300,13 @@ class Adder:
         self._seen = 0
 
     @torch.no_grad()
-    def add(self, inputs: Sequence[Tensor]) -> None:
-        """Add one input, (1, ...) for each of the network's; one with a value that is not finite is left out."""
+    def add(self, inputs: Sequence[Tensor], pause: Callable[[], None] = lambda: None) -> None:
+        """Add one input; one with a value that is not finite is left out.
+
+        Args:
+            inputs: (1, ...) for each of the network's inputs.
+            pause: called between the steps of adding up, which take milliseconds each; it may take its time.
+        """
         results = self._program(*inputs)
         if not all(map(_is_finite, (*inputs, *results))):
             self.sums.skipped += 1
@@ -310,8 +315,10 @@ class Adder:
         self._seen += 1
         offset = self._seen * _GOLDEN % 1.0
         for name, value in self.layout.values.items():
+            pause()
             self.sums.add_rows(f"value/{name}", _rows(found[name], value, offset), value.pairs)
         for name, one in self.layout.patches.items():
+            pause()
             self.sums.add_patches(f"patch/{name}", _sampled_patches(found[one.value], one, offset), one.shape)
         for name in self.layout.outputs:
             row = found[name].reshape(1, -1)

@@ -1,7 +1,8 @@
 """Adds up second moments of what a network reads while it serves, on a thread of its own and for few of the requests.
 
 The request path hands over references and goes on. The thread runs the stored network once more on the CPU, with one
-torch thread and for at most a quarter of the time, one input at a time; what it does not get to is not observed.
+torch thread and for at most a quarter of the time, one input at a time, and gives way to requests; what it does not get
+to is not observed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _WAITING = 2  # inputs that wait for the thread
 _SHARE = 0.25  # of the time that the thread may work
+_PATIENCE_S = 0.1  # how long a step waits for a request to end
 _IDLE_S, _WRITE_S = 1.0, 10.0  # sums are written when no input came for so long, or when the last were so long ago
 _WRITE_SHARE = 0.05  # of the time that writing may take
 _CLOSE_S = 3.0
@@ -46,11 +48,12 @@ class Observer:
         path: the file; several processes may add to it.
 
     Attributes:
+        busy: set by the request path while the network answers; the thread then waits a little between its steps.
         missed: chosen inputs that came while the thread was busy.
     """
 
     def __init__(self, graph: Graph, every: int, path: Path) -> None:
-        self.missed = 0
+        self.busy, self.missed = False, 0
         self._every, self._path, self._random = every, path, random.Random()
         self._next = self._gap() - 1  # rows before the next chosen one
         self._queue: queue.Queue[tuple[Tensor, ...] | None] = queue.Queue(_WAITING)
@@ -128,7 +131,7 @@ class Observer:
                 item, idle = None, True
             begun = time.perf_counter()
             if item is not None and not self._ended:
-                adder.add(item)
+                adder.add(item, self._give_way)
                 del item
                 self._rest((time.perf_counter() - begun) * (1 / _SHARE - 1))
             since = time.monotonic() - written
@@ -141,6 +144,11 @@ class Observer:
                 cost = written - begun
             if self._ended:
                 return
+
+    def _give_way(self) -> None:
+        end = time.monotonic() + _PATIENCE_S
+        while self.busy and not self._ended and time.monotonic() < end:
+            time.sleep(0.002)
 
     def _rest(self, seconds: float) -> None:
         end = time.monotonic() + seconds

@@ -14,6 +14,7 @@ from redpp_serve.handlers.torchserve import RedppHandler
 from redpp_serve.handlers.triton_server import RedppModel
 from redpp_serve.handlers.wire import OBSERVE_FILE_VARIABLE, OBSERVE_VARIABLE
 from redpp_serve.packaging.trials import triton_python_backend_utils as stand_in
+from redpp_serve.runtime.model import ServingModel
 from tests.support.served import SHAPE, Context, artifact, npy, triton_arguments
 
 
@@ -22,8 +23,10 @@ class Recorder:
 
     def __init__(self, graph: Any, every: int, path: Path) -> None:
         self.given, self.seen, self.closed = (len(graph.nodes), every, path), [], False
+        self.busy = False
 
     def offer(self, inputs: Any) -> None:
+        assert not self.busy
         self.seen += [inputs[0].clone()]
 
     def close(self) -> None:
@@ -79,6 +82,19 @@ def test_the_answered_requests_of_triton_are_offered_and_no_warm_up(tmp_path: Pa
     assert seen.tolist() == x.tolist()
     served.finalize()
     assert served.observer.closed
+
+
+def test_the_observer_gives_way_while_the_network_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served, context = torchserve(tmp_path)
+    busy = []
+
+    def call(*_: Any) -> Any:
+        busy.append(served.observer.busy)
+        raise ValueError
+
+    monkeypatch.setattr(ServingModel, "__call__", call)
+    served.handle([{"body": npy(np.zeros(SHAPE, np.float32))}], context)
+    assert busy == [True] and not served.observer.busy and served.observer.seen == []
 
 
 def test_the_pruned_network_and_a_server_that_nobody_told_observe_nothing(

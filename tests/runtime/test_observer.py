@@ -61,7 +61,7 @@ def test_offering_never_waits_and_keeps_no_more_than_a_few_batches(
 ) -> None:
     busy, go = threading.Event(), threading.Event()
 
-    def add(self: Adder, item: object) -> None:
+    def add(self: Adder, *_: object) -> None:
         busy.set()
         go.wait(60)
 
@@ -135,3 +135,29 @@ def test_sums_wait_where_they_cannot_be_written(
     observer.close()
     assert "no space left" in caplog.text
     assert load_moments(tmp_path / "moments", network()).images == LEAST
+
+
+def test_the_thread_gives_way_to_a_request_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, at = [], threading.Event()
+
+    def add(self: Adder, item: object, pause) -> None:
+        for step in range(3):
+            pause()
+            steps.append(step)
+        at.set()
+
+    monkeypatch.setattr(Adder, "add", add)
+    monkeypatch.setattr(module, "_PATIENCE_S", 60.0)
+    observer = Observer(network(), 1, tmp_path / "moments")
+    observer.busy = True
+    observer.offer([inputs(1)])
+    wait_for(observer._queue.empty)
+    assert not at.wait(0.1) and steps == []
+    observer.busy = False
+    assert at.wait(60) and steps == [0, 1, 2]
+    at.clear()
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.01)
+    observer.busy = True  # a request that never ends
+    observer.offer([inputs(1)])
+    assert at.wait(60)
+    observer.close()
