@@ -58,7 +58,7 @@ class Pruned:
         original: the network as it came.
         pruned: the network after all stages.
         layers: one record for each layer.
-        hash: the hashing of the whole network.
+        hash: the hashing of the whole network; None where nothing was hashed.
         counting: operations and bytes before and after.
         verify: the numbers that the run was judged by.
         shares: the state of the network behind each stage.
@@ -71,7 +71,7 @@ class Pruned:
     original: Graph
     pruned: Graph
     layers: list[LayerRecord]
-    hash: HashSummary
+    hash: HashSummary | None
     counting: Counting
     verify: Verification
     shares: tuple[Share, ...]
@@ -84,7 +84,7 @@ class Pruned:
         """Return the report's sections that follow from the run."""
         return {
             "counting": self.counting.to_json(),
-            "hash": asdict(self.hash),
+            "hash": asdict(self.hash) if self.hash else None,
             "layers": [asdict(layer) for layer in self.layers],
             "verify": asdict(self.verify),
             "stages_share": [share.to_json() for share in self.shares],
@@ -183,15 +183,17 @@ def verify(job: Job, inputs: Inputs, channels: Channels, state: State) -> Pruned
         except GateFailed as missed:
             job.stages.say(frontier_text(state.choice.points))
             raise GateFailed(f"{missed.found} (measured: {stage.reason})", missed.expected, missed.do) from None
-    hash_error = next((share.error for share in state.shares if share.stage == "hash"), 0.0)
+    hash_error = state.hash_error
+    if hash_error is None:
+        hash_error = next((share.error for share in state.shares if share.stage == "hash"), 0.0)
     checks = {name: state.checks.get(name) for name in ("merge_exact", "split_exact", "narrow_exact")}
     return Pruned(
         original=original,
         pruned=state.graph,
         layers=[_layer_record(original, layer, after[layer.name], channels, state, errors) for layer in before],
-        hash=HashSummary.of(
-            options.hash, str(options.hash_target), state.first_errors, hash_error, after, state.hashed, state.splits
-        ),
+        hash=HashSummary.of(*state.hash_how, state.code_errors, hash_error, after, state.hashed, state.splits)
+        if state.hashed
+        else None,
         counting=count_network(before, after, state.graph, state.splits),
         verify=Verification(
             **checks,

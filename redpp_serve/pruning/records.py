@@ -175,9 +175,9 @@ class HashSummary:
     """The hashing of the whole network: what it was predicted to cost and to save, beside what it did.
 
     Attributes:
-        method: of the first codebooks.
-        target: of the first codebooks, in words.
-        predicted_error_typical: output error of the first hashing alone if the layers' errors are independent.
+        method: of the codebooks.
+        target: of the codebooks, in words.
+        predicted_error_typical: output error of the hashing alone if the layers' errors are independent.
         predicted_error_bound: that error if they all add up.
         measured_error: that error on held-out inputs.
         predicted_ratio: share of the split layers' multiplications that the values' frequencies promise to save.
@@ -203,7 +203,7 @@ class HashSummary:
         hashed: Mapping[str, Hashed],
         splits: Mapping[str, KernelSplit],
     ) -> HashSummary:
-        """Predict from the first codebooks' ``errors`` and the final ones (``hashed``), and count the ``splits``."""
+        """Predict from the ``errors`` and frequencies of the codebooks (``hashed``), and count the ``splits``."""
         relative = torch.tensor(errors, dtype=torch.float64)
         dense = got = 0
         expected = 0.0

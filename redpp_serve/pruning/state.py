@@ -84,7 +84,9 @@ class State:
         graph: the network.
         kept: maps a value's name to the positions that it still has of the original's.
         hashed: the codebooks of ``graph`` by layer.
-        first_errors: errors of the codebooks of the network as it came.
+        code_errors: relative errors of the layers' weights, as hashed.
+        hash_how: method and aim of the codebooks, in words.
+        hash_error: what hashing alone adds to the outputs, on the worst family; None where it is not measured yet.
         splits: the split weights of ``graph`` by layer.
         widths: what merging and fitting did, by channel set.
         choice: the widths chosen.
@@ -96,7 +98,9 @@ class State:
     graph: Graph
     kept: Kept = lambda name: {}
     hashed: Mapping[str, Hashed] = field(default_factory=dict)
-    first_errors: tuple[float, ...] = ()
+    code_errors: tuple[float, ...] = ()
+    hash_how: tuple[str, str] = ("", "")
+    hash_error: float | None = None
     splits: Mapping[str, KernelSplit] = field(default_factory=dict)
     widths: Mapping[str, Reconstruction] = field(default_factory=dict)
     choice: WidthChoice = field(default_factory=WidthChoice)

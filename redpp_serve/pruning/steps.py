@@ -55,8 +55,8 @@ def hash_weights(job: Job) -> State:
         else:
             graph, hashed = _hash_layers(state.graph, layers, job.options, stage)
             stage.reason = f"{_sizes(hashed)} ({job.options.hash}, {job.options.hash_target})"
-            errors = tuple(h.codebook.error for h in hashed.values())
-            state = replace(state, graph=graph, hashed=hashed, first_errors=errors)
+            how = job.options.hash, str(job.options.hash_target)
+            state = replace(state, graph=graph, hashed=hashed, code_errors=_errors(hashed), hash_how=how)
     return state
 
 
@@ -66,6 +66,10 @@ def _hash_layers(graph: Graph, layers: list[Layer], options: Options, stage: Sta
         hashed[layer.name] = hash_weight(graph.tensors[layer.weight], options.hash, options.hash_target)
         stage.progress(k + 1, len(layers))
     return graph.with_tensors({layer.weight: hashed[layer.name].weight for layer in layers}), hashed
+
+
+def _errors(hashed: Mapping[str, Hashed]) -> tuple[float, ...]:
+    return tuple(h.codebook.error for h in hashed.values())
 
 
 def _sizes(hashed: Mapping[str, Hashed]) -> str:
@@ -247,16 +251,17 @@ def hash_fitted(job: Job, inputs: Inputs, state: State) -> State:
             budget = _codebook_budget(options, inputs.reference.error(before))
             found = hash_within(before, layers, inputs.reference.inputs, budget, stage.progress)
             graph, hashed = found.graph, found.hashed
-            how = f"{METHOD}, at most {budget:.3f} of output error; adds {found.added**0.5:.3f}"
+            how = METHOD, f"at most {budget:.3f} of output error"
         else:
             graph, hashed = _hash_layers(before, layers, options, stage)
-            how = f"{options.hash}, {options.hash_target}"
+            how = options.hash, str(options.hash_target)
+        added = Reference(before, inputs.reference.families, options.device).error(graph)
         if any(graph.tensors[layer.weight] is not before.tensors[layer.weight] for layer in layers):
             repaired = repair_batch_norm(graph, job.original, inputs.fit, state.kept)
             if inputs.reference.error(repaired) <= inputs.reference.error(graph):
                 graph = repaired
-        stage.reason = f"{_sizes(hashed)} ({how})"
-        state = replace(state, graph=graph, hashed=hashed)
+        stage.reason = f"{_sizes(hashed)} ({how[0]}, {how[1]}; adds {added:.3f})"
+        state = replace(state, graph=graph, hashed=hashed, code_errors=_errors(hashed), hash_how=how, hash_error=added)
     return state.measured(job, inputs, "codebooks")
 
 
