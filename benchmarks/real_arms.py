@@ -97,7 +97,7 @@ def _ours(title: str, inputs: int = 0, moments: int = 0) -> Arm:
         yield Candidate(pruned.pruned, "", asdict(pruned.verify), stages.to_json())
 
     data = f"{inputs} unlabelled inputs" if inputs else f"moments of {moments} requests" if moments else ""
-    return Arm(title, "ours", data, 2, run, known)
+    return Arm(title, "ours", data, 1, run, known)
 
 
 def _moments(network: str, count: int) -> Moments:

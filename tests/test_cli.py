@@ -249,7 +249,7 @@ def test_a_missed_gate_is_exit_code_3(run: Run, model: Path, tmp_path: Path) -> 
 
 
 def test_a_result_far_from_the_original_is_exit_code_3_without_any_limit(run: Run, model: Path, tmp_path: Path) -> None:
-    before, words = files(tmp_path), ("--keep", "0.1", "--round-to", "1", "--distil", "0")
+    before, words = files(tmp_path), ("--keep", "0.05", "--round-to", "1", "--distil", "0", "--hash-values", "2")
     code, out, err = run("package", *arguments(model), *words)
     assert (code, out) == (3, "") and files(tmp_path) == before | FRONTIER
     assert re.search(

@@ -183,15 +183,12 @@ def verify(job: Job, inputs: Inputs, channels: Channels, state: State) -> Pruned
         except GateFailed as missed:
             job.stages.say(frontier_text(state.choice.points))
             raise GateFailed(f"{missed.found} (measured: {stage.reason})", missed.expected, missed.do) from None
-    hash_error = state.hash_error
-    if hash_error is None:
-        hash_error = next((share.error for share in state.shares if share.stage == "hash"), 0.0)
     checks = {name: state.checks.get(name) for name in ("merge_exact", "split_exact", "narrow_exact")}
     return Pruned(
         original=original,
         pruned=state.graph,
         layers=[_layer_record(original, layer, after[layer.name], channels, state, errors) for layer in before],
-        hash=HashSummary.of(*state.hash_how, state.code_errors, hash_error, after, state.hashed, state.splits)
+        hash=HashSummary.of(*state.hash_how, state.code_errors, state.hash_error, after, state.hashed, state.splits)
         if state.hashed
         else None,
         counting=count_network(before, after, state.graph, state.splits),

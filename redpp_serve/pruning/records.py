@@ -179,7 +179,7 @@ class HashSummary:
         target: of the codebooks, in words.
         predicted_error_typical: output error of the hashing alone if the layers' errors are independent.
         predicted_error_bound: that error if they all add up.
-        measured_error: that error on held-out inputs.
+        measured_error: that error on held-out inputs, not centred.
         predicted_ratio: share of the split layers' multiplications that the values' frequencies promise to save.
         measured_ratio: that share, counted.
     """

@@ -86,7 +86,7 @@ class State:
         hashed: the codebooks of ``graph`` by layer.
         code_errors: relative errors of the layers' weights, as hashed.
         hash_how: method and aim of the codebooks, in words.
-        hash_error: what hashing alone adds to the outputs, on the worst family; None where it is not measured yet.
+        hash_error: what hashing alone does to the outputs: the norm of the difference over theirs, not centred.
         splits: the split weights of ``graph`` by layer.
         widths: what merging and fitting did, by channel set.
         choice: the widths chosen.
@@ -100,7 +100,7 @@ class State:
     hashed: Mapping[str, Hashed] = field(default_factory=dict)
     code_errors: tuple[float, ...] = ()
     hash_how: tuple[str, str] = ("", "")
-    hash_error: float | None = None
+    hash_error: float = 0.0
     splits: Mapping[str, KernelSplit] = field(default_factory=dict)
     widths: Mapping[str, Reconstruction] = field(default_factory=dict)
     choice: WidthChoice = field(default_factory=WidthChoice)

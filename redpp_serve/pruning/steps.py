@@ -26,7 +26,7 @@ from redpp_serve.pruning.judge import Reference
 from redpp_serve.pruning.merging import merge_exact
 from redpp_serve.pruning.repair import repair_batch_norm
 from redpp_serve.pruning.state import Channels, Inputs, Job, State
-from redpp_serve.pruning.verification import exact_error, require_exact, split_error
+from redpp_serve.pruning.verification import exact_error, relative_error, require_exact, split_error
 from redpp_serve.stages import Stage
 
 CODEBOOK_SHARE = 0.2  # of the error so far: what final codebooks may add, in squares, where no budget says
@@ -147,7 +147,8 @@ def measure_exact_stages(job: Job, inputs: Inputs, hashed: State, merged: State)
     """Measure the stages that ran before there were inputs to measure on."""
     state = merged
     if job.stages.named("hash").status == "done":
-        state = state.measured(job, inputs, "hash", hashed.graph)
+        added = relative_error(job.original, hashed.graph, inputs.reference.inputs)
+        state = replace(state.measured(job, inputs, "hash", hashed.graph), hash_error=added)
     return state.measured(job, inputs, "merge") if merged.merged else state
 
 
@@ -255,7 +256,7 @@ def hash_fitted(job: Job, inputs: Inputs, state: State) -> State:
         else:
             graph, hashed = _hash_layers(before, layers, options, stage)
             how = options.hash, str(options.hash_target)
-        added = Reference(before, inputs.reference.families, options.device).error(graph)
+        added = relative_error(before, graph, inputs.reference.inputs)
         if any(graph.tensors[layer.weight] is not before.tensors[layer.weight] for layer in layers):
             repaired = repair_batch_norm(graph, job.original, inputs.fit, state.kept)
             if inputs.reference.error(repaired) <= inputs.reference.error(graph):

@@ -54,11 +54,11 @@ def exact_error(before: Graph, after: Graph, graph: Graph, seed: int) -> float:
     """Return the relative difference of two float64 networks on two inputs of noise, as ``graph`` declares them."""
     probe = tuple(x.double() if x.is_floating_point() else x for x in smooth_noise(graph.inputs, 2, seed))
     with _default_dtype(torch.float64):  # also for tensors that forward makes without naming a type
-        return _relative_error(_casting_to_double(before), _casting_to_double(after), probe)
+        return relative_error(_casting_to_double(before), _casting_to_double(after), probe)
 
 
 @torch.no_grad()
-def _relative_error(before: Graph, after: Graph, inputs: Sequence[Tensor]) -> float:
+def relative_error(before: Graph, after: Graph, inputs: Sequence[Tensor]) -> float:
     """Return the norm of the difference of all outputs over the norm of those of ``before``."""
     lost = norm = 0.0
     for x, y in zip(Program(before)(*inputs), Program(after)(*inputs), strict=True):

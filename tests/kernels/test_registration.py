@@ -28,6 +28,6 @@ def test_another_schema_under_the_same_name_is_refused() -> None:
             *("split_linear", "(Tensor x) -> Tensor"),
             check=lambda x: x.shape,
             reference=torch.neg,
-            launch=torch.neg,
+            kernel="redpp_serve.kernels.split.kernel",
             allocate=torch.Tensor.new_empty,
         )

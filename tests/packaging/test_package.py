@@ -245,7 +245,12 @@ def test_a_dry_run_writes_nothing_at_all(model: Path, tmp_path: Path) -> None:
             r".*\)\. Expected: at least 1 \(--min-agreement\)",
         ),
         (
-            {"keep": 0.1, "round_to": 1, "distil": 0},  # the floor that holds where no limit was given
+            {
+                "keep": 0.05,
+                "round_to": 1,
+                "distil": 0,
+                "hash_error": 0.9,
+            },  # the floor that holds where no limit was given
             r"relative output error is \d\.\d+ on the worst family .*\. Expected: at most 0\.5 \(--max-error\)",
         ),
         (
