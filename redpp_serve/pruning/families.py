@@ -99,7 +99,10 @@ def kind_of(spec: InputSpec) -> str:
 
 def families_of(spec: InputSpec) -> tuple[str, ...]:
     """Return the names of the families for an input, the one nearest to real inputs first; none for an unknown kind."""
-    return _FAMILIES[kind_of(spec)]
+    kind = kind_of(spec)
+    if kind == IMAGE and _shows_marks(spec.shape):
+        return ("glyphs", *(name for name in _FAMILIES[kind] if name != "glyphs"))
+    return _FAMILIES[kind]
 
 
 def structured(spec: InputSpec, count: int, seed: int, family: str | None = None, scale: Scale | None = None) -> Tensor:

@@ -63,6 +63,14 @@ def test_an_input_depends_on_family_seed_and_place_alone(spec, family):
     assert structured(spec, 0, 7, family).shape == (0, *spec.shape)
 
 
+def test_small_grey_images_show_marks_first_and_others_mixtures():
+    assert families_of(InputSpec("x", (1, 28, 28)))[0] == "glyphs" and families_of(PICTURE)[0] == "mixed"
+    assert set(families_of(InputSpec("x", (1, 28, 28)))) == set(families_of(PICTURE))
+    marks = structured(InputSpec("x", (1, 28, 28)), 24, 0)
+    border = torch.cat([marks[..., 0], marks[..., -1]], dim=2).flatten(1)
+    assert float((border.std(dim=1) < 0.02).float().mean()) > 0.9  # plain paper around one mark in the middle
+
+
 def test_an_unknown_kind_or_family_is_refused():
     with pytest.raises(RedppError, match="no family of inputs 'speech'.*one of mixed"):
         structured(PICTURE, 1, 0, "speech")
