@@ -33,7 +33,7 @@ _FITTED = ((2e7, 512), (2e8, 192), (1e9, 256), (math.inf, 96))
 _JUDGED = ((2e8, 48), (1e9, 24), (math.inf, 12))  # of each family
 _FORWARD_AND_BACKWARD = 3
 _MATCHED_STEPS = 8  # from structured inputs
-_FAMILIES = 3  # that are fitted to, and that judge
+_FITTED_FAMILIES, _JUDGING_FAMILIES = 4, 3  # at most
 _REAL_JUDGED = 0.2
 _LEAST_FAMILIES = 2  # unfitted ones that judge alone
 _NEAR = 4.0  # times as far as the nearest family: farther ones tell nothing of the network
@@ -129,7 +129,7 @@ def prepare(
     if known:
         scale = sources.scale or estimate_scale(graph, seed)
         names = _ranked(graph, scale, seed)
-        fitted = names[: min(_FAMILIES, max(1, len(names) - 1))]
+        fitted = names[: min(_FITTED_FAMILIES, max(1, len(names) // 2))]
         each = -(-budget.images // len(fitted))
         parts = [_structured(graph, name, each, seed, scale) for name in fitted]
         fit = tuple(torch.stack(xs, 1).flatten(0, 1)[: budget.images] for xs in zip(*parts, strict=True))
@@ -140,7 +140,7 @@ def prepare(
             fit = tuple(torch.cat([x, y[len(x) :]]) for x, y in zip(made.inputs, fit, strict=True))
             first, last = made.losses
             note += f", {len(made.inputs[0])} of them matched to batch norms, mismatch {first:.2g} -> {last:.2g}"
-        others = names[len(fitted) :][:_FAMILIES]
+        others = names[len(fitted) :][:_JUDGING_FAMILIES]
         judged = {name: _structured(graph, name, budget.judged, seed + 1, scale) for name in others}
         if len(others) < _LEAST_FAMILIES:
             again = _structured(graph, names[0], budget.judged, seed + 1, scale)
