@@ -148,13 +148,9 @@ def prepare(
         note += f"; judged by {', '.join(judged)}"
     else:
         whole = -(-budget.judged // budget.batch) * budget.batch  # inputs are made in batches
-        made, again = (
-            synthesize(
-                graph, b, (), seed=s, device=device, checkpoint=checkpoint if s == seed else None, progress=progress
-            )
-            for b, s in ((budget, seed), (replace(budget, images=whole), seed + 1))
-        )
-        fit, other = made.inputs, tuple(x[: budget.judged] for x in again.inputs)
+        made = synthesize(graph, budget, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
+        second = synthesize(graph, replace(budget, images=whole), seed=seed + 1, device=device)
+        fit, other = made.inputs, tuple(x[: budget.judged] for x in second.inputs)
         judged = {"another start": other, "scaled": _scaled(other, 0.7), "louder": _scaled(other, 1.3)}
         note = made.note or "inputs matched to batch-norm statistics, mismatch {:.3g} -> {:.3g}".format(*made.losses)
     real = len(sources.inputs[0]) if sources.inputs else 0
@@ -189,7 +185,7 @@ def _ranked(graph: Graph, scale: Scale, seed: int) -> list[str]:
     if not norms and classes is None:
         return names
     matcher = Matcher(graph, norms, "cpu", use_classes=False)
-    program = Program(graph, [classes]) if classes else None
+    program = Program(graph, [classes or graph.outputs[0]])
     numbers = len(names) * sum(math.prod(spec.shape) for spec in graph.inputs)
     count = max(8, min(_RANKED, _RANKED_NUMBERS // numbers))
     found = {}

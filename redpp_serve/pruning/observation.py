@@ -131,9 +131,8 @@ def with_moments(observed: Observed, moments: Moments, merged: Kept) -> Observed
         merged: positions of the original's values that the network to narrow still has.
     """
     graph = observed.coupling.graph
-    grams, entries, taps, means, power = (
-        dict(each) for each in (observed.grams, observed.entries, observed.taps, observed.means, observed.power)
-    )
+    grams, entries = dict(observed.grams), dict(observed.entries)
+    taps, means, power = dict(observed.taps), dict(observed.means), dict(observed.power)
     for channel_set in observed.coupling.open:
         for reader in channel_set.readers:
             served, spread_of = moments.values.get(reader.value), moments.values.get(reader.node)

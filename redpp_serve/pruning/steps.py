@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -269,7 +270,8 @@ def hash_fitted(job: Job, inputs: Inputs, state: State) -> State:
 def _codebook_budget(options: Options, before: float) -> float:
     """Return the output error that final codebooks may add: what the user's budget leaves, or a share of ``before``."""
     if options.error_budget is not None:
-        return min(CODEBOOK_BUDGET * options.error_budget, max(options.error_budget**2 - before**2, 0.0) ** 0.5)
+        left = math.sqrt(max(options.error_budget**2 - before**2, 0.0))
+        return min(CODEBOOK_BUDGET * options.error_budget, left)
     return max(CODEBOOK_SHARE * before, LEAST_CODEBOOK_ERROR)
 
 
