@@ -32,7 +32,8 @@ def test_the_whole_path(tmp_path: Path) -> None:
     assert list(scratch.iterdir()) == [] and not psutil.Process().children()
     for name in ("inspect", "package", "compare"):
         assert f"\n$ redpp-serve {name} {out}" in result.stdout
-    assert {p.name for p in out.iterdir()} == {"digits", "digits.safetensors", "report.html", "report.json"}
+    left = {"digits", ".digits.frontier.json", "digits.safetensors", "report.html", "report.json"}
+    assert {p.name for p in out.iterdir()} == left
 
     report = json.loads((out / "report.json").read_text())
     for arm in ("original", "pruned"):
