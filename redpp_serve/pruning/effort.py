@@ -8,11 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from redpp_serve.graph.executor import Program
+from redpp_serve.graph.executor import value_shapes
 from redpp_serve.graph.graph import Graph
+from redpp_serve.graph.layers import mac_count
 from redpp_serve.pruning.inputs import SynthesisBudget
 
-_TIMED, _ROUNDS = 8, 3  # inputs at once, and how often, to find the pace
+# Of one thread, or a GPU: assumed, not measured.
+_SECONDS_PER_MAC = {"cpu": 25e-12, "cuda": 0.5e-12}
+_SECONDS_PER_NUMBER = {"cpu": 2.5e-9, "cuda": 1e-11}  # that an operator writes
+_SECONDS_PER_CALL = 5e-6
 _BUSY = 0.8  # of the threads, on average: some work runs on one
 
 
@@ -25,7 +29,7 @@ class Effort:
         frontier_points: number of networks over the whole range of costs that the report shows, at least.
         latency_seconds: time for measuring the latencies of one set of networks.
         distillation_patience: the distillation is cut short after this many times its budget.
-        pace: seconds of the original for one input; None measures it.
+        pace: seconds of the original for one input; None predicts it.
     """
 
     synthesis: SynthesisBudget | None = None
@@ -36,21 +40,18 @@ class Effort:
 
 
 def pace(graph: Graph, device: str = "cpu") -> float:
-    """Measure the seconds of `spent` that a network takes for one input, rounded to a power of two.
+    """Predict the seconds of `spent` that a network takes for one input.
 
-    Plans follow from the rounded figure, so that two runs on one machine plan, and give, the same.
+    The figure follows from the network alone: plans are made by it, and two runs must plan, and give, the same.
     """
-    program = Program(graph).to(device)
-    inputs = [torch.zeros(_TIMED, *i.shape, dtype=getattr(torch, i.dtype), device=device) for i in graph.inputs]
-    times = []
-    with torch.no_grad():
-        for _ in range(_ROUNDS):
-            start = spent()
-            program(*inputs)
-            if inputs[0].is_cuda:
-                torch.cuda.synchronize()
-            times.append(spent() - start)
-    return float(2.0 ** round(math.log2(max(min(times) / _TIMED, 1e-7))))
+    macs, numbers = _SECONDS_PER_MAC[device.split(":")[0]], _SECONDS_PER_NUMBER[device.split(":")[0]]
+    moved = sum(math.prod(shape) for shape in value_shapes(graph).values())
+    threads = 1 if device.startswith("cuda") else _threads()
+    return (mac_count(graph) * macs + moved * numbers + len(graph.nodes) * _SECONDS_PER_CALL) / threads
+
+
+def _threads() -> float:
+    return 1 + _BUSY * (torch.get_num_threads() - 1)
 
 
 def spent() -> float:
@@ -61,4 +62,4 @@ def spent() -> float:
     """
     if torch.cuda.is_available():
         return time.monotonic()
-    return time.process_time() / (1 + _BUSY * (torch.get_num_threads() - 1))
+    return time.process_time() / _threads()

@@ -1,7 +1,5 @@
 """The clock of a run, and the pace of a network by it."""
 
-import math
-
 import pytest
 import torch
 
@@ -19,15 +17,13 @@ def test_the_clock_is_that_of_the_threads_without_a_gpu_and_of_the_wall_with_one
         assert spent() == pytest.approx(seconds)
 
 
-def test_a_pace_is_a_power_of_two():
-    found = pace(network("chain"))
-    assert math.log2(found).is_integer() and 0 < found < 1
-
-
-def test_a_pace_is_the_fastest_of_the_rounds_for_one_input(monkeypatch):
-    """Eight inputs at once, three times; a slow round counts for nothing."""
-    for rounds, expected in (((0.8, 0.08, 40.0), 2.0**-7), ((16.0, 16.0, 16.0), 2.0), ((0.0, 1.0, 1.0), 2.0**-23)):
-        times = iter([0.0, rounds[0], 50.0, 50.0 + rounds[1], 200.0, 200.0 + rounds[2]])
-        monkeypatch.setattr(module, "spent", lambda times=times: next(times))
-        assert pace(network("mlp")) == expected
-        assert next(times, None) is None
+def test_a_pace_follows_from_the_network_and_the_threads_alone(monkeypatch):
+    graph = network("chain")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone = pace(graph)
+    assert 0 < alone < 1 and pace(network("chain")) == alone
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert pace(graph) == pytest.approx(alone / 1.8)
+    wide = graph.with_tensors({"head.weight": graph.tensors["head.weight"]})
+    monkeypatch.setattr(module, "mac_count", lambda _: 10**12)
+    assert pace(wide) > 10  # seconds: 10^12 operations take longer than any overhead
