@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -217,18 +216,9 @@ def mixed_folder(original: Path, candidate: Path, into: Path) -> Path:
 
 
 def _inputs(archive: Path) -> tuple[InputSpec, ...]:
-    from redpp_serve.graph.artifact import load  # noqa: PLC0415 (torch; the other actions start fast without)
-    from redpp_serve.packaging.mar import ARTIFACT  # noqa: PLC0415
+    from redpp_serve.packaging.mar import read_artifact  # noqa: PLC0415 (torch; the other actions start fast without)
 
-    try:
-        with zipfile.ZipFile(archive) as file:
-            return load(file.read(ARTIFACT)).graph.inputs
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise RedppError(
-            f"{archive} cannot be read: {error}",
-            "an archive that redpp-serve package wrote",
-            "package the model again, or correct the path",
-        ) from error
+    return read_artifact(archive).graph.inputs
 
 
 def _words(inputs: tuple[InputSpec, ...]) -> str:

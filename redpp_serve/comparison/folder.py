@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
@@ -15,11 +15,10 @@ from redpp_serve.comparison.client import Endpoint, Payload
 from redpp_serve.comparison.compare import Comparison, compare_endpoints
 from redpp_serve.comparison.triton_client import TritonEndpoint
 from redpp_serve.errors import RedppError
-from redpp_serve.graph.artifact import load
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.loopback import ADDRESS, TritonPorts
 from redpp_serve.options import ComparisonOptions, ServerOptions
-from redpp_serve.packaging.mar import ARTIFACT
+from redpp_serve.packaging.mar import read_artifact
 from redpp_serve.packaging.samples import INPUTS, request_body
 from redpp_serve.report.data import Report
 from redpp_serve.report.folder import change_report
@@ -63,8 +62,7 @@ def endpoint(server: LocalServer, variant: str) -> Endpoint:
     headers = server.headers("inference")
     if server.kind == "torchserve":
         return Endpoint(variant, server.url(version) if version else server.default_url(), headers)
-    with ZipFile(server.folder / ORIGINAL.archive) as file:
-        artifact = load(file.read(ARTIFACT))
+    artifact = read_artifact(server.folder / ORIGINAL.archive)
     declared = artifact.description.get("preprocess")
     preprocess = Preprocess.from_json(declared) if declared else None
     assert isinstance(server.ports, TritonPorts)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from redpp_serve.errors import RedppError
 from redpp_serve.files import deterministic_zip
-from redpp_serve.graph.artifact import Artifact
+from redpp_serve.graph.artifact import Artifact, LoadedArtifact, load
 from redpp_serve.packaging.templates import render
 
 if TYPE_CHECKING:  # Python 3.10 has it elsewhere
@@ -64,6 +66,24 @@ def build_mar(artifact: Artifact, *, name: str, model_config: str) -> bytes:
         CONFIG: model_config.encode(),
     }
     return deterministic_zip({**entries, **serving_sources()})
+
+
+def read_artifact(archive: Path) -> LoadedArtifact:
+    """Load the artifact in an archive.
+
+    Raises:
+        RedppError: no archive of `package`, or a damaged one.
+    """
+    try:
+        with zipfile.ZipFile(archive) as file:
+            data = file.read(ARTIFACT)
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise RedppError(
+            f"{archive} cannot be read: {error}",
+            "an archive that redpp-serve package wrote",
+            "package the model again, or correct the path",
+        ) from error
+    return load(data)
 
 
 def check_name(name: str) -> None:

@@ -52,23 +52,15 @@ def observing(folder: Path, every: int | None, file: Path | None) -> Observing |
     """
     if every is None:
         return None
-    from redpp_serve.graph.artifact import load  # noqa: PLC0415  (torch)
-    from redpp_serve.packaging.mar import ARTIFACT  # noqa: PLC0415
+    from redpp_serve.packaging.mar import read_artifact  # noqa: PLC0415  (torch)
     from redpp_serve.runtime.moments_file import check_file  # noqa: PLC0415
 
     folder = folder.resolve()
     file = (file or folder.with_name(f"{folder.name}.moments.safetensors")).absolute()
     archive = ORIGINAL.archive_in(folder)
-    try:
-        with zipfile.ZipFile(archive) as content:
-            known = _OBSERVER in content.namelist()
-            graph = load(content.read(ARTIFACT)).graph
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise RedppError(
-            f"{archive} cannot be read: {error}",
-            "an archive that redpp-serve package wrote",
-            "package the model again, or correct the path",
-        ) from error
+    graph = read_artifact(archive).graph
+    with zipfile.ZipFile(archive) as content:
+        known = _OBSERVER in content.namelist()
     if not known:
         raise RedppError(
             f"--observe with {archive} of an earlier release",
