@@ -7,18 +7,17 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
 
 import torch
-from scipy.stats import beta
 from torch import Tensor, nn
 
 from benchmarks.real_data import EvaluationSet, evaluation_set, stored
 from benchmarks.real_networks import NETWORKS, load_graph
 from redpp_serve.graph.artifact import load
 from redpp_serve.graph.graph import Graph
-from redpp_serve.packaging.mar import ARTIFACT
+from redpp_serve.packaging.mar import read_artifact
 from redpp_serve.runtime.serving_graph import serving_program
+from redpp_serve.statistics.binomial import clopper_pearson
 
 _CHUNK = 8
 
@@ -56,14 +55,6 @@ def centred_error(outputs: Tensor, expected: Tensor) -> float:
     """
     got, wanted = (x.double() - x.double().mean(0) for x in (outputs, expected))
     return float((got - wanted).norm() / wanted.norm().clamp_min(1e-300))
-
-
-def clopper_pearson(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the exact interval of a probability (Clopper and Pearson 1934) after ``hits`` of ``trials``."""
-    tail = (1 - confidence) / 2
-    low = float(beta.ppf(tail, hits, trials - hits + 1)) if hits else 0.0
-    high = float(beta.ppf(1 - tail, hits + 1, trials - hits)) if hits < trials else 1.0
-    return low, high
 
 
 def score(outputs: Tensor, expected: Tensor, labels: Sequence[Sequence[int]]) -> Score:
@@ -119,7 +110,4 @@ def evaluate(
 
 def read_pruned(path: Path) -> Graph:
     """Read the graph of a ``.redpp`` artifact or of the artifact in a ``.mar`` archive."""
-    if path.suffix != ".mar":
-        return load(path).graph
-    with ZipFile(path) as archive:
-        return load(archive.read(ARTIFACT)).graph
+    return (read_artifact(path) if path.suffix == ".mar" else load(path)).graph

@@ -54,7 +54,7 @@ class Narrowed:
         kept: maps a value's name to the positions that it still has of the original's.
         widths: the number of channels of each set.
         records: what fitting did to each narrowed set.
-        error: the judge's.
+        judged: the judge's comparison with the original.
         seconds: time that it took, by `effort.spent`.
     """
 
@@ -62,8 +62,13 @@ class Narrowed:
     kept: Kept
     widths: Mapping[str, int]
     records: list[Reconstruction]
-    error: float
+    judged: Difference
     seconds: float
+
+    @property
+    def error(self) -> float:
+        """The relative output error on the worst family of inputs."""
+        return self.judged.error
 
 
 @dataclass(frozen=True)
@@ -184,18 +189,16 @@ class Narrower:
         if key not in self._built:
             start, kept = spent(), self.kept(widths)
             places = then(self._fitting.merged, self.coupling.kept(kept))
-            best = quick = quick_fit(self.observed, kept)
-            error = self.reference.error(quick)
-            if self._served:  # these moments are real, and a fit to synthetic inputs would leave them
-                records = [Reconstruction(n, len(self.selections[n].order), len(k), 0.0) for n, k in kept.items()]
-                self._built[key] = Narrowed(quick, places, dict(widths), records, error, spent() - start)
-                return self._built[key]
-            fitted, records = reconstruct(self._fitting, kept, quick, self.progress)
-            for graph in (fitted, repair_batch_norm(fitted, self.reference.original, self._few, places)):
-                found = self.reference.error(graph)
-                if found <= error or error != error:  # not where the fit gave NaN
-                    best, error = graph, found
-            self._built[key] = Narrowed(best, places, dict(widths), records, error, spent() - start)
+            best = self.quick(widths)
+            judged = self.reference.compare(best)
+            records = [Reconstruction(n, len(self.selections[n].order), len(k), 0.0) for n, k in kept.items()]
+            if not self._served:  # moments of a server are real, and a fit to synthetic inputs would leave them
+                fitted, records = reconstruct(self._fitting, kept, best, self.progress)
+                for graph in (fitted, repair_batch_norm(fitted, self.reference.original, self._few, places)):
+                    found = self.reference.compare(graph)
+                    if found.error <= judged.error or judged.error != judged.error:  # not where the fit gave NaN
+                        best, judged = graph, found
+            self._built[key] = Narrowed(best, places, dict(widths), records, judged, spent() - start)
         return self._built[key]
 
 
@@ -307,16 +310,20 @@ def _frontier(
         point, cost = path.points[index], costs[index]
         if chosen and (point.widths == chosen.widths or (index and abs(cost - own) < _TOO_CLOSE * macs)):
             continue
+        graph: Graph
+        judged: Difference | None
         if not index:
             graph, judged = reference.original, None
+        elif whole_fit:
+            built = narrower.build(point.widths)
+            graph, judged = built.graph, built.judged
         else:
-            graph = narrower.build(point.widths).graph if whole_fit else narrower.quick(point.widths)
+            graph = narrower.quick(point.widths)
             judged = reference.compare(graph)
         found.append(FrontierPoint(graph, cost, judged, point.predicted, False, cost / macs, point.widths))
     if chosen:
         known = next((point.predicted for point in path.points if point.widths == chosen.widths), None)
-        judged = reference.compare(chosen.graph)
-        found.append(FrontierPoint(chosen.graph, own, judged, known, True, own / macs, chosen.widths))
+        found.append(FrontierPoint(chosen.graph, own, chosen.judged, known, True, own / macs, chosen.widths))
     return tuple(sorted(found, key=lambda point: -point.macs))
 
 

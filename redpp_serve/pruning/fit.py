@@ -25,7 +25,7 @@ from redpp_serve.graph.graph import Graph, Node, Ref
 from redpp_serve.graph.layers import Layer, find_layers
 from redpp_serve.graph.passes import is_inference_norm, scale_and_shift
 from redpp_serve.pruning.least_squares import Sums, factor, solve
-from redpp_serve.pruning.observation import Observed, images_for, output_axis, samples, spread
+from redpp_serve.pruning.observation import Observed, images_for, output_axis, position_count, samples, spread
 from redpp_serve.pruning.piecewise import Piecewise, chunk_size
 
 _RIDGE = 1e-6  # for channels scaled to unit variance
@@ -156,8 +156,8 @@ def reconstruct(
     for done, layer in enumerate(layers, start=1):
         name = layer.node.name
         unknowns = graph.tensors[layer.weight][0].numel()
-        positions = math.prod(shapes[name][2:]) if layer.is_conv else math.prod(shapes[name][1:-1])
-        images = images_for(unknowns, positions, len(fitting.inputs[0]))
+        places = position_count(shapes[name], 1 if layer.is_conv else -1)
+        images = images_for(unknowns, places, len(fitting.inputs[0]))
         for side in sides:
             side.advance(graph, place[name], images)
         goal = _Goal(graph, fitting.original, layer, epilogue(graph, layer.node, shapes), where)

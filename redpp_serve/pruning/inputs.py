@@ -122,8 +122,9 @@ def prepare(
 ) -> Prepared:
     """Make, or divide, the inputs of a run; the same for the same arguments.
 
-    Inputs of a known kind are structured: one family to fit to, the others to judge by. Inputs of an unknown kind are
-    noise that is matched to the batch norms. Real inputs join the fitted ones, but for a fifth that judges.
+    Inputs of a known kind are structured: the families nearest to the network to fit to, others to judge by. Inputs of
+    an unknown kind are noise that is matched to the batch norms. Real inputs join the fitted ones, but for a fifth that
+    judges.
     """
     known = all(kind_of(spec) in (IMAGE, SIGNAL, TABLE) for spec in graph.inputs)
     if known:

@@ -88,13 +88,16 @@ def observe(
     shapes = value_shapes(graph)
     for done, node in enumerate(sorted(readers, key=place.__getitem__), start=1):
         channels = max(channel_set.channels for channel_set, _ in readers[node])
-        shape = shapes[node]
-        positions = math.prod(shape[2:]) if output_axis(graph, node) == 1 else math.prod(shape[1:-1])
-        images = images_for(channels, positions, run.images)
+        images = images_for(channels, position_count(shapes[node], output_axis(graph, node)), run.images)
         run.advance(place[node], images)
         _observe_reader(found, run, readers[node], images)
         progress(done, len(readers))
     return found
+
+
+def position_count(shape: Sequence[int], axis: int) -> int:
+    """Return how many positions one input has in a value (1, ...) whose channels lie along axis 1 or -1."""
+    return math.prod(shape[2:] if axis == 1 else shape[1:-1])
 
 
 def images_for(unknowns: int, positions: int, images: int) -> int:

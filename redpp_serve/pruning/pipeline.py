@@ -46,7 +46,7 @@ from redpp_serve.stages import Stages
 
 STANDARD_EFFORT = Effort()
 # For the prediction of a run's time.
-_SECONDS_PER_NUMBER, _SEARCHED, _RUNS_OF_A_FIT, _DISTIL_SHARE = 8e-7, 4, 4, 0.3
+_SECONDS_PER_DRAWN_NUMBER, _SEARCHED, _RUNS_OF_A_FIT, _DISTIL_SHARE = 8e-7, 4, 4, 0.3
 _SAMPLES = 16  # held-out inputs that trial runs and examples use
 
 
@@ -156,7 +156,7 @@ def expected_seconds(job: Job, sets: int) -> float:
     options, budget = job.options, job.synthesis_budget()
     judged = 3 * budget.judged
     numbers = sum(math.prod(spec.shape) for spec in job.original.inputs)
-    drawn = (budget.images + judged) * numbers * _SECONDS_PER_NUMBER
+    drawn = (budget.images + judged) * numbers * _SECONDS_PER_DRAWN_NUMBER
     networks = 1 if options.error_budget is None else _SEARCHED
     build = _RUNS_OF_A_FIT * (budget.images + 64) + 3 * judged
     runs = 24 * budget.matched + 2 * budget.images + 40 * sets + networks * build + 12 * judged
@@ -188,7 +188,7 @@ def verify(job: Job, inputs: Inputs, channels: Channels, state: State) -> Pruned
         original=original,
         pruned=state.graph,
         layers=[_layer_record(original, layer, after[layer.name], channels, state, errors) for layer in before],
-        hash=HashSummary.of(*state.hash_how, state.code_errors, state.hash_error, after, state.hashed, state.splits)
+        hash=HashSummary.of(*state.hash_how, state.hash_error, after, state.hashed, state.splits)
         if state.hashed
         else None,
         counting=count_network(before, after, state.graph, state.splits),

@@ -18,6 +18,7 @@ from torch import Tensor
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.handlers.preprocess import ImageRefused, Preprocess
+from redpp_serve.pruning.families import Scale
 
 LEAST, MOST = 16, 512  # inputs that help, and that are used
 _LISTED = 100_000  # entries of a folder that are looked at
@@ -135,10 +136,7 @@ def _as_input(path: Path, spec: InputSpec, array: np.ndarray, preprocess: Prepro
     if dtype.is_floating_point and x.dtype == torch.uint8:
         x = x.float() / 255
         if preprocess is not None:
-            mean, std = (
-                torch.tensor(v).view(-1, *[1] * (len(spec.shape) - 1)) for v in (preprocess.mean, preprocess.std)
-            )
-            x = (x - mean) / std
+            x = Scale(preprocess.mean, preprocess.std).apply(x)
     x = x.to(dtype)
     if dtype.is_floating_point and not bool(x.isfinite().all()):
         bad = int((~x.flatten(1).isfinite().all(1)).sum())

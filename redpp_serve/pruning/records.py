@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -197,14 +197,13 @@ class HashSummary:
         cls,
         method: str,
         target: str,
-        errors: Sequence[float],
         measured_error: float,
         split_layers: Mapping[str, Layer],
         hashed: Mapping[str, Hashed],
         splits: Mapping[str, KernelSplit],
     ) -> HashSummary:
-        """Predict from the ``errors`` and frequencies of the codebooks (``hashed``), and count the ``splits``."""
-        relative = torch.tensor(errors, dtype=torch.float64)
+        """Predict from the errors and frequencies of the codebooks (``hashed``), and count the ``splits``."""
+        relative = torch.tensor([each.codebook.error for each in hashed.values()], dtype=torch.float64)
         dense = got = 0
         expected = 0.0
         for name, split in splits.items():

@@ -84,7 +84,6 @@ class State:
         graph: the network.
         kept: maps a value's name to the positions that it still has of the original's.
         hashed: the codebooks of ``graph`` by layer.
-        code_errors: relative errors of the layers' weights, as hashed.
         hash_how: method and aim of the codebooks, in words.
         hash_error: what hashing alone does to the outputs: the norm of the difference over theirs, not centred.
         splits: the split weights of ``graph`` by layer.
@@ -98,7 +97,6 @@ class State:
     graph: Graph
     kept: Kept = lambda name: {}
     hashed: Mapping[str, Hashed] = field(default_factory=dict)
-    code_errors: tuple[float, ...] = ()
     hash_how: tuple[str, str] = ("", "")
     hash_error: float = 0.0
     splits: Mapping[str, KernelSplit] = field(default_factory=dict)

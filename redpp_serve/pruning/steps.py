@@ -57,7 +57,7 @@ def hash_weights(job: Job) -> State:
             graph, hashed = _hash_layers(state.graph, layers, job.options, stage)
             stage.reason = f"{_sizes(hashed)} ({job.options.hash}, {job.options.hash_target})"
             how = job.options.hash, str(job.options.hash_target)
-            state = replace(state, graph=graph, hashed=hashed, code_errors=_errors(hashed), hash_how=how)
+            state = replace(state, graph=graph, hashed=hashed, hash_how=how)
     return state
 
 
@@ -67,10 +67,6 @@ def _hash_layers(graph: Graph, layers: list[Layer], options: Options, stage: Sta
         hashed[layer.name] = hash_weight(graph.tensors[layer.weight], options.hash, options.hash_target)
         stage.progress(k + 1, len(layers))
     return graph.with_tensors({layer.weight: hashed[layer.name].weight for layer in layers}), hashed
-
-
-def _errors(hashed: Mapping[str, Hashed]) -> tuple[float, ...]:
-    return tuple(h.codebook.error for h in hashed.values())
 
 
 def _sizes(hashed: Mapping[str, Hashed]) -> str:
@@ -263,7 +259,7 @@ def hash_fitted(job: Job, inputs: Inputs, state: State) -> State:
             if inputs.reference.error(repaired) <= inputs.reference.error(graph):
                 graph = repaired
         stage.reason = f"{_sizes(hashed)} ({how[0]}, {how[1]}; adds {added:.3f})"
-        state = replace(state, graph=graph, hashed=hashed, code_errors=_errors(hashed), hash_how=how, hash_error=added)
+        state = replace(state, graph=graph, hashed=hashed, hash_how=how, hash_error=added)
     return state.measured(job, inputs, "codebooks")
 
 

@@ -21,6 +21,7 @@ from redpp_serve.graph.layers import Layer
 from redpp_serve.graph.weights import KernelSplit
 from redpp_serve.kernels import split_conv2d
 from redpp_serve.options import Options
+from redpp_serve.pruning.families import Scale
 from redpp_serve.pruning.inputs import smooth_noise
 from redpp_serve.pruning.judge import Difference, Reference, not_finite
 
@@ -29,6 +30,7 @@ NEXT_STEPS = (
     "unlabelled --inputs or --moments, fine-tune the network, or serve it as it is at a lower --precision: compact "
     "networks often gain more from that than from pruning; a lower limit packages it all the same"
 )
+_CHUNK = 8  # inputs that are run at once
 EXACT = 1e-9  # relative, in float64: re-association moves results by 1e-16 times the length of the sums
 
 
@@ -60,10 +62,12 @@ def exact_error(before: Graph, after: Graph, graph: Graph, seed: int) -> float:
 @torch.no_grad()
 def relative_error(before: Graph, after: Graph, inputs: Sequence[Tensor]) -> float:
     """Return the norm of the difference of all outputs over the norm of those of ``before``."""
+    first, second = Program(before), Program(after)
     lost = norm = 0.0
-    for x, y in zip(Program(before)(*inputs), Program(after)(*inputs), strict=True):
-        lost += float((x.double() - y.double()).square().sum())
-        norm += float(x.double().square().sum())
+    for chunk in zip(*(torch.split(x, _CHUNK) for x in inputs), strict=True):
+        for x, y in zip(first(*chunk), second(*chunk), strict=True):
+            lost += float((x.double() - y.double()).square().sum())
+            norm += float(x.double().square().sum())
     return float((lost / max(norm, 1e-300)) ** 0.5)
 
 
@@ -194,8 +198,7 @@ def load_verify_data(path: Path, graph: Graph, normalise: tuple[Sequence[float],
     if x.dtype == torch.uint8 and getattr(torch, spec.dtype).is_floating_point:
         x = x.float() / 255
         if normalise is not None:
-            mean, std = (torch.tensor(v).view(-1, 1, 1) for v in normalise)
-            x = (x - mean) / std
+            x = Scale(*map(tuple, normalise)).apply(x)
     return VerifyData((x.to(getattr(torch, spec.dtype)),), torch.from_numpy(labels.astype(np.int64)))
 
 

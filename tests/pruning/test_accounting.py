@@ -98,9 +98,9 @@ def test_the_record_of_a_split():
     assert record.additions == [dense.additions, counts.additions]
 
 
-def summary_of(layers, first, hashed, splits):
-    errors = [h.codebook.error for h in first.values()]
-    return HashSummary.of("kde", "t", errors, 0.1, layers, hashed, splits), np.array(errors)
+def summary_of(layers, hashed, splits):
+    errors = [h.codebook.error for h in hashed.values()]
+    return HashSummary.of("kde", "t", 0.1, layers, hashed, splits), np.array(errors)
 
 
 def test_the_prediction_from_frequencies_is_close_to_the_count():
@@ -115,11 +115,8 @@ def test_the_prediction_from_frequencies_is_close_to_the_count():
     )
     layers, splits = parts(graph)
     splits = {name: splits[name] for name in ("inner", "second")}
-    hashed, first = (
-        {name: hash_weight(graph.tensors[layers[name].weight], "kde", HashTarget(error=error)) for name in layers}
-        for error in (0.02, 0.05)
-    )
-    found, errors = summary_of(layers, first, hashed, splits)
+    hashed = {name: hash_weight(graph.tensors[layers[name].weight], "kde", HashTarget(error=0.02)) for name in layers}
+    found, errors = summary_of(layers, hashed, splits)
     assert found.predicted_ratio == pytest.approx(found.measured_ratio, abs=0.01) and found.measured_error == 0.1
     assert found.predicted_error_typical == pytest.approx(np.sqrt((errors**2).sum()))
     assert found.predicted_error_bound == pytest.approx(np.prod(1 + errors) - 1)
@@ -127,7 +124,7 @@ def test_the_prediction_from_frequencies_is_close_to_the_count():
 
 
 def test_nothing_hashed_is_no_error():
-    found, _ = summary_of({}, {}, {}, {})
+    found, _ = summary_of({}, {}, {})
     assert found.predicted_ratio == found.measured_ratio == 0
     assert found.predicted_error_typical == found.predicted_error_bound == 0
 
