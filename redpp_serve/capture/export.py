@@ -136,7 +136,9 @@ def to_graph(exported: ExportedProgram, inputs: Sequence[InputSpec]) -> Graph:
         if not isinstance(spec.arg, TensorArgument):
             raise _not_capturable("an output is not a tensor", "tensor outputs")
         outputs.append(names[spec.arg.name])
-    return Graph(tuple(specs), tensors, tuple(nodes), tuple(outputs)).pruned_of_unused()
+    parameters = {str(spec.target) for spec in signature.input_specs if spec.kind is InputKind.PARAMETER}
+    buffers = frozenset(tensors.keys() - parameters)
+    return Graph(tuple(specs), tensors, tuple(nodes), tuple(outputs), buffers).pruned_of_unused()
 
 
 def _refuse_fixed_batch(exported: ExportedProgram) -> None:

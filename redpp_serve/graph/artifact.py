@@ -68,6 +68,8 @@ def build(graph: Graph, description: dict[str, Any]) -> Artifact:
             encodings[name] = {"bits": packed.bits, "shape": list(tensor.shape)}
     weights = save(stored)
     document = {**calls_document(graph), "encodings": encodings}
+    if graph.buffers is not None:
+        document["buffers"] = sorted(graph.buffers & graph.tensors.keys())
     graph_bytes = _dump(document)
     description = {**description, "bytes": sum(t.numel() * t.element_size() for t in stored.values())}
     manifest = {
@@ -147,7 +149,10 @@ def _parse(document: dict[str, Any], stored: dict[str, Tensor]) -> Graph:
         raise ValueError("a graph without inputs or outputs")
     if set(outputs) - known:
         raise ValueError("outputs that nothing defines")
-    return Graph(inputs, tensors, nodes, tuple(outputs))
+    buffers = document.get("buffers")
+    if buffers is not None and not (isinstance(buffers, list) and set(buffers) <= tensors.keys()):
+        raise ValueError("buffers that are not stored")
+    return Graph(inputs, tensors, nodes, tuple(outputs), None if buffers is None else frozenset(buffers))
 
 
 def _decoded(encodings: dict[str, Any], stored: dict[str, Tensor]) -> dict[str, Tensor]:

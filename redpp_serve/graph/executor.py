@@ -56,7 +56,7 @@ class Program(nn.Module):
             fn = resolve(node.op)
             args = map_refs(node.args, lambda name: _Slot(slots[name]))
             kwargs = {key: map_refs(value, lambda name: _Slot(slots[name])) for key, value in node.kwargs.items()}
-            if _makes_tensor(fn):
+            if makes_tensor(fn):
                 kwargs["device"] = _Slot(self._device)
             self._steps.append((fn, args, kwargs, slots[node.name], dead))
             self._calls.append((_direct(fn), self._getter(args), _keywords(kwargs), slots[node.name], dead))
@@ -160,7 +160,7 @@ def _direct(fn: Any) -> Any:
     return fn._op if isinstance(fn, OpOverload) else fn
 
 
-def _makes_tensor(fn: Any) -> bool:
+def makes_tensor(fn: Any) -> bool:
     """Return whether an operator makes a tensor from none, and so must be told on which device."""
     names = [argument.name for argument in fn._schema.arguments] if isinstance(fn, OpOverload) else []
     return "device" in names and not {"self", "input"} & set(names)

@@ -74,12 +74,15 @@ class Graph:
         tensors: parameters and buffers by name.
         nodes: the calls in an order of execution.
         outputs: names of the values that the network returns.
+        buffers: names of stored tensors that the network's author did not make parameters; None where that is unknown,
+            as in a package of release 0.1.
     """
 
     inputs: tuple[InputSpec, ...]
     tensors: dict[str, Tensor]
     nodes: tuple[Node, ...]
     outputs: tuple[str, ...]
+    buffers: frozenset[str] | None = None
 
     def node(self, name: str) -> Node:
         """Return the node of that name; raise KeyError if there is none."""
@@ -125,7 +128,9 @@ class Graph:
         """Return the same graph without nodes and tensors that no output depends on."""
         needed = self.needed_for(self.outputs)
         tensors = {name: tensor for name, tensor in self.tensors.items() if name in needed}
-        return replace(self, nodes=tuple(node for node in self.nodes if node.name in needed), tensors=tensors)
+        buffers = None if self.buffers is None else self.buffers & tensors.keys()
+        nodes = tuple(node for node in self.nodes if node.name in needed)
+        return replace(self, nodes=nodes, tensors=tensors, buffers=buffers)
 
 
 def once_per_graph(function: Callable[..., _Result]) -> Callable[..., _Result]:

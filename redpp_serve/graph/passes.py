@@ -40,7 +40,7 @@ def fold_constants(graph: Graph) -> Graph:
     Standardized or normalized weights and concatenated biases become a layer's own weight and bias, so that the layer
     takes part in everything that works on stored weights. A value is stored under the name of the call that made it.
     """
-    tensors, nodes = dict(graph.tensors), []
+    tensors, nodes, buffers = dict(graph.tensors), [], graph.buffers
     for node in graph.nodes:
         refs = set(node.refs())
         if refs and refs <= tensors.keys():
@@ -48,9 +48,10 @@ def fold_constants(graph: Graph) -> Graph:
             value = resolve(node.op)(*args, **dict(zip(node.kwargs, kwargs, strict=True)))
             if isinstance(value, Tensor) and value.numel() <= sum(tensors[name].numel() for name in refs):
                 tensors[node.name] = value.contiguous()
+                buffers = buffers and (buffers | {node.name} if refs <= buffers else buffers)
                 continue
         nodes.append(node)
-    return replace(graph, tensors=tensors, nodes=tuple(nodes)).pruned_of_unused()
+    return replace(graph, tensors=tensors, nodes=tuple(nodes), buffers=buffers).pruned_of_unused()
 
 
 def is_inference_norm(node: Node) -> bool:

@@ -74,16 +74,24 @@ def read_artifact(archive: Path) -> LoadedArtifact:
     Raises:
         RedppError: no archive of `package`, or a damaged one.
     """
+    return load(artifact_bytes(archive))
+
+
+def artifact_bytes(archive: Path) -> bytes:
+    """Return the artifact in an archive as a file.
+
+    Raises:
+        RedppError: no archive of `package`, or a damaged one.
+    """
     try:
         with zipfile.ZipFile(archive) as file:
-            data = file.read(ARTIFACT)
+            return file.read(ARTIFACT)
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise RedppError(
             f"{archive} cannot be read: {error}",
             "an archive that redpp-serve package wrote",
             "package the model again, or correct the path",
         ) from error
-    return load(data)
 
 
 def check_name(name: str) -> None:
