@@ -84,6 +84,14 @@ class PackageOptions:
         "(default: what the architecture declares)",
         metavar="JSON|imagenet",
     )
+    like: Path | None = option(
+        None,
+        "take FILE as the pruned version, beside the original, inputs, name and serving options of an earlier package, "
+        "without a search; FILE is the state_dict of redpp_serve.load(FOLDER) after fine-tuning, or any network with "
+        "the same inputs and outputs; only limits that are given gate",
+        metavar="FOLDER",
+        takes=Path,
+    )
     dry_run: bool = option(False, "do everything but write")
 
 
@@ -209,7 +217,11 @@ COMMANDS = {
         commands.package,
         "prune, verify, and write a folder that both versions are served from",
         (Source, PackageOptions, Options, Serving),
-        (f"package {_MODEL} --preprocess imagenet", f"package {_MODEL} --target macs=0.5 --out dist/half"),
+        (
+            f"package {_MODEL} --preprocess imagenet",
+            f"package {_MODEL} --target macs=0.5 --out dist/half",
+            "package tuned.pt --like dist/model --out dist/tuned",
+        ),
         "file",
     ),
     "plan": Command(
@@ -367,10 +379,10 @@ def parser() -> argparse.ArgumentParser:
                     metavar="macs=R|latency=R",
                     help="share to keep of the multiply-accumulates, or of the latency measured here at batch 1",
                 )
-                add_options(one, record, leave_out=("target_macs", "target_latency", "device"))
+                add_options(one, record, ("target_macs", "target_latency", "device"), given_only=True)
                 one.add_argument("--device", help="device to prune on (default: cuda where there is one, else cpu)")
             else:
-                add_options(one, record)
+                add_options(one, record, given_only=record is Serving)
     return root
 
 

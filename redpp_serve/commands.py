@@ -21,7 +21,9 @@ from redpp_serve.options import (
     PlanOptions,
     ServerOptions,
     Serving,
+    flag_of,
     from_arguments,
+    given,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ def package(options: argparse.Namespace) -> None:
     from redpp_serve.runtime.device import parse_device
     from redpp_serve.stages import Stages
 
+    if options.like is not None:
+        return _package_tuned(options)
     name = options.file.stem if options.name is None else options.name
     check_name(name)
     out = options.out or Path("dist") / name
@@ -87,13 +91,57 @@ def package(options: argparse.Namespace) -> None:
     print(package_summary(report))
     for message in report.messages[len(captured.messages) :]:
         _note(f"note: {message}")
-    if options.dry_run:
-        print("\ndry run: nothing was written")
-    else:
-        print(
-            f"\nwrote {out}: report.html, original.mar (1.0), pruned.mar (2.0), triton/ (1, 2)\n"
-            f"next: redpp-serve compare {out}"
+    print(_written(out, options.dry_run))
+
+
+def _package_tuned(options: argparse.Namespace) -> None:
+    """Package a fine-tuned network like an earlier package; whatever steers a search has no place here."""
+    from redpp_serve.exporting.tuned import USED, Packaged, package_tuned, read_tuned
+    from redpp_serve.report.text import package_summary
+    from redpp_serve.runtime.device import parse_device
+    from redpp_serve.stages import Stages
+
+    flags = {item.name: flag_of(item) for item in fields(Options)}
+    idle = [flags[name] for name in given(Options, options) if name not in USED]
+    idle += [f"--{name}" for name in ("target", "input", "moments", "preprocess") if getattr(options, name)]
+    if idle:
+        raise RedppError(
+            f"{', '.join(idle)} beside --like",
+            "a fine-tuned network, which is packaged as it is, with the inputs of the earlier package",
+            f"leave out {'it' if len(idle) == 1 else 'them'}, or --like",
         )
+    device, stages = str(parse_device(options.device)), Stages()
+    like = Packaged.read(options.like)
+    with stages.run("capture") as stage:
+        arch_args = _json_object("--arch-args", options.arch_args)
+        tuned = read_tuned(options.file, like, arch=options.arch, arch_args=arch_args, trust=options.trust_file)
+        stage.reason = f"{tuned.source['kind']}, {len(tuned.graph.nodes)} operations"
+    out = options.out or Path("dist") / options.file.stem
+    report = package_tuned(
+        tuned,
+        like,
+        out,
+        name=options.name,
+        options=from_arguments(Options, options, device=device),
+        serving=like.serving(given(Serving, options)),
+        verify_data=options.verify_data,
+        inputs=options.inputs,
+        stages=stages,
+        dry_run=options.dry_run,
+    )
+    print(package_summary(report))
+    for message in report.messages:
+        _note(f"note: {message}")
+    print(_written(out, options.dry_run))
+
+
+def _written(out: Path, dry_run: bool) -> str:
+    if dry_run:
+        return "\ndry run: nothing was written"
+    return (
+        f"\nwrote {out}: report.html, original.mar (1.0), pruned.mar (2.0), triton/ (1, 2)\n"
+        f"next: redpp-serve compare {out}"
+    )
 
 
 def plan(options: argparse.Namespace) -> None:

@@ -405,8 +405,17 @@ class Limits(Checked):
     )
 
 
-def add_options(parser: argparse.ArgumentParser, record: type, leave_out: Sequence[str] = ()) -> None:
-    """Add the options of a record to a parser."""
+def add_options(
+    parser: argparse.ArgumentParser, record: type, leave_out: Sequence[str] = (), given_only: bool = False
+) -> None:
+    """Add the options of a record to a parser.
+
+    Args:
+        parser: gains them.
+        record: the dataclass.
+        leave_out: names of its fields that are no options here.
+        given_only: leave an option that is not given out of the parsed arguments, so that `given` can tell.
+    """
     for item in fields(record):
         if item.name in leave_out or "help" not in item.metadata:
             continue
@@ -422,14 +431,22 @@ def add_options(parser: argparse.ArgumentParser, record: type, leave_out: Sequen
             words |= {"choices": takes, "metavar": None}
         elif takes is not None:
             words["type"] = takes.parse if isinstance(takes, Range) else takes
+        if given_only:
+            words["default"] = argparse.SUPPRESS
         if item.metadata["bare"] is not None:
             words |= {"nargs": "?", "const": item.metadata["bare"]}
         parser.add_argument(flag_of(item), **words)
 
 
+def given(record: type, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a record that the command line gave; see ``given_only`` of `add_options`."""
+    names = [item.name for item in fields(record)]
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
 def from_arguments(record: type[Record], arguments: argparse.Namespace, **others: Any) -> Record:
     """Make a record from parsed arguments; ``others`` are fields that no flag gives as it stands."""
-    names = [item.name for item in fields(record) if hasattr(arguments, item.name)]  # type: ignore[arg-type]
-    given = {name: getattr(arguments, name) for name in names}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return record(**{**given, **others})
+    values = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given(record, arguments).items()
+    }
+    return record(**{**values, **others})

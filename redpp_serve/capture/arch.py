@@ -53,7 +53,12 @@ def build(arch: str, arch_args: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-def load_into(module: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
+def load_into(
+    module: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    whose: str = "the architecture",
+    do: str = "give the --arch and --arch-args (num_classes, ...) that the weights were trained with",
+) -> list[str]:
     """Copy ``state_dict`` into ``module``: every name and shape must match.
 
     Batch-norm counters (``num_batches_tracked``) may be missing: old files lack them and evaluation does not read them.
@@ -81,8 +86,7 @@ def load_into(module: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
         if names
     ]
     if parts:
-        do = "give the --arch and --arch-args (num_classes, ...) that the weights were trained with"
-        found = f"the weights do not fit the architecture; {'; '.join(parts)}"
+        found = f"the weights do not fit {whose}; {'; '.join(parts)}"
         raise RedppError(found, "the same names and shapes", do)
     changed = sorted({f"{v.dtype} to {own[k].dtype}" for k, v in state_dict.items() if _differs(v, own.get(k))})
     return [f"converted weights from {change}".replace("torch.", "") for change in changed]

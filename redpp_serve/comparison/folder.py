@@ -19,7 +19,7 @@ from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.loopback import ADDRESS, TritonPorts
 from redpp_serve.options import ComparisonOptions, ServerOptions
 from redpp_serve.packaging.mar import read_artifact
-from redpp_serve.packaging.samples import INPUTS, request_body
+from redpp_serve.packaging.samples import read_arrays, request_body
 from redpp_serve.report.data import Report
 from redpp_serve.report.folder import change_report
 from redpp_serve.serving.serve import model_name, open_server
@@ -92,18 +92,7 @@ def folder_payloads(folder: Path) -> list[Payload]:
     Raises:
         RedppError: they are missing or damaged.
     """
-    path = folder / INPUTS
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        if not arrays or any(x.ndim == 0 for x in arrays.values()):
-            raise ValueError("no arrays with a batch dimension")
-    except _UNREADABLE as error:
-        raise RedppError(
-            f"{path} cannot be read: {error}",
-            "the synthetic inputs that redpp-serve package keeps there",
-            "give other inputs with --inputs, or package the model again",
-        ) from error
+    arrays = read_arrays(folder)
     count = len(next(iter(arrays.values())))
     return [Payload(request_body({name: x[k] for name, x in arrays.items()}), _BINARY) for k in range(count)]
 

@@ -6,7 +6,8 @@ Every pass of the project maps a `Graph` to a `Graph`; the artifact stores one; 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -114,6 +115,31 @@ class Graph:
     def with_nodes(self, changed: dict[str, Node]) -> Graph:
         """Return the same graph with some nodes replaced by another call under the same name."""
         return replace(self, nodes=tuple(changed.get(node.name, node) for node in self.nodes))
+
+    def renamed(self, names: Mapping[str, str]) -> Graph:
+        """Return the same graph with some values under other names; a value whose name is taken so gets a free one."""
+        taken = {spec.name for spec in self.inputs} | self.tensors.keys() | {node.name for node in self.nodes}
+        new = dict(names)
+        for name in taken & set(names.values()) - names.keys():
+            new[name] = next(free for k in itertools.count() if (free := f"{name}_{k}") not in taken | {*new.values()})
+
+        def ref(name: str) -> Ref:
+            return Ref(new.get(name, name))
+
+        nodes = tuple(
+            Node(
+                new.get(node.name, node.name),
+                node.op,
+                map_refs(node.args, ref),
+                {key: map_refs(value, ref) for key, value in node.kwargs.items()},
+            )
+            for node in self.nodes
+        )
+        inputs = tuple(replace(spec, name=new.get(spec.name, spec.name)) for spec in self.inputs)
+        tensors = {new.get(name, name): tensor for name, tensor in self.tensors.items()}
+        outputs = tuple(new.get(name, name) for name in self.outputs)
+        buffers = None if self.buffers is None else frozenset(new.get(name, name) for name in self.buffers)
+        return Graph(inputs, tensors, nodes, outputs, buffers)
 
     def to(self, dtype: torch.dtype) -> Graph:
         """Return the same graph with its floating-point tensors and inputs in another precision."""

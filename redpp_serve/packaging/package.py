@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from redpp_serve.pruning.families import Scale
 from redpp_serve.pruning.inputs import Sources
 from redpp_serve.pruning.pipeline import Pruned, prune
 from redpp_serve.pruning.real_inputs import load_inputs
+from redpp_serve.pruning.records import Verification
 from redpp_serve.pruning.verification import load_verify_data
 from redpp_serve.report.data import Report, Verify
 from redpp_serve.report.folder import write_report
@@ -55,13 +56,18 @@ _FAR, _ALIKE = 0.5, 0.9  # relative output error, and agreement of classes, that
 
 
 @dataclass(frozen=True)
-class _Model:
+class Model:
     """How the packaged network is called, what it takes, and how it is served."""
 
     name: str
     inputs: tuple[InputSpec, ...]
     preprocess: Preprocess | None
     serving: Serving
+
+    @property
+    def scale(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation that the pre-processing normalises images with."""
+        return (self.preprocess.mean, self.preprocess.std) if self.preprocess else None
 
 
 @dataclass(frozen=True)
@@ -115,43 +121,67 @@ def package(  # noqa: PLR0913 - the options of the command, given by keyword
     out = Path(os.path.abspath(out))  # '.' has no name of its own
     check_name(name)
     check_out(out)
-    model = _Model(name, captured.graph.inputs, preprocess, serving)
-    _check_preprocess(model)
-    _check_precision(captured.graph, serving.precision)
+    model = Model(name, captured.graph.inputs, preprocess, serving)
+    check_model(model, captured.graph)
     stages = stages or Stages(quiet=True)
-    scale = (preprocess.mean, preprocess.std) if preprocess else None
-    data = load_verify_data(verify_data, captured.graph, scale) if verify_data else None
+    data = load_verify_data(verify_data, captured.graph, model.scale) if verify_data else None
     checkpoint = None if dry_run else checkpoint_of(out)
     sources = Sources(
         load_inputs(inputs, captured.graph, preprocess, options.seed) if inputs else (),
-        Scale(*scale) if scale else None,
+        Scale(*model.scale) if model.scale else None,
         load_moments(moments, captured.graph) if moments else None,
         known_widths(frontier_files(out), captured.graph, options.keep_point) if options.keep_point else None,
     )
     with all_or_nothing(out, checkpoint):
         pruned = prune(captured.graph, options, stages=stages, data=data, checkpoint=checkpoint, sources=sources)
-        with stages.run("package") as stage:
-            versions = [_build(model, ORIGINAL, pruned.original), _build(model, PRUNED, pruned.pruned)]
-            stage.reason = ", ".join(f"{v.variant.archive} {len(v.archive) / 1e6:.2f} MB" for v in versions)
-        report = _report(captured, model, options, pruned, versions)
-        if pruned.choice.points:
-            with stages.run("frontier") as stage:
-                frontier = pruned.frontier(options.device, report.environment.device or "")
-                report = Report.from_json({**report.to_json(), "frontier": frontier})
-                stage.reason = f"{len(pruned.choice.points)} networks timed in turns"
-        if not dry_run:
-            with replaced(out) as folder:
-                config = _triton_config(model, versions, pruned.samples)
-                write_files(folder, _files(model, versions, pruned.samples, config))
-                with stages.run("try") as stage:
-                    trials = run_trials(_trials(folder, model, versions, pruned.samples, config))
-                    stage.reason = "both versions' handlers, for each server, answer one request as the networks do"
-                report = Report.from_json({**report.to_json(), "smoke": trials, "stages": stages.to_json()})
-                write_report(report, folder)
+        captured = replace(captured, messages=[*captured.messages, *doubts(pruned.verify)])
+        chosen = {**options.to_json(), **asdict(serving)}
+        return write_package(out, captured, model, pruned, options=chosen, stages=stages, dry_run=dry_run)
+
+
+def write_package(
+    out: Path,
+    captured: Captured,
+    model: Model,
+    pruned: Pruned,
+    *,
+    options: Mapping[str, Any],
+    stages: Stages,
+    dry_run: bool = False,
+) -> Report:
+    """Build both versions, try them, and put the folder in place at once.
+
+    Args:
+        out: the folder.
+        captured: where the original came from, and the messages to report.
+        model: how the network is called and served.
+        pruned: both networks, and what was measured of them.
+        options: what the report names as the run's options, with the ``device`` to time networks on.
+        stages: collects (and prints) the steps.
+        dry_run: do everything but the trial runs, and write nothing.
+    """
+    with stages.run("package") as stage:
+        versions = [_build(model, ORIGINAL, pruned.original), _build(model, PRUNED, pruned.pruned)]
+        stage.reason = ", ".join(f"{v.variant.archive} {len(v.archive) / 1e6:.2f} MB" for v in versions)
+    report = _report(captured, model, options, pruned, versions)
+    if pruned.choice.points:
+        with stages.run("frontier") as stage:
+            frontier = pruned.frontier(options["device"], report.environment.device or "")
+            report = Report.from_json({**report.to_json(), "frontier": frontier})
+            stage.reason = f"{len(pruned.choice.points)} networks timed in turns"
+    if not dry_run:
+        with replaced(out) as folder:
+            config = _triton_config(model, versions, pruned.samples)
+            write_files(folder, _files(model, versions, pruned.samples, config))
+            with stages.run("try") as stage:
+                trials = run_trials(_trials(folder, model, versions, pruned.samples, config))
+                stage.reason = "both versions' handlers, for each server, answer one request as the networks do"
+            report = Report.from_json({**report.to_json(), "smoke": trials, "stages": stages.to_json()})
+            write_report(report, folder)
     return Report.from_json({**report.to_json(), "stages": stages.to_json()})
 
 
-def doubts(verify: Verify) -> list[str]:
+def doubts(verify: Verify | Verification) -> list[str]:
     """Return what a reader of the verification should not overlook."""
     found = []
     far = verify.output_error is not None and verify.output_error > _FAR
@@ -169,23 +199,25 @@ def doubts(verify: Verify) -> list[str]:
     return found
 
 
-def _check_preprocess(model: _Model) -> None:
+def check_model(model: Model, graph: Graph) -> None:
+    """Refuse what can be told before any work.
+
+    Raises:
+        RedppError: images of another shape than the input, or a network that does not run in the precision.
+    """
     if model.preprocess and (len(model.inputs) != 1 or model.preprocess.shape != model.inputs[0].shape):
         raise RedppError(
             f"--preprocess gives images of shape {model.preprocess.shape}",
             f"the network's input shape {[i.shape for i in model.inputs]}",
             "correct mode, height and width",
         )
-
-
-def _check_precision(graph: Graph, precision: str) -> None:
-    """Refuse a network that does not run in 16 bits before hours of pruning, not after."""
+    precision = model.serving.precision
     if precision in ("fp16", "bf16"):
         cpu = torch.device("cpu")
         layer_inputs(serving_graph(graph, cpu, precision), cpu, precision)
 
 
-def _build(model: _Model, variant: Variant, graph: Graph) -> _Version:
+def _build(model: Model, variant: Variant, graph: Graph) -> _Version:
     description = {
         "name": model.name,
         "variant": variant.name,
@@ -199,14 +231,14 @@ def _build(model: _Model, variant: Variant, graph: Graph) -> _Version:
 
 
 def _report(
-    captured: Captured, model: _Model, options: Options, pruned: Pruned, versions: Sequence[_Version]
+    captured: Captured, model: Model, options: Mapping[str, Any], pruned: Pruned, versions: Sequence[_Version]
 ) -> Report:
     report: dict[str, Any] = {
         "tool": {"name": "redpp-serve", "version": __version__},
         "name": model.name,
         "source": captured.source,
         "messages": captured.messages,
-        "options": {**options.to_json(), **asdict(model.serving)},
+        "options": dict(options),
         "environment": describe_machine(),
         **pruned.to_json(),
     }
@@ -217,14 +249,11 @@ def _report(
         for variant, accuracy in zip(VARIANTS, pruned.accuracy, strict=True):
             report[variant.name]["accuracy"] = accuracy
         report["accuracy_of"] = "verification data"  # a comparison's, on what was sent, does not replace it
-    found = Report.from_json(report)
-    if found.verify:
-        found.messages += doubts(found.verify)
-    return found
+    return Report.from_json(report)
 
 
 def _files(
-    model: _Model, versions: Sequence[_Version], samples: Sequence[torch.Tensor], config: Mapping[str, Any]
+    model: Model, versions: Sequence[_Version], samples: Sequence[torch.Tensor], config: Mapping[str, Any]
 ) -> dict[str, bytes]:
     """Return path -> content of everything in a package but its report."""
     first = [as_array(x[0]) for x in samples]
@@ -247,16 +276,12 @@ def _files(
     }
 
 
-def _sample(model: _Model, samples: Sequence[torch.Tensor]) -> bytes:
+def _sample(model: Model, samples: Sequence[torch.Tensor]) -> bytes:
     return request_body({spec.name: as_array(x[0]) for spec, x in zip(model.inputs, samples, strict=True)})
 
 
 def _trials(
-    folder: Path,
-    model: _Model,
-    versions: Sequence[_Version],
-    samples: Sequence[torch.Tensor],
-    config: Mapping[str, Any],
+    folder: Path, model: Model, versions: Sequence[_Version], samples: Sequence[torch.Tensor], config: Mapping[str, Any]
 ) -> list[Trial]:
     request, precision = _sample(model, samples), model.serving.precision
     archives, models = [], []
@@ -269,7 +294,7 @@ def _trials(
     return [*archives, *models]
 
 
-def _triton_config(model: _Model, versions: Sequence[_Version], samples: Sequence[torch.Tensor]) -> dict[str, Any]:
+def _triton_config(model: Model, versions: Sequence[_Version], samples: Sequence[torch.Tensor]) -> dict[str, Any]:
     specs = {
         version.variant.name: [
             InputSpec("", tuple(y.shape), str(y.dtype).removeprefix("torch.")) for y in _outputs(version.graph, samples)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
+from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import InputSpec
 
 INPUTS = "inputs.npz"  # the file of a package that holds some inputs, each with a batch dimension
@@ -27,6 +30,44 @@ def request_body(inputs: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
     else:
         np.savez(stream, **inputs)  # type: ignore[arg-type]
     return stream.getvalue()
+
+
+def read_arrays(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the inputs that a package keeps, (n, ...) by name.
+
+    Raises:
+        RedppError: they are missing or damaged.
+    """
+    path = folder / INPUTS
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        if not arrays or any(x.ndim == 0 for x in arrays.values()):
+            raise ValueError("no arrays with a batch dimension")
+    except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile) as error:
+        raise RedppError(
+            f"{path} cannot be read: {error}",
+            "the synthetic inputs that redpp-serve package keeps there",
+            "package the model again, or give a command that takes --inputs others",
+        ) from error
+    return arrays
+
+
+def read_samples(folder: Path, inputs: Sequence[InputSpec]) -> tuple[torch.Tensor, ...]:
+    """Return the inputs that a package keeps, (n, ...) for each network input.
+
+    Raises:
+        RedppError: they are missing, damaged, or do not fit the network.
+    """
+    arrays = read_arrays(folder)
+    shapes = {name: x.shape[1:] for name, x in arrays.items()}
+    if shapes != {spec.name: spec.shape for spec in inputs} or len({len(x) for x in arrays.values()}) != 1:
+        raise RedppError(
+            f"{folder / INPUTS} holds inputs of shapes {shapes}",
+            f"those of the network, { ({spec.name: spec.shape for spec in inputs}) }",
+            "package the model again",
+        )
+    return tuple(torch.from_numpy(arrays[spec.name]).to(getattr(torch, spec.dtype)) for spec in inputs)
 
 
 def as_array(x: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -134,6 +134,18 @@ class Channels:
     coupling: Coupling
     sets: Mapping[str, str]
     closed: Mapping[str, str]
+
+    @classmethod
+    def of(cls, coupling: Coupling) -> Channels:
+        """Describe coupled channels by the layers that produce them."""
+        return cls(coupling, {layer: s.name for s in coupling.open for layer in s.producers}, coupling.closed_layers)
+
+    def widths(self, kept: Mapping[str, Sized] | None = None) -> dict[str, Reconstruction]:
+        """Return for each open set the channels that are ``kept`` in it, by default all, without an error."""
+        return {
+            s.name: Reconstruction(s.name, s.channels, len((kept or {}).get(s.name, range(s.channels))), 0.0)
+            for s in self.coupling.open
+        }
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from redpp_serve.pruning.distillation import Lesson, schedule
 from redpp_serve.pruning.distillation import distil as train
 from redpp_serve.pruning.effort import spent
 from redpp_serve.pruning.final_codebooks import METHOD, hash_within
-from redpp_serve.pruning.fit import Reconstruction
 from redpp_serve.pruning.hashing import Hashed, hash_weight, retuned
 from redpp_serve.pruning.inputs import Prepared, prepare, smooth_noise
 from redpp_serve.pruning.judge import Reference
@@ -89,12 +88,8 @@ def merge_duplicates(job: Job, state: State) -> tuple[State, Channels]:
             stage.reason = "no open channel set"
         elif not merged.removed:
             stage.reason = f"no two of the channels in {sets} channel sets are equal"
-        widths = {
-            s.name: Reconstruction(s.name, s.channels, len(merged.kept.get(s.name, range(s.channels))), 0.0)
-            for s in coupling.open
-        }
-        producers = {layer: s.name for s in coupling.open for layer in s.producers}
-        channels = Channels(coupling, producers, coupling.closed_layers)
+        channels = Channels.of(coupling)
+        widths = channels.widths(merged.kept)
         if merged.removed:
             checks["merge_exact"] = error = exact_error(precise.graph, merged.graph, graph, options.seed)
             require_exact("exact merging", error)
@@ -138,6 +133,22 @@ def make_inputs(job: Job) -> Inputs:
         reference = Reference(job.original, found.families)
         reference.require_finite("synthetic inputs")
     return Inputs(found.fit, reference, found.note, found.kind_known)
+
+
+def make_judging_inputs(job: Job) -> Inputs:
+    """Make the families of inputs that a run of pruning would be judged by; the user's own inputs judge as well."""
+    with job.stages.run("inputs") as stage:
+        budget = job.synthesis_budget()
+        few = replace(budget, images=budget.batch, matched=0)  # to fit to, which nothing is
+        own = job.sources.inputs
+        sources = replace(job.sources, inputs=())
+        found = prepare(job.original, sources, few, seed=job.options.seed, device=job.options.device)
+        families = {"real": own, **found.families} if own else found.families
+        note = f"judged by {', '.join(families)}"
+        reference = Reference(job.original, families)
+        stage.reason = f"{reference.images} inputs, {note}"
+        reference.require_finite("synthetic inputs")
+    return Inputs(found.fit, reference, note, found.kind_known)
 
 
 def measure_exact_stages(job: Job, inputs: Inputs, hashed: State, merged: State) -> State:

@@ -202,13 +202,22 @@ def load_verify_data(path: Path, graph: Graph, normalise: tuple[Sequence[float],
     return VerifyData((x.to(getattr(torch, spec.dtype)),), torch.from_numpy(labels.astype(np.int64)))
 
 
-def check_gate(options: Options, difference: Difference, accuracy: tuple[float, float] | None) -> None:
-    """Compare the measured numbers with the user's limits, or with the floor that holds without any.
+def check_gate(
+    options: Options, difference: Difference, accuracy: tuple[float, float] | None, floors: bool = True
+) -> None:
+    """Compare the measured numbers with the user's limits.
+
+    Args:
+        options: hold the limits.
+        difference: between the networks' outputs.
+        accuracy: of both networks, where there is data.
+        floors: whether a floor holds where the user has set no limit.
 
     Raises:
         GateFailed: naming the first number that missed its limit.
     """
-    limit, least = options.floor_error, options.floor_agreement
+    limit = options.floor_error if floors else options.max_error
+    least = options.floor_agreement if floors else options.min_agreement or 0.0
     if limit is not None and not difference.error <= limit:
         raise GateFailed(
             f"the relative output error is {difference.error:.4f} on the worst family of inputs",
