@@ -18,8 +18,10 @@ from typing import Any, NoReturn
 from redpp_serve import __version__, commands
 from redpp_serve.errors import RedppError
 from redpp_serve.options import (
+    EXPORTS,
     POSITIVE,
     SERVERS,
+    Checked,
     ComparisonOptions,
     Limits,
     ObserveOptions,
@@ -33,6 +35,7 @@ from redpp_serve.options import (
     whole,
 )
 from redpp_serve.signals import exit_of_a_command, stopped_by_signal
+from redpp_serve.variants import NAMES
 
 EXIT_CODES = (
     "exit codes: 0 done; 1 a server does not answer; 2 bad input; 3 a number missed its limit or target; 130 Ctrl-C"
@@ -93,6 +96,28 @@ class PackageOptions:
         takes=Path,
     )
     dry_run: bool = option(False, "do everything but write")
+
+
+@dataclass(frozen=True)
+class ExportOptions(Checked):
+    """What `export` writes, and where."""
+
+    to: str = option(
+        "onnx",
+        "pt2: torch.export with a dynamic batch; module: a Python module that needs torch alone, with its weights; "
+        "triton-*: a model repository of both versions for a back end of Triton's own (default: {default})",
+        takes=EXPORTS,
+    )
+    version: str | None = option(None, "version to export (default: pruned)", takes=NAMES)
+    precision: str | None = option(
+        None, "precision to compute in: fp32, or for pt2 and module bf16 (default: fp32)", takes=("fp32", "bf16")
+    )
+    out: Path | None = option(
+        None,
+        "file, or for triton-* new folder (default: NAME_VERSION with the format's ending, or NAME_triton_BACKEND)",
+        metavar="PATH",
+        takes=Path,
+    )
 
 
 @dataclass(frozen=True)
@@ -223,6 +248,16 @@ COMMANDS = {
             "package tuned.pt --like dist/model --out dist/tuned",
         ),
         "file",
+    ),
+    "export": Command(
+        commands.export,
+        "write a packaged network for another program, checked against the network before it is in place",
+        (ExportOptions,),
+        (
+            "export dist/model --to onnx",
+            "export dist/model --to pt2 --version original --out original.pt2",
+            "export dist/model --to triton-onnxruntime --out repository",
+        ),
     ),
     "plan": Command(
         commands.plan,

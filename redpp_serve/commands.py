@@ -144,6 +144,25 @@ def _written(out: Path, dry_run: bool) -> str:
     )
 
 
+def export(options: argparse.Namespace) -> None:
+    """Write a packaged network for another program."""
+    from redpp_serve.exporting.formats import FORMATS
+    from redpp_serve.exporting.formats import export as write_file
+    from redpp_serve.exporting.triton import export_repository
+
+    if options.to in FORMATS:
+        version, precision = options.version or "pruned", options.precision or "fp32"
+        files = write_file(options.folder, options.to, options.out, version=version, precision=precision)
+        _say(f"wrote {', '.join(map(str, files))}: the {version} version, checked on the package's inputs")
+        return
+    if alone := [f"--{word}" for word in ("version", "precision") if getattr(options, word) is not None]:
+        raise RedppError(f"{alone[0]} beside --to {options.to}", "both versions, in fp32", f"leave out {alone[0]}")
+    out, warnings = export_repository(options.folder, options.to, options.out)
+    for warning in warnings:
+        _note(f"note: {warning}")
+    _say(f"wrote {out}: a model repository with versions 1 (original) and 2 (pruned)")
+
+
 def plan(options: argparse.Namespace) -> None:
     """Time the kernels of both versions, print the choice, and add it to the package's report."""
     from redpp_serve.planning import plan as choose_kernels

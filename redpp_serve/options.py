@@ -20,6 +20,7 @@ NO_HASH = "none"  # leave the weights as they are
 RED = "red++"
 METHODS = ("narrow", RED)
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+EXPORTS = ("onnx", "openvino", "pt2", "module", "triton-onnxruntime", "triton-openvino")
 SERVERS = ("torchserve", "triton")
 DEFAULT_MAX_ERROR = 0.1
 FLOOR_ERROR = 0.5  # what is farther from the original is not packaged unless the user says so

@@ -54,13 +54,17 @@ def build_repository(
     """
     check_name(name)
     files = {f"{name}/{CONFIG}": to_text(config).encode()}
-    for index, array in enumerate(sample):
-        files[f"{name}/warmup/{_warmup_file(index)}"] = array.tobytes()
+    files |= {f"{name}/{path}": content for path, content in warmup_files(sample).items()}
     model = render("model.py", artifact=ARTIFACT).encode()
     for variant in VARIANTS:
         own = {"model.py": model, ARTIFACT: artifacts[variant.name], **serving_sources()}
         files.update({f"{name}/{variant.triton_version}/{path}": content for path, content in own.items()})
     return files
+
+
+def warmup_files(sample: Sequence[np.ndarray[Any, Any]]) -> dict[str, bytes]:
+    """Return path below the model's folder -> bytes of one input without batch for each of the network's."""
+    return {f"warmup/{_warmup_file(index)}": array.tobytes() for index, array in enumerate(sample)}
 
 
 def triton_config(
