@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref, map_refs, once_per_graph
 
 
@@ -59,6 +60,28 @@ def test_changes_return_another_graph() -> None:
     assert after.tensors["w"].sum() == 0 and before.tensors["w"].sum() == 4
     assert after.node("a").op == "aten.sub.Tensor" and before.node("a").op == "aten.add.Tensor"
     assert [n.name for n in after.nodes] == [n.name for n in before.nodes]
+
+
+@pytest.mark.parametrize(
+    ("names", "inputs", "nodes"),
+    [
+        ({"x": "image"}, ["image", "ids"], ["a", "unused", "y"]),
+        ({"x": "a"}, ["a", "ids"], ["a_0", "unused", "y"]),
+        ({"x": "ids", "ids": "x"}, ["ids", "x"], ["a", "unused", "y"]),
+        ({"y": "output_0", "x": "w"}, ["w", "ids"], ["a", "unused", "output_0"]),
+        ({}, ["x", "ids"], ["a", "unused", "y"]),
+    ],
+)
+def test_renamed_values_are_read_by_their_new_names(names: dict[str, str], inputs: list[str], nodes: list[str]) -> None:
+    before = replace(graph(), buffers=frozenset({"w"}))
+    after = before.renamed(names)
+    assert [spec.name for spec in after.inputs] == inputs and [node.name for node in after.nodes] == nodes
+    every = [*inputs, *after.tensors, *nodes]
+    assert len(set(every)) == len(every) and {ref for node in after.nodes for ref in node.refs()} <= set(every)
+    x = torch.arange(8.0).view(2, 4)
+    ids = torch.zeros(2, 2, dtype=torch.int64)
+    assert torch.equal(Program(after)(x, ids)[0], Program(before)(x, ids)[0])
+    assert after.buffers is not None and after.buffers <= after.tensors.keys() and len(after.buffers) == 1
 
 
 def test_precision_changes_floating_point_alone() -> None:
