@@ -15,9 +15,10 @@ from torch import Tensor
 
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import load
-from redpp_serve.graph.passes import check_precision
+from redpp_serve.graph.passes import check_served
 from redpp_serve.handlers.metrics import Metrics
 from redpp_serve.handlers.wire import OBSERVE_FILE_VARIABLE, OBSERVE_VARIABLE
+from redpp_serve.runtime.engine_choice import AUTO, check_engine
 from redpp_serve.runtime.model import ServingModel
 from redpp_serve.runtime.observer import Observer
 from redpp_serve.runtime.planner import PLAN_SECONDS
@@ -50,8 +51,10 @@ def set_threads(threads: Any, where: str) -> None:
     torch.set_num_threads(threads)
 
 
-def load_model(artifact: Path, device: str, *, batch: Any, precision: Any, where: str) -> ServingModel:
-    """Load an artifact, choose its kernels, and run every batch bucket once.
+def load_model(
+    artifact: Path, device: str, *, batch: Any, precision: Any, where: str, engine: Any = None
+) -> ServingModel:
+    """Load an artifact, choose its engine and kernels, and run every batch bucket once.
 
     Args:
         artifact: the file.
@@ -59,14 +62,18 @@ def load_model(artifact: Path, device: str, *, batch: Any, precision: Any, where
         batch: the largest batch that the server forms; None for 1.
         precision: what a configuration says; None for fp32.
         where: the configuration's file, for errors.
+        engine: what a configuration says; None for the fastest.
 
     Raises:
-        RedppError: a damaged artifact, an unknown precision or one that the network does not run in, or a
+        RedppError: a damaged artifact, an unknown engine or precision, or one that the network does not run in, or a
             `PLAN_VARIABLE` that is not a number.
     """
-    precision = "fp32" if precision is None else precision
-    check_precision(precision, where)
-    model = ServingModel(artifact, device, precision=precision, batch=int(batch or 1), plan_seconds=_plan_seconds())
+    precision, engine = "fp32" if precision is None else precision, AUTO if engine is None else engine
+    check_served(precision, where)
+    check_engine(engine, where)
+    model = ServingModel(
+        artifact, device, precision=precision, batch=int(batch or 1), plan_seconds=_plan_seconds(), engine=engine
+    )
     model.warm_up()
     return model
 
@@ -115,7 +122,7 @@ def describe(metrics: Metrics, model: ServingModel) -> None:
     """Record the model's fixed figures and its plan."""
     info, plan = model.description["info"], model.plan
     metrics.describe(parameters=info["parameters"], macs=info["macs"], bytes=model.description["bytes"])
-    metrics.plan(plan.precision, plan.digest, {batch: plan.counts(batch) for batch in plan.batches})
+    metrics.plan(plan.engine, plan.precision, plan.digest, {batch: plan.counts(batch) for batch in plan.batches})
 
 
 def run_network(

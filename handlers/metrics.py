@@ -89,8 +89,8 @@ FAMILIES = {
         Family(
             "gauge",
             "redpp_plan_info",
-            "1 for the plan of kernels in use: its precision and a digest of its choices.",
-            ("device", "precision", "digest"),
+            "1 for the plan in use: its engine, its precision and a digest of its choices.",
+            ("device", "engine", "precision", "digest"),
         ),
         Family("gauge", "redpp_plan_layers", "Layers that a kernel runs in a batch bucket.", ("kernel", "batch")),
         Family("counter", "redpp_worker_cpu_seconds_total", "CPU time of the worker processes since they started."),
@@ -142,9 +142,9 @@ class Metrics:
         for name, value in info.items():
             self._open(f"redpp_model_{name}").set(value)
 
-    def plan(self, precision: str, digest: str, layers: Mapping[int, Mapping[str, int]]) -> None:
+    def plan(self, engine: str, precision: str, digest: str, layers: Mapping[int, Mapping[str, int]]) -> None:
         """Set which plan is in use, and how many ``layers`` each kernel runs, by batch bucket and kernel."""
-        self._open("redpp_plan_info", device=self._device, precision=precision, digest=digest).set(1)
+        self._open("redpp_plan_info", device=self._device, engine=engine, precision=precision, digest=digest).set(1)
         for batch, counts in layers.items():
             for kernel, count in counts.items():
                 self._open("redpp_plan_layers", kernel=kernel, batch=str(batch)).set(count)

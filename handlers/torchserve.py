@@ -70,7 +70,8 @@ class RedppHandler:
         """Load the artifact named in the archive's manifest, warm it up, and open the metrics.
 
         Raises:
-            RedppError: a damaged artifact, a preprocessing that does not fit it, or wrong ``threads`` or ``precision``.
+            RedppError: a damaged artifact, a preprocessing that does not fit it, or wrong
+                ``threads``, ``precision`` or ``engine``.
         """
         # Bodies are parsed here. The server's own attempt would log a traceback for each bad one.
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
@@ -85,6 +86,7 @@ class RedppHandler:
             device,
             batch=properties.get("batch_size"),
             precision=config.get("precision"),
+            engine=config.get("engine"),
             where="model-config.yaml",
         )
         description = self.model.description

@@ -73,8 +73,8 @@ class RedppModel:
         """Load the artifact, choose its kernels, run every batch bucket, and open the metrics.
 
         Raises:
-            RedppError: a damaged artifact, or a configuration without batches or with wrong ``threads`` or
-                ``precision``.
+            RedppError: a damaged artifact, or a configuration without batches or with wrong ``threads``,
+                ``precision`` or ``engine``.
         """
         import triton_python_backend_utils as backend  # noqa: PLC0415  filled by Triton after this module is imported
 
@@ -87,11 +87,16 @@ class RedppModel:
                 f"correct {CONFIG}",
             )
         given = {name: value.get("string_value") for name, value in config.get("parameters", {}).items()}
-        threads, precision = given.get("threads"), given.get("precision")
+        threads = given.get("threads")
         set_threads(int(threads) if threads and threads.isdecimal() else threads, CONFIG)
         device = _device(args)
         self.model = load_model(
-            self.artifact, device, batch=config["max_batch_size"], precision=precision, where=CONFIG
+            self.artifact,
+            device,
+            batch=config["max_batch_size"],
+            precision=given.get("precision"),
+            engine=given.get("engine"),
+            where=CONFIG,
         )
         self._uncounted = sum(max(1, sample.get("count", 0)) for sample in config.get("model_warmup", []))
         description = self.model.description

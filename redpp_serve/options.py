@@ -19,7 +19,8 @@ HASHES = ("kde", "kmeans", "uniform")
 NO_HASH = "none"  # leave the weights as they are
 RED = "red++"
 METHODS = ("narrow", RED)
-PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16", "int8")
+ENGINES = ("auto", "redpp", "openvino", "onnxruntime")
 EXPORTS = ("onnx", "openvino", "pt2", "module", "triton-onnxruntime", "triton-openvino")
 SERVERS = ("torchserve", "triton")
 DEFAULT_MAX_ERROR = 0.1
@@ -276,7 +277,25 @@ class Serving(Checked):
         flag="--max-batch-delay",
     )
     threads: int = option(1, "torch threads of each worker (default: {default})", metavar="N", takes=whole(1, 1024))
-    precision: str = option("fp32", "precision that both versions compute in (default: {default})", takes=PRECISIONS)
+    precision: str = option(
+        "auto",
+        "precision that both versions compute in; auto: the original in fp32, the pruned one in the fastest whose "
+        "error stays within --precision-error (default: {default})",
+        takes=PRECISIONS,
+    )
+    precision_error: float = option(
+        0.1,
+        "limit of the output error that --precision auto may add, on inputs that nothing was fitted to "
+        "(default: {default:g})",
+        metavar="E",
+        takes=Range(0.0, 10.0),
+    )
+    engine: str = option(
+        "auto",
+        "engine that runs both versions: redpp is this project's own, auto the fastest that is installed where they "
+        "are served (default: {default})",
+        takes=ENGINES,
+    )
 
 
 @dataclass(frozen=True)
@@ -301,6 +320,7 @@ class PlanOptions(Checked):
 
     device: str | None = option(None, "cpu or cuda:N (default: a GPU where there is one)", metavar="DEVICE")
     precision: str | None = option(None, "precision to compute in (default: the package's)", takes=PRECISIONS)
+    engine: str | None = option(None, "engine to run in (default: the package's)", takes=ENGINES)
     batch_size: int | None = option(None, "largest batch (default: the package's)", metavar="N", takes=whole(1, 4096))
     threads: int | None = option(None, "torch threads (default: the package's)", metavar="N", takes=whole(1, 1024))
     time_budget: float = option(

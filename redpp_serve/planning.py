@@ -1,4 +1,4 @@
-"""`redpp-serve plan`: choose the kernels of both versions of a package on this machine."""
+"""`redpp-serve plan`: choose the engine and kernels of both versions of a package on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from redpp_serve.variants import VARIANTS
 
 
 def plan(folder: Path, options: PlanOptions = PlanOptions()) -> dict[str, Any]:
-    """Time the candidates for each layer of both versions, as a worker does at load, and keep the times for it.
+    """Time engines, and kernels for each layer, of both versions as a worker does at load, and keep the times for it.
 
     Args:
         folder: the folder that `package` wrote.
@@ -33,7 +33,7 @@ def plan(folder: Path, options: PlanOptions = PlanOptions()) -> dict[str, Any]:
         RedppError: the folder or the device cannot be used, or a network does not run in the precision.
     """
     where = str(parse_device(options.device))
-    serving: dict[str, Any] = {"threads": 1, "batch_size": 1, "precision": "fp32"} | _options(folder)
+    serving: dict[str, Any] = {"threads": 1, "batch_size": 1, "precision": "fp32", "engine": "auto"} | _options(folder)
     serving |= {name: value for name in serving if (value := getattr(options, name, None)) is not None}
     for name in ("threads", "batch_size"):
         if type(serving[name]) is not int or serving[name] < 1:
@@ -51,6 +51,7 @@ def plan(folder: Path, options: PlanOptions = PlanOptions()) -> dict[str, Any]:
             precision=serving["precision"],
             batch=serving["batch_size"],
             plan_seconds=options.time_budget,
+            engine=serving["engine"],
             everything=options.all,
         )
         found[variant.name] = model.plan.to_json()

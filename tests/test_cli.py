@@ -220,6 +220,7 @@ def test_package_prints_results_to_stdout_and_stages_to_stderr(
         "codebooks",
         "split",
         "verify",
+        "precision",
         "package",
         "frontier",
         "try",

@@ -44,13 +44,15 @@ def test_a_package_is_planned_shown_and_kept(folder: Path, capsys: pytest.Captur
     assert shown.out.startswith("original\n") and "\npruned\n" in shown.out and "report.html" in shown.err
     report = json.loads((folder / "report.json").read_text())
     assert {**before, "plan": report["plan"]} == report
-    assert ">Kernels</h2>" in (folder / "report.html").read_text()
+    assert ">Engines and kernels</h2>" in (folder / "report.html").read_text()
     plans = {arm: Plan.from_json(report["plan"][arm]) for arm in NAMES}
-    assert plans["pruned"].batches == (1, 2, 4) and plans["pruned"].precision == "fp32"  # what the package serves
-    assert any(choice.times for choice in plans["original"].choices)
+    assert plans["pruned"].batches == (1, 2, 4) and plans["original"].precision == "fp32"  # what the package serves
+    assert all(choice.times for choice in plans["original"].engines)
     run("plan", folder, "--time-budget", "5", "--device", "cpu", "--all", "--json")
     again = json.loads(capsys.readouterr().out)
-    assert "measured" not in {choice["source"] for arm in NAMES for choice in again[arm]["choices"]}
+    assert "measured" not in {
+        choice["source"] for arm in NAMES for choice in again[arm]["choices"] + again[arm]["engines"]
+    }
     assert {arm: again[arm]["digest"] for arm in again} == {arm: plans[arm].digest for arm in plans}
 
 

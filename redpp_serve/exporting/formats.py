@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from redpp_serve.capture.sniff import first_line
+from redpp_serve.engines.sessions import OnnxRuntimeSession, import_openvino
 from redpp_serve.errors import RedppError
 from redpp_serve.exporting.module import find_variant, graph_module
 from redpp_serve.exporting.python_source import python_source
@@ -215,20 +215,12 @@ def _write_onnx(graph: Graph, path: Path, title: str) -> None:
 
 
 def _open_onnx(path: Path) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
-    import onnxruntime  # noqa: PLC0415 - optional
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-
-    def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        found = session.run(None, dict(zip(names, map(as_array, inputs), strict=True)))
-        return [torch.from_numpy(y) for y in found]
-
-    return run
+    session = OnnxRuntimeSession(path.read_bytes(), "fp32", 1)
+    return lambda inputs: [torch.from_numpy(y) for y in session([as_array(x) for x in inputs])]
 
 
 def _write_openvino(graph: Graph, path: Path, title: str) -> None:
-    openvino = _openvino()
+    openvino = import_openvino()
     model = openvino.Core().read_model(onnx_bytes(graph), b"")
     for value in model.inputs:
         value.get_node().set_layout(openvino.Layout("N..."))
@@ -237,20 +229,13 @@ def _write_openvino(graph: Graph, path: Path, title: str) -> None:
 
 def _open_openvino(path: Path) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": False}
-    compiled = _openvino().Core().compile_model(str(path), "CPU", settings)
+    compiled = import_openvino().Core().compile_model(str(path), "CPU", settings)
 
     def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         found = compiled([as_array(x) for x in inputs])
         return [torch.from_numpy(found[k].copy()) for k in range(len(found))]
 
     return run
-
-
-def _openvino() -> Any:
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # else the import starts a process
-    import openvino  # noqa: PLC0415 - optional
-
-    return openvino
 
 
 FORMATS = {

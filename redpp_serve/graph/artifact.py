@@ -1,7 +1,8 @@
 """The artifact: one deterministic zip of a graph, its weights and a manifest. Loading it runs no code from it.
 
 ``manifest.json`` holds the format, a description and the SHA-256 of the rest; ``graph.json`` operator calls over the
-allow-list of `operators`; ``weights.safetensors`` the tensors. Entries are stored uncompressed with a fixed time
+allow-list of `operators`; ``weights.safetensors`` the tensors; ``samples.safetensors``, where it is there, a few
+synthetic inputs on which engines are checked. Entries are stored uncompressed with a fixed time
 stamp, so equal content gives equal bytes. A weight with few distinct values is stored as its codebook and packed
 indices.
 """
@@ -13,6 +14,7 @@ import io
 import json
 import math
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from redpp_serve.graph.weights import decode, encode
 
 FORMAT = 1
 ENTRIES = ("manifest.json", "graph.json", "weights.safetensors")
+SAMPLES = "samples.safetensors"  # an entry that may be missing
 _MEMORY_FORMATS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
 
 
@@ -47,14 +50,21 @@ class Artifact:
 
 @dataclass(frozen=True)
 class LoadedArtifact:
-    """A graph and its description as `load` finds them in an artifact."""
+    """What `load` finds in an artifact.
+
+    Attributes:
+        graph: the network.
+        description: the manifest's description of the graph.
+        samples: a few inputs (images, ...), one tensor for each network input; empty where the artifact has none.
+    """
 
     graph: Graph
     description: dict[str, Any]
+    samples: tuple[Tensor, ...] = ()
 
 
-def build(graph: Graph, description: dict[str, Any]) -> Artifact:
-    """Pack a graph and a description, which must be JSON, into an artifact."""
+def build(graph: Graph, description: dict[str, Any], samples: Sequence[Tensor] = ()) -> Artifact:
+    """Pack a graph, a description, which must be JSON, and a few inputs (images, ...) into an artifact."""
     from safetensors.torch import save  # noqa: PLC0415 - absent where archives are only loaded
 
     stored: dict[str, Tensor] = {}
@@ -72,13 +82,16 @@ def build(graph: Graph, description: dict[str, Any]) -> Artifact:
         document["buffers"] = sorted(graph.buffers & graph.tensors.keys())
     graph_bytes = _dump(document)
     description = {**description, "bytes": sum(t.numel() * t.element_size() for t in stored.values())}
+    parts = {"graph.json": graph_bytes, "weights.safetensors": weights}
+    if samples:
+        named = {spec.name: x.detach().cpu().contiguous() for spec, x in zip(graph.inputs, samples, strict=True)}
+        parts[SAMPLES] = save(named)
     manifest = {
         "format": FORMAT,
         "description": description,
-        "sha256": {"graph.json": _digest(graph_bytes), "weights.safetensors": _digest(weights)},
+        "sha256": {name: _digest(content) for name, content in parts.items()},
     }
-    entries = dict(zip(ENTRIES, (_dump(manifest), graph_bytes, weights), strict=True))
-    return Artifact(deterministic_zip(entries), description)
+    return Artifact(deterministic_zip({"manifest.json": _dump(manifest), **parts}), description)
 
 
 def calls_document(graph: Graph) -> dict[str, Any]:
@@ -109,19 +122,21 @@ def load(source: Path | bytes) -> LoadedArtifact:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             infos = archive.infolist()
-            if sorted(i.filename for i in infos) != sorted(ENTRIES):
+            names = sorted(i.filename for i in infos)
+            if names not in (sorted(ENTRIES), sorted((*ENTRIES, SAMPLES))):
                 raise ValueError(f"entries {[i.filename for i in infos][:6]}")
             if any(i.compress_type != zipfile.ZIP_STORED for i in infos):
                 raise ValueError("compressed entries")
-            manifest_bytes, graph_bytes, weights = (archive.read(name) for name in ENTRIES)
+            manifest_bytes, *contents = (archive.read(name) for name in (*ENTRIES, SAMPLES) if name in names)
         manifest = json.loads(manifest_bytes)
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
-        for name, content in (("graph.json", graph_bytes), ("weights.safetensors", weights)):
+        for name, content in zip((*ENTRIES[1:], SAMPLES), contents, strict=False):
             if manifest["sha256"][name] != _digest(content):
                 raise ValueError(f"{name} does not match its SHA-256")
+        graph_bytes, weights, *samples = contents
         graph = _parse(json.loads(graph_bytes), read_safetensors(weights))
-        return LoadedArtifact(graph, {**manifest["description"]})
+        return LoadedArtifact(graph, {**manifest["description"]}, _samples(graph, samples))
     except RedppError:
         raise
     except Exception as error:  # damaged or hostile bytes: the parsers' exceptions have no common class
@@ -131,6 +146,18 @@ def load(source: Path | bytes) -> LoadedArtifact:
             "an unchanged model.redpp written by redpp-serve",
             "package the model again, or fetch the file again if it was copied",
         ) from error
+
+
+def _samples(graph: Graph, contents: Sequence[bytes]) -> tuple[Tensor, ...]:
+    """Return the stored inputs, as the network declares them and as many of each."""
+    if not contents:
+        return ()
+    stored = read_safetensors(contents[0])
+    found = tuple(stored[spec.name] for spec in graph.inputs)
+    shapes = [(x.shape[1:], x.dtype) for x in found]
+    if shapes != [(spec.shape, _dtype(spec.dtype)) for spec in graph.inputs] or len({len(x) for x in found}) != 1:
+        raise ValueError("samples that are no inputs of the network")
+    return found
 
 
 def _parse(document: dict[str, Any], stored: dict[str, Tensor]) -> Graph:

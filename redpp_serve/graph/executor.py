@@ -83,13 +83,15 @@ class Program(nn.Module):
                 values[index] = None
         return tuple(values[index] for index in self._returns)
 
-    def types(self, *inputs: Tensor) -> dict[str, TensorType]:
-        """Run the graph and return shape and dtype of every tensor that a call makes, by the value's name."""
-        types: dict[int, TensorType] = {}
+    def types(self, *inputs: Tensor) -> dict[str, TensorType | int]:
+        """Run the graph; return shape and dtype of every tensor that a call makes, and every size, by name."""
+        types: dict[int, TensorType | int] = {}
         self._step_by_step(inputs, types)
         return {self._names[out]: found for out, found in types.items()}
 
-    def _step_by_step(self, inputs: Sequence[Tensor], types: dict[int, TensorType] | None = None) -> tuple[Tensor, ...]:
+    def _step_by_step(
+        self, inputs: Sequence[Tensor], types: dict[int, TensorType | int] | None = None
+    ) -> tuple[Tensor, ...]:
         """Do what `forward` does, in Python that torch.compile can trace; note the results' types in ``types``."""
         values = self._values()
         values[: len(inputs)] = inputs
@@ -98,6 +100,8 @@ class Program(nn.Module):
             values[out] = fn(*[_fill(a, values) for a in args], **{k: _fill(v, values) for k, v in kwargs.items()})
             if types is not None and isinstance(values[out], Tensor):
                 types[out] = tuple(values[out].shape), values[out].dtype
+            elif types is not None and isinstance(values[out], int):
+                types[out] = values[out]
             for index in dead:
                 values[index] = None
         return tuple(values[index] for index in self._returns)
@@ -139,11 +143,16 @@ def value_shapes(graph: Graph, device: str = "meta", batch: int = 1) -> dict[str
 
 def value_types(graph: Graph, device: str = "meta", batch: int = 1) -> dict[str, TensorType]:
     """Find shape and dtype of every tensor-valued node, see `value_shapes`."""
-    return dict(_value_types(graph, device, batch))
+    return {name: found for name, found in _values(graph, device, batch).items() if not isinstance(found, int)}
+
+
+def value_sizes(graph: Graph, device: str = "meta", batch: int = 1) -> dict[str, int]:
+    """Find the number that each node with a whole number gives, such as a size of an input, see `value_shapes`."""
+    return {name: found for name, found in _values(graph, device, batch).items() if isinstance(found, int)}
 
 
 @once_per_graph
-def _value_types(graph: Graph, device: str, batch: int) -> dict[str, TensorType]:
+def _values(graph: Graph, device: str, batch: int) -> dict[str, TensorType | int]:
     read = {name for node in graph.nodes for name in node.refs()}
     program = Program(graph, wanted=[node.name for node in graph.nodes if node.name not in read]).to(device)
     inputs = (torch.zeros(batch, *i.shape, dtype=getattr(torch, i.dtype), device=device) for i in graph.inputs)

@@ -7,7 +7,7 @@ writes a file, a device setting, a random state or uninitialized memory. None ch
 Loading replaces layers by ``fused.conv2d`` and ``fused.linear``, which say in plain PyTorch what a layer with its
 epilogue computes. The others in `_COMPOSED` and `_LIBRARY` compute it with a kernel for some device;
 `runtime.candidates` knows where each may be used. Those in `_COMPOSED` take the summand ``other``, or None, as their
-second argument and the name of an activation as their last one.
+second argument and the name of an activation as their last one. `quantization` puts in those of `_INT8`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from redpp_serve.errors import RedppError
 from redpp_serve.kernels.epilogue import ACTIVATIONS
 
 FUSED_CONV2D, FUSED_LINEAR = "fused.conv2d", "fused.linear"
+INT8_VALUES, INT8_WEIGHT = "int8.values", "int8.weight"
 
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
@@ -76,6 +77,16 @@ def _codebook_linear(x: Tensor, indices: Tensor, codebook: Tensor, bias: Tensor 
     return cast(Tensor, torch.ops.redpp.codebook_linear(x, indices, codebook, bias, "none", decode))
 
 
+def _int8_values(x: Tensor, scale: float, zero: int) -> Tensor:
+    """Round x to 256 levels, ``scale`` apart, of which number ``zero`` stands for 0."""
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
+
+
+def _int8_weight(levels: Tensor, scale: Tensor) -> Tensor:
+    """Return the float weight (n_out, ...) of int8 levels and a scale (n_out,) for each output channel."""
+    return levels * scale.view(-1, *[1] * (levels.dim() - 1))
+
+
 _COMPOSED: dict[str, Callable[..., Tensor]] = {
     FUSED_CONV2D: _then(F.conv2d),
     FUSED_LINEAR: _then(F.linear),
@@ -85,6 +96,7 @@ _COMPOSED: dict[str, Callable[..., Tensor]] = {
     "redpp.split_conv2d_then": _then(torch.ops.redpp.split_conv2d),
     "redpp.split_linear_then": _then(torch.ops.redpp.split_linear),
 }
+_INT8: dict[str, Callable[..., Tensor]] = {INT8_VALUES: _int8_values, INT8_WEIGHT: _int8_weight}
 _LIBRARY = {  # called as they are; not every build of torch has them
     "onednn.conv2d": "mkldnn._convolution_pointwise.default",
     "onednn.conv2d_add": "mkldnn._convolution_pointwise.binary",
@@ -142,8 +154,8 @@ def resolve(op: str) -> Callable[..., Any]:
         KeyError: the name is neither on the allow-list nor one that loading uses.
         RedppError: this release of torch lacks the operator.
     """
-    if op in _COMPOSED:
-        return _COMPOSED[op]
+    if op in _COMPOSED or op in _INT8:
+        return (_COMPOSED | _INT8)[op]
     if op not in ALLOWED and op not in _LIBRARY:
         raise KeyError(op)
     family, *names = _LIBRARY.get(op, op).split(".")

@@ -22,7 +22,8 @@ from redpp_serve.graph.layers import CONV, LINEAR
 from redpp_serve.graph.operators import FUSED_CONV2D, FUSED_LINEAR, resolve
 
 BATCH_NORM = "aten.batch_norm.default"
-PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16")  # that torch computes in
+SERVED = ("auto", *PRECISIONS, "int8")  # that a server may be told
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _CAST = (torch.float32, torch.float16, torch.bfloat16)
@@ -170,7 +171,7 @@ def _other_summand(node: Node | None, name: str) -> str | None:
     return next((a.name for a in node.args if a.name != name), None)
 
 
-def check_precision(precision: Any, where: str = "--precision") -> None:
+def check_served(precision: Any, where: str = "--precision") -> None:
     """Refuse a name that is no precision.
 
     Args:
@@ -178,11 +179,11 @@ def check_precision(precision: Any, where: str = "--precision") -> None:
         where: the file or flag that says so.
 
     Raises:
-        RedppError: it is none of `PRECISIONS`.
+        RedppError: it is none of `SERVED`.
     """
-    if precision not in PRECISIONS:
+    if precision not in SERVED:
         raise RedppError(
-            f"precision is {str(precision)[:40]!r} in {where}", f"one of {', '.join(PRECISIONS)}", f"correct {where}"
+            f"precision is {str(precision)[:40]!r} in {where}", f"one of {', '.join(SERVED)}", f"correct {where}"
         )
 
 

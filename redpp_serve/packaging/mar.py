@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # Python 3.10 has it elsewhere
 ARTIFACT, CONFIG = "model.redpp", "model-config.yaml"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")
 _MODULES = ("__init__.py", "errors.py", "files.py", "variants.py")
-_PACKAGES = ("graph", "runtime", "handlers", "kernels")
+_PACKAGES = ("graph", "engines", "runtime", "handlers", "kernels")
 _SUFFIXES = (".py", ".json")  # the code, and the times of known devices that the planner starts from
 
 

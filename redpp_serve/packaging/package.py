@@ -42,16 +42,18 @@ from redpp_serve.pruning.choose import known_widths
 from redpp_serve.pruning.families import Scale
 from redpp_serve.pruning.inputs import Sources
 from redpp_serve.pruning.pipeline import Pruned, prune
+from redpp_serve.pruning.precisions import Precisions, measure_precisions
 from redpp_serve.pruning.real_inputs import load_inputs
 from redpp_serve.pruning.records import Verification
 from redpp_serve.pruning.verification import load_verify_data
-from redpp_serve.report.data import Report, Verify
+from redpp_serve.report.data import PrecisionError, Report, Verify
 from redpp_serve.report.folder import write_report
 from redpp_serve.runtime.moments_file import load_moments
 from redpp_serve.runtime.serving_graph import layer_inputs, serving_graph
 from redpp_serve.stages import Stages
 from redpp_serve.variants import ORIGINAL, PRUNED, VARIANTS, Variant
 
+_CHECKED, _CHECKED_BYTES = 4, 4 << 20  # inputs in an artifact
 _FAR, _ALIKE = 0.5, 0.9  # relative output error, and agreement of classes, that nobody should deploy without a look
 
 
@@ -160,10 +162,20 @@ def write_package(
         stages: collects (and prints) the steps.
         dry_run: do everything but the trial runs, and write nothing.
     """
+    with stages.run("precision") as stage:
+        precisions = _precisions(pruned)
+        stage.reason = "; ".join(f"{name}: {_in_words(found)}" for name, found in precisions.items())
     with stages.run("package") as stage:
-        versions = [_build(model, ORIGINAL, pruned.original), _build(model, PRUNED, pruned.pruned)]
+        versions = [
+            _build(model, variant, graph, pruned.samples, precisions[variant.name])
+            for variant, graph in ((ORIGINAL, pruned.original), (PRUNED, pruned.pruned))
+        ]
         stage.reason = ", ".join(f"{v.variant.archive} {len(v.archive) / 1e6:.2f} MB" for v in versions)
     report = _report(captured, model, options, pruned, versions)
+    report.precisions = {
+        version: {name: PrecisionError(**asdict(record)) for name, record in found.records.items()}
+        for version, found in precisions.items()
+    }
     if pruned.choice.points:
         with stages.run("frontier") as stage:
             frontier = pruned.frontier(options["device"], report.environment.device or "")
@@ -217,15 +229,40 @@ def check_model(model: Model, graph: Graph) -> None:
         layer_inputs(serving_graph(graph, cpu, precision), cpu, precision)
 
 
-def _build(model: Model, variant: Variant, graph: Graph) -> _Version:
+def _precisions(pruned: Pruned) -> dict[str, Precisions]:
+    inputs = pruned.inputs
+    return {
+        variant.name: measure_precisions(graph, inputs.fit, inputs.reference.families)
+        for variant, graph in ((ORIGINAL, pruned.original), (PRUNED, pruned.pruned))
+    }
+
+
+def _in_words(precisions: Precisions) -> str:
+    found = [
+        f"{name} error {record.error:.3f}" + (f" ({record.note})" if record.note else "")
+        for name, record in precisions.records.items()
+    ]
+    return ", ".join(found) or "fp32 alone"
+
+
+def _some(samples: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return as many inputs as an artifact carries for the check of engines: a few, and few megabytes."""
+    row = sum(x[0].numel() * x.element_size() for x in samples)
+    return [x[: max(1, min(_CHECKED, _CHECKED_BYTES // max(1, row)))] for x in samples]
+
+
+def _build(
+    model: Model, variant: Variant, graph: Graph, samples: Sequence[torch.Tensor], precisions: Precisions
+) -> _Version:
     description = {
         "name": model.name,
         "variant": variant.name,
         "version": variant.version,
         "preprocess": model.preprocess.to_json() if model.preprocess else None,
         "info": {"parameters": parameter_count(graph), "macs": mac_count(graph)},
+        "precision": precisions.description(model.serving.precision_error if variant is PRUNED else None),
     }
-    artifact = build(graph, description)
+    artifact = build(graph, description, _some(samples))
     archive = build_mar(artifact, name=model.name, model_config=model_config(model.serving))
     return _Version(variant, graph, artifact, archive)
 

@@ -28,7 +28,7 @@ def config_properties(ports: Ports = Ports(), *, workers: int = 1, token_minutes
 
 
 def model_config(serving: Serving) -> str:
-    """Return ``model-config.yaml`` of an archive: how the server batches, and each worker's threads and precision.
+    """Return ``model-config.yaml`` of an archive: batching, and each worker's threads, precision and engine.
 
     The number of workers is left to ``config.properties``: it belongs to the machine, and a number here would win.
     Workers that start together choose their kernels one after the other, hence the long start-up time.

@@ -76,12 +76,12 @@ def triton_config(
         name: the name of the model and of its folder.
         inputs: names, shapes without batch, torch dtypes. bfloat16 travels as float32, since NumPy has none.
         outputs: the same for the outputs.
-        serving: the largest batch, how long a request waits for others, threads and precision of each instance.
+        serving: the largest batch, how long a request waits for others, threads, precision and engine of each instance.
 
     Raises:
         RedppError: a dtype that Triton does not know.
     """
-    parameters = {"threads": serving.threads, "precision": serving.precision}
+    parameters = {"threads": serving.threads, "precision": serving.precision, "engine": serving.engine}
     return {
         "name": name,
         "backend": "python",

@@ -67,6 +67,7 @@ class Pruned:
         shares: the state of the network behind each stage.
         accuracy: of both networks on the user's data, where there is any.
         samples: some held-out inputs, (n, ...) for each network input.
+        inputs: all inputs that were fitted to and that judge.
         choice: the widths chosen, and the frontier around them.
         effort: how much work the run spent.
     """
@@ -80,6 +81,7 @@ class Pruned:
     shares: tuple[Share, ...]
     accuracy: tuple[float, float] | None
     samples: tuple[Tensor, ...]
+    inputs: Inputs
     choice: WidthChoice
     effort: Effort
 
@@ -250,6 +252,7 @@ def verify(job: Job, inputs: Inputs, channels: Channels, state: State, floors: b
         shares=state.shares,
         accuracy=accuracy,
         samples=tuple(x[:_SAMPLES].cpu() for x in inputs.reference.inputs),
+        inputs=inputs,
         choice=state.choice,
         effort=job.effort,
     )

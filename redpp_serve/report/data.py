@@ -405,14 +405,52 @@ class ChoiceRecord(Record):
 
 
 @dataclass(kw_only=True)
+class EngineRecord(Record):
+    """The engine and precision that run the whole network at one batch size.
+
+    Attributes:
+        source: where the choice comes from, such as ``measured`` or ``rule``.
+        times: seconds of each engine and precision that was timed.
+    """
+
+    batch: Any = None
+    engine: str | None = None
+    precision: str | None = None
+    source: str | None = None
+    times: dict[str, float | None]
+
+
+@dataclass(kw_only=True)
+class PrecisionError(Record):
+    """What a precision costs a network, relative to itself in fp32, on inputs that gave no ranges.
+
+    Attributes:
+        agreement: share of inputs with the same class.
+        known: whether the families of inputs agree on the error.
+        note: what the precision leaves wide.
+    """
+
+    error: float | None
+    agreement: float | None = None
+    known: bool | None = None
+    note: str | None = None
+
+
+@dataclass(kw_only=True)
 class PlanRecord(Record):
-    """The kernels that one version runs with, and the seconds that choosing them took."""
+    """The engines and kernels that one version runs with, and the seconds that choosing them took.
+
+    Attributes:
+        left_out: why engines, or engines in a precision, are not used.
+    """
 
     device: str | None = None
     precision: str | None = None
     batches: list[Any]
     seconds: float | None = None
     choices: list[ChoiceRecord]
+    engines: list[EngineRecord] | None = None
+    left_out: dict[str, str] | None = None
 
 
 @dataclass(kw_only=True)
@@ -426,7 +464,8 @@ class Report(Record):
         stages_share: what each stage changed.
         accuracy_of: what the accuracies were measured on, where `package` measured them.
         smoke: the trial runs.
-        plan: chosen kernels by version.
+        plan: chosen engines and kernels by version.
+        precisions: by version and name, what each precision costs.
         speedup: ratios by quantity.
         verdict: the comparison's, in words.
     """
@@ -449,6 +488,7 @@ class Report(Record):
     smoke: list[TrialRecord] | None = None
     stages: list[StageRecord] | None = None
     plan: dict[str, PlanRecord] | None = None
+    precisions: dict[str, dict[str, PrecisionError]] | None = None
     agreement: Agreement | None = None
     speedup: dict[str, Ratio | None] | None = None
     verdict: str | None = None

@@ -286,7 +286,8 @@ def _kernel_row(choice: ChoiceRecord, more: int) -> KernelRow:
 
 def kernel_summary(plan: PlanRecord) -> list[str]:
     """Return what no row says: layers of each kernel, their times in all, what was not timed, how the plan was made."""
-    lines = [_batch_line(batch, [c for c in plan.choices if c.batch == batch]) for batch in plan.batches]
+    found = {batch: [c for c in plan.choices if c.batch == batch] for batch in plan.batches}
+    lines = [*engine_lines(plan), *(_batch_line(batch, choices) for batch, choices in found.items() if choices)]
     sources = Counter(choice.source for choice in plan.choices)
     lines += [
         f"{sources[source]} of {len(plan.choices)} choices {why}" for source, why in _WHY.items() if sources[source]
@@ -295,6 +296,32 @@ def kernel_summary(plan: PlanRecord) -> list[str]:
         lines.append("a kernel with a lower median than dense is not taken where it is not surely 3 % faster")
     made = f"plan made in {seconds(plan.seconds)} on {shorten(plan.device or DASH, 60)}, {printable(plan.precision)}"
     return [*lines, made]
+
+
+def engine_lines(plan: PlanRecord) -> list[str]:
+    """Return the engine of each batch size with the times of all that were tried, and why others were left out."""
+    lines = []
+    for choice in plan.engines or ():
+        name = f"{choice.engine or DASH} {choice.precision or ''}".strip()
+        timed = sorted((value, key) for key, value in choice.times.items() if value is not None)
+        others = ", ".join(f"{printable(key)} {_time(value)}" for value, key in timed if key != name)
+        own = f" {_time(choice.times[name])}" if name in choice.times else ""
+        lines.append(
+            f"batch {printable(choice.batch)}: engine {printable(name)}{own}" + (f" ({others})" * bool(others))
+        )
+    lines += [f"{printable(name)} left out: {printable(why)}" for name, why in (plan.left_out or {}).items()]
+    return lines
+
+
+def precision_rows(report: Report) -> list[tuple[str, ...]]:
+    """Return version, precision, error, agreement and a note for each precision that was measured."""
+    rows: list[tuple[str, ...]] = []
+    for version, found in (report.precisions or {}).items():
+        for name, record in found.items():
+            unknown = "unknown on real inputs: families differ by more than a factor of two"
+            notes = [record.note or "", unknown if record.known is False else ""]
+            rows.append((version, name, error(record.error), percent(record.agreement), "; ".join(filter(None, notes))))
+    return rows
 
 
 def _batch_line(batch: Any, choices: Sequence[ChoiceRecord]) -> str:

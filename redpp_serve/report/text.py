@@ -17,6 +17,7 @@ from redpp_serve.report.tables import (
     kernel_rows,
     kernel_summary,
     left_alone,
+    precision_rows,
     summary_rows,
     thinned,
     verify_rows,
@@ -40,6 +41,8 @@ def package_summary(report: Report) -> str:
         lines += [f"  {note}"] if (note := bound_note(report)) else []
     if report.verify or report.agreement:
         lines += ["", verify_title(report), *columns(verify_rows(report), indent="  ")]
+    if rows := precision_rows(report):
+        lines += ["", *columns([("precision", "", "error", "agreement", ""), *rows], [0, 1, 4])]
     for stage in report.stages or []:
         if stage.status in ("skipped", "failed"):
             lines += ["", *_wrapped(f"{stage.status}: {stage.name} ({stage.reason or 'no reason given'})")]

@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from redpp_serve.graph.artifact import load
+from redpp_serve.engines import OWN
+from redpp_serve.graph.artifact import LoadedArtifact, load
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import InputSpec
-from redpp_serve.graph.passes import check_precision, set_switches
+from redpp_serve.graph.passes import check_served, set_switches
 from redpp_serve.runtime.cuda_graphs import BucketRunner, CudaRecorder
+from redpp_serve.runtime.engine_choice import (
+    AUTO,
+    Chosen,
+    Network,
+    check_engine,
+    choose_engine,
+    own_precisions,
+    own_run,
+    served_precisions,
+)
 from redpp_serve.runtime.plan import Plan
 from redpp_serve.runtime.plan_cache import PlanCache, default_path
 from redpp_serve.runtime.planner import PLAN_SECONDS, make_plan
-from redpp_serve.runtime.serving_graph import PlanContext, batch_buckets, bucket_for, channels_last, planned_programs
+from redpp_serve.runtime.serving_graph import (
+    PlanContext,
+    batch_buckets,
+    bucket_for,
+    channels_last,
+    dense_program,
+    planned_programs,
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +51,12 @@ class ServingModel:
     Args:
         source: path of the artifact, or its bytes.
         device: where to run, such as ``cpu`` or ``cuda:0``. A GPU becomes the process's current device.
-        precision: ``fp32``, ``tf32`` (on a GPU; on a CPU the same as fp32), ``fp16`` or ``bf16``. fp32 and tf32 set
-            torch's switches for the whole process.
+        precision: ``fp32``, ``tf32`` (on a GPU; on a CPU the same as fp32), ``fp16``, ``bf16``, or ``int8`` where an
+            engine serves it; ``auto`` for the fastest that the artifact allows. fp32 and tf32 set torch's switches for
+            the whole process.
         batch: the largest batch to be ready for; larger ones are served too, in parts on a GPU.
-        plan_seconds: about how long timing the layers' kernels may take; 0 leaves all of them dense.
+        plan_seconds: about how long timing engines and kernels may take; 0 for the own runtime with dense kernels.
+        engine: the engine that runs the network, ``redpp`` for the own runtime; ``auto`` for the fastest.
         cache: where their times are kept: ``default`` for the user's cache file, None for nowhere.
         everything: time also kernels that the rules would skip.
 
@@ -42,15 +64,15 @@ class ServingModel:
         description: what the artifact says about itself.
         inputs: the network's inputs.
         device: where the network runs.
-        precision: the precision that it runs in.
+        precision: the precision that it runs in, as `Plan.precision` names it.
         batches: the batch buckets, ascending.
-        plan: the kernels that run its layers.
+        plan: the engine that runs it, and the kernels of its layers.
 
     Raises:
         RedppError: the artifact is damaged, the precision unknown, or the network does not run in it.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - given by keyword
         self,
         source: Path | bytes,
         device: str = "cpu",
@@ -58,32 +80,70 @@ class ServingModel:
         precision: str = "fp32",
         batch: int = 1,
         plan_seconds: float = PLAN_SECONDS,
+        engine: str = AUTO,
         cache: PlanCache | str | None = "default",
         everything: bool = False,
     ) -> None:
-        check_precision(precision)
+        check_served(precision)
+        check_engine(engine)
+        start = time.perf_counter()
         artifact = load(source)
         self.description: dict[str, Any] = artifact.description
         self.inputs: tuple[InputSpec, ...] = artifact.graph.inputs
-        self.device, self.precision = torch.device(device), precision
+        self.device = torch.device(device)
         self.batches = tuple(batch_buckets(batch))
+        served = served_precisions(artifact.description, precision)
+        own = own_precisions(served, self.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
-            set_switches(precision)
-        context = PlanContext.prepare(artifact.graph, self.device, precision)
+            set_switches("tf32" if "tf32" in own else "fp32")
         kept = PlanCache(default_path()) if isinstance(cache, str) else cache
-        self.plan: Plan = make_plan(context, self.batches, seconds=plan_seconds, cache=kept, everything=everything)
-        self._programs: dict[int, Program] = planned_programs(context, self.batches, self.plan.kernel)
+        contexts = {name: PlanContext.prepare(artifact.graph, self.device, name) for name in own}
+        chosen = self._choose_engine(artifact, served, contexts, engine, plan_seconds, kept)
+        self._engines = {c.batch: chosen.runs[f"{c.engine} {c.precision}"] for c in chosen.choices if c.engine != OWN}
+        plans = []
+        self._programs: dict[int, Program] = {}
+        for name, context in contexts.items():
+            own_batches = tuple(c.batch for c in chosen.choices if c.engine == OWN and c.precision == name)
+            left = max(0.0, plan_seconds - (time.perf_counter() - start)) if plan_seconds else 0.0
+            plans.append(make_plan(context, own_batches, seconds=left, cache=kept, everything=everything))
+            self._programs |= planned_programs(context, own_batches, plans[-1].kernel)
+        self.plan = Plan(
+            plans[0].device,
+            "+".join(dict.fromkeys(choice.precision for choice in chosen.choices)),
+            self.batches,
+            tuple(choice for plan in plans for choice in plan.choices),
+            time.perf_counter() - start,
+            chosen.choices,
+            chosen.left_out,
+        )
+        self.precision = self.plan.precision
         self._recorded = self._record() if self.device.type == "cuda" else None
+
+    def _choose_engine(
+        self,
+        artifact: LoadedArtifact,
+        served: tuple[str, ...],
+        contexts: Mapping[str, PlanContext],
+        engine: str,
+        seconds: float,
+        cache: PlanCache | None,
+    ) -> Chosen:
+        first = next(iter(contexts.values()))
+        network = Network(artifact, first.graph, served, self.device)
+        dense = {name: own_run(dense_program(context), self.device) for name, context in contexts.items()}
+        return choose_engine(network, dense, self.batches, engine=engine, seconds=seconds, cache=cache)
 
     @torch.inference_mode()
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Map batched inputs (N, ...), as the artifact declares them, to the network's outputs on the CPU."""
         if self._recorded:
             return self._recorded(*inputs)
-        program = self._programs[bucket_for(self.batches, len(inputs[0]))]
-        return tuple(y.cpu() for y in program(*(channels_last(x.to(self.device)) for x in inputs)))
+        bucket = bucket_for(self.batches, len(inputs[0]))
+        if bucket in self._engines:
+            return self._engines[bucket](inputs)
+        return tuple(y.cpu() for y in self._programs[bucket](*(channels_last(x.to(self.device)) for x in inputs)))
 
     def warm_up(self) -> None:
         """Run zeros in every bucket, so that no request pays for first-call set-up."""

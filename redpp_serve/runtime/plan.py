@@ -1,4 +1,4 @@
-"""Which kernel runs each layer at each batch size, on what evidence, and the rule that decides."""
+"""Which engine runs the network and which kernel each layer at each batch size, on what evidence; the deciding rule."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from redpp_serve.engines import OWN
 
 DENSE = "dense"
 LEAST_GAIN = 0.03  # a kernel has to be this much faster than the dense one
@@ -54,15 +56,37 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class EngineChoice:
+    """The engine and precision that run the whole network at one batch size.
+
+    Attributes:
+        batch: the batch size.
+        engine: the engine's name; ``redpp`` for the own runtime.
+        precision: the precision.
+        source: where the decision comes from: ``measured`` now, ``cached`` from earlier on this machine; ``rule``,
+            there was nothing else; ``budget``, there was no time; ``failed``, the chosen engine did not start.
+        times: median seconds of each engine and precision that was timed.
+    """
+
+    batch: int
+    engine: str
+    precision: str
+    source: str
+    times: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Plan:
     """All choices for a network on a device.
 
     Attributes:
         device: the device's product name.
-        precision: the precision that the network runs in.
+        precision: the precision that the network runs in; several, joined by ``+``, where batch sizes differ.
         batches: the batch sizes, ascending.
-        choices: a choice for each layer and batch size, in order of execution.
+        choices: a choice for each layer and batch size that the own runtime serves, in order of execution.
         seconds: how long making the plan took.
+        engines: the engine for each batch size.
+        left_out: why engines, or engines in a precision, are not used.
     """
 
     device: str
@@ -70,6 +94,8 @@ class Plan:
     batches: tuple[int, ...]
     choices: tuple[Choice, ...]
     seconds: float
+    engines: tuple[EngineChoice, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def kernel(self, layer: str, batch: int) -> str:
         """Return the kernel of a layer at a batch size.
@@ -87,9 +113,15 @@ class Plan:
         return dict(sorted(Counter(choice.kernel for choice in self.choices if choice.batch == batch).items()))
 
     @property
+    def engine(self) -> str:
+        """The engine; several, joined by ``+``, where batch sizes differ."""
+        return "+".join(dict.fromkeys(choice.engine for choice in self.engines)) or OWN
+
+    @property
     def digest(self) -> str:
         """Twelve hexadecimal digits that differ if the kernel of a layer does."""
-        chosen = [(c.layer, c.batch, c.kernel) for c in self.choices]
+        chosen: list[Any] = [(c.layer, c.batch, c.kernel) for c in self.choices]
+        chosen += [(c.batch, c.engine, c.precision) for c in self.engines if c.engine != OWN]
         return hashlib.sha256(json.dumps([self.precision, chosen]).encode()).hexdigest()[:12]
 
     def to_json(self) -> dict[str, Any]:
@@ -105,7 +137,16 @@ class Plan:
             TypeError: a choice lacks a part.
         """
         choices = tuple(Choice(**choice) for choice in document["choices"])
-        return Plan(document["device"], document["precision"], tuple(document["batches"]), choices, document["seconds"])
+        engines = tuple(EngineChoice(**choice) for choice in document.get("engines", ()))
+        return Plan(
+            document["device"],
+            document["precision"],
+            tuple(document["batches"]),
+            choices,
+            document["seconds"],
+            engines,
+            document.get("left_out", {}),
+        )
 
 
 def decide(timings: Mapping[str, Timing]) -> str:

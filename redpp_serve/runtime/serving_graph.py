@@ -117,7 +117,12 @@ def planned_programs(
 
 def serving_program(graph: Graph, device: torch.device) -> Program:
     """Build one program of a stored graph with the dense kernels, in its own precision, without timing anything."""
-    return planned_programs(PlanContext.prepare(graph, device), (1,), lambda name, batch: "dense")[1]
+    return dense_program(PlanContext.prepare(graph, device))
+
+
+def dense_program(context: PlanContext) -> Program:
+    """Build one program of a network with the dense kernels."""
+    return planned_programs(context, (1,), lambda name, batch: "dense")[1]
 
 
 def batch_buckets(batch_size: int) -> list[int]:

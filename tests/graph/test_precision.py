@@ -7,7 +7,7 @@ from torch import Tensor
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
-from redpp_serve.graph.passes import PRECISIONS, check_precision, in_precision, precision_dtype, set_switches
+from redpp_serve.graph.passes import SERVED, check_served, in_precision, precision_dtype, set_switches
 from redpp_serve.runtime.serving_graph import PlanContext, planned_programs
 from tests.support import networks, rule_networks
 from tests.support.networks import Builder
@@ -115,11 +115,11 @@ def test_what_does_not_run_in_a_precision_is_refused() -> None:
 
 
 def test_unknown_precisions_are_refused() -> None:
-    for precision in PRECISIONS:
-        check_precision(precision)
-    for wrong in ("int8", "", None, 16):
-        with pytest.raises(RedppError, match="one of fp32, tf32, fp16, bf16"):
-            check_precision(wrong)
+    for precision in SERVED:
+        check_served(precision)
+    for wrong in ("int4", "", None, 16):
+        with pytest.raises(RedppError, match="one of auto, fp32, tf32, fp16, bf16, int8"):
+            check_served(wrong)
 
 
 def test_switches_of_cuda() -> None:

@@ -159,7 +159,7 @@ def test_every_family_of_the_table_is_recorded_by_any_binding() -> None:
     notes = Notes()
     recorder = Metrics(ModelLabels("digits", "1.0", "original"), notes)
     recorder.describe(parameters=1, macs=2, bytes=3)
-    recorder.plan("bf16", "0a1b", {1: {"dense": 3, "library": 2}, 4: {"dense": 5}})
+    recorder.plan("openvino", "bf16", "0a1b", {1: {"dense": 3, "library": 2}, 4: {"dense": 5}})
     for size in (2, 2, 5):
         recorder.batch(size, 0.25)
         recorder.inference(0.125)

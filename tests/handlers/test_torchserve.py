@@ -137,7 +137,8 @@ def test_the_time_for_plans_comes_from_the_environment(tmp_path: Path, monkeypat
     for text, timed in (("0", False), ("5", True)):
         monkeypatch.setenv("REDPP_PLAN_SECONDS", text)
         served, _ = handler(tmp_path)
-        assert any(choice.times for choice in served.model.plan.choices) == timed
+        plan = served.model.plan
+        assert any(choice.times for choice in (*plan.choices, *plan.engines)) == timed
     for text in ("soon", "-1", "inf", "nan"):
         monkeypatch.setenv("REDPP_PLAN_SECONDS", text)
         with pytest.raises(RedppError, match=f"REDPP_PLAN_SECONDS is '{text}'"):

@@ -164,20 +164,21 @@ def test_every_bucket_runs_before_ready(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_configurations_precision_is_the_models(tmp_path: Path, precision: str) -> None:
-    served = model(tmp_path, parameters={"precision": {"string_value": precision}})
+    given = {"precision": precision, "engine": "redpp"}
+    served = model(tmp_path, parameters={name: {"string_value": value} for name, value in given.items()})
     assert served.model.precision == precision
     x = values(2)
     assert ask(served, x)[0].tolist() == [pytest.approx(expected("1.0", row), rel=0.05, abs=0.05) for row in x]
     plan = served.model.plan
     served.finalize()
-    assert sample("redpp_plan_info", device="cpu", precision=precision, digest=plan.digest).value() == 1
+    assert sample("redpp_plan_info", device="cpu", engine="redpp", precision=precision, digest=plan.digest).value() == 1
     assert plan.counts(8) and all(
         sample("redpp_plan_layers", kernel=k, batch="8").value() == n for k, n in plan.counts(8).items()
     )
 
 
 def test_a_wrong_precision_names_the_file(tmp_path: Path) -> None:
-    with pytest.raises(RedppError, match="(?s)precision is 'fp8' in config.pbtxt.*fp32, tf32, fp16, bf16"):
+    with pytest.raises(RedppError, match="(?s)precision is 'fp8' in config.pbtxt.*auto, fp32, tf32, fp16, bf16, int8"):
         model(tmp_path, parameters={"precision": {"string_value": "fp8"}})
 
 

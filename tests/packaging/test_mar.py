@@ -134,6 +134,7 @@ def test_the_sources_are_those_that_serving_needs_and_no_more() -> None:
         "graph",
         "runtime",
         "handlers",
+        "engines",
         "kernels",
     }
     assert {name for name in names if not name.endswith(".py")} == {"redpp_serve/runtime/plans.json"}

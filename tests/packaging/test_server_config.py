@@ -41,7 +41,7 @@ def test_model_config_is_yaml_with_the_servers_keys() -> None:
         "maxBatchDelay": 20,
         "responseTimeout": 120,
         "startupTimeout": 300,
-        "handler": {"threads": 2, "precision": "fp32"},
+        "handler": {"threads": 2, "precision": "auto", "engine": "auto"},
     }
 
 

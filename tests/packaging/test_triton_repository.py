@@ -74,7 +74,7 @@ def test_what_a_model_is_given_is_the_same_configuration() -> None:
     assert (
         mine["parameters"]
         == theirs["parameters"]
-        == {"threads": {"string_value": "1"}, "precision": {"string_value": "fp32"}}
+        == {"threads": {"string_value": "1"}, "precision": {"string_value": "auto"}, "engine": {"string_value": "auto"}}
     )
     assert [s["batch_size"] for s in mine["model_warmup"]] == [s["batch_size"] for s in theirs["model_warmup"]]
     assert mine["model_warmup"][0]["inputs"]["x"]["input_data_file"] == "input_0"

@@ -255,9 +255,9 @@ def test_accuracy_appears_when_a_stage_has_one_and_unknown_errors_break_the_chai
 
 
 def test_kernels_are_shown_only_where_a_plan_was_made() -> None:
-    assert "Kernels" not in _Page(render({})).words
+    assert "Engines and kernels" not in _Page(render({})).words
     words = _Page(render({"plan": {"original": SAMPLE_PLAN, "pruned": SAMPLE_PLAN}})).words
-    assert {"Kernels", "The original network", "The pruned network", "split 50.00 ms"} <= set(words)
+    assert {"Engines and kernels", "The original network", "The pruned network", "split 50.00 ms"} <= set(words)
     assert any("3 dense, 1 fused" in word for word in words)
     former = _Page(render({"plan": {"redpp": SAMPLE_PLAN}})).words
     assert "The pruned network" in former and "The redpp network" not in former
@@ -285,5 +285,5 @@ def test_a_damaged_plan_shows_what_is_left() -> None:
         {"choices": [{**sample_choice("a", 1, "dense", "measured"), "times": {"dense": [1], "b": None}}]},
     ):
         plan = {**SAMPLE_PLAN, **damage}
-        assert plan_text({"pruned": plan}) and "Kernels" in render({"plan": {"pruned": plan}}), damage
-    assert plan_text({"pruned": 3}) == "" and "Kernels" not in render({"plan": 3})
+        assert plan_text({"pruned": plan}) and "Engines and kernels" in render({"plan": {"pruned": plan}}), damage
+    assert plan_text({"pruned": 3}) == "" and "Engines and kernels" not in render({"plan": 3})

@@ -131,8 +131,8 @@ def test_precisions(precision: str) -> None:
 
 
 def test_an_unknown_precision_is_refused() -> None:
-    with pytest.raises(RedppError, match="'int8'.*one of fp32, tf32, fp16, bf16"):
-        ServingModel(build(network(), {}).data, precision="int8")
+    with pytest.raises(RedppError, match="'int4'.*one of auto, fp32, tf32, fp16, bf16, int8"):
+        ServingModel(build(network(), {}).data, precision="int4")
 
 
 class Recorder:

@@ -46,7 +46,7 @@ class Exporter:
         self.versions = {v: Metrics(ModelLabels(self.model, n, v), binding) for v, n in VERSIONS.items()}
         for metrics, cost in zip(self.versions.values(), (2000.0, 500.0), strict=True):
             metrics.describe(parameters=cost, macs=3 * cost, bytes=4 * cost)
-            metrics.plan("fp32", "0123456789ab", {1: {"dense": 2}, 8: {"dense": 1, "split": 1}})
+            metrics.plan("redpp", "fp32", "0123456789ab", {1: {"dense": 2}, 8: {"dense": 1, "split": 1}})
 
     def batches(self, variant: str, size: int, seconds: float, times: int = 1, outcome: str = "ok") -> None:
         """Batches as the handler records them; the network takes 3/4 of the time."""

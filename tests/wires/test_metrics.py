@@ -29,7 +29,7 @@ from redpp_serve.handlers.prometheus import open_metrics
 for version, variant in (line.split(":") for line in sys.argv[1:]):
     metrics = open_metrics(ModelLabels("digits", version, variant))
     metrics.describe(**{COST!r})
-    metrics.plan("fp32", "0123456789ab", {LAYERS!r})
+    metrics.plan("redpp", "fp32", "0123456789ab", {LAYERS!r})
     for size, handler_s, network_s in {BATCHES!r}:
         metrics.batch(size, handler_s)
         metrics.inference(network_s)
@@ -92,7 +92,7 @@ def test_every_number_arrives_under_its_name(folder: Path) -> None:
         assert found["redpp_batch_seconds_total", "1"] == pytest.approx(0.010)
         assert found["redpp_batch_seconds_total", "3"] == 0.25
         assert {name: found[f"redpp_model_{name}", ""] for name in COST} == COST
-        assert found["redpp_plan_info", "cpu fp32 0123456789ab"] == 1
+        assert found["redpp_plan_info", "cpu redpp fp32 0123456789ab"] == 1
         assert found["redpp_plan_layers", "dense 1"] == 2 and found["redpp_plan_layers", "split 8"] == 1
         assert found["redpp_worker_cpu_seconds_total", ""] > 0
         assert found["redpp_worker_resident_bytes", ""] == found["redpp_device_memory_bytes", "cpu"] > 1e6

@@ -1,0 +1,98 @@
+"""A network in each engine: ONNX model in, numpy arrays in and out. Needs numpy and the engine alone, not torch.
+
+The settings keep to what users of these engines report: threads as told and none pinned (pinned workers share a core),
+the precision always named (the default is the processor's, not the model's), no spinning threads, no arena that keeps
+the largest batch, outputs that the caller owns, no telemetry.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+_HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}
+
+
+def import_openvino() -> Any:
+    """Import OpenVINO, which is optional, without its telemetry: the import alone would start a process for it."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    return importlib.import_module("openvino")
+
+
+class OpenVinoSession:
+    """Runs a network in OpenVINO on the CPU.
+
+    Args:
+        model: an ONNX model.
+        precision: ``fp32``, ``bf16``, or ``int8`` for a model that holds quantized layers.
+        threads: number of threads; with one, the caller's own.
+
+    Raises:
+        RuntimeError: OpenVINO does not take the model, or not in this precision on this processor.
+    """
+
+    def __init__(self, model: bytes, precision: str, threads: int) -> None:
+        openvino = import_openvino()
+        hint = _HINTS[precision]
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,
+            "INFERENCE_PRECISION_HINT": hint,
+        }
+        core = openvino.Core()
+        self._compiled: Any = core.compile_model(core.read_model(model, b""), "CPU", settings)
+        used = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        if used not in (hint, {"f32": "float32", "bf16": "bfloat16"}[hint]):
+            raise RuntimeError(f"this processor runs {used} where {precision} was asked for")
+        self._request: Any = self._compiled.create_infer_request()
+
+    def __call__(self, inputs: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """Map contiguous inputs (N, ...) to outputs that the caller owns."""
+        found = self._request.infer(list(inputs), share_inputs=True, share_outputs=False)
+        return [found[k] for k in range(len(found))]
+
+    def close(self) -> None:
+        """Free the network."""
+        self._request = self._compiled = None
+
+
+class OnnxRuntimeSession:
+    """Runs a network in ONNX Runtime.
+
+    Args:
+        model: an ONNX model.
+        precision: ``fp32``, or ``int8`` for a model that holds quantized layers.
+        threads: number of threads.
+        providers: ONNX Runtime's execution providers, the preferred one first.
+
+    Raises:
+        RuntimeError: ONNX Runtime does not take the model.
+    """
+
+    def __init__(
+        self, model: bytes, precision: str, threads: int, providers: Sequence[str] = ("CPUExecutionProvider",)
+    ) -> None:
+        import onnxruntime  # noqa: PLC0415 - optional
+
+        assert precision in ("fp32", "int8")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        options.log_severity_level = 3
+        for name in ("session.intra_op.allow_spinning", "session.inter_op.allow_spinning"):
+            options.add_session_config_entry(name, "0")
+        self._session: Any = onnxruntime.InferenceSession(model, options, providers=list(providers))
+        self._names = [i.name for i in self._session.get_inputs()]
+
+    def __call__(self, inputs: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """Map contiguous inputs (N, ...) to outputs that the caller owns."""
+        return list(self._session.run(None, dict(zip(self._names, inputs, strict=True))))
+
+    def close(self) -> None:
+        """Free the network."""
+        self._session = None

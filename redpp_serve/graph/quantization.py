@@ -1,0 +1,96 @@
+"""Eight bits for weights and activations: ranges found once, and the pass that puts them into a graph.
+
+Weights take 255 levels for each output channel, symmetric about zero; what a layer reads takes 256 levels between the
+least and the largest value that the calibration inputs gave it (zero included). Both are what the engines' int8
+kernels compute, so the pass says in plain PyTorch what they give; `engines` translates its two operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import Graph, Node, Ref
+from redpp_serve.graph.operators import FUSED_CONV2D, FUSED_LINEAR, INT8_VALUES, INT8_WEIGHT
+
+LEVELS, WEIGHT_LIMIT = 256, 127
+Ranges = Mapping[str, tuple[float, float]]  # by the name of a value
+
+
+def quantizable(graph: Graph) -> list[Node]:
+    """Return the layers of a fused graph that can run in eight bits: those with stored float32 weights."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op in (FUSED_CONV2D, FUSED_LINEAR) and graph.tensors[node.args[2].name].dtype == torch.float32
+    ]
+
+
+@torch.no_grad()
+def find_ranges(graph: Graph, inputs: Sequence[Tensor], chunk: int = 8) -> dict[str, tuple[float, float]]:
+    """Return the least and the largest value of everything that a layer of a fused graph reads or gives.
+
+    Args:
+        graph: the result of `passes.fuse_epilogues`.
+        inputs: calibration inputs, (images, ...) for each network input.
+        chunk: number of inputs that run at once.
+    """
+    layers = quantizable(graph)
+    names = list(dict.fromkeys(name for node in layers for name in (node.args[0].name, node.name)))
+    program = Program(graph, names)
+    found: dict[str, tuple[float, float]] = {}
+    for part in zip(*(torch.split(x, chunk) for x in inputs), strict=True):
+        for name, value in zip(names, program(*part), strict=True):
+            low, high = found.get(name, (0.0, 0.0))
+            found[name] = min(low, float(value.min())), max(high, float(value.max()))
+    return found
+
+
+def in_int8(graph: Graph, ranges: Ranges) -> Graph:
+    """Quantize the layers of a fused graph whose input has a range; the others stay as they are."""
+    tensors, nodes, done = dict(graph.tensors), list[Node](), dict[str, str]()
+    chosen = {node.name for node in quantizable(graph) if node.args[0].name in ranges}
+    for node in graph.nodes:
+        if node.name not in chosen:
+            nodes.append(node)
+            continue
+        x, weight = node.args[0].name, node.args[2].name
+        for name, made in ((x, _values(x, *ranges[x])), (weight, _weight(weight, tensors))):
+            if name not in done:
+                done[name] = made.name
+                nodes.append(made)
+        nodes.append(node.with_arguments({0: Ref(done[x]), 2: Ref(done[weight])}))
+    return replace(graph, tensors=tensors, nodes=tuple(nodes)).pruned_of_unused()
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a weight (n_out, ...) to -127..127 times a scale for each output channel.
+
+    Returns:
+        The int8 weight and the float32 scales (n_out,).
+    """
+    flat = weight.flatten(1)
+    scale = (flat.abs().amax(1) / WEIGHT_LIMIT).clamp_min(torch.finfo(torch.float32).tiny)
+    rounded = (flat / scale[:, None]).round().clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT)
+    return rounded.to(torch.int8).view(weight.shape), scale
+
+
+def scale_and_zero(low: float, high: float) -> tuple[float, int]:
+    """Return the step and the level of zero of 256 levels between two values that enclose zero."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / (LEVELS - 1) or 1.0
+    return scale, round(-low / scale)
+
+
+def _values(name: str, low: float, high: float) -> Node:
+    return Node(f"{name}.int8", INT8_VALUES, (Ref(name), *scale_and_zero(low, high)))
+
+
+def _weight(name: str, tensors: dict[str, Tensor]) -> Node:
+    rounded, scale = quantize_weight(tensors[name])
+    tensors[f"{name}.levels"], tensors[f"{name}.scale"] = rounded, scale
+    return Node(f"{name}.int8", INT8_WEIGHT, (Ref(f"{name}.levels"), Ref(f"{name}.scale")))

@@ -1,0 +1,217 @@
+"""The engine and precision of a network: measured, checked, cached, forced, and never a reason not to start."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor, nn
+
+from redpp_serve.capture.export import capture
+from redpp_serve.engines import ENGINES, Engine, processor
+from redpp_serve.engines.sessions import import_openvino
+from redpp_serve.engines.trial import Outcome
+from redpp_serve.errors import RedppError
+from redpp_serve.graph.artifact import build
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import Graph, InputSpec
+from redpp_serve.graph.quantization import find_ranges
+from redpp_serve.runtime import engine_choice
+from redpp_serve.runtime.engine_choice import Candidate, EngineRun, Network
+from redpp_serve.runtime.model import ServingModel
+from redpp_serve.runtime.plan_cache import PlanCache
+from redpp_serve.runtime.serving_graph import serving_graph
+from tests.support.small import SHAPE, network
+
+CPU = torch.device("cpu")
+SAMPLES = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    return capture(network(), [InputSpec("x", SHAPE)], [])
+
+
+def artifact(graph: Graph, **precision: Any) -> bytes:
+    precision.setdefault("ranges", find_ranges(serving_graph(graph, CPU), (SAMPLES,)))
+    return build(graph, {"variant": "pruned", "info": {}, "precision": precision}, (SAMPLES,)).data
+
+
+def load(data: bytes, **options: Any) -> ServingModel:
+    return ServingModel(data, **{"batch": 2, "plan_seconds": 20.0, "cache": None} | options)
+
+
+@pytest.fixture
+def paced(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Seconds that an engine's run takes at least, by candidate; the real outputs."""
+    seconds: dict[str, float] = {}
+    real = Network.run
+
+    def run(self: Network, candidate: Candidate) -> Any:
+        made = real(self, candidate)
+        wait = seconds.get(str(candidate), 0.0)
+        call: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] = made.__call__
+
+        class Slow:
+            close = made.close
+
+            def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+                time.sleep(wait)
+                return call(inputs)
+
+        return Slow()
+
+    monkeypatch.setattr(Network, "run", run)
+    return seconds
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_named_engine_serves_what_the_network_computes(graph: Graph, engine: str) -> None:
+    model = load(artifact(graph), engine=engine)
+    assert model.plan.engine == engine and model.plan.precision == "fp32"
+    assert {c.source for c in model.plan.engines} == {"measured"}
+    for rows in (1, 2, 5):
+        x = torch.randn(rows, *SHAPE)
+        torch.testing.assert_close(model(x), Program(graph)(x), rtol=1e-4, atol=1e-5)
+        last = model(x.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(last, model(x))
+    first = model(SAMPLES)[0].clone()
+    model(torch.zeros_like(SAMPLES))
+    assert torch.equal(model(SAMPLES)[0], first)  # outputs are the caller's own
+
+
+def test_the_fastest_serves_and_the_others_are_told(graph: Graph, paced: dict[str, float]) -> None:
+    paced |= {"onnxruntime fp32": 0.05, "openvino fp32": 0.05}
+    model = load(artifact(graph))
+    assert model.plan.engine == "redpp"
+    assert model.plan.engines[0].times.keys() == {"redpp fp32", "openvino fp32", "onnxruntime fp32"}
+
+
+def test_one_that_computes_something_else_is_left_out(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = engine_choice.try_engines
+
+    def wrong(*args: Any) -> list[Outcome]:
+        found = real(*args)
+        found[0].outputs = [[1.01 * y for y in outputs] for outputs in found[0].outputs]
+        found[1].outputs = [[y[:, :-1] for y in outputs] for outputs in found[1].outputs]
+        return found
+
+    monkeypatch.setattr(engine_choice, "try_engines", wrong)
+    model = load(artifact(graph))
+    assert model.plan.engine == "redpp"
+    assert "differ by" in model.plan.left_out["openvino fp32"]
+    assert "other shapes" in model.plan.left_out["onnxruntime fp32"]
+
+
+def test_times_are_kept_and_nothing_is_tried_again(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, path = artifact(graph), tmp_path / "plans.json"
+    first = load(data, cache=PlanCache(path, shipped=None))
+    monkeypatch.setattr(engine_choice, "try_engines", lambda *_: pytest.fail("tried again"))
+    again = load(data, cache=PlanCache(path, shipped=None))
+    assert {c.source for c in again.plan.engines} == {"cached"}
+    assert again.plan.engine == first.plan.engine and again.plan.digest == first.plan.digest
+
+
+def test_an_engine_that_fails_at_last_leaves_the_own_runtime(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(EngineRun, "__init__", fail)
+    model = load(artifact(graph))
+    assert model.plan.engine == "redpp" and model.plan.left_out["openvino fp32"] == "no memory left"
+    assert torch.isfinite(model(SAMPLES)[0]).all()
+
+
+def test_a_missing_and_an_old_engine(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = {
+        "openvino": Engine("openvino", {"no-such-engine": (1,)}, lambda: ("fp32",), ENGINES["openvino"].session),
+        "onnxruntime": Engine(
+            "onnxruntime", {"onnxruntime": (99, 0)}, lambda: ("fp32",), ENGINES["onnxruntime"].session
+        ),
+    }
+    monkeypatch.setattr(engine_choice, "ENGINES", missing)
+    for wanted in ("auto", "openvino"):
+        model = load(artifact(graph), engine=wanted)
+        assert model.plan.engine == "redpp"
+        assert "not installed (pip install" in model.plan.left_out["openvino"]
+    assert "99.0 or later is needed" in load(artifact(graph)).plan.left_out["onnxruntime"]
+
+
+def test_an_operator_without_a_rule_is_named() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.avg_pool2d(x, 2, divisor_override=3).flatten(1)
+
+    model = load(build(capture(Odd(), [InputSpec("x", SHAPE)], []), {"info": {}}, (SAMPLES,)).data)
+    assert model.plan.engine == "redpp" and "divisor" in model.plan.left_out["openvino fp32"]
+
+
+def test_precisions_within_the_budget(graph: Graph, paced: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "flags", lambda: frozenset({"avx512_bf16", "avx512_vnni"}))
+    data = artifact(graph, auto=["fp32", "int8"], errors={"int8": 0.4})
+    paced |= {"openvino fp32": 0.02, "onnxruntime fp32": 0.02}
+    model = load(data, precision="auto")
+    assert {name for c in model.plan.engines for name in c.times} >= {"redpp fp32", "openvino int8"}, (
+        model.plan.left_out
+    )
+    assert not any("bf16" in name for c in model.plan.engines for name in c.times)
+    assert load(data, precision="fp32").plan.precision == "fp32"
+    assert load(data, precision="auto", plan_seconds=0).plan.engines[0].source == "budget"
+    int8 = load(data, precision="int8", engine="openvino")
+    assert int8.plan.precision == "int8"
+    difference = (int8(SAMPLES)[0] - Program(graph)(SAMPLES)[0]).norm() / Program(graph)(SAMPLES)[0].norm()
+    assert 1e-5 < difference < 0.1
+    without = build(graph, {"info": {}}, (SAMPLES,)).data
+    assert "no ranges" in load(without, precision="int8").plan.left_out["openvino int8"]
+
+
+def test_names_that_are_none() -> None:
+    with pytest.raises(RedppError, match="engine is 'tensorflow'"):
+        ServingModel(b"", engine="tensorflow")
+    with pytest.raises(RedppError, match="precision is 'int4'"):
+        ServingModel(b"", precision="int4")
+
+
+def test_no_process_is_started_by_the_import_and_none_is_left(graph: Graph) -> None:
+    import_openvino()
+    load(artifact(graph))
+    assert not psutil.Process().children(recursive=True)
+    assert not (Path.home() / "intel").exists()
+
+
+def test_threads_keep_to_affinity_and_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    affinity = len(os.sched_getaffinity(0))
+    monkeypatch.setattr(processor, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(processor, "_QUOTA_V1", tmp_path)
+    assert processor.usable_threads(1) == 1 and processor.usable_threads(1000) == affinity
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert processor.usable_threads(8) == 1
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert processor.usable_threads(1000) == affinity
+    (tmp_path / "cpu.max").write_text("nonsense\n")
+    assert processor.usable_threads(1000) == affinity
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_index_out_of_range_is_refused_by_whatever_serves(engine: str) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(7, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.table(ids).mean(1)
+
+    ids = torch.tensor([[0, 6, 3]])
+    graph = capture(Words().eval(), [InputSpec("ids", (3,), "int64")], [])
+    model = load(build(graph, {"info": {}}, (ids,)).data, engine=engine)
+    assert model.plan.engine == ("redpp" if engine == "openvino" else engine)
+    torch.testing.assert_close(model(ids), Program(graph)(ids))
+    with pytest.raises(Exception, match=r"(?i)ind(ex|ices)"):
+        model(torch.tensor([[0, 7, 3]]))
