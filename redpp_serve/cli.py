@@ -110,7 +110,9 @@ class ExportOptions(Checked):
     )
     version: str | None = option(None, "version to export (default: pruned)", takes=NAMES)
     precision: str | None = option(
-        None, "precision to compute in: fp32, or for pt2 and module bf16 (default: fp32)", takes=("fp32", "bf16")
+        None,
+        "precision to compute in: fp32, for onnx and openvino also int8, for pt2 and module bf16 (default: fp32)",
+        takes=("fp32", "bf16", "int8"),
     )
     out: Path | None = option(
         None,

@@ -15,20 +15,23 @@ import torch
 from torch import Tensor
 
 from redpp_serve.capture.sniff import first_line
+from redpp_serve.engines.onnx_builder import to_onnx
 from redpp_serve.engines.sessions import OnnxRuntimeSession, import_openvino
 from redpp_serve.errors import RedppError
 from redpp_serve.exporting.module import find_variant, graph_module
 from redpp_serve.exporting.python_source import python_source
+from redpp_serve.graph.artifact import LoadedArtifact
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.passes import in_precision
+from redpp_serve.graph.quantization import in_int8
 from redpp_serve.packaging.mar import check_name, read_artifact
 from redpp_serve.packaging.samples import as_array, read_samples
+from redpp_serve.runtime.engine_choice import ranges
 from redpp_serve.runtime.serving_graph import serving_graph
 
 BATCHES = (1, 3)  # that a file is checked at
-_LEAST_ALIKE = 1e-4  # of the spread of an output
-_HALF_ALIKE = 2e-2  # where values have 8 bits
+ALIKE = {"fp32": 1e-4, "bf16": 2e-2, "int8": 5e-2}  # least of the spread of an output; rounding may fall either way
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,14 @@ class Format:
     Attributes:
         suffixes: endings of the files that it consists of, that of the one which is opened first.
         precisions: those that a network can be written in.
+        folded: whether the network is written as it is served, folded and fused, without what only training needs.
         write: writes a graph to the first file, and the others beside it; takes the graph, the path and a title.
         open: reads the file and returns the function that it holds.
     """
 
     suffixes: tuple[str, ...]
     precisions: tuple[str, ...]
+    folded: bool
     write: Callable[[Graph, Path, str], None]
     open: Callable[[Path], Callable[[Sequence[Tensor]], Sequence[Tensor]]]
 
@@ -61,7 +66,8 @@ def export(
         to: one of `FORMATS`.
         out: the file; by default NAME_VERSION with the format's ending, in the current folder.
         version: ``pruned`` or ``original``.
-        precision: that the network computes in; inputs and outputs keep theirs.
+        precision: that the network computes in; inputs and outputs keep theirs. int8 needs the ranges of a package
+            that was made with them.
 
     Returns:
         The files that were written.
@@ -80,17 +86,18 @@ def export(
             " or ".join(form.precisions),
             "leave out --precision, or choose another format",
         )
-    samples = read_samples(folder, artifact.graph.inputs)
+    graph = graph_for(form, artifact, precision)
+    samples = read_samples(folder, graph.inputs)
     path = out or Path(f"{name}_{variant.name}{form.suffixes[0]}")
     if path.is_dir() or path.suffix != form.suffixes[0]:
         raise RedppError(f"--out {path}", f"a file that ends in {form.suffixes[0]}", "correct --out")
-    graph = in_precision(artifact.graph, precision)
     files = [path.with_suffix(suffix) for suffix in form.suffixes]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
             new = Path(scratch) / path.name
-            write_checked(form, graph, samples, new, f"{name}, the {variant.name} version")
+            title = f"{name}, the {variant.name} version"
+            write_checked(form, graph, samples, new, title=title, alike=ALIKE[precision])
             for file in reversed(files):  # the one that is opened comes last, when the others are there
                 os.replace(Path(scratch) / file.name, file)
     except OSError as error:
@@ -100,7 +107,30 @@ def export(
     return files
 
 
-def write_checked(form: Format, graph: Graph, samples: Sequence[Tensor], path: Path, title: str) -> None:
+def graph_for(form: Format, artifact: LoadedArtifact, precision: str = "fp32") -> Graph:
+    """Return the network of an artifact as a format takes it.
+
+    Raises:
+        RedppError: int8 of a package that holds no ranges for it.
+    """
+    if not form.folded:
+        return in_precision(artifact.graph, precision)
+    served = serving_graph(artifact.graph, torch.device("cpu"))
+    if precision != "int8":
+        return served
+    found = ranges(artifact.description)
+    if not found:
+        raise RedppError(
+            "--precision int8 of a network without ranges for eight bits",
+            "a package that this release made, of a network with convolutions or Linear in fp32",
+            "package the model again, or leave out --precision",
+        )
+    return in_int8(served, found)
+
+
+def write_checked(
+    form: Format, graph: Graph, samples: Sequence[Tensor], path: Path, *, title: str, alike: float = ALIKE["fp32"]
+) -> None:
     """Write a graph to a file, read it back, and compare it with the graph.
 
     Args:
@@ -109,6 +139,7 @@ def write_checked(form: Format, graph: Graph, samples: Sequence[Tensor], path: P
         samples: inputs, (n, ...) for each of the network's.
         path: the file.
         title: what the network is, in plain words.
+        alike: share of the spread of an output that the file may differ by.
 
     Raises:
         RedppError: the network cannot be written so, or the file computes something else.
@@ -128,13 +159,12 @@ def write_checked(form: Format, graph: Graph, samples: Sequence[Tensor], path: P
             "a network that the format can express",
             "choose another format with --to; module takes every network",
         ) from error
-    half = any(tensor.dtype == torch.bfloat16 for tensor in graph.tensors.values())
     program = Program(graph).eval()
     for batch in BATCHES:
         inputs = [x[torch.arange(batch) % len(x)].contiguous() for x in samples]
         with torch.no_grad():
             expected = program(*inputs)
-        _require_alike(expected, run(inputs), _HALF_ALIKE if half else _LEAST_ALIKE, path, batch)
+        _require_alike(expected, run(inputs), alike, path, batch)
 
 
 def _require_alike(
@@ -203,10 +233,8 @@ def _several(outputs: Any) -> Sequence[Tensor]:
 
 
 def onnx_bytes(graph: Graph) -> bytes:
-    """Return a graph as an ONNX model, folded and fused, with outputs called ``output_0`` and so on."""
-    from redpp_serve.engines.onnx_builder import to_onnx  # noqa: PLC0415 - needs onnx
-
-    data: bytes = to_onnx(serving_graph(graph, torch.device("cpu"))).SerializeToString()
+    """Return a folded graph as an ONNX model, with outputs called ``output_0`` and so on."""
+    data: bytes = to_onnx(graph).SerializeToString()
     return data
 
 
@@ -239,8 +267,8 @@ def _open_openvino(path: Path) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 FORMATS = {
-    "onnx": Format((".onnx",), ("fp32",), _write_onnx, _open_onnx),
-    "openvino": Format((".xml", ".bin"), ("fp32",), _write_openvino, _open_openvino),
-    "pt2": Format((".pt2",), ("fp32", "bf16"), _write_exported, _open_exported),
-    "module": Format((".py", ".pt"), ("fp32", "bf16"), _write_module, _open_module),
+    "onnx": Format((".onnx",), ("fp32", "int8"), True, _write_onnx, _open_onnx),
+    "openvino": Format((".xml", ".bin"), ("fp32", "int8"), True, _write_openvino, _open_openvino),
+    "pt2": Format((".pt2",), ("fp32", "bf16"), False, _write_exported, _open_exported),
+    "module": Format((".py", ".pt"), ("fp32", "bf16"), False, _write_module, _open_module),
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from redpp_serve.errors import RedppError
-from redpp_serve.exporting.formats import FORMATS, Format, write_checked
+from redpp_serve.exporting.formats import FORMATS, Format, graph_for, write_checked
 from redpp_serve.exporting.tuned import Packaged
 from redpp_serve.graph.executor import value_types
 from redpp_serve.graph.graph import Graph, InputSpec
@@ -99,7 +99,8 @@ def export_repository(folder: Path, to: str, out: Path | None = None) -> tuple[P
     out = Path(os.path.abspath(out or f"{name}_{to.replace('-', '_')}"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RedppError(f"{out} exists and is not empty", "a new or empty folder", "choose another one with --out")
-    graphs = dict(zip(VARIANTS, (packaged.original.graph, packaged.pruned.graph), strict=True))
+    artifacts = dict(zip(VARIANTS, (packaged.original, packaged.pruned), strict=True))
+    graphs = {variant: graph_for(back_end.format, artifact) for variant, artifact in artifacts.items()}
     inputs = packaged.original.graph.inputs
     samples = read_samples(folder, inputs)
     outputs = output_specs({variant.name: _outputs(graph) for variant, graph in graphs.items()})
@@ -108,7 +109,7 @@ def export_repository(folder: Path, to: str, out: Path | None = None) -> tuple[P
         for variant, graph in graphs.items():
             path = new / name / variant.triton_version / f"model{back_end.format.suffixes[0]}"
             path.parent.mkdir(parents=True)
-            write_checked(back_end.format, graph, samples, path, f"{name}, the {variant.name} version")
+            write_checked(back_end.format, graph, samples, path, title=f"{name}, the {variant.name} version")
         warmup = warmup_files([as_array(x[0]) for x in samples])
         write_files(new / name, {CONFIG: to_text(config).encode(), **warmup})
     return out, back_end.warnings

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from redpp_serve.capture.export import capture
 from redpp_serve.cli import main
 from redpp_serve.errors import RedppError
-from redpp_serve.exporting.formats import FORMATS, export, write_checked
+from redpp_serve.exporting.formats import ALIKE, FORMATS, export, graph_for, write_checked
 from redpp_serve.exporting.python_source import python_source
+from redpp_serve.graph.artifact import LoadedArtifact
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.graph.passes import in_precision
+from redpp_serve.graph.quantization import find_ranges
 from redpp_serve.packaging.mar import read_artifact
+from redpp_serve.runtime.serving_graph import serving_graph
 from tests.support.small import SHAPE, network, randomise
 from tests.support.small_networks import Two
 
@@ -32,7 +35,6 @@ ALL = [
     "pt2",
     "module",
 ]
-ENGINES = importlib.util.find_spec("redpp_serve.engines") is not None
 
 
 class Shapes(nn.Module):
@@ -51,8 +53,8 @@ def some(specs: Sequence[InputSpec], count: int, seed: int = 1) -> list[Tensor]:
     return [torch.randn(count, *spec.shape, generator=generator) for spec in specs]
 
 
-def checked(to: str, graph: Graph, path: Path) -> Any:
-    write_checked(FORMATS[to], graph, some(graph.inputs, 2), path, "a network")
+def checked(to: str, graph: Graph, path: Path, alike: float = 1e-4) -> Any:
+    write_checked(FORMATS[to], graph, some(graph.inputs, 2), path, title="a network", alike=alike)
     return FORMATS[to].open(path)
 
 
@@ -76,7 +78,7 @@ def test_files_of_torch_compute_the_same_bits_at_any_batch(tmp_path: Path, to: s
 @pytest.mark.parametrize("to", ["pt2", "module"])
 def test_sixteen_bits(tmp_path: Path, to: str) -> None:
     graph = in_precision(capture(network(), [InputSpec("x", SHAPE)], []), "bf16")
-    run = checked(to, graph, tmp_path / f"net{FORMATS[to].suffixes[0]}")
+    run = checked(to, graph, tmp_path / f"net{FORMATS[to].suffixes[0]}", 1e-2)
     assert run(some(graph.inputs, 4))[0].dtype == torch.float32
 
 
@@ -166,7 +168,7 @@ def test_refusals(packaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert main(["export", *map(str, words)]) == 2
         return capsys.readouterr().err
 
-    assert "--precision bf16 for --to onnx. Expected: fp32" in refusal(packaged, "--precision", "bf16")
+    assert "--precision bf16 for --to onnx. Expected: fp32 or int8" in refusal(packaged, "--precision", "bf16")
     assert "a file that ends in .pt2" in refusal(packaged, "--to", "pt2", "--out", tmp_path / "net.onnx")
     assert "cannot be read" in refusal(tmp_path, "--to", "pt2")
     (tmp_path / "file").write_text("")
@@ -177,7 +179,6 @@ def test_refusals(packaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     )
 
 
-@pytest.mark.skipif(not ENGINES, reason="needs the builder of ONNX models")
 @pytest.mark.parametrize("to", ALL[:2])
 def test_engines_take_the_files(packaged: Path, tmp_path: Path, to: str) -> None:
     (first, *_) = export(packaged, to, tmp_path / f"net{FORMATS[to].suffixes[0]}")
@@ -187,3 +188,18 @@ def test_engines_take_the_files(packaged: Path, tmp_path: Path, to: str) -> None
         inputs = some(graph.inputs, batch)
         with torch.no_grad():
             torch.testing.assert_close(run(inputs)[0], Program(graph)(*inputs)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", ALL[:2])
+def test_eight_bits_are_there_and_are_near(tmp_path: Path, to: str) -> None:
+    graph = capture(network(), [InputSpec("x", SHAPE)], [])
+    with pytest.raises(RedppError, match="without ranges for eight bits"):
+        graph_for(FORMATS[to], LoadedArtifact(graph, {}), "int8")
+    inputs = some(graph.inputs, 64)
+    ranges = find_ranges(serving_graph(graph, torch.device("cpu")), inputs)
+    small = graph_for(FORMATS[to], LoadedArtifact(graph, {"precision": {"ranges": ranges}}), "int8")
+    run = checked(to, small, tmp_path / f"net{FORMATS[to].suffixes[0]}", ALIKE["int8"])
+    with torch.no_grad():
+        (expected,) = Program(graph)(*inputs)
+    error = float((run(inputs)[0] - expected).norm() / expected.norm())
+    assert 1e-4 < error < 0.1

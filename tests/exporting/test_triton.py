@@ -21,7 +21,6 @@ from redpp_serve.packaging.mar import read_artifact
 from redpp_serve.packaging.triton_repository import to_text
 
 IMAGE, SCALAR, ANSWER = InputSpec("x", (3, 8, 8)), InputSpec("age", (), "int64"), InputSpec("output_0", (5,))
-ENGINES = find_spec("redpp_serve.engines") is not None
 
 
 def parsed(text: str) -> model_config_pb2.ModelConfig:
@@ -116,7 +115,6 @@ def test_the_command_says_what_the_back_end_lacks(
     assert (tmp_path / "small_triton_openvino" / "small" / "config.pbtxt").is_file()
 
 
-@pytest.mark.skipif(not ENGINES, reason="needs the builder of ONNX models")
 @pytest.mark.skipif(not find_spec("onnxruntime"), reason="no ONNX Runtime")
 def test_onnx_runtime_has_the_names_of_the_configuration(packaged: Path, tmp_path: Path) -> None:
     import onnxruntime

@@ -48,6 +48,10 @@ def weights(packaged: Path, tmp_path: Path) -> Path:
     return tmp_path / "tuned.pt"
 
 
+def packaged_options(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())["options"]
+
+
 def some() -> Tensor:
     return torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(3))
 
@@ -58,9 +62,10 @@ def test_a_tuned_network_is_packaged_as_it_is(packaged: Path, weights: Path, tmp
     served, expected = read_artifact(out / "pruned.mar").graph, tuned(packaged)
     with torch.no_grad():
         assert torch.equal(Program(served)(some())[0], expected(some()))
-    before, after = (read_artifact(folder / "original.mar") for folder in (packaged, out))
-    assert after.graph.nodes == before.graph.nodes and after.graph.tensors.keys() == before.graph.tensors.keys()
-    assert all(torch.equal(tensor, before.graph.tensors[name]) for name, tensor in after.graph.tensors.items())
+    before, original = (read_artifact(folder / "original.mar") for folder in (packaged, out))
+    assert original.graph.nodes == before.graph.nodes and original.graph.buffers == before.graph.buffers
+    assert all(torch.equal(before.graph.tensors[name], tensor) for name, tensor in original.graph.tensors.items())
+    assert original.description["preprocess"] == before.description["preprocess"] is not None
     assert Packaged.read(out).serving() == like.serving()
     kept, former = np.load(out / "inputs.npz"), np.load(packaged / "inputs.npz")
     assert sorted(kept) == sorted(former) and all(np.array_equal(kept[name], former[name]) for name in kept)
@@ -76,8 +81,8 @@ def test_a_tuned_network_is_packaged_as_it_is(packaged: Path, weights: Path, tmp
         "batch_size": 4,
         "max_batch_delay_ms": 1,
         "threads": 1,
-        "precision": "fp32",
-    } | {key: value for key, value in on_disk["options"].items() if key == "engine"}
+        **{key: packaged_options(packaged)[key] for key in ("precision", "engine", "precision_error")},
+    }
     assert on_disk["source"]["tuned"]["file"] == "tuned.pt" and on_disk["source"]["file"] == "small.pt"
     assert on_disk["verify"]["output_error"] > 0 and len(on_disk["verify"]["families"]) >= 2
     assert on_disk["original"]["accuracy"] == 1.0 and 0 <= on_disk["pruned"]["accuracy"] <= 1
@@ -183,13 +188,10 @@ def test_the_command(packaged: Path, weights: Path, capsys: pytest.CaptureFixtur
         printed = capsys.readouterr()
         return code, printed.out + printed.err
 
-    def options(folder: Path) -> dict[str, Any]:
-        return json.loads((folder / "report.json").read_text())["options"]
-
     code, text = run("--out", tmp_path / "out")
     assert code == 0 and f"wrote {tmp_path / 'out'}" in text and "trained further by its owner" in text
     code, text = run("--out", tmp_path / "two", "--threads", "2", "--batch-size", "8", "--name", "other")
-    assert code == 0 and (options(tmp_path / "two")["threads"], options(tmp_path / "two")["batch_size"]) == (2, 8)
+    assert code == 0 and [packaged_options(tmp_path / "two")[key] for key in ("threads", "batch_size")] == [2, 8]
     assert json.loads((tmp_path / "two" / "report.json").read_text())["name"] == "other"
     code, text = run("--out", tmp_path / "three", "--keep", "0.5", "--target", "macs=0.5", "--exclude", "stem.*")
     assert code == 2 and "--keep, --exclude, --target beside --like" in text and not (tmp_path / "three").exists()
