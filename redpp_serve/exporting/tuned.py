@@ -107,7 +107,13 @@ def read_tuned(
         source = {"file": file.name, "kind": loaded.kind.value, "sha256": loaded.sha256, "arch": None}
         found = Captured(module.graph(), source, [*loaded.messages, *changed])
     else:
-        found = capture_file(file, inputs, arch=arch, arch_args=arch_args, trust=trust)
+        try:
+            found = capture_file(file, inputs, arch=arch, arch_args=arch_args, trust=trust)
+        except RedppError as error:
+            if "--input" not in error.do:
+                raise
+            do = f"give a network that takes the inputs of {like.folder}, or package it on its own without --like"
+            raise RedppError(error.found, f"inputs {inputs}", do) from error
     names = {mine.name: spec.name for mine, spec in zip(found.graph.inputs, inputs, strict=True)}
     graph = found.graph.renamed({mine: name for mine, name in names.items() if mine != name})
     expected, given = _outputs(like.original.graph), _outputs(graph)

@@ -180,6 +180,10 @@ def test_any_network_with_the_same_inputs_and_outputs_will_do(packaged: Path, tm
         read_tuned(exported(Wide(), tmp_path / "wide.pt2"), like, trust=True)
     with pytest.raises(RedppError, match="--trust-file"):
         read_tuned(tmp_path / "other.pt2", like)
+    torch.save(nn.Linear(3, 5).state_dict(), tmp_path / "narrow.pt")
+    (tmp_path / "narrow.py").write_text("from torch.nn import Linear\ndef net():\n    return Linear(3, 5)\n")
+    with pytest.raises(RedppError, match=r"rejects a batch of inputs of shape 1x12x12.*takes the inputs of"):
+        read_tuned(tmp_path / "narrow.pt", like, arch=f"{tmp_path / 'narrow.py'}:net")
 
 
 def test_the_command(packaged: Path, weights: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
