@@ -33,20 +33,12 @@ def plan(folder: Path, options: PlanOptions = PlanOptions()) -> dict[str, Any]:
         RedppError: the folder or the device cannot be used, or a network does not run in the precision.
     """
     where = str(parse_device(options.device))
-    serving: dict[str, Any] = {"threads": 1, "batch_size": 1, "precision": "fp32", "engine": "auto"} | _options(folder)
-    serving |= {name: value for name in serving if (value := getattr(options, name, None)) is not None}
-    for name in ("threads", "batch_size"):
-        if type(serving[name]) is not int or serving[name] < 1:
-            raise RedppError(
-                f"{name} is {str(serving[name])[:40]!r}",
-                "a whole number of at least 1",
-                f"give it with --{name.replace('_', '-')}",
-            )
+    serving = served_as(folder, options)
     torch.set_num_threads(serving["threads"])
     found = {}
     for variant in VARIANTS:
         model = ServingModel(
-            _artifact(variant.archive_in(folder)),
+            artifact_bytes(variant.archive_in(folder)),
             where,
             precision=serving["precision"],
             batch=serving["batch_size"],
@@ -56,6 +48,27 @@ def plan(folder: Path, options: PlanOptions = PlanOptions()) -> dict[str, Any]:
         )
         found[variant.name] = model.plan.to_json()
     return found
+
+
+def served_as(folder: Path, options: PlanOptions = PlanOptions()) -> dict[str, Any]:
+    """Return ``threads``, ``batch_size``, ``precision`` and ``engine`` of a package; those in ``options`` go before.
+
+    Raises:
+        RedppError: a number that is none.
+    """
+    serving: dict[str, Any] = {"threads": 1, "batch_size": 1, "precision": "fp32", "engine": "auto"}
+    reported = _options(folder)
+    for name in serving:
+        value = getattr(options, name, None)
+        serving[name] = reported.get(name, serving[name]) if value is None else value
+    for name in ("threads", "batch_size"):
+        if type(serving[name]) is not int or serving[name] < 1:
+            raise RedppError(
+                f"{name} is {str(serving[name])[:40]!r}",
+                "a whole number of at least 1",
+                f"give it with --{name.replace('_', '-')}",
+            )
+    return serving
 
 
 def record(folder: Path, plans: dict[str, Any]) -> bool:
@@ -70,7 +83,12 @@ def _options(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _artifact(archive: Path) -> bytes:
+def artifact_bytes(archive: Path) -> bytes:
+    """Return the artifact in an archive.
+
+    Raises:
+        RedppError: no archive, or one without an artifact.
+    """
     try:
         with zipfile.ZipFile(archive) as file:
             return file.read(ARTIFACT)

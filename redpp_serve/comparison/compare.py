@@ -93,6 +93,34 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """How much faster one step makes a batch.
+
+    Attributes:
+        batch: the batch size.
+        step: ``engine``, ``precision``, ``pruning``, or ``all`` for their product.
+        before: what runs without the step, in words.
+        after: what runs with it.
+        ratio: time before over time after, of the medians, with its 95 % interval.
+    """
+
+    batch: int
+    step: str
+    before: str
+    after: str
+    ratio: Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for report.json."""
+        return {**asdict(self), "ratio": self.ratio.value, "low": self.ratio.low, "high": self.ratio.high}
+
+    def to_text(self) -> str:
+        """Return a line for the terminal."""
+        x = self.ratio
+        return f"{self.step} {x.value:.2f} ({x.low:.2f} to {x.high:.2f})"
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The result. Ratios in ``speedup`` are above 1 where the pruned version is faster, None where not measured."""
 
@@ -107,6 +135,7 @@ class Comparison:
     seconds: float
     margin: float
     open_loop: OpenLoop | None = None
+    gains: tuple[Gain, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain numbers, texts and lists, fit for ``json.dumps``."""
@@ -124,6 +153,7 @@ class Comparison:
             "seconds": self.seconds,
             "margin": self.margin,
             "open_loop": self.open_loop and self.open_loop.to_json(),
+            "gains": [gain.to_json() for gain in self.gains],
         }
 
     def to_text(self) -> str:
@@ -132,7 +162,9 @@ class Comparison:
         verdicts = [x.text + "." for x in (self.handler_verdict, self.verdict) if x]
         errors = [f"{x.label} failed first with: {x.first_error}" for x in (self.original, self.pruned) if x.errors]
         head = f"{self.pairs} pairs, {self.concurrency} requests at a time, {self.seconds:g} s"
-        return "\n".join([head, "", *columns(rows, left=(0, 3)), "", *errors, self._agreement_line(), *verdicts])
+        return "\n".join(
+            [head, "", *columns(rows, left=(0, 3)), "", *self._gain_lines(), *errors, self._agreement_line(), *verdicts]
+        )
 
     def _rows(self) -> Iterator[tuple[str, str, str, str]]:
         arms = (self.original, self.pruned)
@@ -152,6 +184,13 @@ class Comparison:
         shares = ["-" if arm.accuracy is None else f"{arm.accuracy:.2%}" for arm in arms]
         if shares != ["-", "-"]:
             yield "accuracy", shares[0], shares[1], ""
+
+    def _gain_lines(self) -> Iterator[str]:
+        """Say for each batch size what each step gains, without a server."""
+        for batch in dict.fromkeys(gain.batch for gain in self.gains):
+            *steps, whole = [gain for gain in self.gains if gain.batch == batch]
+            yield f"Gains at batch {batch}: {' x '.join(gain.to_text() for gain in steps)}; {whole.to_text()}"
+            yield f"  {' -> '.join([steps[0].before, *(gain.after for gain in steps)])}"
 
     def _agreement_line(self) -> str:
         same = self.agreement

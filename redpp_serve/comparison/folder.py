@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -13,6 +14,7 @@ from PIL import Image
 
 from redpp_serve.comparison.client import Endpoint, Payload
 from redpp_serve.comparison.compare import Comparison, compare_endpoints
+from redpp_serve.comparison.gains import measure_gains
 from redpp_serve.comparison.triton_client import TritonEndpoint
 from redpp_serve.errors import RedppError
 from redpp_serve.handlers.preprocess import Preprocess
@@ -38,7 +40,7 @@ def compare(
     *,
     note: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
-    """Start a server for the folder, send the same inputs to both versions, stop it, and return the measurements.
+    """Start a server for the folder, send the same inputs to both versions, stop it, and tell the gains apart.
 
     Args:
         folder: written by `package`.
@@ -53,7 +55,9 @@ def compare(
     payloads = read_payloads(options.inputs) if options.inputs else folder_payloads(folder)
     with open_server(folder, server, name=name, note=note) as running:
         original, pruned = (endpoint(running, variant) for variant in NAMES)
-        return compare_endpoints(original, pruned, payloads, options)
+        measured = compare_endpoints(original, pruned, payloads, options)
+    note("measuring what engine, precision and pruning gain")
+    return replace(measured, gains=tuple(measure_gains(folder, seed=options.seed)))
 
 
 def endpoint(server: LocalServer, variant: str) -> Endpoint:

@@ -437,6 +437,25 @@ class PrecisionError(Record):
 
 
 @dataclass(kw_only=True)
+class GainRecord(Record):
+    """How much faster one step makes a batch: time before over time after, with its interval.
+
+    Attributes:
+        step: ``engine``, ``precision``, ``pruning``, or ``all`` for their product.
+        before: what runs without the step, in words.
+        after: what runs with it.
+    """
+
+    batch: Any = None
+    step: str | None = None
+    before: str | None = None
+    after: str | None = None
+    ratio: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(kw_only=True)
 class PlanRecord(Record):
     """The engines and kernels that one version runs with, and the seconds that choosing them took.
 
@@ -467,6 +486,7 @@ class Report(Record):
         plan: chosen engines and kernels by version.
         precisions: by version and name, what each precision costs.
         speedup: ratios by quantity.
+        gains: what engine, precision and pruning gain, each on its own.
         verdict: the comparison's, in words.
     """
 
@@ -491,6 +511,7 @@ class Report(Record):
     precisions: dict[str, dict[str, PrecisionError]] | None = None
     agreement: Agreement | None = None
     speedup: dict[str, Ratio | None] | None = None
+    gains: list[GainRecord] | None = None
     verdict: str | None = None
 
     @classmethod

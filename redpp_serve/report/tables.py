@@ -11,6 +11,7 @@ from redpp_serve.report.data import (
     Family,
     Figures,
     FrontierPoint,
+    GainRecord,
     Layer,
     PlanRecord,
     Ratio,
@@ -86,8 +87,7 @@ def summary_rows(report: Report) -> list[Row]:
 
 def _ratio(label: str, before: float | None, after: float | None, speedup: Ratio | None) -> str:
     if speedup is not None and speedup.ratio is not None:
-        known = speedup.low is not None and speedup.high is not None
-        return times(speedup.ratio) + (f" [{speedup.low:.2f}, {speedup.high:.2f}]" if known else "")
+        return _interval(speedup)
     if label == "accuracy":
         return DASH if before is None or after is None else f"{100 * (after - before):+.2f} points"
     return times(quotient(after, before) if label == "throughput" else quotient(before, after))
@@ -311,6 +311,21 @@ def engine_lines(plan: PlanRecord) -> list[str]:
         )
     lines += [f"{printable(name)} left out: {printable(why)}" for name, why in (plan.left_out or {}).items()]
     return lines
+
+
+def gain_rows(report: Report) -> list[tuple[str, ...]]:
+    """Return batch, step, before, after and ratio for each gain that was measured."""
+    return [
+        (printable(g.batch), printable(g.step), printable(g.before), printable(g.after), _interval(g))
+        for g in report.gains or ()
+    ]
+
+
+def _interval(found: GainRecord | Ratio) -> str:
+    known = found.low is not None and found.high is not None
+    return (
+        DASH if found.ratio is None else times(found.ratio) + (f" [{found.low:.2f}, {found.high:.2f}]" if known else "")
+    )
 
 
 def precision_rows(report: Report) -> list[tuple[str, ...]]:

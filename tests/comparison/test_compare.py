@@ -44,7 +44,15 @@ def test_json_holds_every_key(start: Start) -> None:  # noqa: F811
     data = run(start(0.004), start(0.004)).to_json()
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     expected = {"original", "pruned", "agreement", "speedup", "verdict", "verdict_kind", "verdict_handler"}
-    assert set(data) == expected | {"verdict_handler_kind", "pairs", "concurrency", "seconds", "margin", "open_loop"}
+    assert set(data) == expected | {
+        "verdict_handler_kind",
+        "pairs",
+        "concurrency",
+        "seconds",
+        "margin",
+        "open_loop",
+        "gains",
+    }
     assert data["pairs"] > 5 and data["margin"] == 0.02 and data["concurrency"] == 1 and data["seconds"] == 0.6
     assert data["verdict_kind"] in {"faster", "slower", "equivalent", "undecided"} and "original" in data["verdict"]
     arm = data["pruned"]

@@ -93,7 +93,13 @@ def test_both_versions_are_measured_and_the_server_is_left(packaged: Path, stand
         packaged, ComparisonOptions(duration=0.5, concurrency=2), ServerOptions(workers=3), note=notes.append
     )
     (server,) = standin
-    assert (server.name, server.options, notes) == ("small", (3, None), ["stand-in"])
+    assert (server.name, server.options, notes) == (
+        "small",
+        (3, None),
+        ["stand-in", "measuring what engine, precision and pruning gain"],
+    )
+    assert [(g["batch"], g["step"]) for g in result.to_json()["gains"]][:2] == [(1, "engine"), (1, "precision")]
+    assert "Gains at batch 4: engine " in result.to_text()
     paths = {path for path, _ in server.seen}
     assert paths == {"/predictions/small/1.0", "/predictions/small/2.0"}
     assert {token for _, token in server.seen} == {"Bearer inference"}

@@ -1,0 +1,37 @@
+"""The gains of engine, precision and pruning, each on its own."""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from redpp_serve.comparison.gains import _gains, measure_gains
+from redpp_serve.errors import RedppError
+
+
+def test_each_step_is_the_ratio_of_the_arms_around_it() -> None:
+    arms = {name: lambda s=s: time.sleep(s) for name, s in (("a", 0.016), ("b", 0.008), ("c", 0.008), ("d", 0.002))}
+    found = {g.step: g for g in _gains(arms, 4, 1.0, np.random.default_rng(0))}
+    assert [(g.batch, g.before, g.after) for g in found.values()] == [
+        (4, "a", "b"), (4, "b", "c"), (4, "c", "d"), (4, "a", "d")
+    ]  # fmt: skip
+    assert found["engine"].ratio.value == pytest.approx(2, rel=0.2)
+    assert found["precision"].ratio.value == pytest.approx(1, rel=0.2)
+    assert found["pruning"].ratio.value == pytest.approx(3.7, rel=0.25)
+    product = math.prod(found[step].ratio.value for step in ("engine", "precision", "pruning"))
+    assert found["all"].ratio.value == pytest.approx(product)
+    assert all(g.ratio.low <= g.ratio.value <= g.ratio.high for g in found.values())
+
+
+def test_a_package_is_measured_at_one_input_and_at_its_largest_batch(packaged: Path) -> None:
+    found = measure_gains(packaged, 0.2)
+    assert [(g.batch, g.step) for g in found] == [
+        (batch, step) for batch in (1, 4) for step in ("engine", "precision", "pruning", "all")
+    ]
+    assert all(g.ratio.value > 0 for g in found)
+    assert {g.before for g in found if g.step in ("engine", "all")} == {"eager PyTorch"}
+    assert all(g.after.startswith("pruned, ") for g in found if g.step in ("pruning", "all"))
+    with pytest.raises(RedppError, match="no archive"):
+        measure_gains(packaged / "nowhere")
