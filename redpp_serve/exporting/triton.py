@@ -49,7 +49,7 @@ class BackEnd:
             "intra_op_thread_count": str(serving.threads),
             "inter_op_thread_count": "1",
             "execution_mode": "0",
-            "enable_mem_arena": "0",
+            "enable_mem_arena": "1",
             "enable_mem_pattern": "0",
         }
 

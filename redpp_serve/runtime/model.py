@@ -14,7 +14,7 @@ from torch import Tensor
 from redpp_serve.engines import OWN
 from redpp_serve.graph.artifact import LoadedArtifact, load
 from redpp_serve.graph.executor import Program
-from redpp_serve.graph.graph import InputSpec
+from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.passes import check_served, set_switches
 from redpp_serve.runtime.cuda_graphs import BucketRunner, CudaRecorder
 from redpp_serve.runtime.engine_choice import (
@@ -37,6 +37,7 @@ from redpp_serve.runtime.serving_graph import (
     channels_last,
     dense_program,
     planned_programs,
+    serving_graph,
 )
 
 log = logging.getLogger(__name__)
@@ -130,10 +131,15 @@ class ServingModel:
         seconds: float,
         cache: PlanCache | None,
     ) -> Chosen:
-        first = next(iter(contexts.values()))
-        network = Network(artifact, first.graph, served, self.device)
+        network = Network(artifact, self._engine_graph(artifact, contexts), served, self.device)
         dense = {name: own_run(dense_program(context), self.device) for name, context in contexts.items()}
         return choose_engine(network, dense, self.batches, engine=engine, seconds=seconds, cache=cache)
+
+    def _engine_graph(self, artifact: LoadedArtifact, contexts: Mapping[str, PlanContext]) -> Graph:
+        """Return the graph from which engines are built: in fp32, since they narrow it themselves."""
+        if "fp32" in contexts or self.device.type != "cpu":
+            return next(iter(contexts.values())).graph
+        return serving_graph(artifact.graph, self.device)
 
     @torch.inference_mode()
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:

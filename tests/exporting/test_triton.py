@@ -43,7 +43,7 @@ def test_onnx_runtime_batches_and_keeps_to_its_threads() -> None:
         "intra_op_thread_count": "2",
         "inter_op_thread_count": "1",
         "execution_mode": "0",
-        "enable_mem_arena": "0",
+        "enable_mem_arena": "1",
         "enable_mem_pattern": "0",
     }
     assert [list(entry.dims) for entry in config.input] == [[3, 8, 8], [1]] and config.input[1].HasField("reshape")

@@ -1,0 +1,178 @@
+"""The arms of `benchmarks.engines`: a network as its users would run it by hand, and as this project serves it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.engine_networks import Kept, Network
+from redpp_serve.engines import ENGINES, OWN
+from redpp_serve.engines.sessions import import_openvino
+from redpp_serve.runtime.engine_choice import AUTO
+from redpp_serve.runtime.model import ServingModel
+from redpp_serve.runtime.plan_cache import PlanCache
+
+Call = Callable[[Tensor], Tensor]
+PLAN_SECONDS = 20.0  # as a worker has by default
+
+
+class UnavailableError(Exception):
+    """An arm does not exist for this network on this processor; the text says why."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How an arm runs.
+
+    Attributes:
+        threads: number of threads.
+        batch: the largest batch.
+        plan_seconds: time that this project may spend on its choices.
+        cache: where it keeps times; None for nowhere.
+    """
+
+    threads: int
+    batch: int
+    plan_seconds: float = PLAN_SECONDS
+    cache: PlanCache | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to run a network.
+
+    Attributes:
+        name: its name in results.
+        precision: what it computes in; ``auto`` where it chooses.
+        build: makes the call (N, ...) -> (N, classes).
+        engine: the engine that this project is told to use; empty for arms by hand.
+    """
+
+    name: str
+    precision: str
+    build: Callable[[Network, Kept, Setting], Call]
+    engine: str = ""
+
+
+def _stock(network: Network, kept: Kept, setting: Setting) -> Call:
+    module: nn.Module = network.build().eval()
+    return module
+
+
+def _compiled(network: Network, kept: Kept, setting: Setting) -> Call:
+    import torch._inductor.config as inductor
+
+    torch._dynamo.reset()
+    inductor.freezing = True
+    call: Call = torch.compile(network.build().eval(), dynamic=False)
+    return call
+
+
+def _onnxruntime(network: Network, kept: Kept, setting: Setting) -> Call:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = setting.threads, 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(kept.onnx, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def _openvino(hint: str) -> Callable[[Network, Kept, Setting], Call]:
+    def build(network: Network, kept: Kept, setting: Setting) -> Call:
+        compiled = compile_openvino(kept.openvino, hint, setting.threads)
+        return lambda x: torch.from_numpy(compiled([x.numpy()])[0])
+
+    return build
+
+
+def compile_openvino(model: Path | bytes, hint: str, threads: int) -> Any:
+    """Compile a model with OpenVINO's defaults but for threads, precision, and pinning.
+
+    Pinned to the first core, it would meet whatever else runs there; the arms beside it would not.
+    """
+    core = import_openvino().Core()
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint, "ENABLE_CPU_PINNING": False}
+    read = core.read_model(model) if isinstance(model, Path) else core.read_model(model, b"")
+    return core.compile_model(read, "CPU", settings)
+
+
+def _served(engine: str, precision: str) -> Callable[[Network, Kept, Setting], Call]:
+    def build(network: Network, kept: Kept, setting: Setting) -> Call:
+        return Served(served(kept.artifact, engine, precision, setting))
+
+    return build
+
+
+class Served(nn.Module):
+    """A served network as a module of one input and one output."""
+
+    def __init__(self, model: ServingModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map inputs (N, ...) to outputs (N, classes)."""
+        return self.model(x)[0]
+
+
+def served(source: Path, engine: str, precision: str, setting: Setting) -> ServingModel:
+    """Load an artifact as a worker does.
+
+    Raises:
+        UnavailableError: the engine or the precision that was named does not serve it.
+    """
+    model = ServingModel(
+        source, engine=engine, precision=precision, batch=setting.batch, plan_seconds=setting.plan_seconds,
+        cache=setting.cache,
+    )  # fmt: skip
+    others = {c.engine for c in model.plan.engines} - {engine} if engine != AUTO else set()
+    if precision != AUTO:
+        others |= {c.precision for c in model.plan.engines} - {precision}
+    if others:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in model.plan.left_out.items())
+        raise UnavailableError(reasons or f"{', '.join(sorted(others))} serves it instead")
+    model.warm_up()
+    return model
+
+
+def ours(engine: str, precision: str) -> str:
+    """Return the name of this project's arm for an engine and a precision."""
+    return f"ours {precision}" if engine == AUTO else f"ours {engine} {precision}"
+
+
+FORCED = ((OWN, "fp32"), (OWN, "bf16"), *((name, p) for name in ENGINES for p in ("fp32", "bf16", "int8")))
+FORCED = tuple(pair for pair in FORCED if pair not in (("onnxruntime", "bf16"), ("onnxruntime", "int8")))
+STOCK, COMPILED, OURS, OURS_AUTO = "stock", "torch.compile", ours(AUTO, "fp32"), ours(AUTO, AUTO)
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm(STOCK, "fp32", _stock),
+        Arm(COMPILED, "fp32", _compiled),
+        Arm("onnxruntime", "fp32", _onnxruntime),
+        Arm("openvino", "fp32", _openvino("f32")),
+        Arm("openvino bf16", "bf16", _openvino("bf16")),
+        Arm(OURS, "fp32", _served(AUTO, "fp32"), AUTO),
+        Arm(OURS_AUTO, AUTO, _served(AUTO, AUTO), AUTO),
+        *(Arm(ours(engine, p), p, _served(engine, p), engine) for engine, p in FORCED),
+    )
+}
+BY_HAND = (STOCK, "onnxruntime", "openvino")  # in fp32; what the served network must not lose against
+
+
+def check_here(arm: Arm) -> None:
+    """Refuse precisions for which this processor has no instructions: engines would simulate or replace them.
+
+    Raises:
+        UnavailableError: it has none.
+    """
+    served_here = ENGINES["openvino"].precisions()
+    if arm.precision not in (*served_here, "fp32", AUTO):
+        raise UnavailableError(f"no instructions for {arm.precision} on this {platform.machine()}")

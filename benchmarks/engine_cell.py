@@ -1,0 +1,531 @@
+"""One cell of `benchmarks.engines`, in a process of its own so that its memory and its crash are its own.
+
+``python -m benchmarks.engine_cell SPECIFICATION FILE`` writes the cell to FILE; both are JSON (`CellOptions`).
+``python -m benchmarks.engine_cell worker SPECIFICATION`` is a worker of the cell ``workers``: it says ``ready``, then
+answers each line of seconds with the number of calls that it made in them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from benchmarks.engine_arms import (
+    ARMS,
+    BY_HAND,
+    COMPILED,
+    FORCED,
+    OURS,
+    OURS_AUTO,
+    PLAN_SECONDS,
+    STOCK,
+    Call,
+    Served,
+    Setting,
+    UnavailableError,
+    check_here,
+    compile_openvino,
+    ours,
+    served,
+)
+from benchmarks.engine_networks import NETWORKS, Kept, Network, keep
+from benchmarks.real_scores import centred_error, evaluate, read_pruned
+from redpp_serve.engines import ENGINES, OWN
+from redpp_serve.engines.onnx_builder import to_onnx
+from redpp_serve.errors import RedppError
+from redpp_serve.files import write_atomically
+from redpp_serve.graph.artifact import build, load
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import Graph
+from redpp_serve.graph.layers import mac_count
+from redpp_serve.packaging.mar import read_artifact
+from redpp_serve.runtime.engine_choice import EngineRun, free_memory
+from redpp_serve.runtime.engine_choice import Network as ServedNetwork
+from redpp_serve.runtime.plan_cache import PlanCache
+from redpp_serve.runtime.serving_graph import serving_graph
+from redpp_serve.statistics.intervals import mean_interval, percentile_interval
+
+CHECKED = 8  # inputs, at least, on which an arm is held against float64
+EXACT = 1e-3  # largest centred error of fp32: sums in another order
+LOWER = (0.05, 2.0)  # of other precisions: at least, and as a multiple of the error that was recorded
+FEWEST_ROUNDS = 7
+_LEAST_SPREAD = 1e-2  # of the outputs over the inputs, relative to the outputs
+_CALLS_OF_OVERHEAD = 300
+_WORKER_ROUNDS = 5
+PRUNED = "pruned"
+
+
+@dataclass(frozen=True)
+class CellOptions:
+    """What a cell measures, and how.
+
+    Attributes:
+        kind: one of `KINDS`.
+        network: its name.
+        arm: the arm's name; ``all`` for kinds that compare arms; the file of a pruned network.
+        threads: number of threads.
+        scratch: the folder of `engine_networks.keep`.
+        batches: batch sizes of times.
+        seconds: of timing all arms at one batch size.
+        plan_seconds: time that this project may spend on its choices.
+        compiled: whether ``torch.compile`` takes part.
+        arms: names of the arms to time; none for all.
+    """
+
+    kind: str
+    network: str
+    arm: str
+    threads: int
+    scratch: str
+    batches: tuple[int, ...] = (1, 8, 32)
+    seconds: float = 20.0
+    plan_seconds: float = PLAN_SECONDS
+    compiled: bool = False
+    arms: tuple[str, ...] = ()
+
+    def setting(self, batch: int = 1, cache: PlanCache | None = None) -> Setting:
+        """Return how an arm runs."""
+        return Setting(self.threads, batch, self.plan_seconds, cache)
+
+    @classmethod
+    def read(cls, text: str) -> CellOptions:
+        """Read a specification."""
+        found = json.loads(text)
+        return cls(**found | {name: tuple(found[name]) for name in ("batches", "arms")})
+
+
+def measure(options: CellOptions) -> dict[str, Any]:
+    """Measure a cell; a failure is a result, too."""
+    torch.set_num_threads(options.threads)
+    cell: dict[str, Any] = {name: getattr(options, name) for name in ("kind", "network", "arm", "threads")}
+    cell |= {"date": time.strftime("%Y-%m-%d"), "load": round(os.getloadavg()[0], 2)}
+    network = NETWORKS[options.network]
+    kept = keep(network, Path(options.scratch))
+    try:
+        return cell | {"status": "measured"} | KINDS[options.kind](network, kept, options)
+    except UnavailableError as error:
+        return cell | {"status": "unavailable", "reason": str(error)}
+    except Exception as error:  # a crash is a result, too
+        return cell | {"status": "failed", "reason": _reason(error)}
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+# Times: all arms of one network in turns.
+
+
+def times(network: Network, kept: Kept, options: CellOptions) -> dict[str, Any]:
+    """Time the arms at each batch size, in turns; an arm whose outputs are wrong is named and gets no time."""
+    x = network.inputs(max(CHECKED, *options.batches))
+    expected = reference(network, x)
+    names = options.arms or tuple(name for name in ARMS if name != COMPILED or options.compiled)
+    calls, left_out, plans = dict[str, Call](), dict[str, str](), dict[str, Any]()
+    for name in names:
+        try:
+            check_here(ARMS[name])
+            calls[name] = ARMS[name].build(network, kept, options.setting(max(options.batches)))
+        except (UnavailableError, RedppError) as error:
+            left_out[name] = str(error)
+        except Exception as error:
+            left_out[name] = _reason(error)
+        if isinstance(made := calls.get(name), Served) and name in (OURS, OURS_AUTO):
+            plans[name] = {
+                str(c.batch): [c.engine, c.precision, {n: round(1e3 * t, 3) for n, t in c.times.items()}]
+                for c in made.model.plan.engines
+            } | {"seconds": round(made.model.plan.seconds, 2)}
+    recorded = {name: record["error"] for name, record in kept.facts["precisions"].items()}
+    limits = {name: _limit(recorded, ARMS[name].precision) for name in calls}
+    rows = [row_of(calls, x, expected, batch, limits, options.seconds) for batch in options.batches]
+    return {"rows": rows, "left_out": left_out, "plans": plans}
+
+
+def reference(network: Network, x: Tensor) -> Tensor:
+    """Return the stock module's outputs in float64.
+
+    Raises:
+        RedppError: they hardly depend on the inputs, so that nothing could be told from them.
+    """
+    module = network.build().double().eval()
+    with torch.inference_mode():
+        expected: Tensor = torch.cat([module(chunk.double()) for chunk in x.split(CHECKED)])
+    spread = float((expected - expected.mean(0)).norm() / expected.norm())
+    if spread < _LEAST_SPREAD:
+        raise RedppError(
+            f"the outputs of {network.name} vary by {spread:.1g} of their size", "outputs that depend on the inputs",
+            "settle its batch norms",
+        )  # fmt: skip
+    return expected
+
+
+def _limit(recorded: Mapping[str, float], precision: str) -> float:
+    """Return the error that an arm may have; ``auto`` may have the largest one."""
+    if precision == "fp32":
+        return EXACT
+    errors = recorded.values() if precision == "auto" else [recorded.get(precision, 0.0)]
+    return max(LOWER[0], LOWER[1] * max(errors, default=0.0))
+
+
+@torch.inference_mode()
+def row_of(
+    calls: Mapping[str, Call], x: Tensor, expected: Tensor, batch: int, limits: Mapping[str, float], seconds: float
+) -> dict[str, Any]:
+    """Check the arms on inputs in parts of a batch, then time those that are right."""
+    errors, reasons, right = dict[str, float](), dict[str, str](), dict[str, Callable[[], object]]()
+    count = max(batch, CHECKED)
+    first = x[:batch].contiguous()
+    for name, call in calls.items():
+        try:
+            found = torch.cat([call(part) for part in x[:count].split(batch)])
+            errors[name] = centred_error(found, expected[:count])
+        except Exception as error:
+            reasons[name] = _reason(error)
+            continue
+        if errors[name] <= limits[name]:
+            right[name] = lambda call=call: call(first)
+        else:
+            reasons[name] = f"wrong by {errors[name]:.2g} of the spread, more than {limits[name]:.2g}"
+    found = in_turns(right, seconds, np.random.default_rng(0))
+    errors = {name: float(f"{error:.2g}") for name, error in errors.items()}
+    row: dict[str, Any] = {"batch": batch, "rounds": len(next(iter(found.values()), ())), "errors": errors}
+    return row | {"ms": _percentiles(found), "ratios": _ratios(found), "not timed": reasons}
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], seconds: float, rng: np.random.Generator
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the seconds of each call in each round, (rounds,): the mean of two, there and back in a random order."""
+    names, rounds = list(calls), []
+    for call in calls.values():
+        call()
+    end = time.perf_counter() + seconds
+    while names and (len(rounds) < FEWEST_ROUNDS or time.perf_counter() < end):
+        order, spent = rng.permutation(len(names)), np.zeros(len(names))
+        for index in (*order, *order[::-1]):
+            start = time.perf_counter()
+            calls[names[index]]()
+            spent[index] += (time.perf_counter() - start) / 2
+        rounds.append(spent)
+    return dict(zip(names, np.array(rounds).T, strict=True)) if names else {}
+
+
+def _percentiles(found: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, list[float]]:
+    """Return milliseconds at the 50th, 20th and 80th percentile."""
+    return {n: [round(1e3 * float(q), 4) for q in np.quantile(v, (0.5, 0.2, 0.8))] for n, v in found.items()}
+
+
+def _ratios(found: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
+    """Return how many times as fast an arm is as another: name of the other, median of rounds, 95 % interval."""
+    rng = np.random.default_rng(1)
+    hand = [name for name in BY_HAND if name in found]
+    best = min(hand, key=lambda name: float(np.median(found[name])), default="")
+    pairs = [(f"{name} over best by hand", best, name) for name in (OURS, ours(OWN, "fp32"))]
+    pairs += [(f"{name} over stock", STOCK, name) for name in (OURS, OURS_AUTO)]
+    pairs += [(f"{engine} over by hand", engine, ours(engine, "fp32")) for engine in ENGINES]
+    pairs += [("openvino bf16 over by hand", "openvino bf16", ours("openvino", "bf16"))]
+    pairs += [(f"{PRUNED} over original, {name}", name, f"{PRUNED}, {name}") for name in found]
+    ratios = {}
+    for title, over, under in pairs:
+        if over in found and under in found:
+            ratio = percentile_interval(found[over] / found[under], 0.5, rng)
+            ratios[title] = [over, *(round(v, 3) for v in ratio)]
+    return ratios
+
+
+# Ready: what it takes until the first answer.
+
+
+def ready(network: Network, kept: Kept, options: CellOptions) -> dict[str, Any]:
+    """Measure seconds and memory until an arm has answered once, at batch 1."""
+    x, arm = network.inputs(1), ARMS[options.arm]
+    check_here(arm)
+    memory = Memory()
+    start = time.perf_counter()
+    found = {}
+    if arm.engine in ENGINES:
+        call, parts = _built(kept, arm.engine, arm.precision, options.threads)
+    else:
+        call, parts = arm.build(network, kept, options.setting()), {}
+        if isinstance(call, Served):
+            found["trying"] = round(call.model.plan.seconds, 3)
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        call(x)
+    end = time.perf_counter()
+    found |= {"seconds": round(end - start, 3), "first_call": round(end - begun, 4), "parts": parts}
+    found |= memory.since(kept.facts["weights_mib"])
+    if isinstance(call, Served):
+        found["seconds_again"] = round(_again(kept, arm.engine, arm.precision, options, x), 3)
+    return found
+
+
+def _built(kept: Kept, engine: str, precision: str, threads: int) -> tuple[Call, dict[str, float]]:
+    """Build the network in an engine as a worker does once it has chosen."""
+    seconds, clock = {}, time.perf_counter
+    start = clock()
+    stored = load(kept.artifact)
+    seconds["read"], start = clock() - start, clock()
+    cpu = torch.device("cpu")
+    network = ServedNetwork(stored, serving_graph(stored.graph, cpu), (precision,), cpu)
+    seconds["fold"], start = clock() - start, clock()
+    model = network.model(precision)
+    seconds["write"], start = clock() - start, clock()
+    run = EngineRun(ENGINES[engine], precision, model, threads)
+    seconds["compile"] = clock() - start
+    del model
+    network._models.clear()
+    return lambda x: run((x,))[0], {name: round(value, 3) for name, value in seconds.items()}
+
+
+def _again(kept: Kept, engine: str, precision: str, options: CellOptions, x: Tensor) -> float:
+    """Return the seconds until the first answer of a worker that finds the times of an earlier one."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plans.json"
+        served(kept.artifact, engine, precision, options.setting(cache=PlanCache(path)))
+        start = time.perf_counter()
+        Served(served(kept.artifact, engine, precision, options.setting(cache=PlanCache(path))))(x)
+        return time.perf_counter() - start
+
+
+class Memory:
+    """The memory of this process beyond what it has now."""
+
+    def __init__(self) -> None:
+        free_memory()
+        self._reset = True
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts afresh
+        except OSError:
+            self._reset = False
+        self._before = psutil.Process().memory_info().rss / 2**20
+
+    def since(self, weights: float) -> dict[str, float]:
+        """Return MiB beyond the weights, kept and at the peak; no peak where the system does not tell it."""
+        peak = _status("VmHWM") if self._reset else math.nan
+        free_memory()
+        kept = psutil.Process().memory_info().rss / 2**20
+        found = {"kept_mib": kept - self._before - weights, "peak_mib": peak - self._before - weights}
+        return {name: round(value, 1) for name, value in found.items() if math.isfinite(value)}
+
+
+def _status(name: str) -> float:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return math.nan
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:")), math.nan)
+
+
+# Overhead: a call of this project beside the engine's own.
+
+
+def overhead(network: Network, kept: Kept, options: CellOptions) -> dict[str, Any]:
+    """Measure microseconds of a call beyond those of the engine's own call on the same model."""
+    engine = options.arm
+    stored = load(kept.artifact)
+    model = to_onnx(serving_graph(stored.graph, torch.device("cpu"))).SerializeToString()
+    x = network.inputs(1)
+    array = x.numpy()
+    call = served(kept.artifact, engine, "fp32", options.setting())
+    own = _own_call(engine, model, options.threads)
+    both: dict[str, Callable[[], object]] = {"ours": lambda: call(x), "engine": lambda: own(array)}
+    for one in both.values():
+        one()
+    found = {name: np.empty(_CALLS_OF_OVERHEAD) for name in both}
+    for k in range(_CALLS_OF_OVERHEAD):
+        for name in both if k % 2 else reversed(both):
+            start = time.perf_counter()
+            both[name]()
+            found[name][k] = time.perf_counter() - start
+    more = percentile_interval(1e6 * (found["ours"] - found["engine"]), 0.5, np.random.default_rng(2))
+    return {"microseconds": [round(v, 1) for v in more], "ms": _percentiles(found)}
+
+
+def _own_call(engine: str, model: bytes, threads: int) -> Callable[[Any], object]:
+    if engine == "openvino":
+        compiled = compile_openvino(model, "f32", threads)
+        return lambda x: compiled([x])[0]
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x})[0]
+
+
+# Workers: two processes on two cores.
+
+
+def workers(network: Network, kept: Kept, options: CellOptions) -> dict[str, Any]:
+    """Measure how many calls two processes of one thread make together, against one alone.
+
+    ``control`` counts in Python instead of running the network: it tells what the machine gives to two processes.
+    """
+    specification = json.dumps(asdict(options))
+    command = [sys.executable, "-m", "benchmarks.engine_cell", "worker", specification]
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
+    try:
+        for process in both:
+            _answer(process)
+        ratios, rates = [], []
+        for _ in range(_WORKER_ROUNDS):
+            alone = [_calls([process], options.seconds)[0] for process in both]
+            together = _calls(both, options.seconds)
+            ratios.append(sum(together) / (sum(alone) / 2))
+            rates.append([count / options.seconds for count in (*alone, *together)])
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    ratio = mean_interval(ratios, np.random.default_rng(3))
+    return {"ratio": [round(v, 3) for v in ratio], "calls_per_second": [round(float(v), 1) for v in np.mean(rates, 0)]}
+
+
+def _calls(processes: list[subprocess.Popen[str]], seconds: float) -> list[int]:
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(f"{seconds}\n")
+        process.stdin.flush()
+    return [int(_answer(process)) for process in processes]
+
+
+def _answer(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline().strip()
+    if not line:
+        raise RuntimeError(f"a worker ended with code {process.wait()}")
+    return line
+
+
+def _work(options: CellOptions) -> None:
+    torch.set_num_threads(options.threads)
+    network = NETWORKS[options.network]
+    call: Callable[[], object] = lambda: sum(range(20000))  # noqa: E731
+    if options.arm != "control":
+        kept, x = keep(network, Path(options.scratch)), network.inputs(1)
+        run = ARMS[options.arm].build(network, kept, options.setting())
+        run(x)
+        call = lambda: run(x)  # noqa: E731
+    print("ready", flush=True)
+    for line in sys.stdin:
+        count, end = 0, time.perf_counter() + float(line)
+        with torch.inference_mode():
+            while time.perf_counter() < end:
+                call()
+                count += 1
+        print(count, flush=True)
+
+
+# Scores: photographs.
+
+
+def scores(network: Network, kept: Kept, options: CellOptions) -> dict[str, Any]:
+    """Hold an arm's outputs on photographs against the original's in fp32."""
+    arm = ARMS[options.arm]
+    check_here(arm)
+    call = arm.build(network, kept, options.setting(CHECKED))
+    module = call if isinstance(call, torch.nn.Module) else _Called(call)
+    found = evaluate(module.eval(), network.name)
+    recorded = kept.facts["precisions"].get(arm.precision, {}).get("error")
+    return {"scores": found, "recorded": recorded}
+
+
+class _Called(torch.nn.Module):
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self._call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._call(x)
+
+
+# Pruned: the original against a pruned network, at equal engine and precision.
+
+
+def pruned(network: Network, kept: Kept, options: CellOptions) -> dict[str, Any]:
+    """Time an original and its pruned network in turns, for each engine and precision that serves both."""
+    path = Path(options.arm)
+    stored = read_artifact(path) if path.suffix == ".mar" else load(path)
+    graph, original = read_pruned(path), load(kept.artifact).graph
+    x = network.inputs(max(CHECKED, *options.batches))
+    expected = {"": reference(network, x), f"{PRUNED}, ": _in_double(graph, x)}
+    rows, left_out = [dict[str, Any](batch=batch, ms={}, ratios={}) for batch in options.batches], dict[str, str]()
+    setting = options.setting(max(options.batches))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "pruned.redpp"
+        write_atomically(file, build(stored.graph, stored.description, stored.samples).data)
+        for engine, precision in FORCED:
+            name = ours(engine, precision)
+            if options.arms and name not in options.arms:
+                continue
+            try:
+                check_here(ARMS[name])
+                pair = {
+                    name: Served(served(kept.artifact, engine, precision, setting)),
+                    f"{PRUNED}, {name}": Served(served(file, engine, precision, setting)),
+                }
+                for row in rows:
+                    _join(row, _pair_row(pair, x, expected, row["batch"], precision, options.seconds))
+            except (UnavailableError, RedppError, RuntimeError, ValueError) as error:
+                left_out[name] = _reason(error)
+    return {"share": mac_count(graph) / mac_count(original), "rows": rows, "left_out": left_out}
+
+
+def _in_double(graph: Graph, x: Tensor) -> Tensor:
+    program = Program(graph.to(torch.float64))
+    with torch.inference_mode():
+        return torch.cat([program(part.double())[0] for part in x.split(CHECKED)])
+
+
+@torch.inference_mode()
+def _pair_row(
+    pair: Mapping[str, Call], x: Tensor, expected: Mapping[str, Tensor], batch: int, precision: str, seconds: float
+) -> dict[str, Any]:
+    """Time one pair. What a pruned network computes in few bits is its own affair: only fp32 is checked."""
+    first = x[:batch].contiguous()
+    for name, call in pair.items():
+        wanted = expected[f"{PRUNED}, " if name.startswith(PRUNED) else ""]
+        error = centred_error(torch.cat([call(part) for part in x.split(batch)]), wanted)
+        if not error <= (EXACT if precision == "fp32" else 1.0):
+            raise ValueError(f"{name} is wrong by {error:.2g} of the spread")
+    found = in_turns({n: lambda c=c: c(first) for n, c in pair.items()}, seconds, np.random.default_rng(0))
+    return {"ms": _percentiles(found), "ratios": _ratios(found)}
+
+
+def _join(row: dict[str, Any], found: Mapping[str, Any]) -> None:
+    for key in ("ms", "ratios"):
+        row[key] |= found[key]
+
+
+KINDS: dict[str, Callable[[Network, Kept, CellOptions], dict[str, Any]]] = {
+    "times": times, "ready": ready, "overhead": overhead, "workers": workers, "scores": scores, PRUNED: pruned,
+}  # fmt: skip
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[0] == "worker":
+        _work(CellOptions.read(arguments[1]))
+        return
+    cell = measure(CellOptions.read(arguments[0]))
+    write_atomically(Path(arguments[1]), json.dumps(cell, default=str))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

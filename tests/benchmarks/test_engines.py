@@ -1,0 +1,225 @@
+"""The engines benchmark times only what is right, goes on where it stopped, and prints losing cells and goals."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import engine_cell, engine_networks, engines
+from benchmarks.engine_arms import ARMS, BY_HAND, OURS, OURS_AUTO, STOCK, UnavailableError, check_here, ours
+from benchmarks.engine_cell import CellOptions, measure, reference, row_of
+from benchmarks.engine_networks import Network, keep, settle, structured_inputs
+from benchmarks.engine_table import goals, losing, markdown
+from redpp_serve.engines import processor
+from redpp_serve.errors import RedppError
+from redpp_serve.graph.artifact import load
+from redpp_serve.graph.graph import InputSpec
+from redpp_serve.pruning.families import Scale
+from tests.support.small import SHAPE, network
+
+
+def tiny_network() -> nn.Module:
+    module = network()
+    settle(module, structured_inputs(InputSpec("x", SHAPE), 8, Scale(), 1))
+    return module
+
+
+TINY = Network("tiny", SHAPE, tiny_network, Scale())
+TIMED = (STOCK, "onnxruntime", "openvino", OURS, OURS_AUTO)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that a run keeps of the tiny network; exports by hand need packages of their own."""
+    for package in ("onnxscript", "openvino", "onnxruntime"):
+        pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp("engines")
+    keep(TINY, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(engine_networks.NETWORKS, "tiny", TINY)
+
+
+def options(scratch: Path, kind: str = "times", arm: str = "all", **more: Any) -> CellOptions:
+    given = {"batches": (1, 2), "seconds": 0.05, "plan_seconds": 2.0, "arms": TIMED} | more
+    return CellOptions(kind, "tiny", arm, 1, str(scratch), **given)
+
+
+def test_what_is_kept_is_made_once(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = keep(TINY, scratch)
+    assert kept.onnx.exists() and kept.openvino.exists() and set(kept.facts["precisions"]) >= {"bf16", "int8"}
+    assert load(kept.artifact).description["precision"]["ranges"]
+    before = kept.artifact.stat().st_mtime_ns
+    assert keep(TINY, scratch).artifact.stat().st_mtime_ns == before
+    monkeypatch.setattr(engine_networks, "RECIPE", "another")
+    assert engine_networks.made_with() != kept.facts["made_with"]
+
+
+def test_a_run_measures_and_goes_on_where_it_stopped(
+    scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+
+    def here(cell: CellOptions, timeout: float) -> dict[str, Any]:
+        done.append(cell.arm)
+        return measure(cell)
+
+    monkeypatch.setattr(engines, "run_cell", here)
+    monkeypatch.setattr(engines, "_READY", ("onnxruntime", ours("onnxruntime", "fp32"), OURS))
+    out = tmp_path / "engines.json"
+    call = ["--networks", "tiny", "--seconds", "0.05", "--plan-seconds", "2", "--scratch", str(scratch)]
+    call += ["--out", str(out), "--kinds", "times", "ready", "--arms", *TIMED, "--batches", "1", "2"]
+    engines.main(call)
+    assert done == ["all", "onnxruntime", ours("onnxruntime", "fp32"), OURS]
+    data = json.loads(out.read_text(encoding="utf-8"))
+    times, *ready = data["cells"]
+    assert "Each engine" not in markdown(data)  # no arm of it took part
+    assert {c["status"] for c in data["cells"]} == {"measured"} and times["left_out"] == {}
+    for row in times["rows"]:
+        assert set(row["ms"]) == set(TIMED) and row["not timed"] == {}
+        assert all(low <= middle <= high for middle, low, high in row["ms"].values())
+        assert row["ratios"][f"{OURS} over best by hand"][0] in BY_HAND
+        assert max(row["errors"][name] for name in TIMED[:-1]) <= engine_cell.EXACT
+    assert set(times["plans"]) == {OURS, OURS_AUTO} and set(times["plans"][OURS]) == {"1", "2", "seconds"}
+    named = next(c for c in ready if c["arm"] == ours("onnxruntime", "fp32"))
+    assert set(named["parts"]) == {"read", "fold", "write", "compile"} and named["seconds"] > named["first_call"] > 0
+    assert next(c for c in ready if c["arm"] == OURS)["seconds_again"] > 0
+    assert data["environment"]["versions"]["openvino"] != "missing"
+    assert out.with_suffix(".md").read_text(encoding="utf-8") == markdown(data)
+    engines.main(call)
+    assert len(done) == 4
+    engines.main([*call, "3"])  # another batch size
+    assert len(done) == 5
+    assert "tiny | 1 / 1" in capsys.readouterr().out
+
+
+def test_an_arm_that_is_wrong_or_fails_is_named_and_not_timed() -> None:
+    module = network()
+    x = torch.randn(8, *SHAPE)
+    expected = module.double()(x.double()).detach()
+    module.float()
+
+    def broken(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such kernel")
+
+    calls = {STOCK: module, "openvino": lambda x: module(x) * 1.01, "onnxruntime": broken, OURS: module}
+    limits = dict.fromkeys(calls, engine_cell.EXACT)
+    row = row_of(calls, x, expected, 2, limits, 0.01)
+    assert set(row["ms"]) == {STOCK, OURS}
+    assert "wrong by" in row["not timed"]["openvino"] and "no such kernel" in row["not timed"]["onnxruntime"]
+    assert row["ratios"][f"{OURS} over best by hand"][0] == STOCK
+    assert np.isfinite(row["ratios"][f"{OURS} over stock"][1:]).all()
+
+
+def test_a_network_whose_outputs_hardly_vary_is_refused() -> None:
+    def constant() -> nn.Module:
+        module = network()
+        for parameter in list(module.parameters())[:1]:
+            parameter.data.zero_()
+        return module
+
+    with pytest.raises(RedppError, match="vary by"):
+        reference(replace(TINY, build=constant), torch.randn(8, *SHAPE))
+
+
+def test_settling_gives_batch_norms_the_statistics_of_their_inputs() -> None:
+    module = network()
+    norm = next(m for m in module.modules() if isinstance(m, nn.BatchNorm2d))
+    found: list[torch.Tensor] = []
+    x = structured_inputs(TINY.spec, 8, TINY.scale, 1)
+    settle(module, x)
+    norm.register_forward_hook(lambda _, inputs, __: found.append(inputs[0]))
+    module(x)
+    torch.testing.assert_close(norm.running_mean, found[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert not any(m.training for m in module.modules())
+
+
+def test_a_pruned_network_is_timed_against_its_original(scratch: Path) -> None:
+    kept = keep(TINY, scratch)
+    arms = (ours("redpp", "fp32"), ours("onnxruntime", "fp32"))
+    cell = measure(options(scratch, "pruned", str(kept.artifact), batches=(2,), arms=arms))
+    assert cell["status"] == "measured" and cell["share"] == 1.0
+    assert {f"pruned over original, {arm}" for arm in arms} <= set(cell["rows"][0]["ratios"])
+    assert cell["left_out"] == {}
+
+
+def test_overhead_compares_with_the_engines_own_call(scratch: Path) -> None:
+    cell = measure(options(scratch, "overhead", "onnxruntime"))
+    value, low, high = cell["microseconds"]
+    assert low <= value <= high < 1e5
+
+
+def test_two_workers_answer_together(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Worker:
+        """Stands for a process: sleeps as long as it is told and has made a thousand calls in each second."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.stdin = self.stdout = self
+            self.lines = ["ready"]
+
+        def write(self, text: str) -> None:
+            self.lines.append(str(int(1000 * float(text))))
+
+        def readline(self) -> str:
+            return self.lines.pop(0) + "\n"
+
+        def flush(self) -> None: ...
+
+        kill = wait = flush
+
+    monkeypatch.setattr(engine_cell.subprocess, "Popen", Worker)
+    cell = measure(options(scratch, "workers", "control"))
+    assert cell["ratio"] == [2.0, 2.0, 2.0] and cell["calls_per_second"] == [1000.0] * 4
+
+
+def test_a_cell_that_dies_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    found = engines.run_cell(options(tmp_path), 60.0)
+    assert found["status"] == "failed" and "ended with 1" in found["reason"]
+
+
+def test_precisions_without_instructions_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "flags", lambda: frozenset({"avx2"}))
+    check_here(ARMS[ours("openvino", "fp32")])
+    with pytest.raises(UnavailableError, match="bf16"):
+        check_here(ARMS["openvino bf16"])
+
+
+def results(ratio: float) -> dict[str, Any]:
+    interval = [ratio, ratio - 0.01, ratio + 0.01]
+    ratios = {f"{OURS} over best by hand": ["openvino", *interval], f"{OURS_AUTO} over {STOCK}": [STOCK, *interval]}
+    row = {"batch": 1, "errors": {}, "ms": {STOCK: [2.0, 1.9, 2.1]}, "ratios": ratios, "not timed": {OURS: "wrong"}}
+    times = {"kind": "times", "network": "lite0", "arm": "all", "threads": 1, "status": "measured"}
+    times |= {"rows": [row], "left_out": {"openvino bf16": "no instructions"}, "plans": {}}
+    failed = {"kind": "ready", "network": "lite0", "arm": OURS, "threads": 1, "status": "failed", "reason": "killed"}
+    return {"environment": engines.environment(), "networks": {"lite0": {"weights_mib": 1.0}}, "cells": [times, failed]}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdicts"), [(0.96, ["missed", "missed"]), (0.97, ["met", "missed"]), (3.0, ["met", "met"])]
+)
+def test_losing_cells_and_goals_are_printed(ratio: float, verdicts: list[str]) -> None:
+    data = results(ratio)
+    assert [line.split(":")[0] for line in goals(data)] == verdicts
+    lines = "\n".join(losing(data))
+    assert "killed" in lines and "is not timed: wrong" in lines and "no instructions" in lines
+    assert ("against openvino" in lines) == (ratio < 0.99)
+    assert "2.00 (1.90 to 2.10)" in markdown(data) and "not timed" in markdown(data)
+
+
+def test_calls_take_turns() -> None:
+    seen: list[str] = []
+    calls = {name: lambda name=name: seen.append(name) for name in "ab"}
+    found = engine_cell.in_turns(calls, 0.0, np.random.default_rng(0))
+    assert {len(values) for values in found.values()} == {engine_cell.FEWEST_ROUNDS}
+    for first in range(2, len(seen), 4):  # behind the warm-up: there and back
+        assert seen[first : first + 2] == seen[first + 2 : first + 4][::-1]
