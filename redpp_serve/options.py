@@ -17,6 +17,7 @@ from redpp_serve.errors import RedppError
 
 HASHES = ("kde", "kmeans", "uniform")
 NO_HASH = "none"  # leave the weights as they are
+AUTO = "auto"
 RED = "red++"
 METHODS = ("narrow", RED)
 PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16", "int8")
@@ -73,6 +74,27 @@ SHARE = Range(0.0, 1.0)
 RATIO = Range(0.0, 1.0, above=True)
 POSITIVE = Range(above=True)
 SECONDS = Range(0.0, 1e6)
+
+
+@dataclass(frozen=True)
+class RangeOr(Range):
+    """The whole numbers that an option takes, or a word in their place."""
+
+    word: str = ""
+
+    def __contains__(self, value: float | str) -> bool:
+        return value == self.word or (isinstance(value, int) and super().__contains__(value))
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, or {self.word}"
+
+    def parse(self, text: str) -> Any:
+        """Read such a number or the word for argparse.
+
+        Raises:
+            argparse.ArgumentTypeError: the text is neither.
+        """
+        return text if text == self.word else super().parse(text)
 
 
 def whole(low: int, high: float = _LARGEST) -> Range:
@@ -204,7 +226,13 @@ class Options(Checked):
         metavar="S",
         takes=Range(1.0),
     )
-    round_to: int = option(8, "make widths multiples of N (default: {default})", metavar="N", takes=whole(1))
+    round_to: int | str = option(
+        8,
+        "make widths multiples of N; auto: of the step that the tiles of the engine that serves pay for, measured here "
+        "once (default: {default})",
+        metavar="N",
+        takes=RangeOr(1, _LARGEST, whole=True, word=AUTO),
+    )
     exclude: tuple[str, ...] = option((), "leave these layers alone, such as 'layer4.*'; repeatable", metavar="PATTERN")
     accept_unmeasured: bool = option(
         False, "narrow also where inputs of the network's kind can be neither made nor were given"
@@ -228,6 +256,12 @@ class Options(Checked):
             raise refusal(self, chosen[1], f"not together with {first.rstrip('=')}")
         if self.method == RED and chosen:
             raise refusal(self, chosen[0], "no ratio with --method red++, which removes nothing but duplicates")
+
+    @property
+    def step(self) -> int:
+        """The step of widths, once it is a number; `pruning.tiles.with_step` makes ``auto`` one."""
+        assert isinstance(self.round_to, int)
+        return self.round_to
 
     @property
     def hash_target(self) -> HashTarget:

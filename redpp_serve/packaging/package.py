@@ -45,6 +45,7 @@ from redpp_serve.pruning.pipeline import Pruned, prune
 from redpp_serve.pruning.precisions import Precisions, measure_precisions
 from redpp_serve.pruning.real_inputs import load_inputs
 from redpp_serve.pruning.records import Verification
+from redpp_serve.pruning.tiles import with_step
 from redpp_serve.pruning.verification import load_verify_data
 from redpp_serve.report.data import PrecisionError, Report, Verify
 from redpp_serve.report.folder import write_report
@@ -135,6 +136,7 @@ def package(  # noqa: PLR0913 - the options of the command, given by keyword
         known_widths(frontier_files(out), captured.graph, options.keep_point) if options.keep_point else None,
     )
     with all_or_nothing(out, checkpoint):
+        options = with_step(options, stages, serving)
         pruned = prune(captured.graph, options, stages=stages, data=data, checkpoint=checkpoint, sources=sources)
         captured = replace(captured, messages=[*captured.messages, *doubts(pruned.verify)])
         chosen = {**options.to_json(), **asdict(serving)}

@@ -224,11 +224,11 @@ def choose(
     shapes, cost = ShapeModel(coupling), None
     if options.target_latency is not None:
         cost = layer_model(coupling.graph, options.device, effort.latency_seconds).predict
-    path = narrowing_path(coupling, errors, options.round_to, cost, shapes)
+    path = narrowing_path(coupling, errors, options.step, cost, shapes)
     whole = path.points[0].widths
     cut_short = False
     if options.keep is not None:
-        widths = uniform([c for c in coupling.open if c.name in whole], options.keep, options.round_to)
+        widths = uniform([c for c in coupling.open if c.name in whole], options.keep, options.step)
         why = f"{options.keep:.0%} of each channel set"
     elif options.target_macs is not None:
         macs = mac_count(narrower.reference.original)

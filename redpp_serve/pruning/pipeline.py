@@ -43,6 +43,7 @@ from redpp_serve.pruning.steps import (
     split,
     tune,
 )
+from redpp_serve.pruning.tiles import with_step
 from redpp_serve.pruning.verification import VerifyData, check_gate, layer_errors
 from redpp_serve.stages import Stages
 
@@ -127,11 +128,10 @@ def prune(
         GateFailed: an exact stage was not exact, or a number or target of the user's was missed.
         RedppError: an accuracy limit without data to measure the accuracy with.
     """
-    options = options or Options()
+    options, stages = options or Options(), stages or Stages(quiet=True)
     _require_data(options, data)
-    job = Job(
-        graph, options, stages or Stages(quiet=True), data, checkpoint, effort or STANDARD_EFFORT, sources or Sources()
-    )
+    options = with_step(options, stages)
+    job = Job(graph, options, stages, data, checkpoint, effort or STANDARD_EFFORT, sources or Sources())
     hashed = hash_weights(job)
     merged, channels = merge_duplicates(job, hashed)
     if options.method != RED and channels.coupling.open:

@@ -82,7 +82,7 @@ def merge_duplicates(job: Job, state: State) -> tuple[State, Channels]:
         if coupling.open:
             checks["narrow_exact"] = _narrowing_error(precise, graph, options.seed)
             require_exact("taking out channels that nothing reads", checks["narrow_exact"])
-        merged = merge_exact(precise, options.round_to)
+        merged = merge_exact(precise, options.step)
         sets = len(coupling.open)
         if not sets:
             stage.reason = "no open channel set"
