@@ -71,9 +71,9 @@ def paced(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 @pytest.mark.skipif(not processor.bf16_pays(), reason="the processor has no instructions for bf16")
 def test_bf16_alone_is_built_from_the_network_in_fp32(graph: Graph) -> None:
-    model = load(artifact(graph), precision="bf16", engine="openvino")
+    model = load(artifact(graph, errors={"bf16": 0.2}), precision="bf16", engine="openvino")
     assert (model.plan.engine, model.plan.precision, model.plan.left_out) == ("openvino", "bf16", {})
-    torch.testing.assert_close(model(SAMPLES)[0], Program(graph)(SAMPLES)[0], rtol=0.1, atol=0.1)
+    torch.testing.assert_close(model(SAMPLES)[0], Program(graph)(SAMPLES)[0], rtol=0.2, atol=0.2)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
