@@ -92,6 +92,11 @@ FAMILIES = {
             "1 for the plan in use: its engine, its precision and a digest of its choices.",
             ("device", "engine", "precision", "digest"),
         ),
+        Family(
+            "gauge",
+            "redpp_ready_seconds",
+            "Time from the start of a worker's initialization until it was ready to answer.",
+        ),
         Family("gauge", "redpp_plan_layers", "Layers that a kernel runs in a batch bucket.", ("kernel", "batch")),
         Family("counter", "redpp_worker_cpu_seconds_total", "CPU time of the worker processes since they started."),
         Family("gauge", "redpp_worker_resident_bytes", "Resident memory of the worker processes.", per_worker=True),
@@ -148,6 +153,10 @@ class Metrics:
         for batch, counts in layers.items():
             for kernel, count in counts.items():
                 self._open("redpp_plan_layers", kernel=kernel, batch=str(batch)).set(count)
+
+    def ready(self, seconds: float) -> None:
+        """Set how long the worker's initialization took."""
+        self._open("redpp_ready_seconds").set(seconds)
 
     def batch(self, size: int, handler_s: float) -> None:
         """Record one batch, its size and the handler's time in seconds, and what the worker has used by now."""

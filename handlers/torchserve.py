@@ -73,6 +73,7 @@ class RedppHandler:
             RedppError: a damaged artifact, a preprocessing that does not fit it, or wrong
                 ``threads``, ``precision`` or ``engine``.
         """
+        start = time.perf_counter()
         # Bodies are parsed here. The server's own attempt would log a traceback for each bad one.
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
         config = (context.model_yaml_config or {}).get("handler") or {}
@@ -97,6 +98,8 @@ class RedppHandler:
         if self.metrics:
             describe(self.metrics, self.model)
         self.observer = open_observer(artifact, self.model)
+        if self.metrics:
+            self.metrics.ready(time.perf_counter() - start)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """Return one JSON body for each request of the batch; statuses and headers go through ``context``."""

@@ -78,6 +78,7 @@ class RedppModel:
         """
         import triton_python_backend_utils as backend  # noqa: PLC0415  filled by Triton after this module is imported
 
+        start = time.perf_counter()
         self._backend = backend
         config = json.loads(args["model_config"])
         if config.get("max_batch_size", 0) < 1:
@@ -109,6 +110,8 @@ class RedppModel:
         except Exception as error:  # what Triton raises where its metrics are turned off
             log.warning("metrics are off: %s", error)
         self.observer = open_observer(self.artifact, self.model)
+        if self.metrics:
+            self.metrics.ready(time.perf_counter() - start)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Return one response for each request, with the network's outputs or that request's own error."""

@@ -461,6 +461,7 @@ class PlanRecord(Record):
 
     Attributes:
         left_out: why engines, or engines in a precision, are not used.
+        built: the seconds that building the network took, by engine and precision.
     """
 
     device: str | None = None
@@ -470,6 +471,7 @@ class PlanRecord(Record):
     choices: list[ChoiceRecord]
     engines: list[EngineRecord] | None = None
     left_out: dict[str, str] | None = None
+    built: dict[str, float] | None = None
 
 
 @dataclass(kw_only=True)

@@ -299,7 +299,7 @@ def kernel_summary(plan: PlanRecord) -> list[str]:
 
 
 def engine_lines(plan: PlanRecord) -> list[str]:
-    """Return the engine of each batch size with the times of all that were tried, and why others were left out."""
+    """Return the engine of each batch size with all times, how long building took, and why others were left out."""
     lines = []
     for choice in plan.engines or ():
         name = f"{choice.engine or DASH} {choice.precision or ''}".strip()
@@ -309,6 +309,8 @@ def engine_lines(plan: PlanRecord) -> list[str]:
         lines.append(
             f"batch {printable(choice.batch)}: engine {printable(name)}{own}" + (f" ({others})" * bool(others))
         )
+    built = ", ".join(f"{printable(name)} {seconds(value)}" for name, value in sorted((plan.built or {}).items()))
+    lines += [f"built in: {built}"] if built else []
     lines += [f"{printable(name)} left out: {printable(why)}" for name, why in (plan.left_out or {}).items()]
     return lines
 

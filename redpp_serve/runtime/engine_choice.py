@@ -163,11 +163,13 @@ class Chosen:
         choices: the engine and precision of each batch bucket.
         runs: by candidate, what runs it; the own runtime is not among them.
         left_out: why candidates are not used.
+        built: the seconds that building took, by candidate; the first of an engine's includes its import.
     """
 
     choices: tuple[EngineChoice, ...]
     runs: dict[str, EngineRun] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    built: dict[str, float] = field(default_factory=dict)
 
 
 def ranges(description: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -314,6 +316,7 @@ def _tried(
         if reason:
             chosen.left_out[str(candidate)] = reason
         else:
+            chosen.built[str(candidate)] = outcome.seconds
             ready.append(candidate)
     return ready
 
@@ -362,7 +365,7 @@ def _timed(
     for candidate in ready:
         if candidate.engine != OWN:
             try:
-                chosen.runs[str(candidate)] = runs[str(candidate)] = network.run(candidate)
+                runs[str(candidate)] = _build(network, candidate, chosen)
             except Exception as error:  # it was built in its own process, but memory may be short here
                 chosen.left_out[str(candidate)] = _one_line(error)
     quick = {batch: _once(runs, network.inputs(batch)) for batch in batches}
@@ -371,6 +374,16 @@ def _timed(
         left = (end - time.monotonic()) / (len(batches) - done)
         found[batch] = _in_turns(runs, quick[batch], network.inputs(batch), left)
     return found
+
+
+def _build(network: Network, candidate: Candidate, chosen: Chosen) -> EngineRun:
+    """Build the network in an engine here, and note how long that took where no process of its own has told."""
+    network.model(candidate.precision)  # made once, for all engines
+    start = time.perf_counter()
+    run = network.run(candidate)
+    chosen.built.setdefault(str(candidate), time.perf_counter() - start)
+    chosen.runs[str(candidate)] = run
+    return run
 
 
 def _in_turns(
@@ -438,11 +451,10 @@ def _ready(network: Network, chosen: Chosen, first: Candidate) -> Chosen:
     for name in wanted - chosen.runs.keys():
         candidate = Candidate.parse(name)
         try:
-            run = network.run(candidate)
-            run(network.inputs(1))
-            chosen.runs[name] = run
+            _build(network, candidate, chosen)(network.inputs(1))
         except Exception as error:  # it ran when its times were taken; a server starts without it
             log.warning("%s is left out: %s", name, _one_line(error))
+            chosen.runs.pop(name, None)
             chosen.left_out[name] = _one_line(error)
     for name in chosen.runs.keys() - wanted:
         chosen.runs.pop(name).close()

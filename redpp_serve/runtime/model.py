@@ -118,6 +118,7 @@ class ServingModel:
             time.perf_counter() - start,
             chosen.choices,
             chosen.left_out,
+            chosen.built,
         )
         self.precision = self.plan.precision
         self._recorded = self._record() if self.device.type == "cuda" else None

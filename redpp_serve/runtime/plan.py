@@ -87,6 +87,8 @@ class Plan:
         seconds: how long making the plan took.
         engines: the engine for each batch size.
         left_out: why engines, or engines in a precision, are not used.
+        built: the seconds that building the network took, by engine and precision, import included; those that were
+            neither tried nor used now are not among them.
     """
 
     device: str
@@ -96,6 +98,7 @@ class Plan:
     seconds: float
     engines: tuple[EngineChoice, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    built: Mapping[str, float] = field(default_factory=dict)
 
     def kernel(self, layer: str, batch: int) -> str:
         """Return the kernel of a layer at a batch size.
@@ -146,6 +149,7 @@ class Plan:
             document["seconds"],
             engines,
             document.get("left_out", {}),
+            document.get("built", {}),
         )
 
 

@@ -160,12 +160,14 @@ def test_every_family_of_the_table_is_recorded_by_any_binding() -> None:
     recorder = Metrics(ModelLabels("digits", "1.0", "original"), notes)
     recorder.describe(parameters=1, macs=2, bytes=3)
     recorder.plan("openvino", "bf16", "0a1b", {1: {"dense": 3, "library": 2}, 4: {"dense": 5}})
+    recorder.ready(2.5)
     for size in (2, 2, 5):
         recorder.batch(size, 0.25)
         recorder.inference(0.125)
         recorder.request("error")
     assert {name for name, *_ in notes} == set(FAMILIES)
     assert notes["redpp_batches_total", "2"].value == 2 and notes["redpp_batch_seconds_total", "5"].value == 0.25
+    assert notes["redpp_ready_seconds",].value == 2.5
     assert notes["redpp_requests_total", "error"].value == 3 and notes["redpp_inference_seconds",].value == 0.375
 
 

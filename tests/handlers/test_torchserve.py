@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,10 @@ import torch
 
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
+from redpp_serve.handlers import torchserve
+from redpp_serve.handlers.metrics import Metrics, ModelLabels
 from redpp_serve.handlers.preprocess import Preprocess
+from redpp_serve.handlers.prometheus import PrometheusBinding
 from redpp_serve.handlers.torchserve import RedppHandler
 from redpp_serve.handlers.wire import HANDLER_HEADER, VARIANT_HEADER
 from redpp_serve.runtime.model import ServingModel
@@ -123,6 +127,22 @@ def test_every_bucket_runs_before_ready(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(ServingModel, "__call__", lambda self, *x: sizes.append(len(x[0])) or call(self, *x))
     handler(tmp_path, batch_size=6)
     assert sizes == [1, 2, 4, 6]
+
+
+def test_the_time_until_a_worker_is_ready_is_a_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+
+    class Recorder(Metrics):
+        def ready(self, seconds: float) -> None:
+            told.append(seconds)
+
+    def opened(labels: ModelLabels, device: str) -> Metrics:
+        return Recorder(labels, PrometheusBinding(), device)
+
+    monkeypatch.setattr(torchserve, "open_metrics", opened)
+    start = time.perf_counter()
+    served, _ = handler(tmp_path)
+    assert len(told) == 1 and served.model.plan.seconds < told[0] < time.perf_counter() - start
 
 
 def test_the_precision_comes_from_the_configuration(tmp_path: Path) -> None:

@@ -172,6 +172,7 @@ def test_the_configurations_precision_is_the_models(tmp_path: Path, precision: s
     plan = served.model.plan
     served.finalize()
     assert sample("redpp_plan_info", device="cpu", engine="redpp", precision=precision, digest=plan.digest).value() == 1
+    assert plan.seconds < sample("redpp_ready_seconds").value() < 60
     assert plan.counts(8) and all(
         sample("redpp_plan_layers", kernel=k, batch="8").value() == n for k, n in plan.counts(8).items()
     )

@@ -265,6 +265,11 @@ def test_plans_of_a_former_release_are_shown_by_todays_names() -> None:
     assert text.plan_text({"redpp": SAMPLE_PLAN}) == GOLDEN_PLAN
 
 
+def test_a_plan_says_how_long_engines_took_to_build() -> None:
+    shown = text.plan_text({"pruned": {**SAMPLE_PLAN, "built": {"openvino fp32": 1.234, "onnxruntime fp32": 0.25}}})
+    assert "\n  built in: onnxruntime fp32 0.25 s, openvino fp32 1.23 s\n" in shown
+
+
 def test_a_plan_says_why_a_faster_kernel_is_not_taken() -> None:
     faster = sample_choice("a", 1, "dense", "measured", dense=2e-3, fused=1.99e-3)
     slower = sample_choice("a", 1, "dense", "measured", dense=2e-3, fused=2e-3)

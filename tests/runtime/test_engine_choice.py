@@ -1,6 +1,9 @@
 """The engine and precision of a network: measured, checked, cached, forced, and never a reason not to start."""
 
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +26,7 @@ from redpp_serve.graph.quantization import find_ranges
 from redpp_serve.runtime import engine_choice
 from redpp_serve.runtime.engine_choice import Candidate, EngineRun, Network
 from redpp_serve.runtime.model import ServingModel
+from redpp_serve.runtime.plan import Plan
 from redpp_serve.runtime.plan_cache import PlanCache
 from redpp_serve.runtime.serving_graph import serving_graph
 from tests.support.small import SHAPE, network
@@ -123,6 +127,38 @@ def test_times_are_kept_and_nothing_is_tried_again(
     again = load(data, cache=PlanCache(path, shipped=None))
     assert {c.source for c in again.plan.engines} == {"cached"}
     assert again.plan.engine == first.plan.engine and again.plan.digest == first.plan.digest
+
+
+def test_the_seconds_of_building_are_told(graph: Graph, tmp_path: Path) -> None:
+    data, path = artifact(graph), tmp_path / "plans.json"
+    first = load(data, cache=PlanCache(path, shipped=None)).plan
+    assert first.built.keys() == {"openvino fp32", "onnxruntime fp32"}
+    assert all(0 < seconds < first.seconds for seconds in first.built.values())
+    again = load(data, cache=PlanCache(path, shipped=None)).plan
+    assert again.built.keys() == {str(Candidate(c.engine, c.precision)) for c in again.engines if c.engine != "redpp"}
+    assert Plan.from_json(again.to_json()) == again
+
+
+def test_a_second_version_in_a_worker_imports_nothing_again(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With times kept, loading starts no process, and an engine that one version has imported serves the other too."""
+    path = tmp_path / "plans.json"
+    narrower = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(600, 5)).eval()
+    versions = [artifact(graph), artifact(capture(narrower, [InputSpec("x", SHAPE)], []), ranges={})]
+    for data in versions:
+        load(data, cache=PlanCache(path, shipped=None))
+    kept = json.loads(path.read_text())
+    engines = [t for layers in kept["entries"].values() for s, t in layers.items() if s.startswith("engines")]
+    for times in engines:
+        times["openvino fp32"] = [1e-6, 0.5]
+    path.write_text(json.dumps(kept))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+    loaded = [load(versions[0], cache=PlanCache(path, shipped=None))]
+    modules = {name: id(module) for name, module in sys.modules.items()}
+    loaded.append(load(versions[1], cache=PlanCache(path, shipped=None)))
+    assert [(m.plan.engine, m.plan.engines[0].source) for m in loaded] == [("openvino", "cached")] * 2
+    assert {name: id(module) for name, module in sys.modules.items()} == modules
 
 
 def test_an_engine_that_fails_at_last_leaves_the_own_runtime(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:

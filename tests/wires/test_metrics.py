@@ -30,6 +30,7 @@ for version, variant in (line.split(":") for line in sys.argv[1:]):
     metrics = open_metrics(ModelLabels("digits", version, variant))
     metrics.describe(**{COST!r})
     metrics.plan("redpp", "fp32", "0123456789ab", {LAYERS!r})
+    metrics.ready(1.25)
     for size, handler_s, network_s in {BATCHES!r}:
         metrics.batch(size, handler_s)
         metrics.inference(network_s)
@@ -92,6 +93,7 @@ def test_every_number_arrives_under_its_name(folder: Path) -> None:
         assert found["redpp_batch_seconds_total", "1"] == pytest.approx(0.010)
         assert found["redpp_batch_seconds_total", "3"] == 0.25
         assert {name: found[f"redpp_model_{name}", ""] for name in COST} == COST
+        assert found["redpp_ready_seconds", ""] == 1.25
         assert found["redpp_plan_info", "cpu redpp fp32 0123456789ab"] == 1
         assert found["redpp_plan_layers", "dense 1"] == 2 and found["redpp_plan_layers", "split 8"] == 1
         assert found["redpp_worker_cpu_seconds_total", ""] > 0
