@@ -235,7 +235,7 @@ _MODEL = "model.pt --arch torchvision:resnet50 --input 3x224x224"
 COMMANDS = {
     "inspect": Command(
         commands.inspect,
-        "say what a file is and what could be pruned; write nothing",
+        "say what a file is, what could be pruned and what each layer costs; write nothing",
         (Source, InspectOptions, Json),
         ("inspect model.pt", f"inspect {_MODEL} --channels"),
         "file",

@@ -39,9 +39,12 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 def inspect(options: argparse.Namespace) -> None:
     """Print what a file is or, with the shape of its input, what could be pruned."""
     from redpp_serve.inspection import describe_file, describe_network
+    from redpp_serve.layer_times import layer_times
 
     if options.input:
-        report = describe_network(_captured(options), tuple(options.exclude), options.channels)
+        captured, shown = _captured(options), options.json or not options.channels
+        times = layer_times(captured.graph) if shown else None
+        report = describe_network(captured, tuple(options.exclude), options.channels, times)
     elif options.channels:
         raise RedppError(
             "--channels without --input", "the shape of one input, to capture the network", "add --input 3x224x224"

@@ -15,6 +15,7 @@ from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import InputSpec
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.inspection import describe_network
+from redpp_serve.layer_times import layer_times
 from redpp_serve.options import ComparisonOptions, Options, ServerOptions
 from redpp_serve.packaging.package import package
 from redpp_serve.reference import ARCH, CHECKPOINT, HELD_OUT
@@ -49,7 +50,7 @@ def demo(out: Path, duration: float, time_budget: float) -> Report:
     with stages.run("capture") as stage:
         captured = capture_file(model, [InputSpec("image", (1, 32, 32))], arch=ARCH)
         stage.reason = f"{captured.source['kind']}, {len(captured.graph.nodes)} operations"
-    print(describe_network(captured, ()).to_text())
+    print(describe_network(captured, (), times=layer_times(captured.graph)).to_text())
 
     options = Options(target_macs=TARGET, distil=DISTIL, time_budget=time_budget, max_accuracy_drop=MAX_DROP)
     flags = {

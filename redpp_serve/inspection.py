@@ -11,6 +11,7 @@ from redpp_serve.capture import Captured
 from redpp_serve.capture.sniff import FileKind, refusal, scan, shorten, sniff
 from redpp_serve.channels.coupling import ChannelSet, Coupling, couple
 from redpp_serve.graph.layers import find_layers, mac_count, parameter_count
+from redpp_serve.layer_times import LayerTimes
 from redpp_serve.report.data import Layer, LayerMerge
 from redpp_serve.report.formats import count, printable, size
 from redpp_serve.report.text import layer_table
@@ -78,13 +79,16 @@ def describe_file(path: Path) -> Inspection:
     return Inspection(facts, [], [], step)
 
 
-def describe_network(captured: Captured, exclude: tuple[str, ...], channels: bool = False) -> Inspection:
+def describe_network(
+    captured: Captured, exclude: tuple[str, ...], channels: bool = False, times: LayerTimes | None = None
+) -> Inspection:
     """Describe the layers of a captured network: which could be narrowed, and why the others could not.
 
     Args:
         captured: the network.
         exclude: shell patterns of layer names that must not change.
         channels: also list every channel set.
+        times: the times of its layers, where they were taken.
     """
     graph = captured.graph
     coupling = couple(graph, exclude)
@@ -100,6 +104,8 @@ def describe_network(captured: Captured, exclude: tuple[str, ...], channels: boo
         "can be narrowed": f"{len(coupling.open)} of {len(coupling.sets)} sets of coupled channels; "
         f"the layers that they touch are {share:.0%} of the MACs",
     }
+    if times:
+        facts["timed in"] = str(times)
     records = [
         Layer(
             name=layer.name,
@@ -107,12 +113,18 @@ def describe_network(captured: Captured, exclude: tuple[str, ...], channels: boo
             shape=list(layer.shape),
             parameters=graph.tensors[layer.weight].numel() + (layer.shape[0] if layer.bias else 0),
             macs=layer.macs,
+            ms=_milliseconds(times, layer.name),
             merge=LayerMerge(channels=layer.shape[0], reason=coupling.closed_layers.get(layer.name, "")),
         )
         for layer in layers
     ]
     sets = [_set_record(c) for c in coupling.sets] if channels else None
     return Inspection(facts, records, captured.messages, "next: redpp-serve package with the same arguments", sets)
+
+
+def _milliseconds(times: LayerTimes | None, layer: str) -> float | None:
+    seconds = times.layers.get(layer) if times else None
+    return None if seconds is None else round(seconds * 1e3, 4)
 
 
 def touched_layers(coupling: Coupling) -> set[str]:

@@ -65,8 +65,10 @@ def files(folder: Path) -> set[str]:
 
 
 def steady(text: str) -> str:
-    """Without what depends on the machine: paths, and digests of weights."""
-    return re.sub(r"\b[0-9a-f]{16,64}\b", "DIGEST", text.replace(str(ARCH.parent), "TESTS"))
+    """Without what depends on the machine: paths, digests of weights, and times."""
+    text = re.sub(r"\b[0-9a-f]{16,64}\b", "DIGEST", text.replace(str(ARCH.parent), "TESTS"))
+    text = re.sub(r'(timed.in"?:? +"?)(openvino|onnxruntime|redpp) fp32, batch 1, [^"\n]*', r"\1TIMES", text)
+    return re.sub(r'(?<="ms": )[0-9.e-]+', "0.0", re.sub(r"  0\.\d{3}  ", "  0.000  ", text))
 
 
 def without_digits(text: str) -> str:

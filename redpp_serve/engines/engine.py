@@ -22,6 +22,9 @@ class Session(Protocol):
     def __call__(self, inputs: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """Map contiguous inputs (N, ...) to outputs that the caller owns."""
 
+    def node_seconds(self, inputs: Sequence[np.ndarray[Any, Any]], seconds: float) -> dict[str, float]:
+        """Return the median seconds of each node that the engine runs, by name, in about ``seconds`` of calls."""
+
     def close(self) -> None:
         """Free the network."""
 
@@ -34,14 +37,14 @@ class Engine:
         name: what ``--engine`` and reports call it.
         packages: the packages that it needs, with the least release of each, as numbers.
         precisions: returns the precisions that are worth trying on this processor.
-        session: takes an ONNX model, a precision and a number of threads.
+        session: takes an ONNX model, a precision, a number of threads, and whether to time nodes (``profiled``).
         checks_indices: whether looking up what is not there is an error, not an answer.
     """
 
     name: str
     packages: dict[str, tuple[int, ...]]
     precisions: Callable[[], tuple[str, ...]]
-    session: Callable[[bytes, str, int], Session]
+    session: Callable[..., Session]
     checks_indices: bool = True
 
     @property

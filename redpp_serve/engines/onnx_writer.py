@@ -89,7 +89,7 @@ class Writer:
         """Add an ONNX node and return the names of its outputs."""
         names = [f"{self.node.name}_{len(self._nodes)}_{k}" for k in range(outputs)]
         given = {key: value for key, value in attributes.items() if value is not None}
-        self._nodes.append(self._onnx.helper.make_node(op, list(inputs), names, **given))
+        self._nodes.append(self._onnx.helper.make_node(op, list(inputs), names, name=names[0], **given))
         return names
 
     def tensor(self, value: Any, like: torch.dtype | None = None) -> str:
@@ -250,12 +250,18 @@ class Writer:
 
     def _output(self, index: int, name: str) -> Any:
         made = f"output_{index}"
-        self._nodes.append(self._onnx.helper.make_node("Identity", [self.tensor(Ref(name))], [made]))
+        self._nodes.append(self._onnx.helper.make_node("Identity", [self.tensor(Ref(name))], [made], name=made))
         return self._value_info(made, name)
 
     def _value_info(self, made: str, name: str) -> Any:
         dims = ["batch" if size is None else size for size in self.dims(name)]
         return self._onnx.helper.make_tensor_value_info(made, self.onnx_type(self.dtype(name)), dims)
+
+
+def node_names(model: onnx.ModelProto, graph: Graph) -> dict[str, str]:
+    """Return the name of the graph's node that each node of its ONNX model was made for, by the latter's name."""
+    found = {made.name: made.name.rsplit("_", 2)[0] for made in model.graph.node}
+    return found | {f"output_{index}": name for index, name in enumerate(graph.outputs)}
 
 
 def _types(graph: Graph, batch: int) -> dict[str, TensorType]:

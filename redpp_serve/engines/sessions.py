@@ -10,12 +10,19 @@ no patterns of memory, which grow with each batch size and gain nothing.
 from __future__ import annotations
 
 import importlib
+import json
+import statistics
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+_FEWEST_RUNS, _MOST_RUNS = 5, 100  # of a profile
+_KERNEL = "_kernel_time"  # how ONNX Runtime's profile calls a node's own time
 _HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}
 
 
@@ -32,12 +39,13 @@ class OpenVinoSession:
         model: an ONNX model.
         precision: ``fp32``, ``bf16``, or ``int8`` for a model that holds quantized layers.
         threads: number of threads; with one, the caller's own.
+        profiled: time every node, for `node_seconds`, which slows the network a little.
 
     Raises:
         RuntimeError: OpenVINO does not take the model, or not in this precision on this processor.
     """
 
-    def __init__(self, model: bytes, precision: str, threads: int) -> None:
+    def __init__(self, model: bytes, precision: str, threads: int, profiled: bool = False) -> None:
         openvino = import_openvino()
         hint = _HINTS[precision]
         settings = {
@@ -45,6 +53,7 @@ class OpenVinoSession:
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
             "INFERENCE_PRECISION_HINT": hint,
+            "PERF_COUNT": profiled,
         }
         core = openvino.Core()
         self._compiled: Any = core.compile_model(core.read_model(model, b""), "CPU", settings)
@@ -58,6 +67,19 @@ class OpenVinoSession:
         found = self._request.infer(list(inputs), share_inputs=True, share_outputs=False)
         return [found[k] for k in range(len(found))]
 
+    def node_seconds(self, inputs: Sequence[np.ndarray[Any, Any]], seconds: float) -> dict[str, float]:
+        """Return the median seconds of each node that OpenVINO runs, by name; for a session that is ``profiled``.
+
+        Args:
+            inputs: the inputs of a call.
+            seconds: about how long to run.
+        """
+        found: dict[str, list[float]] = {}
+        for _ in _repeated(lambda: self(inputs), seconds):
+            for node in self._request.profiling_info:
+                found.setdefault(node.node_name, []).append(node.real_time.total_seconds())
+        return {name: statistics.median(times) for name, times in found.items()}
+
     def close(self) -> None:
         """Free the network."""
         self._request = self._compiled = None
@@ -70,6 +92,7 @@ class OnnxRuntimeSession:
         model: an ONNX model.
         precision: ``fp32``, or ``int8`` for a model that holds quantized layers.
         threads: number of threads.
+        profiled: time every node, for `node_seconds`, which slows the network a little.
         providers: ONNX Runtime's execution providers, the preferred one first.
 
     Raises:
@@ -77,7 +100,12 @@ class OnnxRuntimeSession:
     """
 
     def __init__(
-        self, model: bytes, precision: str, threads: int, providers: Sequence[str] = ("CPUExecutionProvider",)
+        self,
+        model: bytes,
+        precision: str,
+        threads: int,
+        profiled: bool = False,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
         import onnxruntime  # noqa: PLC0415 - optional
 
@@ -88,6 +116,9 @@ class OnnxRuntimeSession:
         options.log_severity_level = 3
         for name in ("session.intra_op.allow_spinning", "session.inter_op.allow_spinning"):
             options.add_session_config_entry(name, "0")
+        self._folder = tempfile.TemporaryDirectory(prefix="redpp-profile-") if profiled else None
+        if self._folder:
+            options.enable_profiling, options.profile_file_prefix = True, str(Path(self._folder.name) / "profile")
         self._session: Any = onnxruntime.InferenceSession(model, options, providers=list(providers))
         self._names = [i.name for i in self._session.get_inputs()]
 
@@ -95,6 +126,34 @@ class OnnxRuntimeSession:
         """Map contiguous inputs (N, ...) to outputs that the caller owns."""
         return list(self._session.run(None, dict(zip(self._names, inputs, strict=True))))
 
+    def node_seconds(self, inputs: Sequence[np.ndarray[Any, Any]], seconds: float) -> dict[str, float]:
+        """Return the median seconds of each node that ONNX Runtime runs, by name; once, for a ``profiled`` session.
+
+        Args:
+            inputs: the inputs of a call.
+            seconds: about how long to run.
+        """
+        runs = len([*_repeated(lambda: self(inputs), seconds)])
+        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        found: dict[str, list[float]] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+                found.setdefault(event["name"].removesuffix(_KERNEL), []).append(event["dur"] / 1e6)
+        return {name: statistics.median(times[-runs:]) for name, times in found.items()}
+
     def close(self) -> None:
         """Free the network."""
         self._session = None
+        if self._folder:
+            self._folder.cleanup()
+
+
+def _repeated(call: Callable[[], object], seconds: float) -> Iterator[None]:
+    """Call for about that long, and often enough for a median; yield behind each call but the first, which prepares."""
+    call()
+    end = time.perf_counter() + seconds
+    for run in range(_MOST_RUNS):
+        if run >= _FEWEST_RUNS and time.perf_counter() > end:
+            break
+        call()
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -85,23 +86,43 @@ class Program(nn.Module):
 
     def types(self, *inputs: Tensor) -> dict[str, TensorType | int]:
         """Run the graph; return shape and dtype of every tensor that a call makes, and every size, by name."""
-        types: dict[int, TensorType | int] = {}
-        self._step_by_step(inputs, types)
-        return {self._names[out]: found for out, found in types.items()}
+        types: dict[str, TensorType | int] = {}
+
+        def note(name: str, value: Any) -> None:
+            if isinstance(value, Tensor):
+                types[name] = tuple(value.shape), value.dtype
+            elif isinstance(value, int):
+                types[name] = value
+
+        self._step_by_step(inputs, note)
+        return types
+
+    def seconds(self, *inputs: Tensor) -> dict[str, float]:
+        """Run the graph; return the seconds of every call, by the name of its node."""
+        seconds: dict[str, float] = {}
+        last = time.perf_counter()
+
+        def note(name: str, value: Any) -> None:
+            nonlocal last
+            if isinstance(value, Tensor) and value.is_cuda:
+                torch.cuda.synchronize(value.device)
+            now = time.perf_counter()
+            seconds[name], last = now - last, now
+
+        self._step_by_step(inputs, note)
+        return seconds
 
     def _step_by_step(
-        self, inputs: Sequence[Tensor], types: dict[int, TensorType | int] | None = None
+        self, inputs: Sequence[Tensor], note: Callable[[str, Any], None] | None = None
     ) -> tuple[Tensor, ...]:
-        """Do what `forward` does, in Python that torch.compile can trace; note the results' types in ``types``."""
+        """Do what `forward` does, in Python that torch.compile can trace; hand each result to ``note`` by its name."""
         values = self._values()
         values[: len(inputs)] = inputs
         values[self._device] = inputs[0].device
         for fn, args, kwargs, out, dead in self._steps:
             values[out] = fn(*[_fill(a, values) for a in args], **{k: _fill(v, values) for k, v in kwargs.items()})
-            if types is not None and isinstance(values[out], Tensor):
-                types[out] = tuple(values[out].shape), values[out].dtype
-            elif types is not None and isinstance(values[out], int):
-                types[out] = values[out]
+            if note is not None:
+                note(self._names[out], values[out])
             for index in dead:
                 values[index] = None
         return tuple(values[index] for index in self._returns)

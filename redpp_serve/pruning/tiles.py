@@ -7,11 +7,10 @@ kernels (`runtime.plan_cache`), so a machine measures once and later runs step a
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +25,7 @@ from redpp_serve.runtime.engine_choice import Candidate, EngineRun, Network, cho
 from redpp_serve.runtime.plan import Timing
 from redpp_serve.runtime.plan_cache import PlanCache, default_path, device_key
 from redpp_serve.runtime.serving_graph import PlanContext, dense_program
-from redpp_serve.runtime.timing import FEWEST_ROUNDS, MOST_ROUNDS, rounds
+from redpp_serve.runtime.timing import FEWEST_ROUNDS, MOST_ROUNDS, rounds, torch_threads
 from redpp_serve.stages import Stages
 
 STEPS = (8, 16, 32, 64)  # the first is taken where nothing is measured
@@ -76,7 +75,7 @@ def measured_step(device: torch.device, serving: Serving, cache: PlanCache) -> S
     """
     if device.type != "cpu":
         return Step(STEPS[0], f"the own runtime serves on {device.type}")
-    with _threads(serving.threads):
+    with torch_threads(serving.threads):
         precision = serving.precision if serving.precision == "bf16" else "fp32"
         key = f"{device_key(device, precision)}, {describe()}"
         versions = ", ".join(engine.version for engine in ENGINES.values())
@@ -178,13 +177,3 @@ def _network(width: int, device: torch.device, precision: str) -> Network:
     sample = torch.randn(_BATCH, _OUTER, _SIZE, _SIZE, generator=generator)
     context = PlanContext.prepare(graph, device)
     return Network(LoadedArtifact(graph, {}, (sample,)), context.graph, (precision,), device)
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

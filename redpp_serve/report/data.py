@@ -253,7 +253,7 @@ class LayerSplit(Record):
 
 @dataclass(kw_only=True)
 class Layer(Record):
-    """One layer with weights; ``error`` is that of its output, relative."""
+    """One layer with weights; ``error`` is that of its output, relative, ``ms`` its time for one input."""
 
     name: str | None
     op: str | None
@@ -261,6 +261,7 @@ class Layer(Record):
     pruned_shape: list[float | None] | None = None
     parameters: float | None
     macs: float | None
+    ms: float | None = None
     hash: LayerHash | None = None
     merge: LayerMerge | None
     split: LayerSplit | None = None

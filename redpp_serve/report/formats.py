@@ -93,6 +93,11 @@ def seconds(value: Any) -> str:
     return _fixed(value, "{:.2f} s" if (number(value) or 0.0) < 10 else "{:.1f} s")
 
 
+def bare_milliseconds(value: Any) -> str:
+    """Show a time in milliseconds without its unit, for a column that names it: 0.031, 12.400."""
+    return _fixed(value, "{:.3f}")
+
+
 def rate(value: Any) -> str:
     """Show a throughput: 98.2 /s, 223 /s."""
     return _fixed(value, "{:.1f} /s" if (number(value) or 0.0) < 100 else "{:.0f} /s")

@@ -7,7 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from redpp_serve.report.data import Layer, PlanRecord, Report
-from redpp_serve.report.formats import DASH, bits, columns, count, error, exact, of, printable, shape, shorten
+from redpp_serve.report.formats import (
+    DASH,
+    bare_milliseconds,
+    bits,
+    columns,
+    count,
+    error,
+    exact,
+    of,
+    printable,
+    shape,
+    shorten,
+)
 from redpp_serve.report.tables import (
     KernelRow,
     bound_note,
@@ -92,7 +104,7 @@ def layer_table(layers: Sequence[Layer]) -> str:
     if not layers:
         return "no layers with weights"
     measured = ("values", "bits", "RMS", "kept", "error")
-    head = ("layer", "op", "shape", "pruned to", "params", "MACs", *measured, "channels", "narrowable")
+    head = ("layer", "op", "shape", "pruned to", "params", "MACs", "ms", *measured, "channels", "narrowable")
     body = [_layer_cells(layer) for layer in layers]
     used = [i for i in range(len(head)) if any(row[i] != DASH for row in body)]
     rows, left = [[row[i] for i in used] for row in (head, *body)], range(sum(i < 2 for i in used))
@@ -113,6 +125,7 @@ def _layer_cells(layer: Layer) -> tuple[str, ...]:
         shape(layer.pruned_shape) if layer.pruned_shape != layer.shape else DASH,
         count(layer.parameters),
         count(layer.macs),
+        bare_milliseconds(layer.ms),
         exact(hashed and hashed.values),
         bits(hashed and hashed.entropy),
         error(hashed and hashed.error),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,6 +114,17 @@ class EventTimer:
             return float(before.elapsed_time(after)) / 1e3 / repeats
 
         return run
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Compute with that many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def rounds(runs: Sequence[Callable[[], float]]) -> Iterator[list[float]]:

@@ -37,6 +37,11 @@ def chain(length: int) -> Graph:
     return Graph(X, {}, tuple(nodes), (f"n{length - 1}",))
 
 
+def test_every_call_is_timed() -> None:
+    seconds = Program(chain(5)).seconds(torch.ones(2, 4))
+    assert list(seconds) == [f"n{k}" for k in range(5)] and all(0 < value < 1 for value in seconds.values())
+
+
 def test_intermediate_values_are_freed() -> None:
     program, x = Program(chain(12)), torch.ones(2, 4)
     with Watch() as watch:
