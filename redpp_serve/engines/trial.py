@@ -50,7 +50,7 @@ class Outcome:
     Attributes:
         outputs: one list of outputs for each list of inputs; none where it failed.
         reason: why it failed.
-        seconds: how long building took, and the first call.
+        seconds: how long building took, which for the first of an engine includes its import.
     """
 
     outputs: list[Arrays] = field(default_factory=list)

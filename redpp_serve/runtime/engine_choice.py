@@ -240,17 +240,24 @@ def choose_engine(
     signature = f"engines {network.digest} {versions}"
     with keep.locked(wait_s=3 * seconds):  # workers that start together measure once
         known = {b: keep.find(key, f"{signature} batch={b}") for b in batches}
-        cached = all(known.values()) and engine == AUTO
+        cached = all(found and _serves(engine, found[0]) for found in known.values())
         if cached:
             times: dict[int, dict[str, Timing]] = {b: found[0] for b, found in known.items() if found}
         else:
             ready = _tried(network, own, candidates, batches, chosen, _FOR_TRIALS * seconds)
             times = _timed(network, own, ready, batches, chosen, time.monotonic() + (1 - _FOR_TRIALS) * seconds)
-            if engine == AUTO:
+            if all(_serves(engine, found) for found in times.values()):
                 failed = {str(c): Timing(math.inf, math.inf) for c in candidates if str(c) in chosen.left_out}
                 keep.add(key, {f"{signature} batch={b}": found | failed for b, found in times.items()})
     chosen.choices = _pick(times, batches, str(first), "cached" if cached else "measured", forced=engine)
     return _ready(network, chosen, first)
+
+
+def _serves(engine: str, times: Mapping[str, Timing]) -> bool:
+    """Tell whether the engine asked for ran; one that did not is tried again at each start, and says why."""
+    return engine == AUTO or any(
+        Candidate.parse(name).engine == engine and math.isfinite(timing.seconds) for name, timing in times.items()
+    )
 
 
 def _candidates(network: Network, engine: str) -> tuple[list[Candidate], dict[str, str]]:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from redpp_serve.pruning import choose as lossy
 from redpp_serve.pruning import steps
 from redpp_serve.pruning.inputs import Matcher
 from redpp_serve.report.data import Record, Verify
+from redpp_serve.stages import Stages
 from tests.support.small import SHAPE, arguments, captured, network, outputs, randomise, write_data, write_model
 from tests.support.small_networks import Flat, Two
 
@@ -229,6 +230,17 @@ def test_a_dry_run_writes_nothing_at_all(model: Path, tmp_path: Path) -> None:
     found = report.to_json()
     check_report(found, accuracy=False)
     assert "smoke" not in found and found["pruned"]["bytes"] < found["original"]["bytes"]
+
+
+def test_the_step_of_widths_follows_the_engine_that_serves(model: Path, tmp_path: Path) -> None:
+    options, serving = replace(FAST, round_to="auto"), Serving(engine="redpp")
+    stages = Stages(quiet=True)
+    report = package(
+        captured(model), tmp_path / "small", name="small", options=options, serving=serving, stages=stages, dry_run=True
+    )
+    assert report.options["round_to"] == 8
+    assert stages.named("step").reason == "widths are multiples of 8: the own runtime serves here"
+    assert "step" in [stage.name for stage in report.stages or ()]
 
 
 @pytest.mark.parametrize(

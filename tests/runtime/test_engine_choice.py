@@ -129,6 +129,31 @@ def test_times_are_kept_and_nothing_is_tried_again(
     assert again.plan.engine == first.plan.engine and again.plan.digest == first.plan.digest
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_named_engine_is_not_tried_again_either(
+    graph: Graph, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, path = artifact(graph), tmp_path / "plans.json"
+    load(data, engine=engine, cache=PlanCache(path, shipped=None))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_choice, "try_engines", lambda *_: pytest.fail("tried again"))
+        again = load(data, engine=engine, cache=PlanCache(path, shipped=None)).plan
+    assert again.engine == engine and {c.source for c in again.engines} == {"cached"}
+    assert load(data, cache=PlanCache(path, shipped=None)).plan.engines[0].source == "measured", "no choice was kept"
+
+
+def test_a_named_engine_that_failed_is_tried_again_and_says_why(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> list[Outcome]:
+        return [Outcome(reason="no memory left")]
+
+    monkeypatch.setattr(engine_choice, "try_engines", fail)
+    for _ in range(2):
+        plan = load(artifact(graph), engine="openvino", cache=PlanCache(tmp_path / "plans.json", shipped=None)).plan
+        assert (plan.engine, plan.left_out) == ("redpp", {"openvino fp32": "no memory left"})
+
+
 def test_the_seconds_of_building_are_told(graph: Graph, tmp_path: Path) -> None:
     data, path = artifact(graph), tmp_path / "plans.json"
     first = load(data, cache=PlanCache(path, shipped=None)).plan
