@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,49 @@ class Setting:
     batch: int
     plan_seconds: float = PLAN_SECONDS
     cache: PlanCache | None = None
+
+
+@dataclass(frozen=True)
+class CellOptions:
+    """What a cell measures, and how.
+
+    Attributes:
+        kind: one of `engine_cell.KINDS`.
+        network: its name.
+        arm: the arm's name; ``all`` for kinds that compare arms; the file of a pruned network.
+        threads: number of threads.
+        scratch: the folder of `engine_networks.keep`.
+        batches: batch sizes of times.
+        seconds: of timing all arms at one batch size.
+        plan_seconds: time that this project may spend on its choices.
+        compiled: whether ``torch.compile`` takes part.
+        arms: names of the arms to time; none for all.
+    """
+
+    kind: str
+    network: str
+    arm: str
+    threads: int
+    scratch: str
+    batches: tuple[int, ...] = (1, 8, 32)
+    seconds: float = 20.0
+    plan_seconds: float = PLAN_SECONDS
+    compiled: bool = False
+    arms: tuple[str, ...] = ()
+
+    def setting(self, batch: int = 1, cache: PlanCache | None = None) -> Setting:
+        """Return how an arm runs."""
+        return Setting(self.threads, batch, self.plan_seconds, cache)
+
+    @classmethod
+    def read(cls, text: str) -> CellOptions:
+        """Read a specification."""
+        found = json.loads(text)
+        return cls(**found | {name: tuple(found[name]) for name in ("batches", "arms")})
+
+    def write(self) -> str:
+        """Return the specification that `read` takes."""
+        return json.dumps(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -123,8 +167,8 @@ class Served(nn.Module):
         return self.model(x)[0]
 
 
-def served(source: Path, engine: str, precision: str, setting: Setting) -> ServingModel:
-    """Load an artifact as a worker does.
+def served(source: Path | bytes, engine: str, precision: str, setting: Setting) -> ServingModel:
+    """Load an artifact, or the file of one, as a worker does.
 
     Raises:
         UnavailableError: the engine or the precision that was named does not serve it.

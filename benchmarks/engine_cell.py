@@ -1,8 +1,6 @@
 """One cell of `benchmarks.engines`, in a process of its own so that its memory and its crash are its own.
 
 ``python -m benchmarks.engine_cell SPECIFICATION FILE`` writes the cell to FILE; both are JSON (`CellOptions`).
-``python -m benchmarks.engine_cell worker SPECIFICATION`` is a worker of the cell ``workers``: it says ``ready``, then
-answers each line of seconds with the number of calls that it made in them.
 """
 
 from __future__ import annotations
@@ -10,12 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +28,10 @@ from benchmarks.engine_arms import (
     FORCED,
     OURS,
     OURS_AUTO,
-    PLAN_SECONDS,
     STOCK,
     Call,
+    CellOptions,
     Served,
-    Setting,
     UnavailableError,
     check_here,
     compile_openvino,
@@ -43,16 +39,16 @@ from benchmarks.engine_arms import (
     served,
 )
 from benchmarks.engine_networks import NETWORKS, Kept, Network, keep
-from benchmarks.real_scores import centred_error, evaluate, read_pruned
+from benchmarks.engine_worker import PRUNED, ArmRun, RemoteRun, artifact_of, reason_of
+from benchmarks.real_scores import evaluate
 from redpp_serve.engines import ENGINES, OWN
 from redpp_serve.engines.onnx_builder import to_onnx
 from redpp_serve.errors import RedppError
 from redpp_serve.files import write_atomically
-from redpp_serve.graph.artifact import build, load
+from redpp_serve.graph.artifact import load
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import mac_count
-from redpp_serve.packaging.mar import read_artifact
 from redpp_serve.runtime.engine_choice import EngineRun, free_memory
 from redpp_serve.runtime.engine_choice import Network as ServedNetwork
 from redpp_serve.runtime.plan_cache import PlanCache
@@ -66,46 +62,7 @@ FEWEST_ROUNDS = 7
 _LEAST_SPREAD = 1e-2  # of the outputs over the inputs, relative to the outputs
 _CALLS_OF_OVERHEAD = 300
 _WORKER_ROUNDS = 5
-PRUNED = "pruned"
-
-
-@dataclass(frozen=True)
-class CellOptions:
-    """What a cell measures, and how.
-
-    Attributes:
-        kind: one of `KINDS`.
-        network: its name.
-        arm: the arm's name; ``all`` for kinds that compare arms; the file of a pruned network.
-        threads: number of threads.
-        scratch: the folder of `engine_networks.keep`.
-        batches: batch sizes of times.
-        seconds: of timing all arms at one batch size.
-        plan_seconds: time that this project may spend on its choices.
-        compiled: whether ``torch.compile`` takes part.
-        arms: names of the arms to time; none for all.
-    """
-
-    kind: str
-    network: str
-    arm: str
-    threads: int
-    scratch: str
-    batches: tuple[int, ...] = (1, 8, 32)
-    seconds: float = 20.0
-    plan_seconds: float = PLAN_SECONDS
-    compiled: bool = False
-    arms: tuple[str, ...] = ()
-
-    def setting(self, batch: int = 1, cache: PlanCache | None = None) -> Setting:
-        """Return how an arm runs."""
-        return Setting(self.threads, batch, self.plan_seconds, cache)
-
-    @classmethod
-    def read(cls, text: str) -> CellOptions:
-        """Read a specification."""
-        found = json.loads(text)
-        return cls(**found | {name: tuple(found[name]) for name in ("batches", "arms")})
+Run = ArmRun | RemoteRun
 
 
 def measure(options: CellOptions) -> dict[str, Any]:
@@ -120,39 +77,63 @@ def measure(options: CellOptions) -> dict[str, Any]:
     except UnavailableError as error:
         return cell | {"status": "unavailable", "reason": str(error)}
     except Exception as error:  # a crash is a result, too
-        return cell | {"status": "failed", "reason": _reason(error)}
+        return cell | {"status": "failed", "reason": reason_of(error)}
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-# Times: all arms of one network in turns.
+# Times: all arms of one network in turns, each in a process of its own.
 
 
 def times(network: Network, kept: Kept, options: CellOptions) -> dict[str, Any]:
     """Time the arms at each batch size, in turns; an arm whose outputs are wrong is named and gets no time."""
     x = network.inputs(max(CHECKED, *options.batches))
     expected = reference(network, x)
-    names = options.arms or tuple(name for name in ARMS if name != COMPILED or options.compiled)
-    calls, left_out, plans = dict[str, Call](), dict[str, str](), dict[str, Any]()
-    for name in names:
-        try:
-            check_here(ARMS[name])
-            calls[name] = ARMS[name].build(network, kept, options.setting(max(options.batches)))
-        except (UnavailableError, RedppError) as error:
-            left_out[name] = str(error)
-        except Exception as error:
-            left_out[name] = _reason(error)
-        if isinstance(made := calls.get(name), Served) and name in (OURS, OURS_AUTO):
-            plans[name] = {
-                str(c.batch): [c.engine, c.precision, {n: round(1e3 * t, 3) for n, t in c.times.items()}]
-                for c in made.model.plan.engines
-            } | {"seconds": round(made.model.plan.seconds, 2)}
     recorded = {name: record["error"] for name, record in kept.facts["precisions"].items()}
-    limits = {name: _limit(recorded, ARMS[name].precision) for name in calls}
-    rows = [row_of(calls, x, expected, batch, limits, options.seconds) for batch in options.batches]
-    return {"rows": rows, "left_out": left_out, "plans": plans}
+    names = options.arms or tuple(name for name in ARMS if name != COMPILED or options.compiled)
+    with tempfile.TemporaryDirectory() as folder, Arms(options) as arms:
+        data = write_data(Path(folder) / "original.npz", x, expected)
+        for name in names:
+            arms.start(name, data)
+        limits = {name: limit_of(recorded, ARMS[name].precision) for name in arms.runs}
+        rows = [row_of(arms.runs, batch, limits, options.seconds) for batch in options.batches]
+        plans = {name: run.plan for name, run in arms.runs.items() if run.plan}
+    return {"rows": rows, "left_out": arms.left_out, "plans": plans}
+
+
+class Arms:
+    """The processes of a cell, which end with it.
+
+    Args:
+        options: what the cell measures.
+
+    Attributes:
+        runs: by name, the arms that answer.
+        left_out: why others do not.
+    """
+
+    def __init__(self, options: CellOptions) -> None:
+        self.runs: dict[str, Run] = {}
+        self.left_out: dict[str, str] = {}
+        self._options = options
+
+    def start(self, name: str, data: Path | None) -> None:
+        """Start an arm, alone, so that nothing disturbs its choices."""
+        try:
+            self.runs[name] = RemoteRun(name, self._options, data)
+        except (UnavailableError, RuntimeError) as error:
+            self.left_out[name] = str(error)
+
+    def __enter__(self) -> Arms:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for run in self.runs.values():
+            run.close()
+
+
+def write_data(file: Path, x: Tensor, expected: Tensor) -> Path:
+    """Write the inputs and the outputs that arms are held against."""
+    np.savez(file, x=x.numpy(), expected=expected.numpy())
+    return file
 
 
 def reference(network: Network, x: Tensor) -> Tensor:
@@ -173,7 +154,7 @@ def reference(network: Network, x: Tensor) -> Tensor:
     return expected
 
 
-def _limit(recorded: Mapping[str, float], precision: str) -> float:
+def limit_of(recorded: Mapping[str, float], precision: str) -> float:
     """Return the error that an arm may have; ``auto`` may have the largest one."""
     if precision == "fp32":
         return EXACT
@@ -181,45 +162,37 @@ def _limit(recorded: Mapping[str, float], precision: str) -> float:
     return max(LOWER[0], LOWER[1] * max(errors, default=0.0))
 
 
-@torch.inference_mode()
-def row_of(
-    calls: Mapping[str, Call], x: Tensor, expected: Tensor, batch: int, limits: Mapping[str, float], seconds: float
-) -> dict[str, Any]:
-    """Check the arms on inputs in parts of a batch, then time those that are right."""
-    errors, reasons, right = dict[str, float](), dict[str, str](), dict[str, Callable[[], object]]()
-    count = max(batch, CHECKED)
-    first = x[:batch].contiguous()
-    for name, call in calls.items():
+def row_of(runs: Mapping[str, Run], batch: int, limits: Mapping[str, float], seconds: float) -> dict[str, Any]:
+    """Check the arms at a batch size, then time those that are right."""
+    errors, reasons, right = dict[str, float](), dict[str, str](), dict[str, Callable[[], float]]()
+    for name, run in runs.items():
         try:
-            found = torch.cat([call(part) for part in x[:count].split(batch)])
-            errors[name] = centred_error(found, expected[:count])
-        except Exception as error:
-            reasons[name] = _reason(error)
+            error = run.check(batch)
+        except RuntimeError as failure:
+            reasons[name] = str(failure)
             continue
-        if errors[name] <= limits[name]:
-            right[name] = lambda call=call: call(first)
+        errors[name] = float(f"{error:.2g}")
+        if error <= limits[name]:
+            right[name] = partial(run.time, batch)
         else:
-            reasons[name] = f"wrong by {errors[name]:.2g} of the spread, more than {limits[name]:.2g}"
+            reasons[name] = f"wrong by {error:.2g} of the spread, more than {limits[name]:.2g}"
     found = in_turns(right, seconds, np.random.default_rng(0))
-    errors = {name: float(f"{error:.2g}") for name, error in errors.items()}
     row: dict[str, Any] = {"batch": batch, "rounds": len(next(iter(found.values()), ())), "errors": errors}
     return row | {"ms": _percentiles(found), "ratios": _ratios(found), "not timed": reasons}
 
 
 def in_turns(
-    calls: Mapping[str, Callable[[], object]], seconds: float, rng: np.random.Generator
+    readings: Mapping[str, Callable[[], float]], seconds: float, rng: np.random.Generator
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the seconds of each call in each round, (rounds,): the mean of two, there and back in a random order."""
-    names, rounds = list(calls), []
-    for call in calls.values():
-        call()
+    """Return the reading of each arm in each round, (rounds,): the mean of two, there and back in a random order."""
+    names, rounds = list(readings), []
+    for reading in readings.values():
+        reading()
     end = time.perf_counter() + seconds
     while names and (len(rounds) < FEWEST_ROUNDS or time.perf_counter() < end):
         order, spent = rng.permutation(len(names)), np.zeros(len(names))
         for index in (*order, *order[::-1]):
-            start = time.perf_counter()
-            calls[names[index]]()
-            spent[index] += (time.perf_counter() - start) / 2
+            spent[index] += readings[names[index]]() / 2
         rounds.append(spent)
     return dict(zip(names, np.array(rounds).T, strict=True)) if names else {}
 
@@ -238,7 +211,7 @@ def _ratios(found: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
     pairs += [(f"{name} over stock", STOCK, name) for name in (OURS, OURS_AUTO)]
     pairs += [(f"{engine} over by hand", engine, ours(engine, "fp32")) for engine in ENGINES]
     pairs += [("openvino bf16 over by hand", "openvino bf16", ours("openvino", "bf16"))]
-    pairs += [(f"{PRUNED} over original, {name}", name, f"{PRUNED}, {name}") for name in found]
+    pairs += [(f"pruned over original, {name}", name, PRUNED + name) for name in found]
     ratios = {}
     for title, over, under in pairs:
         if over in found and under in found:
@@ -375,62 +348,29 @@ def _own_call(engine: str, model: bytes, threads: int) -> Callable[[Any], object
 def workers(network: Network, kept: Kept, options: CellOptions) -> dict[str, Any]:
     """Measure how many calls two processes of one thread make together, against one alone.
 
-    ``control`` counts in Python instead of running the network: it tells what the machine gives to two processes.
+    The arm ``control`` counts in Python instead of running the network: it tells what the machine gives to two.
     """
-    specification = json.dumps(asdict(options))
-    command = [sys.executable, "-m", "benchmarks.engine_cell", "worker", specification]
-    pipe = subprocess.PIPE
-    both = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
+    ratios, rates = [], []
+    both: list[Run] = []
     try:
-        for process in both:
-            _answer(process)
-        ratios, rates = [], []
+        for _ in range(2):
+            both.append(RemoteRun(options.arm, options, None))
         for _ in range(_WORKER_ROUNDS):
-            alone = [_calls([process], options.seconds)[0] for process in both]
+            alone = [_calls([run], options.seconds)[0] for run in both]
             together = _calls(both, options.seconds)
             ratios.append(sum(together) / (sum(alone) / 2))
             rates.append([count / options.seconds for count in (*alone, *together)])
     finally:
-        for process in both:
-            process.kill()
-            process.wait()
+        for run in both:
+            run.close()
     ratio = mean_interval(ratios, np.random.default_rng(3))
     return {"ratio": [round(v, 3) for v in ratio], "calls_per_second": [round(float(v), 1) for v in np.mean(rates, 0)]}
 
 
-def _calls(processes: list[subprocess.Popen[str]], seconds: float) -> list[int]:
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write(f"{seconds}\n")
-        process.stdin.flush()
-    return [int(_answer(process)) for process in processes]
-
-
-def _answer(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline().strip()
-    if not line:
-        raise RuntimeError(f"a worker ended with code {process.wait()}")
-    return line
-
-
-def _work(options: CellOptions) -> None:
-    torch.set_num_threads(options.threads)
-    network = NETWORKS[options.network]
-    call: Callable[[], object] = lambda: sum(range(20000))  # noqa: E731
-    if options.arm != "control":
-        kept, x = keep(network, Path(options.scratch)), network.inputs(1)
-        run = ARMS[options.arm].build(network, kept, options.setting())
-        run(x)
-        call = lambda: run(x)  # noqa: E731
-    print("ready", flush=True)
-    for line in sys.stdin:
-        count, end = 0, time.perf_counter() + float(line)
-        with torch.inference_mode():
-            while time.perf_counter() < end:
-                call()
-                count += 1
-        print(count, flush=True)
+def _calls(runs: Sequence[Run], seconds: float) -> list[int]:
+    for run in runs:
+        run.begin(seconds)
+    return [run.end() for run in runs]
 
 
 # Scores: photographs.
@@ -460,32 +400,25 @@ class _Called(torch.nn.Module):
 
 
 def pruned(network: Network, kept: Kept, options: CellOptions) -> dict[str, Any]:
-    """Time an original and its pruned network in turns, for each engine and precision that serves both."""
-    path = Path(options.arm)
-    stored = read_artifact(path) if path.suffix == ".mar" else load(path)
-    graph, original = read_pruned(path), load(kept.artifact).graph
+    """Time an original and its pruned network in turns, in each engine and precision that serves both.
+
+    What a pruned network loses in few bits is its own affair: only fp32 is held to `EXACT`.
+    """
+    file = Path(options.arm)
+    graph, original = artifact_of(file).graph, load(kept.artifact).graph
     x = network.inputs(max(CHECKED, *options.batches))
-    expected = {"": reference(network, x), f"{PRUNED}, ": _in_double(graph, x)}
-    rows, left_out = [dict[str, Any](batch=batch, ms={}, ratios={}) for batch in options.batches], dict[str, str]()
-    setting = options.setting(max(options.batches))
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "pruned.redpp"
-        write_atomically(file, build(stored.graph, stored.description, stored.samples).data)
-        for engine, precision in FORCED:
-            name = ours(engine, precision)
-            if options.arms and name not in options.arms:
-                continue
-            try:
-                check_here(ARMS[name])
-                pair = {
-                    name: Served(served(kept.artifact, engine, precision, setting)),
-                    f"{PRUNED}, {name}": Served(served(file, engine, precision, setting)),
-                }
-                for row in rows:
-                    _join(row, _pair_row(pair, x, expected, row["batch"], precision, options.seconds))
-            except (UnavailableError, RedppError, RuntimeError, ValueError) as error:
-                left_out[name] = _reason(error)
-    return {"share": mac_count(graph) / mac_count(original), "rows": rows, "left_out": left_out}
+    names = [name for name in (ours(*pair) for pair in FORCED) if not options.arms or name in options.arms]
+    with tempfile.TemporaryDirectory() as folder, Arms(options) as arms:
+        data = {
+            "": write_data(Path(folder) / "original.npz", x, reference(network, x)),
+            PRUNED: write_data(Path(folder) / "pruned.npz", x, _in_double(graph, x)),
+        }
+        for which in data:
+            for name in names:
+                arms.start(which + name, data[which])
+        limits = {n: EXACT if ARMS[n.removeprefix(PRUNED)].precision == "fp32" else 1.0 for n in arms.runs}
+        rows = [row_of(arms.runs, batch, limits, options.seconds) for batch in options.batches]
+    return {"share": mac_count(graph) / mac_count(original), "rows": rows, "left_out": arms.left_out}
 
 
 def _in_double(graph: Graph, x: Tensor) -> Tensor:
@@ -494,35 +427,12 @@ def _in_double(graph: Graph, x: Tensor) -> Tensor:
         return torch.cat([program(part.double())[0] for part in x.split(CHECKED)])
 
 
-@torch.inference_mode()
-def _pair_row(
-    pair: Mapping[str, Call], x: Tensor, expected: Mapping[str, Tensor], batch: int, precision: str, seconds: float
-) -> dict[str, Any]:
-    """Time one pair. What a pruned network computes in few bits is its own affair: only fp32 is checked."""
-    first = x[:batch].contiguous()
-    for name, call in pair.items():
-        wanted = expected[f"{PRUNED}, " if name.startswith(PRUNED) else ""]
-        error = centred_error(torch.cat([call(part) for part in x.split(batch)]), wanted)
-        if not error <= (EXACT if precision == "fp32" else 1.0):
-            raise ValueError(f"{name} is wrong by {error:.2g} of the spread")
-    found = in_turns({n: lambda c=c: c(first) for n, c in pair.items()}, seconds, np.random.default_rng(0))
-    return {"ms": _percentiles(found), "ratios": _ratios(found)}
-
-
-def _join(row: dict[str, Any], found: Mapping[str, Any]) -> None:
-    for key in ("ms", "ratios"):
-        row[key] |= found[key]
-
-
 KINDS: dict[str, Callable[[Network, Kept, CellOptions], dict[str, Any]]] = {
-    "times": times, "ready": ready, "overhead": overhead, "workers": workers, "scores": scores, PRUNED: pruned,
+    "times": times, "ready": ready, "overhead": overhead, "workers": workers, "scores": scores, "pruned": pruned,
 }  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:
-    if arguments[0] == "worker":
-        _work(CellOptions.read(arguments[1]))
-        return
     cell = measure(CellOptions.read(arguments[0]))
     write_atomically(Path(arguments[1]), json.dumps(cell, default=str))
 

@@ -27,9 +27,10 @@ def markdown(data: Mapping[str, Any]) -> str:
         "# Engines: the served network beside what its users would run by hand",
         "By hand: the stock module called eagerly, ONNX Runtime on what `torch.onnx.export` writes, OpenVINO on what "
         "`convert_model` makes of the exported program, with their defaults but for threads (and no pinned threads). "
-        "Ours: an artifact in `ServingModel`, with the engine that it chooses, or the one named. All arms of a row run "
-        "in turns in one process, and only those whose outputs agree with float64. Times are medians in milliseconds "
-        "of a batch with the 20th and 80th percentiles; ratios say how many times as fast, with 95 % intervals.",
+        "Ours: an artifact in `ServingModel`, with the engine that it chooses, or the one named. Each arm of a row "
+        "has a process of its own; they take turns, and only those whose outputs agree with float64. Times are "
+        "medians in milliseconds of a batch with the 20th and 80th percentiles, of readings that are means of the "
+        "calls that fit into 20 ms; ratios say how many times as fast, with 95 % intervals.",
         f"Measured on {machine['device']} ({machine['processor']}); {versions}. Dates, the machine's load before each "
         "cell, errors and what was left out stand in the JSON file.",
     ]

@@ -1,8 +1,9 @@
 """Compare the engines that serve a network with what its users would run by hand: ``python -m benchmarks.engines``.
 
-A run goes on where it stopped; each cell runs in a process of its own, and no arm is timed before its outputs are held
-against float64. On an idle machine all takes about an hour on one thread. Needs ``pip install -e '.[peers]'`` and, for
-the networks, torchvision and timm; EfficientNet-Lite0 and the photographs are fetched (`benchmarks.real_sources`).
+A run goes on where it stopped; each cell, and each arm that is timed, runs in a process of its own, and no arm is timed
+before its outputs are held against float64. On an idle machine all takes about an hour on one thread. Needs ``pip
+install -e '.[peers]'`` and, for the networks, torchvision and timm; EfficientNet-Lite0 and the photographs are fetched
+(`benchmarks.real_sources`).
 
 ``--pruned NETWORK FILE`` times a ``.mar`` or ``.redpp`` file against the network that it came from, at equal engine
 and precision.
@@ -22,8 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_arms import ARMS, COMPILED, OURS, OURS_AUTO, PLAN_SECONDS, STOCK, ours
-from benchmarks.engine_cell import KINDS, PRUNED, CellOptions
+from benchmarks.engine_arms import ARMS, COMPILED, OURS, OURS_AUTO, PLAN_SECONDS, STOCK, CellOptions, ours
+from benchmarks.engine_cell import KINDS
 from benchmarks.engine_networks import NETWORKS, keep
 from benchmarks.engine_table import markdown
 from redpp_serve.engines import ENGINES, processor
@@ -31,6 +32,7 @@ from redpp_serve.files import write_atomically
 from redpp_serve.machine import describe_machine
 
 OUT = Path("benchmarks/results/engines.json")
+PRUNED = "pruned"
 _TIMED = tuple(name for name in NETWORKS if name != "thin")
 _READY = ("onnxruntime", "openvino", *(ours(e, p) for e in ENGINES for p in ("fp32", "bf16", "int8")), OURS, OURS_AUTO)
 _SCORED = ("openvino", "openvino bf16", OURS, *(ours("openvino", p) for p in ("bf16", "int8")))
@@ -148,7 +150,7 @@ def run_cell(cell: CellOptions, timeout: float) -> dict[str, Any]:
     surroundings = dict(os.environ) | {"OMP_NUM_THREADS": str(cell.threads)}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "cell.json"
-        command = [sys.executable, "-m", "benchmarks.engine_cell", json.dumps(asdict(cell)), str(file)]
+        command = [sys.executable, "-m", "benchmarks.engine_cell", cell.write(), str(file)]
         try:
             code = subprocess.run(command, env=surroundings, timeout=timeout).returncode
             reason = f"the process ended with {code}"

@@ -13,10 +13,21 @@ import torch
 from torch import nn
 
 from benchmarks import engine_cell, engine_networks, engines
-from benchmarks.engine_arms import ARMS, BY_HAND, OURS, OURS_AUTO, STOCK, UnavailableError, check_here, ours
-from benchmarks.engine_cell import CellOptions, measure, reference, row_of
+from benchmarks.engine_arms import (
+    ARMS,
+    BY_HAND,
+    OURS,
+    OURS_AUTO,
+    STOCK,
+    CellOptions,
+    UnavailableError,
+    check_here,
+    ours,
+)
+from benchmarks.engine_cell import measure, reference, row_of
 from benchmarks.engine_networks import Network, keep, settle, structured_inputs
 from benchmarks.engine_table import goals, losing, markdown
+from benchmarks.engine_worker import CONTROL, ArmRun, RemoteRun
 from redpp_serve.engines import processor
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import load
@@ -75,6 +86,7 @@ def test_a_run_measures_and_goes_on_where_it_stopped(
         return measure(cell)
 
     monkeypatch.setattr(engines, "run_cell", here)
+    monkeypatch.setattr(engine_cell, "RemoteRun", ArmRun)
     monkeypatch.setattr(engines, "_READY", ("onnxruntime", ours("onnxruntime", "fp32"), OURS))
     out = tmp_path / "engines.json"
     call = ["--networks", "tiny", "--seconds", "0.05", "--plan-seconds", "2", "--scratch", str(scratch)]
@@ -98,27 +110,45 @@ def test_a_run_measures_and_goes_on_where_it_stopped(
     assert out.with_suffix(".md").read_text(encoding="utf-8") == markdown(data)
     engines.main(call)
     assert len(done) == 4
-    engines.main([*call, "3"])  # another batch size
-    assert len(done) == 5
+    assert engines.is_done(options(scratch), data) and not engines.is_done(options(scratch, batches=(1, 3)), data)
     assert "tiny | 1 / 1" in capsys.readouterr().out
 
 
+class Stub:
+    """An arm that answers what it is told; an error of None stands for a failure."""
+
+    def __init__(self, seconds: float, error: float | None = 0.0) -> None:
+        self.plan: dict[str, Any] = {}
+        self.seconds, self.error = seconds, error
+        self.begun = 0.0
+
+    def check(self, batch: int) -> float:
+        if self.error is None:
+            raise RuntimeError("no such kernel")
+        return self.error
+
+    def time(self, batch: int) -> float:
+        return self.seconds * batch
+
+    def begin(self, seconds: float) -> None:
+        self.begun = seconds
+
+    def end(self) -> int:
+        return round(self.begun / self.seconds)
+
+    def close(self) -> None: ...
+
+
 def test_an_arm_that_is_wrong_or_fails_is_named_and_not_timed() -> None:
-    module = network()
-    x = torch.randn(8, *SHAPE)
-    expected = module.double()(x.double()).detach()
-    module.float()
-
-    def broken(_: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("no such kernel")
-
-    calls = {STOCK: module, "openvino": lambda x: module(x) * 1.01, "onnxruntime": broken, OURS: module}
-    limits = dict.fromkeys(calls, engine_cell.EXACT)
-    row = row_of(calls, x, expected, 2, limits, 0.01)
-    assert set(row["ms"]) == {STOCK, OURS}
+    runs = {STOCK: Stub(3.0), "openvino": Stub(1.0, 0.01), "onnxruntime": Stub(1.0, None), OURS: Stub(2.0)}
+    row = row_of(runs, 2, dict.fromkeys(runs, engine_cell.EXACT), 0.0)
+    assert row["ms"] == {STOCK: [6000.0] * 3, OURS: [4000.0] * 3}
     assert "wrong by" in row["not timed"]["openvino"] and "no such kernel" in row["not timed"]["onnxruntime"]
-    assert row["ratios"][f"{OURS} over best by hand"][0] == STOCK
-    assert np.isfinite(row["ratios"][f"{OURS} over stock"][1:]).all()
+    assert row["ratios"][f"{OURS} over best by hand"] == [STOCK, 1.5, 1.5, 1.5]
+
+
+def test_an_arm_that_gives_nan_is_not_timed() -> None:
+    assert row_of({OURS: Stub(1.0, float("nan"))}, 1, {OURS: 1.0}, 0.0)["ms"] == {}
 
 
 def test_a_network_whose_outputs_hardly_vary_is_refused() -> None:
@@ -144,7 +174,8 @@ def test_settling_gives_batch_norms_the_statistics_of_their_inputs() -> None:
     assert not any(m.training for m in module.modules())
 
 
-def test_a_pruned_network_is_timed_against_its_original(scratch: Path) -> None:
+def test_a_pruned_network_is_timed_against_its_original(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_cell, "RemoteRun", ArmRun)
     kept = keep(TINY, scratch)
     arms = (ours("redpp", "fp32"), ours("onnxruntime", "fp32"))
     cell = measure(options(scratch, "pruned", str(kept.artifact), batches=(2,), arms=arms))
@@ -159,27 +190,24 @@ def test_overhead_compares_with_the_engines_own_call(scratch: Path) -> None:
     assert low <= value <= high < 1e5
 
 
-def test_two_workers_answer_together(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Worker:
-        """Stands for a process: sleeps as long as it is told and has made a thousand calls in each second."""
-
-        def __init__(self, *_: Any, **__: Any) -> None:
-            self.stdin = self.stdout = self
-            self.lines = ["ready"]
-
-        def write(self, text: str) -> None:
-            self.lines.append(str(int(1000 * float(text))))
-
-        def readline(self) -> str:
-            return self.lines.pop(0) + "\n"
-
-        def flush(self) -> None: ...
-
-        kill = wait = flush
-
-    monkeypatch.setattr(engine_cell.subprocess, "Popen", Worker)
-    cell = measure(options(scratch, "workers", "control"))
+def test_two_workers_are_held_against_one(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_cell, "RemoteRun", lambda *_: Stub(0.001))
+    cell = measure(options(scratch, "workers", CONTROL))
     assert cell["ratio"] == [2.0, 2.0, 2.0] and cell["calls_per_second"] == [1000.0] * 4
+
+
+def test_an_arm_answers_from_a_process_of_its_own(tmp_path: Path) -> None:
+    run = RemoteRun(CONTROL, options(tmp_path), None)
+    try:
+        run.begin(0.01)
+        assert run.end() > 0 and 0 < run.time(1) < 1
+        with pytest.raises(RuntimeError):
+            run.check(-1)
+        run._process.kill()
+        with pytest.raises(RuntimeError, match="ended with code"):
+            run.time(1)
+    finally:
+        run.close()
 
 
 def test_a_cell_that_dies_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,10 +245,10 @@ def test_losing_cells_and_goals_are_printed(ratio: float, verdicts: list[str]) -
     assert "2.00 (1.90 to 2.10)" in markdown(data) and "not timed" in markdown(data)
 
 
-def test_calls_take_turns() -> None:
+def test_arms_take_turns() -> None:
     seen: list[str] = []
-    calls = {name: lambda name=name: seen.append(name) for name in "ab"}
-    found = engine_cell.in_turns(calls, 0.0, np.random.default_rng(0))
+    readings = {name: lambda name=name: float(len(seen.append(name) or seen)) for name in "ab"}
+    found = engine_cell.in_turns(readings, 0.0, np.random.default_rng(0))
     assert {len(values) for values in found.values()} == {engine_cell.FEWEST_ROUNDS}
-    for first in range(2, len(seen), 4):  # behind the warm-up: there and back
+    for first in range(2, len(seen), 4):  # behind the first readings: there and back
         assert seen[first : first + 2] == seen[first + 2 : first + 4][::-1]
