@@ -45,9 +45,10 @@ _UNSURE = 1.15  # a ratio of single readings may be so much too small
 _ONE_FOR_ALL = 1.05  # so much slower than its own best may a bucket be for one engine to serve all
 _EXACT = 1e-3  # largest error of fp32, relative to the spread of the outputs: sums in another order
 # Limits for other precisions, of the error that was recorded, on a few stored inputs: eight bits are held against what
-# the pass says of them, bfloat16 against fp32.
-_SLACK, _LEAST_LIMIT = {"int8": 1.0}, 0.1
-_MOST_SLACK = 4.0
+# the pass says of them, from which right engines differ by 0 to 0.035 (one that drops a scale in ConvNeXt by 0.096);
+# bfloat16 is held against fp32.
+_SLACK, _LEAST_LIMITS = {"int8": 1.0}, {"int8": 0.05}
+_MOST_SLACK, _LEAST_LIMIT = 4.0, 0.1
 _LARGEST_CHECK = 8  # rows of the largest batch that is checked
 
 # Operators whose first argument is looked into at the places that the others name.
@@ -340,7 +341,8 @@ def _wrong(network: Network, candidate: Candidate, outcome: Outcome, expected: S
     """Return what is wrong with a candidate's outputs; empty where nothing is."""
     recorded = (network.artifact.description.get("precision") or {}).get("errors", {}).get(candidate.precision)
     slack = _SLACK.get(candidate.precision, _MOST_SLACK)
-    limit = _EXACT if candidate.precision == "fp32" else max(_LEAST_LIMIT, slack * float(recorded or 0.0))
+    least = _LEAST_LIMITS.get(candidate.precision, _LEAST_LIMIT)
+    limit = _EXACT if candidate.precision == "fp32" else max(least, slack * float(recorded or 0.0))
     worst = 0.0
     for k, wanted in enumerate(zip(*expected, strict=True)):
         got = [torch.from_numpy(outputs[k]) for outputs in outcome.outputs]
