@@ -888,9 +888,9 @@ def _triangle(w: Writer, x: Ref, diagonal: int = 0) -> str:
 
 @_rule(
     "full.default", "zeros.default", "ones.default", "full_like.default", "zeros_like.default", "ones_like.default",
-    "new_full.default", "new_zeros.default", "new_ones.default", "zero.default", "fill.Scalar",
+    "new_full.default", "new_zeros.default", "new_ones.default", "zero.default", "fill.Scalar", "fill.Tensor",
 )  # fmt: skip
 def _filled(w: Writer, *args: Any, **_: Any) -> str:
     kind = w.node.op.split(".")[1]
-    value = 0 if "zero" in kind else 1 if "ones" in kind else w.number(args[-1])
-    return w.emit("Expand", w.tensor(value, w.dtype(w.node.name)), w.shape())
+    value = 0 if "zero" in kind else 1 if "ones" in kind else args[-1]
+    return w.emit("Expand", _operand(w, value, w.dtype(w.node.name)), w.shape())

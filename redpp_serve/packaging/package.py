@@ -232,9 +232,11 @@ def check_model(model: Model, graph: Graph) -> None:
 
 
 def _precisions(pruned: Pruned) -> dict[str, Precisions]:
-    inputs = pruned.inputs
+    fit, families = pruned.inputs.fit, dict(pruned.inputs.reference.families)
+    if not fit and len(families) > 1:  # nothing was fitted: one family gives the ranges, the others judge
+        fit = families.pop(next(iter(families)))
     return {
-        variant.name: measure_precisions(graph, inputs.fit, inputs.reference.families)
+        variant.name: measure_precisions(graph, fit, families)
         for variant, graph in ((ORIGINAL, pruned.original), (PRUNED, pruned.pruned))
     }
 

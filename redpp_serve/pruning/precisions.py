@@ -79,7 +79,7 @@ def measure_precisions(graph: Graph, fit: Sequence[Tensor], families: Mapping[st
 
     Args:
         graph: the network as it is stored.
-        fit: inputs that give the ranges, (images, ...) for each network input.
+        fit: inputs that give the ranges, (images, ...) for each network input; without any, eight bits are left out.
         families: inputs that judge, by the name of their family.
     """
     cpu = torch.device("cpu")
@@ -90,7 +90,7 @@ def measure_precisions(graph: Graph, fit: Sequence[Tensor], families: Mapping[st
         records["bf16"] = PrecisionRecord.of(reference.compare(Program(serving_graph(graph, cpu, "bf16"))))
     except (RedppError, RuntimeError, NotImplementedError):  # an operator that has no bfloat16 form
         records.pop("bf16", None)
-    if not quantizable(served):
+    if not quantizable(served) or not fit:
         return Precisions(records)
     ranges = find_ranges(served, [x[:_CALIBRATION].cpu() for x in fit])
     if any(not low <= high < float("inf") for low, high in ranges.values()):
