@@ -235,6 +235,9 @@ class Writer:
 
     def _compute(self, node: Node) -> bool:
         """Compute a node that does not depend on the inputs; return whether it is one."""
+        if (filling := self._filling(node)) is not None:
+            self._known[node.name] = filling
+            return True
         names = list(node.refs())
         if any(name not in self._known and not self._same_size(name) for name in names):
             return False
@@ -244,6 +247,14 @@ class Writer:
         )
         self._known[node.name] = resolve(node.op)(*args, **dict(zip(node.kwargs, kwargs, strict=True)))
         return True
+
+    def _filling(self, node: Node) -> Tensor | None:
+        """Return what a node makes that takes but a dtype or a shape from its tensor, such as ``new_zeros``."""
+        value = {"new_zeros": 0, "zeros_like": 0, "new_ones": 1, "ones_like": 1}.get(node.op.split(".")[1])
+        dims = self.dims(node.name) if value is not None else (None,)
+        if value is None or None in dims:
+            return None
+        return torch.full([size for size in dims if size is not None], value, dtype=self.dtype(node.name))
 
     def _same_size(self, name: str) -> bool:
         return name in self._sizes[0] and self._sizes[0][name] == self._sizes[1][name]

@@ -34,6 +34,7 @@ from redpp_serve.pruning.widths import (
     search_error,
     uniform,
 )
+from redpp_serve.runtime.engine_choice import serving_engine
 from redpp_serve.runtime.moments import Moments, fingerprint
 
 _FIT_SHARE = 0.9  # share of the error budget for narrowing; the rest is for the final codebooks
@@ -334,6 +335,7 @@ def frontier_record(
     if not points:
         return {}
     narrow = [point.graph for point in points if point.graph is not original]
+    engine = serving_engine(original, torch.device(device))
     times = iter(paired_latency([original, *narrow], 1, device, seconds)[1:])
 
     def timed(point: FrontierPoint) -> FrontierPoint:
@@ -344,7 +346,7 @@ def frontier_record(
 
     return {
         "network": fingerprint(original),
-        "latency_on": f"{machine}, {torch.get_num_threads()} threads, batch 1, the server's runtime",
+        "latency_on": f"{machine}, {torch.get_num_threads()} threads, batch 1, engine {engine} in fp32",
         "points": [timed(point).to_json(number) for number, point in enumerate(points)],
     }
 

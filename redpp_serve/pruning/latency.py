@@ -1,7 +1,7 @@
 """Latency on the device at hand: networks side by side, and a model of it over the widths of the layers.
 
-Everything runs through the runtime that serves, and with the threads that are set. Other work on the machine and its
-clock rate change all times alike, so networks to compare are measured in turns.
+Everything runs in the engine that would serve the original in fp32, with the threads that are set. Other work on the
+machine and its clock rate change all times alike, so networks to compare are measured in turns.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from redpp_serve.graph.executor import Program, value_shapes
+from redpp_serve.engines import OWN
+from redpp_serve.graph.executor import value_shapes
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref, map_refs
 from redpp_serve.graph.layers import Layer, find_layers
 from redpp_serve.graph.passes import is_inference_norm
-from redpp_serve.runtime.serving_graph import serving_program
+from redpp_serve.runtime.engine_choice import run_in, serving_engine
 from redpp_serve.runtime.timing import random_tensor, rounds
 
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 1000
@@ -31,7 +32,8 @@ RESAMPLES = 1000
 GPU_CALLS = 10
 _EPILOGUES = frozenset(f"aten.{name}.default" for name in ("relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid"))
 
-Timer = Callable[[Program, Sequence[Tensor], torch.device], float]  # seconds of one call on a device
+Run = Callable[..., tuple[Tensor, ...]]
+Timer = Callable[[Run, Sequence[Tensor], torch.device], float]  # seconds of one call on a device
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def paired_latency(
     """
     device = torch.device(device)
     inputs = _inputs(graphs[0].inputs, batch, device)
-    times = _measure([(_program(graph, device), inputs) for graph in graphs], device, seconds, timer or time_call)
+    runs = _runs(graphs, graphs[0], device)
+    times = _measure([(run, inputs) for run in runs], device, seconds, timer or time_call)
     rng = np.random.default_rng(0)
     picked = rng.integers(0, len(times), (RESAMPLES, len(times)))
     found = []
@@ -154,14 +157,15 @@ def layer_model(
     patches = {layer.name: patch for layer, patch in _patches(graph)}
     distinct = {patch.geometry: patch for patch in patches.values()}
     inputs = _inputs(graph.inputs, batch, device)
-    programs, sizes = [(_program(graph, device), inputs)], []
+    parts, examples, sizes = [graph], [inputs], []
     for geometry, patch in distinct.items():
         for outputs, inputs_kept in patch.widths():
             small = patch.narrowed(outputs, inputs_kept)
-            example = _inputs(small.inputs, batch * patch.rows, device)
-            programs.append((_program(small, device), example))
+            parts.append(small)
+            examples.append(_inputs(small.inputs, batch * patch.rows, device))
             sizes.append((geometry, small.tensors[patch.layer.weight].numel()))
-    times = _measure(programs, device, seconds, timer or time_call)
+    runs = _runs(parts, graph, device)
+    times = _measure(list(zip(runs, examples, strict=True)), device, seconds, timer or time_call)
     lines, means, typical = {}, dict.fromkeys(distinct, 0.0), np.median(times, axis=0)
     for geometry in distinct:
         columns = [k for k, (key, _) in enumerate(sizes, start=1) if key == geometry]
@@ -308,14 +312,19 @@ def _computed(nodes: Sequence[Node], others: Sequence[InputSpec]) -> list[Node]:
     return [first, *views, *renamed]
 
 
-def _program(graph: Graph, device: torch.device) -> Program:
-    return serving_program(graph, device).to(device)
+def _runs(graphs: Sequence[Graph], served: Graph, device: torch.device) -> list[Run]:
+    """Build all graphs in the engine that would serve one of them; with the own runtime where it does not take all."""
+    engine = serving_engine(served, device)
+    try:
+        return [run_in(engine, graph, device) for graph in graphs]
+    except Exception:  # whatever an engine raises; the own runtime takes every network
+        return [run_in(OWN, graph, device) for graph in graphs]
 
 
 def _measure(
-    programs: Sequence[tuple[Program, Sequence[Tensor]]], device: torch.device, seconds: float, timer: Timer
+    programs: Sequence[tuple[Run, Sequence[Tensor]]], device: torch.device, seconds: float, timer: Timer
 ) -> NDArray[np.float64]:
-    """Return the seconds of each program with its inputs, (rounds, programs).
+    """Return the seconds of each run with its inputs, (rounds, programs).
 
     A round of warm-up comes first and counts towards ``seconds``.
     """
@@ -330,7 +339,7 @@ def _measure(
     return np.array(found[1:])
 
 
-def time_call(program: Program, inputs: Sequence[Tensor], device: torch.device) -> float:
+def time_call(program: Run, inputs: Sequence[Tensor], device: torch.device) -> float:
     """Return the seconds of one call; on a GPU the mean of several between two synchronisations."""
     if device.type != "cuda":
         start = time.perf_counter()

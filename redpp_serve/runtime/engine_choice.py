@@ -28,12 +28,12 @@ from redpp_serve.engines.trial import Attempt, Outcome, try_engines
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import LoadedArtifact
 from redpp_serve.graph.executor import Program
-from redpp_serve.graph.graph import Graph
+from redpp_serve.graph.graph import Graph, once_per_graph
 from redpp_serve.graph.passes import PRECISIONS
 from redpp_serve.graph.quantization import in_int8
 from redpp_serve.runtime.plan import EngineChoice, Timing
-from redpp_serve.runtime.plan_cache import PlanCache, device_key
-from redpp_serve.runtime.serving_graph import channels_last
+from redpp_serve.runtime.plan_cache import PlanCache, default_path, device_key
+from redpp_serve.runtime.serving_graph import channels_last, serving_graph, serving_program
 from redpp_serve.runtime.timing import FEWEST_ROUNDS, in_turns, timings
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 AUTO = "auto"
 _NEAR = 1.15  # times as slow as the fastest: candidates beyond are not timed again
 _FOR_TRIALS = 0.5  # of the seconds; the rest is for timing
+_ENGINE_SECONDS = 8.0  # for finding the engine that would serve a network
 _UNSURE = 1.15  # a ratio of single readings may be so much too small
 _ONE_FOR_ALL = 1.05  # so much slower than its own best may a bucket be for one engine to serve all
 _EXACT = 1e-3  # largest error of fp32, relative to the spread of the outputs: sums in another order
@@ -476,6 +477,31 @@ def _ready(network: Network, chosen: Chosen, first: Candidate) -> Chosen:
     network._models.clear()
     free_memory()
     return chosen
+
+
+@once_per_graph
+def serving_engine(graph: Graph, device: torch.device) -> str:
+    """Return the engine that would serve a stored graph in its own precision here, one input at a time."""
+    served = serving_graph(graph, device)
+    own = {"fp32": own_run(serving_program(graph, device), device)}
+    network = Network(LoadedArtifact(graph, {}), served, ("fp32",), device)
+    chosen = choose_engine(network, own, (1,), seconds=_ENGINE_SECONDS, cache=PlanCache(default_path()))
+    for run in chosen.runs.values():
+        run.close()
+    return chosen.choices[0].engine
+
+
+def run_in(engine: str, graph: Graph, device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+    """Build a stored graph in an engine, or with the own runtime's dense kernels; inputs come on the device.
+
+    Raises:
+        Exception: whatever the engine raises on a network that it does not take.
+    """
+    if engine == OWN:
+        return serving_program(graph, device)
+    network = Network(LoadedArtifact(graph, {}), serving_graph(graph, device), ("fp32",), device)
+    run = network.run(Candidate(engine, "fp32"))
+    return lambda *inputs: run(inputs)
 
 
 def free_memory() -> None:
