@@ -9,14 +9,36 @@ import pytest
 import torch
 from torch import Tensor
 
+from redpp_serve.engines import OWN
 from redpp_serve.graph.executor import Program, value_shapes
 from redpp_serve.graph.graph import Graph, InputSpec, Ref
 from redpp_serve.graph.layers import find_layers
 from redpp_serve.pruning import latency
 from redpp_serve.pruning.latency import FEWEST_ROUNDS, LatencyModel, LayerTime, layer_model, paired_latency
 from redpp_serve.runtime.fused_layer import available
+from redpp_serve.runtime.serving_graph import serving_program
 from tests.support import networks
 from tests.support.networks import Builder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def engine(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The engine that everything is timed in: the own runtime, whose steps the made-up clocks count."""
+    named = [OWN]
+    monkeypatch.setattr(latency, "serving_engine", lambda graph, device: named[0])
+    return named
+
+
+def test_networks_are_timed_in_the_engine_that_would_serve(engine: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine[0] = "openvino"
+    graphs, runs = [networks.network("chain", width) for width in (16, 8)], []
+    real = latency.run_in
+    monkeypatch.setattr(latency, "run_in", lambda name, *rest: runs.append(name) or real(name, *rest))
+    assert [t.median > 0 for t in paired_latency(graphs, seconds=0)] == [True, True] and runs == ["openvino"] * 2
+    engine[0] = "no such engine"
+    assert paired_latency(graphs, seconds=0)[1].median > 0 and runs[-2:] == [OWN] * 2
 
 
 class Clock:
@@ -43,7 +65,7 @@ def by_steps(known: dict[int, int]) -> Callable[[Program], float]:
 def test_a_drifting_machine_leaves_the_ratio_alone() -> None:
     """Both calls of a round sum to the same drift for each network, so the ratio within a round is exact."""
     graphs = [networks.network("chain"), networks.network("bare"), networks.network("mlp")]
-    steps = [len(latency.serving_program(g, torch.device("cpu")).operators) for g in graphs[:2]]
+    steps = [len(serving_program(g, torch.device("cpu")).operators) for g in graphs[:2]]
     assert steps[0] != steps[1]
     clock = Clock(by_steps({steps[0]: 2, steps[1]: 1}), drift=0.5)
     first, second = paired_latency(graphs[:2], seconds=0, timer=clock)
@@ -100,7 +122,7 @@ def test_a_patch_takes_norm_activation_and_addition_along_once() -> None:
     if not available():
         return
     for patch, steps in ((left_patch, ["onednn.conv2d_add", "aten.expand.default"]), (right_patch, ["onednn.conv2d"])):
-        program = latency.serving_program(patch.graph, torch.device("cpu"))
+        program = serving_program(patch.graph, torch.device("cpu"))
         assert sorted(program.operators) == sorted(steps)
 
 
@@ -169,7 +191,7 @@ def test_the_model_predicts_a_narrowed_network() -> None:
         return steps + 0.01 * sum(t.numel() for t in program.buffers() if t.dim() > 1)
 
     model = layer_model(whole, seconds=0, timer=Clock(cost))
-    real = [cost(latency.serving_program(graph, torch.device("cpu"))) for graph in (whole, narrow)]
+    real = [cost(serving_program(graph, torch.device("cpu"))) for graph in (whole, narrow)]
     assert model.whole == pytest.approx(real[0])
     assert model.predict({layer.name: layer.shape for layer in find_layers(whole)}) == pytest.approx(real[0])
     assert model.predict({layer.name: layer.shape for layer in find_layers(narrow)}) == pytest.approx(real[1])
@@ -179,7 +201,7 @@ def test_the_model_predicts_a_narrowed_network() -> None:
 
 def test_layers_that_explain_more_than_all_are_scaled_down() -> None:
     graph = networks.network("chain")
-    steps = len(latency.serving_program(graph, torch.device("cpu")).operators)
+    steps = len(serving_program(graph, torch.device("cpu")).operators)
     model = layer_model(graph, seconds=0, timer=Clock(lambda program: 1.0 if len(program.operators) == steps else 10.0))
     assert (model.whole, model.constant) == (1.0, 0.0)
     assert sum(layer.at(layer.shape) for layer in model.layers.values()) == pytest.approx(1.0)
