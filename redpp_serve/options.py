@@ -21,7 +21,7 @@ AUTO = "auto"
 RED = "red++"
 METHODS = ("narrow", RED)
 PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16", "int8")
-ENGINES = ("auto", "redpp", "openvino", "onnxruntime")
+ENGINES = ("auto", "redpp", "openvino", "onnxruntime", "torch-compile")
 EXPORTS = ("onnx", "openvino", "pt2", "module", "triton-onnxruntime", "triton-openvino")
 SERVERS = ("torchserve", "triton")
 DEFAULT_MAX_ERROR = 0.1
@@ -326,8 +326,8 @@ class Serving(Checked):
     )
     engine: str = option(
         "auto",
-        "engine that runs both versions: redpp is this project's own, auto the fastest that is installed where they "
-        "are served (default: {default})",
+        "engine that runs both versions: redpp is this project's own, torch-compile takes minutes to start; auto is "
+        "the fastest of the others that is installed where they are served (default: {default})",
         takes=ENGINES,
     )
 

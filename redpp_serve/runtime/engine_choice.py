@@ -31,6 +31,7 @@ from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, once_per_graph
 from redpp_serve.graph.passes import PRECISIONS
 from redpp_serve.graph.quantization import in_int8
+from redpp_serve.runtime.compiled import COMPILED, CompiledRun
 from redpp_serve.runtime.plan import EngineChoice, Timing
 from redpp_serve.runtime.plan_cache import PlanCache, default_path, device_key
 from redpp_serve.runtime.serving_graph import channels_last, serving_graph, serving_program
@@ -169,7 +170,7 @@ class Chosen:
     """
 
     choices: tuple[EngineChoice, ...]
-    runs: dict[str, EngineRun] = field(default_factory=dict)
+    runs: dict[str, EngineRun | CompiledRun] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     built: dict[str, float] = field(default_factory=dict)
 
@@ -205,7 +206,7 @@ def check_engine(engine: Any, where: str = "--engine") -> None:
     Raises:
         RedppError: it is none.
     """
-    names = (AUTO, OWN, *ENGINES)
+    names = (AUTO, OWN, *ENGINES, COMPILED)
     if engine not in names:
         raise RedppError(f"engine is {str(engine)[:40]!r} in {where}", f"one of {', '.join(names)}", f"correct {where}")
 
@@ -230,6 +231,8 @@ def choose_engine(
         cache: where times of earlier runs are looked up and new ones kept.
     """
     first = Candidate(OWN, next(iter(own)))
+    if engine == COMPILED:
+        return _compiled(network, first, own, batches)
     candidates, left_out = _candidates(network, engine)
     candidates += [Candidate(OWN, precision) for precision in list(own)[1:]]
     if seconds <= 0 or not candidates:
@@ -253,6 +256,27 @@ def choose_engine(
                 keep.add(key, {f"{signature} batch={b}": found | failed for b, found in times.items()})
     chosen.choices = _pick(times, batches, str(first), "cached" if cached else "measured", forced=engine)
     return _ready(network, chosen, first)
+
+
+def _compiled(network: Network, first: Candidate, own: Mapping[str, Run], batches: Sequence[int]) -> Chosen:
+    """Compile the network for all buckets, however long that takes; leave the own runtime where it fails."""
+    candidate, reason = Candidate(COMPILED, "fp32"), ""
+    times: dict[int, float] = {}
+    try:
+        if first.precision != "fp32":
+            raise RedppError(f"precision {first.precision}", "fp32 with torch-compile", "change --precision")
+        run = CompiledRun(network.graph, network.device)
+        for batch in batches:
+            inputs = network.inputs(batch)
+            outcome = Outcome([[y.numpy() for y in run(inputs)]])
+            reason = reason or _wrong(network, candidate, outcome, [own["fp32"](inputs)])
+            times[batch] = min(_call(run, inputs)() for _ in range(3))
+    except Exception as error:  # such as no compiler, or a cache that cannot be written
+        reason = _one_line(error)
+    if reason:
+        return Chosen(_everywhere(batches, first, "failed"), {}, {str(candidate): reason})
+    choices = tuple(EngineChoice(b, COMPILED, "fp32", "measured", {str(candidate): times[b]}) for b in batches)
+    return Chosen(choices, {str(candidate): run})
 
 
 def _serves(engine: str, times: Mapping[str, Timing]) -> bool:

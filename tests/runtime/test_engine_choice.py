@@ -283,3 +283,19 @@ def test_an_index_out_of_range_is_refused_by_whatever_serves(engine: str) -> Non
     torch.testing.assert_close(model(ids), Program(graph)(ids))
     with pytest.raises(Exception, match=r"(?i)ind(ex|ices)"):
         model(torch.tensor([[0, 7, 3]]))
+
+
+@pytest.mark.exhaustive
+def test_torch_compile_is_there_for_those_who_ask(graph: Graph) -> None:
+    model = load(artifact(graph), engine="torch-compile", plan_seconds=0)
+    assert model.plan.engine == "torch-compile" and model.plan.engines[0].times
+    torch.testing.assert_close(model(SAMPLES[:2]), Program(graph)(SAMPLES[:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_torch_compile_that_fails_leaves_the_own_runtime(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no compiler was found")
+
+    monkeypatch.setattr(engine_choice, "CompiledRun", fail)
+    model = load(artifact(graph), engine="torch-compile")
+    assert model.plan.engine == "redpp" and model.plan.left_out["torch-compile fp32"] == "no compiler was found"
