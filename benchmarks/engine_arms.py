@@ -59,6 +59,7 @@ class CellOptions:
         plan_seconds: time that this project may spend on its choices.
         compiled: whether ``torch.compile`` takes part.
         arms: names of the arms to time; none for all.
+        clock: what times are of, one of `engine_worker.CLOCKS`.
     """
 
     kind: str
@@ -71,6 +72,7 @@ class CellOptions:
     plan_seconds: float = PLAN_SECONDS
     compiled: bool = False
     arms: tuple[str, ...] = ()
+    clock: str = "wall"
 
     def setting(self, batch: int = 1, cache: PlanCache | None = None) -> Setting:
         """Return how an arm runs."""

@@ -96,7 +96,7 @@ def times(network: Network, kept: Kept, options: CellOptions) -> dict[str, Any]:
         limits = {name: limit_of(recorded, ARMS[name].precision) for name in arms.runs}
         rows = [row_of(arms.runs, batch, limits, options.seconds) for batch in options.batches]
         plans = {name: run.plan for name, run in arms.runs.items() if run.plan}
-    return {"rows": rows, "left_out": arms.left_out, "plans": plans}
+    return {"rows": rows, "left_out": arms.left_out, "plans": plans, "clock": options.clock}
 
 
 class Arms:
@@ -418,7 +418,12 @@ def pruned(network: Network, kept: Kept, options: CellOptions) -> dict[str, Any]
                 arms.start(which + name, data[which])
         limits = {n: EXACT if ARMS[n.removeprefix(PRUNED)].precision == "fp32" else 1.0 for n in arms.runs}
         rows = [row_of(arms.runs, batch, limits, options.seconds) for batch in options.batches]
-    return {"share": mac_count(graph) / mac_count(original), "rows": rows, "left_out": arms.left_out}
+    return {
+        "share": mac_count(graph) / mac_count(original),
+        "rows": rows,
+        "left_out": arms.left_out,
+        "clock": options.clock,
+    }
 
 
 def _in_double(graph: Graph, x: Tensor) -> Tensor:

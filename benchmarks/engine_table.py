@@ -73,7 +73,8 @@ def _ratio(row: Mapping[str, Any], title: str) -> str:
 
 
 def _place(cell: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
-    return [cell["network"], f"{row['batch']} / {cell['threads']}"]
+    clock = "" if cell["clock"] == "wall" else f" ({cell['clock']} time)"
+    return [cell["network"], f"{row['batch']} / {cell['threads']}{clock}"]
 
 
 def _times(data: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ from benchmarks.engine_arms import ARMS, COMPILED, OURS, OURS_AUTO, PLAN_SECONDS
 from benchmarks.engine_cell import KINDS
 from benchmarks.engine_networks import NETWORKS, keep
 from benchmarks.engine_table import markdown
+from benchmarks.engine_worker import CLOCKS
 from redpp_serve.engines import ENGINES, processor
 from redpp_serve.files import write_atomically
 from redpp_serve.machine import describe_machine
@@ -34,7 +35,7 @@ from redpp_serve.machine import describe_machine
 OUT = Path("benchmarks/results/engines.json")
 PRUNED = "pruned"
 _TIMED = tuple(name for name in NETWORKS if name != "thin")
-_READY = ("onnxruntime", "openvino", *(ours(e, p) for e in ENGINES for p in ("fp32", "bf16", "int8")), OURS, OURS_AUTO)
+_READY = ("onnxruntime", "openvino", *(n for n, arm in ARMS.items() if arm.engine in ENGINES), OURS, OURS_AUTO)
 _SCORED = ("openvino", "openvino bf16", OURS, *(ours("openvino", p) for p in ("bf16", "int8")))
 _PACKAGES = ("openvino", "onnxruntime", "onnx", "timm", "torchvision")
 _WORKER_SECONDS = 3.0
@@ -48,6 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of every arm (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing all arms at one batch size")
     parser.add_argument("--plan-seconds", type=float, default=PLAN_SECONDS, help="that ours may spend on its choices")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu where others use the machine")
     parser.add_argument("--compile", action="store_true", help="time torch.compile too, which takes minutes a network")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=[], metavar="ARM", help="arms to time")
     parser.add_argument("--again", action="store_true", help="measure the chosen cells even where the file has them")
@@ -115,6 +117,7 @@ def _cell(options: argparse.Namespace, kind: str, network: str, arm: str) -> Cel
         options.plan_seconds,
         options.compile,
         tuple(options.arms),
+        options.clock,
     )
 
 

@@ -228,7 +228,7 @@ def results(ratio: float) -> dict[str, Any]:
     ratios = {f"{OURS} over best by hand": ["openvino", *interval], f"{OURS_AUTO} over {STOCK}": [STOCK, *interval]}
     row = {"batch": 1, "errors": {}, "ms": {STOCK: [2.0, 1.9, 2.1]}, "ratios": ratios, "not timed": {OURS: "wrong"}}
     times = {"kind": "times", "network": "lite0", "arm": "all", "threads": 1, "status": "measured"}
-    times |= {"rows": [row], "left_out": {"openvino bf16": "no instructions"}, "plans": {}}
+    times |= {"rows": [row], "left_out": {"openvino bf16": "no instructions"}, "plans": {}, "clock": "cpu"}
     failed = {"kind": "ready", "network": "lite0", "arm": OURS, "threads": 1, "status": "failed", "reason": "killed"}
     return {"environment": engines.environment(), "networks": {"lite0": {"weights_mib": 1.0}}, "cells": [times, failed]}
 
@@ -242,7 +242,11 @@ def test_losing_cells_and_goals_are_printed(ratio: float, verdicts: list[str]) -
     lines = "\n".join(losing(data))
     assert "killed" in lines and "is not timed: wrong" in lines and "no instructions" in lines
     assert ("against openvino" in lines) == (ratio < 0.99)
-    assert "2.00 (1.90 to 2.10)" in markdown(data) and "not timed" in markdown(data)
+    assert (
+        "1 / 1 (cpu time)" in markdown(data)
+        and "2.00 (1.90 to 2.10)" in markdown(data)
+        and "not timed" in markdown(data)
+    )
 
 
 def test_arms_take_turns() -> None:
