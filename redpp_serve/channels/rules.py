@@ -16,14 +16,15 @@ RULES: dict[str, Rule] = {
     **_aten(
         layout.same,
         """
-        relu.default relu6.default hardtanh.default silu.default gelu.default hardswish.default hardsigmoid.default
-        sigmoid.default tanh.default leaky_relu.default elu.default selu.default mish.default softplus.default
-        clone.default contiguous.default to.dtype _to_copy.default neg.default abs.default exp.default expm1.default
-        log.default log1p.default sqrt.default rsqrt.default reciprocal.default pow.Tensor_Scalar clamp.default
-        clamp_min.default clamp_max.default erf.default sin.default cos.default tan.default sign.default floor.default
-        round.default add.Scalar sub.Scalar mul.Scalar div.Scalar rsub.Scalar zeros_like.default ones_like.default
-        full_like.default ne.Scalar eq.Scalar lt.Scalar le.Scalar gt.Scalar ge.Scalar logical_not.default
-        bitwise_not.default type_as.default remainder.Scalar lift_fresh_copy.default zero.default fill.Scalar
+        relu.default relu6.default hardtanh.default silu.default gelu.default hardswish.default
+        hardsigmoid.default sigmoid.default tanh.default leaky_relu.default elu.default selu.default
+        mish.default softplus.default clone.default contiguous.default to.dtype _to_copy.default neg.default
+        abs.default exp.default expm1.default log.default log1p.default sqrt.default rsqrt.default
+        square.default reciprocal.default pow.Tensor_Scalar clamp.default clamp_min.default clamp_max.default
+        erf.default sin.default cos.default tan.default sign.default floor.default round.default add.Scalar
+        sub.Scalar mul.Scalar div.Scalar rsub.Scalar zeros_like.default ones_like.default full_like.default
+        ne.Scalar eq.Scalar lt.Scalar le.Scalar gt.Scalar ge.Scalar logical_not.default bitwise_not.default
+        type_as.default remainder.Scalar lift_fresh_copy.default zero.default fill.Scalar
         """,
     ),
     **_aten(

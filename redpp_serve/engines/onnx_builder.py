@@ -185,6 +185,11 @@ def _softplus(w: Writer, x: Ref, beta: float = 1.0, threshold: float = 20.0) -> 
     return w.emit("Div", w.emit("Softplus", w.emit("Mul", w.tensor(x), factor)), factor)
 
 
+@_rule("square.default")
+def _square(w: Writer, x: Ref) -> str:
+    return w.emit("Mul", w.tensor(x), w.tensor(x))
+
+
 @_rule("rsqrt.default")
 def _rsqrt(w: Writer, x: Ref) -> str:
     return w.emit("Reciprocal", w.emit("Sqrt", w.tensor(x)))

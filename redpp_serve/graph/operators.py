@@ -135,12 +135,12 @@ reciprocal.default reflection_pad2d.default relu.default relu6.default remainder
 repeat_interleave.self_int replication_pad2d.default reshape.default reshape_as.default rms_norm.default roll.default
 round.default rsqrt.default rsub.Scalar scaled_dot_product_attention.default select.int select_scatter.default
 selu.default sigmoid.default sign.default silu.default sin.default slice.Tensor slice_scatter.default softmax.int
-softplus.default split.Tensor split.sizes split_with_sizes.default sqrt.default squeeze.default squeeze.dim squeeze.dims
-stack.default std.correction std.dim sub.Scalar sub.Tensor sum.default sum.dim_IntList swapaxes.default sym_size.int
-t.default tan.default tanh.default to.dtype topk.default transpose.int tril.default triu.default type_as.default
-unbind.int unflatten.int unfold.default unsqueeze.default upsample_bicubic2d.vec upsample_bilinear2d.vec
-upsample_nearest2d.vec var.correction var.dim var_mean.correction where.ScalarOther where.ScalarSelf where.self
-zero.default zeros.default zeros_like.default
+softplus.default split.Tensor split.sizes split_with_sizes.default sqrt.default square.default squeeze.default
+squeeze.dim squeeze.dims stack.default std.correction std.dim sub.Scalar sub.Tensor sum.default sum.dim_IntList
+swapaxes.default sym_size.int t.default tan.default tanh.default to.dtype topk.default transpose.int tril.default
+triu.default type_as.default unbind.int unflatten.int unfold.default unsqueeze.default upsample_bicubic2d.vec
+upsample_bilinear2d.vec upsample_nearest2d.vec var.correction var.dim var_mean.correction where.ScalarOther
+where.ScalarSelf where.self zero.default zeros.default zeros_like.default
 """
 _PYTHON = "add sub mul floordiv truediv mod neg getitem eq ne lt le gt ge"  # of Python's operator, on sizes
 

@@ -45,7 +45,8 @@ IMAGE = {  # functions of (N, 4, 8, 8)
     "bounds": lambda m, x: F.relu6(4 * x) + F.hardtanh(x, -0.3, 0.4) + x.clamp(min=-1) + x.clamp(-2, 0.5) + F.elu(x),
     "slopes": lambda m, x: F.leaky_relu(x, 0.2) + F.prelu(x, m.vector) + F.softplus(x, 2.0) + F.selu(x),
     "sigmoids": lambda m, x: F.hardsigmoid(x) + torch.sigmoid(x) + torch.tanh(x) + F.glu(x, 1).repeat(1, 2, 1, 1),
-    "functions": lambda m, x: x.abs().add(1).log() + (x * x + 1).rsqrt() + x.exp().sqrt() + x.sin() * x.cos() + x.erf(),
+    "functions": lambda m, x: x.abs().add(1).log() - x.square() + (x * x + 1).rsqrt() + x.exp().sqrt()
+    + x.sin() * x.cos() + x.erf(),
     "signs": lambda m, x: (10 * x).round() + x.floor() + x.sign() + x.neg() + torch.log1p(x * x) + torch.expm1(x / 4),
     "arithmetic": lambda m, x: (2 - x) / (x * x + 3) + x**2 - torch.add(x, x, alpha=0.5) + torch.maximum(x, -x) * 3,
     "integers": lambda m, x: torch.div((10 * x).to(torch.int64), 3, rounding_mode="floor").float() + (x > 0) + 1,
