@@ -69,6 +69,7 @@ def measure(options: CellOptions) -> dict[str, Any]:
     """Measure a cell; a failure is a result, too."""
     torch.set_num_threads(options.threads)
     cell: dict[str, Any] = {name: getattr(options, name) for name in ("kind", "network", "arm", "threads")}
+    cell["arm"] = Path(options.arm).name  # a pruned network's file may be anywhere
     cell |= {"date": time.strftime("%Y-%m-%d"), "load": round(os.getloadavg()[0], 2)}
     network = NETWORKS[options.network]
     kept = keep(network, Path(options.scratch))
