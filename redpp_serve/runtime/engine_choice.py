@@ -59,6 +59,7 @@ _LOOKUPS = frozenset(
 )
 
 Run = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,11 @@ class Network:
     def threads(self) -> int:
         """The number of threads of an engine."""
         return usable_threads(torch.get_num_threads())
+
+    @property
+    def clock(self) -> Clock:
+        """The clock of measurements: the processor's where one thread computes, since other work says nothing of it."""
+        return time.process_time if self.device.type == "cpu" and self.threads == 1 else time.perf_counter
 
     @property
     def digest(self) -> str:
@@ -270,7 +276,7 @@ def _compiled(network: Network, first: Candidate, own: Mapping[str, Run], batche
             inputs = network.inputs(batch)
             outcome = Outcome([[y.numpy() for y in run(inputs)]])
             reason = reason or _wrong(network, candidate, outcome, [own["fp32"](inputs)])
-            times[batch] = min(_call(run, inputs)() for _ in range(3))
+            times[batch] = min(_call(run, inputs, network.clock)() for _ in range(3))
     except Exception as error:  # such as no compiler, or a cache that cannot be written
         reason = _one_line(error)
     if reason:
@@ -402,11 +408,11 @@ def _timed(
                 runs[str(candidate)] = _build(network, candidate, chosen)
             except Exception as error:  # it was built in its own process, but memory may be short here
                 chosen.left_out[str(candidate)] = _one_line(error)
-    quick = {batch: _once(runs, network.inputs(batch)) for batch in batches}
+    quick = {batch: _once(runs, network.inputs(batch), network.clock) for batch in batches}
     found = {}
     for done, batch in enumerate(batches):
         left = (end - time.monotonic()) / (len(batches) - done)
-        found[batch] = _in_turns(runs, quick[batch], network.inputs(batch), left)
+        found[batch] = _in_turns(runs, quick[batch], network.inputs(batch), left, network.clock)
     return found
 
 
@@ -421,32 +427,32 @@ def _build(network: Network, candidate: Candidate, chosen: Chosen) -> EngineRun:
 
 
 def _in_turns(
-    runs: Mapping[str, Run], quick: Mapping[str, float], inputs: tuple[Tensor, ...], seconds: float
+    runs: Mapping[str, Run], quick: Mapping[str, float], inputs: tuple[Tensor, ...], seconds: float, clock: Clock
 ) -> dict[str, Timing]:
     """Time the incumbent, which is the first, and those near the fastest again, as far as the seconds reach."""
     first, best = next(iter(quick)), min(quick.values())
     found = {name: Timing(once, _UNSURE * once / quick[first]) for name, once in quick.items()}
     names = [first, *(name for name, once in quick.items() if name != first and once <= _NEAR * best)]
     if len(names) > 1 and 2 * FEWEST_ROUNDS * sum(quick[name] for name in names) <= seconds:
-        calls = [_call(runs[name], inputs) for name in names]
+        calls = [_call(runs[name], inputs, clock) for name in names]
         found |= timings(names, in_turns(calls, time.perf_counter() + seconds))
     return found
 
 
-def _call(run: Run, inputs: tuple[Tensor, ...]) -> Callable[[], float]:
+def _call(run: Run, inputs: tuple[Tensor, ...], clock: Clock) -> Callable[[], float]:
     def call() -> float:
-        start = time.perf_counter()
+        start = clock()
         run(inputs)
-        return time.perf_counter() - start
+        return clock() - start
 
     return call
 
 
-def _once(runs: Mapping[str, Run], inputs: tuple[Tensor, ...]) -> dict[str, float]:
+def _once(runs: Mapping[str, Run], inputs: tuple[Tensor, ...], clock: Clock) -> dict[str, float]:
     """Return the lesser of two times of each run, after a first call that prepares."""
     for run in runs.values():
         run(inputs)
-    rounds = [{name: _call(run, inputs)() for name, run in runs.items()} for _ in range(2)]
+    rounds = [{name: _call(run, inputs, clock)() for name, run in runs.items()} for _ in range(2)]
     return {name: min(row[name] for row in rounds) for name in runs}
 
 
