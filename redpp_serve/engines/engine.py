@@ -38,14 +38,14 @@ class Engine:
         packages: the packages that it needs, with the least release of each, as numbers.
         precisions: returns the precisions that are worth trying on this processor.
         session: takes an ONNX model, a precision, a number of threads, and whether to time nodes (``profiled``).
-        checks_indices: whether looking up what is not there is an error, not an answer.
+        exact_integers: whether it computes integers and float64 as torch does, and looks up nothing that is not there.
     """
 
     name: str
     packages: dict[str, tuple[int, ...]]
     precisions: Callable[[], tuple[str, ...]]
     session: Callable[..., Session]
-    checks_indices: bool = True
+    exact_integers: bool = True
 
     @property
     def version(self) -> str:
@@ -88,7 +88,7 @@ ENGINES = {
             {"openvino": (2025, 0), "onnx": (1, 18)},
             _openvino_precisions,
             OpenVinoSession,
-            checks_indices=False,
+            exact_integers=False,
         ),
         Engine("onnxruntime", {"onnxruntime": (1, 20), "onnx": (1, 18)}, lambda: ("fp32",), OnnxRuntimeSession),
     )

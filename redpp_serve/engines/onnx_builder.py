@@ -179,10 +179,13 @@ def _prelu(w: Writer, x: Ref, slope: Ref) -> str:
 
 @_rule("softplus.default")
 def _softplus(w: Writer, x: Ref, beta: float = 1.0, threshold: float = 20.0) -> str:
-    if beta == 1.0:
-        return w.emit("Softplus", w.tensor(x))
     factor = w.tensor(float(beta), w.dtype(x))
-    return w.emit("Div", w.emit("Softplus", w.emit("Mul", w.tensor(x), factor)), factor)
+    scaled = w.tensor(x) if beta == 1.0 else w.emit("Mul", w.tensor(x), factor)
+    soft = w.emit("Softplus", scaled)
+    soft = soft if beta == 1.0 else w.emit("Div", soft, factor)
+    if threshold >= 20.0:  # beyond, both are the same number
+        return soft
+    return w.emit("Where", w.emit("Greater", scaled, w.tensor(float(threshold), w.dtype(x))), w.tensor(x), soft)
 
 
 @_rule("square.default")
@@ -193,16 +196,6 @@ def _square(w: Writer, x: Ref) -> str:
 @_rule("rsqrt.default")
 def _rsqrt(w: Writer, x: Ref) -> str:
     return w.emit("Reciprocal", w.emit("Sqrt", w.tensor(x)))
-
-
-@_rule("log1p.default")
-def _log1p(w: Writer, x: Ref) -> str:
-    return w.emit("Log", w.emit("Add", w.tensor(x), w.tensor(1.0, w.dtype(x))))
-
-
-@_rule("expm1.default")
-def _expm1(w: Writer, x: Ref) -> str:
-    return w.emit("Sub", w.emit("Exp", w.tensor(x)), w.tensor(1.0, w.dtype(x)))
 
 
 @_rule("glu.default")
@@ -275,7 +268,9 @@ def _div_mode(w: Writer, a: Any, b: Any, rounding_mode: str | None = None) -> st
 @_rule("floor_divide.default")
 def _floor_divide(w: Writer, a: Any, b: Any) -> str:
     wanted = w.dtype(w.node.name)
-    exact = wanted if wanted.is_floating_point else torch.float64
+    if wanted.is_floating_point:  # torch corrects the rounded quotient
+        raise UntranslatableError(f"a floored division of {wanted} ({w.node.name})")
+    exact = torch.float64
     found = w.emit("Floor", w.emit("Div", _operand(w, a, exact), _operand(w, b, exact)))
     return w.cast(found, exact, wanted)
 
@@ -403,7 +398,16 @@ def _int8_values(w: Writer, x: Ref, scale: float, zero: int) -> str:
 
 @_rule("embedding.default")
 def _embedding(w: Writer, weight: Ref, indices: Ref, *_: Any) -> str:
-    return w.emit("Gather", w.tensor(weight), w.tensor(indices), axis=0)
+    return w.emit("Gather", w.tensor(weight), _from_the_front(w, indices), axis=0)
+
+
+def _from_the_front(w: Writer, indices: Ref) -> str:
+    """Return indices of which ONNX refuses negative ones, as torch does, instead of counting them from the end."""
+    if w.known(indices) is not None:
+        return w.tensor(indices)
+    dtype = w.dtype(indices)
+    negative = w.emit("Less", w.tensor(indices), w.tensor(0, dtype))
+    return w.emit("Where", negative, w.tensor(torch.iinfo(dtype).max, dtype), w.tensor(indices))
 
 
 # Products.
@@ -444,8 +448,10 @@ def _attention(  # noqa: PLR0913 - torch's signature
         size = w.static(query, rank - 2) + w.static(key, rank - 2)
         allowed = torch.ones(size, dtype=torch.bool).tril()
         scores = w.emit("Where", w.constant(allowed), scores, w.tensor(-math.inf, dtype))
-    elif mask is not None and w.dtype(mask) == torch.bool:
-        scores = w.emit("Where", w.tensor(mask), scores, w.tensor(-math.inf, dtype))
+    elif mask is not None and w.dtype(mask) == torch.bool:  # a row without any key is zero
+        scores = w.emit("Where", w.tensor(mask), scores, w.tensor(torch.finfo(dtype).min, dtype))
+        shares = w.emit("Where", w.tensor(mask), w.emit("Softmax", scores, axis=-1), w.tensor(0.0, dtype))
+        return w.emit("MatMul", shares, w.tensor(value))
     elif mask is not None:
         scores = w.emit("Add", scores, w.tensor(mask))
     return w.emit("MatMul", w.emit("Softmax", scores, axis=-1), w.tensor(value))
@@ -817,12 +823,12 @@ def _narrow(w: Writer, x: Ref, dim: int, start: Any, length: Any) -> str:
 
 @_rule("index_select.default")
 def _index_select(w: Writer, x: Ref, dim: int, indices: Ref) -> str:
-    return w.emit("Gather", w.tensor(x), w.tensor(indices), axis=w.axis(x, dim))
+    return w.emit("Gather", w.tensor(x), _from_the_front(w, indices), axis=w.axis(x, dim))
 
 
 @_rule("gather.default")
 def _gather(w: Writer, x: Ref, dim: int, indices: Ref, **_: Any) -> str:
-    return w.emit("GatherElements", w.tensor(x), w.tensor(indices), axis=w.axis(x, dim))
+    return w.emit("GatherElements", w.tensor(x), _from_the_front(w, indices), axis=w.axis(x, dim))
 
 
 @_rule("index.Tensor")

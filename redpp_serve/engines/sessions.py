@@ -9,6 +9,8 @@ no patterns of memory, which grow with each batch size and gain nothing.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import json
 import statistics
@@ -30,6 +32,30 @@ def import_openvino() -> Any:
     """Import OpenVINO, which is optional, without its telemetry: the import alone would start a process for it."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     return importlib.import_module("openvino")
+
+
+class _Stack(ctypes.Structure):
+    """The C library's ``stack_t``."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextlib.contextmanager
+def _own_signal_stack() -> Iterator[None]:
+    """Leave this thread's alternate signal stack as it is.
+
+    Each network that OpenVINO compiles puts a stack of its own there, and puts back the one before when it is freed: if
+    that one's network was freed earlier, the next signal that Python handles ends the process.
+    """
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    library, before = ctypes.CDLL(None), _Stack()
+    library.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        library.sigaltstack(ctypes.byref(before), None)
 
 
 class OpenVinoSession:
@@ -56,11 +82,13 @@ class OpenVinoSession:
             "PERF_COUNT": profiled,
         }
         core = openvino.Core()
-        self._compiled: Any = core.compile_model(core.read_model(model, b""), "CPU", settings)
+        with _own_signal_stack():
+            self._compiled: Any = core.compile_model(core.read_model(model, b""), "CPU", settings)
         used = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         if used not in (hint, {"f32": "float32", "bf16": "bfloat16"}[hint]):
             raise RuntimeError(f"this processor runs {used} where {precision} was asked for")
-        self._request: Any = self._compiled.create_infer_request()
+        with _own_signal_stack():
+            self._request: Any = self._compiled.create_infer_request()
 
     def __call__(self, inputs: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """Map contiguous inputs (N, ...) to outputs that the caller owns."""
@@ -82,7 +110,8 @@ class OpenVinoSession:
 
     def close(self) -> None:
         """Free the network."""
-        self._request = self._compiled = None
+        with _own_signal_stack():
+            self._request = self._compiled = None
 
 
 class OnnxRuntimeSession:

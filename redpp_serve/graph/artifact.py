@@ -155,7 +155,11 @@ def _samples(graph: Graph, contents: Sequence[bytes]) -> tuple[Tensor, ...]:
     stored = read_safetensors(contents[0])
     found = tuple(stored[spec.name] for spec in graph.inputs)
     shapes = [(x.shape[1:], x.dtype) for x in found]
-    if shapes != [(spec.shape, _dtype(spec.dtype)) for spec in graph.inputs] or len({len(x) for x in found}) != 1:
+    if (
+        shapes != [(spec.shape, _dtype(spec.dtype)) for spec in graph.inputs]
+        or len({len(x) for x in found}) != 1
+        or not len(found[0])
+    ):
         raise ValueError("samples that are no inputs of the network")
     return found
 

@@ -9,19 +9,22 @@ bucket. One engine serves all buckets unless that costs 5 % somewhere.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from redpp_serve import engines
 from redpp_serve.engines import ENGINES, OWN, Engine
 from redpp_serve.engines.processor import bf16_pays, describe, usable_threads
 from redpp_serve.engines.trial import Attempt, Outcome, try_engines
@@ -29,7 +32,7 @@ from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import LoadedArtifact
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, once_per_graph
-from redpp_serve.graph.passes import PRECISIONS
+from redpp_serve.graph.passes import PRECISIONS, SERVED
 from redpp_serve.graph.quantization import in_int8
 from redpp_serve.runtime.compiled import COMPILED, CompiledRun
 from redpp_serve.runtime.plan import EngineChoice, Timing
@@ -57,6 +60,8 @@ _LARGEST_CHECK = 8  # rows of the largest batch that is checked
 _LOOKUPS = frozenset(
     f"aten.{name}" for name in ("embedding.default", "gather.default", "index_select.default", "index.Tensor")
 )
+
+_CASTS = frozenset({"aten.to.dtype", "aten._to_copy.default"})
 
 Run = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 Clock = Callable[[], float]
@@ -181,17 +186,32 @@ class Chosen:
     built: dict[str, float] = field(default_factory=dict)
 
 
+def recorded_error(description: Mapping[str, Any], precision: str) -> float:
+    """Return the error that an artifact records for a precision, at most 1; 0 where it records none."""
+    try:
+        error = float((description.get("precision") or {})["errors"][precision])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return 0.0
+    return min(error, 1.0) if error > 0 else 0.0
+
+
 def ranges(description: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Return the ranges that an artifact stores for eight bits; none where it stores none."""
-    found = (description.get("precision") or {}).get("ranges") or {}
-    return {str(name): (float(low), float(high)) for name, (low, high) in found.items()}
+    try:
+        found = (description.get("precision") or {}).get("ranges") or {}
+        pairs = {str(name): (float(low), float(high)) for name, (low, high) in found.items()}
+    except (AttributeError, TypeError, ValueError):
+        return {}
+    return pairs if all(-math.inf < low <= high < math.inf for low, high in pairs.values()) else {}
 
 
 def served_precisions(description: Mapping[str, Any], wanted: str) -> tuple[str, ...]:
     """Return the precisions that a network may be served in: the one asked for, or those within the error budget."""
     if wanted != AUTO:
         return (wanted,)
-    return ("fp32", *(p for p in (description.get("precision") or {}).get("auto") or () if p != "fp32"))
+    section = description.get("precision")
+    allowed = section.get("auto") if isinstance(section, dict) else None
+    return ("fp32", *(p for p in SERVED if p != "fp32" and isinstance(allowed, list) and p in allowed))
 
 
 def own_precisions(served: Sequence[str], device: torch.device) -> tuple[str, ...]:
@@ -248,12 +268,13 @@ def choose_engine(
     keep = cache or PlanCache(None, shipped=None)
     key = f"{device_key(network.device, '+'.join(network.precisions))}, {describe()}, {network.threads} usable"
     versions = ", ".join(ENGINES[name].version for name in sorted({c.engine for c in candidates} - {OWN}))
-    signature = f"engines {network.digest} {versions}"
+    signature = f"engines {network.digest} {versions} {_sources()}"
+    names = {str(candidate) for candidate in (first, *candidates)}
     with keep.locked(wait_s=3 * seconds):  # workers that start together measure once
-        known = {b: keep.find(key, f"{signature} batch={b}") for b in batches}
-        cached = all(found and _serves(engine, found[0]) for found in known.values())
+        known = {b: _known(keep, key, f"{signature} batch={b}", names) for b in batches}
+        cached = all(found and _serves(engine, found) for found in known.values())
         if cached:
-            times: dict[int, dict[str, Timing]] = {b: found[0] for b, found in known.items() if found}
+            times = known
         else:
             ready = _tried(network, own, candidates, batches, chosen, _FOR_TRIALS * seconds)
             times = _timed(network, own, ready, batches, chosen, time.monotonic() + (1 - _FOR_TRIALS) * seconds)
@@ -261,7 +282,10 @@ def choose_engine(
                 failed = {str(c): Timing(math.inf, math.inf) for c in candidates if str(c) in chosen.left_out}
                 keep.add(key, {f"{signature} batch={b}": found | failed for b, found in times.items()})
     chosen.choices = _pick(times, batches, str(first), "cached" if cached else "measured", forced=engine)
-    return _ready(network, chosen, first)
+    if first.precision not in network.precisions and all(c.precision == first.precision for c in chosen.choices):
+        told = f"no engine that serves {', '.join(network.precisions)} is surely faster than the own runtime"
+        chosen.left_out.setdefault(", ".join(network.precisions), told)
+    return _ready(network, own, chosen, first)
 
 
 def _compiled(network: Network, first: Candidate, own: Mapping[str, Run], batches: Sequence[int]) -> Chosen:
@@ -285,6 +309,21 @@ def _compiled(network: Network, first: Candidate, own: Mapping[str, Run], batche
     return Chosen(choices, {str(candidate): run})
 
 
+def _known(cache: PlanCache, key: str, signature: str, names: Set[str]) -> dict[str, Timing]:
+    """Return the kept times of a batch size, of what may serve now alone."""
+    found, _ = cache.find(key, signature) or ({}, "")
+    return {name: timing for name, timing in found.items() if name in names}
+
+
+@functools.cache
+def _sources() -> str:
+    """Return eight digits that differ between releases of the engines' code."""
+    digest = hashlib.sha256()
+    for path in (*sorted(Path(engines.__file__).parent.glob("*.py")), Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
 def _serves(engine: str, times: Mapping[str, Timing]) -> bool:
     """Tell whether the engine asked for ran; one that did not is tried again at each start, and says why."""
     return engine == AUTO or any(
@@ -303,8 +342,8 @@ def _candidates(network: Network, engine: str) -> tuple[list[Candidate], dict[st
         if reason := each.unavailable():
             left_out[each.name] = reason
             continue
-        if not each.checks_indices and _looks_up(network.graph):
-            left_out[each.name] = "it answers indices that are out of range, where the network refuses them"
+        if not each.exact_integers and (why := _odd(network.graph)):
+            left_out[each.name] = why
             continue
         usable = [p for p in network.precisions if p in each.precisions()]
         if engine != AUTO and not usable:
@@ -315,6 +354,20 @@ def _candidates(network: Network, engine: str) -> tuple[list[Candidate], dict[st
             else:
                 found.append(Candidate(each.name, precision))
     return found, left_out
+
+
+def _odd(graph: Graph) -> str:
+    """Return what a network does with its inputs that an engine without 64 bits does not; empty for nothing."""
+    if _looks_up(graph):
+        return "it answers indices that are out of range, where the network refuses them"
+    readers = graph.users()
+    for spec in graph.inputs:
+        narrow = spec.dtype in ("float32", "float16", "bool")
+        if not narrow and not (
+            spec.dtype in ("uint8", "int8") and all(node.op in _CASTS for node in readers.get(spec.name, ()))
+        ):
+            return f"it computes {spec.dtype} in fewer bits"
+    return ""
 
 
 def _looks_up(graph: Graph) -> bool:
@@ -341,7 +394,7 @@ def _tried(
         try:
             attempts.append(Attempt(candidate.engine, candidate.precision, network.model(candidate.precision)))
             tried.append(candidate)
-        except (RedppError, RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
+        except (Exception, SystemExit) as error:  # whatever a library raises, as it is imported too
             chosen.left_out[str(candidate)] = _one_line(error)
     sizes = sorted({1, 3, min(batches[-1], _LARGEST_CHECK)})
     inputs = [network.inputs(size) for size in sizes]
@@ -370,10 +423,10 @@ def _expected(network: Network, own: Mapping[str, Run], tried: Sequence[Candidat
 
 def _wrong(network: Network, candidate: Candidate, outcome: Outcome, expected: Sequence[tuple[Tensor, ...]]) -> str:
     """Return what is wrong with a candidate's outputs; empty where nothing is."""
-    recorded = (network.artifact.description.get("precision") or {}).get("errors", {}).get(candidate.precision)
+    recorded = recorded_error(network.artifact.description, candidate.precision)
     slack = _SLACK.get(candidate.precision, _MOST_SLACK)
     least = _LEAST_LIMITS.get(candidate.precision, _LEAST_LIMIT)
-    limit = _EXACT if candidate.precision == "fp32" else max(least, slack * float(recorded or 0.0))
+    limit = _EXACT if candidate.precision == "fp32" else max(least, slack * recorded)
     worst = 0.0
     for k, wanted in enumerate(zip(*expected, strict=True)):
         got = [torch.from_numpy(outputs[k]) for outputs in outcome.outputs]
@@ -406,7 +459,7 @@ def _timed(
         if candidate.engine != OWN:
             try:
                 runs[str(candidate)] = _build(network, candidate, chosen)
-            except Exception as error:  # it was built in its own process, but memory may be short here
+            except (Exception, SystemExit) as error:  # it was built in its own process, but memory may be short here
                 chosen.left_out[str(candidate)] = _one_line(error)
     quick = {batch: _once(runs, network.inputs(batch), network.clock) for batch in batches}
     found = {}
@@ -485,14 +538,26 @@ def _pick(
     return tuple(choices)
 
 
-def _ready(network: Network, chosen: Chosen, first: Candidate) -> Chosen:
-    """Build what was chosen and is not built, free the rest, and fall back to the own runtime where that fails."""
+def _ready(network: Network, own: Mapping[str, Run], chosen: Chosen, first: Candidate) -> Chosen:
+    """Build and check what was chosen and is not built, free the rest, and fall back to the own runtime where need be.
+
+    Kept times are of these operators and shapes; with other weights the engine may compute something else.
+    """
     wanted = {str(Candidate(c.engine, c.precision)) for c in chosen.choices if c.engine != OWN}
     for name in wanted - chosen.runs.keys():
         candidate = Candidate.parse(name)
         try:
-            _build(network, candidate, chosen)(network.inputs(1))
-        except Exception as error:  # it ran when its times were taken; a server starts without it
+            run, inputs = (
+                _build(network, candidate, chosen),
+                network.inputs(max(1, len(network.artifact.samples or ()))),
+            )
+            outcome = Outcome([[y.numpy() for y in run(inputs)]])
+            expected = _expected(network, own, [candidate])
+            if reason := _wrong(
+                network, candidate, outcome, [expected.get(candidate.precision, expected["fp32"])(inputs)]
+            ):
+                raise RuntimeError(reason)
+        except (Exception, SystemExit) as error:  # a server starts without it
             log.warning("%s is left out: %s", name, _one_line(error))
             chosen.runs.pop(name, None)
             chosen.left_out[name] = _one_line(error)
@@ -557,5 +622,5 @@ def own_run(program: Program, device: torch.device) -> Run:
     return run
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__

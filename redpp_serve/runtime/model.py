@@ -150,7 +150,7 @@ class ServingModel:
 
     @torch.inference_mode()
     def _run_here(self, bucket: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Run the own runtime. Engines need no inference mode, whose switching costs a call up to 50 microseconds."""
+        """Run the own runtime; engines need no inference mode."""
         if self._recorded:
             return self._recorded(*inputs)
         return tuple(y.cpu() for y in self._programs[bucket](*(channels_last(x.to(self.device)) for x in inputs)))

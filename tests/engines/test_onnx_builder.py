@@ -47,7 +47,7 @@ IMAGE = {  # functions of (N, 4, 8, 8)
     "sigmoids": lambda m, x: F.hardsigmoid(x) + torch.sigmoid(x) + torch.tanh(x) + F.glu(x, 1).repeat(1, 2, 1, 1),
     "functions": lambda m, x: x.abs().add(1).log() - x.square() + (x * x + 1).rsqrt() + x.exp().sqrt()
     + x.sin() * x.cos() + x.erf(),
-    "signs": lambda m, x: (10 * x).round() + x.floor() + x.sign() + x.neg() + torch.log1p(x * x) + torch.expm1(x / 4),
+    "signs": lambda m, x: (10 * x).round() + x.floor() + x.sign() + x.neg() + F.softplus(x, 1.5, 0.5),
     "arithmetic": lambda m, x: (2 - x) / (x * x + 3) + x**2 - torch.add(x, x, alpha=0.5) + torch.maximum(x, -x) * 3,
     "integers": lambda m, x: torch.div((10 * x).to(torch.int64), 3, rounding_mode="floor").float() + (x > 0) + 1,
     "comparisons": lambda m, x: torch.where((x > 0.1) & ~(x >= 1), x, -x) + x.masked_fill(x.round() == 0, 0.0),

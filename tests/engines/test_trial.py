@@ -1,5 +1,7 @@
 """Engines are tried in a process of their own: failures, crashes and late ones are told, and the others go on."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +81,28 @@ def test_a_late_one_ends_the_trial(model: bytes, tmp_path: Path, monkeypatch: py
     assert before.outputs
     assert late.reason == "not ready after 6 s"
     assert "want of time" in after.reason
+
+
+def test_openvino_leaves_the_signal_stack_as_it_was(model: bytes, tmp_path: Path) -> None:
+    """Sessions that end in the order in which they began would else leave a stack that is gone."""
+    (tmp_path / "model.onnx").write_bytes(model)
+    program = """
+import faulthandler, pathlib, signal, sys
+import numpy
+from redpp_serve.engines.sessions import OpenVinoSession
+faulthandler.enable()
+model = pathlib.Path(sys.argv[1]).read_bytes()
+sessions = [OpenVinoSession(model, "fp32", 1) for _ in range(4)]
+for session in sessions:
+    session([numpy.zeros((2, 3), numpy.float32)])
+for session in sessions:
+    session.close()
+heard = []
+signal.signal(signal.SIGUSR1, lambda *_: heard.append(True))
+signal.raise_signal(signal.SIGUSR1)
+sys.exit(0 if heard else 5)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "model.onnx")], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()[-500:]
