@@ -203,7 +203,12 @@ class Options(Checked):
         "as they are, merge channels that became equal, and nothing else (default: {default})",
         takes=METHODS,
     )
-    hash: str = option("kde", "method that turns weights into codebooks (default: {default})", takes=(*HASHES, NO_HASH))
+    hash: str = option(
+        "kde",
+        "method that turns weights into codebooks; with neither --method red++ nor --hash-error nor --hash-values, "
+        "k-means replaces it (default: {default})",
+        takes=(*HASHES, NO_HASH),
+    )
     hash_error: float | None = option(
         None,
         f"relative RMS error of each layer's weights (default: {DEFAULT_HASH_ERROR} with --method red++; else the "

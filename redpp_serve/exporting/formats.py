@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from redpp_serve.capture.sniff import first_line
+from redpp_serve.engines.engine import INSTALL
 from redpp_serve.engines.onnx_builder import to_onnx
 from redpp_serve.engines.sessions import OnnxRuntimeSession, import_openvino
 from redpp_serve.errors import RedppError
@@ -151,7 +152,9 @@ def write_checked(
         raise
     except ImportError as error:
         raise RedppError(
-            f"{error.name or error} is not installed", "the library of this format", f"pip install {error.name}"
+            f"{error.name} is not installed" if error.name else f"a library of this format is broken: {error}",
+            "the library of this format",
+            INSTALL,
         ) from error
     except Exception as error:  # the libraries' exceptions have no common class
         raise RedppError(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.executor import Program, value_shapes
-from redpp_serve.graph.graph import Graph, Node
+from redpp_serve.graph.graph import Graph, Node, Ref
 from redpp_serve.graph.passes import fold_batch_norm, fuse_epilogues, in_precision, precision_dtype
 from redpp_serve.runtime.candidates import Candidate, candidates, signature, with_kernels
 from redpp_serve.runtime.fused_layer import fused_layers
@@ -65,7 +65,20 @@ def serving_graph(graph: Graph, device: torch.device, precision: str = "fp32") -
         RedppError: the graph cannot be cast to the precision.
     """
     graph = in_precision(fuse_epilogues(fold_batch_norm(graph)), precision)
+    graph = _with_plain_group_norms(graph) if device.type == "cpu" else graph
     return graph.with_tensors({name: channels_last(tensor.to(device)) for name, tensor in graph.tensors.items()})
+
+
+def _with_plain_group_norms(graph: Graph) -> Graph:
+    """Lay out what group norms read row by row: torch's kernel for channels-last loses digits where means are large."""
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.op in ("aten.group_norm.default", "aten.native_group_norm.default"):
+            plain = Node(f"{node.name}.plain", "aten.contiguous.default", node.args[:1])
+            nodes += [plain, node.with_arguments({0: Ref(plain.name)})]
+        else:
+            nodes.append(node)
+    return replace(graph, nodes=tuple(nodes))
 
 
 def layer_inputs(graph: Graph, device: torch.device, precision: str = "fp32") -> dict[str, tuple[int, ...]]:

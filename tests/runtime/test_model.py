@@ -187,3 +187,12 @@ def test_a_worker_loads_no_compiler(tmp_path: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "set()", run.stderr
+
+
+def test_group_norms_keep_their_digits_in_the_layout_of_images() -> None:
+    inputs = (InputSpec("x", (6, 8, 8)),)
+    graph = Graph(inputs, {}, (Node("y", "aten.group_norm.default", (Ref("x"), 2)),), ("y",))
+    x = torch.randn(2, 6, 8, 8, generator=torch.Generator().manual_seed(0)) + 1000
+    (found,) = ServingModel(build(graph, {}).data, plan_seconds=0)(x)
+    expected = torch.nn.functional.group_norm(x.double(), 2)
+    assert (found.double() - expected).norm() < 1e-3 * expected.norm()
