@@ -98,7 +98,7 @@ class EngineRun:
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Map inputs (N, ...) in any layout to outputs (N, ...) that the caller owns."""
-        return tuple(torch.from_numpy(y) for y in self._session([x.contiguous().numpy() for x in inputs]))
+        return tuple(torch.from_numpy(y) for y in self._session([x.detach().contiguous().numpy() for x in inputs]))
 
     def close(self) -> None:
         """Free the network."""
