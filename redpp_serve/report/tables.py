@@ -298,21 +298,31 @@ def kernel_summary(plan: PlanRecord) -> list[str]:
     return [*lines, made]
 
 
-def engine_lines(plan: PlanRecord) -> list[str]:
-    """Return the engine of each batch size with all times, how long building took, and why others were left out."""
-    lines = []
+class EngineRow(NamedTuple):
+    """The engine that serves a batch size, its time, and the times of the others that were tried."""
+
+    batch: str
+    engine: str
+    time: str
+    others: str
+
+
+def engine_rows(plan: PlanRecord) -> list[EngineRow]:
+    """Return a row for each batch size for which an engine was chosen."""
+    rows = []
     for choice in plan.engines or ():
         name = f"{choice.engine or DASH} {choice.precision or ''}".strip()
         timed = sorted((value, key) for key, value in choice.times.items() if value is not None)
         others = ", ".join(f"{printable(key)} {_time(value)}" for value, key in timed if key != name)
-        own = f" {_time(choice.times[name])}" if name in choice.times else ""
-        lines.append(
-            f"batch {printable(choice.batch)}: engine {printable(name)}{own}" + (f" ({others})" * bool(others))
-        )
+        rows.append(EngineRow(printable(choice.batch), printable(name), _time(choice.times.get(name)), others or DASH))
+    return rows
+
+
+def engine_lines(plan: PlanRecord) -> list[str]:
+    """Return how long building took in each engine, and why others were left out."""
     built = ", ".join(f"{printable(name)} {seconds(value)}" for name, value in sorted((plan.built or {}).items()))
-    lines += [f"built in: {built}"] if built else []
-    lines += [f"{printable(name)} left out: {printable(why)}" for name, why in (plan.left_out or {}).items()]
-    return lines
+    left = [f"{printable(name)} left out: {printable(why)}" for name, why in (plan.left_out or {}).items()]
+    return [f"built in: {built}", *left] if built else left
 
 
 def gain_rows(report: Report) -> list[tuple[str, ...]]:

@@ -21,8 +21,10 @@ from redpp_serve.report.formats import (
     shorten,
 )
 from redpp_serve.report.tables import (
+    EngineRow,
     KernelRow,
     bound_note,
+    engine_rows,
     frontier_points,
     frontier_table,
     hash_rows,
@@ -140,8 +142,10 @@ def plan_text(plans: Mapping[str, Any]) -> str:
     for name, found in plans.items():
         if isinstance(found, Mapping):
             plan = PlanRecord.from_json(found)
-            rows = kernel_rows(plan)
+            served, rows = engine_rows(plan), kernel_rows(plan)
             left = [i for i, key in enumerate(KernelRow._fields) if key not in ("batch", "dense", "chosen")]
+            engines = columns([EngineRow._fields, *served], [1, 3], indent="  ") if served else []
             table = columns([KernelRow._fields, *rows], left, indent="  ") if rows else []
-            blocks.append("\n".join([canonical_name(name), *table, *(f"  {line}" for line in kernel_summary(plan))]))
+            notes = [f"  {line}" for line in kernel_summary(plan)]
+            blocks.append("\n".join([canonical_name(name), *engines, *table, *notes]))
     return "\n\n".join(blocks)
