@@ -97,7 +97,12 @@ FAMILIES = {
             "redpp_ready_seconds",
             "Time from the start of a worker's initialization until it was ready to answer.",
         ),
-        Family("gauge", "redpp_plan_layers", "Layers that a kernel runs in a batch bucket.", ("kernel", "batch")),
+        Family(
+            "gauge",
+            "redpp_plan_layers",
+            "Layers that a kernel runs in a batch bucket; an engine runs the network as one.",
+            ("kernel", "batch"),
+        ),
         Family("counter", "redpp_worker_cpu_seconds_total", "CPU time of the worker processes since they started."),
         Family("gauge", "redpp_worker_resident_bytes", "Resident memory of the worker processes.", per_worker=True),
         Family(

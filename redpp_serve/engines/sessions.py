@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import importlib
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -32,6 +33,12 @@ def import_openvino() -> Any:
     """Import OpenVINO, which is optional, without its telemetry: the import alone would start a process for it."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     return importlib.import_module("openvino")
+
+
+def import_onnxruntime() -> Any:
+    """Import ONNX Runtime, which is optional, without its telemetry, which the import alone would begin to store."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    return importlib.import_module("onnxruntime")
 
 
 class _Stack(ctypes.Structure):
@@ -136,7 +143,7 @@ class OnnxRuntimeSession:
         profiled: bool = False,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
-        import onnxruntime  # noqa: PLC0415 - optional
+        onnxruntime = import_onnxruntime()
 
         assert precision in ("fp32", "int8")
         options = onnxruntime.SessionOptions()

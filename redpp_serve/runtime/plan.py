@@ -112,8 +112,9 @@ class Plan:
         raise KeyError((layer, batch))
 
     def counts(self, batch: int) -> dict[str, int]:
-        """Count the layers that each kernel runs at a batch size; keys are sorted."""
-        return dict(sorted(Counter(choice.kernel for choice in self.choices if choice.batch == batch).items()))
+        """Count the layers that each kernel runs at a batch size, by name; an engine runs the network as one."""
+        whole = {choice.engine: 1 for choice in self.engines if choice.batch == batch and choice.engine != OWN}
+        return whole or dict(sorted(Counter(choice.kernel for choice in self.choices if choice.batch == batch).items()))
 
     @property
     def engine(self) -> str:

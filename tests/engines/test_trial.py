@@ -1,5 +1,6 @@
 """Engines are tried in a process of their own: failures, crashes and late ones are told, and the others go on."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +107,11 @@ sys.exit(0 if heard else 5)
         [sys.executable, "-c", program, str(tmp_path / "model.onnx")], capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr.decode()[-500:]
+
+
+def test_the_engines_are_imported_without_their_telemetry(tmp_path: Path) -> None:
+    program = "from redpp_serve.engines import sessions; sessions.import_onnxruntime(); sessions.import_openvino()"
+    environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []
