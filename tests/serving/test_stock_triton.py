@@ -187,7 +187,7 @@ def test_the_metrics_of_all_instances_add_up_under_the_names_and_labels_of_torch
     assert {found["variant"] for name, found in plans if name == "redpp_plan_info"} == set(VERSIONS)
     assert {found["batch"] for name, found in plans if name == "redpp_plan_layers"} == {"1", "2", "4"}
     assert {
-        frozenset(dict(found).keys() - {"le", "outcome", "batch", "device", "precision", "digest", "kernel"})
+        frozenset(dict(found).keys() - {"le", "outcome", "batch", "device", "engine", "precision", "digest", "kernel"})
         for name, found in now
         if name.startswith("redpp_")
     } == {frozenset(("model", "version", "variant"))}
