@@ -177,8 +177,8 @@ def plan(options: argparse.Namespace) -> None:
     plans = choose_kernels(options.folder, wanted)
     print(json.dumps(plans, indent=1) if options.json else plan_text(plans))
     _note(f"times are kept in {default_path() or 'no file'}")
-    given = (wanted.precision, wanted.engine, wanted.batch_size, wanted.threads)
-    as_packaged = given == (None,) * len(given) and wanted.time_budget > 0
+    changed = [wanted.precision, wanted.engine, wanted.batch_size, wanted.threads]
+    as_packaged = all(value is None for value in changed) and wanted.time_budget > 0
     if as_packaged and record(options.folder, plans):
         _note(f"added to {options.folder / 'report.html'}")
 

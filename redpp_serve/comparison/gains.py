@@ -21,9 +21,10 @@ from redpp_serve.graph.artifact import load
 from redpp_serve.graph.executor import Program
 from redpp_serve.planning import artifact_bytes, served_as
 from redpp_serve.runtime.device import parse_device
+from redpp_serve.runtime.engine_choice import stored_inputs
 from redpp_serve.runtime.model import ServingModel
 from redpp_serve.runtime.plan import EngineChoice
-from redpp_serve.runtime.timing import MOST_ROUNDS, rounds
+from redpp_serve.runtime.timing import MOST_ROUNDS, rounds, timed, torch_threads
 from redpp_serve.statistics.intervals import ratio_interval
 from redpp_serve.variants import ORIGINAL, PRUNED
 
@@ -44,15 +45,11 @@ def measure_gains(folder: Path, seconds: float = _SECONDS, seed: int = 0) -> lis
         RedppError: the folder cannot be used, or a network does not run.
     """
     serving, device = served_as(folder), parse_device(None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(serving["threads"])
-    try:
+    with torch_threads(serving["threads"]):
         arms = _Arms(folder, serving, device)
         rng = np.random.default_rng([seed, 3])
         sizes = sorted({1, serving["batch_size"]})
         return [gain for size in sizes for gain in _gains(arms.at(size), size, seconds, rng)]
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Arms:
@@ -61,16 +58,13 @@ class _Arms:
     def __init__(self, folder: Path, serving: dict[str, Any], device: torch.device) -> None:
         self._data = {variant.name: artifact_bytes(variant.archive_in(folder)) for variant in (ORIGINAL, PRUNED)}
         self._serving, self._device = serving, device
-        original = load(self._data[ORIGINAL.name])
-        self._eager = Program(original.graph).to(device).eval()
-        self._samples = original.samples or tuple(
-            torch.zeros(1, *i.shape, dtype=getattr(torch, i.dtype)) for i in original.graph.inputs
-        )
+        self._original = load(self._data[ORIGINAL.name])
+        self._eager = Program(self._original.graph).to(device).eval()
         self._models: dict[tuple[str, str, str], ServingModel] = {}
 
     def at(self, batch: int) -> dict[str, Callable[[], object]]:
         """Return the four runs at a batch size, by what they are in words."""
-        inputs = tuple(x[torch.arange(batch) % len(x)] for x in self._samples)
+        inputs = stored_inputs(self._original, batch)
         wanted, engine = self._serving["precision"], self._serving["engine"]
         original, pruned = self._model(ORIGINAL.name, wanted, engine), self._model(PRUNED.name, wanted, engine)
         chosen, before = _choice(pruned, batch), _choice(original, batch)
@@ -111,7 +105,7 @@ def _words(model: ServingModel, batch: int) -> str:
 
 
 def _gains(arms: dict[str, Callable[[], object]], batch: int, seconds: float, rng: np.random.Generator) -> list[Gain]:
-    runs = [_timed(run) for run in arms.values()]
+    runs = [timed(run) for run in arms.values()]
     for run in runs:
         run()
     end, rows = time.perf_counter() + seconds, list[list[float]]()
@@ -125,12 +119,3 @@ def _gains(arms: dict[str, Callable[[], object]], batch: int, seconds: float, rn
         Gain(batch, step, names[a], names[b], ratio_interval(times[:, a], times[:, b], 0.5, rng))
         for step, a, b in steps
     ]
-
-
-def _timed(run: Callable[[], object]) -> Callable[[], float]:
-    def call() -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    return call

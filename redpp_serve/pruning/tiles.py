@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from redpp_serve.runtime.engine_choice import Candidate, EngineRun, Network, cho
 from redpp_serve.runtime.plan import Timing
 from redpp_serve.runtime.plan_cache import PlanCache, default_path, device_key
 from redpp_serve.runtime.serving_graph import PlanContext, dense_program
-from redpp_serve.runtime.timing import FEWEST_ROUNDS, MOST_ROUNDS, rounds, torch_threads
+from redpp_serve.runtime.timing import FEWEST_ROUNDS, MOST_ROUNDS, rounds, timed, torch_threads
 from redpp_serve.stages import Stages
 
 STEPS = (8, 16, 32, 64)  # the first is taken where nothing is measured
@@ -151,15 +152,10 @@ def _measure(device: torch.device, engine: str, precision: str, cache: PlanCache
 
 
 def _calls(runs: Sequence[EngineRun], inputs: tuple[torch.Tensor, ...]) -> list[Callable[[], float]]:
-    def call(run: EngineRun) -> float:
-        start = time.perf_counter()
-        run(inputs)
-        return time.perf_counter() - start
-
     for run in runs:
         for _ in range(_WARM_UPS):
             run(inputs)
-    return [lambda run=run: call(run) for run in runs]  # type: ignore[misc]
+    return [timed(partial(run, inputs)) for run in runs]
 
 
 def _network(width: int, device: torch.device, precision: str) -> Network:

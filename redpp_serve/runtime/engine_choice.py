@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from redpp_serve.runtime.compiled import COMPILED, CompiledRun
 from redpp_serve.runtime.plan import EngineChoice, Timing
 from redpp_serve.runtime.plan_cache import PlanCache, default_path, device_key
 from redpp_serve.runtime.serving_graph import channels_last, serving_graph, serving_program
-from redpp_serve.runtime.timing import FEWEST_ROUNDS, in_turns, timings
+from redpp_serve.runtime.timing import FEWEST_ROUNDS, in_turns, timed, timings
 
 log = logging.getLogger(__name__)
 
@@ -163,10 +164,8 @@ class Network:
         return hashlib.sha256(json.dumps([nodes, shapes, inputs]).encode()).hexdigest()[:16]
 
     def inputs(self, batch: int) -> tuple[Tensor, ...]:
-        """Return stored inputs, repeated to a batch; zeros where the artifact has none."""
-        if not self.artifact.samples:
-            return tuple(torch.zeros(batch, *i.shape, dtype=getattr(torch, i.dtype)) for i in self.graph.inputs)
-        return tuple(x[torch.arange(batch) % len(x)] for x in self.artifact.samples)
+        """Return what `stored_inputs` does of the artifact."""
+        return stored_inputs(self.artifact, batch)
 
 
 @dataclass
@@ -184,6 +183,13 @@ class Chosen:
     runs: dict[str, EngineRun | CompiledRun] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     built: dict[str, float] = field(default_factory=dict)
+
+
+def stored_inputs(artifact: LoadedArtifact, batch: int) -> tuple[Tensor, ...]:
+    """Return an artifact's stored inputs, repeated to a batch; zeros where it has none."""
+    if not artifact.samples:
+        return tuple(torch.zeros(batch, *i.shape, dtype=getattr(torch, i.dtype)) for i in artifact.graph.inputs)
+    return tuple(x[torch.arange(batch) % len(x)] for x in artifact.samples)
 
 
 def recorded_error(description: Mapping[str, Any], precision: str) -> float:
@@ -300,7 +306,7 @@ def _compiled(network: Network, first: Candidate, own: Mapping[str, Run], batche
             inputs = network.inputs(batch)
             outcome = Outcome([[y.numpy() for y in run(inputs)]])
             reason = reason or _wrong(network, candidate, outcome, [own["fp32"](inputs)])
-            times[batch] = min(_call(run, inputs, network.clock)() for _ in range(3))
+            times[batch] = min(timed(partial(run, inputs), network.clock)() for _ in range(3))
     except Exception as error:  # such as no compiler, or a cache that cannot be written
         reason = _one_line(error)
     if reason:
@@ -487,25 +493,16 @@ def _in_turns(
     found = {name: Timing(once, _UNSURE * once / quick[first]) for name, once in quick.items()}
     names = [first, *(name for name, once in quick.items() if name != first and once <= _NEAR * best)]
     if len(names) > 1 and 2 * FEWEST_ROUNDS * sum(quick[name] for name in names) <= seconds:
-        calls = [_call(runs[name], inputs, clock) for name in names]
+        calls = [timed(partial(runs[name], inputs), clock) for name in names]
         found |= timings(names, in_turns(calls, time.perf_counter() + seconds))
     return found
-
-
-def _call(run: Run, inputs: tuple[Tensor, ...], clock: Clock) -> Callable[[], float]:
-    def call() -> float:
-        start = clock()
-        run(inputs)
-        return clock() - start
-
-    return call
 
 
 def _once(runs: Mapping[str, Run], inputs: tuple[Tensor, ...], clock: Clock) -> dict[str, float]:
     """Return the lesser of two times of each run, after a first call that prepares."""
     for run in runs.values():
         run(inputs)
-    rounds = [{name: _call(run, inputs, clock)() for name, run in runs.items()} for _ in range(2)]
+    rounds = [{name: timed(partial(run, inputs), clock)() for name, run in runs.items()} for _ in range(2)]
     return {name: min(row[name] for row in rounds) for name in runs}
 
 

@@ -116,6 +116,17 @@ class EventTimer:
         return run
 
 
+def timed(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
+    """Return a function that makes a call and returns the seconds that it took by a clock."""
+
+    def run() -> float:
+        start = clock()
+        call()
+        return clock() - start
+
+    return run
+
+
 @contextlib.contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """Compute with that many threads for a while."""
