@@ -24,6 +24,9 @@ _TIMM = """
     deit3_small_patch16_224 beit_base_patch16_224 cait_xxs24_224 eva02_tiny_patch14_224 swin_tiny_patch4_window7_224
     swinv2_tiny_window8_256 mixer_s16_224 resmlp_12_224 gmlp_s16_224 pvt_v2_b0 twins_svt_small pit_ti_224
     visformer_tiny xcit_nano_12_p16_224 coatnet_0_rw_224 tiny_vit_5m_224 davit_tiny focalnet_tiny_srf
+    cpubone_nano csatv2 cspnext_tiny efficientvim_m1 fasternet_t0 gcvit_xxtiny hiera_tiny_224 iformer_t lcnetv2_small
+    lowformer_b0 mambaout_femto mvitv2_tiny nextvit_small rdnet_tiny sequencer2d_s shvit_s1 swiftformer_xs
+    efficientformerv2_s0 efficientvit_m0
 """
 # The libraries take turns, so that a run that is cut short has seen both.
 NETWORKS = [

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.engine_networks import Kept, Network
-from redpp_serve.engines import ENGINES, OWN
+from redpp_serve.engines import ENGINES, ON_CPU, OWN
 from redpp_serve.engines.sessions import import_openvino
-from redpp_serve.runtime.engine_choice import AUTO
+from redpp_serve.runtime.engine_network import AUTO
+from redpp_serve.runtime.memory import keep_blocks
 from redpp_serve.runtime.model import ServingModel
 from redpp_serve.runtime.plan_cache import PlanCache
 
@@ -175,6 +176,7 @@ def served(source: Path | bytes, engine: str, precision: str, setting: Setting) 
     Raises:
         UnavailableError: the engine or the precision that was named does not serve it.
     """
+    keep_blocks()
     model = ServingModel(
         source, engine=engine, precision=precision, batch=setting.batch, plan_seconds=setting.plan_seconds,
         cache=setting.cache,
@@ -194,7 +196,7 @@ def ours(engine: str, precision: str) -> str:
     return f"ours {precision}" if engine == AUTO else f"ours {engine} {precision}"
 
 
-FORCED = ((OWN, "fp32"), (OWN, "bf16"), *((name, p) for name in ENGINES for p in ("fp32", "bf16", "int8")))
+FORCED = ((OWN, "fp32"), (OWN, "bf16"), *((name, p) for name in ON_CPU for p in ("fp32", "bf16", "int8")))
 FORCED = tuple(pair for pair in FORCED if pair not in (("onnxruntime", "bf16"), ("onnxruntime", "int8")))
 STOCK, COMPILED, OURS, OURS_AUTO = "stock", "torch.compile", ours(AUTO, "fp32"), ours(AUTO, AUTO)
 ARMS = {

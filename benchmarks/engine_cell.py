@@ -41,7 +41,7 @@ from benchmarks.engine_arms import (
 from benchmarks.engine_networks import NETWORKS, Kept, Network, keep
 from benchmarks.engine_worker import PRUNED, ArmRun, RemoteRun, artifact_of, reason_of
 from benchmarks.real_scores import evaluate
-from redpp_serve.engines import ENGINES, OWN
+from redpp_serve.engines import ENGINES, ON_CPU, OWN
 from redpp_serve.engines.onnx_builder import to_onnx
 from redpp_serve.errors import RedppError
 from redpp_serve.files import write_atomically
@@ -49,8 +49,9 @@ from redpp_serve.graph.artifact import load
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import mac_count
-from redpp_serve.runtime.engine_choice import EngineRun, free_memory
-from redpp_serve.runtime.engine_choice import Network as ServedNetwork
+from redpp_serve.runtime.engine_network import Candidate, EngineRun
+from redpp_serve.runtime.engine_network import Network as ServedNetwork
+from redpp_serve.runtime.memory import free_memory
 from redpp_serve.runtime.plan_cache import PlanCache
 from redpp_serve.runtime.serving_graph import serving_graph
 from redpp_serve.statistics.intervals import mean_interval, percentile_interval
@@ -210,7 +211,7 @@ def _ratios(found: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
     best = min(hand, key=lambda name: float(np.median(found[name])), default="")
     pairs = [(f"{name} over best by hand", best, name) for name in (OURS, ours(OWN, "fp32"))]
     pairs += [(f"{name} over stock", STOCK, name) for name in (OURS, OURS_AUTO)]
-    pairs += [(f"{engine} over by hand", engine, ours(engine, "fp32")) for engine in ENGINES]
+    pairs += [(f"{engine} over by hand", engine, ours(engine, "fp32")) for engine in ON_CPU]
     pairs += [("openvino bf16 over by hand", "openvino bf16", ours("openvino", "bf16"))]
     pairs += [(f"pruned over original, {name}", name, PRUNED + name) for name in found]
     ratios = {}
@@ -257,12 +258,11 @@ def _built(kept: Kept, engine: str, precision: str, threads: int) -> tuple[Call,
     cpu = torch.device("cpu")
     network = ServedNetwork(stored, serving_graph(stored.graph, cpu), (precision,), cpu)
     seconds["fold"], start = clock() - start, clock()
-    model = network.model(precision)
+    model = network.model(Candidate(engine, precision))
     seconds["write"], start = clock() - start, clock()
     run = EngineRun(ENGINES[engine], precision, model, threads)
     seconds["compile"] = clock() - start
-    del model
-    network._models.clear()
+    network.forget_models()
     return lambda x: run((x,))[0], {name: round(value, 3) for name, value in seconds.items()}
 
 

@@ -30,7 +30,8 @@ from redpp_serve.graph import artifact
 from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import mac_count, parameter_count
 from redpp_serve.pruning.families import Scale, families_of, structured
-from redpp_serve.pruning.inputs import Sources, SynthesisBudget, prepare
+from redpp_serve.pruning.inputs import Sources, prepare
+from redpp_serve.pruning.matching import SynthesisBudget
 from redpp_serve.pruning.precisions import measure_precisions
 from redpp_serve.reference import catalog
 

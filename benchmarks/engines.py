@@ -28,7 +28,7 @@ from benchmarks.engine_cell import KINDS
 from benchmarks.engine_networks import NETWORKS, keep
 from benchmarks.engine_table import markdown
 from benchmarks.engine_worker import CLOCKS
-from redpp_serve.engines import ENGINES, processor
+from redpp_serve.engines import ENGINES, ON_CPU, processor
 from redpp_serve.files import write_atomically
 from redpp_serve.machine import describe_machine
 
@@ -95,7 +95,7 @@ def cells(options: argparse.Namespace) -> Iterator[CellOptions]:
 
 def _arms(kind: str, network: str) -> tuple[str, ...]:
     if kind == "overhead":
-        return tuple(ENGINES) if network == "thin" else ()
+        return ON_CPU if network == "thin" else ()
     if network == "thin":
         return ()
     if kind == "scores":

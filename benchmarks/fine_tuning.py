@@ -76,7 +76,7 @@ def recover(folder: Path, target: float = TARGET, epochs: int = EPOCHS) -> Recov
         reference.checkpoint, [redpp_serve.InputSpec("image", reference.input_shape)], arch=reference.arch
     )
     preprocess = Preprocess("L", 32, 32, (task.mean,), (task.std,))
-    options = Options(target_macs=target, max_error=10.0, hash="none", distil=0.0, time_budget=20.0)
+    options = Options(target_macs=target, max_error=10.0, hash="none", distil=0.0, time_budget=20.0, round_to=8)
     before = redpp_serve.package(
         captured,
         folder / "pruned",

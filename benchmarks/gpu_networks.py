@@ -95,7 +95,7 @@ def with_codebooks(graph: Graph) -> Graph:
     """Each Linear layer's weights at the nearest of 16 values (k-means over a part of them)."""
     changed = {}
     for layer in find_layers(graph):
-        if not layer.is_conv:
+        if layer.axis == -1:
             weight = graph.tensors[layer.weight]
             sample = weight.flatten()[:: max(1, weight.numel() >> 16)]
             values = torch.from_numpy(

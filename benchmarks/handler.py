@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from redpp_serve.comparison.client import Payload
-from redpp_serve.comparison.folder import folder_payloads, read_payloads
+from redpp_serve.comparison.payloads import folder_payloads, read_payloads
 from redpp_serve.graph.artifact import load
 from redpp_serve.graph.executor import Program
 from redpp_serve.handlers.payload import parse
@@ -48,6 +48,8 @@ class Arm:
             model_yaml_config={"handler": {"threads": threads}},
             model_name="benchmark",
             manifest=json.loads((folder / "MAR-INF/MANIFEST.json").read_text()),
+            get_all_request_header=lambda index: {},
+            get_request_id=lambda index: None,
             set_response_header=ignore,
             set_response_content_type=ignore,
             set_response_status=lambda *args: self.failures.append(args),

@@ -7,6 +7,8 @@ load      many clients, one bad request in ten: good ones lost, bad ones without
 crash     a worker (TorchServe) or a stub (Triton) of the pruned version is killed under load: lost requests, recovery
 roll-out  promote, roll back and promote again under unversioned requests: lost requests, when the switch took effect
 overhead  the handler over the barest one, and metrics over none, in one process
+
+With ``--faults`` another run: a live A/B test whose parts are killed or taken away, see `serving_faults`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks.serving_faults import fault_targets, faults_part
 from benchmarks.serving_load import UNVERSIONED, Cases, Run, Sent, run_load
 from benchmarks.serving_overhead import overhead
 from redpp_serve.capture import capture_file
@@ -261,10 +264,14 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--rounds", type=int, default=2000, help="of the overhead")
+    parser.add_argument("--faults", action="store_true", help="harm a live A/B test instead")
+    parser.add_argument("--servers", nargs="+", choices=KINDS, default=KINDS, help="for --faults")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or _digits(Path(scratch))
+        if options.faults:
+            return _harm(folder, options)
         cases = Cases(folder)
         results: dict[str, Any] = {
             "environment": describe_machine(),
@@ -284,6 +291,16 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     print("\n".join([*results["targets"], "", table(results)]))
+
+
+def _harm(folder: Path, options: argparse.Namespace) -> None:
+    measured = {kind: faults_part(folder, kind, options.clients, _note) for kind in options.servers}
+    command = f"python -m benchmarks.serving --faults --clients {options.clients} --servers {' '.join(options.servers)}"
+    results = {"command": command, "environment": describe_machine(), "model": model_name(folder), **measured}
+    results["targets"] = fault_targets(measured)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print("\n".join(results["targets"]))
 
 
 def _note(line: str) -> None:

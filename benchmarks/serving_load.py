@@ -15,7 +15,8 @@ import psutil
 import torch
 
 from redpp_serve.comparison.client import Decoder, Exchange, Payload, Wire, as_text
-from redpp_serve.comparison.folder import endpoint, folder_payloads
+from redpp_serve.comparison.folder import endpoint
+from redpp_serve.comparison.payloads import folder_payloads
 from redpp_serve.comparison.triton_client import TritonConnection, as_input
 from redpp_serve.graph.artifact import load
 from redpp_serve.graph.executor import Program
@@ -166,7 +167,7 @@ def _one(wires: dict[str, Wire], decoder: Decoder, cases: Cases, rng: np.random.
         reply = decoder.reply(target, index, exchange)
         error = reply.error
         if reply.outputs is not None:
-            answered = cases.answered_by(index, reply.outputs)
+            answered = cases.answered_by(index, reply.outputs[0])
             error = "" if answered else "wrong outputs"
     start = exchange.start_s - decoder.origin_s
     return Sent(target, good, start, start + exchange.latency_s, exchange.status, answered, error)

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.handler import Arm
 from redpp_serve.comparison.client import Payload
-from redpp_serve.comparison.folder import folder_payloads
+from redpp_serve.comparison.payloads import folder_payloads
 from redpp_serve.handlers.metrics import DIRECTORY
 from redpp_serve.runtime.model import ServingModel
 from redpp_serve.statistics.intervals import percentile_interval

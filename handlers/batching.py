@@ -17,8 +17,11 @@ from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import load
 from redpp_serve.graph.passes import check_served
 from redpp_serve.handlers.metrics import Metrics
+from redpp_serve.handlers.tracing import named
 from redpp_serve.handlers.wire import OBSERVE_FILE_VARIABLE, OBSERVE_VARIABLE
-from redpp_serve.runtime.engine_choice import AUTO, check_engine
+from redpp_serve.runtime.engine_choice import check_engine
+from redpp_serve.runtime.engine_network import AUTO
+from redpp_serve.runtime.memory import keep_blocks
 from redpp_serve.runtime.model import ServingModel
 from redpp_serve.runtime.observer import Observer
 from redpp_serve.runtime.planner import PLAN_SECONDS
@@ -54,7 +57,7 @@ def set_threads(threads: Any, where: str) -> None:
 def load_model(
     artifact: Path, device: str, *, batch: Any, precision: Any, where: str, engine: Any = None
 ) -> ServingModel:
-    """Load an artifact, choose its engine and kernels, and run every batch bucket once.
+    """Load an artifact, choose its engine and kernels, and run every batch bucket once; the process keeps its memory.
 
     Args:
         artifact: the file.
@@ -71,6 +74,7 @@ def load_model(
     precision, engine = "fp32" if precision is None else precision, AUTO if engine is None else engine
     check_served(precision, where)
     check_engine(engine, where)
+    keep_blocks()
     model = ServingModel(
         artifact, device, precision=precision, batch=int(batch or 1), plan_seconds=_plan_seconds(), engine=engine
     )
@@ -155,10 +159,29 @@ def _observed(model: ServingModel, inputs: Sequence[Tensor], observer: Observer)
         observer.busy = False
 
 
+def by_shape(items: Sequence[Item], inputs: Callable[[Item], Sequence[Tensor]], rows: int) -> list[list[Item]]:
+    """Part items whose inputs have different shapes, and so cannot run together; the order stays within each part.
+
+    Args:
+        items: requests.
+        inputs: returns an item's tensors.
+        rows: how many leading dimensions count rows, which may differ.
+    """
+    parts: dict[tuple[torch.Size, ...], list[Item]] = {}
+    for item in items:
+        parts.setdefault(tuple(x.shape[rows:] for x in inputs(item)), []).append(item)
+    return list(parts.values())
+
+
 def together_or_alone(
-    items: list[Item], run: Callable[[list[Item]], Result]
+    items: list[Item], run: Callable[[list[Item]], Result], name: Callable[[Item], str]
 ) -> Iterator[tuple[list[Item], Result | None]]:
     """Run all items at once; where that fails, run each alone, for one of them may be to blame.
+
+    Args:
+        items: requests.
+        run: runs some of them.
+        name: returns a request's id for the log; empty where it has none.
 
     Yields:
         The items that ran together, and their result; None for an item that failed alone.
@@ -166,11 +189,12 @@ def together_or_alone(
     try:
         result = run(items)
     except Exception:
-        log.exception("the network failed on a batch of %d", len(items))
         if len(items) == 1:
+            log.exception("%s the network failed on it", named(name(items[0])))
             yield items, None
         else:
+            log.exception("the network failed on a batch of %d", len(items))
             for item in items:
-                yield from together_or_alone([item], run)
+                yield from together_or_alone([item], run, name)
     else:
         yield items, result

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ import torch
 from torch import Tensor
 
 from redpp_serve.errors import RedppError
+from redpp_serve.graph.ranges import outside
+from redpp_serve.graph.sizes import disagreement, fits, in_words
 from redpp_serve.handlers.batching import (
     NETWORK_FAILED,
     NOT_FINITE,
+    by_shape,
     describe,
     load_model,
     open_observer,
@@ -30,8 +34,20 @@ from redpp_serve.handlers.batching import (
     together_or_alone,
 )
 from redpp_serve.handlers.metrics import Metrics, ModelLabels
+from redpp_serve.handlers.tracing import (
+    ID_HEADER,
+    INFERENCE,
+    POSTPROCESS,
+    PREPROCESS,
+    Spans,
+    Traced,
+    named,
+    open_spans,
+    phase,
+    request_id,
+)
 from redpp_serve.handlers.triton_metrics import TritonBinding
-from redpp_serve.handlers.wire import HANDLER_PARAMETER, output_name, write_seconds
+from redpp_serve.handlers.wire import HANDLER_PARAMETER, PROBE_ID, write_seconds
 from redpp_serve.runtime.model import ServingModel
 from redpp_serve.runtime.observer import Observer
 
@@ -42,13 +58,33 @@ CONFIG = "config.pbtxt"
 
 @dataclass
 class _Request:
-    """One request on its way: its rows of the batch, then its outputs or the reason it failed."""
+    """One request on its way: its rows of the batch, then its outputs or the reason it failed.
 
+    Attributes:
+        asked: the request as Triton hands it over.
+    """
+
+    asked: Any
+    trace: Traced | None = None
     inputs: tuple[Tensor, ...] = ()
     rows: slice = field(default_factory=lambda: slice(0))
     outputs: tuple[Tensor, ...] = ()
     outcome: str = "ok"
     reason: str = ""
+
+    @property
+    def id(self) -> str:
+        """The request's id: that of its header, such as the gateway's, or else of the protocol's body."""
+        return request_id(self.headers.get(ID_HEADER)) or request_id(self.asked.request_id())
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those headers, by names in lower case, that the server was told to pass on as parameters."""
+        try:
+            given = json.loads(self.asked.parameters() or "{}").items()
+        except (ValueError, AttributeError):  # a Triton that knows no parameters, or none that can be read
+            return {}
+        return {key.lower(): value for key, value in given if isinstance(value, str)}
 
     def fail(self, outcome: str, reason: str) -> None:
         self.outcome, self.reason = outcome, reason
@@ -68,6 +104,7 @@ class RedppModel:
     model: ServingModel
     metrics: Metrics | None
     observer: Observer | None
+    spans: Spans | None
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the artifact, choose its kernels, run every batch bucket, and open the metrics.
@@ -110,21 +147,32 @@ class RedppModel:
         except Exception as error:  # what Triton raises where its metrics are turned off
             log.warning("metrics are off: %s", error)
         self.observer = open_observer(self.artifact, self.model)
+        self.spans = open_spans(labels)
         if self.metrics:
             self.metrics.ready(time.perf_counter() - start)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Return one response for each request, with the network's outputs or that request's own error."""
-        start = time.perf_counter()
-        items = [self._read(request) for request in requests]
+        start, start_ns = time.perf_counter(), time.time_ns()
+        items = [_Request(request) for request in requests]
+        for item in items:
+            if self.spans and not self._uncounted:
+                item.trace = self.spans.begin(item.id, item.headers)
+            with phase(PREPROCESS, [item]):
+                self._read(item)
         self._answer([item for item in items if item.outcome == "ok"])
         seconds = time.perf_counter() - start
-        responses = [self._response(item, seconds) for item in items]
+        responses = []
+        for item in items:
+            with phase(POSTPROCESS, [item]):
+                responses.append(self._response(item, seconds))
+        if self.spans and not self._uncounted:
+            self.spans.note(start_ns, [(item.outcome, item.trace) for item in items])
         if self._uncounted:  # Triton's warm-up comes before any client's request
             self._uncounted -= 1
-        elif self.metrics:
-            self.metrics.batch(len(items), time.perf_counter() - start)
-            for item in items:
+        elif self.metrics and (counted := [item for item in items if item.id != PROBE_ID]):
+            self.metrics.batch(len(counted), time.perf_counter() - start)
+            for item in counted:
                 self.metrics.request(item.outcome)
         return responses
 
@@ -132,42 +180,52 @@ class RedppModel:
         """Hand over the metrics and the observed moments that are still on their way."""
         if self.observer:
             self.observer.close()
+        if self.spans:
+            self.spans.close()
         self.metrics = None
         self._binding.close()
 
-    def _read(self, request: Any) -> _Request:
-        item = _Request()
+    def _read(self, item: _Request) -> None:
         try:
-            tensors = {tensor.name(): tensor for tensor in request.inputs()}
+            tensors = {tensor.name(): tensor for tensor in item.asked.inputs()}
             item.inputs = tuple(
                 torch.utils.dlpack.from_dlpack(tensors[spec.name].to_dlpack()) for spec in self.model.inputs
             )
             # Triton counts rows in 32 bits: a request for 2**40 arrives as one row that lacks its batch dimension.
-            plain = all(x.shape[1:] == spec.shape for x, spec in zip(item.inputs, self.model.inputs, strict=True))
+            plain = all(fits(spec, x.shape[1:]) for x, spec in zip(item.inputs, self.model.inputs, strict=True))
             if not plain or len({len(x) for x in item.inputs}) != 1 or not len(item.inputs[0]):
                 shapes = ", ".join(str(tuple(x.shape)) for x in item.inputs)
-                item.fail("bad_request", f"Found inputs of shapes {shapes}, expected one or more rows, as many in each")
+                sizes = "; ".join(in_words(spec) for spec in self.model.inputs if spec.varying)
+                expected = "one or more rows, as many in each" + (f", of {sizes}" if sizes else "")
+                item.fail("bad_request", f"Found inputs of shapes {shapes}, expected {expected}")
+            elif wrong := disagreement(self.model.inputs, [x.shape[1:] for x in item.inputs]):
+                item.fail("bad_request", f"Found inputs with {wrong}, expected the same")
         except Exception:
-            log.exception("a request could not be read")
+            log.exception("%s it could not be read", named(item.id))
             item.fail("error", "The server failed to read this request")
-        return item
 
     def _answer(self, items: list[_Request]) -> None:
-        if not items:
-            return
+        for part in by_shape(items, lambda item: item.inputs, 1):
+            self._answer_together(part)
+
+    def _answer_together(self, items: list[_Request]) -> None:
         batch = self._batch(items)
         self._refuse_non_finite(items, batch)
+        self._refuse_unreadable(items, batch)
         good = [item for item in items if item.outcome == "ok"]
         if len(good) < len(items):
-            self._answer(good)
+            if good:
+                self._answer_together(good)
             return
 
         def run(some: list[_Request]) -> tuple[Tensor, ...]:
             rows = slice(some[0].rows.start, some[-1].rows.stop)
             observer = None if self._uncounted else self.observer
-            return run_network(self.model, [x[rows] for x in batch], self._counting, observer)
+            inputs = [x[rows] for x in batch]
+            with phase(INFERENCE, some):
+                return run_network(self.model, inputs, self._counting, observer)
 
-        for group, outputs in together_or_alone(items, run):
+        for group, outputs in together_or_alone(items, run, attrgetter("id")):
             if outputs is None:
                 group[0].fail("error", NETWORK_FAILED)
                 continue
@@ -178,6 +236,7 @@ class RedppModel:
                 rows = slice(item.rows.start - first, item.rows.stop - first)
                 item.outputs = tuple(y[rows] for y in readable)
                 if any(bool(flags[rows].any()) for flags in wrong):
+                    log.error("%s the network's output is not finite", named(item.id))
                     item.fail("error", NOT_FINITE)
 
     def _batch(self, items: list[_Request]) -> tuple[Tensor, ...]:
@@ -198,6 +257,14 @@ class RedppModel:
                     found = f"Found input {spec.name!r} with NaN, infinity or values beyond {spec.dtype}"
                     item.fail("bad_request", f"{found}, expected finite ones")
 
+    def _refuse_unreadable(self, items: list[_Request], batch: tuple[Tensor, ...]) -> None:
+        for spec, x in zip(self.model.inputs, batch, strict=True):
+            if outside(spec, x) is None:
+                continue
+            for item in items:
+                if wrong := outside(spec, x[item.rows]):
+                    item.fail("bad_request", f"Found input {spec.name!r} with {wrong}")
+
     @property
     def _counting(self) -> Metrics | None:
         return None if self._uncounted else self.metrics
@@ -207,7 +274,8 @@ class RedppModel:
         if item.outcome != "ok":
             codes = {"bad_request": backend.TritonError.INVALID_ARG, "error": backend.TritonError.INTERNAL}
             return backend.InferenceResponse(error=backend.TritonError(item.reason, codes[item.outcome]))
-        outputs = [backend.Tensor.from_dlpack(output_name(k), y) for k, y in enumerate(item.outputs)]
+        names = self.model.output_names
+        outputs = [backend.Tensor.from_dlpack(name, y) for name, y in zip(names, item.outputs, strict=True)]
         told = {"parameters": {HANDLER_PARAMETER: write_seconds(seconds)}} if self._answers_parameters else {}
         return backend.InferenceResponse(output_tensors=outputs, **told)
 

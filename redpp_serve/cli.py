@@ -6,6 +6,7 @@ Parsing needs neither torch nor a server library; `commands` imports what a comm
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -15,25 +16,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from redpp_serve import __version__, commands
-from redpp_serve.errors import RedppError
+from redpp_serve import __version__, commands, config
+from redpp_serve.errors import RedppError, printable
 from redpp_serve.options import (
     EXPORTS,
     POSITIVE,
+    SECONDS,
     SERVERS,
     Checked,
     ComparisonOptions,
+    ConfigOptions,
+    ContractOptions,
+    Json,
     Limits,
+    LogOptions,
     ObserveOptions,
     Options,
     PlanOptions,
+    RecordedOptions,
     ServerOptions,
     Serving,
     Source,
+    SweepOptions,
+    SystemdOptions,
+    TargetOptions,
+    WatchOptions,
     add_options,
     option,
     whole,
 )
+from redpp_serve.requirements import HEALTH, Requirement
+from redpp_serve.requirements import parse as parse_requirements
 from redpp_serve.signals import exit_of_a_command, stopped_by_signal
 from redpp_serve.variants import NAMES
 
@@ -83,9 +96,15 @@ class PackageOptions:
     )
     preprocess: str | None = option(
         None,
-        'how the server turns images into inputs: {{"mode": "RGB", "mean": [..], "std": [..]}} '
-        "(default: what the architecture declares)",
-        metavar="JSON|imagenet",
+        "how the server turns images into inputs: words such as imagenet, bytes, squash, pad, bgr, bicubic, joined by "
+        "commas; a JSON object; a preprocessor_config.json; or none (default: what the architecture declares)",
+        metavar="HOW",
+    )
+    labels: str | None = option(
+        None,
+        "the names of the classes, which both servers tell on request: a file with one a line, a JSON list, a Hugging "
+        "Face config.json, or torchvision or timm for those of ImageNet",
+        metavar="FILE",
     )
     like: Path | None = option(
         None,
@@ -123,17 +142,30 @@ class ExportOptions(Checked):
 
 
 @dataclass(frozen=True)
-class Json:
-    """The form of the output."""
-
-    json: bool = option(False, "print JSON")
-
-
-@dataclass(frozen=True)
 class AnyServer:
     """Which of several running servers is meant."""
 
     server: str | None = option(None, "which server, if both kinds serve the folder", takes=SERVERS)
+
+
+@dataclass(frozen=True)
+class SchemaOptions:
+    """What `config` prints."""
+
+    schema: bool = option(False, "print the JSON schema of such files, for editors")
+
+
+@dataclass(frozen=True)
+class HealthOptions:
+    """What `health` requires."""
+
+    require: tuple[tuple[Requirement, ...], ...] = option(
+        (),
+        "exit with 3 where the time of one request is above its limit, such as pruned_ms<=50; there are "
+        f"{', '.join(HEALTH)}; repeatable",
+        metavar="LIMITS",
+        takes=partial(parse_requirements, names=HEALTH),
+    )
 
 
 @dataclass(frozen=True)
@@ -172,10 +204,34 @@ class StartOptions:
         metavar="NAME",
     )
     shadow: bool = option(False, "replay users' requests on both versions, and compare outputs and times")
+    attach: bool = option(False, "use the server that `serve` runs for the folder, and leave it running in the end")
     candidate: Path | None = option(
         None, "take the pruned version from another package with the same inputs", metavar="FOLDER", takes=Path
     )
     foreground: bool = option(False, "stay until Ctrl-C instead of returning")
+
+
+@dataclass(frozen=True)
+class PilotOptions:
+    """What an A/B test does on its verdict, and whom it tells."""
+
+    auto: bool = option(
+        False, "act on the verdict: promote a version that is faster, roll back one that is slower or beyond a limit"
+    )
+    ramp: str | None = option(
+        None,
+        "with --auto: per cent of users for the pruned version, one share after the other while every limit is kept; "
+        "100 promotes it",
+        metavar="P,P,...",
+    )
+    hold: float = option(
+        300.0, "seconds that each share of --ramp lasts at least (default: {default:g})", metavar="S", takes=SECONDS
+    )
+    webhook: str | None = option(
+        None,
+        "tell a chat or pager what was decided, as JSON with a text as Slack and Mattermost take it",
+        metavar="URL",
+    )
 
 
 @dataclass(frozen=True)
@@ -231,6 +287,37 @@ def _completion(options: argparse.Namespace) -> None:
     print(shtab.complete(parser(), shell=options.shell))
 
 
+def _config(options: argparse.Namespace) -> None:
+    if options.schema == (options.file is not None):
+        found = "a file beside --schema" if options.schema else "neither a file nor --schema"
+        raise RedppError(found, "one of them", "name the file, such as redpp.yaml")
+    if options.schema:
+        print(json.dumps(config.schema(_sections()), indent=1))
+    else:
+        for line in config.as_commands(config.read(options.file, _sections())):
+            print(line)
+
+
+def _sections() -> dict[str, tuple[type, ...]]:
+    """Return the option records of the commands that take ``--config``."""
+    return {name: command.records for name, command in COMMANDS.items() if ConfigOptions in command.records}
+
+
+def _configured(options: argparse.Namespace) -> argparse.Namespace:
+    """Return the options of a command with those of its file, which are told.
+
+    Raises:
+        RedppError: the file cannot be used.
+    """
+    command, words = options.command, options.arguments
+    settings = config.read(options.config, _sections()).get(command, [])
+    given = vars(parser(given_only=True).parse_args(words))
+    merged = config.merge(command, settings, words, given)
+    flags = dict.fromkeys(x.words[0].partition("=")[0] for x in settings if x.words and x.name not in given)
+    print(f"options of {printable(options.config)}: {', '.join(flags) or 'none'}", file=sys.stderr)
+    return parser().parse_args(merged, argparse.Namespace(arguments=words))
+
+
 _MODEL = "model.pt --arch torchvision:resnet50 --input 3x224x224"
 COMMANDS = {
     "inspect": Command(
@@ -243,11 +330,12 @@ COMMANDS = {
     "package": Command(
         commands.package,
         "prune, verify, and write a folder that both versions are served from",
-        (Source, PackageOptions, Options, Serving),
+        (Source, PackageOptions, TargetOptions, Options, Serving, ConfigOptions),
         (
             f"package {_MODEL} --preprocess imagenet",
             f"package {_MODEL} --target macs=0.5 --out dist/half",
             "package tuned.pt --like dist/model --out dist/tuned",
+            "package model.pt --config redpp.yaml",
         ),
         "file",
     ),
@@ -270,8 +358,8 @@ COMMANDS = {
     "serve": Command(
         commands.serve,
         "serve both versions on the loopback address",
-        (ServerOptions, ObserveOptions),
-        ("serve dist/model", "serve dist/model --server triton --workers 2", "serve dist/model --observe"),
+        (ServerOptions, LogOptions, ObserveOptions, SystemdOptions, ConfigOptions),
+        ("serve dist/model", "serve dist/model --server triton --workers 2", "serve dist/model --systemd install"),
     ),
     "promote": Command(
         partial(commands.roll_out, variant="pruned"),
@@ -287,15 +375,21 @@ COMMANDS = {
     ),
     "health": Command(
         commands.health,
-        "ask the running server for predictions; exit 1 if one is missing",
-        (AnyServer,),
-        ("health dist/model",),
+        "ask the running servers for predictions; exit 1 if one is missing",
+        (AnyServer, HealthOptions, Json),
+        ("health dist/model", "health dist/model --json --require 'pruned_ms<=50'"),
     ),
     "compare": Command(
         commands.compare,
         "send the same inputs to both versions and say which is faster",
-        (ServerOptions, ComparisonOptions, Json),
-        ("compare dist/model", "compare dist/model --inputs images/ --rate 50"),
+        (ServerOptions, ComparisonOptions, SweepOptions, RecordedOptions, ContractOptions, Json, ConfigOptions),
+        (
+            "compare dist/model",
+            "compare dist/model --inputs images/ --rate 50",
+            "compare dist/model --require 'speedup>=1.2,agreement>=0.99,p99_ms<=20' --junit compare.xml",
+            "compare dist/model --sweep concurrency=1,2,4,8 --csv sweep.csv",
+            "compare dist/model --from-locust locust/",
+        ),
     ),
     "dashboard": Command(
         commands.dashboard,
@@ -306,14 +400,35 @@ COMMANDS = {
     "ab start": Command(
         commands.ab_start,
         "start server and gateway, and return when they take requests",
-        (StartOptions, Limits, GatewayOptions, ObserveOptions),
-        ("ab start dist/model --split 90:10 --sticky-header X-User-Id", "ab start dist/model --shadow"),
+        (StartOptions, PilotOptions, Limits, GatewayOptions, LogOptions, ObserveOptions, SystemdOptions, ConfigOptions),
+        (
+            "ab start dist/model --split 90:10 --sticky-header X-User-Id",
+            "ab start dist/model --shadow",
+            "ab start dist/model --auto --ramp 1,5,25,50,100 --sticky-header X-User-Id",
+        ),
     ),
     "ab status": Command(
         commands.ab_status,
         "show requests, times, the running verdict and advice",
         (Json, StatusOptions),
         ("ab status dist/model --watch",),
+    ),
+    "ab watch": Command(
+        commands.ab_watch,
+        "watch a deployment by what Prometheus has of it: export the verdict, and with --auto act on it",
+        (WatchOptions, PilotOptions, Limits, ConfigOptions),
+        (
+            "ab watch --prometheus http://127.0.0.1:9090 --split 90:10",
+            "ab watch --prometheus http://prometheus.monitoring:9090 --route redpp-serve/model --auto --ramp 1,10,100",
+        ),
+        "",
+    ),
+    "ab split": Command(
+        commands.ab_split,
+        "divide users by another split from their next request on, without losing what was counted",
+        (),
+        ("ab split dist/model 25", "ab split dist/model 75:25"),
+        "folder and split",
     ),
     "ab promote": Command(
         partial(commands.ab_send_all, arm="pruned"),
@@ -340,12 +455,20 @@ COMMANDS = {
         ("demo",),
         "",
     ),
+    "config": Command(
+        _config,
+        "check a file with options, and print the commands that it stands for; or print its schema for editors",
+        (SchemaOptions,),
+        ("config redpp.yaml", "config --schema > redpp.schema.json"),
+        "config file",
+    ),
     "completion": Command(
         _completion, "print a completion script for a shell", (), ("completion bash >> ~/.bash_completion",), "shell"
     ),
 }
 _POSITIONALS = {
-    "file": "state_dict (.pt, .pth, .safetensors), or with --trust-file a module, TorchScript or .pt2",
+    "file": "state_dict (.pt, .pth, .safetensors, or the folder or index of several), an ONNX model, or with "
+    "--trust-file a module, TorchScript or .pt2",
     "folder": "packaged folder, such as dist/NAME",
 }
 _AB = "split or mirror live traffic, and get a running verdict"
@@ -364,8 +487,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words:
         print(FIRST_STEPS, end="")
         return 0
-    options = parser().parse_args(words)
+    options = parser().parse_args(words, argparse.Namespace(arguments=words))
     try:
+        if getattr(options, "config", None):
+            options = _configured(options)
         with stopped_by_signal(exit_of_a_command):
             COMMANDS[options.command].run(options)
     except RedppError as error:
@@ -387,8 +512,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}. What to do: see '{self.prog} --help'.\n")
 
 
-def parser() -> argparse.ArgumentParser:
-    """Build the parser of all commands; ``command`` in its result is the key in `COMMANDS`."""
+def parser(given_only: bool = False) -> argparse.ArgumentParser:
+    """Build the parser of all commands; ``command`` in its result is the key in `COMMANDS`.
+
+    Args:
+        given_only: leave options that are not given out of the result.
+    """
     root = _new_parser(
         "Prune a trained PyTorch network without data, serve it beside the original, and measure both.",
         ("demo", f"package {_MODEL}", "compare dist/model"),
@@ -405,21 +534,21 @@ def parser() -> argparse.ArgumentParser:
         one.set_defaults(command=name)
         if command.positional == "shell":
             one.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="shell to complete for")
+        elif command.positional == "config file":
+            one.add_argument("file", type=Path, nargs="?", help="the file, such as redpp.yaml")
+        elif command.positional == "folder and split":
+            one.add_argument("folder", type=Path, help=_POSITIONALS["folder"])
+            one.add_argument("split", help="per cent of users for the pruned version, or for both as in 75:25")
         elif command.positional:
             one.add_argument(command.positional, type=Path, help=_POSITIONALS[command.positional])
         for record in command.records:
             if record is Options:
-                one.add_argument(
-                    "--target",
-                    type=commands.target,
-                    default={},
-                    metavar="macs=R|latency=R",
-                    help="share to keep of the multiply-accumulates, or of the latency measured here at batch 1",
-                )
                 add_options(one, record, ("target_macs", "target_latency", "device"), given_only=True)
-                one.add_argument("--device", help="device to prune on (default: cuda where there is one, else cpu)")
+                default = argparse.SUPPRESS if given_only else None
+                words = "device to prune on (default: cuda where there is one, else cpu)"
+                one.add_argument("--device", default=default, help=words)
             else:
-                add_options(one, record, given_only=record is Serving)
+                add_options(one, record, given_only=given_only or record is Serving)
     return root
 
 

@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from redpp_serve.capture import capture_file
-from redpp_serve.comparison.folder import compare, with_comparison
+from redpp_serve.comparison.folder import compare
+from redpp_serve.comparison.history import record, with_result
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import InputSpec
 from redpp_serve.handlers.preprocess import Preprocess
@@ -73,12 +74,13 @@ def demo(out: Path, duration: float, time_budget: float) -> Report:
     load, server = ComparisonOptions(inputs=HELD_OUT, duration=duration), ServerOptions(demo_auth_off=True)
     result = compare(folder, load, server, note=_note)
     print(result.to_text())
-    report = with_comparison(report, result.to_json())
+    record(folder, result)  # `ab start` reads there what is known of outputs
+    report = with_result(report, result)
     report.environment.versions |= _versions(_MEASURED_WITH)
     write_report(report, out)
     seconds = time.perf_counter() - start
     print(f"\n{out / 'report.html'} and {out / 'report.json'} hold all of it; {seconds:.0f} s in all.")
-    print(f"next: redpp-serve serve {folder}")
+    print(f"next: redpp-serve serve {folder}, or redpp-serve ab start {folder}")
     return report
 
 

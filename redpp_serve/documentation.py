@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
 from redpp_serve.cli import COMMANDS, EXIT_CODES
 from redpp_serve.options import Range, flag_of
+from redpp_serve.requirements import COMPARED, HEALTH
 
 PATH = Path(__file__).with_name("options.md")
 
@@ -28,12 +30,29 @@ def documentation() -> str:
         rows = [row for record in command.records for row in _rows(record)]
         if rows:
             lines += ["", "| option | value | meaning |", "|---|---|---|", *rows]
+        if figures := {"compare": COMPARED, "health": HEALTH}.get(name):
+            lines += ["", "| figure for `--require` | meaning |", "|---|---|"]
+            lines += _figures(figures)
     return "\n".join(lines) + "\n"
+
+
+def _figures(figures: Mapping[str, str]) -> list[str]:
+    """Return a row for each figure, and one for both versions where both have it."""
+    rows = []
+    for name, meaning in figures.items():
+        original = f"original_{name}"
+        if original in figures:
+            rows.append(f"| `{name}`, `{original}` | {meaning.replace('the pruned', 'the pruned or the original')} |")
+        elif name.removeprefix("original_") not in figures:
+            rows.append(f"| `{name}` | {meaning} |")
+    return rows
 
 
 def _rows(record: type) -> list[str]:
     rows = []
     for item in fields(record):
+        if " " in flag_of(item):  # a part of --target
+            continue
         takes, metavar = item.metadata["takes"], item.metadata["metavar"] or ""
         values = metavar
         if isinstance(takes, tuple):

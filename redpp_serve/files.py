@@ -1,4 +1,4 @@
-"""Files that other processes read while they are written: atomic writes, locks, deterministic archives, user folders.
+"""Files that other processes read while they are written, and files that somebody else wrote: bounded reads.
 
 The serving archives carry a copy of this module, so it needs the standard library and filelock (which torch requires).
 """
@@ -13,10 +13,11 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from redpp_serve.errors import RedppError
+MOST_DOCUMENT = 8 << 20  # bytes of a report, a registry's entry and the like
 
 
 def write_atomically(
@@ -47,6 +48,35 @@ def write_atomically(
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading if it is one: a pipe would keep its reader waiting, and a device may have no end.
+
+    Raises:
+        OSError: it is something else, or cannot be read.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is not a regular file")
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(f"{path} is not a regular file any more")
+
+
+def read_bounded(path: Path, most: int = MOST_DOCUMENT) -> bytes:
+    """Return the bytes of a regular file.
+
+    Raises:
+        OSError: no such file, or not a regular one.
+        ValueError: it has more than ``most`` bytes.
+    """
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path} has more than {most} bytes")
+    return data
 
 
 @contextlib.contextmanager
@@ -90,28 +120,3 @@ def cache_folder() -> Path | None:
         return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "redpp-serve"
     except RuntimeError:
         return None
-
-
-def state_folder() -> Path:
-    """Return the folder of this user's notes on running servers; make it when missing, readable to nobody else.
-
-    Raises:
-        RedppError: someone else made it, or others may read it or write to it.
-    """
-    path = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"redpp-serve-{os.getuid()}"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.lstat()  # in a shared folder, anyone could have put a link or a folder of theirs here
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise RedppError(
-            f"{path} is not a folder of this user alone",
-            "a folder with mode 0700 that this user owns",
-            "remove it, or point XDG_RUNTIME_DIR at a private folder",
-        )
-    return path
-
-
-def private_folder(prefix: str) -> Path:
-    """Make a folder for this user alone, whose path is short enough for a socket and needs no quoting in nginx."""
-    parent = tempfile.gettempdir()
-    plain = all(character.isalnum() or character in "/._-" for character in parent) and parent.isascii()
-    return Path(tempfile.mkdtemp(prefix=prefix, dir=parent if plain and len(parent) < 60 else "/tmp"))

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from redpp_serve.capture import Captured
+from redpp_serve.capture.hugging_face import suggested_arch
+from redpp_serve.capture.shards import refuse_single_shard, weights_in
 from redpp_serve.capture.sniff import FileKind, refusal, scan, shorten, sniff
 from redpp_serve.channels.coupling import ChannelSet, Coupling, couple
-from redpp_serve.graph.layers import find_layers, mac_count, parameter_count
+from redpp_serve.errors import printable
+from redpp_serve.graph.class_scores import class_outputs
+from redpp_serve.graph.executor import output_types
+from redpp_serve.graph.graph import Graph, InputSpec
+from redpp_serve.graph.layers import (
+    find_layers,
+    find_products,
+    mac_count,
+    parameter_count,
+    product_macs,
+    value_and_tensor_shapes,
+)
+from redpp_serve.graph.ranges import in_words
+from redpp_serve.graph.sizes import in_words as sizes_in_words
 from redpp_serve.layer_times import LayerTimes
+from redpp_serve.pruning.constant_channels import find_constants
+from redpp_serve.pruning.widths import ShapeModel
 from redpp_serve.report.data import Layer, LayerMerge
-from redpp_serve.report.formats import count, printable, size
+from redpp_serve.report.formats import count, size
 from redpp_serve.report.text import layer_table
 
-_WEIGHTS = (FileKind.STATE_DICT, FileKind.LEGACY_STATE_DICT, FileKind.SAFETENSORS)
+_WEIGHTS = (FileKind.STATE_DICT, FileKind.LEGACY_STATE_DICT, FileKind.SAFETENSORS, FileKind.INDEX)
 _SHOW = {"bytes": size, "parameters": count, "MACs": count}
 _WIDTH = 110
 _DIGEST_SHOWN = 16  # of 64 characters, enough to tell files apart by eye
@@ -64,6 +82,8 @@ def describe_file(path: Path) -> Inspection:
     Raises:
         RedppError: this program cannot load such a file.
     """
+    path = weights_in(path)
+    refuse_single_shard(path)
     kind = sniff(path)
     if not kind.loadable:
         raise refusal(path, kind)
@@ -71,7 +91,8 @@ def describe_file(path: Path) -> Inspection:
     if kind.runs_code:
         names = scan(path).unsafe if kind in (FileKind.MODULE, FileKind.OBJECTS) else ()
         facts["runs code"] = "when loaded" + (f": {shorten(names)}" if names else "")
-    flags = "--arch torchvision:NAME " if kind in _WEIGHTS else "--trust-file " if kind.runs_code else ""
+    arch = suggested_arch(path.parent) if kind in _WEIGHTS else None
+    flags = f"--arch {arch or 'torchvision:NAME'} " if kind in _WEIGHTS else "--trust-file " if kind.runs_code else ""
     what = "the network that these weights belong to and its" if kind in _WEIGHTS else "its"
     step = (
         f"next: redpp-serve inspect {path} {flags}--input 3x224x224\n      (with {what} input shape) to see its layers"
@@ -92,47 +113,92 @@ def describe_network(
     """
     graph = captured.graph
     coupling = couple(graph, exclude)
-    layers = find_layers(graph)
-    touched = touched_layers(coupling)
-    share = sum(layer.macs for layer in layers if layer.name in touched) / max(1, mac_count(graph))
+    macs = mac_count(graph)
+    share = ShapeModel(coupling).touched_macs() / max(1, macs)
+    scores = class_outputs(graph)
     facts = {
         **captured.source,
-        "inputs": ", ".join(f"{'x'.join(map(str, i.shape))} {i.dtype}" for i in graph.inputs),
+        "inputs": ", ".join(map(_input, graph.inputs)),
+        "outputs": ", ".join(
+            _described(name, shape[1:], str(dtype).removeprefix("torch.")) + (" (class scores)" if scores[name] else "")
+            for name, (shape, dtype) in output_types(graph).items()
+        ),
         "operations": len(graph.nodes),
         "parameters": parameter_count(graph),
-        "MACs": mac_count(graph),
+        "MACs": macs,
+        "products": _products_fact(graph),
+        "constant channels": _constants_fact(coupling),
         "can be narrowed": f"{len(coupling.open)} of {len(coupling.sets)} sets of coupled channels; "
         f"the layers that they touch are {share:.0%} of the MACs",
     }
     if times:
         facts["timed in"] = str(times)
-    records = [
+    records = [*_layer_records(coupling, times), *_computed_records(graph)]
+    sets = [_set_record(c) for c in coupling.sets] if channels else None
+    return Inspection(facts, records, captured.messages, "next: redpp-serve package with the same arguments", sets)
+
+
+def _layer_records(coupling: Coupling, times: LayerTimes | None) -> list[Layer]:
+    graph = coupling.graph
+    return [
         Layer(
             name=layer.name,
             op=layer.node.op.split(".")[1],
             shape=list(layer.shape),
-            parameters=graph.tensors[layer.weight].numel() + (layer.shape[0] if layer.bias else 0),
+            parameters=graph.tensors[layer.weight].numel() + (layer.outputs if layer.bias else 0),
             macs=layer.macs,
             ms=_milliseconds(times, layer.name),
-            merge=LayerMerge(channels=layer.shape[0], reason=coupling.closed_layers.get(layer.name, "")),
+            merge=LayerMerge(channels=layer.outputs, reason=coupling.closed_layers.get(layer.name, layer.stays)),
         )
-        for layer in layers
+        for layer in find_layers(graph)
     ]
-    sets = [_set_record(c) for c in coupling.sets] if channels else None
-    return Inspection(facts, records, captured.messages, "next: redpp-serve package with the same arguments", sets)
+
+
+def _computed_records(graph: Graph) -> list[Layer]:
+    """Describe the convolutions and Linear whose weight is computed or read in other ways, which stay as they are."""
+    shapes = value_and_tensor_shapes(graph)
+    return [
+        Layer(
+            name=product.node.name,
+            op=product.node.op.split(".")[1],
+            shape=list(shapes[product.node.args[1].name]),
+            parameters=0,
+            macs=product.macs(shapes),
+            ms=None,
+            merge=LayerMerge(channels=shapes[product.node.args[1].name][0], reason=product.reason),
+        )
+        for product in find_products(graph)
+        if product.reason
+    ]
+
+
+def _products_fact(graph: Graph) -> str | None:
+    """Say how many of the MACs multiply computed values; None where there are none."""
+    calls = len(find_products(graph))
+    return f"{count(product_macs(graph))} of the MACs multiply computed values, in {calls} calls" if calls else None
+
+
+def _input(spec: InputSpec) -> str:
+    text = f"{spec.name} {sizes_in_words(spec)} {spec.dtype}"
+    if not spec.holds_integers:
+        return text
+    return f"{text} {in_words(spec.ranges)}" if spec.ranges else f"{text} of unknown range"
+
+
+def _constants_fact(coupling: Coupling) -> str | None:
+    """Say how many channels do not depend on the input, as behind a mask; None where all do."""
+    constant = find_constants(coupling).count
+    every = sum(c.channels for c in coupling.open)
+    return f"{constant} of {every}, from weights of zero: packaging leaves them out exactly" if constant else None
+
+
+def _described(name: str, shape: Sequence[int], dtype: str) -> str:
+    return f"{name} {'x'.join(map(str, shape)) or 'a number'} {dtype}"
 
 
 def _milliseconds(times: LayerTimes | None, layer: str) -> float | None:
     seconds = times.layers.get(layer) if times else None
     return None if seconds is None else round(seconds * 1e3, 4)
-
-
-def touched_layers(coupling: Coupling) -> set[str]:
-    """Return the names of the layers whose cost falls when open sets are narrowed."""
-    tensors = {
-        tensor for c in coupling.open for tensor in (*(p.tensor for p in c.parts), *(r.tensor for r in c.readers))
-    }
-    return {layer.name for layer in find_layers(coupling.graph) if layer.weight in tensors}
 
 
 def _set_record(found: ChannelSet) -> dict[str, Any]:

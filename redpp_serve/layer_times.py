@@ -14,13 +14,16 @@ from redpp_serve.engines import ENGINES, OWN
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import LoadedArtifact
 from redpp_serve.graph.graph import Graph
+from redpp_serve.graph.layers import weight_calls
+from redpp_serve.graph.passes import activation_of
 from redpp_serve.options import Serving
 from redpp_serve.runtime.device import parse_device
-from redpp_serve.runtime.engine_choice import Candidate, Network, choose_engine, own_run
+from redpp_serve.runtime.engine_choice import choose_engine
+from redpp_serve.runtime.engine_network import Candidate, Network, own_run
 from redpp_serve.runtime.fused_layer import fused_layers
 from redpp_serve.runtime.plan_cache import PlanCache, default_path
 from redpp_serve.runtime.serving_graph import PlanContext, channels_last, dense_program
-from redpp_serve.runtime.timing import random_tensor, torch_threads
+from redpp_serve.runtime.timing import random_input, torch_threads
 
 _PRECISION = "fp32"
 _CHOICE_SECONDS, _PROFILE_SECONDS = 4.0, 1.0  # at most, about
@@ -68,10 +71,7 @@ def layer_times(graph: Graph, serving: Serving = Serving()) -> LayerTimes | None
     with torch_threads(serving.threads), contextlib.suppress(RedppError, RuntimeError, ValueError, TypeError, OSError):
         context = PlanContext.prepare(graph, device, _PRECISION)
         generator = torch.Generator().manual_seed(0)
-        samples = tuple(
-            random_tensor((_SAMPLES, *i.shape), getattr(torch, i.dtype), torch.device("cpu"), generator)
-            for i in graph.inputs
-        )
+        samples = tuple(random_input(spec, _SAMPLES, torch.device("cpu"), generator) for spec in graph.inputs)
         network = Network(LoadedArtifact(graph, {}, samples), context.graph, (_PRECISION,), device)
         engine = _engine(network, context, serving.engine)
         if engine != OWN:
@@ -128,6 +128,13 @@ def _in_own_runtime(network: Network, context: PlanContext) -> LayerTimes | None
 def _times(network: Network, candidate: Candidate, seconds: Iterable[tuple[str, float]]) -> LayerTimes | None:
     """Add up what belongs to each layer, by the names of the served graph's nodes."""
     layers = {layer.node.name: layer.name for layer in fused_layers(network.graph)}
+    users = network.graph.users()
+    for weight, calls in weight_calls(network.graph).items():  # those that only engines fuse with what follows
+        name = weight.removesuffix(".weight").removesuffix(".folded")
+        for call in calls:
+            readers = users.get(call.name, [])
+            alone = len(readers) == 1 and activation_of(readers[0]) is not None
+            layers |= dict.fromkeys((call.name, *(reader.name for reader in readers if alone)), name)
     found, others = dict[str, float](), 0.0
     for node, value in seconds:
         if node in layers and value > 0:

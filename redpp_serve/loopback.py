@@ -20,7 +20,7 @@ _CANDIDATES = range(20000, 32000)
 
 @dataclass(frozen=True)
 class Ports:
-    """TorchServe's ports, and the port of this project's metrics exporter. Defaults are the server's own."""
+    """TorchServe's ports, and those of this project's metrics exporter and front. Defaults are the server's own."""
 
     inference: int = 8080
     management: int = 8081
@@ -28,15 +28,17 @@ class Ports:
     grpc_inference: int = 7070
     grpc_management: int = 7071
     exporter: int = 9400
+    front: int = 8085
 
 
 @dataclass(frozen=True)
 class TritonPorts:
-    """Triton Inference Server's ports. Defaults are the server's own."""
+    """Triton Inference Server's ports, and that of this project's front. Defaults are the server's own."""
 
     http: int = 8000
     grpc: int = 8001
     metrics: int = 8002
+    front: int = 8005
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class GatewayPorts:
 
 
 AnyPorts = TypeVar("AnyPorts", Ports, TritonPorts, GatewayPorts)
-_COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+_COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven"}
 
 
 def check_ports(ports: Ports | TritonPorts | GatewayPorts) -> None:

@@ -200,14 +200,14 @@ def parse(text: str, model: str, families: Mapping[str, Family] = FAMILIES, limi
 
     ours = "\n".join(line for line in text.splitlines() if line.startswith(_PREFIX))  # Triton has many more, of its own
     samples, others = [], set()
-    names = {name: family for family in families.values() for name in _sample_names(family)}
+    names = by_sample_name(families)
     try:
         for family in text_string_to_metric_families(f"{ours}\n" if ours else text):
             for name, labels, value, *_ in family.samples:
                 if labels.get("model", model) != model and name.startswith(_PREFIX):
                     others.add(labels["model"])
-                elif name in names and abs(value) < _ABSURD and (key := _key(name, names[name], labels)):
-                    samples.append(Sample(key, names[name], tuple(sorted(labels.items())), float(value)))
+                elif name in names and (sample := to_sample(name, names[name], labels, float(value))):
+                    samples.append(sample)
     except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise Unreadable("the answer is not in Prometheus' text format") from error
     if len(samples) > limits.series:
@@ -215,9 +215,20 @@ def parse(text: str, model: str, families: Mapping[str, Family] = FAMILIES, limi
     return Reading(tuple(samples), frozenset(others))
 
 
+def by_sample_name(families: Mapping[str, Family]) -> dict[str, Family]:
+    """Return name of a sample, such as ``redpp_handler_seconds_bucket`` -> its family."""
+    return {name: family for family in families.values() for name in _sample_names(family)}
+
+
 def _sample_names(family: Family) -> list[str]:
     parts = ("_bucket", "_sum", "_count") if family.kind == "histogram" else ("",)
     return [family.name + part for part in parts]
+
+
+def to_sample(name: str, family: Family, labels: Mapping[str, str], value: float) -> Sample | None:
+    """Return a sample, or None where its number is not finite or a label is unknown."""
+    key = _key(name, family, labels) if abs(value) < _ABSURD else None
+    return Sample(key, family, tuple(sorted(labels.items())), value) if key else None
 
 
 def _key(name: str, family: Family, labels: Mapping[str, str]) -> Key | None:

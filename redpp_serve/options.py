@@ -10,10 +10,14 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from redpp_serve.errors import RedppError
+from redpp_serve.requirements import COMPARED, Requirement
+from redpp_serve.requirements import parse as parse_requirements
 
 HASHES = ("kde", "kmeans", "uniform")
 NO_HASH = "none"  # leave the weights as they are
@@ -21,7 +25,9 @@ AUTO = "auto"
 RED = "red++"
 METHODS = ("narrow", RED)
 PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16", "int8")
-ENGINES = ("auto", "redpp", "openvino", "onnxruntime", "torch-compile")
+ENGINES = ("auto", "redpp", "openvino", "onnxruntime", "tensorrt", "torch-compile")
+JSON_LINES = "json"
+LOG_FORMATS = ("text", JSON_LINES)
 EXPORTS = ("onnx", "openvino", "pt2", "module", "triton-onnxruntime", "triton-openvino")
 SERVERS = ("torchserve", "triton")
 DEFAULT_MAX_ERROR = 0.1
@@ -102,6 +108,11 @@ def whole(low: int, high: float = _LARGEST) -> Range:
     return Range(low, high, whole=True)
 
 
+CONCURRENCY = whole(1, 1024)
+_AXES = {"concurrency": CONCURRENCY, "rate": POSITIVE, "batch": whole(1, 4096)}
+MOST_CELLS = 32  # of a sweep
+
+
 def option(
     default: Any, text: str, *, metavar: str | None = None, takes: Any = None, flag: str | None = None, bare: Any = None
 ) -> Any:
@@ -122,6 +133,11 @@ def option(
 def flag_of(item: Field[Any]) -> str:
     """Return the command-line flag of an option, such as ``--round-to``."""
     return item.metadata.get("flag") or "--" + item.name.replace("_", "-")
+
+
+def takes(record: type, name: str) -> Any:
+    """Return the values that an option of a record takes."""
+    return next(item.metadata["takes"] for item in fields(record) if item.name == name)
 
 
 class Checked:
@@ -232,9 +248,9 @@ class Options(Checked):
         takes=Range(1.0),
     )
     round_to: int | str = option(
-        8,
+        AUTO,
         "make widths multiples of N; auto: of the step that the tiles of the engine that serves pay for, measured here "
-        "once (default: {default})",
+        "once, and of 8 in networks of few channels (default: {default})",
         metavar="N",
         takes=RangeOr(1, _LARGEST, whole=True, word=AUTO),
     )
@@ -301,6 +317,49 @@ class Options(Checked):
         return {**asdict(self), "exclude": list(self.exclude)}
 
 
+def target(text: str) -> dict[str, float]:
+    """Read ``macs=0.5`` or ``latency=0.6`` for argparse, as the option of that name.
+
+    Raises:
+        argparse.ArgumentTypeError: another word, or no share above 0 and at most 1.
+    """
+    word, _, share = text.partition("=")
+    if word in ("macs", "latency"):
+        try:
+            return {f"target_{word}": RATIO.parse(share)}
+        except argparse.ArgumentTypeError:
+            pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not macs=R or latency=R with a share R above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """The share that `package` keeps, as one of two fields of `Options`."""
+
+    target: dict[str, float] | None = option(
+        None,
+        "share to keep of the multiply-accumulates, or of the latency measured here at batch 1",
+        metavar="macs=R|latency=R",
+        takes=target,
+    )
+
+
+@dataclass(frozen=True)
+class Json:
+    """The form of the output."""
+
+    json: bool = option(False, "print JSON")
+
+
+@dataclass(frozen=True)
+class ConfigOptions:
+    """A file with options."""
+
+    config: Path | None = option(
+        None, "take options from the command's section of a YAML file; flags win over it", metavar="FILE", takes=Path
+    )
+
+
 @dataclass(frozen=True)
 class Serving(Checked):
     """How both versions of a package are served."""
@@ -331,8 +390,9 @@ class Serving(Checked):
     )
     engine: str = option(
         "auto",
-        "engine that runs both versions: redpp is this project's own, torch-compile takes minutes to start; auto is "
-        "the fastest of the others that is installed where they are served (default: {default})",
+        "engine that runs both versions: redpp is this project's own; tensorrt, for GPUs, and torch-compile take "
+        "minutes to start; auto is the fastest of the others that is installed where they are served "
+        "(default: {default})",
         takes=ENGINES,
     )
 
@@ -342,13 +402,41 @@ class Source:
     """The file of a trained network, and what is needed to read it."""
 
     arch: str | None = option(
-        None, "architecture of a state_dict: torchvision:NAME, timm:NAME or path/to/file.py:factory", metavar="ARCH"
+        None,
+        "architecture of a state_dict: torchvision:NAME, timm:NAME, transformers:CLASS (with config.json beside the "
+        "weights) or path/to/file.py:factory",
+        metavar="ARCH",
     )
     arch_args: str | None = option(
         None, "keyword arguments of the architecture, such as '{{\"num_classes\": 10}}'", metavar="JSON"
     )
+    weights_key: str | None = option(
+        None,
+        "which of several networks in a checkpoint to take: a key, with dots for one inside another, or a prefix of "
+        "names such as student.",
+        metavar="KEY",
+    )
     input: tuple[str, ...] = option(
-        (), "shape of one input without the batch, 3x224x224[:dtype]; repeat it for several inputs", metavar="SHAPE"
+        (),
+        "shape of one input without the batch, [NAME=]3x224x224[:dtype], and for integers their range where the "
+        "network does not tell it, 20:int64:0..999; repeat it for several inputs. NAME is an argument of forward, or a "
+        "key of the dict or a field of the object that it takes; a dot leads inside",
+        metavar="SHAPE",
+    )
+    range: tuple[str, ...] = option(
+        (),
+        "the sizes that a letter in --input stands for, H=224..1024/32 for every 32nd from 224 to 1024; repeatable, as "
+        "in --input 3xHxW --range H=224..512 --range W=224..512",
+        metavar="SIZES",
+    )
+    input_args: str | None = option(
+        None, "further arguments of forward, such as '{{\"return_dict\": true}}'; they stay as they are", metavar="JSON"
+    )
+    classes: tuple[str, ...] = option(
+        (),
+        "output that holds class scores, so that agreement means the same class; none for no output; repeatable "
+        "(default: told from the network)",
+        metavar="NAME",
     )
     trust_file: bool = option(False, "load a format that can run code; only for files you trust")
 
@@ -378,6 +466,34 @@ class ServerOptions(Checked):
         None, "first of six consecutive ports, of three for triton (default: free ones)", metavar="N", takes=whole(1)
     )
     demo_auth_off: bool = option(False, "take requests without a token")
+    trust_package: bool = option(
+        False, "serve the package also if the code in it is of no release of redpp-serve: you trust whoever made it"
+    )
+
+
+@dataclass(frozen=True)
+class LogOptions(Checked):
+    """How a run is logged."""
+
+    log_format: str = option(
+        "text",
+        "form of the logs, whose folder is printed; json adds a file of JSON lines, NAME.jsonl, beside each text "
+        "(default: {default})",
+        takes=LOG_FORMATS,
+    )
+
+
+@dataclass(frozen=True)
+class SystemdOptions(Checked):
+    """Whether systemd is to run the command."""
+
+    systemd: str | None = option(
+        None,
+        "do not run it: print a unit by which systemd runs it and starts it again when it was killed, or install that "
+        "unit for this user",
+        takes=("print", "install"),
+        bare="print",
+    )
 
 
 @dataclass(frozen=True)
@@ -416,7 +532,7 @@ class ComparisonOptions(Checked):
         metavar="PATH",
         takes=Path,
     )
-    concurrency: int = option(4, "requests in flight (default: {default})", metavar="N", takes=whole(1))
+    concurrency: int = option(4, "requests in flight (default: {default})", metavar="N", takes=CONCURRENCY)
     duration: float = option(30.0, "seconds of load (default: {default:g})", metavar="S", takes=POSITIVE)
     rate: float | None = option(
         None,
@@ -428,6 +544,91 @@ class ComparisonOptions(Checked):
         0.02, "relative difference in speed that counts as none (default: {default:g})", metavar="R", takes=POSITIVE
     )
     seed: int = option(0, "seed of the order of requests (default: {default})", metavar="N", takes=whole(0))
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Values that one setting of a comparison takes in a sweep.
+
+    Attributes:
+        name: ``concurrency``, ``rate`` or ``batch``.
+        values: in the order in which they are measured.
+    """
+
+    name: str
+    values: tuple[float, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Axis:
+        """Read ``concurrency=1,2,4`` for argparse.
+
+        Raises:
+            argparse.ArgumentTypeError: another name, a value that the setting does not take, or one that comes twice.
+        """
+        name, _, given = text.partition("=")
+        if name not in _AXES:
+            names = ", ".join(f"{name}=N,N,..." for name in _AXES)
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {names}")
+        values = tuple(_AXES[name].parse(word.strip()) for word in given.split(","))
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"{text!r} has a value twice")
+        return cls(name, values)
+
+
+@dataclass(frozen=True)
+class SweepOptions(Checked):
+    """The settings that `redpp-serve compare` sweeps.
+
+    Attributes:
+        sweep: the axes, whose product is measured.
+    """
+
+    sweep: tuple[Axis, ...] = option(
+        (),
+        "compare at each value of a setting: concurrency=1,2,4,8, rate=10,50 or batch=1,8 (inputs in one request); "
+        f"repeat it for the product, at most {MOST_CELLS} cells; each takes --duration",
+        metavar="NAME=N,N,...",
+        takes=Axis.parse,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [axis.name for axis in self.sweep]
+        if len(set(names)) < len(names):
+            raise RedppError(
+                f"--sweep {names[0]} is given twice", "every setting once", f"join its values: --sweep {names[0]}=1,2"
+            )
+        if (cells := math.prod(len(axis.values) for axis in self.sweep)) > MOST_CELLS:
+            raise RedppError(f"a sweep of {cells} cells", f"at most {MOST_CELLS}", "leave some values out of --sweep")
+
+
+@dataclass(frozen=True)
+class RecordedOptions(Checked):
+    """What `redpp-serve compare` reads in place of sending requests itself."""
+
+    from_locust: tuple[Path, ...] = option(
+        (),
+        "take what the workers of deploy/load/locustfile.py have recorded, in place of a server and load of this "
+        "command: a file, or a folder of them; repeatable",
+        metavar="FILE",
+        takes=Path,
+    )
+
+
+@dataclass(frozen=True)
+class ContractOptions:
+    """What `redpp-serve compare` requires, and the files that it writes for a pipeline."""
+
+    require: tuple[tuple[Requirement, ...], ...] = option(
+        (),
+        "exit with 3 where a figure misses its limit, such as speedup>=1.2,agreement>=0.99,p99_ms<=20; speed-ups and "
+        "times must keep it with their whole interval, other figures with their value on the inputs that were sent; "
+        "repeatable",
+        metavar="LIMITS",
+        takes=partial(parse_requirements, names=COMPARED),
+    )
+    junit: Path | None = option(None, "write the outcome of every requirement as JUnit XML", metavar="FILE", takes=Path)
+    csv: Path | None = option(None, "write all figures as CSV", metavar="FILE", takes=Path)
 
 
 @dataclass(frozen=True)
@@ -465,6 +666,72 @@ class Limits(Checked):
     )
 
 
+def moment(text: str) -> float:
+    """Read a date and a time for argparse, in UTC where it names no zone; return seconds since 1970.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is none.
+    """
+    try:
+        read = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date and a time such as 2026-01-31T12:00:00Z") from None
+    return (read if read.tzinfo else read.replace(tzinfo=timezone.utc)).timestamp()
+
+
+@dataclass(frozen=True)
+class WatchOptions(Checked):
+    """What `ab watch` reads, and where the split is."""
+
+    prometheus: str = option(
+        "http://127.0.0.1:9090", "the Prometheus that scrapes the servers (default: {default})", metavar="URL"
+    )
+    token_file: Path | None = option(
+        None, "file with a bearer token for Prometheus, read at every request", metavar="FILE", takes=Path
+    )
+    model: str | None = option(
+        None, "the served name (default: that of --package, else the only one that Prometheus has)", metavar="NAME"
+    )
+    match: str = option("", 'more label matchers of PromQL, such as namespace="a"', metavar="MATCHERS")
+    package: Path | None = option(
+        None, "packaged folder, whose report says how far outputs agree", metavar="FOLDER", takes=Path
+    )
+    route: str | None = option(
+        None, "the HTTPRoute of the Gateway API whose weights divide users", metavar="NAMESPACE/NAME"
+    )
+    split_folder: Path | None = option(
+        None,
+        "in place of a route: the folder with the files split and promoted of deploy/nginx",
+        metavar="FOLDER",
+        takes=Path,
+    )
+    split: str | None = option(
+        None, "the split where no route tells it: per cent for original and pruned (default: 90:10)", metavar="O:P"
+    )
+    test: str = option("1", "a name for this test; another one begins anew (default: {default})", metavar="NAME")
+    window: float = option(
+        30.0,
+        "seconds in which times are compared, at least twice the time between scrapes (default: {default:g})",
+        metavar="S",
+        takes=Range(1.0, 3600.0),
+    )
+    since: float | None = option(
+        None,
+        "when the test began, such as 2026-01-31T12:00:00Z (default: now, or what is written down beside the split)",
+        metavar="TIME",
+        takes=moment,
+    )
+    address: str = option("127.0.0.1", "address of the verdict's metrics (default: {default})", metavar="ADDRESS")
+    port: int | None = option(
+        None, "port of the verdict's metrics (default: a free one)", metavar="N", takes=whole(1, 65535)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.route and self.split_folder:
+            raise refusal(self, "split_folder", "one of --route and --split-folder")
+
+
 def add_options(
     parser: argparse.ArgumentParser, record: type, leave_out: Sequence[str] = (), given_only: bool = False
 ) -> None:
@@ -486,7 +753,7 @@ def add_options(
         else:
             words |= {"default": default, "metavar": item.metadata["metavar"]}
         if default == ():
-            words |= {"action": "append", "default": []}
+            words |= {"action": "append", "default": []} | ({"type": takes} if takes else {})
         elif isinstance(takes, tuple):
             words |= {"choices": takes, "metavar": None}
         elif takes is not None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from redpp_serve.capture.sniff import ZIP_ERRORS
 from redpp_serve.errors import RedppError
-from redpp_serve.options import PlanOptions
-from redpp_serve.packaging.mar import ARTIFACT
+from redpp_serve.graph.artifact import load
+from redpp_serve.options import PlanOptions, Serving, takes
+from redpp_serve.packaging.bounds import check_answers
+from redpp_serve.packaging.mar import artifact_bytes
+from redpp_serve.packaging.trust import check_tree
 from redpp_serve.report.data import Report
 from redpp_serve.report.folder import change_report, read_report
 from redpp_serve.runtime.device import parse_device
+from redpp_serve.runtime.engine_choice import check_engine_here
+from redpp_serve.runtime.memory import keep_blocks
 from redpp_serve.runtime.model import ServingModel
 from redpp_serve.variants import VARIANTS
 
@@ -30,12 +33,17 @@ def plan(folder: Path, options: PlanOptions = PlanOptions()) -> dict[str, Any]:
         `Plan.to_json` for ``original`` and ``pruned``.
 
     Raises:
-        RedppError: the folder or the device cannot be used, or a network does not run in the precision.
+        RedppError: the folder, the device or the engine cannot be used, or a network does not run in the precision.
     """
-    where = str(parse_device(options.device))
-    serving = served_as(folder, options)
+    device = parse_device(options.device)
+    where, serving = str(device), served_as(folder, options)
+    check_engine_here(serving["engine"], device)
     torch.set_num_threads(serving["threads"])
+    keep_blocks()  # as in a worker, whose times these are
     found = {}
+    check_tree(folder)
+    for variant in VARIANTS:
+        check_answers(load(artifact_bytes(variant.archive_in(folder))).graph, serving["batch_size"])
     for variant in VARIANTS:
         model = ServingModel(
             artifact_bytes(variant.archive_in(folder)),
@@ -61,12 +69,15 @@ def served_as(folder: Path, options: PlanOptions = PlanOptions()) -> dict[str, A
     for name in serving:
         value = getattr(options, name, None)
         serving[name] = reported.get(name, serving[name]) if value is None else value
+    for name in ("precision", "engine"):
+        if not isinstance(serving[name], str):
+            choices = " or ".join(takes(Serving, name))
+            raise RedppError(f"{name} is {str(serving[name])[:40]!r}", choices, f"give it with --{name}")
     for name in ("threads", "batch_size"):
-        if type(serving[name]) is not int or serving[name] < 1:
+        limits = takes(Serving, name)
+        if type(serving[name]) is not int or serving[name] not in limits:
             raise RedppError(
-                f"{name} is {str(serving[name])[:40]!r}",
-                "a whole number of at least 1",
-                f"give it with --{name.replace('_', '-')}",
+                f"{name} is {str(serving[name])[:40]!r}", str(limits), f"give it with --{name.replace('_', '-')}"
             )
     return serving
 
@@ -81,20 +92,3 @@ def _options(folder: Path) -> dict[str, Any]:
         return {name: value for name, value in read_report(folder).options.items() if value is not None}
     except RedppError:
         return {}
-
-
-def artifact_bytes(archive: Path) -> bytes:
-    """Return the artifact in an archive.
-
-    Raises:
-        RedppError: no archive, or one without an artifact.
-    """
-    try:
-        with zipfile.ZipFile(archive) as file:
-            return file.read(ARTIFACT)
-    except (*ZIP_ERRORS, KeyError) as error:
-        raise RedppError(
-            f"{archive} is no archive that can be planned ({error})",
-            "a folder with original.mar and pruned.mar",
-            "write one with 'redpp-serve package', and give that folder",
-        ) from error

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +36,7 @@ PACKAGES = {
     "kubectl": "kubernetes-client",
 }
 ADMINISTRATION = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # not in every user's PATH, and nginx lies there
+_POLL_S = 0.02
 
 
 def find_program(name: str, administration: Sequence[str] | None = None) -> Path:
@@ -53,7 +58,12 @@ def find_program(name: str, administration: Sequence[str] | None = None) -> Path
 
 
 def start_session(
-    command: Sequence[str], log: Path, *, folder: Path | None = None, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    log: Path,
+    *,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    inherited: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start a program as the leader of a session of its own, whose output is appended to a log.
 
@@ -62,10 +72,12 @@ def start_session(
         log: the file for what it prints.
         folder: its working folder; by default this process's.
         environment: its variables; by default this process's.
+        inherited: descriptors that it gets too.
 
     Raises:
         OSError: it cannot be started.
     """
+    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # a lost log keeps nothing from being started again
     with log.open("ab") as file:
         return subprocess.Popen(
             command,
@@ -75,6 +87,7 @@ def start_session(
             stdout=file,
             stderr=file,
             start_new_session=True,
+            pass_fds=inherited,
         )
 
 
@@ -96,6 +109,48 @@ def started(pid: int) -> float | None:
         return None if process.status() == psutil.STATUS_ZOMBIE else round(process.create_time() - since, 2)
     except psutil.Error:
         return None
+
+
+class Adopted:
+    """A leader of a session that another process has started, to be handled like one's own ``Popen``.
+
+    Args:
+        pid: its process id.
+        begun: when it started, see `started`; a later process with its number is another one.
+    """
+
+    def __init__(self, pid: int, begun: float) -> None:
+        self.pid, self._begun = pid, begun
+
+    def poll(self) -> int | None:
+        """Return None while it runs, else 0: how it ended is not known."""
+        return None if started(self.pid) == self._begun else 0
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs after ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
+            time.sleep(_POLL_S)
+        return 0
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill it, unless it has ended."""
+        self.send_signal(signal.SIGKILL)
+
+
+Leader = subprocess.Popen[bytes] | Adopted
 
 
 def session(number: int) -> list[Process]:
@@ -120,6 +175,19 @@ def command_line(process: Process) -> list[str]:
         return []
 
 
+def wait_for_an_end(pids: Iterable[int], timeout_s: float) -> None:
+    """Return as soon as one of these processes ends, or after ``timeout_s`` seconds."""
+    with ExitStack() as opened:
+        handles = []
+        for pid in pids:
+            try:
+                handles.append(os.pidfd_open(pid))
+            except OSError:  # it has ended
+                return
+            opened.callback(os.close, handles[-1])
+        select.select(handles, [], [], timeout_s)
+
+
 def terminate(processes: Sequence[Process], told: Callable[[Process], bool], timeout_s: float) -> None:
     """Send SIGTERM to the processes that ``told`` accepts, and wait up to ``timeout_s`` seconds for all of them."""
     import psutil  # noqa: PLC0415
@@ -130,7 +198,7 @@ def terminate(processes: Sequence[Process], told: Callable[[Process], bool], tim
     psutil.wait_procs(processes, timeout=timeout_s)
 
 
-def kill_session(leader: subprocess.Popen[bytes]) -> None:
+def kill_session(leader: Leader) -> None:
     """Kill what is left of a session. The leader goes first: a launcher could start Java at this very moment."""
     if leader.poll() is None:
         leader.kill()
@@ -151,9 +219,14 @@ def _kill_members(number: int) -> None:
         psutil.wait_procs(left, timeout=1)
 
 
-def free_shared_memory(prefix: str) -> None:
-    """Remove shared memory whose names begin with ``prefix``; nothing for an empty prefix."""
-    for left in Path("/dev/shm").glob(f"{prefix}*") if prefix else ():
+def shared_memory(folder: Path) -> str:
+    """Return what the names of the shared memory begin with that belongs to a private folder."""
+    return f"redpp-{sha256(os.fsencode(folder)).hexdigest()[:12]}-"
+
+
+def free_shared_memory(folder: Path) -> None:
+    """Remove the shared memory that belongs to a private folder; that of killed processes is left behind."""
+    for left in Path("/dev/shm").glob(f"{shared_memory(folder)}*"):
         left.unlink(missing_ok=True)
 
 
@@ -175,12 +248,12 @@ class Guard:
             text=True,
         )
 
-    def watch_session(self, leader: subprocess.Popen[bytes]) -> None:
+    def watch_session(self, leader: Leader) -> None:
         """Also kill the session of this leader."""
         self._tell("session", [leader.pid, started(leader.pid)])
 
     def watch_folder(self, folder: Path) -> None:
-        """Also remove this folder, and shared memory whose names begin with its name and a hyphen."""
+        """Also remove this folder, and the shared memory that belongs to it."""
         self._tell("folder", str(folder))
 
     def dismiss(self) -> None:
@@ -206,7 +279,7 @@ def wait_and_end(lines: Iterable[str]) -> None:
             _kill_members(number)
     for folder in [Path(value) for what, value in told if what == "folder"]:
         shutil.rmtree(folder, ignore_errors=True)
-        free_shared_memory(f"{folder.name}-")
+        free_shared_memory(folder)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,6 +31,17 @@ def plan_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_home() -> Iterator[Path]:
+    """State goes to a folder of this run, whose path is short enough for sockets and open to nginx's worker."""
+    path = Path(tempfile.mkdtemp(prefix="redpp-state-", dir="/tmp"))
+    path.chmod(0o711)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(path))
+        yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """Compare a text with ``golden/NAME.txt``; with ``--overwrite`` write it there instead."""
@@ -48,13 +60,13 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pruning runs: few inputs, few networks around the chosen one, latencies measured in an instant."""
-    from redpp_serve.pruning import families, inputs, pipeline
+    from redpp_serve.pruning import inputs, pipeline, scales
     from redpp_serve.pruning.effort import Effort
-    from redpp_serve.pruning.inputs import SynthesisBudget
+    from redpp_serve.pruning.matching import SynthesisBudget
 
     effort = Effort(SynthesisBudget(32, 16, 4, 8, 16), frontier_points=3, latency_seconds=0.01, pace=1e-4)
     monkeypatch.setattr(pipeline, "STANDARD_EFFORT", effort)
-    monkeypatch.setattr(families, "_IMAGES_TO_MATCH", 2)
+    monkeypatch.setattr(scales, "_IMAGES_TO_MATCH", 2)
     monkeypatch.setattr(inputs, "_RANKED", 2)
 
 
@@ -76,7 +88,7 @@ def _package_small(out: Path) -> None:
     from redpp_serve.handlers.preprocess import Preprocess
     from redpp_serve.options import Options, Serving
     from redpp_serve.packaging.package import package
-    from tests.support.small import SHIFT, captured, write_model
+    from tests.support.small import LABELS, SHIFT, captured, write_model
 
     package(
         captured(write_model(out.with_name("model"))),
@@ -85,6 +97,7 @@ def _package_small(out: Path) -> None:
         options=Options(method="red++"),
         serving=Serving(4, 1, 1),
         preprocess=Preprocess("L", 12, 12, (SHIFT,), (0.25,)),
+        labels=LABELS,
     )
 
 

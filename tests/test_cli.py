@@ -461,12 +461,16 @@ def test_output_survives_a_terminal_without_unicode(model: Path) -> None:
 @pytest.mark.server
 def test_compare_live_prints_json_alone(packaged: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "redpp_serve.cli", "compare", str(packaged)]
-    command += ["--duration", "4", "--concurrency", "2", "--json"]
+    command += ["--duration", "4", "--concurrency", "2", "--sweep", "batch=1,3", "--json"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
-    document = json.loads(result.stdout)
+    sweep = json.loads(result.stdout)
+    assert sweep["server"] == "torchserve" and sweep["sweep"] == {"batch": [1, 3]} and sweep["versions"]["torchserve"]
+    document, several = sweep["cells"]
+    assert several["agreement"]["inputs"] == 15 and several["agreement"]["top1"] == 1.0  # of 16, in requests of three
     for arm in ("original", "pruned"):
+        assert several[arm]["errors"] == 0
         assert set(document[arm]["handler_ms"]) == {"p50", "p99"} and set(document[arm]["latency_ms"]) == {
             "p50",
             "p95",

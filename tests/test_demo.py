@@ -36,6 +36,8 @@ def test_the_whole_path(tmp_path: Path) -> None:
     assert {p.name for p in out.iterdir()} == left
 
     report = json.loads((out / "report.json").read_text())
+    package = json.loads((out / "digits" / "report.json").read_text())
+    assert package["agreement"] == report["agreement"], "ab start reads the package's report"
     for arm in ("original", "pruned"):
         found = report[arm]
         assert {"parameters", "macs", "bytes", "accuracy", "handler_ms", "latency_ms", "throughput_rps"} <= set(found)

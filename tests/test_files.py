@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from redpp_serve.errors import RedppError
-from redpp_serve.files import cache_folder, deterministic_zip, locked, state_folder, write_atomically
+from redpp_serve.files import cache_folder, deterministic_zip, locked, write_atomically
 
 HOLD = """
 import sys, time
@@ -139,16 +138,3 @@ def test_the_cache_folder_is_the_users_and_a_relative_setting_is_none(
     for setting in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", setting)
         assert cache_folder() == tmp_path / ".cache" / "redpp-serve"
-
-
-def test_the_state_folder_is_private_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
-    folder = state_folder()
-    assert folder.parent == tmp_path / "run" and folder.stat().st_mode & 0o777 == 0o700 and state_folder() == folder
-    folder.chmod(0o750)
-    with pytest.raises(RedppError, match="not a folder of this user alone.*XDG_RUNTIME_DIR"):
-        state_folder()
-    folder.rmdir()
-    folder.symlink_to(tmp_path)
-    with pytest.raises(RedppError, match="not a folder of this user alone"):
-        state_folder()

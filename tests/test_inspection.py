@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from redpp_serve.channels.coupling import couple
 from redpp_serve.errors import RedppError
-from redpp_serve.inspection import describe_file, describe_network, touched_layers
+from redpp_serve.inspection import describe_file, describe_network
 from tests.attacks.files import Net, exported
-from tests.support.networks import network as network_of
 from tests.support.small import captured, network, write_model
 
 
@@ -91,11 +89,6 @@ def test_sets_are_listed_where_they_are_asked_for(tmp_path: Path) -> None:
     text = report.to_text()
     assert "body.0: 16 channels, open\n  written by body.0\n  with body.1\n  read by head\n" in text
     assert "head: 5 channels, closed: is an output of the network" in text and "narrowable" not in text
-
-
-def test_the_layers_that_open_sets_touch() -> None:
-    assert touched_layers(couple(network_of("residual"))) == {"stem", "inner", "second", "head"}
-    assert touched_layers(couple(network_of("residual"), ["stem"])) == {"inner", "second"}
 
 
 def test_excluded_layers_and_their_producers_stay(tmp_path: Path) -> None:

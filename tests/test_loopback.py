@@ -21,7 +21,7 @@ from tests.support.stubs import stub
 
 
 def test_chosen_ports_are_different_and_free() -> None:
-    for kind, count in ((Ports, 6), (TritonPorts, 3), (GatewayPorts, 3)):
+    for kind, count in ((Ports, 7), (TritonPorts, 4), (GatewayPorts, 3)):
         ports = free_ports(kind)
         assert isinstance(ports, kind) and len(set(asdict(ports).values())) == count
         check_ports(ports)
@@ -48,12 +48,12 @@ def test_what_is_no_port_is_refused() -> None:
 
 
 def test_the_message_says_how_many_are_needed() -> None:
-    with pytest.raises(RedppError, match="port 70000 for grpc: not a port number.*three different free ports"):
+    with pytest.raises(RedppError, match="port 70000 for grpc: not a port number.*four different free ports"):
         check_ports(replace(free_ports(TritonPorts), grpc=70_000))
 
 
 def test_consecutive_ports_follow_the_order_of_the_fields() -> None:
-    assert consecutive_ports(TritonPorts, 9000) == TritonPorts(http=9000, grpc=9001, metrics=9002)
+    assert consecutive_ports(TritonPorts, 9000) == TritonPorts(http=9000, grpc=9001, metrics=9002, front=9003)
     assert consecutive_ports(Ports, 9000).exporter == 9005
 
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +15,17 @@ import pytest
 
 from redpp_serve.errors import RedppError
 from redpp_serve.processes import (
+    Adopted,
     command_line,
     find_program,
     free_shared_memory,
     kill_session,
     session,
+    shared_memory,
     started,
     terminate,
     wait_and_end,
+    wait_for_an_end,
 )
 from tests.support.tools import REQUIRED, tool
 
@@ -64,7 +69,7 @@ def end(tmp_path: Path) -> Callable[[str], tuple[psutil.Process, int]]:
 def test_what_a_killed_supervisor_leaves_is_ended(
     tmp_path: Path, end: Callable[[str], tuple[psutil.Process, int]]
 ) -> None:
-    memory = Path("/dev/shm") / f"{home(tmp_path).name}-memory"
+    memory = Path("/dev/shm") / f"{shared_memory(home(tmp_path))}memory"
     memory.touch()
     try:
         server, guard = end("kill")
@@ -131,16 +136,35 @@ def test_one_guard_ends_several_sessions_and_folders(tmp_path: Path) -> None:
             leader.wait()
 
 
-def test_no_shared_memory_is_freed_without_a_prefix() -> None:
-    memory = Path("/dev/shm") / f"redpp-test-{os.getpid()}"
-    memory.touch()
+def test_only_the_shared_memory_of_a_folder_is_freed(tmp_path: Path) -> None:
+    ours, other = (Path("/dev/shm") / f"{shared_memory(tmp_path / name)}x" for name in ("ours", "other"))
+    for memory in (ours, other):
+        memory.touch()
     try:
-        free_shared_memory("")
-        assert memory.exists()
-        free_shared_memory(f"redpp-test-{os.getpid()}")
-        assert not memory.exists()
+        free_shared_memory(tmp_path / "ours")
+        assert not ours.exists() and other.exists()
     finally:
-        memory.unlink(missing_ok=True)
+        other.unlink()
+
+
+def test_a_process_of_another_supervisor_is_waited_for_and_killed() -> None:
+    """Through its number and its start, which tell it from a later one."""
+    process = subprocess.Popen(["sleep", "60"])
+    adopted = Adopted(process.pid, started(process.pid) or 0.0)
+    assert adopted.poll() is None and Adopted(process.pid, 1.0).poll() == 0
+    Adopted(process.pid, 1.0).kill()
+    with pytest.raises(subprocess.TimeoutExpired):
+        adopted.wait(0.05)
+    begun = time.monotonic()
+    wait_for_an_end([process.pid], 0.05)
+    assert time.monotonic() - begun > 0.04
+    threading.Timer(0.1, adopted.kill).start()
+    wait_for_an_end([process.pid, os.getpid()], 30.0)
+    assert time.monotonic() - begun < 10
+    assert process.wait() == -signal.SIGKILL and adopted.wait(1) == 0 and adopted.poll() == 0
+    adopted.kill()
+    wait_for_an_end([process.pid], 30.0)
+    assert time.monotonic() - begun < 10, "one that has ended is not waited for"
 
 
 def test_terminating_tells_some_and_waits_for_all() -> None:

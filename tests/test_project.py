@@ -106,3 +106,14 @@ def test_environment_variables_are_in_the_table() -> None:
         if name.startswith(("redpp_serve/", "handlers/", "kernels/")) and name.endswith(".py"):
             used |= set(re.findall(r"[\"'](REDPP_[A-Z_]+)[\"']", (ROOT / name).read_text(encoding="utf-8")))
     assert used and {name for name in used if f"`{name}`" not in table} == set()
+
+
+def test_extras_that_the_project_names_are_its_own() -> None:
+    """pip only warns of one that does not exist."""
+    texts = [p.read_text(encoding="utf-8") for folder in ("redpp_serve", "deploy", "handlers", "benchmarks", "tests")
+             for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".md", ".yml", ".yaml")]  # fmt: skip
+    texts += [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "pyproject.toml")]
+    named = {
+        extra for text in texts for found in re.findall(r"redpp-serve\[([\w,]+)\]", text) for extra in found.split(",")
+    }
+    assert {"serve", "engines", "load"} <= named <= set(SETTINGS["project"]["optional-dependencies"])

@@ -73,7 +73,7 @@ def test_commands_are_taken_by_the_command_line() -> None:
 def commands(line: str) -> list[list[str]]:
     """The simple commands of a shell line, without variables that are set before them."""
     found: list[list[str]] = [[]]
-    for word in shlex.split(re.sub(r">>? *\S+", "", line), comments=True):
+    for word in shlex.split(re.sub(r"(?<!\S)>>? *\S+", "", line), comments=True):
         if word in ("&&", "|", ";"):
             found.append([])
         elif found[-1] or not re.fullmatch(r"[A-Z_]+=.*", word):

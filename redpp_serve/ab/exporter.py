@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from redpp_serve.ab.evidence import deciding
 from redpp_serve.ab.status import Status
 from redpp_serve.handlers.metrics import Family
+from redpp_serve.loopback import ADDRESS
 from redpp_serve.statistics.verdicts import ADVICE_KINDS, KINDS
 from redpp_serve.variants import NAMES
 
@@ -21,6 +22,12 @@ AB_FAMILIES = {
     for family in (
         Family("gauge", "redpp_ab_traffic_ratio", "Share of users that the version is to receive.", ("arm",)),
         Family("counter", "redpp_ab_requests_total", "Users' requests by version.", ("arm",)),
+        Family(
+            "counter",
+            "redpp_ab_failed_over_total",
+            "Requests of the version's users that the other one answered, since it was dead or failed.",
+            ("arm",),
+        ),
         Family("counter", "redpp_ab_pairs_total", "Users' requests that were replayed on both versions."),
         Family("counter", "redpp_ab_dropped_total", "Mirrored requests not replayed for want of time."),
         Family("gauge", "redpp_ab_agreement_ratio", "Share of pairs whose outputs agree."),
@@ -32,6 +39,8 @@ AB_FAMILIES = {
         ),
         Family("gauge", "redpp_ab_verdict", "1 for the verdict that holds now.", ("kind",)),
         Family("gauge", "redpp_ab_advice", "1 for the advice that holds now.", ("kind",)),
+        Family("gauge", "redpp_ab_advice_reason", "1 for what the advice rests on.", ("reason",)),
+        Family("gauge", "redpp_ab_problems", "Number of things that cannot be read or mended now."),
     )
 }
 Samples = dict[tuple[str, ...], float]  # values of the family's own labels -> value
@@ -67,6 +76,34 @@ def registry(latest: Callable[[], Status | None]) -> CollectorRegistry:
     return own
 
 
+def serve_metrics(
+    latest: Callable[[], Status | None], port: int = 0, address: str = ADDRESS
+) -> tuple[int, Callable[[], None]]:
+    """Serve an A/B test's own metrics.
+
+    Args:
+        latest: returns the status; None before the first.
+        port: 0 for a free one.
+        address: who may ask.
+
+    Returns:
+        The port, and a function that ends it.
+
+    Raises:
+        OSError: the port is in use.
+    """
+    from prometheus_client import start_http_server  # noqa: PLC0415
+
+    server, thread = start_http_server(port, address, registry(latest))
+
+    def end() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return server.server_port, end
+
+
 def _samples(status: Status) -> dict[str, Samples]:
     shadow = status.shadow
     agreement = shadow.agreement if shadow else None
@@ -77,12 +114,15 @@ def _samples(status: Status) -> dict[str, Samples]:
             for arm in NAMES
         },
         "redpp_ab_requests_total": {(arm,): status.arms[arm].requests for arm in NAMES},
+        "redpp_ab_failed_over_total": {(arm,): status.arms[arm].failed_over for arm in NAMES},
         "redpp_ab_pairs_total": {(): shadow.pairs if shadow else 0},
         "redpp_ab_dropped_total": {(): shadow.dropped if shadow else 0},
         "redpp_ab_agreement_ratio": {} if agreement is None else {(): agreement},
         "redpp_ab_speedup_ratio": dict(_speedups(status)),
         "redpp_ab_verdict": _one_of(KINDS, deciding(status.findings).verdict.kind),
         "redpp_ab_advice": _one_of(ADVICE_KINDS, status.advice.kind),
+        "redpp_ab_advice_reason": {(status.advice.reason,): 1.0},
+        "redpp_ab_problems": {(): float(len(status.problems))},
     }
 
 

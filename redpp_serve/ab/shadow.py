@@ -24,13 +24,15 @@ import numpy as np
 
 from redpp_serve.ab.state import PAIRS, RECORDER, read_json, write_json
 from redpp_serve.comparison.client import Connection, Endpoint, Exchange, Payload
-from redpp_serve.comparison.outputs import difference, read_outputs
+from redpp_serve.comparison.outputs import Heads, difference, read_outputs
+from redpp_serve.handlers.tracing import ID_HEADER, TRACE_HEADERS
+from redpp_serve.handlers.wire import TOP_HEADER
 from redpp_serve.loopback import ADDRESS
-from redpp_serve.packaging.server_config import MAX_REQUEST_BYTES
 from redpp_serve.variants import NAMES
 
 MAX_PAIRS = 200_000  # a difference of 0.5 % is decided long before
 TIMEOUT_S = 10.0
+_MOST_BYTES = 64 << 20  # of the requests that wait to be repeated, and of one
 _FIRST_GUARD_S, _LEAST_GUARD_S, _MOST_GUARD_S = 0.1, 0.005, 1.0
 _PATIENCE_S, _LOOK_S, _COUNTS_EVERY_S = 0.5, 0.001, 0.5
 _REPLY = b"HTTP/1.1 204 No Content\r\n\r\n"
@@ -41,7 +43,9 @@ _NOT_REPEATED = {
     "expect",
     "accept-encoding",
     "transfer-encoding",
-    "x-request-id",
+    *TRACE_HEADERS,  # a replay is no part of the user's trace
+    "accept",  # replies of numbers in JSON can be compared
+    TOP_HEADER.lower(),
 }
 
 
@@ -99,7 +103,7 @@ class RecorderCounts:
 class Inbox:
     """A queue with bounds on count and bytes. Nothing waits for room: a request that does not fit is dropped."""
 
-    def __init__(self, most: int = 64, most_bytes: int = 64 << 20) -> None:
+    def __init__(self, most: int = 64, most_bytes: int = _MOST_BYTES) -> None:
         self.received = self.dropped = 0
         self._most, self._most_bytes = most, most_bytes
         self._queue: deque[Mirrored] = deque()
@@ -143,11 +147,13 @@ class Replayer:
     It is quiet if none came until it was over. Under dense traffic few pairs are quiet.
     """
 
-    def __init__(self, urls: Sequence[str], inbox: Inbox, seed: int | None = None) -> None:
+    def __init__(
+        self, urls: Sequence[str], inbox: Inbox, seed: int | None = None, scores: Sequence[int] = Heads.classes
+    ) -> None:
         self._connections = [
             Connection(Endpoint(arm, url, {}), TIMEOUT_S) for arm, url in zip(NAMES, urls, strict=True)
         ]
-        self._inbox, self._random = inbox, random.Random(seed)
+        self._inbox, self._random, self._scores = inbox, random.Random(seed), scores
         self._seconds: deque[float] = deque(maxlen=64)
 
     @property
@@ -165,7 +171,7 @@ class Replayer:
         quiet = quiet_from is not None and self._inbox.quiet_since(quiet_from)
         exchanges = [sent[0], sent[1]]
         a, b = answers = [_outputs(exchange) for exchange in exchanges]
-        apart = difference(a, b) if a and b else None
+        apart = difference(a, b, self._scores) if a and b else None
         self._seconds.extend(exchange.latency_s for exchange in exchanges)
         handler = [round(exchange.handler_s or 0.0, 7) for exchange in exchanges]
         return Pair(
@@ -173,7 +179,7 @@ class Replayer:
             request_id=request.request_id,
             first=NAMES[order[0]],
             quiet=quiet,
-            status=[_status(exchange, answer) for exchange, answer in zip(exchanges, answers, strict=True)],
+            status=[_status(exchange, answer, answers) for exchange, answer in zip(exchanges, answers, strict=True)],
             seconds=[round(exchange.latency_s, 7) for exchange in exchanges],
             handler=handler if all(handler) else None,
             difference=apart and min(apart.relative, 1e9),
@@ -202,8 +208,9 @@ class Replayer:
         return connection.send(Payload(request.body, content_type))
 
 
-def _status(exchange: Exchange, answer: list[np.ndarray] | None) -> int:
-    return 502 if exchange.ok and answer is None else exchange.status
+def _status(exchange: Exchange, answer: list[np.ndarray] | None, answers: Sequence[list[np.ndarray] | None]) -> int:
+    """Return a reply's status; 502 for one that cannot be read where the other version's can."""
+    return 502 if exchange.ok and answer is None and any(other is not None for other in answers) else exchange.status
 
 
 def _outputs(exchange: Exchange) -> list[np.ndarray] | None:
@@ -223,11 +230,12 @@ class Recorder:
     Args:
         state: the test's state folder.
         urls: URLs of the original and of the pruned version.
+        scores: positions of the outputs that hold class scores.
     """
 
-    def __init__(self, state: Path, urls: Sequence[str]) -> None:
+    def __init__(self, state: Path, urls: Sequence[str], scores: Sequence[int] = Heads.classes) -> None:
         self._state, self._inbox = state, Inbox()
-        self._replayer = Replayer(urls, self._inbox)
+        self._replayer = Replayer(urls, self._inbox, scores=scores)
         self._before = RecorderCounts(**(read_json(state / RECORDER) or {}))  # of a recorder that has died
         self._pairs = 0
         self._stop = threading.Event()
@@ -269,13 +277,13 @@ class Recorder:
             while True:
                 headers = _headers(await reader.readuntil(b"\r\n\r\n"))
                 size = int(headers.get("content-length", 0))
-                if not 0 <= size <= MAX_REQUEST_BYTES:
+                if not 0 <= size <= _MOST_BYTES:
                     break
                 body = await reader.readexactly(size)
                 writer.write(_REPLY)
                 await writer.drain()
                 kept = {name: value for name, value in headers.items() if name not in _NOT_REPEATED}
-                self._inbox.offer(Mirrored(headers.get("x-request-id", ""), kept, body))
+                self._inbox.offer(Mirrored(headers.get(ID_HEADER, ""), kept, body))
         writer.close()
 
     def _replay_all(self) -> None:
@@ -296,9 +304,17 @@ def _headers(head: bytes) -> dict[str, str]:
     return {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
 
 
-def command(state: Path, port: int, urls: tuple[str, str]) -> list[str]:
-    """Return the command that runs a recorder; ``urls`` are the original's and the pruned version's."""
-    words = ["--state", str(state), "--port", str(port), "--original", urls[0], "--pruned", urls[1]]
+def command(state: Path, port: int, urls: tuple[str, str], scores: Sequence[int] = Heads.classes) -> list[str]:
+    """Return the command that runs a recorder.
+
+    Args:
+        state: the test's state folder.
+        port: where it listens.
+        urls: of the original and of the pruned version.
+        scores: positions of the outputs that hold class scores.
+    """
+    words = ["--state", str(state), "--port", str(port), "--original", urls[0], "--pruned", urls[1], "--scores"]
+    words += map(str, scores)
     return [sys.executable, "-m", "redpp_serve.ab.shadow", *words]
 
 
@@ -309,10 +325,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, required=True, help="port to listen on")
     parser.add_argument("--original", required=True, help="URL of the original version")
     parser.add_argument("--pruned", required=True, help="URL of the pruned version")
+    parser.add_argument("--scores", type=int, nargs="*", default=[0], help="positions of outputs of class scores")
     options = parser.parse_args(arguments)
 
     async def run() -> None:
-        task = asyncio.ensure_future(Recorder(options.state, (options.original, options.pruned)).run(options.port))
+        recorder = Recorder(options.state, (options.original, options.pruned), options.scores)
+        task = asyncio.ensure_future(recorder.run(options.port))
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         with suppress(asyncio.CancelledError):

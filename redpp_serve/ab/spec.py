@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from redpp_serve.ab.webhook import check_webhook, host_of
 from redpp_serve.errors import RedppError
 from redpp_serve.options import Limits
 from redpp_serve.serving.observing import Observing
@@ -15,6 +17,9 @@ from redpp_serve.serving.observing import Observing
 TOLERANCE = 0.1  # relative difference up to which outputs agree that are not classes, unless the user sets one
 _PERCENT = r"\d{1,3}(?:\.\d{1,2})?"
 _FORM = re.compile(rf"({_PERCENT})[:/]({_PERCENT})")
+_SHARE = re.compile(_PERCENT)
+# Shares of users, in per cent, that a running test can be split at, besides those that it was started with.
+STEPS = tuple(map(Decimal, [*(f"0.{tenth}" for tenth in range(1, 10)), *range(1, 101)]))
 _HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
 
 
@@ -31,6 +36,55 @@ class TrafficSplit:
     def ratio(self, arm: str) -> float:
         """Return the share of ``arm``, 0 to 1."""
         return float(getattr(self, arm)) / 100
+
+
+@dataclass(frozen=True)
+class Users:
+    """Where users go: all of them to one arm, or divided. ``str()`` gives the form that the journal has.
+
+    Attributes:
+        all_to: the arm that all users are sent to; None while they are divided.
+        split: the split in force while they are.
+    """
+
+    all_to: str | None
+    split: TrafficSplit
+
+    def __str__(self) -> str:
+        return self.all_to or str(self.split)
+
+
+def split_at(pruned: Decimal) -> TrafficSplit:
+    """Return the split that gives the pruned version this many per cent of users."""
+    return TrafficSplit(100 - pruned, pruned)
+
+
+def parse_share_or_split(text: str) -> TrafficSplit:
+    """Read the pruned version's per cent alone, or what `parse_split` reads.
+
+    Raises:
+        RedppError: the text has another form, or says more than 100.
+    """
+    alone = _SHARE.fullmatch(text.strip())
+    return split_at(Decimal(alone[0])) if alone and Decimal(alone[0]) <= 100 else parse_split(text)
+
+
+def parse_ramp(text: str) -> tuple[Decimal, ...]:
+    """Read the pruned version's shares one after the other, such as ``1,5,25,50,100``: per cent, increasing.
+
+    Raises:
+        RedppError: the text has another form, or the numbers do not increase.
+    """
+    words = [word.strip() for word in text.split(",")]
+    shares = tuple(Decimal(word) for word in words if _SHARE.fullmatch(word))
+    rising = all(a < b for a, b in pairwise((Decimal(0), *shares, Decimal("100.01"))))
+    if len(shares) < len(words) or not rising:
+        raise RedppError(
+            f"--ramp {text!r}",
+            "increasing per cent of users for the pruned version, above 0 and at most 100, with up to two decimals",
+            "write for example --ramp 1,5,25,50,100",
+        )
+    return shares
 
 
 def parse_split(text: str) -> TrafficSplit:
@@ -72,6 +126,12 @@ class Spec:
         port: the first of consecutive ports; None for free ones.
         auth: require a token.
         observe: how the original observes its requests; None for not at all.
+        auto: act on the verdict.
+        ramp: shares of the pruned version, in per cent, one after the other; empty for a split that stays.
+        hold: seconds that each of them lasts at least.
+        webhook: where decisions are told; None for nowhere.
+        attach: use the server that `serve` runs for the folder.
+        log_format: ``text`` or ``json``, see `logs.Logs`.
     """
 
     folder: Path
@@ -85,6 +145,12 @@ class Spec:
     port: int | None = None
     auth: bool = True
     observe: Observing | None = None
+    auto: bool = False
+    ramp: tuple[Decimal, ...] = ()
+    hold: float = 300.0
+    webhook: str | None = None
+    attach: bool = False
+    log_format: str = "text"
 
     def __post_init__(self) -> None:
         if self.sticky is not None and not _HEADER.fullmatch(self.sticky):
@@ -93,13 +159,30 @@ class Spec:
                 "the name of a request header: letters, digits and '-'",
                 "write for example --sticky-header X-User-Id",
             )
+        if self.ramp and not self.auto:
+            raise RedppError("--ramp without --auto", "what climbs the ramp", "add --auto")
+        if self.attach and (self.candidate or self.observe or self.workers != 1 or not self.auth):
+            raise RedppError(
+                "--attach with --candidate, --observe, --workers or --demo-auth-off",
+                "none of them, since the server runs as it was started",
+                "give them to redpp-serve serve, or leave --attach out",
+            )
+        if self.webhook is not None:
+            check_webhook(self.webhook)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the form that `from_json` reads."""
+    def to_json(self, *, secrets: bool = True) -> dict[str, Any]:
+        """Return the form that `from_json` reads; without ``secrets`` a webhook's path is left out."""
         candidate = None if self.candidate is None else str(self.candidate)
         observe = self.observe and {"every": self.observe.every, "file": str(self.observe.file)}
+        ramp = [str(share) for share in self.ramp]
         plain = {"folder": str(self.folder), "candidate": candidate, "split": str(self.split), "observe": observe}
-        return {**asdict(self), **plain}
+        shown = self.webhook if secrets or self.webhook is None else host_of(self.webhook)
+        return {**asdict(self), **plain, "ramp": ramp, "webhook": shown}
+
+    @property
+    def compared_shares(self) -> set[Decimal]:
+        """The shares that are planned and at which both versions have users."""
+        return {share for share in self.ramp or (self.split.pruned,) if 0 < share < 100}
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Spec:
@@ -111,6 +194,7 @@ class Spec:
             "split": parse_split(document["split"]),
             "limits": Limits(**document["limits"]),
             "observe": observe and Observing(observe["every"], Path(observe["file"])),
+            "ramp": tuple(map(Decimal, document.get("ramp", ()))),
         }
         return cls(**{**document, **changed})
 
@@ -123,9 +207,9 @@ class Started:
     name: str
     started: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the form that `from_json` reads."""
-        return {"spec": self.spec.to_json(), "name": self.name, "started": self.started}
+    def to_json(self, *, secrets: bool = True) -> dict[str, Any]:
+        """Return the form that `from_json` reads, see `Spec.to_json`."""
+        return {"spec": self.spec.to_json(secrets=secrets), "name": self.name, "started": self.started}
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Started:

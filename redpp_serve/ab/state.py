@@ -1,7 +1,7 @@
 """The state folder of an A/B test: which file holds what, how it is read while it grows, and who owns it.
 
 A lock file for each packaged folder is held as long as the supervisor lives: the system itself releases the lock of a
-process that was killed.
+process that was killed. What such a process leaves stays, and serves users, until it is taken over or ended.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ import fcntl
 import json
 import os
 import shlex
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, TextIO
 
+from redpp_serve.ab.journal import Journal, key_path, read_journal
 from redpp_serve.errors import RedppError
-from redpp_serve.files import state_folder, write_atomically
+from redpp_serve.files import read_bounded, write_atomically
 
 # All that `ab status` reads later is in these files of the state folder.
 SPEC = "spec.json"  # written by ab start, and by the supervisor when users are served: the test, see `spec.Started`
@@ -30,9 +29,10 @@ PAIRS = "pairs.jsonl"  # written by the recorder: a line for each request that b
 RECORDER = "recorder.json"  # written by the recorder: its counts
 WINDOWS = "windows.jsonl"  # written by the supervisor: the server's counters, window by window
 COUNTS = "counts.json"  # written by the supervisor: what users got, and the server's counters over the whole test
+DECISIONS = "decisions.jsonl"  # written by the supervisor: what was decided, see `pilot.Decision`
 HEARTBEAT = "supervisor.json"  # written by the supervisor, see `Heartbeat`
-SUPERVISOR_LOG, RECORDER_LOG = "supervisor.log", "recorder.log"
-_GUARD_S = 10.0  # time that the guard of a killed supervisor gets to end what is left
+RECORDER_LOG, GRPC_LOG = "recorder.log", "grpc.log"  # in the folder of logs, see `logs`
+_DYING_S = 2.0  # threads of a supervisor that was just killed may hold its lock for a moment
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -41,10 +41,10 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the document, or None where there is none yet."""
+    """Return the document, or None where there is none that can be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return json.loads(read_bounded(path))
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -81,9 +81,14 @@ class Heartbeat:
 class Lines:
     """The JSON objects of a growing file. A file that was replaced, or has shrunk, is read from its start."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, place: Sequence[int] = (0, -1)) -> None:
         self.path = path
-        self._offset, self._inode = 0, -1
+        self._offset, self._inode = place
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How far it has been read: the constructor's argument with which another process goes on."""
+        return self._offset, self._inode
 
     def new(self) -> Iterator[dict[str, Any]]:
         """Yield the objects added since the last call; an unfinished line comes next time."""
@@ -94,7 +99,7 @@ class Lines:
                     self._inode, self._offset = status.st_ino, 0
                 file.seek(self._offset)
                 data = file.read()
-        except FileNotFoundError:
+        except OSError:
             return
         end = data.rfind(b"\n") + 1
         self._offset += end
@@ -104,37 +109,16 @@ class Lines:
 
 
 @contextmanager
-def not_swept(folder: Path) -> Iterator[None]:
-    """Keep a folder from those who clean the system's folder for temporary files, while the body runs.
-
-    systemd-tmpfiles removes files that nobody touched for days, such as the switch of a promotion, but passes by a
-    folder that is locked.
-    """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def supervising(folder: Path, state: Path) -> Iterator[None]:
-    """Be the one supervisor for a packaged folder while the body runs; clean up first after one that was killed.
+def supervising(folder: Path) -> Iterator[None]:
+    """Be the one supervisor for a packaged folder while the body runs.
 
     Raises:
         RedppError: another supervisor lives.
     """
-    path = _lock_path(folder)
+    path = key_path(folder, "lock")
     with _locked(path, patience_s=1.0) as file:
         if file is None:
             raise already_runs(folder)
-        _remove_left_over(file)
-        file.seek(0)
-        file.write(str(state))
-        file.truncate()
-        file.flush()
         try:
             yield
         finally:
@@ -143,24 +127,30 @@ def supervising(folder: Path, state: Path) -> Iterator[None]:
 
 def supervised(folder: Path) -> bool:
     """Return True if a supervisor lives for the folder, even one that is still starting."""
-    with _locked(_lock_path(folder)) as file:
-        return file is None and _lock_path(folder).exists()
+    path = key_path(folder, "lock")
+    with _locked(path) as file:
+        if file is None and path.exists():
+            return True
+    journal = read_journal(folder)  # the lock file itself may have been removed
+    return journal is not None and journal.supervised()
 
 
-def abandoned(folder: Path) -> bool:
-    """Return True if a killed supervisor has left its lock file."""
-    return _lock_path(folder).exists() and not supervised(folder)
+def left_behind(folder: Path) -> Journal | None:
+    """Return the journal of a test whose supervisor was killed; its users may well be served."""
+    return None if supervised(folder) else read_journal(folder)
 
 
 def clean(folder: Path) -> bool:
-    """Remove what a killed supervisor has left, and return True if there was anything; not while one lives."""
-    path = _lock_path(folder)
-    with _locked(path) as file:
+    """End what a killed supervisor has left, and return True if there was anything; not while one lives."""
+    path = key_path(folder, "lock")
+    with _locked(path, patience_s=_DYING_S) as file:
         if file is None:
             return False
-        left = _remove_left_over(file)
+        journal = read_journal(folder)
+        if journal:
+            journal.end()
         path.unlink(missing_ok=True)
-        return left
+        return journal is not None
 
 
 def already_runs(folder: Path) -> RedppError:
@@ -168,22 +158,6 @@ def already_runs(folder: Path) -> RedppError:
     quoted = shlex.quote(str(folder))
     ways = f"see it with redpp-serve ab status {quoted}, end it with redpp-serve ab stop {quoted}"
     return RedppError(f"an A/B test already runs for {folder}", "one for each folder", ways)
-
-
-def _remove_left_over(file: TextIO) -> bool:
-    """Remove the state folder that a lock file names, once the dead supervisor's guard has ended all processes."""
-    name = file.read().strip()
-    if not name:
-        return False
-    state, deadline = Path(name), time.monotonic() + _GUARD_S
-    while state.exists() and time.monotonic() < deadline:  # the guard removes the folder last
-        time.sleep(0.02)
-    shutil.rmtree(state, ignore_errors=True)
-    return True
-
-
-def _lock_path(folder: Path) -> Path:
-    return state_folder() / f"ab-{sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.lock"
 
 
 @contextmanager

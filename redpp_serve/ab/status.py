@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from redpp_serve.ab.counts import COUNTERS
+from redpp_serve.ab.decisions import Decision, decisions
 from redpp_serve.ab.evidence import Evidence, Finding
-from redpp_serve.ab.gateway import switched
-from redpp_serve.ab.spec import Spec, Started
-from redpp_serve.ab.state import GATEWAY, SPEC, Heartbeat, read_json
-from redpp_serve.errors import RedppError
+from redpp_serve.ab.gateway import division, switched
+from redpp_serve.ab.spec import Spec, Started, TrafficSplit, Users
+from redpp_serve.ab.state import GATEWAY, Heartbeat
 from redpp_serve.report.formats import columns
 from redpp_serve.statistics.guardrails import Guardrail
 from redpp_serve.statistics.verdicts import Advice
 from redpp_serve.variants import NAMES
 
 _SILENT_S, _FULL_BYTES = 10.0, 1 << 20
+_SHOWN = 6  # last decisions in the text
 _PERCENTILES = {"p50": 0.5, "p99": 0.99}
 _LOADS = "The arms carry different loads: compare batches of equal size (below), not these percentiles."
 _WORDS = {True: "kept", False: "BROKEN", None: "open"}
@@ -32,13 +33,16 @@ class ArmStatus:
     """What users got from one arm. Times are in milliseconds, None before the first.
 
     Attributes:
-        configured: share of users by the split, 0 to 1.
+        configured: share of users by the split in force, 0 to 1.
         requests: users' requests, without replays.
         share: share of all users' requests, 0 to 1.
         errors: requests answered with 500 or above.
         refused: requests answered with 400 to 498.
         abandoned: requests whose sender left before there was an answer.
         by_header: requests whose sender asked for the arm.
+        failed_over: requests of the arm's users that the other arm answered, since this one was dead or failed.
+        judged: requests that say something of the arm, see `counts.Traffic`.
+        faults: those of ``judged`` that the arm failed.
         gateway_ms: p50 and p99 of the server's time for a good request, as the gateway sees it, to 1 ms.
         handler_ms: p50 and p99 of the handler's time for a batch, replays included.
     """
@@ -50,6 +54,9 @@ class ArmStatus:
     refused: int
     abandoned: int
     by_header: int
+    failed_over: int
+    judged: int
+    faults: int
     gateway_ms: dict[str, float | None]
     handler_ms: dict[str, float | None]
 
@@ -91,11 +98,14 @@ class Status:
         spec: what the test was asked to be.
         seconds: how long it has run.
         all_to: the arm that all users are sent to; None while they are divided.
+        split: the split in force while they are.
         arms: arm -> what users got from it.
+        strata: split -> what was judged while it was in force, see `counts.Stratum`.
         shadow: the replays; None without shadow mode.
         findings: the comparisons of times, the strongest first.
         guardrails: the limits.
         advice: what to do.
+        decisions: what was decided so far.
         problems: sentences about what the supervisor could not mend.
         urls: addresses of the ``gateway`` and of the test's ``metrics``.
     """
@@ -105,11 +115,14 @@ class Status:
     spec: Spec
     seconds: float
     all_to: str | None
+    split: TrafficSplit
     arms: dict[str, ArmStatus]
+    strata: dict[str, dict[str, dict[str, int]]]
     shadow: ShadowStatus | None
     findings: list[Finding]
     guardrails: list[Guardrail]
     advice: Advice
+    decisions: list[Decision]
     problems: list[str]
     urls: Mapping[str, str]
 
@@ -119,21 +132,24 @@ class Status:
         return {
             "name": self.name,
             "server": self.kind,
-            "spec": self.spec.to_json(),
+            "spec": self.spec.to_json(secrets=False),
             "seconds": self.seconds,
             "all_to": self.all_to,
+            "split": str(self.split),
             "arms": {arm: asdict(status) for arm, status in self.arms.items()},
+            "strata": self.strata,
             "shadow": self.shadow and asdict(self.shadow),
             "verdicts": verdicts,
             "advice": asdict(self.advice),
             "guardrails": [_finite(asdict(rail)) for rail in self.guardrails],
+            "decisions": [asdict(decision) for decision in self.decisions],
             "problems": self.problems,
             "urls": dict(self.urls),
         }
 
     def to_text(self) -> str:
         """Return a table for the terminal that ends with the advice."""
-        table = columns([("", *NAMES), *self._rows()])
+        table = columns([("", *NAMES), *self.rows()])
         return "\n".join([*self._head(), "", *table, "", *self._body()])
 
     def _head(self) -> Iterator[str]:
@@ -142,7 +158,7 @@ class Status:
             yield f"{self.name} on {self.kind}: all {whom} go to {self.all_to}"
         else:
             by = f", by {spec.sticky}" if spec.sticky else ""
-            shares = f"{spec.split.original} % of {whom} to original, {spec.split.pruned} % to pruned"
+            shares = f"{self.split.original} % of {whom} to original, {self.split.pruned} % to pruned"
             yield f"{self.name} on {self.kind}: {shares}{by}"
         extras = [f"pruned from {spec.candidate}"] if spec.candidate else []
         extras += ["shadow mode"] if spec.shadow else []
@@ -150,7 +166,8 @@ class Status:
         for problem in self.problems:
             yield f"PROBLEM: {problem}"
 
-    def _rows(self) -> Iterator[tuple[str, str, str]]:
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """Yield the table's rows: what is counted, of the original, of the pruned version."""
         original, pruned = (self.arms[arm] for arm in NAMES)
         yield "requests", str(original.requests), str(pruned.requests)
         yield "share", _or_dash(original.share, ".1%"), _or_dash(pruned.share, ".1%")
@@ -160,6 +177,8 @@ class Status:
             yield "left unanswered", str(original.abandoned), str(pruned.abandoned)
         if original.by_header or pruned.by_header:
             yield "asked for by header", str(original.by_header), str(pruned.by_header)
+        if original.failed_over or pruned.failed_over:
+            yield "answered by the other", str(original.failed_over), str(pruned.failed_over)
         for place, form in (("gateway", ".0f"), ("handler", ".2f")):
             for key in _PERCENTILES:
                 values = [getattr(arm, f"{place}_ms")[key] for arm in (original, pruned)]
@@ -174,6 +193,9 @@ class Status:
             yield f"{_WORDS[rail.ok]:<6}  {rail.text}."
         for finding in self.findings:
             yield f"{finding.source:<6}  {finding.verdict.text}."
+        if self.spec.auto or len(self.decisions) > 1:
+            yield ""
+            yield from map(str, self.decisions[-_SHOWN:])
         yield ""
         yield self.advice.text
 
@@ -182,6 +204,20 @@ def make_status(
     state: Path, test: Started, evidence: Evidence, urls: Mapping[str, str], problems: Sequence[str]
 ) -> Status:
     """Return the status now, with all that ``evidence`` can take in; ``urls`` are of ``gateway`` and ``metrics``."""
+    now = division(state / GATEWAY)
+    users = Users(switched(state / GATEWAY), now.split if now else test.spec.split)
+    return status_of(test, evidence, users, decisions(state), urls, problems)
+
+
+def status_of(
+    test: Started,
+    evidence: Evidence,
+    users: Users,
+    made: Sequence[Decision],
+    urls: Mapping[str, str],
+    problems: Sequence[str],
+) -> Status:
+    """Return the status now of a test whose users are known to go where ``users`` says; see `make_status`."""
     evidence.refresh()
     findings, guardrails, spec = evidence.findings(), evidence.guardrails(), test.spec
     return Status(
@@ -189,47 +225,49 @@ def make_status(
         kind=spec.kind,
         spec=spec,
         seconds=time.time() - test.started,
-        all_to=switched(state / GATEWAY),
-        arms={arm: _arm(arm, spec, evidence) for arm in NAMES},
+        all_to=users.all_to,
+        split=users.split,
+        arms={arm: _arm(arm, users.split, evidence) for arm in NAMES},
+        strata={
+            split: {"judged": dict(stratum.judged), "faults": dict(stratum.faults)}
+            for split, stratum in evidence.totals.traffic.strata.items()
+        },
         shadow=_shadow(evidence) if spec.shadow else None,
         findings=findings,
         guardrails=guardrails,
         advice=evidence.advice(findings, guardrails),
+        decisions=list(made),
         problems=list(problems),
         urls=urls,
     )
 
 
-def read_status(state: Path, urls: Mapping[str, str]) -> Status:
+def read_status(state: Path, test: Started, urls: Mapping[str, str], problems: Sequence[str] = ()) -> Status:
     """Return the status of a test that another process supervises, from the files of its state folder.
 
-    Raises:
-        RedppError: the state folder is gone.
+    Args:
+        state: the state folder; where it is lost, nothing is counted and all users get the original.
+        test: the test.
+        urls: of ``gateway`` and ``metrics``.
+        problems: sentences about what is known to be wrong.
     """
-    document = read_json(state / SPEC)
-    if document is None:
-        raise RedppError(
-            f"the A/B test's folder {state} is gone, and what it recorded with it",
-            "its state folder",
-            "end it with redpp-serve ab stop, and start another one",
-        )
-    test, heartbeat = Started.from_json(document), Heartbeat.read(state)
-    problems = [*heartbeat.problems, *_silence(state, heartbeat.looked)]
-    return make_status(state, test, Evidence(state, test.spec), urls, problems)
+    heartbeat = Heartbeat.read(state)
+    silence = () if problems else _silence(state, heartbeat.looked)
+    return make_status(state, test, Evidence(state, test.spec), urls, [*problems, *heartbeat.problems, *silence])
 
 
 def _silence(state: Path, looked: float | None) -> Iterator[str]:
     """Yield a sentence if the supervisor has not written for long; ``looked`` is on the clock of ``time.monotonic``."""
     if looked is not None and (seconds := time.monotonic() - looked) > _SILENT_S:
-        full = shutil.disk_usage(state).free < _FULL_BYTES
+        full = state.exists() and shutil.disk_usage(state).free < _FULL_BYTES
         why = f"the disk that holds {state} is full" if full else "it may be restarting the server"
         yield f"nothing was written down for {seconds:.0f} s, and the numbers below are as old: {why}"
 
 
-def _arm(arm: str, spec: Spec, evidence: Evidence) -> ArmStatus:
+def _arm(arm: str, split: TrafficSplit, evidence: Evidence) -> ArmStatus:
     traffic = evidence.totals.traffic
     return ArmStatus(
-        configured=spec.split.ratio(arm),
+        configured=split.ratio(arm),
         share=traffic.share(arm),
         **{name: getattr(traffic, name)[arm] for name in COUNTERS},
         gateway_ms={key: traffic.percentile_ms(arm, q) for key, q in _PERCENTILES.items()},

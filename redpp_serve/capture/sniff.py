@@ -7,28 +7,25 @@ Formats: the ZIP application note (APPNOTE.TXT), ``pickletools`` of the standard
 from __future__ import annotations
 
 import codecs
+import io
 import pickletools
-import re
-import zipfile
-import zlib
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import IO
 
-from redpp_serve.errors import RedppError
+from redpp_serve.archives import MEMORY_ERRORS, ZIP_ERRORS, hostile, open_zip, read_entry
+from redpp_serve.capture.foreign_files import Foreign, identify, identify_zip
+from redpp_serve.capture.pickles import MAX_BYTES, PickleScan, operations, read_head, scan_operations
+from redpp_serve.errors import RedppError, printable
 
 HEAD_BYTES = 4096
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object of a torch.save file from before torch 1.6
-BOMB_RATIO, BOMB_SLACK = 8, 16 << 20  # torch stores tensors uncompressed; only TorchScript's sources deflate
-MODULE_STATE = {"_parameters", "_modules"}  # keys of every nn.Module's __dict__
 ARCHIVE_MAGICS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c")
-PICKLE_ERRORS = (ValueError, OverflowError, MemoryError)  # what damaged lengths in a pickle lead to
-ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, *PICKLE_ERRORS)
-EXPECTED = "a state_dict (.pt, .pth or .safetensors), a pickled module, TorchScript or a .pt2 exported program"
+EXPECTED = (
+    "a state_dict (.pt, .pth or .safetensors), a pickled module, TorchScript, a .pt2 exported program or an ONNX model"
+)
 
 
 class FileKind(Enum):
@@ -37,11 +34,13 @@ class FileKind(Enum):
     STATE_DICT = "torch.save state_dict"
     LEGACY_STATE_DICT = "torch.save state_dict in the format before torch 1.6"
     SAFETENSORS = "safetensors state_dict"
+    INDEX = "index of weights in several files"
     MODULE = "pickled module"
     OBJECTS = "pickle that names code beside tensors"
     TORCHSCRIPT = "TorchScript program"
     EXPORTED = ".pt2 exported program"
     PLAIN_PICKLE = "pickle that torch.save did not write"
+    FOREIGN = "file of another program"
     ONNX = "ONNX model"
     HTML = "HTML or XML page"
     LFS_POINTER = "Git LFS pointer"
@@ -69,7 +68,7 @@ _RUNS_CODE = {FileKind.MODULE, FileKind.OBJECTS, FileKind.TORCHSCRIPT, FileKind.
 _RESAVE = "write the weights with torch.save(model.state_dict(), 'model.pt') or with safetensors"
 _DO: dict[FileKind, str] = {
     FileKind.PLAIN_PICKLE: _RESAVE,
-    FileKind.ONNX: "give the PyTorch weights that the ONNX file was exported from",
+    FileKind.FOREIGN: _RESAVE,
     FileKind.HTML: "the download saved a login or error page in place of the weights: fetch the file again",
     FileKind.LFS_POINTER: "run `git lfs pull` in the repository that holds it, then try again",
     FileKind.EMPTY: "fetch or save the file again: it holds no bytes",
@@ -82,62 +81,37 @@ _DO: dict[FileKind, str] = {
 }
 
 
-@dataclass(frozen=True)
-class PickleScan:
-    """What a pickle names.
-
-    Attributes:
-        globals: names as ``module.name`` in order of first use.
-        has_module_state: whether the keys of a module's ``__dict__`` are among its strings.
-    """
-
-    globals: tuple[str, ...]
-    has_module_state: bool
-
-    @property
-    def unsafe(self) -> tuple[str, ...]:
-        """Globals that no state_dict needs."""
-        return tuple(name for name in self.globals if not _SAFE_GLOBAL.fullmatch(name))
-
-
-# Names that torch.load(weights_only=True) accepts, roughly. They only tell kinds apart: torch enforces its own list.
-_SAFE_GLOBAL = re.compile(
-    r"collections\.(OrderedDict|Counter)|builtins\.(set|bytearray|complex)|_codecs\.encode"
-    r"|torch\.(cuda\.)?(sparse\.)?\w+(Storage|Tensor)|torch\.(Size|Tensor|device|storage\.\w+Storage)"
-    r"|torch\.((q?u?int|bits|b?float|complex)\d\w*|bool|per_\w+_(affine|symmetric)\w*)"
-    r"|torch\.nn\.parameter\.Parameter|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2"
-    r"|torch\.serialization\._get_layout"
-)
-
-
 def sniff(path: Path) -> FileKind:
     """Tell the kind of the file at ``path``.
 
     Raises:
         RedppError: no such file, not readable, not a regular file, or a hostile zip (see `open_zip`).
     """
-    if path.is_dir():
-        return FileKind.DIRECTORY
-    if not path.is_file():
-        state = "is not a regular file" if path.exists() else "does not exist"
-        raise RedppError(f"{path} {state}", EXPECTED, "check the path")
     try:
+        if path.is_dir():
+            return FileKind.FOREIGN if identify(path) else FileKind.DIRECTORY
+        if not path.is_file():
+            state = "is not a regular file" if path.exists() else "does not exist"
+            raise RedppError(f"{path} {state}", EXPECTED, "check the path")
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
     except OSError as error:
-        raise RedppError(f"{path} cannot be read: {error.strerror}", EXPECTED, "check its permissions") from error
+        do = "check its name and its permissions"
+        raise RedppError(f"{path} cannot be read: {error.strerror}", EXPECTED, do) from error
     if head[8:9] == b"{" and head[5:8] == bytes(3):  # asked first: a header of 640 bytes starts like a pickle
         return FileKind.SAFETENSORS
     if head.startswith(ZIP_MAGIC):
         return _sniff_zip(path)
     if len(head) > 1 and head[0] == 0x80 and head[1] <= 5:
         return _sniff_pickle(path)
-    return _sniff_head(head)
+    return FileKind.FOREIGN if head and identify(path) else _sniff_head(head)
 
 
 def refusal(path: Path, kind: FileKind) -> RedppError:
     """Make the error for a file that is not `FileKind.loadable`: what it is and what to do about it."""
-    article = "an" if kind in (FileKind.ONNX, FileKind.HTML, FileKind.EMPTY) else "a"
+    if kind is FileKind.FOREIGN and (found := _foreign(path)):
+        return RedppError(f"{path} is a file of another program: {found.what}", EXPECTED, found.do)
+    article = "an" if kind in (FileKind.HTML, FileKind.EMPTY) else "a"
     do = _DO[kind]
     if kind is FileKind.DIRECTORY:
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth", ".bin", ".pt2"))
@@ -149,18 +123,20 @@ def scan(path: Path) -> PickleScan:
     """List the globals of every pickle that loading a torch.save file or plain pickle would run, and run none.
 
     Raises:
-        RedppError: see `open_zip`.
+        RedppError: see `open_zip` and `pickles.scan_operations`.
         ValueError: the bytes are not a whole pickle.
     """
     if is_zip(path):
         with open_zip(path) as archive:
-            pickles = [read_entry(archive, info) for info in archive.infolist() if _inner(info.filename) == "data.pkl"]
-        return _scan(op for data in pickles for op in pickletools.genops(data))
+            entries = [info for info in archive.infolist() if _inner(info.filename) == "data.pkl"]
+            if sum(info.file_size for info in entries) > MAX_BYTES:
+                raise hostile(archive, f"{path} holds a pickle of more than {MAX_BYTES >> 20} MiB beside its tensors")
+            return scan_operations(op for info in entries for op in operations(read_entry(archive, info)))
     with path.open("rb") as file:
-        legacy = _first_object(file) == LEGACY_MAGIC
-        file.seek(0)
-        # magic number, protocol version, machine's sizes, the object itself, names of the storages that follow
-        return _scan(op for _ in range(5 if legacy else 1) for op in pickletools.genops(file))
+        head = read_head(file)
+    # magic number, protocol version, machine's sizes, the object itself, names of the storages that follow
+    legacy = _first_object(io.BytesIO(head)) == LEGACY_MAGIC
+    return scan_operations(operations(head, 5 if legacy else 1))
 
 
 def is_zip(path: Path) -> bool:
@@ -169,55 +145,23 @@ def is_zip(path: Path) -> bool:
         return file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
 
 
-def open_zip(path: Path) -> zipfile.ZipFile:
-    """Open a zip once its table of contents has proved harmless, before any entry is read.
-
-    Raises:
-        RedppError: names that repeat or lead out of the archive, encryption, or declared sizes far beyond the file's.
-        zipfile.BadZipFile: the table is damaged.
-    """
-    archive = zipfile.ZipFile(path)
-    seen: set[str] = set()
-    for info in archive.infolist():
-        parts = re.split(r"[/\\]", info.filename)
-        if ".." in parts or parts[0] == "" or re.match(r"[A-Za-z]:", info.filename):
-            raise _hostile(archive, f"{path} holds an entry that leads out of the archive: {info.filename[:80]!r}")
-        if info.filename in seen:
-            raise _hostile(archive, f"{path} holds two entries named {info.filename[:80]!r}")
-        if info.flag_bits & 1:
-            raise _hostile(archive, f"{path} holds an encrypted entry: {info.filename[:80]!r}")
-        seen.add(info.filename)
-    size, declared = path.stat().st_size, sum(info.file_size for info in archive.infolist())
-    if declared > BOMB_RATIO * size + BOMB_SLACK:
-        raise _hostile(archive, f"{path} has {size} bytes and declares {declared} bytes once unpacked (a zip bomb)")
-    return archive
-
-
-def read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    """Read one entry and check it against its checksum, if it has one.
-
-    `torch.serialization.set_crc32_options(False)` writes zero for every checksum, which zipfile would refuse.
-    """
-    if info.CRC == 0 and hasattr(info, "CRC"):
-        del info.CRC
-    return archive.read(info)
-
-
 def shorten(names: Iterable[str], limit: int = 5) -> str:
     """List the first ``limit`` names, and say how many more there are."""
-    names = list(names)
+    names = [printable(name) for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(name if len(name) <= 80 else name[:77] + "..." for name in names[:limit]) + more
 
 
 def first_line(error: BaseException) -> str:
     """Return an exception's class and the first line of its text."""
-    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"
+    return printable(f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}")
 
 
-def _hostile(archive: zipfile.ZipFile, found: str) -> RedppError:
-    archive.close()
-    return RedppError(found, "an archive as torch.save writes it", "do not use this file; fetch it from its author")
+def _foreign(path: Path) -> Foreign | None:
+    if path.is_file() and is_zip(path):
+        with open_zip(path) as archive:
+            return identify_zip(archive.namelist())
+    return identify(path)
 
 
 def _inner(name: str) -> str:
@@ -228,12 +172,15 @@ def _inner(name: str) -> str:
 def _sniff_zip(path: Path) -> FileKind:
     try:
         with open_zip(path) as archive:
-            names = {_inner(name) for name in archive.namelist()}
+            whole = archive.namelist()
+        names = {_inner(name) for name in whole}
         if "constants.pkl" in names or any(name.startswith("code/") for name in names):
             return FileKind.TORCHSCRIPT
         if "archive_format" in names or "serialized_exported_program.json" in names:
             return FileKind.EXPORTED
-        return _pickle_kind(scan(path), FileKind.STATE_DICT) if "data.pkl" in names else FileKind.OTHER_ZIP
+        if "data.pkl" in names:
+            return _pickle_kind(scan(path), FileKind.STATE_DICT)
+        return FileKind.FOREIGN if identify_zip(whole) else FileKind.OTHER_ZIP
     except ZIP_ERRORS:
         return FileKind.TRUNCATED
 
@@ -242,9 +189,9 @@ def _sniff_pickle(path: Path) -> FileKind:
     try:
         with path.open("rb") as file:
             if _first_object(file) != LEGACY_MAGIC:
-                return FileKind.PLAIN_PICKLE
+                return FileKind.FOREIGN if identify(path) else FileKind.PLAIN_PICKLE
         return _pickle_kind(scan(path), FileKind.LEGACY_STATE_DICT)
-    except PICKLE_ERRORS:
+    except MEMORY_ERRORS:
         return FileKind.TRUNCATED
 
 
@@ -263,7 +210,7 @@ def _sniff_head(head: bytes) -> FileKind:
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         return FileKind.LFS_POINTER
     if _is_text(head):
-        return FileKind.TEXT
+        return FileKind.INDEX if start.startswith(b"{") and b'"weight_map"' in head else FileKind.TEXT
     if head[8:9] == b"{":  # after a header length beyond all reason
         return FileKind.SAFETENSORS
     if head.startswith(ARCHIVE_MAGICS) or head[257:262] == b"ustar":
@@ -285,35 +232,3 @@ def _is_text(head: bytes) -> bool:
 def _first_object(file: IO[bytes]) -> object:
     """Return what the first opcode with content pushes: the value, if the first pickle is one number."""
     return next(arg for op, arg, _ in pickletools.genops(file) if op.name not in ("PROTO", "FRAME"))
-
-
-def _scan(ops: Iterable[tuple[pickletools.OpcodeInfo, object, int | None]]) -> PickleScan:
-    """Follow strings through stack and memo far enough to name STACK_GLOBAL's operands; others are '(computed)'."""
-    found: dict[str, None] = {}
-    state: set[str] = set()
-    memo: dict[object, str | None] = {}
-    top: deque[str | None] = deque([None, None], maxlen=2)
-    for op, arg, _ in ops:
-        if op.name in ("GLOBAL", "INST"):
-            found[str(arg).replace(" ", ".", 1)] = None
-        elif op.name == "STACK_GLOBAL":
-            found[".".join(part if part is not None else "(computed)" for part in top)] = None
-        elif op.name.startswith("EXT"):
-            found[f"copyreg extension {arg}"] = None
-        if op.name == "STOP":
-            memo = {}
-        elif op.name == "MEMOIZE":
-            memo[len(memo)] = top[-1]
-        elif op.name.endswith("PUT"):
-            memo[arg] = top[-1]
-        elif op.name.endswith("GET"):
-            top.append(memo.get(arg))
-        elif op.name.endswith(("UNICODE", "UNICODE8", "STRING")):
-            top.append(str(arg))
-            state |= {str(arg)} & MODULE_STATE
-        elif op.stack_after:
-            top.append(None)
-        elif op.stack_before:  # pops only: what lies on top now was not followed
-            top.extend((None, None))
-    named = tuple(name.replace("__builtin__.", "builtins.", 1) for name in found)
-    return PickleScan(named, state == MODULE_STATE)

@@ -135,6 +135,14 @@ class Coupling:
 
         return positions
 
+    def entries(self, value: str, axis: int) -> dict[str, int]:
+        """Return how many entries of a value along an axis each channel has, by the name of its open set."""
+        roots = self._axes.get(value, {}).get(axis)
+        if roots is None:
+            return {}
+        found = {c.name: int(torch.isin(roots, self._roots[c.name]).sum()) // c.channels for c in self.open}
+        return {name: count for name, count in found.items() if count}
+
 
 def couple(graph: Graph, exclude: Sequence[str] = ()) -> Coupling:
     """Find all sets of coupled channels.

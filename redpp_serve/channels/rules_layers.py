@@ -1,7 +1,7 @@
 """Rules of operators that sum over channels or take statistics.
 
-Convolutions, Linear and matrix products read channels; the former two also create them. A statistic over positions
-treats each channel by itself; one over channels ties them.
+Convolutions, Linear and matrix products read channels; the former two and embeddings create them. A statistic over
+positions treats each channel by itself; one over channels ties them.
 """
 
 from __future__ import annotations
@@ -147,6 +147,29 @@ def linear(walk: Walk, node: Node) -> Any:
     if len(moves) > 1:
         return _refuse(walk, node, "it reads another axis than that of the channels")
     return walk.spread(_read(walk, node, walk.along(labels, last), last, 1, shape[-1]), last, shape)
+
+
+def embedding(walk: Walk, node: Node) -> Any:
+    """Create the channels along the last axis: the columns of the table."""
+    table, shape = node.args[0], walk.shapes[node.name]
+    for labels in tensors_in(walk.value(node.args[1])):
+        walk.labels.close(labels, f"is looked up ({node.name})")
+    if not walk.is_own(table):
+        return unknown(walk, node)
+    created = walk.rows(table, 1, shape[-1])
+    walk.use(table, 1, created)
+    walk.produced.append(Produced(table.name.removesuffix(".weight"), created))
+    return walk.spread(created, len(shape) - 1, shape)
+
+
+def recurrent(walk: Walk, node: Node) -> Any:
+    """Close what a recurrent operator reads, and all of its own channels."""
+    for name in node.refs():
+        for labels in tensors_in(walk.value(Ref(name))):
+            walk.labels.close(labels, f"is read by {op_name(node)} ({node.name}), which stays whole")
+        if name in walk.graph.tensors and walk.graph.tensors[name].dim() > 1:
+            walk.refused[name.removesuffix(".weight")] = "a recurrent operator stays whole"
+    return walk.opaque(node)
 
 
 def _refuse(walk: Walk, node: Node, reason: str) -> Tensor:

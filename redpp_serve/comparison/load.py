@@ -26,7 +26,7 @@ PREFLIGHT_INPUTS = 4
 BLOCK_LATENCIES, SHORTEST_BLOCK_S, MOST_BLOCKS, FEWEST_BLOCKS = 20, 0.25, 16, 4
 PERCENTILES = (50, 95, 99)
 CONNECTIONS = 32
-_THERE_AND_BACK = (0, 1, 1, 0)  # order of the versions that cancels a linear drift
+THERE_AND_BACK = (0, 1, 1, 0)  # order of the versions that cancels a linear drift
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,14 @@ def run_blocks(
     counts: tuple[list[Throughput], list[Throughput]] = ([], [])
     with load.warm() as (pool, versions):
         for block in range(blocks):
-            version = _THERE_AND_BACK[block % 4]
+            version = THERE_AND_BACK[block % 4]
             counts[version].append(_closed_loop(pool, versions[version], load.payloads, block_seconds, rng))
             progress((block + 1) / blocks)
+    return block_throughput(counts, rng)
+
+
+def block_throughput(counts: tuple[list[Throughput], list[Throughput]], rng: np.random.Generator) -> BlockThroughput:
+    """Return the throughput of both versions from their alternating blocks, neighbours at the same place."""
     logs = [np.log(y.rps / x.rps) for x, y in zip(*counts, strict=True) if x.completed and y.completed]
     original, pruned = map(_total, counts)
     if len(logs) < 2:
@@ -216,10 +221,10 @@ class OpenLoop:
 def measure_open_loop(load: Load, rate_rps: float, seconds: float, progress: Progress = lambda share: None) -> OpenLoop:
     """Send Poisson arrivals to each version in turn, original, pruned, pruned, original, for ``seconds`` in all."""
     replies: tuple[list[Reply], list[Reply]] = ([], [])
-    for turn, version in enumerate(_THERE_AND_BACK):
-        schedule = Schedule(rate_rps, seconds / len(_THERE_AND_BACK), CONNECTIONS, load.seed + turn)
+    for turn, version in enumerate(THERE_AND_BACK):
+        schedule = Schedule(rate_rps, seconds / len(THERE_AND_BACK), CONNECTIONS, load.seed + turn)
         replies[version].extend(run_open_loop(load.endpoints[version], load.payloads, schedule))
-        progress((turn + 1) / len(_THERE_AND_BACK))
+        progress((turn + 1) / len(THERE_AND_BACK))
     rng = np.random.default_rng(load.seed)
     good = [[1000 * reply.latency_s for reply in each if reply.ok] for each in replies]
     latency = tuple({f"p{q}": percentile_interval(x, q / 100, rng) for q in PERCENTILES} if x else None for x in good)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from redpp_serve.handlers.wire import OUTPUTS_KEY
+from redpp_serve.handlers.wire import OUTPUTS_KEY, PREDICTIONS_KEY
+from redpp_serve.report.data import Report
 
 # The protocol's names of types for a tensor's bytes; BF16 and BYTES have no counterpart.
 _TYPES = {
@@ -21,14 +23,38 @@ _TYPES = {
 }
 
 
+@dataclass(frozen=True)
+class Heads:
+    """What is known of a network's outputs before any answer.
+
+    Attributes:
+        names: their names, in order; empty where nobody knows them.
+        classes: positions of those that are class scores, so that their largest entry is an answer.
+    """
+
+    names: tuple[str, ...] = ()
+    classes: tuple[int, ...] = (0,)
+
+
+UNKNOWN = Heads()
+
+
+def heads_of(report: Report) -> Heads:
+    """Return what a package's report says of its network's outputs; that of a former release says nothing."""
+    outputs = (report.verify and report.verify.outputs) or []
+    if not outputs:
+        return UNKNOWN
+    return Heads(tuple(str(x.output) for x in outputs), tuple(k for k, x in enumerate(outputs) if x.classes))
+
+
 class Difference(NamedTuple):
     """How far apart two answers are.
 
     Attributes:
         relative: the largest over the outputs of |original - pruned| / |original| (Euclidean); infinite where shapes
             or numbers of outputs differ, or an original of zeros is not met.
-        top1: whether the first output has its largest value at the same places; None where it is no vector of
-            classes.
+        top1: whether all outputs of class scores have their largest value at the same places; None where there are
+            none.
     """
 
     relative: float
@@ -43,7 +69,12 @@ def read_outputs(body: bytes) -> list[np.ndarray]:
     """
     try:
         document, end = json.JSONDecoder().raw_decode(body.decode("latin-1"))
+        if PREDICTIONS_KEY in document:  # the outputs of each item
+            rows = [r.values() if isinstance(r, dict) else r for r in document[PREDICTIONS_KEY]]
+            return finite(zip(*rows, strict=True))
         outputs = document[OUTPUTS_KEY]
+        if isinstance(outputs, dict):
+            return finite(outputs.values())
         if all(isinstance(output, dict) for output in outputs):
             return finite(_tensors(outputs, body[end:]))
         return finite(outputs)
@@ -79,13 +110,16 @@ def _tensors(outputs: Sequence[dict[str, Any]], binary: bytes) -> list[np.ndarra
     return arrays
 
 
-def difference(original: Sequence[np.ndarray], pruned: Sequence[np.ndarray]) -> Difference:
-    """Compare the outputs of one request, each of any shape."""
+def difference(
+    original: Sequence[np.ndarray], pruned: Sequence[np.ndarray], scores: Sequence[int] = Heads.classes
+) -> Difference:
+    """Compare the outputs of one request, each of any shape; those at the positions ``scores`` are class scores."""
     if [array.shape for array in original] != [array.shape for array in pruned]:
-        return Difference(math.inf, False)
-    relative = max(_relative(a, b) for a, b in zip(original, pruned, strict=True))
-    top = classes(original[0])
-    return Difference(relative, None if top is None else top == classes(pruned[0]))
+        return Difference(math.inf, False if scores else None)
+    relative = max(map(relative_difference, original, pruned))
+    tops = [(classes(original[k]), classes(pruned[k])) for k in scores if k < len(original)]
+    same = [a == b for a, b in tops if a is not None]
+    return Difference(relative, all(same) if same else None)
 
 
 def classes(output: np.ndarray) -> list[int] | None:
@@ -96,6 +130,7 @@ def classes(output: np.ndarray) -> list[int] | None:
     return top
 
 
-def _relative(a: np.ndarray, b: np.ndarray) -> float:
+def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the Euclidean norm of b - a over that of a; infinite where only that of a is zero."""
     scale = float(np.linalg.norm(a))
     return float(np.linalg.norm(a - b)) / scale if scale else (math.inf if (a != b).any() else 0.0)

@@ -14,9 +14,9 @@ import numpy as np
 
 from redpp_serve.comparison.client import TIMEOUT_S, Endpoint, Exchange, Payload
 from redpp_serve.graph.graph import InputSpec
-from redpp_serve.handlers.payload import BadRequest, parse
+from redpp_serve.handlers.payload import BadRequest, parse_items
 from redpp_serve.handlers.preprocess import Preprocess
-from redpp_serve.handlers.wire import HANDLER_PARAMETER, output_name, read_seconds
+from redpp_serve.handlers.wire import HANDLER_PARAMETER, read_seconds
 
 _KEPT_BYTES = 256 << 20  # of converted inputs, for each connection
 # As TorchServe would say it over HTTP, so that both servers' errors read alike.
@@ -67,10 +67,10 @@ class TritonConnection:
             inputs = self._inputs(payload)
         except BadRequest as error:
             return Exchange(time.perf_counter(), 0.0, None, 400, b"", f"found {error}")
-        return self.infer(inputs)
+        return self.infer(inputs, payload.items)
 
-    def infer(self, inputs: list[Any]) -> Exchange:
-        """Send tritonclient inputs as they are, see `as_input`."""
+    def infer(self, inputs: list[Any], items: int = 1) -> Exchange:
+        """Send tritonclient inputs as they are, see `as_input`; outputs of one item have no leading dimension."""
         from tritonclient.utils import InferenceServerException  # noqa: PLC0415
 
         client = self._open()
@@ -87,7 +87,9 @@ class TritonConnection:
             status = _STATUS.get(str(error.status()).removeprefix("StatusCode."), 500)
             return Exchange(start, time.perf_counter() - start, None, status, b"", error.message() or str(error))
         seconds = time.perf_counter() - start
-        return Exchange(start, seconds, _handler_seconds(result), 200, result.as_numpy(output_name(0))[0], "")
+        outputs = [result.as_numpy(output.name) for output in result.get_response().outputs]
+        outputs = [output[0] for output in outputs] if items == 1 else outputs
+        return Exchange(start, seconds, _handler_seconds(result), 200, outputs, "")
 
     def _open(self) -> Any:
         from tritonclient.grpc import InferenceServerClient  # noqa: PLC0415
@@ -98,14 +100,13 @@ class TritonConnection:
         return self._client
 
     def _inputs(self, payload: Payload) -> list[Any]:
-        """Return the payload as Triton's inputs of batch 1, kept for the next time while there is room."""
+        """Return the payload as Triton's inputs, batch first, kept for the next time while there is room."""
         if payload in self._converted:
             return self._converted[payload]
-        tensors = parse({"body": payload.body}, self.endpoint.inputs, self.endpoint.preprocess)
-        inputs = [
-            as_input(spec.name, tensor[None].numpy())
-            for spec, tensor in zip(self.endpoint.inputs, tensors, strict=True)
-        ]
+        tensors = parse_items({"body": payload.body}, self.endpoint.inputs, self.endpoint.preprocess).tensors
+        if len(tensors[0]) != payload.items:
+            raise BadRequest(f"{len(tensors[0])} items, expected {payload.items}")
+        inputs = [as_input(spec.name, x.numpy()) for spec, x in zip(self.endpoint.inputs, tensors, strict=True)]
         self._bytes += sum(tensor.nbytes for tensor in tensors)
         if self._bytes <= _KEPT_BYTES:
             self._converted[payload] = inputs

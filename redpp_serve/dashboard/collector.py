@@ -72,11 +72,20 @@ class Collector:
         urls: returns the metrics URLs. It is asked again while one of them does not answer, as a server that was
             restarted has other ports; a RedppError then means that nothing has changed.
         every_s: seconds from scrape to scrape.
+        server: returns the kind of server that runs, or None; it is asked when ``urls`` is.
     """
 
-    def __init__(self, folder: Path, model: str, urls: Callable[[], list[str]], every_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: str,
+        urls: Callable[[], list[str]],
+        every_s: float = 1.0,
+        server: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self._folder, self._model, self._urls, self._every_s = folder, model, urls, every_s
         self._targets = [Target(url) for url in urls()]
+        self._ask_server, self._server = server, server()
         self._history = History()
         self._trend: deque[tuple[int, float, dict[str, float | None]]] = deque()
         self._number, self._served_at = 0, math.nan
@@ -121,6 +130,7 @@ class Collector:
             urls = self._urls()
         except RedppError:
             return
+        self._server = self._ask_server()
         known = {target.url: target for target in self._targets}
         self._targets = [known.get(url) or Target(url) for url in urls]
 
@@ -153,6 +163,7 @@ class Collector:
                 values=merged(target.last for target in targets if target.last and target.up),
                 report=report,
                 report_time=when,
+                server=self._server,
                 problems={target.url: target.problem for target in targets},
                 serving={target.url for target in targets if target.serves},
                 others={name for target in targets if target.last for name in target.last.others},

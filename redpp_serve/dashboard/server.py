@@ -60,7 +60,9 @@ def serving(folder: Path, *, port: int | None = None, urls: Sequence[str] = (), 
             "the package prometheus-client is not installed", "it, to read metrics", "pip install 'redpp-serve[serve]'"
         )
     given = check_urls(urls)
-    collector = Collector(folder, model_name(folder), lambda: given or metrics_urls(folder), every_s)
+    collector = Collector(
+        folder, model_name(folder), lambda: given or metrics_urls(folder), every_s, lambda: _server(folder)
+    )
     document, policy = page()
     try:
         server = ThreadingHTTPServer((ADDRESS, port or 0), partial(_Handler, collector, document, policy))
@@ -91,6 +93,13 @@ def metrics_urls(folder: Path) -> list[str]:
     running = find(folder)
     experiment = running.extra.get("ab_metrics")
     return check_urls([*running.metrics_urls, *([str(experiment)] if experiment else [])])
+
+
+def _server(folder: Path) -> str | None:
+    try:
+        return find(folder).kind
+    except RedppError:
+        return None
 
 
 def check_urls(urls: Iterable[str]) -> list[str]:

@@ -20,21 +20,10 @@ from redpp_serve.dashboard.window import (
     noise,
     percentile_ratio,
 )
+from redpp_serve.errors import printable
 from redpp_serve.metrics_reader import Key
 from redpp_serve.report.data import Report
-from redpp_serve.report.formats import (
-    DASH,
-    count,
-    exact,
-    milliseconds,
-    percent,
-    printable,
-    quotient,
-    rate,
-    shorten,
-    size,
-    times,
-)
+from redpp_serve.report.formats import DASH, count, exact, milliseconds, percent, quotient, rate, shorten, size, times
 from redpp_serve.variants import NAMES
 
 NO_TRAFFIC = "no traffic"
@@ -64,6 +53,7 @@ class Shown:
         values: the latest values, of gauges and counters.
         report: the folder's report.json.
         report_time: when it was written.
+        server: the kind of server that runs, ``torchserve`` or ``triton``; None where it is unknown.
         problems: metrics URL -> why the last scrape failed; empty if it did not.
         serving: URLs that have shown one of the model's versions.
         others: names of other models at these URLs.
@@ -75,6 +65,7 @@ class Shown:
     values: Mapping[Key, float] = field(default_factory=dict)
     report: Report = field(default_factory=lambda: Report.from_json({}))
     report_time: str = ""
+    server: str | None = None
     problems: Mapping[str, str] = field(default_factory=dict)
     serving: AbstractSet[str] = frozenset()
     others: AbstractSet[str] = frozenset()
@@ -175,14 +166,20 @@ def _faster(window: Window, last: str, counts: str) -> Headline:
         )
     original, pruned = (window.quantile(HANDLER, variant, 0.5) for variant in NAMES)
     ratio = percentile_ratio(window, 0.5)
-    if mean and original and pruned and original.low == pruned.low:  # the ratio of their percentiles says nothing
+    bounds = (ratio.low or 0.0, math.inf if ratio.high is None else ratio.high) if ratio else (0.0, math.inf)
+    open_ended = bounds[0] <= 1 <= bounds[1]  # the percentiles' buckets do not tell which is faster
+    if mean and original and pruned and open_ended:
         ratio, basis, measure = mean, f"mean at equal batch size, {last}", "Mean handler time"
-        where = _span(original.low, original.high, 1000, "ms")
-        precision = f"The p50 of both lie in one bucket, {where}, and cannot be told apart."
+        precision = f"Within bucket precision the factor of the p50 is {_span(*bounds)}, which tells neither."
+        if original.low == pruned.low:
+            where = _span(original.low, original.high, 1000, "ms")
+            precision = f"The p50 of both lie in one bucket, {where}, and cannot be told apart."
     elif ratio:
         basis, measure = f"p50, {last}", "Handler time p50"
-        bounds = _span(ratio.low or 0.0, math.inf if ratio.high is None else ratio.high)
-        precision = f"Within bucket precision the factor is {bounds}."
+        precision = f"Within bucket precision the factor is {_span(*bounds)}."
+        if open_ended:
+            detail = f"{_pair(measure, ratio)} {precision} {counts}"
+            return Headline(f"No clear difference between the versions ({basis})", detail, "even")
     else:
         return Headline("The handler's times are too short to compare", counts, "waiting")
     detail = f"{_pair(measure, ratio)} {precision} {counts}"
@@ -322,22 +319,46 @@ def _per_bucket(cumulative: Mapping[float, float]) -> dict[float, float]:
 
 
 def _comparison(shown: Shown) -> dict[str, Any]:
-    """Return the verdict of the last `compare`, from the folder's report.json."""
-    report = shown.report
-    if not report.verdict:
-        text = "Not compared yet: redpp-serve compare sends the same inputs to both versions."
+    """Return the verdict of the last `compare` on the server that runs, from the folder's report.json."""
+    verdict, found, when = _compared(shown)
+    if not verdict:
+        on = f" on {shown.server}" if shown.server else ""
+        text = f"Not compared{on} yet: redpp-serve compare sends the same inputs to both versions."
         return {"text": text, "rows": [], "note": ""}
     rows = []
-    labels = {"handler_p50": "handler p50", "end_to_end_p50": "end-to-end p50", "throughput": "throughput"}
-    for key, label in labels.items():
-        found = (report.speedup or {}).get(key)
-        if found and found.ratio is not None:
-            known = found.low is not None and found.high is not None
-            rows.append([label, times(found.ratio), f"{found.low:.2f} to {found.high:.2f}" if known else DASH])
-    if report.agreement and report.agreement.top1 is not None:
-        rows.append(["same top-1 class", percent(report.agreement.top1), DASH])
-    note = f"report.json of {shown.report_time}" if shown.report_time else ""
-    return {"text": printable(report.verdict), "rows": rows, "note": note}
+    labels = {
+        "handler_speedup": "handler p50",
+        "speedup": "end-to-end p50",
+        "throughput_gain": "throughput",
+        "agreement": "same top-1 class",
+    }
+    for name, label in labels.items():
+        value, low, high = found.get(name, (None, None, None))
+        if value is not None:
+            interval = DASH if low is None or high is None else f"{low:.2f} to {high:.2f}"
+            rows.append([label, percent(value) if name == "agreement" else times(value), interval])
+    return {"text": printable(verdict), "rows": rows, "note": when}
+
+
+_Figures = dict[str, tuple[float | None, float | None, float | None]]
+
+
+def _compared(shown: Shown) -> tuple[str | None, _Figures, str]:
+    """Return verdict, figures by name, and where and when: of the newest comparison on the server, sweeps left out."""
+    report = shown.report
+    if report.comparisons:
+        alone = [x for x in report.comparisons if len(x.cells) == 1 and shown.server in (None, x.server)]
+        if not alone:
+            return None, {}, ""
+        (cell,) = alone[0].cells
+        note = f"on {printable(alone[0].server or DASH)}, {printable(alone[0].time or DASH)} UTC"
+        return cell.verdict, {name: (x.value, x.low, x.high) for name, x in cell.figures.items()}, note
+    keys = {"handler_p50": "handler_speedup", "end_to_end_p50": "speedup", "throughput": "throughput_gain"}
+    ratios = {keys[key]: x for key, x in (report.speedup or {}).items() if x and key in keys}
+    found: _Figures = {name: (x.ratio, x.low, x.high) for name, x in ratios.items()}
+    if report.agreement:
+        found["agreement"] = (report.agreement.top1, None, None)
+    return report.verdict, found, f"report.json of {shown.report_time}" if shown.report_time else ""
 
 
 def _experiment(shown: Shown) -> dict[str, Any] | None:
@@ -358,10 +379,11 @@ def _experiment(shown: Shown) -> dict[str, Any] | None:
         text += f": {basis['low']:.2f} to {basis['high']:.2f} times as fast"
     told = {arm: min(max(x, 0.0), 1.0) for arm in NAMES if (x := value("traffic_ratio", arm)) is not None}
     shares = [{"arm": arm, "share": share, "text": f"{arm} {100 * share:.0f} %"} for arm, share in told.items()]
+    reason = next((key.detail for key in shown.values if key.name == "redpp_ab_advice_reason"), "")
     return {
         "verdict": text,
         "kind": kind,
-        "advice": _ADVICE.get(advice, "No advice yet"),
+        "advice": _ADVICE.get(advice, "No advice yet") + (f": {printable(reason)}" if advice and reason else ""),
         "advice_kind": advice,
         "intervals": intervals,
         "shares": shares if len(shares) == len(NAMES) else [],

@@ -10,10 +10,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from redpp_serve.engines import processor
-from redpp_serve.engines.sessions import OnnxRuntimeSession, OpenVinoSession
+from redpp_serve.engines.sessions import (
+    TENSORRT,
+    OnnxRuntimeSession,
+    OpenVinoSession,
+    TensorRtSession,
+    execution_providers,
+)
 
-OWN = "redpp"  # the project's own runtime: torch, with a kernel chosen for each layer
 INSTALL = "pip install 'redpp-serve[engines]'"
+OWN = "redpp"  # the project's own runtime: torch, with a kernel chosen for each layer
 
 
 class Session(Protocol):
@@ -31,14 +37,20 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine for whole networks on the CPU.
+    """An engine for whole networks.
 
     Attributes:
         name: what ``--engine`` and reports call it.
         packages: the packages that it needs, with the least release of each, as numbers.
         precisions: returns the precisions that are worth trying on this processor.
-        session: takes an ONNX model, a precision, a number of threads, and whether to time nodes (``profiled``).
+        session: takes an ONNX model, a precision, a number of threads, the device's number, and whether to time nodes
+            (``profiled``).
         exact_integers: whether it computes integers and float64 as torch does, and looks up nothing that is not there.
+        device: the kind of device that it serves on.
+        provider: ONNX Runtime's execution provider that it is; empty for the CPU's.
+        symmetric: whether its eight bits are signed and lie about zero.
+        patience: seconds that building may take where the engine is named; one that needs any is not tried by itself.
+        install: what to do where a package is missing.
     """
 
     name: str
@@ -46,21 +58,30 @@ class Engine:
     precisions: Callable[[], tuple[str, ...]]
     session: Callable[..., Session]
     exact_integers: bool = True
+    device: str = "cpu"
+    provider: str = ""
+    symmetric: bool = False
+    patience: float = 0.0
+    install: str = INSTALL
 
     @property
     def version(self) -> str:
         """The releases of its packages, for keys of measured times; names those that are missing."""
         return ", ".join(f"{package} {_installed(package) or 'missing'}" for package in self.packages)
 
-    def unavailable(self) -> str:
-        """Return why the engine cannot be used, with what to do; empty where it can."""
+    def unavailable(self, device: str = "cpu") -> str:
+        """Return why the engine cannot be used on a kind of device, with what to do; empty where it can."""
+        if device != self.device:
+            return f"it serves on {self.device}, not on {device}"
         for package, least in self.packages.items():
             found = _installed(package)
             wanted = ".".join(map(str, least))
             if found is None:
-                return f"{package} is not installed ({INSTALL})"
+                return f"{package} is not installed ({self.install})"
             if _numbers(found) < least:
-                return f"{package} {found} is installed, {wanted} or later is needed ({INSTALL})"
+                return f"{package} {found} is installed, {wanted} or later is needed ({self.install})"
+        if self.provider and self.provider not in (offered := execution_providers()):
+            return f"onnxruntime offers {', '.join(offered)}, not {self.provider} ({self.install})"
         return ""
 
 
@@ -91,5 +112,18 @@ ENGINES = {
             exact_integers=False,
         ),
         Engine("onnxruntime", {"onnxruntime": (1, 20), "onnx": (1, 18)}, lambda: ("fp32",), OnnxRuntimeSession),
+        Engine(
+            "tensorrt",
+            {"onnxruntime-gpu": (1, 20), "onnx": (1, 18)},
+            lambda: ("fp32", "fp16", "int8"),
+            TensorRtSession,
+            exact_integers=False,
+            device="cuda",
+            provider=TENSORRT,
+            symmetric=True,
+            patience=900.0,
+            install="pip install onnxruntime-gpu onnx tensorrt, of releases that fit each other",
+        ),
     )
 }
+ON_CPU = tuple(name for name, engine in ENGINES.items() if engine.device == "cpu")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from redpp_serve.engines.onnx_writer import UntranslatableError, Writer
+from redpp_serve.engines.onnx_writer import WEIGHTS, UntranslatableError, Writer
 from redpp_serve.engines.sessions import import_openvino
 from redpp_serve.graph.graph import Graph, Ref
 
@@ -34,6 +35,28 @@ def to_onnx(graph: Graph) -> onnx.ModelProto:
         ImportError: onnx is not installed.
     """
     return Writer(graph).build(RULES)
+
+
+def write_onnx(graph: Graph, folder: Path, signed: bool = False) -> Path:
+    """Write `to_onnx` of a graph to a folder, with large constants in a file of their own that engines map.
+
+    Args:
+        graph: as for `to_onnx`.
+        folder: where to write.
+        signed: write the levels of eight bits from -128 on.
+
+    Returns:
+        The model's file.
+
+    Raises:
+        UntranslatableError: as for `to_onnx`.
+        ImportError: onnx is not installed.
+        OSError: the folder cannot be written to.
+    """
+    path = folder / "model.onnx"
+    with open(folder / WEIGHTS, "wb") as weights:
+        path.write_bytes(Writer(graph, weights, signed).build(RULES).SerializeToString())
+    return path
 
 
 def to_openvino(graph: Graph) -> openvino.Model:
@@ -103,7 +126,7 @@ def _bitwise_not(w: Writer, x: Ref) -> str:
     "unflatten.int", "squeeze.default", "squeeze.dim", "squeeze.dims", "unsqueeze.default", "reshape_as.default",
 )  # fmt: skip
 def _reshape(w: Writer, x: Ref, *_: Any, **__: Any) -> str:
-    return w.tensor(x) if w.dims(x) == w.dims(w.node.name) else w.reshape(w.tensor(x))
+    return w.tensor(x) if w.shapes(x) == w.shapes(w.node.name) else w.reshape(w.tensor(x))
 
 
 @_rule("to.dtype", "_to_copy.default", "type_as.default")
@@ -238,6 +261,8 @@ def _operand(w: Writer, value: Any, wanted: torch.dtype) -> str:
     """Return a tensor or number in the dtype in which torch computes."""
     if isinstance(value, Ref) and w.is_tensor(value):
         return w.cast(w.tensor(value), w.dtype(value), wanted)
+    if isinstance(value, Ref) and not w.is_constant(value):
+        return w.cast(w.whole(value), torch.int64, wanted)
     return w.tensor(w.number(value), wanted)
 
 
@@ -392,7 +417,8 @@ def _each(value: Any, rank: int) -> list[int]:
 
 @_rule("int8.values")
 def _int8_values(w: Writer, x: Ref, scale: float, zero: int) -> str:
-    step, level = w.tensor(scale, torch.float32), w.constant(torch.tensor(zero, dtype=torch.uint8))
+    zero_level = torch.tensor(zero - 128, dtype=torch.int8) if w.signed else torch.tensor(zero, dtype=torch.uint8)
+    step, level = w.tensor(scale, torch.float32), w.constant(zero_level)
     return w.emit("DequantizeLinear", w.emit("QuantizeLinear", w.tensor(x), step, level), step, level)
 
 
@@ -445,16 +471,31 @@ def _attention(  # noqa: PLR0913 - torch's signature
     axes = [*range(rank - 2), rank - 1, rank - 2]
     scores = w.emit("MatMul", w.emit("Mul", w.tensor(query), factor), w.emit("Transpose", w.tensor(key), perm=axes))
     if is_causal:
-        size = w.static(query, rank - 2) + w.static(key, rank - 2)
-        allowed = torch.ones(size, dtype=torch.bool).tril()
-        scores = w.emit("Where", w.constant(allowed), scores, w.tensor(-math.inf, dtype))
+        square = w.joined([w.size(query, rank - 2), w.size(key, rank - 2)])
+        allowed = w.emit("Trilu", w.emit("Expand", w.tensor(1, torch.int64), square), upper=0)
+        allowed = w.cast(allowed, torch.int64, torch.bool)
+        scores = w.emit("Where", allowed, scores, w.tensor(-math.inf, dtype))
     elif mask is not None and w.dtype(mask) == torch.bool:  # a row without any key is zero
         scores = w.emit("Where", w.tensor(mask), scores, w.tensor(torch.finfo(dtype).min, dtype))
         shares = w.emit("Where", w.tensor(mask), w.emit("Softmax", scores, axis=-1), w.tensor(0.0, dtype))
         return w.emit("MatMul", shares, w.tensor(value))
     elif mask is not None:
-        scores = w.emit("Add", scores, w.tensor(mask))
+        return _with_added_mask(w, scores, mask, value)
     return w.emit("MatMul", w.emit("Softmax", scores, axis=-1), w.tensor(value))
+
+
+def _with_added_mask(w: Writer, scores: str, mask: Ref, value: Ref) -> str:
+    """Attend with a mask that is added to the scores; a row of which it leaves no key is zero, as torch has it."""
+    dtype = w.dtype(mask)
+    known = w.known(mask)
+    if known is not None and bool((known.amax(-1) > -math.inf).all()):
+        return w.emit("MatMul", w.emit("Softmax", w.emit("Add", scores, w.tensor(mask)), axis=-1), w.tensor(value))
+    hidden = w.cast(w.emit("Less", w.tensor(mask), w.tensor(torch.finfo(dtype).min, dtype)), torch.bool, dtype)
+    fewest = w.emit("ReduceMin", hidden, w.integers([-1]), keepdims=1)  # OpenVINO's maximum of infinities is finite
+    live, zero = w.emit("Less", fewest, w.tensor(0.5, dtype)), w.tensor(0.0, dtype)
+    scores = w.emit("Add", scores, w.emit("Where", live, w.tensor(mask), zero))
+    found = w.emit("MatMul", w.emit("Softmax", scores, axis=-1), w.tensor(value))
+    return w.emit("Where", live, found, zero)
 
 
 # Norms.
@@ -586,16 +627,26 @@ def _variance(w: Writer, x: Ref, dims: Any = None, unbiased: bool = True, keepdi
     axes, keep = _axes(w, x, dims), named.get("keepdim", keepdim)
     correction = named.get("correction", 1 if unbiased else 0)
     correction = 1 if correction is None else correction
-    count = math.prod(w.static(x, *axes))
     mean = _reduced(w, "ReduceMean", w.tensor(x), axes, True)
     centred = w.emit("Sub", w.tensor(x), mean)
     squares = _reduced(w, "ReduceMean", w.emit("Mul", centred, centred), axes, keep)
-    found = w.emit("Mul", squares, w.tensor(count / (count - correction), w.dtype(x)))
+    found = w.emit("Mul", squares, _unbiased(w, x, axes, correction)) if correction else squares
     if ".std." in w.node.op:
         return w.emit("Sqrt", found)
     if ".var_mean." in w.node.op:
         return found, mean if keep else _reduced(w, "ReduceMean", w.tensor(x), axes, False)
     return found
+
+
+def _unbiased(w: Writer, x: Ref, axes: Sequence[int], correction: float) -> str:
+    """Return the number of values along some axes, over that number less a correction."""
+    dtype = w.dtype(x)
+    if None not in (dims := [w.dims(x)[axis] for axis in axes]):
+        count = math.prod(size for size in dims if size is not None)
+        return w.tensor(count / (count - correction), dtype)
+    each = reduce(partial(w.emit, "Mul"), [w.size(x, axis) for axis in axes])
+    many = w.emit("Squeeze", w.cast(each, torch.int64, dtype), w.integers([0]))
+    return w.emit("Div", many, w.emit("Sub", many, w.tensor(correction, dtype)))
 
 
 @_rule("linalg_vector_norm.default", "norm.ScalarOpt_dim")
@@ -657,19 +708,37 @@ def _avg_pool(  # noqa: PLR0913 - torch's signature
 def _adaptive_avg_pool(w: Writer, x: Ref, _: Any) -> str:
     rank = w.rank(x)
     spatial = range(2, rank)
-    found, wanted = w.static(x, *spatial), w.static(w.node.name, *spatial)
+    found, wanted = w.dims(x)[2:], w.static(w.node.name, *spatial)
     if wanted == [1] * len(wanted):
         return w.emit("GlobalAveragePool", w.tensor(x))
-    if all(a % b == 0 for a, b in zip(found, wanted, strict=True)):
-        sizes = [a // b for a, b in zip(found, wanted, strict=True)]
+    sizes = [a // b for a, b in zip(found, wanted, strict=True) if a is not None and a % b == 0]
+    if len(sizes) == len(wanted):
         return w.emit("AveragePool", w.tensor(x), kernel_shape=sizes, strides=sizes)
     y = w.tensor(x)  # bins of unequal sizes: a product with their averages along each axis
     for axis, (a, b) in zip(spatial, zip(found, wanted, strict=True), strict=True):
-        means = torch.nn.functional.adaptive_avg_pool1d(torch.eye(a, dtype=w.dtype(x))[None], b)[0]
         moved = [*(k for k in range(rank) if k != axis), axis]
-        y = w.emit("MatMul", w.emit("Transpose", y, perm=moved), w.constant(means))
+        y = w.emit("MatMul", w.emit("Transpose", y, perm=moved), _means(w, x, axis, b) if a is None else _bins(w, a, b))
         y = w.emit("Transpose", y, perm=[moved.index(k) for k in range(rank)])
     return y
+
+
+def _bins(w: Writer, size: int, count: int) -> str:
+    """Return the matrix (size, count) that averages bins of one size."""
+    dtype = w.dtype(w.node.name)
+    return w.constant(torch.nn.functional.adaptive_avg_pool1d(torch.eye(size, dtype=dtype)[None], count)[0])
+
+
+def _means(w: Writer, x: Ref, axis: int, count: int) -> str:
+    """Return the matrix (size, count) that averages bins along an axis whose size depends on the inputs'."""
+    size, first = w.size(x, axis), torch.arange(count)
+    many, scalar = w.constant(torch.tensor(count)), w.emit("Squeeze", size, w.integers([0]))
+    low = w.emit("Div", w.emit("Mul", w.constant(first), size), many)
+    more = w.emit("Add", w.emit("Mul", w.constant(first + 1), size), w.constant(torch.tensor(count - 1)))
+    place = w.emit("Range", w.tensor(0, torch.int64), scalar, w.tensor(1, torch.int64))
+    place = w.emit("Unsqueeze", place, w.integers([1]))
+    inside = w.emit("And", w.emit("GreaterOrEqual", place, low), w.emit("Less", place, w.emit("Div", more, many)))
+    weight = w.cast(inside, torch.bool, w.dtype(x))
+    return w.emit("Div", weight, w.emit("ReduceSum", weight, w.integers([0]), keepdims=1))
 
 
 @_rule("adaptive_max_pool2d.default")
@@ -684,11 +753,17 @@ def _adaptive_max_pool(w: Writer, x: Ref, size: Sequence[int]) -> Sequence[str]:
 @_rule("upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec")
 def _upsample(w: Writer, x: Ref, size: Any = None, *rest: Any) -> str:
     kind = w.node.op.split(".")[1].removeprefix("upsample_").removesuffix("2d")
-    before, after = w.static(x, 2, 3), w.static(w.node.name, 2, 3)
-    scales = w.constant(torch.tensor([1.0, 1.0, *(b / a for a, b in zip(before, after, strict=True))]))
     given = rest[-1] if rest else None
-    if given is not None and any(abs(a * s - b) > 1e-6 for a, s, b in zip(before, given, after, strict=True)):
-        raise UntranslatableError(f"a resize by factors {given} to {after} ({w.node.name})")
+    for before, after in zip(w.shapes(x), w.shapes(w.node.name), strict=True):
+        ratios = [b / a for a, b in zip(before[2:], after[2:], strict=True)]
+        if given is not None and any(
+            abs(a * s - b) > 1e-6 for a, s, b in zip(before[2:], given, after[2:], strict=True)
+        ):
+            raise UntranslatableError(f"a resize by factors {given} to {list(after[2:])} ({w.node.name})")
+    if given is not None or None not in (*w.dims(x)[2:], *w.dims(w.node.name)[2:]):
+        wanted = [w.constant(torch.tensor([1.0, 1.0, *(given or ratios)]))]
+    else:
+        wanted = ["", w.joined([w.size(x, 0), w.size(x, 1), w.size(w.node.name, 2), w.size(w.node.name, 3)])]
     how: dict[str, Any]
     if kind == "nearest":
         how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
@@ -696,7 +771,7 @@ def _upsample(w: Writer, x: Ref, size: Any = None, *rest: Any) -> str:
         aligned = "align_corners" if rest[0] else "half_pixel"
         how = {"mode": "linear" if kind == "bilinear" else "cubic", "coordinate_transformation_mode": aligned}
         how["cubic_coeff_a"] = -0.75 if kind == "bicubic" else None
-    return w.emit("Resize", w.tensor(x), "", scales, **how)
+    return w.emit("Resize", w.tensor(x), "", *wanted, **how)
 
 
 @_rule("pixel_shuffle.default")
@@ -706,17 +781,20 @@ def _pixel_shuffle(w: Writer, x: Ref, factor: int) -> str:
 
 @_rule("pixel_unshuffle.default")
 def _pixel_unshuffle(w: Writer, x: Ref, factor: int) -> str:
-    c, height, width = w.static(x, 1, 2, 3)
-    apart = w.integers([-1, c, height // factor, factor, width // factor, factor])
+    each = w.integers([factor])
+    parts = [(w.emit("Div", w.size(x, axis), each), each) for axis in (2, 3)]
+    apart = w.joined([w.size(x, 0), w.size(x, 1), *(part for pair in parts for part in pair)])
     moved = w.emit("Transpose", w.emit("Reshape", w.tensor(x), apart), perm=[0, 1, 3, 5, 2, 4])
     return w.reshape(moved)
 
 
 @_rule("channel_shuffle.default")
 def _channel_shuffle(w: Writer, x: Ref, groups: int) -> str:
-    channels, *sizes = w.static(x, *range(1, w.rank(x)))
-    apart = w.emit("Reshape", w.tensor(x), w.integers([-1, groups, channels // groups, *sizes]))
-    return w.reshape(w.emit("Transpose", apart, perm=[0, 2, 1, *range(3, 3 + len(sizes))]))
+    (channels,), rank = w.static(x, 1), w.rank(x)
+    sizes = [w.size(x, axis) for axis in range(2, rank)]
+    shape = w.joined([w.integers([-1]), w.integers([groups]), w.integers([channels // groups]), *sizes])
+    apart = w.emit("Reshape", w.tensor(x), shape)
+    return w.reshape(w.emit("Transpose", apart, perm=[0, 2, 1, *range(3, 1 + rank)]))
 
 
 # Shapes.
@@ -741,7 +819,7 @@ def _t(w: Writer, x: Ref) -> str:
 
 @_rule("expand.default", "expand_as.default")
 def _expand(w: Writer, x: Ref, *_: Any, **__: Any) -> str:
-    if w.dims(x) == w.dims(w.node.name):
+    if w.shapes(x) == w.shapes(w.node.name):
         return w.tensor(x)
     return w.emit("Expand", w.tensor(x), w.shape())
 
@@ -754,7 +832,7 @@ def _repeat(w: Writer, x: Ref, repeats: Sequence[Any]) -> str:
     sizes = (1,) * missing + w.dims(x)
     if all(size == 1 for size, count in zip(sizes, repeats, strict=True) if count != 1):
         return w.emit("Expand", value, w.shape())
-    return w.emit("Tile", value, w.integers(w.number(count) for count in repeats))
+    return w.emit("Tile", value, w.wholes(repeats))
 
 
 @_rule("cat.default", "concat.default")
@@ -808,17 +886,16 @@ def _select(w: Writer, x: Ref, dim: int, index: Any) -> str:
 
 @_rule("slice.Tensor")
 def _slice(w: Writer, x: Ref, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> str:
-    if w.dims(x) == w.dims(w.node.name) and step == 1:
+    if w.shapes(x) == w.shapes(w.node.name) and step == 1:
         return w.tensor(x)
-    first, last = (0 if start is None else w.number(start)), (_END if end is None else w.number(end))
-    limits = [w.integers([v]) for v in (first, min(int(last), _END), w.axis(x, dim), step)]
-    return w.emit("Slice", w.tensor(x), *limits)
+    limits = [0 if start is None else start, _END if end is None else end, w.axis(x, dim), step]
+    return w.emit("Slice", w.tensor(x), *map(w.whole, limits))
 
 
 @_rule("narrow.default")
 def _narrow(w: Writer, x: Ref, dim: int, start: Any, length: Any) -> str:
-    first = w.number(start)
-    return _slice(w, x, dim, first, first + w.number(length))
+    first, count = w.whole(start), w.whole(length)
+    return w.emit("Slice", w.tensor(x), first, w.emit("Add", first, count), w.integers([w.axis(x, dim)]))
 
 
 @_rule("index_select.default")
@@ -853,9 +930,7 @@ def _roll(w: Writer, x: Ref, shifts: Any, dims: Any = ()) -> str:
     if not dims:
         raise UntranslatableError(f"a roll over all axes at once ({w.node.name})")
     for shift, axis in zip([shifts] if isinstance(shifts, int) else shifts, axes, strict=True):
-        (size,) = w.static(x, axis)
-        cut = w.integers([-shift % size])
-        at = w.integers([axis])
+        cut, at = w.emit("Mod", w.integers([-shift]), w.size(x, axis)), w.integers([axis])
         tail = w.emit("Slice", y, cut, w.integers([_END]), at)
         y = w.emit("Concat", tail, w.emit("Slice", y, w.integers([0]), cut, at), axis=axis)
     return y
@@ -881,15 +956,14 @@ def _replication_pad(w: Writer, x: Ref, sizes: Sequence[Any]) -> str:
 
 def _padded(w: Writer, x: Ref, sizes: Sequence[Any], mode: str, value: float = 0) -> str:
     """Pad as torch does: pairs of sizes, from the last axis backwards."""
-    rank, pairs = w.rank(x), [int(w.number(size)) for size in sizes]
-    before, after = [0] * rank, [0] * rank
-    for k in range(len(pairs) // 2):
-        before[rank - 1 - k], after[rank - 1 - k] = pairs[2 * k], pairs[2 * k + 1]
+    rank, (*before,), (*after,) = w.rank(x), *[[0] * w.rank(x)] * 2
+    for k in range(len(sizes) // 2):
+        before[rank - 1 - k], after[rank - 1 - k] = sizes[2 * k], sizes[2 * k + 1]
     names = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
     if mode not in names:
         raise UntranslatableError(f"a padding of mode {mode} ({w.node.name})")
     filling = [w.tensor(value, w.dtype(x))] if mode == "constant" else []
-    return w.emit("Pad", w.tensor(x), w.integers(before + after), *filling, mode=names[mode])
+    return w.emit("Pad", w.tensor(x), w.wholes([*before, *after]), *filling, mode=names[mode])
 
 
 @_rule("tril.default", "triu.default")
@@ -905,3 +979,12 @@ def _filled(w: Writer, *args: Any, **_: Any) -> str:
     kind = w.node.op.split(".")[1]
     value = 0 if "zero" in kind else 1 if "ones" in kind else args[-1]
     return w.emit("Expand", _operand(w, value, w.dtype(w.node.name)), w.shape())
+
+
+@_rule("arange.default", "arange.start", "arange.start_step")
+def _arange(w: Writer, *limits: Any, **_: Any) -> str:
+    dtype = w.dtype(w.node.name)
+    start, end, step = (0, *limits, 1) if len(limits) == 1 else (*limits, 1)[:3]
+    if dtype != torch.int64:
+        raise UntranslatableError(f"numbers in a row of {dtype} ({w.node.name})")
+    return w.emit("Range", *(w.emit("Squeeze", w.whole(v), w.integers([0])) for v in (start, end, step)))

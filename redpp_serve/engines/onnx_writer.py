@@ -2,18 +2,21 @@
 
 ONNX is the language in which both CPU engines take a network, so the translation is written once. It is meant for the
 graphs that are served (folded and fused, `runtime.serving_graph`), but takes stored ones as well. Shapes that depend on
-the batch are found by running the graph at batch sizes 1 and 2. What does not depend on the inputs is computed here and
-stored. `onnx_builder` holds one rule for each operator.
+the batch are found by running the graph at batch sizes 1 and 2, and where sizes of the inputs vary, at some of them;
+`onnx_sizes` then computes such shapes in the model. What does not depend on the inputs is computed here and stored.
+`onnx_builder` holds one rule for each operator.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from redpp_serve.engines.onnx_sizes import SizeExpressions, size_samples
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.executor import TensorType, value_sizes, value_types
 from redpp_serve.graph.graph import Graph, Node, Ref, map_refs
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 20
-Dimension = int | None  # None: depends on the batch
+Dimension = int | None  # None: depends on the batch, or on a size that varies
+WEIGHTS = "weights.bin"  # the file beside a model that holds its large constants
+_LARGE, _PAGE = 1 << 16, 4096  # bytes of a constant that goes there; where each begins, so that engines can map it
 _SMALLEST = 1.2e-38  # the least normal float32; weights below it make processors crawl
 
 
@@ -39,19 +44,24 @@ class Writer:
 
     Args:
         graph: the network.
+        weights: the file `WEIGHTS` to write large constants to; without one, the model holds them itself.
+        signed: write the levels of eight bits from -128 on.
 
     Attributes:
         graph: the network.
         node: the node that is being translated.
+        signed: as given.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, weights: BinaryIO | None = None, signed: bool = False) -> None:
         import onnx  # noqa: PLC0415 - optional
 
-        self.graph, self._onnx = graph, onnx
+        self.graph, self.signed, self._onnx, self._weights = graph, signed, onnx, weights
         self.node = Node("", "", ())
-        self._types = [_types(graph, batch) for batch in (1, 2)]
-        self._sizes = [value_sizes(graph, "cpu", batch) for batch in (1, 2)]
+        runs = [(graph, 1), (graph, 2), *((other, 1) for other in size_samples(graph))]
+        self._types = [_types(each, batch) for each, batch in runs]
+        self._sizes = [value_sizes(each, "cpu", batch) for each, batch in runs]
+        self._expressions: SizeExpressions | None = None
         self._names: dict[str, str] = {spec.name: spec.name for spec in graph.inputs}
         self._parts: dict[str, Sequence[str]] = {}  # values that are several tensors
         self._known: dict[str, Any] = dict(graph.tensors)  # what does not depend on the inputs
@@ -72,7 +82,7 @@ class Writer:
                 self._names[node.name] = made
             else:
                 self._parts[node.name] = made
-        outputs = [self._output(k, name) for k, name in enumerate(self.graph.outputs)]
+        outputs = list(map(self._output, self.graph.output_names, self.graph.outputs))
         helper = self._onnx.helper
         inputs = [self._value_info(spec.name, spec.name) for spec in self.graph.inputs]
         made_graph = helper.make_graph(self._nodes, "network", inputs, outputs, self._initializers)
@@ -110,6 +120,10 @@ class Writer:
         """Tell whether a reference is a tensor, and not a size."""
         return value.name not in self._sizes[0]
 
+    def is_constant(self, value: Any) -> bool:
+        """Tell whether a whole number among the arguments is the same for all inputs."""
+        return not isinstance(value, Ref) or value.name in self._known or self._same_size(value.name)
+
     def weight(self, value: Ref, transposed: bool = False) -> str:
         """Return the ONNX name of a layer's weight; transposed, that of (n_in, n_out). Eight bits stay eight bits."""
         made = self.graph.node(value.name) if value.name not in self.graph.tensors else None
@@ -133,15 +147,14 @@ class Writer:
         return found if isinstance(found, Tensor) else None
 
     def number(self, value: Any) -> Any:
-        """Return a number among the arguments; a size that depends on the batch has no constant value."""
+        """Return a number among the arguments; a size that depends on the inputs has no constant value."""
         if not isinstance(value, Ref):
             return value
         if value.name in self._known:
             return self._known[value.name]
-        first, second = (sizes[value.name] for sizes in self._sizes)
-        if first != second:
-            raise UntranslatableError(f"{self.node.op} ({self.node.name}) with a size that depends on the batch")
-        return first
+        if not self._same_size(value.name):
+            raise UntranslatableError(f"{self.node.op} ({self.node.name}) with a size that depends on {self._whose}")
+        return self._sizes[0][value.name]
 
     def constant(self, tensor: Tensor, name: str = "", permute: Sequence[int] | None = None) -> str:
         """Store a tensor, its axes permuted where asked, and return its name."""
@@ -152,9 +165,21 @@ class Writer:
             value = (value.permute(*permute) if permute else value).contiguous()
             if value.is_floating_point() and value.numel() > 1:
                 value = torch.where(value.abs() < _SMALLEST, torch.zeros_like(value), value)
-            self._initializers.append(self._onnx.numpy_helper.from_array(value.numpy(), made))
+            self._initializers.append(self._initializer(value, made))
             self._stored[key] = made
         return self._stored[key]
+
+    def _initializer(self, value: Tensor, name: str) -> onnx.TensorProto:
+        if self._weights is None or value.nbytes < _LARGE:
+            return self._onnx.numpy_helper.from_array(value.numpy(), name)
+        self._weights.seek(-self._weights.tell() % _PAGE, os.SEEK_CUR)
+        made = self._onnx.TensorProto(name=name, dims=value.shape, data_type=self.onnx_type(value.dtype))
+        made.data_location = self._onnx.TensorProto.EXTERNAL
+        place = {"location": WEIGHTS, "offset": self._weights.tell(), "length": value.nbytes}
+        for key, found in place.items():
+            made.external_data.add(key=key, value=str(found))
+        self._weights.write(value.numpy().data)
+        return made
 
     def integers(self, values: Iterable[int]) -> str:
         """Store a vector of int64."""
@@ -165,11 +190,15 @@ class Writer:
         return self._type(value)[0][1]
 
     def dims(self, value: Any) -> tuple[Dimension, ...]:
-        """Return the sizes of an argument or, by name, of a value; None where one depends on the batch."""
-        first, second = self._type(value)
-        if len(first[0]) != len(second[0]):
-            raise UntranslatableError(f"{self.node.op} ({self.node.name}) with a rank that depends on the batch")
-        return tuple(a if a == b else None for a, b in zip(first[0], second[0], strict=True))
+        """Return the sizes of an argument or, by name, of a value; None where one depends on the inputs' sizes."""
+        shapes = self.shapes(value)
+        if len(set(map(len, shapes))) > 1:
+            raise UntranslatableError(f"{self.node.op} ({self.node.name}) with a rank that depends on {self._whose}")
+        return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
+
+    def shapes(self, value: Any) -> list[tuple[int, ...]]:
+        """Return the shapes of an argument or, by name, of a value, at several batches and sizes of the inputs."""
+        return [shape for shape, _ in self._type(value)]
 
     def rank(self, value: Any) -> int:
         """Return the number of axes of an argument."""
@@ -180,29 +209,58 @@ class Writer:
         return int(self.number(index)) % max(1, self.rank(value))
 
     def static(self, value: Any, *axes: int) -> list[int]:
-        """Return the sizes of some axes, which must not depend on the batch."""
+        """Return the sizes of some axes, which must not depend on the inputs' sizes."""
         dims = self.dims(value)
         found = [dims[axis] for axis in axes]
         if None in found:
-            raise UntranslatableError(f"{self.node.op} ({self.node.name}) over an axis that depends on the batch")
+            raise UntranslatableError(f"{self.node.op} ({self.node.name}) over an axis that depends on {self._whose}")
         return [size for size in found if size is not None]
 
     def shape(self, value: Any = None) -> str:
         """Return the ONNX vector of a value's sizes (by default the node's own), computed where they need be."""
-        name = value.name if isinstance(value, Ref) else (value or self.node.name)
-        first, second = self._type(name)
-        dims = self.dims(name)
+        dims = self.dims(value or self.node.name)
         if None not in dims:
             return self.integers(size for size in dims if size is not None)
-        sizes = []
-        for a, b, known in zip(first[0], second[0], dims, strict=True):
-            if known is not None:
-                sizes.append(self.integers([known]))
-                continue
-            slope = b - a
-            size = self.emit("Mul", self._batch(), self.integers([slope])) if slope != 1 else self._batch()
-            sizes.append(self.emit("Add", size, self.integers([a - slope])) if a != slope else size)
-        return self.emit("Concat", *sizes, axis=0) if len(sizes) > 1 else sizes[0]
+        return self.joined([self.size(value or self.node.name, axis) for axis in range(len(dims))])
+
+    def size(self, value: Any, axis: int) -> str:
+        """Return the ONNX vector (1,) of one of a value's sizes, computed where it need be."""
+        known = self.dims(value)[axis]
+        if known is not None:
+            return self.integers([known])
+        name = value.name if isinstance(value, Ref) else value
+        if len(self._types) > 2:
+            return self._derived(name, self.shapes(value), axis)
+        a, b = (shape[axis] for shape in self.shapes(value))
+        slope = b - a
+        size = self.emit("Mul", self._batch(), self.integers([slope])) if slope != 1 else self._batch()
+        return self.emit("Add", size, self.integers([a - slope])) if a != slope else size
+
+    def whole(self, value: Any) -> str:
+        """Return the ONNX vector (1,) of a whole number among the arguments, computed where it need be."""
+        if self.is_constant(value) or len(self._types) == 2:
+            return self.integers([int(self.number(value))])
+        return self._derived(value.name, [(sizes[value.name],) for sizes in self._sizes], 0)
+
+    def wholes(self, values: Sequence[Any]) -> str:
+        """Return the ONNX vector of int64 of whole numbers among the arguments, see `whole`."""
+        if all(map(self.is_constant, values)):
+            return self.integers(int(self.number(value)) for value in values)
+        return self.joined(list(map(self.whole, values)))
+
+    def joined(self, vectors: Sequence[str]) -> str:
+        """Return an ONNX vector of several."""
+        return self.emit("Concat", *vectors, axis=0) if len(vectors) > 1 else vectors[0]
+
+    def _derived(self, name: str, found: Sequence[tuple[int, ...]], axis: int) -> str:
+        """Return the ONNX vector (1,) of a size that torch derives, given the sizes ``found`` in each run."""
+        self._expressions = self._expressions or SizeExpressions(self)
+        inputs = [{spec.name: types[spec.name][0] for spec in self.graph.inputs} for types in self._types]
+        return self._expressions.vector(self._expressions.checked(name, found, inputs)[axis])
+
+    @property
+    def _whose(self) -> str:
+        return "the batch" if len(self._types) == 2 else "the batch, or on a size that varies"
 
     def reshape(self, x: str, like: str = "") -> str:
         """Give ``x`` the shape of the node's own value, or of a value by name."""
@@ -226,12 +284,13 @@ class Writer:
         shape = self.emit("Shape", self.graph.inputs[0].name)
         return self.emit("Slice", shape, self.integers([0]), self.integers([1]))
 
-    def _type(self, value: Any) -> tuple[TensorType, TensorType]:
+    def _type(self, value: Any) -> list[TensorType]:
+        """Return shape and dtype of a value in each run."""
         name = value.name if isinstance(value, Ref) else value
         if isinstance(self._known.get(name), Tensor):
             known = self._known[name]
-            return ((tuple(known.shape), known.dtype),) * 2
-        return self._types[0][name], self._types[1][name]
+            return [(tuple(known.shape), known.dtype)] * len(self._types)
+        return [types[name] for types in self._types]
 
     def _compute(self, node: Node) -> bool:
         """Compute a node that does not depend on the inputs; return whether it is one."""
@@ -257,22 +316,28 @@ class Writer:
         return torch.full([size for size in dims if size is not None], value, dtype=self.dtype(node.name))
 
     def _same_size(self, name: str) -> bool:
-        return name in self._sizes[0] and self._sizes[0][name] == self._sizes[1][name]
+        return name in self._sizes[0] and len({sizes[name] for sizes in self._sizes}) == 1
 
-    def _output(self, index: int, name: str) -> Any:
-        made = f"output_{index}"
+    def _output(self, made: str, name: str) -> Any:
         self._nodes.append(self._onnx.helper.make_node("Identity", [self.tensor(Ref(name))], [made], name=made))
         return self._value_info(made, name)
 
     def _value_info(self, made: str, name: str) -> Any:
-        dims = ["batch" if size is None else size for size in self.dims(name)]
+        dims = [self._name_of(made, axis) if size is None else size for axis, size in enumerate(self.dims(name))]
         return self._onnx.helper.make_tensor_value_info(made, self.onnx_type(self.dtype(name)), dims)
+
+    def _name_of(self, made: str, axis: int) -> str:
+        """Return a name for a size of an input or output that depends on the inputs'; equal names are equal sizes."""
+        if len(self._types) == 2 or axis == 0:
+            return "batch"
+        varying = {spec.name: dict(spec.varying) for spec in self.graph.inputs}.get(made, {})
+        return varying[axis - 1].symbol if axis - 1 in varying else f"{made}_{axis}"
 
 
 def node_names(model: onnx.ModelProto, graph: Graph) -> dict[str, str]:
     """Return the name of the graph's node that each node of its ONNX model was made for, by the latter's name."""
     found = {made.name: made.name.rsplit("_", 2)[0] for made in model.graph.node}
-    return found | {f"output_{index}": name for index, name in enumerate(graph.outputs)}
+    return found | dict(zip(graph.output_names, graph.outputs, strict=True))
 
 
 def _types(graph: Graph, batch: int) -> dict[str, TensorType]:

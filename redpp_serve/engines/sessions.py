@@ -26,6 +26,8 @@ import numpy as np
 
 _FEWEST_RUNS, _MOST_RUNS = 5, 100  # of a profile
 _KERNEL = "_kernel_time"  # how ONNX Runtime's profile calls a node's own time
+TENSORRT, _CUDA = "TensorrtExecutionProvider", "CUDAExecutionProvider"
+Model = bytes | Path  # an ONNX model, or the file of one
 _HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}
 
 
@@ -69,16 +71,17 @@ class OpenVinoSession:
     """Runs a network in OpenVINO on the CPU.
 
     Args:
-        model: an ONNX model.
+        model: an ONNX model, or its file, whose weights are mapped.
         precision: ``fp32``, ``bf16``, or ``int8`` for a model that holds quantized layers.
         threads: number of threads; with one, the caller's own.
+        device: the processor is 0.
         profiled: time every node, for `node_seconds`, which slows the network a little.
 
     Raises:
         RuntimeError: OpenVINO does not take the model, or not in this precision on this processor.
     """
 
-    def __init__(self, model: bytes, precision: str, threads: int, profiled: bool = False) -> None:
+    def __init__(self, model: Model, precision: str, threads: int, device: int = 0, profiled: bool = False) -> None:
         openvino = import_openvino()
         hint = _HINTS[precision]
         settings = {
@@ -89,8 +92,9 @@ class OpenVinoSession:
             "PERF_COUNT": profiled,
         }
         core = openvino.Core()
+        read = core.read_model(model) if isinstance(model, Path) else core.read_model(model, b"")
         with _own_signal_stack():
-            self._compiled: Any = core.compile_model(core.read_model(model, b""), "CPU", settings)
+            self._compiled: Any = core.compile_model(read, "CPU", settings)
         used = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         if used not in (hint, {"f32": "float32", "bf16": "bfloat16"}[hint]):
             raise RuntimeError(f"this processor runs {used} where {precision} was asked for")
@@ -121,15 +125,21 @@ class OpenVinoSession:
             self._request = self._compiled = None
 
 
+def execution_providers() -> list[str]:
+    """Return the names of the execution providers that the installed ONNX Runtime offers."""
+    return list(import_onnxruntime().get_available_providers())
+
+
 class OnnxRuntimeSession:
     """Runs a network in ONNX Runtime.
 
     Args:
-        model: an ONNX model.
+        model: an ONNX model, or its file, whose weights are mapped.
         precision: ``fp32``, or ``int8`` for a model that holds quantized layers.
         threads: number of threads.
+        device: the device's number, where there are several.
         profiled: time every node, for `node_seconds`, which slows the network a little.
-        providers: ONNX Runtime's execution providers, the preferred one first.
+        providers: ONNX Runtime's execution providers, the preferred one first, with their options.
 
     Raises:
         RuntimeError: ONNX Runtime does not take the model.
@@ -137,15 +147,15 @@ class OnnxRuntimeSession:
 
     def __init__(
         self,
-        model: bytes,
+        model: Model,
         precision: str,
         threads: int,
+        device: int = 0,
         profiled: bool = False,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Sequence[str | tuple[str, dict[str, str]]] = ("CPUExecutionProvider",),
     ) -> None:
         onnxruntime = import_onnxruntime()
 
-        assert precision in ("fp32", "int8")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.enable_mem_pattern = False
@@ -182,6 +192,46 @@ class OnnxRuntimeSession:
         self._session = None
         if self._folder:
             self._folder.cleanup()
+
+
+class TensorRtSession(OnnxRuntimeSession):
+    """Runs a network in TensorRT, through ONNX Runtime's execution provider; arrays are on the host.
+
+    What TensorRT does not take of a network runs in CUDA. It builds its plan when a shape first comes, which takes
+    minutes, and keeps it in the user's cache for the next process. It has not been run on a GPU by this project.
+
+    Args:
+        model: an ONNX model, or its file.
+        precision: ``fp32``, ``fp16``, or ``int8`` for a model whose levels are signed and lie about zero.
+        threads: number of threads of what is left on the host.
+        device: the GPU's number.
+        profiled: time every node.
+
+    Raises:
+        RuntimeError: ONNX Runtime does not take the model, or runs it without TensorRT.
+    """
+
+    def __init__(self, model: Model, precision: str, threads: int, device: int = 0, profiled: bool = False) -> None:
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # TensorRT rounds fp32 to 19 bits otherwise
+        given = (TENSORRT, tensorrt_options(precision, device)), (_CUDA, {"device_id": str(device)})
+        super().__init__(model, precision, threads, device, profiled, (*given, "CPUExecutionProvider"))
+        used = self._session.get_providers()
+        if TENSORRT not in used:  # it falls back without an error
+            raise RuntimeError(f"ONNX Runtime runs it with {', '.join(used)}, not with {TENSORRT}: its log says why")
+
+
+def tensorrt_options(precision: str, device: int) -> dict[str, str]:
+    """Return the options of ONNX Runtime's TensorRT provider."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redpp-serve" / "tensorrt"
+    return {
+        "device_id": str(device),
+        "trt_fp16_enable": str(precision in ("fp16", "int8")),
+        "trt_int8_enable": str(precision == "int8"),
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": str(cache),
+        "trt_timing_cache_enable": "True",
+        "trt_timing_cache_path": str(cache),
+    }
 
 
 def _repeated(call: Callable[[], object], seconds: float) -> Iterator[None]:

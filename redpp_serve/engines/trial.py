@@ -1,23 +1,24 @@
-"""Try networks in their engines in a process of its own: what crashes there does not take the server down.
+"""Run a network in an engine in a process of its own: what crashes there does not take the server down.
 
-The child reads models and inputs from a folder and writes outputs there; it imports numpy and the engines, not torch,
-so it starts in a fraction of a second. A crash leaves the attempt that it was at without a result, and another child
-goes on behind it.
+Each network has its own process, and so its own heap: networks that share one are up to 7 % slower the later they are
+built. The process imports numpy and the engine, not torch, so it starts in a fifth of a second. It builds the network
+from a file, makes batches from the stored inputs, and answers lines of JSON.
 
-``python -m redpp_serve.engines.trial FOLDER`` is the child.
+``python -m redpp_serve.engines.trial FOLDER ENGINE PRECISION THREADS DEVICE MODEL`` is the process.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,94 +27,102 @@ import numpy as np
 from redpp_serve.engines.engine import ENGINES
 
 Arrays = list[np.ndarray[Any, Any]]
+Shapes = Sequence[Sequence[int]]  # of one of each input, without the batch
+_INPUTS = "inputs.npz"
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """One network in one engine.
-
-    Attributes:
-        engine: the engine's name.
-        precision: the precision to run it in.
-        model: the ONNX model.
-    """
-
-    engine: str
-    precision: str
-    model: bytes
+class TrialError(Exception):
+    """A network that an engine does not run, with the reason."""
 
 
-@dataclass
-class Outcome:
-    """The result of an attempt.
-
-    Attributes:
-        outputs: one list of outputs for each list of inputs; none where it failed.
-        reason: why it failed.
-        seconds: how long building took, which for the first of an engine includes its import.
-    """
-
-    outputs: list[Arrays] = field(default_factory=list)
-    reason: str = ""
-    seconds: float = 0.0
-
-
-def try_engines(attempts: Sequence[Attempt], inputs: Sequence[Arrays], threads: int, seconds: float) -> list[Outcome]:
-    """Run each network once on each list of inputs, in a process of its own.
+class Trial:
+    """A network in an engine, in a process of its own.
 
     Args:
-        attempts: the networks and their engines.
-        inputs: lists of inputs (N, ...).
-        threads: number of threads of each engine.
-        seconds: time for all of them; what is not tried by then has failed.
+        engine: the engine's name.
+        precision: the precision to run it in.
+        model: the file of the ONNX model.
+        inputs: arrays (n, ...), from which batches are made.
+        threads: number of threads of the engine.
+        device: the number of the device, where there are several.
+        seconds: time for building and for what it is asked, until `allow` gives more.
+
+    Attributes:
+        seconds: how long building took, with the engine's import.
+
+    Raises:
+        TrialError: it does not build the network, or is late.
     """
-    end = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory(prefix="redpp-engines-") as name:
-        folder = Path(name)
-        _write(folder, attempts, inputs, threads)
-        first = 0
-        while first < len(attempts):
-            code = _run_child(folder, first, end - time.monotonic())
-            states = _states(folder)
-            reached = max(states, default=-1)
-            if reached == len(attempts) - 1 and states[reached].get("ended"):
-                break
-            began = max(first, reached)
-            states.setdefault(began, {})
-            if not states[began].get("ended"):
-                late = code is None
-                reason = f"not ready after {seconds:.0f} s" if late else f"its process ended with code {code}"
-                _note(folder, began, ended=True, reason=reason)
-                if late:
-                    break
-            first = began + 1
-        return _outcomes(folder, len(attempts), len(inputs))
 
+    def __init__(
+        self, engine: str, precision: str, model: Path, inputs: Arrays, threads: int, seconds: float, device: int = 0
+    ) -> None:
+        self.allow(seconds)
+        self._folder = tempfile.TemporaryDirectory(prefix="redpp-engine-")
+        np.savez(Path(self._folder.name) / _INPUTS, *inputs)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        what = [self._folder.name, engine, precision, str(threads), str(device), str(model)]
+        command = [_python(), "-m", "redpp_serve.engines.trial", *what]
+        pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
+        self._process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=quiet)
+        try:
+            self.seconds = float(self._answer())
+        except BaseException:
+            self.close()
+            raise
 
-def _write(folder: Path, attempts: Sequence[Attempt], inputs: Sequence[Arrays], threads: int) -> None:
-    models: dict[int, int] = {}  # equal models are written once
-    for attempt in attempts:
-        if id(attempt.model) not in models:
-            models[id(attempt.model)] = len(models)
-            (folder / f"model{models[id(attempt.model)]}.onnx").write_bytes(attempt.model)
-    for k, arrays in enumerate(inputs):
-        np.savez(folder / f"inputs{k}.npz", *arrays)
-    plan = [{"engine": a.engine, "precision": a.precision, "model": models[id(a.model)]} for a in attempts]
-    document = {"attempts": plan, "inputs": len(inputs), "threads": threads}
-    (folder / "plan.json").write_text(json.dumps(document), encoding="utf-8")
+    def allow(self, seconds: float) -> None:
+        """Give it so much time from now on."""
+        self._seconds, self._limit = seconds, time.monotonic() + seconds
 
+    def outputs(self, batch: int, shapes: Shapes | None = None) -> Arrays:
+        """Return the outputs for a batch of the stored inputs, cut or begun anew to other shapes where some are given.
 
-def _run_child(folder: Path, first: int, seconds: float) -> int | None:
-    """Return the child's exit status; None where it had to be stopped."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [_python(), "-m", "redpp_serve.engines.trial", str(folder), str(first)]
-    quiet = subprocess.DEVNULL
-    try:
-        return subprocess.run(
-            command, env=environment, stdin=quiet, stdout=quiet, stderr=quiet, timeout=max(0.1, seconds), check=False
-        ).returncode
-    except subprocess.TimeoutExpired:
-        return None
+        Raises:
+            TrialError: the network fails on it, or is late.
+        """
+        with np.load(self._ask("outputs", batch, shapes)) as file:
+            return [file[name] for name in file.files]
+
+    def time(self, batch: int, shapes: Shapes | None = None) -> float:
+        """Return the seconds of a call: of the processor where the engine has one thread, else of the clock.
+
+        Args:
+            batch: the number of inputs.
+            shapes: as for `outputs`.
+
+        Raises:
+            TrialError: the network fails, or is late.
+        """
+        return float(self._ask("time", batch, shapes))
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._folder.cleanup()
+
+    def _ask(self, what: str, batch: int, shapes: Shapes | None) -> Any:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps([what, batch, shapes]).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the answer will tell
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, self._limit - time.monotonic()))
+        if not ready:
+            raise TrialError(f"not ready after {self._seconds:.0f} s")
+        line = self._process.stdout.readline()
+        if not line:
+            raise TrialError(f"its process ended with code {self._process.wait()}")
+        answer = json.loads(line)
+        if "failed" in answer:
+            raise TrialError(answer["failed"])
+        return answer["done"]
 
 
 def _python() -> str:
@@ -122,54 +131,70 @@ def _python() -> str:
     return own if Path(own).name.startswith("python") else shutil.which("python3") or own or "python3"
 
 
-def _note(folder: Path, attempt: int, **state: Any) -> None:
-    with open(folder / "states.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"attempt": attempt, **state}) + "\n")
+class _Child:
+    """The network in this process."""
 
-
-def _states(folder: Path) -> dict[int, dict[str, Any]]:
-    path = folder / "states.jsonl"
-    found: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        state = json.loads(line)
-        found.setdefault(state["attempt"], {}).update(state)
-    return found
-
-
-def _outcomes(folder: Path, attempts: int, inputs: int) -> list[Outcome]:
-    states, found = _states(folder), []
-    for k in range(attempts):
-        state: Mapping[str, Any] = states.get(k, {"reason": "not tried for want of time"})
-        outcome = Outcome(reason=state.get("reason", ""), seconds=state.get("seconds", 0.0))
-        if not outcome.reason:
-            for batch in range(inputs):
-                with np.load(folder / f"outputs{k}-{batch}.npz") as file:
-                    outcome.outputs.append([file[name] for name in file.files])
-        found.append(outcome)
-    return found
-
-
-def _child(folder: Path, first: int) -> None:
-    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    for k, attempt in enumerate(plan["attempts"]):
-        if k < first:
-            continue
-        _note(folder, k, ended=False)
+    def __init__(self, folder: Path, engine: str, precision: str, threads: int, device: int, model: Path) -> None:
         start = time.monotonic()
-        reason, seconds = "", 0.0
+        alone = threads == 1 and ENGINES[engine].device == "cpu"
+        self._clock = time.process_time if alone else time.perf_counter
+        self._session = ENGINES[engine].session(model, precision, threads, device)
+        self.seconds = time.monotonic() - start
+        self._folder = folder
+        with np.load(folder / _INPUTS) as file:
+            self._inputs = [file[name] for name in file.files]
+
+    def outputs(self, batch: int, shapes: Shapes | None) -> str:
+        """Return the file of the outputs."""
+        path = self._folder / "outputs.npz"
+        np.savez(path, *self._session(self._batch(batch, shapes)))
+        return str(path)
+
+    def time(self, batch: int, shapes: Shapes | None) -> float:
+        """Return the seconds of a call."""
+        inputs = self._batch(batch, shapes)
+        start = self._clock()
+        self._session(inputs)
+        return self._clock() - start
+
+    def _batch(self, batch: int, shapes: Shapes | None) -> Arrays:
+        wanted = shapes or [x.shape[1:] for x in self._inputs]
+        return [_tiled(x, (batch, *shape)) for x, shape in zip(self._inputs, wanted, strict=True)]
+
+
+def _tiled(x: np.ndarray[Any, Any], shape: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Do with arrays what `graph.sizes.tiled` does with tensors; this process does not import torch."""
+    for axis, length in enumerate(shape):
+        if x.shape[axis] != length:
+            x = x.take(np.arange(length) % x.shape[axis], axis)
+    return np.ascontiguousarray(x)
+
+
+def _serve(folder: str, engine: str, precision: str, threads: str, device: str, model: str) -> None:
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what engines print
+
+    def reply(make: Callable[[], Any]) -> bool:
         try:
-            model = (folder / f"model{attempt['model']}.onnx").read_bytes()
-            session = ENGINES[attempt["engine"]].session(model, attempt["precision"], plan["threads"])
-            seconds = time.monotonic() - start
-            for batch in range(plan["inputs"]):
-                with np.load(folder / f"inputs{batch}.npz") as file:
-                    arrays = [file[name] for name in file.files]
-                np.savez(folder / f"outputs{k}-{batch}.npz", *session(arrays))
-            session.close()
+            answer = {"done": make()}
         except Exception as error:  # whatever an engine raises is the reason why it is left out
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        _note(folder, k, ended=True, reason=reason, seconds=seconds)
+            answer = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        replies.write(json.dumps(answer) + "\n")
+        replies.flush()
+        return "done" in answer
+
+    children: list[_Child] = []
+
+    def start() -> float:
+        children.append(_Child(Path(folder), engine, precision, int(threads), int(device), Path(model)))
+        return children[0].seconds
+
+    if reply(start):
+        methods: dict[str, Callable[..., Any]] = {"outputs": children[0].outputs, "time": children[0].time}
+        for line in sys.stdin:
+            what, *how = json.loads(line)
+            reply(partial(methods[what], *how))
 
 
 if __name__ == "__main__":
-    _child(Path(sys.argv[1]), int(sys.argv[2]))
+    _serve(*sys.argv[1:])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from redpp_serve.capture.any_size import dynamic_axes
 from redpp_serve.capture.sniff import first_line
 from redpp_serve.engines.engine import INSTALL
 from redpp_serve.engines.onnx_builder import to_onnx
@@ -26,10 +26,13 @@ from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.passes import in_precision
 from redpp_serve.graph.quantization import in_int8
+from redpp_serve.graph.ranges import blank
+from redpp_serve.graph.sizes import choice_in_words, ends, resized
 from redpp_serve.packaging.mar import check_name, read_artifact
-from redpp_serve.packaging.samples import as_array, read_samples
-from redpp_serve.runtime.engine_choice import ranges
+from redpp_serve.packaging.samples import as_array, read_samples, sized
+from redpp_serve.runtime.engine_network import ranges
 from redpp_serve.runtime.serving_graph import serving_graph
+from redpp_serve.state_folders import scratch_folder
 
 BATCHES = (1, 3)  # that a file is checked at
 ALIKE = {"fp32": 1e-4, "bf16": 2e-2, "int8": 5e-2}  # least of the spread of an output; rounding may fall either way
@@ -59,8 +62,8 @@ def export(
 ) -> list[Path]:
     """Write one version of a package for another program.
 
-    The file is read back and compared with the network on inputs that the package keeps, at batch 1 and 3, before it
-    takes its place; it replaces an earlier file of that name.
+    The file is read back and compared with the network on inputs that the package keeps, at batch 1 and 3, and at the
+    smallest and largest of sizes that vary, before it takes its place; it replaces an earlier file of that name.
 
     Args:
         folder: what `package` wrote.
@@ -95,12 +98,12 @@ def export(
     files = [path.with_suffix(suffix) for suffix in form.suffixes]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-            new = Path(scratch) / path.name
+        with scratch_folder(path.parent, f".{path.name}.redpp-") as scratch:
+            new = scratch / path.name
             title = f"{name}, the {variant.name} version"
             write_checked(form, graph, samples, new, title=title, alike=ALIKE[precision])
             for file in reversed(files):  # the one that is opened comes last, when the others are there
-                os.replace(Path(scratch) / file.name, file)
+                os.replace(scratch / file.name, file)
     except OSError as error:
         raise RedppError(
             f"{path} cannot be written: {error}", "a place with enough free space and write permission", "change --out"
@@ -163,15 +166,18 @@ def write_checked(
             "choose another format with --to; module takes every network",
         ) from error
     program = Program(graph).eval()
-    for batch in BATCHES:
-        inputs = [x[torch.arange(batch) % len(x)].contiguous() for x in samples]
+    for batch, sizes in [*((batch, {}) for batch in BATCHES), *((1, sizes) for sizes in ends(graph.inputs))]:
+        inputs = [
+            sized(x[torch.arange(batch) % len(x)], resized(spec, sizes)) if sizes else x[torch.arange(batch) % len(x)]
+            for spec, x in zip(graph.inputs, samples, strict=True)
+        ]
         with torch.no_grad():
             expected = program(*inputs)
-        _require_alike(expected, run(inputs), alike, path, batch)
+        _require_alike(expected, run(inputs), alike, path, f"batch {batch} {choice_in_words(sizes)}".strip())
 
 
 def _require_alike(
-    expected: Sequence[Tensor], found: Sequence[Tensor], relative: float, path: Path, batch: int
+    expected: Sequence[Tensor], found: Sequence[Tensor], relative: float, path: Path, where: str
 ) -> None:
     """Compare the outputs of a file with the network's, up to a share of the spread of each."""
     worst = float("inf") if len(expected) != len(found) else 0.0
@@ -186,7 +192,7 @@ def _require_alike(
     if worst > relative:
         raise RedppError(
             f"{path.name} computes something else than the network: it differs by {worst:.1e} of the outputs' spread "
-            f"at batch {batch}",
+            f"at {where}",
             f"at most {relative:g}",
             "report this with the model; nothing was written; choose another format with --to meanwhile",
         )
@@ -194,11 +200,10 @@ def _require_alike(
 
 def _write_exported(graph: Graph, path: Path, title: str) -> None:
     module = graph_module(graph)
-    example = tuple(torch.zeros(2, *spec.shape, dtype=getattr(torch, spec.dtype)) for spec in graph.inputs)
-    batch = torch.export.Dim("batch", min=1)
+    example = tuple(blank(spec, 2) for spec in graph.inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        shapes = (tuple({0: batch} for _ in example),)
+        shapes = (tuple(dynamic_axes(graph.inputs)),)
         torch.export.save(torch.export.export(module, example, dynamic_shapes=shapes), path)
 
 
@@ -236,7 +241,7 @@ def _several(outputs: Any) -> Sequence[Tensor]:
 
 
 def onnx_bytes(graph: Graph) -> bytes:
-    """Return a folded graph as an ONNX model, with outputs called ``output_0`` and so on."""
+    """Return a folded graph as an ONNX model, with the inputs and outputs under their names."""
     data: bytes = to_onnx(graph).SerializeToString()
     return data
 

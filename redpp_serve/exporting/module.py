@@ -125,8 +125,9 @@ def load(folder: Path | str, version: str = "pruned", *, serving: bool = False, 
     """
     folder = Path(folder)
     archive = find_variant(version).archive_in(folder)
+    graph = read_artifact(archive).graph  # within bounds
     if not serving:
-        return graph_module(read_artifact(archive).graph).to(device)
+        return graph_module(graph).to(device)
     options = read_report(folder).options
     known = {argument: options[name] for name, argument in _SERVED_AS.items() if options.get(name) is not None}
     return ServedModule(artifact_bytes(archive), device, **known)

@@ -17,7 +17,7 @@ import torch
 from redpp_serve import __version__
 from redpp_serve.errors import RedppError
 from redpp_serve.exporting.module import MOMENTUM, buffer_names
-from redpp_serve.graph.executor import makes_tensor, value_types
+from redpp_serve.graph.executor import makes_tensor, output_types
 from redpp_serve.graph.graph import Graph, Node, Ref
 from redpp_serve.graph.operators import ALLOWED, resolve
 from redpp_serve.graph.passes import is_inference_norm
@@ -80,9 +80,9 @@ def python_source(graph: Graph, title: str) -> str:
     """
     names = _identifiers([spec.name for spec in graph.inputs] + [node.name for node in graph.nodes])
     device = f"{names[graph.inputs[0].name]}.device"
-    types = value_types(graph, "cpu")
     outputs = [
-        f"(N{''.join(f', {n}' for n in types[name][0][1:])}) {str(types[name][1])[6:]}" for name in graph.outputs
+        f"{name} (N{''.join(f', {n}' for n in shape[1:])}) {str(dtype)[6:]}"
+        for name, (shape, dtype) in output_types(graph, "cpu").items()
     ]
     return _TEMPLATE.format(
         title=re.sub(r"[^\w .,-]", "", title),

@@ -15,13 +15,20 @@ from typing import Any
 from redpp_serve.errors import RedppError
 from redpp_serve.exporting.formats import FORMATS, Format, graph_for, write_checked
 from redpp_serve.exporting.tuned import Packaged
-from redpp_serve.graph.executor import value_types
-from redpp_serve.graph.graph import Graph, InputSpec
+from redpp_serve.graph.graph import InputSpec
 from redpp_serve.options import Serving
 from redpp_serve.packaging.mar import check_name
 from redpp_serve.packaging.output_folder import all_or_nothing, replaced, write_files
 from redpp_serve.packaging.samples import as_array, read_samples
-from redpp_serve.packaging.triton_repository import CONFIG, Word, output_specs, to_text, triton_config, warmup_files
+from redpp_serve.packaging.triton_repository import (
+    ANY_SIZE,
+    CONFIG,
+    Word,
+    output_specs,
+    to_text,
+    triton_config,
+    warmup_files,
+)
 from redpp_serve.variants import VARIANTS
 
 
@@ -103,7 +110,7 @@ def export_repository(folder: Path, to: str, out: Path | None = None) -> tuple[P
     graphs = {variant: graph_for(back_end.format, artifact) for variant, artifact in artifacts.items()}
     inputs = packaged.original.graph.inputs
     samples = read_samples(folder, inputs)
-    outputs = output_specs({variant.name: _outputs(graph) for variant, graph in graphs.items()})
+    outputs = output_specs({variant.name: graph for variant, graph in graphs.items()})
     config = native_config(back_end, name, inputs, outputs, packaged.serving())
     with all_or_nothing(out, None), replaced(out) as new:
         for variant, graph in graphs.items():
@@ -143,13 +150,8 @@ def native_config(
     for kind, specs in (("input", inputs), ("output", outputs)):
         for entry, spec in zip(config[kind], specs, strict=True):
             entry.pop("reshape", None)
-            entry["dims"] = [-1, *spec.shape]
+            entry["dims"] = [ANY_SIZE, *(entry["dims"] if spec.shape else ())]
     config["model_warmup"] = config["model_warmup"][:1]
     for entry, spec in zip(config["model_warmup"][0]["inputs"], inputs, strict=True):
         entry["value"]["dims"] = [1, *spec.shape]
     return config
-
-
-def _outputs(graph: Graph) -> list[InputSpec]:
-    types = value_types(graph, "cpu")
-    return [InputSpec("", types[name][0][1:], str(types[name][1]).removeprefix("torch.")) for name in graph.outputs]

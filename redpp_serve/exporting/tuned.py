@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from redpp_serve.capture import Captured, capture_file
-from redpp_serve.capture.arch import load_into
+from redpp_serve.capture.checkpoints import load_into
 from redpp_serve.capture.load import load_file
+from redpp_serve.capture.ranges import with_ranges
 from redpp_serve.errors import RedppError
 from redpp_serve.exporting.module import graph_module
 from redpp_serve.graph.artifact import LoadedArtifact
-from redpp_serve.graph.executor import value_types
+from redpp_serve.graph.executor import output_types
 from redpp_serve.graph.graph import Graph
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.options import Options, Serving
@@ -22,7 +23,6 @@ from redpp_serve.packaging.mar import check_name, read_artifact
 from redpp_serve.packaging.output_folder import all_or_nothing, check_out
 from redpp_serve.packaging.package import Model, check_model, write_package
 from redpp_serve.packaging.samples import read_samples
-from redpp_serve.pruning.families import Scale
 from redpp_serve.pruning.inputs import Sources
 from redpp_serve.pruning.pipeline import judge
 from redpp_serve.pruning.real_inputs import load_inputs
@@ -84,6 +84,7 @@ def read_tuned(
     arch: str | None = None,
     arch_args: Mapping[str, Any] | None = None,
     trust: bool = False,
+    weights_key: str | None = None,
 ) -> Captured:
     """Read a fine-tuned network.
 
@@ -94,12 +95,13 @@ def read_tuned(
         arch: see `capture_file`.
         arch_args: see `capture_file`.
         trust: load formats that can run code.
+        weights_key: see `capture_file`.
 
     Raises:
         RedppError: the weights have other names or shapes, or the network other inputs or outputs.
     """
     inputs = like.original.graph.inputs
-    loaded = load_file(file, trust=trust)
+    loaded = load_file(file, trust=trust, key=weights_key)
     if loaded.state_dict is not None and arch is None:
         module = graph_module(like.pruned.graph)
         do = f"save the state_dict of redpp_serve.load({str(like.folder)!r}) after training, or give --arch"
@@ -108,7 +110,15 @@ def read_tuned(
         found = Captured(module.graph(), source, [*loaded.messages, *changed])
     else:
         try:
-            found = capture_file(file, inputs, arch=arch, arch_args=arch_args, trust=trust)
+            found = capture_file(
+                file,
+                inputs,
+                arch=arch,
+                arch_args=arch_args,
+                trust=trust,
+                weights_key=weights_key,
+                input_args=like.report.source.get("input_args"),
+            )
         except RedppError as error:
             if "--input" not in error.do:
                 raise
@@ -123,7 +133,8 @@ def read_tuned(
             f"those of the original in {like.folder}: {_words(expected)}",
             "give a network for the same task, or package it on its own without --like",
         )
-    return replace(found, graph=graph)
+    known = like.original.graph
+    return replace(found, graph=replace(graph, output_names=known.output_names, classes=known.classes))
 
 
 def package_tuned(  # noqa: PLR0913 - the options of the command, given by keyword
@@ -164,13 +175,14 @@ def package_tuned(  # noqa: PLR0913 - the options of the command, given by keywo
     name = str(like.original.description.get("name")) if name is None else name
     check_name(name)
     check_out(out)
-    original, preprocess = like.original.graph, like.preprocess
-    model = Model(name, original.inputs, preprocess, serving or like.serving())
+    original, preprocess = with_ranges(like.original.graph), like.preprocess
+    labels = tuple(like.original.description.get("labels") or ())
+    model = Model(name, original.inputs, preprocess, serving or like.serving(), labels)
     check_model(model, tuned.graph)
     stages = stages or Stages(quiet=True)
-    data = load_verify_data(verify_data, original, model.scale) if verify_data else None
+    data = load_verify_data(verify_data, original, preprocess) if verify_data else None
     given = load_inputs(inputs, original, preprocess, options.seed) if inputs else ()
-    sources = Sources(given, Scale(*model.scale) if model.scale else None)
+    sources = Sources(given, model.scale)
     samples = read_samples(like.folder, original.inputs)
     with all_or_nothing(out, None):
         judged = judge(original, tuned.graph, options, stages=stages, data=data, sources=sources)
@@ -197,8 +209,7 @@ def _described(tuned: Captured, like: Packaged) -> Captured:
 
 
 def _outputs(graph: Graph) -> list[tuple[tuple[int, ...], Any]]:
-    types = value_types(graph, "cpu")
-    return [(types[name][0][1:], types[name][1]) for name in graph.outputs]
+    return [(shape[1:], dtype) for shape, dtype in output_types(graph, "cpu").values()]
 
 
 def _words(outputs: list[tuple[tuple[int, ...], Any]]) -> str:

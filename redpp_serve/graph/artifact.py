@@ -15,7 +15,7 @@ import json
 import math
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from redpp_serve.errors import RedppError
 from redpp_serve.files import deterministic_zip
-from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
+from redpp_serve.graph.graph import Graph, InputSpec, Node, Ranges, Ref, Size, numbered_outputs
 from redpp_serve.graph.operators import ALLOWED, resolve
 from redpp_serve.graph.tensor_file import read_safetensors
 from redpp_serve.graph.weights import decode, encode
@@ -32,6 +32,8 @@ from redpp_serve.graph.weights import decode, encode
 FORMAT = 1
 ENTRIES = ("manifest.json", "graph.json", "weights.safetensors")
 SAMPLES = "samples.safetensors"  # an entry that may be missing
+_MOST_DOCUMENT = 32 << 20  # bytes; that of a network of ten thousand operations has 3 MB
+_INT64 = torch.iinfo(torch.int64)
 _MEMORY_FORMATS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
 
 
@@ -80,6 +82,10 @@ def build(graph: Graph, description: dict[str, Any], samples: Sequence[Tensor] =
     document = {**calls_document(graph), "encodings": encodings}
     if graph.buffers is not None:
         document["buffers"] = sorted(graph.buffers & graph.tensors.keys())
+    if graph.names_outputs:
+        document["output_names"] = list(graph.output_names)
+    if graph.classes is not None:
+        document["classes"] = sorted(graph.classes)
     graph_bytes = _dump(document)
     description = {**description, "bytes": sum(t.numel() * t.element_size() for t in stored.values())}
     parts = {"graph.json": graph_bytes, "weights.safetensors": weights}
@@ -97,7 +103,7 @@ def build(graph: Graph, description: dict[str, Any], samples: Sequence[Tensor] =
 def calls_document(graph: Graph) -> dict[str, Any]:
     """Return the graph without its tensors as plain data: inputs, calls and outputs."""
     return {
-        "inputs": [{**asdict(i), "shape": list(i.shape)} for i in graph.inputs],
+        "inputs": [_input_to_json(i) for i in graph.inputs],
         "nodes": [
             {
                 "name": n.name,
@@ -111,6 +117,15 @@ def calls_document(graph: Graph) -> dict[str, Any]:
     }
 
 
+def _input_to_json(spec: InputSpec) -> dict[str, Any]:
+    """Return an input as plain data, without what is unknown or does not vary."""
+    document: dict[str, Any] = {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype}
+    known = {"ranges": spec.ranges, "limits": spec.limits}
+    if spec.varying:
+        document["varying"] = [{"axis": axis, **asdict(size)} for axis, size in spec.varying]
+    return {**document, **{key: [list(pair) for pair in pairs] for key, pairs in known.items() if pairs}}
+
+
 def load(source: Path | bytes) -> LoadedArtifact:
     """Read and check an artifact.
 
@@ -119,12 +134,13 @@ def load(source: Path | bytes) -> LoadedArtifact:
             release of torch lacks.
     """
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as archive:
             infos = archive.infolist()
             names = sorted(i.filename for i in infos)
             if names not in (sorted(ENTRIES), sorted((*ENTRIES, SAMPLES))):
                 raise ValueError(f"entries {[i.filename for i in infos][:6]}")
+            if any(i.file_size > _MOST_DOCUMENT for i in infos if i.filename.endswith(".json")):
+                raise ValueError(f"a manifest or graph of more than {_MOST_DOCUMENT >> 20} MiB")
             if any(i.compress_type != zipfile.ZIP_STORED for i in infos):
                 raise ValueError("compressed entries")
             manifest_bytes, *contents = (archive.read(name) for name in (*ENTRIES, SAMPLES) if name in names)
@@ -167,12 +183,9 @@ def _samples(graph: Graph, contents: Sequence[bytes]) -> tuple[Tensor, ...]:
 def _parse(document: dict[str, Any], stored: dict[str, Tensor]) -> Graph:
     """Build the graph of ``graph.json``, in which every value is defined once and before it is read."""
     tensors = _decoded(document["encodings"], stored)
-    inputs = tuple(InputSpec(i["name"], tuple(i["shape"]), i["dtype"]) for i in document["inputs"])
+    inputs = tuple(map(_parse_input, document["inputs"]))
     known: set[str] = set(tensors)
     for spec in inputs:
-        if not all(type(size) is int and size > 0 for size in spec.shape):
-            raise ValueError(f"input {str(spec.name)[:60]!r} has a shape of other than sizes")
-        _dtype(spec.dtype)
         _define(spec.name, known)
     nodes = tuple(_parse_node(entry, known) for entry in document["nodes"])
     outputs = document["outputs"]
@@ -183,7 +196,48 @@ def _parse(document: dict[str, Any], stored: dict[str, Tensor]) -> Graph:
     buffers = document.get("buffers")
     if buffers is not None and not (isinstance(buffers, list) and set(buffers) <= tensors.keys()):
         raise ValueError("buffers that are not stored")
-    return Graph(inputs, tensors, nodes, tuple(outputs), None if buffers is None else frozenset(buffers))
+    names, classes = _output_names(document)
+    return Graph(
+        inputs, tensors, nodes, tuple(outputs), None if buffers is None else frozenset(buffers), names, classes
+    )
+
+
+def _output_names(document: dict[str, Any]) -> tuple[tuple[str, ...], frozenset[str] | None]:
+    """Return the outputs' names, and those of class scores where they are told; packages of old have neither."""
+    names = document.get("output_names", numbered_outputs(len(document["outputs"])))
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("names of outputs that are no texts")
+    if len(names) != len(document["outputs"]) or len(set(names)) != len(names):
+        raise ValueError("names of outputs that are not one for each")
+    classes = document.get("classes")
+    if classes is not None and not (isinstance(classes, list) and set(classes) <= set(names)):
+        raise ValueError("class scores that are no output")
+    return tuple(names), None if classes is None else frozenset(classes)
+
+
+def _parse_input(entry: dict[str, Any]) -> InputSpec:
+    spec = InputSpec(entry["name"], tuple(entry["shape"]), entry["dtype"])
+    if not all(type(size) is int and size > 0 for size in spec.shape):
+        raise ValueError(f"input {str(spec.name)[:60]!r} has a shape of other than sizes")
+    _dtype(spec.dtype)
+    varying = tuple((size.pop("axis"), Size(**size)) for size in map(dict, entry.get("varying", ())))
+    for axis, size in varying:
+        numbers = (axis, size.low, size.high, size.step)
+        if not (all(type(n) is int for n in numbers) and 0 <= axis < len(spec.shape) and 0 < size.low <= size.high):
+            raise ValueError(f"input {str(spec.name)[:60]!r} has sizes of other than ascending whole numbers")
+        if size.step < 1 or not isinstance(size.symbol, str):
+            raise ValueError(f"input {str(spec.name)[:60]!r} has sizes in steps of other than whole numbers")
+    return replace(spec, ranges=_ranges(entry, "ranges"), limits=_ranges(entry, "limits"), varying=varying)
+
+
+def _ranges(entry: dict[str, Any], key: str) -> Ranges:
+    """Read the ranges of an input, which are whole numbers in the range of int64, as many as its entries at most."""
+    found = tuple((low, high) for low, high in entry.get(key, ()))
+    if len(found) > math.prod(entry["shape"]) or not all(
+        type(low) is int and type(high) is int and _INT64.min <= low <= high <= _INT64.max for low, high in found
+    ):
+        raise ValueError(f"input {str(entry['name'])[:60]!r} has {key} of other than ascending whole numbers")
+    return found
 
 
 def _decoded(encodings: dict[str, Any], stored: dict[str, Tensor]) -> dict[str, Tensor]:

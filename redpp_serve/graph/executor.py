@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 
 from redpp_serve.graph.graph import Graph, map_refs, once_per_graph
 from redpp_serve.graph.operators import resolve
+from redpp_serve.graph.ranges import blank
 
 TensorType = tuple[tuple[int, ...], torch.dtype]
 
@@ -91,8 +92,8 @@ class Program(nn.Module):
         def note(name: str, value: Any) -> None:
             if isinstance(value, Tensor):
                 types[name] = tuple(value.shape), value.dtype
-            elif isinstance(value, int):
-                types[name] = value
+            elif isinstance(value, (int, torch.SymInt)):  # the latter in `symbolic`
+                types[name] = cast(int, value)
 
         self._step_by_step(inputs, note)
         return types
@@ -172,13 +173,27 @@ def value_sizes(graph: Graph, device: str = "meta", batch: int = 1) -> dict[str,
     return {name: found for name, found in _values(graph, device, batch).items() if isinstance(found, int)}
 
 
+def output_types(graph: Graph, device: str = "meta", batch: int = 1) -> dict[str, TensorType]:
+    """Find shape and dtype of every output by its public name, see `value_shapes`; one may be an input, or stored."""
+    types = value_types(graph, device, batch)
+    types |= {spec.name: ((batch, *spec.shape), getattr(torch, spec.dtype)) for spec in graph.inputs}
+    types |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in graph.tensors.items()}
+    return {name: types[value] for name, value in zip(graph.output_names, graph.outputs, strict=True)}
+
+
 @once_per_graph
 def _values(graph: Graph, device: str, batch: int) -> dict[str, TensorType | int]:
     read = {name for node in graph.nodes for name in node.refs()}
     program = Program(graph, wanted=[node.name for node in graph.nodes if node.name not in read]).to(device)
-    inputs = (torch.zeros(batch, *i.shape, dtype=getattr(torch, i.dtype), device=device) for i in graph.inputs)
     with torch.no_grad():
-        return program.types(*inputs)
+        try:
+            return program.types(*(blank(spec, batch, device) for spec in graph.inputs))
+        except NotImplementedError:  # an operator that has no shapes without values, such as an inverse spectrum
+            by_value = (torch.Tag.dynamic_output_shape in getattr(resolve(n.op), "tags", ()) for n in graph.nodes)
+            if device != "meta" or any(by_value):
+                raise
+    found: dict[str, TensorType | int] = _values(graph, "cpu", batch)
+    return found
 
 
 class _Slot(int):

@@ -18,19 +18,50 @@ from torch import Tensor
 _Result = TypeVar("_Result")
 
 
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size that differs between requests: ``low``, and every ``step`` from there up to ``high``."""
+
+    symbol: str
+    low: int
+    high: int
+    step: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.low}..{self.high}" + (f"/{self.step}" if self.step > 1 else "")
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """One input of a network.
 
+    Ranges are pairs (lowest, highest): one pair for all entries, or several that come again and again over the entries
+    in row-major order, such as one for each column of a table. None stand where nothing is known, or nothing limited.
+
     Attributes:
         name: the argument's name.
-        shape: the shape of one input, without the batch dimension.
+        shape: the shape of one input, without the batch dimension; where sizes vary, the one it is pruned and timed at.
         dtype: the name of a torch dtype.
+        ranges: the integers that inputs hold; what is made without data is drawn from them.
+        limits: the integers that the network can read, such as the rows of an embedding; a server refuses others.
+        varying: the axes of the shape whose size differs between requests, and which sizes they take.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
+    ranges: Ranges = ()
+    limits: Ranges = ()
+    varying: tuple[tuple[int, Size], ...] = ()
+
+    @property
+    def holds_integers(self) -> bool:
+        """Whether it holds integers, of which booleans are none."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return not dtype.is_floating_point and dtype is not torch.bool
 
 
 @dataclass(frozen=True)
@@ -77,6 +108,8 @@ class Graph:
         outputs: names of the values that the network returns.
         buffers: names of stored tensors that the network's author did not make parameters; None where that is unknown,
             as in a package of release 0.1.
+        output_names: names by which clients know the outputs, unique; ``output_0`` and so on where none are given.
+        classes: those of ``output_names`` that its owner says are class scores; None where nobody has said.
     """
 
     inputs: tuple[InputSpec, ...]
@@ -84,6 +117,17 @@ class Graph:
     nodes: tuple[Node, ...]
     outputs: tuple[str, ...]
     buffers: frozenset[str] | None = None
+    output_names: tuple[str, ...] = ()
+    classes: frozenset[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.output_names:
+            object.__setattr__(self, "output_names", numbered_outputs(len(self.outputs)))
+
+    @property
+    def names_outputs(self) -> bool:
+        """Whether the outputs have names of their own, so that a reply is better read by name than in order."""
+        return self.output_names != numbered_outputs(len(self.outputs))
 
     def node(self, name: str) -> Node:
         """Return the node of that name; raise KeyError if there is none."""
@@ -139,7 +183,7 @@ class Graph:
         tensors = {new.get(name, name): tensor for name, tensor in self.tensors.items()}
         outputs = tuple(new.get(name, name) for name in self.outputs)
         buffers = None if self.buffers is None else frozenset(new.get(name, name) for name in self.buffers)
-        return Graph(inputs, tensors, nodes, outputs, buffers)
+        return replace(self, inputs=inputs, tensors=tensors, nodes=nodes, outputs=outputs, buffers=buffers)
 
     def to(self, dtype: torch.dtype) -> Graph:
         """Return the same graph with its floating-point tensors and inputs in another precision."""
@@ -159,6 +203,11 @@ class Graph:
         return replace(self, nodes=nodes, tensors=tensors, buffers=buffers)
 
 
+def numbered_outputs(count: int) -> tuple[str, ...]:
+    """Return the names of outputs that the network itself names none of."""
+    return tuple(f"output_{index}" for index in range(count))
+
+
 def once_per_graph(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """Remember a function's results for each graph, its first argument, and the other arguments."""
     known: WeakKeyDictionary[Graph, dict[Any, _Result]] = WeakKeyDictionary()
@@ -171,18 +220,6 @@ def once_per_graph(function: Callable[..., _Result]) -> Callable[..., _Result]:
         return results[args]
 
     return remembered
-
-
-def conv2d_geometry(node: Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
-    """Return stride, padding, dilation and groups of a call of ``aten.conv2d``, with defaults where it has none."""
-    stride, padding, dilation = (_pair(node.argument(at), default) for at, default in ((3, 1), (4, 0), (5, 1)))
-    return stride, padding, dilation, node.argument(6) or 1
-
-
-def _pair(value: int | list[int] | None, default: int) -> tuple[int, int]:
-    if value is None:
-        return default, default
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 def map_refs(value: Any, fn: Callable[[str], Any]) -> Any:

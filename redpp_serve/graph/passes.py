@@ -17,8 +17,8 @@ from torch import Tensor
 
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.executor import value_shapes, value_types
-from redpp_serve.graph.graph import Graph, Node, Ref, conv2d_geometry, map_refs
-from redpp_serve.graph.layers import CONV, LINEAR
+from redpp_serve.graph.graph import Graph, Node, Ref, map_refs
+from redpp_serve.graph.layers import CONV, LINEAR, TRANSPOSED, is_convolution, window
 from redpp_serve.graph.operators import FUSED_CONV2D, FUSED_LINEAR, resolve
 
 BATCH_NORM = "aten.batch_norm.default"
@@ -42,14 +42,18 @@ def fold_constants(graph: Graph) -> Graph:
     takes part in everything that works on stored weights. A value is stored under the name of the call that made it.
     """
     tensors, nodes, buffers = dict(graph.tensors), [], graph.buffers
+    known = dict(tensors)  # also what is made from sizes alone, such as an identity matrix, which is not stored
     for node in graph.nodes:
         refs = set(node.refs())
-        if refs and refs <= tensors.keys():
-            args, kwargs = (map_refs(part, tensors.get) for part in (node.args, tuple(node.kwargs.values())))
+        stored = refs & tensors.keys()
+        if refs <= known.keys():
+            args, kwargs = (map_refs(part, known.get) for part in (node.args, tuple(node.kwargs.values())))
             value = resolve(node.op)(*args, **dict(zip(node.kwargs, kwargs, strict=True)))
-            if isinstance(value, Tensor) and value.numel() <= sum(tensors[name].numel() for name in refs):
-                tensors[node.name] = value.contiguous()
-                buffers = buffers and (buffers | {node.name} if refs <= buffers else buffers)
+            if isinstance(value, Tensor) and (not stored or value.is_complex()):  # no file holds complex numbers
+                known[node.name] = value
+            elif isinstance(value, Tensor) and value.numel() <= sum(tensors[name].numel() for name in stored):
+                tensors[node.name] = known[node.name] = value.contiguous()
+                buffers = buffers and (buffers | {node.name} if stored <= buffers else buffers)
                 continue
         nodes.append(node)
     return replace(graph, tensors=tensors, nodes=tuple(nodes), buffers=buffers).pruned_of_unused()
@@ -83,7 +87,7 @@ def fold_batch_norm(graph: Graph) -> Graph:
         bias = source.argument(2)
         if bias is not None:
             shift = shift + tensors[bias.name].double() * scale
-        folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+        folded = _scaled(weight, scale, source)
         stem = source.args[1].name.removesuffix(".weight")
         if f"{stem}.folded.weight" in tensors:  # two layers share a weight, and each has a norm of its own
             stem = f"{stem}.{source.name}"
@@ -96,13 +100,23 @@ def fold_batch_norm(graph: Graph) -> Graph:
     return replace(graph, tensors=tensors, nodes=nodes).pruned_of_unused()
 
 
+def _scaled(weight: Tensor, scale: Tensor, call: Node) -> Tensor:
+    """Scale a layer's weight, in float64, by a factor (n_out,) for each output channel."""
+    if call.op not in TRANSPOSED:
+        return weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+    groups = call.argument(6) or 1
+    by_group = weight.double().view(groups, -1, *weight.shape[1:])
+    return (by_group * scale.view(groups, 1, -1, *[1] * (weight.dim() - 2))).view(weight.shape)
+
+
 def _foldable(graph: Graph) -> list[tuple[Node, Node]]:
     """Pair each convolution or Linear with the batch norm that alone reads it, if all their parameters are stored."""
     users, producers = graph.users(), {node.name: node for node in graph.nodes}
     pairs = []
     for norm in filter(is_inference_norm, graph.nodes):
         source = producers.get(norm.args[0].name)
-        if source is None or source.op not in (CONV, LINEAR) or not _only_reader(graph, users, source):
+        foldable = source is not None and (source.op == LINEAR or is_convolution(source))
+        if source is None or not foldable or not _only_reader(graph, users, source):
             continue
         parameters = [ref.name for ref in (*source.args[1:3], *norm.args[1:5]) if isinstance(ref, Ref)]
         if all(name in graph.tensors for name in parameters):  # else computed, as by weight standardization
@@ -133,10 +147,13 @@ def fuse_epilogues(graph: Graph) -> Graph:
             absorbed.add(last.name)
             last, other = follower, Ref(partner)
             follower = _only_reader(graph, users, last)
-        if follower and (name := _activation(follower)):
+        if follower and (name := activation_of(follower)):
             absorbed.add(last.name)
             last, activation = follower, name
-        op, geometry = (FUSED_CONV2D, conv2d_geometry(node)) if node.op == CONV else (FUSED_LINEAR, ())
+        op, geometry = FUSED_LINEAR, tuple[Any, ...]()
+        if node.op == CONV:
+            found = window(node, graph.tensors[node.args[1].name].shape[2:])
+            op, geometry = FUSED_CONV2D, (found.stride, found.padding, found.dilation, found.groups)
         args = (node.args[0], other, node.args[1], node.argument(2), *geometry, activation)
         replaced[last.name] = Node(last.name, op, args)
     nodes = tuple(replaced.get(n.name, n) for n in graph.nodes if n.name in replaced or n.name not in absorbed)
@@ -150,7 +167,7 @@ def _is_layer(graph: Graph, node: Node) -> bool:
     return all(ref.name in graph.tensors for ref in node.args[1:3] if ref is not None)
 
 
-def _activation(node: Node) -> str | None:
+def activation_of(node: Node) -> str | None:
     """Return the name by which kernels know an activation; None for other calls."""
     if node.op == "aten.gelu.default" and node.kwargs:
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
@@ -195,6 +212,12 @@ def precision_dtype(precision: str) -> torch.dtype:
 def set_switches(precision: str) -> None:
     """Allow or forbid TF32 in matrix products and convolutions on CUDA, for the whole process."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def half_of(graph: Graph) -> str:
+    """Return the 16-bit precision that some of a graph's tensors are stored in, as fp16 or bf16; empty for none."""
+    stored = {tensor.dtype for tensor in graph.tensors.values()}
+    return next((name for name, dtype in _HALF.items() if dtype in stored), "")
 
 
 def in_precision(graph: Graph, precision: str) -> Graph:

@@ -86,6 +86,12 @@ def scale_and_zero(low: float, high: float) -> tuple[float, int]:
     return scale, round(-low / scale)
 
 
+def symmetric(ranges: Ranges) -> dict[str, tuple[float, float]]:
+    """Widen ranges so that zero is their middle, for engines whose levels lie about zero."""
+    most = {name: max(abs(low), abs(high)) for name, (low, high) in ranges.items()}
+    return {name: (-limit, limit) for name, limit in most.items()}
+
+
 def _values(name: str, low: float, high: float) -> Node:
     return Node(f"{name}.int8", INT8_VALUES, (Ref(name), *scale_and_zero(low, high)))
 

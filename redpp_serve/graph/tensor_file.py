@@ -28,6 +28,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 32 << 20  # bytes; that of a network of ten thousand tensors has 1.3 MB
 _METADATA = "__metadata__"
 
 
@@ -60,6 +61,8 @@ class TensorFile:
         length = int.from_bytes(data[:8], "little")
         if len(data) < 8 or length > len(data) - 8:
             raise ValueError("a weights header longer than the file")
+        if length > MAX_HEADER:
+            raise ValueError(f"a weights header of {length >> 20} MiB, more than {MAX_HEADER >> 20}")
         header = json.loads(data[8 : 8 + length])
         self.metadata: dict[str, Any] = header.pop(_METADATA, None) or {}
         self.entries: dict[str, Stored] = {}

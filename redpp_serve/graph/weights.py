@@ -98,10 +98,10 @@ def _pack(indices: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class KernelSplit:
-    """A weight (n_out, n_in / groups, kh, kw) as unique kernels for each input channel, up to their sign.
+    """A weight (n_out, n_in / groups, *kernel) as unique kernels for each input channel, up to their sign.
 
     Attributes:
-        kernels: (U, kh, kw), none of them all zero, input channel by input channel.
+        kernels: (U, *kernel), none of them all zero, input channel by input channel.
         channel: (U,) int64, the input channel that each kernel belongs to.
         index: (n_out, n_in / groups) int32, for each pair of output and input the row of ``kernels``; -1 for all zero.
         sign: (n_out, n_in / groups) int8, the sign of each pair's kernel; 0 for all zero.
@@ -115,16 +115,17 @@ class KernelSplit:
     def rebuild(self) -> Tensor:
         """Return the weight, equal bit by bit but for the sign of zeros."""
         padded = torch.cat([self.kernels, self.kernels.new_zeros(1, *self.kernels.shape[1:])])
-        return padded[self.index.long()] * self.sign[..., None, None].to(padded.dtype)
+        sign = self.sign.view(*self.sign.shape, *[1] * (padded.dim() - 1))
+        return padded[self.index.long()] * sign.to(padded.dtype)
 
 
 def split_weight(weight: Tensor, groups: int = 1) -> KernelSplit:
     """Split a weight, checked bit by bit; a Linear's (n_out, n_in) counts as 1 x 1."""
     if weight.dim() == 2:
         weight = weight[..., None, None]
-    n_out, n_in, kh, kw = weight.shape
+    (n_out, n_in), kernel = weight.shape[:2], weight.shape[2:]
     flat = (
-        weight.reshape(groups, n_out // groups, n_in, kh * kw)
+        weight.reshape(groups, n_out // groups, n_in, math.prod(kernel))
         .transpose(0, 1)
         .reshape(n_out // groups, groups * n_in, -1)
     )
@@ -138,7 +139,7 @@ def split_weight(weight: Tensor, groups: int = 1) -> KernelSplit:
         torch.cat([p[k] for p in parts], 1).view(n_out // groups, groups, n_in).transpose(0, 1).reshape(n_out, n_in)
         for k in (2, 3)
     )
-    return KernelSplit(kernels.view(-1, kh, kw), channel, index.to(torch.int32), sign)
+    return KernelSplit(kernels.view(-1, *kernel), channel, index.to(torch.int32), sign)
 
 
 def _split_block(block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

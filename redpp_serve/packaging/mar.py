@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from redpp_serve.archives import ZIP_ERRORS, check_claims, open_zip, read_entry, read_small
 from redpp_serve.errors import RedppError
 from redpp_serve.files import deterministic_zip
 from redpp_serve.graph.artifact import Artifact, LoadedArtifact, load
+from redpp_serve.packaging.bounds import check_runs
 from redpp_serve.packaging.templates import render
 
 if TYPE_CHECKING:  # Python 3.10 has it elsewhere
     from importlib.resources.abc import Traversable
 
-ARTIFACT, CONFIG = "model.redpp", "model-config.yaml"
+ARTIFACT, CONFIG, MANIFEST = "model.redpp", "model-config.yaml", "MAR-INF/MANIFEST.json"
+WRITTEN = "an archive that redpp-serve package wrote"
+_MOST_MANIFEST = 1 << 20  # bytes
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")
 _MODULES = ("__init__.py", "errors.py", "files.py", "variants.py")
 _PACKAGES = ("graph", "engines", "runtime", "handlers", "kernels")
@@ -47,7 +50,18 @@ def build_mar(artifact: Artifact, *, name: str, model_config: str) -> bytes:
             "numbers with dots, such as 1.0",
             "build the artifact with such a version in its description",
         )
-    manifest = {
+    entries = {
+        MANIFEST: json.dumps(manifest_of(name, version), indent=2).encode(),
+        ARTIFACT: artifact.data,
+        "handler.py": render("handler.py").encode(),
+        CONFIG: model_config.encode(),
+    }
+    return deterministic_zip({**entries, **serving_sources()})
+
+
+def manifest_of(name: str, version: str) -> dict[str, Any]:
+    """Return what an archive says about itself to TorchServe."""
+    return {
         "createdOn": "01/01/1980 00:00:00",
         "runtime": "python",
         "model": {
@@ -59,22 +73,17 @@ def build_mar(artifact: Artifact, *, name: str, model_config: str) -> bytes:
         },
         "archiverVersion": "0.12.0",
     }
-    entries = {
-        "MAR-INF/MANIFEST.json": json.dumps(manifest, indent=2).encode(),
-        ARTIFACT: artifact.data,
-        "handler.py": render("handler.py").encode(),
-        CONFIG: model_config.encode(),
-    }
-    return deterministic_zip({**entries, **serving_sources()})
 
 
-def read_artifact(archive: Path) -> LoadedArtifact:
-    """Load the artifact in an archive.
+def read_artifact(archive: Path, batch: int = 1) -> LoadedArtifact:
+    """Load the artifact in an archive, once its network has proved to run within bounds at a batch size.
 
     Raises:
-        RedppError: no archive of `package`, or a damaged one.
+        RedppError: no archive of `package`, a damaged one, or a network that `check_runs` refuses.
     """
-    return load(artifact_bytes(archive))
+    artifact = load(artifact_bytes(archive))
+    check_runs(artifact.graph, batch)
+    return artifact
 
 
 def artifact_bytes(archive: Path) -> bytes:
@@ -84,14 +93,32 @@ def artifact_bytes(archive: Path) -> bytes:
         RedppError: no archive of `package`, or a damaged one.
     """
     try:
-        with zipfile.ZipFile(archive) as file:
-            return file.read(ARTIFACT)
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise RedppError(
-            f"{archive} cannot be read: {error}",
-            "an archive that redpp-serve package wrote",
-            "package the model again, or correct the path",
-        ) from error
+        check_claims(archive)
+        with open_zip(archive, WRITTEN) as file:
+            return read_entry(file, file.getinfo(ARTIFACT))
+    except (*ZIP_ERRORS, KeyError) as error:
+        raise unreadable(archive, error) from error
+
+
+def manifest(archive: Path) -> dict[str, Any]:
+    """Return what an archive says about itself to TorchServe.
+
+    Raises:
+        RedppError: no archive of `package`, or a damaged one.
+    """
+    try:
+        with open_zip(archive, WRITTEN) as file:
+            found = json.loads(read_small(file, MANIFEST, _MOST_MANIFEST))
+        if not isinstance(found, dict) or not isinstance(found["model"]["modelVersion"], str):
+            raise ValueError(f"{MANIFEST} names no version")
+        return found
+    except (*ZIP_ERRORS, LookupError, TypeError) as error:
+        raise unreadable(archive, error) from error
+
+
+def unreadable(archive: Path, why: object) -> RedppError:
+    """Return the refusal of an archive that is none of `package`, or a damaged one."""
+    return RedppError(f"{archive} cannot be read: {why}", WRITTEN, "package the model again, or correct the path")
 
 
 def check_name(name: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from redpp_serve.errors import RedppError
 from redpp_serve.packaging.samples import INPUTS
 from redpp_serve.pruning.checkpoint import frontier_of
 from redpp_serve.report.folder import PAGE, REPORT, read_report
+from redpp_serve.state_folders import left_scratch, scratch_folder
 from redpp_serve.variants import VARIANTS
 
 _OURS = {
@@ -46,10 +46,14 @@ def check_out(out: Path) -> None:
     """Refuse to replace anything but an earlier package and what TorchServe writes when it is started in one.
 
     Raises:
-        RedppError: names what would be lost.
+        RedppError: names what would be lost; or the system takes no such path.
     """
-    if not out.exists() and not out.is_symlink():
-        return
+    try:
+        if not out.exists() and not out.is_symlink():
+            return
+    except OSError as error:
+        do = "choose another folder with --out"
+        raise RedppError(f"{out} cannot be written: {error.strerror}", "a path that the system takes", do) from error
     try:
         entries = sorted(path.name for path in out.iterdir())
         ours = not entries or read_report(out).tool.name == "redpp-serve"
@@ -95,10 +99,18 @@ def all_or_nothing(out: Path, checkpoint: Path | None) -> Iterator[None]:
 
 @contextmanager
 def replaced(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``out``, which takes its place when the body ends without an exception."""
+    """Yield an empty folder beside ``out``, which takes its place when the body ends without an exception.
+
+    A package that a killed run had put aside comes back first.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        new, aside = Path(scratch) / "new", Path(scratch) / "old"
+    prefix = f".{out.name}.redpp-"
+    for left in left_scratch(out.parent, prefix):
+        if (left / "old").exists() and not out.exists():
+            os.replace(left / "old", out)
+        shutil.rmtree(left, ignore_errors=True)
+    with scratch_folder(out.parent, prefix) as scratch:
+        new, aside = scratch / "new", scratch / "old"
         new.mkdir(mode=0o755)
         yield new
         try:

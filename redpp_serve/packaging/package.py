@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,12 +15,16 @@ import torch
 
 from redpp_serve import __version__
 from redpp_serve.capture import Captured
+from redpp_serve.capture.any_size import other_sizes
+from redpp_serve.capture.inputs import sample
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import Artifact, build
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import mac_count, parameter_count
-from redpp_serve.graph.passes import in_precision
+from redpp_serve.graph.passes import half_of, in_precision
+from redpp_serve.graph.sizes import largest
+from redpp_serve.handlers.payload import read_image
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.machine import describe_machine
 from redpp_serve.options import Options, Serving
@@ -33,8 +38,9 @@ from redpp_serve.packaging.output_folder import (
     write_files,
 )
 from redpp_serve.packaging.readme import readme
-from redpp_serve.packaging.samples import INPUTS, as_array, request_body, sample_name
-from redpp_serve.packaging.server_config import LOG4J2, config_properties, model_config
+from redpp_serve.packaging.samples import INPUTS, as_array, example_image, request_body, sample_name
+from redpp_serve.packaging.server_config import CONFIG as CONFIG_PROPERTIES
+from redpp_serve.packaging.server_config import LOG4J2, Limits, config_properties, limits_for, model_config
 from redpp_serve.packaging.trials import Trial, run_trials, try_archive, try_model
 from redpp_serve.packaging.triton_repository import build_repository, output_specs, to_json, triton_config
 from redpp_serve.pruning.accounting import totals
@@ -66,11 +72,12 @@ class Model:
     inputs: tuple[InputSpec, ...]
     preprocess: Preprocess | None
     serving: Serving
+    labels: tuple[str, ...] = ()
 
     @property
-    def scale(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Mean and standard deviation that the pre-processing normalises images with."""
-        return (self.preprocess.mean, self.preprocess.std) if self.preprocess else None
+    def scale(self) -> Scale | None:
+        """The value range that the preprocessing gives images."""
+        return Scale(self.preprocess.mean, self.preprocess.std) if self.preprocess else None
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ def package(  # noqa: PLR0913 - the options of the command, given by keyword
     options: Options = Options(),
     serving: Serving = Serving(),
     preprocess: Preprocess | None = None,
+    labels: Sequence[str] = (),
     verify_data: Path | None = None,
     inputs: Path | None = None,
     moments: Path | None = None,
@@ -108,6 +116,7 @@ def package(  # noqa: PLR0913 - the options of the command, given by keyword
         options: what to prune and how far.
         serving: how both versions are served.
         preprocess: how images become the network's input.
+        labels: the name of each class, in the order of the first output's scores.
         verify_data: labelled inputs to measure accuracy with, an .npz file.
         inputs: unlabelled inputs to fit to and judge by, see `load_inputs`; nothing of them is in the package.
         moments: second moments that a serving original has added up, see `load_moments`.
@@ -124,19 +133,19 @@ def package(  # noqa: PLR0913 - the options of the command, given by keyword
     out = Path(os.path.abspath(out))  # '.' has no name of its own
     check_name(name)
     check_out(out)
-    model = Model(name, captured.graph.inputs, preprocess, serving)
+    model = Model(name, captured.graph.inputs, preprocess, serving, tuple(labels))
     check_model(model, captured.graph)
     stages = stages or Stages(quiet=True)
-    data = load_verify_data(verify_data, captured.graph, model.scale) if verify_data else None
+    data = load_verify_data(verify_data, captured.graph, preprocess) if verify_data else None
     checkpoint = None if dry_run else checkpoint_of(out)
     sources = Sources(
         load_inputs(inputs, captured.graph, preprocess, options.seed) if inputs else (),
-        Scale(*model.scale) if model.scale else None,
+        model.scale,
         load_moments(moments, captured.graph) if moments else None,
         known_widths(frontier_files(out), captured.graph, options.keep_point) if options.keep_point else None,
     )
     with all_or_nothing(out, checkpoint):
-        options = with_step(options, stages, serving)
+        options = with_step(options, stages, captured.graph, serving)
         pruned = prune(captured.graph, options, stages=stages, data=data, checkpoint=checkpoint, sources=sources)
         captured = replace(captured, messages=[*captured.messages, *doubts(pruned.verify)])
         chosen = {**options.to_json(), **asdict(serving)}
@@ -185,7 +194,7 @@ def write_package(
             stage.reason = f"{len(pruned.choice.points)} networks timed in turns"
     if not dry_run:
         with replaced(out) as folder:
-            config = _triton_config(model, versions, pruned.samples)
+            config = _triton_config(model, versions)
             write_files(folder, _files(model, versions, pruned.samples, config))
             with stages.run("try") as stage:
                 trials = run_trials(_trials(folder, model, versions, pruned.samples, config))
@@ -217,7 +226,8 @@ def check_model(model: Model, graph: Graph) -> None:
     """Refuse what can be told before any work.
 
     Raises:
-        RedppError: images of another shape than the input, or a network that does not run in the precision.
+        RedppError: images of another shape than the input, names of other classes than the network's, or a network
+            that does not run in the precision.
     """
     if model.preprocess and (len(model.inputs) != 1 or model.preprocess.shape != model.inputs[0].shape):
         raise RedppError(
@@ -225,13 +235,28 @@ def check_model(model: Model, graph: Graph) -> None:
             f"the network's input shape {[i.shape for i in model.inputs]}",
             "correct mode, height and width",
         )
+    _check_labels(model.labels, graph)
     precision = model.serving.precision
     if precision in ("fp16", "bf16"):
         cpu = torch.device("cpu")
         layer_inputs(serving_graph(graph, cpu, precision), cpu, precision)
 
 
+def _check_labels(labels: Sequence[str], graph: Graph) -> None:
+    if not labels:
+        return
+    (name, scores), *_ = _outputs(graph, sample(graph.inputs, 1, torch.Generator().manual_seed(0))).items()
+    if scores.numel() != len(labels):
+        raise RedppError(
+            f"--labels names {len(labels)} classes, and {name} gives {scores.numel()} numbers",
+            "one name for each score of the network's first output",
+            "correct --labels, or leave it out",
+        )
+
+
 def _precisions(pruned: Pruned) -> dict[str, Precisions]:
+    if pruned.inputs.unread:
+        return {variant.name: Precisions() for variant in (ORIGINAL, PRUNED)}
     fit, families = pruned.inputs.fit, dict(pruned.inputs.reference.families)
     if not fit and len(families) > 1:  # nothing was fitted: one family gives the ranges, the others judge
         fit = families.pop(next(iter(families)))
@@ -263,6 +288,7 @@ def _build(
         "variant": variant.name,
         "version": variant.version,
         "preprocess": model.preprocess.to_json() if model.preprocess else None,
+        **({"labels": list(model.labels)} if model.labels else {}),
         "info": {"parameters": parameter_count(graph), "macs": mac_count(graph)},
         "precision": precisions.description(model.serving.precision_error if variant is PRUNED else None),
     }
@@ -300,14 +326,14 @@ def _files(
     first = [as_array(x[0]) for x in samples]
     artifacts = {version.variant.name: version.artifact.data for version in versions}
     texts = {
-        "config.properties": config_properties(),
+        CONFIG_PROPERTIES: config_properties(limits=_limits(model, versions[0].graph, samples)),
         "log4j2.xml": LOG4J2,
         CONFIG: model_config(model.serving),
-        "README.md": readme(model.name, model.inputs, model.preprocess),
+        "README.md": readme(model.name, model.inputs, model.preprocess, versions[0].graph.output_names),
     }
     inputs = io.BytesIO()
     np.savez(inputs, **{spec.name: as_array(x) for spec, x in zip(model.inputs, samples, strict=True)})  # type: ignore[arg-type]
-    repository = build_repository(model.name, artifacts, config, first)
+    repository = build_repository(model.name, artifacts, config, first, model.labels)
     return {
         **{version.variant.archive: version.archive for version in versions},
         **{f"triton/{path}": content for path, content in repository.items()},
@@ -328,24 +354,47 @@ def _trials(
     archives, models = [], []
     for version in versions:
         # In the handlers' precision, whose rounding is no error of theirs.
-        outputs = [y.double().numpy() for y in _outputs(in_precision(version.graph, precision), samples)]
-        archives.append(try_archive(folder / version.variant.archive, request, outputs, precision))
-        place = folder / "triton" / model.name / version.variant.triton_version
-        models.append(try_model(place, to_json(config), request, outputs))
+        graph, half = in_precision(version.graph, precision), half_of(version.graph)
+        outputs = _numbers(graph, samples)
+        archive, place = folder / version.variant.archive, folder / "triton" / model.name
+        if model.preprocess:  # an image, so that what the archive promises is tried
+            image = example_image(model.preprocess)
+            shown = _numbers(graph, [read_image(image, model.inputs[0], model.preprocess)[None]])
+            archives.append(try_archive(archive, image, shown, precision, half))
+        else:
+            archives.append(try_archive(archive, request, outputs, precision, half))
+        models.append(try_model(place / version.variant.triton_version, to_json(config), request, outputs, half))
+        for small in _smallest(model):
+            body, outputs = _sample(model, small), _numbers(graph, small)
+            archives.append(try_archive(archive, body, outputs, precision, half))
+            models.append(try_model(place / version.variant.triton_version, to_json(config), body, outputs, half))
     return [*archives, *models]
 
 
-def _triton_config(model: Model, versions: Sequence[_Version], samples: Sequence[torch.Tensor]) -> dict[str, Any]:
-    specs = {
-        version.variant.name: [
-            InputSpec("", tuple(y.shape), str(y.dtype).removeprefix("torch.")) for y in _outputs(version.graph, samples)
-        ]
-        for version in versions
-    }
-    return triton_config(model.name, model.inputs, output_specs(specs), model.serving)
+def _smallest(model: Model) -> list[tuple[torch.Tensor, ...]]:
+    """Return one random input of the smallest sizes, (1, ...) for each of the network's; nothing where none varies."""
+    return [sample(specs, 1, torch.Generator().manual_seed(0)) for specs in other_sizes(model.inputs)[:1]]
 
 
-def _outputs(graph: Graph, samples: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the network's outputs for the first sample, without the batch dimension."""
+def _limits(model: Model, graph: Graph, samples: Sequence[torch.Tensor]) -> Limits:
+    """Return limits in which the largest input and its answer fit; outputs are taken to grow with the inputs."""
+    given = sum(x[0].numel() for x in samples)
+    most = sum(math.prod(largest(spec)) for spec in model.inputs)
+    outputs = sum(y.numel() for y in _outputs(graph, samples).values())
+    return limits_for(most, outputs * max(1, -(-most // max(1, given))))
+
+
+def _numbers(graph: Graph, samples: Sequence[torch.Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    return {name: y.double().numpy() for name, y in _outputs(graph, samples).items()}
+
+
+def _triton_config(model: Model, versions: Sequence[_Version]) -> dict[str, Any]:
+    outputs = output_specs({version.variant.name: version.graph for version in versions})
+    return triton_config(model.name, model.inputs, outputs, model.serving, bool(model.labels))
+
+
+def _outputs(graph: Graph, samples: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the network's outputs by name for the first sample, without the batch dimension."""
     with torch.no_grad():
-        return [y[0] for y in Program(graph)(*(x[:1] for x in samples))]
+        outputs = Program(graph)(*(x[:1] for x in samples))
+    return {name: y[0] for name, y in zip(graph.output_names, outputs, strict=True)}

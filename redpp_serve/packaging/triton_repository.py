@@ -7,19 +7,23 @@ config.pbtxt is written as text: the protobuf classes belong to Triton's client,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from redpp_serve.errors import RedppError
-from redpp_serve.graph.graph import InputSpec
+from redpp_serve.graph.executor import output_types
+from redpp_serve.graph.graph import Graph, InputSpec
+from redpp_serve.graph.sizes import ends, resized
 from redpp_serve.options import Serving
 from redpp_serve.packaging.mar import ARTIFACT, check_name, serving_sources
 from redpp_serve.packaging.templates import render
 from redpp_serve.runtime.serving_graph import batch_buckets
 from redpp_serve.variants import NAMES, VARIANTS
 
-CONFIG = "config.pbtxt"
+CONFIG, LABELS = "config.pbtxt", "labels.txt"
+ANY_SIZE = -1  # Triton's word for a size that differs between requests; it batches those of equal shapes alone
 TYPES = {
     "float32": "TYPE_FP32",
     "float16": "TYPE_FP16",
@@ -39,7 +43,11 @@ class Word(str):
 
 
 def build_repository(
-    name: str, artifacts: Mapping[str, bytes], config: Mapping[str, Any], sample: Sequence[np.ndarray[Any, Any]]
+    name: str,
+    artifacts: Mapping[str, bytes],
+    config: Mapping[str, Any],
+    sample: Sequence[np.ndarray[Any, Any]],
+    labels: Sequence[str] = (),
 ) -> dict[str, bytes]:
     """Return path below the repository -> bytes for all files; equal arguments give equal bytes.
 
@@ -48,6 +56,7 @@ def build_repository(
         artifacts: variant's name -> artifact.
         config: from `triton_config`.
         sample: one input without batch for each of the network's, for Triton to warm up with.
+        labels: the name of each class, where the configuration names their file.
 
     Raises:
         RedppError: a name that cannot be used.
@@ -55,6 +64,8 @@ def build_repository(
     check_name(name)
     files = {f"{name}/{CONFIG}": to_text(config).encode()}
     files |= {f"{name}/{path}": content for path, content in warmup_files(sample).items()}
+    if labels:
+        files[f"{name}/{LABELS}"] = "".join(f"{label}\n" for label in labels).encode()
     model = render("model.py", artifact=ARTIFACT).encode()
     for variant in VARIANTS:
         own = {"model.py": model, ARTIFACT: artifacts[variant.name], **serving_sources()}
@@ -68,7 +79,7 @@ def warmup_files(sample: Sequence[np.ndarray[Any, Any]]) -> dict[str, bytes]:
 
 
 def triton_config(
-    name: str, inputs: Sequence[InputSpec], outputs: Sequence[InputSpec], serving: Serving
+    name: str, inputs: Sequence[InputSpec], outputs: Sequence[InputSpec], serving: Serving, labelled: bool = False
 ) -> dict[str, Any]:
     """Return the configuration that both versions share, as a message for `to_text` and `to_json`.
 
@@ -77,17 +88,21 @@ def triton_config(
         inputs: names, shapes without batch, torch dtypes. bfloat16 travels as float32, since NumPy has none.
         outputs: the same for the outputs.
         serving: the largest batch, how long a request waits for others, threads, precision and engine of each instance.
+        labelled: whether the file `LABELS` names the classes of the first output.
 
     Raises:
         RedppError: a dtype that Triton does not know.
     """
+    given = [_tensor(spec) for spec in outputs]
+    if labelled:
+        given[0]["label_filename"] = LABELS
     parameters = {"threads": serving.threads, "precision": serving.precision, "engine": serving.engine}
     return {
         "name": name,
         "backend": "python",
         "max_batch_size": serving.batch_size,
         "input": [_tensor(spec) for spec in inputs],
-        "output": [_tensor(spec) for spec in outputs],
+        "output": given,
         "version_policy": {"all": {}},
         # Every GPU gets an instance; a machine without one gets an instance on the CPU.
         "instance_group": [{"count": 1, "kind": Word("KIND_AUTO")}],
@@ -103,18 +118,19 @@ def triton_config(
     }
 
 
-def output_specs(outputs: Mapping[str, Sequence[InputSpec]]) -> tuple[InputSpec, ...]:
+def output_specs(graphs: Mapping[str, Graph]) -> tuple[InputSpec, ...]:
     """Return the outputs as clients name them, which both variants must share.
 
     Args:
-        outputs: variant's name -> shape without batch and dtype of each output.
+        graphs: the network of each variant, by the variant's name.
+
+    Returns:
+        Name, shape without batch and dtype; `ANY_SIZE` for a size that differs between inputs of several sizes.
 
     Raises:
         RedppError: the pruned network's differ from the original's.
     """
-    original, pruned = (
-        tuple(InputSpec(f"output_{k}", y.shape, y.dtype) for k, y in enumerate(outputs[name])) for name in NAMES
-    )
+    original, pruned = (_outputs(graphs[name]) for name in NAMES)
     if original != pruned:
         raise RedppError(
             f"outputs {pruned} of the pruned network",
@@ -122,6 +138,17 @@ def output_specs(outputs: Mapping[str, Sequence[InputSpec]]) -> tuple[InputSpec,
             "report this with the model and the command",
         )
     return original
+
+
+def _outputs(graph: Graph) -> tuple[InputSpec, ...]:
+    others = ([resized(spec, sizes) for spec in graph.inputs] for sizes in ends(graph.inputs))
+    every = [output_types(each, "cpu") for each in (graph, *(replace(graph, inputs=tuple(o)) for o in others))]
+    found = []
+    for name, (_, dtype) in every[0].items():
+        shapes = zip(*(types[name][0][1:] for types in every), strict=True)
+        shape = tuple(sizes[0] if len(set(sizes)) == 1 else ANY_SIZE for sizes in shapes)
+        found.append(InputSpec(name, shape, str(dtype).removeprefix("torch.")))
+    return tuple(found)
 
 
 def to_text(message: Mapping[str, Any], indent: str = "") -> str:
@@ -165,8 +192,10 @@ def _tensor(spec: InputSpec) -> dict[str, Any]:
             f"one of {', '.join(TYPES)}",
             "convert it inside the network, and package that",
         )
+    varying = dict(spec.varying)
+    dims = [ANY_SIZE if axis in varying else size for axis, size in enumerate(spec.shape)]
     # Scalars need dims [1] and reshape [].
-    shape = {"dims": list(spec.shape)} if spec.shape else {"dims": [1], "reshape": {"shape": []}}
+    shape = {"dims": dims} if spec.shape else {"dims": [1], "reshape": {"shape": []}}
     return {"name": spec.name, "data_type": Word(TYPES[spec.dtype]), **shape}
 
 

@@ -38,7 +38,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Counting:
-    """Cost of all layers before and after pruning.
+    """Cost of all layers before and after pruning; products of computed values are left out.
 
     Attributes:
         dense: the original network.
@@ -91,7 +91,7 @@ def totals(graph: Graph, counts: Counts, stored_bytes: int) -> dict[str, int]:
 def count_dense(layer: Layer, element_size: int = 4) -> Counts:
     """Count the layer as it is. Additions are those of the sum over inputs; a bias is left out everywhere."""
     size = math.prod(layer.shape)
-    return Counts(layer.macs, layer.positions * (size - layer.shape[0]), size * element_size)
+    return Counts(layer.macs, layer.positions * (size - layer.outputs), size * element_size)
 
 
 def count_kernels(layer: Layer, split: KernelSplit, element_size: int = 4) -> Counts:
@@ -111,14 +111,14 @@ def count_kernels(layer: Layer, split: KernelSplit, element_size: int = 4) -> Co
 
 def count_scalars(layer: Layer, weight: Tensor, element_size: int = 4) -> Counts:
     """Count the layer split into scalars: unique magnitudes in each column of the im2col matrix."""
-    n_out = layer.shape[0] // layer.groups
+    n_out, weight = layer.outputs // layer.groups, layer.by_output(weight)
     columns = weight.reshape(layer.groups, n_out, -1).transpose(0, 1).reshape(n_out, -1)
     unique = bits = 0
     for block in torch.split(columns, max(1, SPLIT_CHUNK // n_out), 1):
         ordered = block.abs().sort(0).values
         unique += int(torch.cat([ordered[:1] != 0, (ordered[1:] != ordered[:-1])]).sum())
         bits += n_out * int(_index_bits(block).sum())
-    used = (weight.reshape(layer.shape[0], -1) != 0).sum(1)
+    used = (weight.flatten(1) != 0).sum(1)
     sums = int((used - 1).clamp_min(0).sum())
     return Counts(layer.positions * unique, layer.positions * sums, unique * element_size + -(-bits // 8))
 
@@ -137,8 +137,7 @@ def expected_kernels(layer: Layer, frequencies: Tensor, values: Tensor) -> float
     (1 x 1) the sum is taken as it stands. There are too many k x k kernels for that, so it becomes the mean of
     (1 - (1 - p_k)^n_out) / p_k over kernels drawn with a fixed seed.
     """
-    n_out, taps = layer.shape[0] // layer.groups, math.prod(layer.shape[2:])
-    inputs = layer.shape[1] * layer.groups
+    n_out, taps, inputs = layer.outputs // layer.groups, layer.taps, layer.inputs
     if taps == 1:
         magnitudes, place = torch.unique(values.abs(), return_inverse=True)
         p = torch.zeros(len(magnitudes), dtype=torch.float64).index_add_(0, place, frequencies.double())

@@ -15,7 +15,7 @@ from torch import Tensor
 from redpp_serve.channels.coupling import Coupling
 from redpp_serve.channels.narrowing import Kept
 from redpp_serve.errors import GateFailed, RedppError
-from redpp_serve.files import write_atomically
+from redpp_serve.files import read_bounded, write_atomically
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import mac_count
 from redpp_serve.options import Options
@@ -234,7 +234,8 @@ def choose(
     elif options.target_macs is not None:
         macs = mac_count(narrower.reference.original)
         point = path.points[path.within(options.target_macs * macs)]
-        _require("macs", point.cost / macs, options.target_macs, 0.0)
+        fixed = f" ({1 - shapes.touched_macs() / macs:.0%} is in layers and products whose channels all stay)"
+        _require("macs", point.cost / macs, options.target_macs, 0.0, fixed)
         widths, why = dict(point.widths), f"--target macs={options.target_macs:g}"
     elif options.target_latency is not None:
         widths = _for_latency(path, narrower, options.target_latency, options.device, effort)
@@ -261,10 +262,10 @@ def choose(
     return WidthChoice(chosen, why, path.left, points, cut_short)
 
 
-def _require(what: str, reached: float, wanted: float, slack: float) -> None:
+def _require(what: str, reached: float, wanted: float, slack: float, why: str = "") -> None:
     if reached > wanted + slack:
         raise GateFailed(
-            f"--target {what}={wanted:g} cannot be reached: the narrowest network still has {reached:.3f} of it",
+            f"--target {what}={wanted:g} cannot be reached: the narrowest network still has {reached:.3f} of it{why}",
             f"a share of at least {reached:.3f}",
             f"raise the target, e.g. --target {what}={reached + 0.005:.2f}, "
             "or give it more to take: a smaller --round-to, fewer --exclude (see inspect --channels)",
@@ -380,11 +381,11 @@ def known_widths(files: Sequence[Path], graph: Graph, number: int) -> dict[str, 
     if path is None:
         raise RedppError(f"--keep-point {number}, but no earlier run is known", "a frontier to take a point of", do)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_bounded(path))
         frontier = document.get("frontier", document)
         network = str(frontier["network"])
         points = [{str(name): int(width) for name, width in point["widths"].items()} for point in frontier["points"]]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RedppError(
             f"--keep-point {number}: {path} holds no frontier ({error!r})", "one of this version", do
         ) from error

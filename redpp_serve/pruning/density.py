@@ -65,7 +65,7 @@ class Grid:
 
     def bin_of(self, values: Tensor) -> Tensor:
         """Return the bin (int64) of each value."""
-        return _bin_index(values, self.low, self.step, self.bins)
+        return _bin_index(values, self.low, self.step)
 
 
 def build_grid(weight: Tensor) -> Grid:
@@ -83,7 +83,7 @@ def build_grid(weight: Tensor) -> Grid:
     count, total, square = (np.zeros(bins) for _ in range(3))
     for chunk in torch.split(flat, _CHUNK):
         values = chunk.double().numpy()
-        index = _bin_index(chunk, low, step, bins).numpy()
+        index = _bin_index(chunk, low, step).numpy()
         count += np.bincount(index, minlength=bins)
         total += np.bincount(index, values, bins)
         square += np.bincount(index, values * values, bins)
@@ -99,8 +99,8 @@ def _prefix_sums(values: Array) -> Array:
     return np.concatenate([np.zeros(1), np.cumsum(values)])
 
 
-def _bin_index(values: Tensor, low: float, step: float, bins: int) -> Tensor:
-    return ((values.double() - low) / step).long().clamp_(0, bins - 1)
+def _bin_index(values: Tensor, low: float, step: float) -> Tensor:
+    return ((values.double() - low) / step).long()
 
 
 def density(grid: Grid, bandwidth: float) -> Array:

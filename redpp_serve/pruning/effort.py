@@ -11,7 +11,7 @@ import torch
 from redpp_serve.graph.executor import value_shapes
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import mac_count
-from redpp_serve.pruning.inputs import SynthesisBudget
+from redpp_serve.pruning.matching import SynthesisBudget
 
 # Of one thread, or a GPU: assumed, not measured.
 _SECONDS_PER_MAC = {"cpu": 25e-12, "cuda": 0.5e-12}

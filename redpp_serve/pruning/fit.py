@@ -3,9 +3,10 @@
 Exact merging is the special case in which a channel equals another; here a channel may be any linear combination of
 the kept ones. The fit has two steps. `quick_fit` narrows all channel sets at once, from second moments that were
 gathered before (`observation`). `reconstruct` then visits the layers in order of execution and gives each the ridge
-least-squares weights that map its input in the *pruned* network to its output in the *original* one. Where a layer
-adds to a residual stream, its target also makes up for the error that the stream already has, so errors do not pile
-up. All activations come from synthetic inputs: no data is needed.
+least-squares weights that map its input in the *pruned* network to its output in the *original* one; a weight that
+several calls share is fitted to all of them at its first call. Where a layer adds to a residual stream, its target also
+makes up for the error that the stream already has, so errors do not pile up. All activations come from synthetic
+inputs: no data is needed.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from redpp_serve.channels.coupling import ChannelSet, Coupling, Reader
 from redpp_serve.channels.narrowing import Kept
 from redpp_serve.graph.executor import Program, value_shapes
 from redpp_serve.graph.graph import Graph, Node, Ref
-from redpp_serve.graph.layers import Layer, find_layers
+from redpp_serve.graph.layers import Call, Layer, find_layers, is_convolution
 from redpp_serve.graph.passes import is_inference_norm, scale_and_shift
+from redpp_serve.pruning.constants import add_constant
 from redpp_serve.pruning.least_squares import Sums, factor, solve
 from redpp_serve.pruning.observation import Observed, images_for, output_axis, position_count, samples, spread
+from redpp_serve.pruning.patches import patches
 from redpp_serve.pruning.piecewise import Piecewise, chunk_size
 
 _RIDGE = 1e-6  # for channels scaled to unit variance
@@ -110,22 +112,32 @@ def quick_fit(observed: Observed, kept: Mapping[str, Tensor]) -> Graph:
     """
     graph = observed.coupling.graph
     weights: dict[str, Tensor] = {}
-    readers: dict[str, Reader] = {}
+    readers: dict[str, dict[str, Reader]] = {}
     for channel_set in _narrowed_sets(observed.coupling, kept):
         stay = kept[channel_set.name]
-        for reader in channel_set.readers:
-            mix = mix_of(observed.grams[channel_set.name, reader.value], stay)
-            weight = weights.get(reader.tensor, graph.tensors[reader.tensor].double())
-            weights[reader.tensor] = _mixed(weight, reader, stay, mix)
-            readers[reader.node] = reader
+        for tensor, sharing in _by_weight(channel_set).items():
+            grams = [observed.grams[channel_set.name, reader.value] for reader in sharing]
+            mix = mix_of(torch.stack(grams).mean(0) if len(grams) > 1 else grams[0], stay)
+            weight = weights.get(tensor, graph.tensors[tensor].double())
+            weights[tensor] = _mixed(weight, sharing[0], stay, mix)
+            readers.setdefault(tensor, {}).update({reader.node: reader for reader in sharing})
     narrow, where = observed.coupling.narrow(kept), observed.coupling.kept(kept)
     cut = {name: _cut(weight, where(name)).contiguous().to(graph.tensors[name]) for name, weight in weights.items()}
     narrow = narrow.with_tensors(cut)
-    for node, reader in readers.items():
-        shift = _mean_shift(observed, reader, weights[reader.tensor])
+    for tensor, by_node in readers.items():
+        shifts = [_mean_shift(observed, reader, weights[tensor]) for reader in by_node.values()]
+        shift, node = torch.stack(shifts).mean(0) if len(shifts) > 1 else shifts[0], next(iter(by_node))
         rows = _output_rows(where, node)
         narrow = add_constant(narrow, node, shift if rows is None else shift[rows])
     return narrow
+
+
+def _by_weight(channel_set: ChannelSet) -> dict[str, list[Reader]]:
+    """Collect the readers of a set that share a weight: calls of one layer read the same entries."""
+    found: dict[str, list[Reader]] = {}
+    for reader in channel_set.readers:
+        found.setdefault(reader.tensor, []).append(reader)
+    return found
 
 
 def reconstruct(
@@ -152,17 +164,20 @@ def reconstruct(
     where = then(fitting.merged, fitting.coupling.kept(kept))
     sides = [_Sides(start, fitting.original, inputs) for inputs in (fitting.inputs, fitting.check) if inputs]
     place, shapes = {node.name: k for k, node in enumerate(start.nodes)}, value_shapes(start)
-    graph, errors = start, {}
+    graph, errors = start, dict[str, float]()
     for done, layer in enumerate(layers, start=1):
         name = layer.node.name
-        unknowns = graph.tensors[layer.weight][0].numel()
-        places = position_count(shapes[name], 1 if layer.is_conv else -1)
-        images = images_for(unknowns, places, len(fitting.inputs[0]))
+        places = position_count(shapes[name], layer.axis)
+        images = images_for(layer.unknowns, places, len(fitting.inputs[0]))
         for side in sides:
             side.advance(graph, place[name], images)
-        goal = _Goal(graph, fitting.original, layer, epilogue(graph, layer.node, shapes), where)
-        fit = _fit if unknowns <= fitting.most_unknowns else _rescale
-        graph, errors[name] = fit(graph, layer, goal, sides, images)
+        goals = [
+            _Goal(graph, fitting.original, layer, call, epilogue(graph, call.node, shapes), where)
+            for call in layer.calls
+        ]
+        fit = _fit if layer.unknowns <= fitting.most_unknowns else _rescale
+        graph, lost = fit(graph, layer, goals, sides, images)
+        errors |= {call.node.name: lost for call in layer.calls}
         progress(done, len(layers))
     records = []
     for channel_set in narrowed:
@@ -194,9 +209,10 @@ def _narrowed_sets(coupling: Coupling, kept: Mapping[str, Tensor]) -> list[Chann
 
 
 def _layers_to_fit(graph: Graph, readers: Collection[str], frozen: Collection[str]) -> list[Layer]:
-    """Find the first reader and all layers behind it, but for grouped ones and those with frozen weights."""
-    layers = [layer for layer in find_layers(graph) if layer.groups == 1]
-    first = next((k for k, layer in enumerate(layers) if layer.node.name in readers), len(layers))
+    """Find the first reader and all layers behind it that can be fitted, but for those with frozen weights."""
+    layers = [layer for layer in find_layers(graph) if layer.can_be_fitted]
+    reads = (k for k, layer in enumerate(layers) if any(call.node.name in readers for call in layer.calls))
+    first = next(reads, len(layers))
     return [layer for layer in layers[first:] if layer.weight not in frozen]
 
 
@@ -208,7 +224,7 @@ def epilogue(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]]) ->
     users, norm, value = graph.users(), None, node.name
     while value not in graph.outputs and len(users.get(value, ())) == 1:
         (user,) = users[value]
-        if norm is None and ".conv" in node.op and user.args[0] == Ref(value) and _is_stored_norm(graph, user):
+        if norm is None and is_convolution(node) and user.args[0] == Ref(value) and _is_stored_norm(graph, user):
             norm = user.name
         elif user.op == "aten.add.Tensor" and len(user.args) == 2 and not user.kwargs:
             other = next((arg for arg in user.args if arg != Ref(value)), None)
@@ -228,33 +244,6 @@ def _is_stored_norm(graph: Graph, node: Node) -> bool:
 def _runs_before(graph: Graph, first: str, second: str) -> bool:
     order = [node.name for node in graph.nodes]
     return first in order[: order.index(second)]
-
-
-def add_constant(graph: Graph, node: str, constant: Tensor) -> Graph:
-    """Add (n_out,) to a layer's output: in its bias, in the mean of the batch norm that alone reads it, or a new bias.
-
-    The graph stays as it is if the call takes no bias, or if other calls use its bias too.
-    """
-    call, users = graph.node(node), graph.users()
-    if not (call.op.startswith("aten.conv") or call.op == "aten.linear.default"):
-        return graph
-    bias = call.args[2] if len(call.args) > 2 else None
-    if bias is not None:
-        shared = bias.name not in graph.tensors or len(users[bias.name]) > 1
-        return graph if shared else _shifted(graph, bias.name, constant)
-    readers = users.get(node, [])
-    mean = readers[0].args[3].name if len(readers) == 1 and is_inference_norm(readers[0]) else None
-    if mean in graph.tensors and len(users[mean]) == 1 and node not in graph.outputs:
-        return _shifted(graph, mean, -constant)
-    name = f"{node}.bias"
-    args = (*call.args[:2], Ref(name), *call.args[3:])
-    new = constant.to(graph.tensors[call.args[1].name])
-    return graph.with_tensors({name: new}).with_nodes({node: replace(call, args=args)})
-
-
-def _shifted(graph: Graph, name: str, constant: Tensor) -> Graph:
-    old = graph.tensors[name]
-    return graph.with_tensors({name: (old.double() + constant.to(old.device)).to(old)})
 
 
 def mix_of(gram: Tensor, kept: Tensor, ridge: float = _RIDGE) -> Tensor:
@@ -311,16 +300,16 @@ def _output_rows(where: Kept, node: str) -> Tensor | None:
 
 
 class _Goal:
-    """What a layer of the narrowed network should give, so that what follows it matches the original network."""
+    """What a call of a layer of the narrowed network should give, so that what follows matches the original network."""
 
-    def __init__(self, graph: Graph, original: Graph, layer: Layer, follows: Epilogue, where: Kept) -> None:
-        self.layer, self.where = layer, where
+    def __init__(self, graph: Graph, original: Graph, layer: Layer, call: Call, follows: Epilogue, where: Kept) -> None:
+        self.layer, self.call, self.where = layer, call, where
         self.others = [follows.other] if follows.other else []
-        self.gain = torch.ones(layer.shape[0], dtype=torch.float64)
+        self.gain = torch.ones(layer.outputs, dtype=torch.float64)
         self.shift, self.stream = torch.zeros_like(self.gain), torch.ones_like(self.gain)
         if follows.norm:
             was, shift_was = scale_and_shift(original, original.node(follows.norm))
-            rows = _output_rows(where, layer.node.name)
+            rows = _output_rows(where, call.node.name)
             if rows is not None:
                 was, shift_was = was[rows], shift_was[rows]
             now, shift_now = scale_and_shift(graph, graph.node(follows.norm))
@@ -330,7 +319,7 @@ class _Goal:
             self.shift = (shift_was - shift_now) * self.stream
 
     def rows(self, networks: _Sides, most: int, images: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield chunk by chunk the layer's input, output positions to fit to, and the desired output there.
+        """Yield chunk by chunk the call's input, output positions to fit to, and the desired output there.
 
         Args:
             networks: the pruned network and the original.
@@ -340,12 +329,12 @@ class _Goal:
         Yields:
             input (images, ...), indices of positions (samples,), output (samples, n_out) float64.
         """
-        name, axis, mine = self.layer.node.name, 1 if self.layer.is_conv else -1, networks.mine
-        read = mine.values([self.layer.node.args[0].name, *self.others], images)
+        name, axis, mine = self.call.node.name, self.layer.axis, networks.mine
+        read = mine.values([self.call.node.args[0].name, *self.others], images)
         sides = read, networks.theirs.values([name, *self.others], images)
         gain, shift, stream = (x.to(mine.device) for x in (self.gain, self.shift, self.stream))
         for (x, *now), (y, *was) in zip(*sides, strict=True):
-            picks = spread(y, axis, most)
+            picks = spread(y, axis, most, jitter=self.layer.is_transposed)
             goal = samples(_cut(y, self.where(name)), axis, picks).double() * gain + shift
             for other, value, target in zip(self.others, now, was, strict=True):
                 gap = samples(_cut(target, self.where(other)), axis, picks).double() - samples(value, axis, picks)
@@ -353,40 +342,49 @@ class _Goal:
             yield x, picks, goal
 
 
-def _fit(graph: Graph, layer: Layer, goal: _Goal, sides: Sequence[_Sides], images: int) -> tuple[Graph, float]:
+def _fit(
+    graph: Graph, layer: Layer, goals: Sequence[_Goal], sides: Sequence[_Sides], images: int
+) -> tuple[Graph, float]:
     """Fit a layer's weight and constant; return the graph and what is left as a relative RMS error."""
     weight = graph.tensors[layer.weight]
-    most = max(_SAMPLES, weight[0].numel() // 6)
+    by_output = weight.movedim(layer.out_dim, 0)
+    most = max(_SAMPLES, layer.unknowns // 6)
     sums = []
     for side in sides:
-        parts = (Sums.of(_features(x, layer, picks), y) for x, picks, y in goal.rows(side, most, images))
+        parts = (
+            Sums.of(_features(x, goal, picks), y) for goal in goals for x, picks, y in goal.rows(side, most, images)
+        )
         total = next(parts)
         for part in parts:
             total.add(part)
         sums.append(total)
-    new, constant, lost = solve(sums[0], weight.double().flatten(1).T.to(sides[0].mine.device), *sums[1:])
-    graph = graph.with_tensors({layer.weight: new.T.reshape(weight.shape).to(weight)})
+    new, constant, lost = solve(sums[0], by_output.double().flatten(1).T.to(sides[0].mine.device), *sums[1:])
+    fitted = new.T.reshape(by_output.shape).movedim(0, layer.out_dim).contiguous()
+    graph = graph.with_tensors({layer.weight: fitted.to(weight)})
     return _with_constant(graph, layer, constant), math.sqrt(lost)
 
 
-def _rescale(graph: Graph, layer: Layer, goal: _Goal, sides: Sequence[_Sides], images: int) -> tuple[Graph, float]:
+def _rescale(
+    graph: Graph, layer: Layer, goals: Sequence[_Goal], sides: Sequence[_Sides], images: int
+) -> tuple[Graph, float]:
     """Give each output of a layer with too many unknowns for `_fit` a scale and a constant."""
-    weight = graph.tensors[layer.weight]
-    call = replace(graph, nodes=(layer.node,), inputs=(replace(graph.inputs[0], name=layer.node.args[0].name),))
-    device = sides[0].mine.device
-    program = Program(call, [layer.node.name]).to(device)
+    weight, device = graph.tensors[layer.weight], sides[0].mine.device
     bias = graph.tensors[layer.bias].double().to(device) if layer.bias else 0.0
-    sums, count = torch.zeros(5, layer.shape[0], dtype=torch.float64, device=device), 0
-    for x, picks, y in goal.rows(sides[0], _SAMPLES, images):
-        with torch.no_grad():
-            u = samples(program(x)[0], 1 if layer.is_conv else -1, picks).double() - bias
-        sums += torch.stack([u.sum(0), y.sum(0), (u * u).sum(0), (u * y).sum(0), (y * y).sum(0)])
-        count += len(u)
+    sums, count = torch.zeros(5, layer.outputs, dtype=torch.float64, device=device), 0
+    for goal in goals:
+        node = goal.call.node
+        call = replace(graph, nodes=(node,), inputs=(replace(graph.inputs[0], name=node.args[0].name),))
+        program = Program(call, [node.name]).to(device)
+        for x, picks, y in goal.rows(sides[0], _SAMPLES, images):
+            with torch.no_grad():
+                u = samples(program(x)[0], layer.axis, picks).double() - bias
+            sums += torch.stack([u.sum(0), y.sum(0), (u * u).sum(0), (u * y).sum(0), (y * y).sum(0)])
+            count += len(u)
     u, y, uu, uy, yy = sums / count
     uu, uy, yy = (uu - u * u).clamp_min(0), uy - u * y, (yy - y * y).clamp_min(0)
     scale = torch.where(uu > 1e-12 * yy, uy / uu.clamp_min(1e-300), 1.0)
     lost = (yy - 2 * scale * uy + scale * scale * uu).clamp_min(0)
-    column = scale.view(-1, *[1] * (weight.dim() - 1)).cpu()
+    column = scale.view([-1 if d == layer.out_dim else 1 for d in range(weight.dim())]).cpu()
     graph = graph.with_tensors({layer.weight: (weight.double() * column.to(weight.device)).to(weight)})
     return _with_constant(graph, layer, y - scale * u), math.sqrt(float(lost.sum()) / max(float(yy.sum()), 1e-300))
 
@@ -397,8 +395,9 @@ def _with_constant(graph: Graph, layer: Layer, constant: Tensor) -> Graph:
     return add_constant(graph, layer.node.name, constant.cpu() - bias)
 
 
-def _features(value: Tensor, layer: Layer, picks: Tensor) -> Tensor:
-    """Unfold the layer's input at the picked output positions into rows (samples, channels * taps)."""
-    if not layer.is_conv:
+def _features(value: Tensor, goal: _Goal, picks: Tensor) -> Tensor:
+    """Return what the call reads at the picked output positions as rows (samples, channels * taps)."""
+    layer = goal.layer
+    if layer.axis == -1:
         return samples(value, -1, picks)
-    return samples(F.unfold(value, layer.shape[2:], layer.dilation, layer.padding, layer.stride), 1, picks)
+    return patches(value, goal.call.window, layer.shape[2:], picks, layer.is_transposed)

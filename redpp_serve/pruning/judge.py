@@ -7,25 +7,22 @@ on real inputs is unknown, and the result says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from redpp_serve.errors import RedppError
-from redpp_serve.graph.executor import Program, value_shapes
-from redpp_serve.graph.graph import Graph, Ref
+from redpp_serve.graph.class_scores import class_outputs
+from redpp_serve.graph.executor import Program
+from redpp_serve.graph.graph import Graph
 from redpp_serve.statistics.binomial import clopper_pearson
 
 HELD_OUT = "held-out"  # the family of inputs that are given without a name
 FACTOR = 2.0  # families whose errors differ by more do not tell the error
 _SMALL = 0.01  # errors below this are small whatever their ratio
 _CHUNK = 8
-_SOFTMAX = frozenset({"aten.softmax.int", "aten.log_softmax.int", "aten._softmax.default", "aten._log_softmax.default"})
-_PASSED = frozenset({"aten.reshape.default", "aten.view.default", "aten.flatten.using_ints", "aten.clone.default"})
-_SCORES = frozenset({"aten.linear.default", "aten.addmm.default", "aten.add.Tensor", "aten.mul.Tensor"})
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Head:
     """One output of two networks, compared.
 
     Attributes:
-        output: its name in the graph.
+        output: its name.
         errors: by family, the norm of the difference over the norm of the original's output, both centred.
         agreement: by family, where the output is a classification.
     """
@@ -69,6 +66,11 @@ class Head:
     def error(self) -> float:
         """The worst family's error."""
         return _worst(self.errors.values())
+
+    @property
+    def worst_agreement(self) -> float | None:
+        """The agreement's share on the worst family; None where the output is no classification."""
+        return min((agreement.share for agreement in self.agreement.values()), default=None)
 
     @property
     def known(self) -> bool:
@@ -96,8 +98,13 @@ class Difference:
     @property
     def interval(self) -> tuple[float, float]:
         """The spread of the worst head's error over the families."""
-        worst = max(self.heads, key=lambda head: head.error, default=None)
+        worst = self.worst
         return (min(worst.errors.values()), worst.error) if worst else (0.0, 0.0)
+
+    @property
+    def worst(self) -> Head | None:
+        """The head of the largest error; None where no output is of floating point."""
+        return max(self.heads, key=lambda head: head.error, default=None)
 
     @property
     def known(self) -> bool:
@@ -117,7 +124,8 @@ class Difference:
 
     def __str__(self) -> str:
         low, high = self.interval
-        text = f"output error {high:.4f}"
+        several = len(self.heads) > 1
+        text = f"output error {high:.4f}" + (f" of {self.worst.output}" if several and self.worst else "")
         text += f" ({low:.4f} on the best family)" if self.heads and len(self.heads[0].errors) > 1 else ""
         text += "" if self.known else ", unknown on real inputs: the families differ by more than a factor of two"
         return text + (f"; top-1 agreement {self.top1}" if self.top1 else "")
@@ -267,37 +275,6 @@ def _worst(errors: Iterable[float]) -> float:
     """Return the largest error; NaN where one is NaN, 0 where there is none."""
     found = list(errors)
     return next((error for error in found if error != error), max(found, default=0.0))
-
-
-def class_outputs(graph: Graph) -> dict[str, bool]:
-    """Tell for each output whether it is a classification, so that its largest entry is an answer.
-
-    That is an output of shape (N, classes) that a softmax gives; or, where no output comes from one and the network has
-    a single output, one that a layer gives without an activation behind it.
-    """
-    shapes = value_shapes(graph)
-    wide = {name: len(shapes.get(name, ())) == 2 and shapes[name][1] > 1 for name in graph.outputs}
-    softmax = {name: wide[name] and _behind(graph, name, _SOFTMAX.__contains__) for name in graph.outputs}
-    if any(softmax.values()) or len(graph.outputs) > 1:
-        return softmax
-    return {name: wide[name] and _behind(graph, name, _gives_scores) for name in graph.outputs}
-
-
-def _gives_scores(op: str) -> bool:
-    return op in _SCORES or ".conv" in op or "pool" in op or op in ("aten.matmul.default", "aten.mean.dim")
-
-
-def _behind(graph: Graph, name: str, wanted: Callable[[str], bool]) -> bool:
-    """Tell whether a value comes from an operator of a kind, through nothing but changes of shape."""
-    nodes: dict[str, Any] = {node.name: node for node in graph.nodes}
-    while name in nodes:
-        node = nodes[name]
-        if wanted(node.op):
-            return True
-        if node.op not in _PASSED or not isinstance(node.args[0], Ref):
-            return False
-        name = node.args[0].name
-    return False
 
 
 def not_finite(inputs: str) -> RedppError:

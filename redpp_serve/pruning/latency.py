@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from redpp_serve.engines import OWN
 from redpp_serve.graph.executor import value_shapes
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref, map_refs
-from redpp_serve.graph.layers import Layer, find_layers
+from redpp_serve.graph.layers import Call, Layer, find_layers, is_convolution
 from redpp_serve.graph.passes import is_inference_norm
 from redpp_serve.runtime.engine_choice import run_in, serving_engine
 from redpp_serve.runtime.timing import random_tensor, rounds
@@ -93,14 +93,14 @@ class LatencyModel:
     whole: float
 
     def predict(self, shapes: Mapping[str, tuple[int, ...]]) -> float:
-        """Return the seconds with the layers' weights in these shapes; a layer that is not named keeps its own.
+        """Return the seconds with the layers' weights in these shapes.
 
-        Raises:
-            KeyError: a name is no layer of the measured network.
+        A layer that is not named keeps its own; a name that was not measured, such as a product's, costs the same.
         """
         change = sum(
             self.layers[name].at(shape) - self.layers[name].at(self.layers[name].shape)
             for name, shape in shapes.items()
+            if name in self.layers
         )
         return self.whole + change
 
@@ -154,8 +154,8 @@ def layer_model(
         timer: times one call; by default `time_call`.
     """
     device = torch.device(device)
-    patches = {layer.name: patch for layer, patch in _patches(graph)}
-    distinct = {patch.geometry: patch for patch in patches.values()}
+    patches = _patches(graph)
+    distinct = {patch.geometry: patch for patch in patches}
     inputs = _inputs(graph.inputs, batch, device)
     parts, examples, sizes = [graph], [inputs], []
     for geometry, patch in distinct.items():
@@ -173,8 +173,12 @@ def layer_model(
         means[geometry] = float(times[:, columns[0]].mean())  # the full width comes first
     # A busy machine interrupts whole networks often and single layers seldom, and medians would drop the latter.
     # Means include both, so the layers' share of the time is a ratio of means.
-    share = min(1.0, sum(means[patch.geometry] for patch in patches.values()) / float(times[:, 0].mean()))
-    found = {name: LayerTime(*lines[patch.geometry], patch.layer.shape) for name, patch in patches.items()}
+    share = min(1.0, sum(means[patch.geometry] for patch in patches) / float(times[:, 0].mean()))
+    found: dict[str, LayerTime] = {}
+    for patch in patches:  # several for a weight that several calls share
+        name, (fixed, slope) = patch.layer.name, lines[patch.geometry]
+        before = found.get(name, LayerTime(0.0, 0.0, patch.layer.shape))
+        found[name] = LayerTime(before.fixed + fixed, before.slope + slope, before.shape)
     return _scaled(found, float(typical[0]), share)
 
 
@@ -203,23 +207,25 @@ def _line(sizes: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Patch:
-    """A layer and the nodes that follow it position by position, cut out of the network.
+    """A call of a layer and the nodes that follow it position by position, cut out of the network.
 
     Attributes:
         layer: the layer.
+        call: the call.
         graph: the patch as a network.
         rows: length of axis 0 for one input of the network: 1, or the number of windows that attention makes.
         geometry: equal for patches that take the same time.
     """
 
     layer: Layer
+    call: Node
     graph: Graph
     rows: int
     geometry: tuple[object, ...]
 
     def widths(self) -> list[tuple[int, int]]:
         """Return (outputs, inputs) to measure: one number for depthwise layers, all of an image's few colours."""
-        n_out, n_in = self.layer.shape[:2]
+        n_out, n_in = self.layer.outputs, self.layer.inputs // self.layer.groups
         if self.layer.groups > 1:
             fewer = n_out // self.layer.groups * _half(self.layer.groups)
             return list(dict.fromkeys([(n_out, n_in), (fewer, n_in)]))
@@ -227,18 +233,18 @@ class _Patch:
 
     def narrowed(self, outputs: int, inputs: int) -> Graph:
         """Keep the first of the patch's output channels, and of the input channels of each group."""
-        n_out = self.layer.shape[0]
+        n_out = self.layer.outputs
         groups = self.layer.groups * outputs // n_out if self.layer.groups > 1 else 1
         tensors = {name: t[:outputs] if t.shape[:1] == (n_out,) else t for name, t in self.graph.tensors.items()}
-        tensors[self.layer.weight] = self.graph.tensors[self.layer.weight][:outputs, :inputs].contiguous()
+        sizes = (inputs * groups, outputs // groups) if self.layer.is_transposed else (outputs, inputs)
+        tensors[self.layer.weight] = self.graph.tensors[self.layer.weight][: sizes[0], : sizes[1]].contiguous()
         source, *others = self.graph.inputs
-        axis = 0 if self.layer.is_conv else -1  # of shapes without the batch
+        axis = 0 if self.layer.axis == 1 else -1  # of shapes without the batch
         specs = [_resized(source, axis, inputs * groups), *(_resized(other, axis, outputs) for other in others)]
         small = Graph(tuple(specs), tensors, self.graph.nodes, self.graph.outputs)
-        call = self.layer.node
         if groups == self.layer.groups:
             return small
-        return small.with_nodes({call.name: Node(call.name, call.op, (*call.args[:6], groups), call.kwargs)})
+        return small.with_nodes({self.call.name: self.call.with_arguments({6: groups})})
 
 
 def _half(width: int) -> int:
@@ -249,41 +255,46 @@ def _half(width: int) -> int:
 def _resized(spec: InputSpec, axis: int, width: int) -> InputSpec:
     shape = list(spec.shape)
     shape[axis] = width
-    return InputSpec(spec.name, tuple(shape), spec.dtype)
+    return replace(spec, shape=tuple(shape))
 
 
-def _patches(graph: Graph) -> list[tuple[Layer, _Patch]]:
-    """Cut out the patch of each layer; a node belongs to the first layer that reaches it, as in fusion."""
+def _patches(graph: Graph) -> list[_Patch]:
+    """Cut out the patches of the layers that can be narrowed; a node belongs to the first one that reaches it."""
     shapes = {name: tuple(tensor.shape) for name, tensor in graph.tensors.items()}
     shapes |= {i.name: (1, *i.shape) for i in graph.inputs} | value_shapes(graph)
     users, taken, found = graph.users(), set[str](), []
-    for layer in find_layers(graph):
-        nodes, specs = _follow(graph, users, shapes, layer, taken)
+    for layer, call in ((one, call) for one in find_layers(graph) for call in one.calls):
+        if layer.is_embedding or layer.is_recurrent:
+            continue
+        nodes, specs = _follow(graph, users, shapes, layer, call, taken)
         taken.update(node.name for node in nodes)
         tensors = {name: graph.tensors[name] for node in nodes for name in node.refs() if name in graph.tensors}
         patch = Graph(tuple(specs), tensors, tuple(_computed(nodes, specs[1:])), (nodes[-1].name,))
         rows = shapes[specs[0].name][0]
         geometry = (
             layer.shape,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
+            call.window,
             layer.bias is None,
             rows,
             tuple(node.op for node in nodes),
             tuple((spec.shape, spec.dtype) for spec in specs),
         )
-        found.append((layer, _Patch(layer, patch, rows, geometry)))
+        found.append(_Patch(layer, call.node, patch, rows, geometry))
     return found
 
 
 def _follow(
-    graph: Graph, users: Mapping[str, list[Node]], shapes: Mapping[str, tuple[int, ...]], layer: Layer, taken: set[str]
+    graph: Graph,
+    users: Mapping[str, list[Node]],
+    shapes: Mapping[str, tuple[int, ...]],
+    layer: Layer,
+    call: Call,
+    taken: set[str],
 ) -> tuple[list[Node], list[InputSpec]]:
     """Follow a layer's output through batch norms, activations and additions, each the only reader of the last."""
     dtype = str(graph.tensors[layer.weight].dtype).removeprefix("torch.")
-    nodes, specs = [layer.node], [InputSpec(layer.node.args[0].name, shapes[layer.node.args[0].name][1:], dtype)]
+    source = call.node.args[0].name
+    nodes, specs = [call.node], [InputSpec(source, shapes[source][1:], dtype)]
     while len(readers := users.get(nodes[-1].name, [])) == 1 and nodes[-1].name not in graph.outputs:
         node = readers[0]
         if node.op == "aten.add.Tensor" and node.name not in taken and all(isinstance(a, Ref) for a in node.args):
@@ -292,7 +303,7 @@ def _follow(
                 break
             specs.append(InputSpec(other, shapes[other][1:], dtype))
         elif is_inference_norm(node):
-            if not layer.is_conv and len(shapes[node.name]) != 2:
+            if not is_convolution(call.node) and len(shapes[node.name]) != 2:
                 break  # it normalises axis 1, which holds positions
         elif node.op not in _EPILOGUES:
             break

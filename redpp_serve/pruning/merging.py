@@ -1,4 +1,7 @@
-"""Exact output merging: channels that compute the same become one, and their readers' columns are summed."""
+"""Exact output merging: channels that compute the same become one, and their readers' columns are summed.
+
+Channels that do not depend on the input, or that no reader uses, go as well (`constant_channels`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from torch import Tensor
 
 from redpp_serve.channels.coupling import ChannelSet, Coupling, Part
 from redpp_serve.graph.graph import Graph
+from redpp_serve.pruning.constant_channels import find_constants
+from redpp_serve.pruning.constants import add_constant
 from redpp_serve.pruning.widths import unit
 
 
@@ -22,39 +27,56 @@ class Merged:
         graph: the network with fewer channels.
         kept: the channels that stayed, (k,) int64 ascending, by channel set where some went.
         removed: number of channels that went.
+        constant: how many of these did not depend on the input.
     """
 
     graph: Graph
     kept: dict[str, Tensor]
     removed: int
+    constant: int
 
 
 def merge_exact(coupling: Coupling, round_to: int) -> Merged:
     """Merge the channels of every open channel set that are equal in all its tensors.
 
-    Channels that all readers ignore (columns of zeros) go as well. Widths of layers stay multiples of ``round_to``
-    because some duplicates stay. The result is exact up to re-association of the readers' sums.
+    Channels that all readers ignore (columns of zeros) and those that are constant go as well. Widths of layers stay
+    multiples of ``round_to`` because some of these stay. The result is exact up to re-association of the readers' sums.
     """
-    tensors, kept, removed = dict(coupling.graph.tensors), {}, 0
+    constants = find_constants(coupling)
+    tensors, kept, removed, constant = {**coupling.graph.tensors, **constants.tensors}, {}, 0, 0
+    weights = [coupling.graph.node(node).args[1].name for node in constants.added]
+    taken = {name: coupling.graph.tensors[name] - tensors[name] for name in weights}
     for channel_set in coupling.open:
-        first, stays = _survivors(channel_set, tensors, round_to)
+        first, stays = _survivors(channel_set, tensors, taken, round_to)
         if bool(stays.all()):
             continue
         kept[channel_set.name] = stays.nonzero().view(-1)
         removed += channel_set.channels - len(kept[channel_set.name])
+        if channel_set.name in constants.channels:
+            constant += int((constants.channels[channel_set.name] & ~stays).sum())
         seen = set()
         for reader in channel_set.readers:
             if (reader.tensor, reader.dim) not in seen:  # a weight that two calls share is summed once
                 seen.add((reader.tensor, reader.dim))
                 tensors[reader.tensor] = _summed(tensors[reader.tensor], reader.dim, reader.positions, first, stays)
     if not kept:
-        return Merged(coupling.graph, {}, 0)
-    return Merged(coupling.with_tensors(tensors).narrow(kept), kept, removed)
+        return Merged(coupling.graph, {}, 0, 0)
+    graph, where = coupling.with_tensors(tensors).narrow(kept), coupling.kept(kept)
+    for node, gain in constants.added.items():
+        rows = next(iter(where(node).values()), None)
+        graph = add_constant(graph, node, gain if rows is None else gain[rows])
+    return Merged(graph, kept, removed, constant)
 
 
-def _survivors(channel_set: ChannelSet, tensors: dict[str, Tensor], round_to: int) -> tuple[Tensor, Tensor]:
-    """Find the channel that replaces each, (channels,) int64, and which channels stay, (channels,) bool."""
-    first = first_equal([_rows(tensors, part) for part in channel_set.parts])
+def _survivors(
+    channel_set: ChannelSet, tensors: dict[str, Tensor], taken: dict[str, Tensor], round_to: int
+) -> tuple[Tensor, Tensor]:
+    """Find the channel that replaces each, (channels,) int64, and which channels stay, (channels,) bool.
+
+    ``taken`` holds the columns of constants that have become biases: channels that are equal but for these differ.
+    """
+    parts = channel_set.parts
+    first = first_equal([_rows(held, part) for held in (tensors, taken) for part in parts if part.tensor in held])
     ignored = torch.ones(channel_set.channels, dtype=torch.bool)
     for reader in channel_set.readers:
         columns = tensors[reader.tensor].movedim(reader.dim, 0)[reader.positions]

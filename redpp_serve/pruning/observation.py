@@ -17,7 +17,8 @@ from torch import Tensor
 from redpp_serve.channels.coupling import ChannelSet, Coupling, Reader
 from redpp_serve.channels.narrowing import Kept
 from redpp_serve.graph.executor import value_shapes
-from redpp_serve.graph.graph import Graph, conv2d_geometry
+from redpp_serve.graph.graph import Graph
+from redpp_serve.graph.layers import CONVOLUTIONS, is_convolution, window
 from redpp_serve.pruning.piecewise import Piecewise, chunk_size
 from redpp_serve.runtime.moments import Moments
 
@@ -133,7 +134,6 @@ def with_moments(observed: Observed, moments: Moments, merged: Kept) -> Observed
         moments: of the original network.
         merged: positions of the original's values that the network to narrow still has.
     """
-    graph = observed.coupling.graph
     grams, entries = dict(observed.grams), dict(observed.entries)
     taps, means, power = dict(observed.taps), dict(observed.means), dict(observed.power)
     for channel_set in observed.coupling.open:
@@ -152,7 +152,7 @@ def with_moments(observed: Observed, moments: Moments, merged: Kept) -> Observed
             axis = reader.axis - 1 if reader.axis > 0 else means[reader.value].dim() - 1
             shape = [-1 if d == axis else 1 for d in range(means[reader.value].dim())]
             means[reader.value] = mean.view(shape).expand(means[reader.value].shape).contiguous()
-            if reader.node in moments.patches and graph.node(reader.node).op == "aten.conv2d.default":
+            if reader.node in moments.patches:
                 taps[reader.node] = moments.patches[reader.node].tap_correlation()
             if spread_of is not None:
                 power[reader.node] = float(spread_of.variance().sum())
@@ -187,15 +187,19 @@ class _Sums:
 
 
 class _Spectrum:
-    """Power spectrum of a 2-D convolution's input, summed over channels; it tells how neighbours correlate."""
+    """Power spectrum of a convolution's input, summed over channels; it tells how neighbours correlate.
+
+    The taps of a transposed convolution count as uncorrelated: an output position reads few of them.
+    """
 
     def __init__(self, graph: Graph, node: str) -> None:
         call = graph.node(node)
-        self.kernel, self.dilation = (1, 1), (1, 1)
-        if call.op == "aten.conv2d.default":
-            height, width = graph.tensors[call.args[1].name].shape[2:]
-            self.kernel, self.dilation = (height, width), conv2d_geometry(call)[2]
-        self.left = _SPECTRUM_IMAGES if self.kernel != (1, 1) else 0
+        self.kernel: tuple[int, ...] = ()
+        self.dilation: tuple[int, ...] = ()
+        if call.op in CONVOLUTIONS:
+            self.kernel = tuple(graph.tensors[call.args[1].name].shape[2:])
+            self.dilation = window(call, self.kernel).dilation
+        self.left = _SPECTRUM_IMAGES if math.prod(self.kernel) > 1 else 0
         self.power: Tensor | None = None
 
     def add(self, value: Tensor) -> None:
@@ -204,34 +208,48 @@ class _Spectrum:
         value = value[: self.left].double()
         self.left -= len(value)
         self.size = [2 * n for n in value.shape[2:]]  # padded, so that offsets do not wrap around
-        centred = value - value.mean((0, 2, 3), keepdim=True)
-        power = torch.fft.rfft2(centred, s=self.size).abs().square().sum((0, 1))
-        self.power = power if self.power is None else self.power + power
+        axes = tuple(range(2, value.dim()))
+        centred = value - value.mean((0, *axes), keepdim=True)
+        for part in centred.split(1 if len(axes) > 2 else len(centred)):  # eight times a volume is a lot of memory
+            power = torch.fft.rfftn(part, s=self.size, dim=axes).abs().square().sum((0, 1))
+            self.power = power if self.power is None else self.power + power
 
     def correlation(self) -> Tensor:
         if self.power is None:
-            return torch.eye(self.kernel[0] * self.kernel[1], dtype=torch.float64)
-        by_offset = torch.fft.irfft2(self.power, s=self.size)
-        by_offset = by_offset / by_offset[0, 0].clamp_min(1e-300)
-        rows, columns = (torch.arange(n) * d for n, d in zip(self.kernel, self.dilation, strict=True))
-        y, x = (grid.flatten() for grid in torch.meshgrid(rows, columns, indexing="ij"))
-        down, right = y[:, None] - y, x[:, None] - x
-        near = (down.abs() < self.size[0] // 2) & (right.abs() < self.size[1] // 2)
-        return torch.where(near, by_offset.cpu()[down % self.size[0], right % self.size[1]], 0.0)
+            return torch.eye(math.prod(self.kernel), dtype=torch.float64)
+        by_offset = torch.fft.irfftn(self.power, s=self.size, dim=tuple(range(len(self.size)))).cpu()
+        by_offset = by_offset / by_offset.flatten()[0].clamp_min(1e-300)
+        taps = [torch.arange(n) * d for n, d in zip(self.kernel, self.dilation, strict=True)]
+        places = [grid.flatten() for grid in torch.meshgrid(*taps, indexing="ij")]
+        offsets = [place[:, None] - place for place in places]
+        near = torch.stack([o.abs() < n // 2 for o, n in zip(offsets, self.size, strict=True)]).all(0)
+        return torch.where(near, by_offset[tuple(o % n for o, n in zip(offsets, self.size, strict=True))], 0.0)
 
 
 def output_axis(graph: Graph, node: str) -> int:
     """Return the channel axis of a reader's output: 1 behind a convolution, else the last one."""
-    return 1 if ".conv" in graph.node(node).op else -1
+    return 1 if is_convolution(graph.node(node)) else -1
 
 
-def spread(value: Tensor, axis: int, most: int) -> Tensor:
+def spread(value: Tensor, axis: int, most: int, jitter: bool = False) -> Tensor:
     """Return indices of evenly spread positions of a value, roughly ``most`` per image.
 
     A position is an image and a place in it; they are numbered row by row.
+
+    Args:
+        value: (N, ...).
+        axis: the axis of its channels.
+        most: positions per image.
+        jitter: shift each position by less than the step, always alike. Behind a transposed convolution equal steps
+            may meet the same taps again and again.
     """
     count = value.numel() // value.shape[axis]
-    return torch.arange(0, count, -(-count // (most * len(value))), device=value.device)
+    step = -(-count // (most * len(value)))
+    picks = torch.arange(0, count, step, device=value.device)
+    if jitter and step > 1:
+        shift = torch.randint(step, picks.shape, generator=torch.Generator().manual_seed(0)).to(picks.device)
+        picks = (picks + shift).clamp_max(count - 1)
+    return picks
 
 
 def samples(value: Tensor, axis: int, picks: Tensor | None = None) -> Tensor:

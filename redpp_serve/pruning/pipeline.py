@@ -12,6 +12,7 @@ from torch import Tensor
 
 from redpp_serve.channels.coupling import couple
 from redpp_serve.errors import GateFailed, RedppError
+from redpp_serve.graph.executor import value_shapes
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import Layer, find_layers
 from redpp_serve.options import RED, Options
@@ -25,6 +26,7 @@ from redpp_serve.pruning.records import (
     HashRecord,
     HashSummary,
     LayerRecord,
+    OutputRecord,
     Share,
     SplitRecord,
     Verification,
@@ -130,7 +132,7 @@ def prune(
     """
     options, stages = options or Options(), stages or Stages(quiet=True)
     _require_data(options, data)
-    options = with_step(options, stages)
+    options = with_step(options, stages, graph)
     job = Job(graph, options, stages, data, checkpoint, effort or STANDARD_EFFORT, sources or Sources())
     hashed = hash_weights(job)
     merged, channels = merge_duplicates(job, hashed)
@@ -216,11 +218,12 @@ def verify(job: Job, inputs: Inputs, channels: Channels, state: State, floors: b
         before = find_layers(original)
         after = {layer.name: layer for layer in find_layers(state.graph)}
         difference = inputs.reference.compare(state.graph)
-        known = {(layer.name, layer.node.name) for layer in before}
+        values = value_shapes(original)  # a recurrent operator gives several
+        known = {(layer.name, layer.node.name) for layer in before if layer.node.name in values}
         same = [layer for layer in after.values() if (layer.name, layer.node.name) in known]
         errors = layer_errors(inputs.reference, state.graph, same)
         accuracy = (data.accuracy(original), data.accuracy(state.graph)) if data else None
-        stage.reason = _verdict(difference, accuracy)
+        stage.reason = _verdict(difference, accuracy, bool(inputs.unread))
         try:
             check_gate(options, difference, accuracy, floors)
         except GateFailed as missed:
@@ -242,11 +245,14 @@ def verify(job: Job, inputs: Inputs, channels: Channels, state: State, floors: b
         counting=count_network(before, after, state.graph, state.splits),
         verify=Verification(
             **checks,
-            output_error=difference.error,
-            agreement=difference.agreement,
+            output_error=None if inputs.unread else difference.error,
+            agreement=None if inputs.unread else difference.agreement,
             images=difference.images,
-            families=tuple(FamilyRecord.of_head(head, family) for head in difference.heads for family in head.errors),
-            known=difference.known,
+            families=()
+            if inputs.unread
+            else tuple(FamilyRecord.of_head(head, family) for head in difference.heads for family in head.errors),
+            outputs=() if inputs.unread else OutputRecord.of(original, difference),
+            known=difference.known and not inputs.unread,
             inputs="; ".join((inputs.note, *state.notes)),
         ),
         shares=state.shares,
@@ -275,6 +281,6 @@ def _layer_record(
     )
 
 
-def _verdict(difference: Difference, accuracy: tuple[float, float] | None) -> str:
-    text = f"{difference} on {difference.images} held-out inputs"
+def _verdict(difference: Difference, accuracy: tuple[float, float] | None, unknown: bool) -> str:
+    text = f"{difference} on {difference.images} held-out inputs" if not unknown else "output error unknown"
     return text + (f"; accuracy {accuracy[0]:.2%} -> {accuracy[1]:.2%}" if accuracy else "")

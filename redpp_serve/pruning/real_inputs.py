@@ -9,23 +9,23 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from redpp_serve.archives import ZIP_ERRORS, check_arrays
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import Graph, InputSpec
-from redpp_serve.handlers.preprocess import ImageRefused, Preprocess
-from redpp_serve.pruning.families import Scale
+from redpp_serve.graph.ranges import outside
+from redpp_serve.handlers.image_files import SUFFIXES, ImageRefused
+from redpp_serve.handlers.preprocess import Preprocess
 
 LEAST, MOST = 16, 512  # inputs that help, and that are used
 _LISTED = 100_000  # entries of a folder that are looked at
-_IMAGES = (".png", ".jpg", ".jpeg")
 _EXPECTED = (
     "an .npz file with one array for each input of the network (batch first; a single one may have any name but "
-    "'labels'), or a folder of .npy files or of PNG and JPEG images, at least {least} of them"
+    "'labels'), or a folder of .npy files or of images, at least {least} of them"
 )
 
 
@@ -33,7 +33,7 @@ def load_inputs(path: Path, graph: Graph, preprocess: Preprocess | None, seed: i
     """Return at most `MOST` inputs, (images, ...) for each network input, as the network reads them.
 
     Of a larger file or folder a random sample is taken, which ``seed`` decides. Bytes (uint8) for a network that reads
-    floating point are images: they are divided by 255 and normalised as ``preprocess`` says.
+    floating point are images: they are normalised as ``preprocess`` says, and divided by 255 where nothing says.
 
     Raises:
         RedppError: the path holds something else, too few inputs, or values that are not finite.
@@ -57,6 +57,7 @@ def load_inputs(path: Path, graph: Graph, preprocess: Preprocess | None, seed: i
 
 def _arrays(path: Path, inputs: Sequence[InputSpec], seed: int) -> list[np.ndarray]:
     try:
+        check_arrays(path, any_ratio=True)
         with np.load(path, allow_pickle=False) as file:
             if isinstance(file, np.ndarray):
                 raise _refused(path, "holds a single .npy array")
@@ -69,7 +70,7 @@ def _arrays(path: Path, inputs: Sequence[InputSpec], seed: int) -> list[np.ndarr
             if len(wanted) != len(inputs) or not set(wanted) <= set(names):
                 raise _refused(path, f"holds the arrays {', '.join(names)}, not {', '.join(s.name for s in inputs)}")
             arrays = [file[name] for name in wanted]
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, BadZipFile) as error:
+    except (*ZIP_ERRORS, TypeError, AttributeError) as error:
         raise _refused(path, f"cannot be read: {error}") from error
     if any(array.ndim == 0 for array in arrays):
         raise _refused(path, "holds a single number")
@@ -99,8 +100,9 @@ def _folder(path: Path, graph: Graph, preprocess: Preprocess | None, seed: int) 
             if preprocess is not None and ".npy" not in kinds:
                 arrays.append(preprocess.image(file.read_bytes()).numpy())
             else:
+                check_arrays(file)
                 arrays.append(np.load(file, allow_pickle=False))
-        except (ImageRefused, OSError, ValueError, EOFError) as error:
+        except (ImageRefused, *ZIP_ERRORS) as error:
             refused.append(f"{names[place]}: {error}")
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
@@ -113,7 +115,7 @@ def _folder(path: Path, graph: Graph, preprocess: Preprocess | None, seed: int) 
 def _files(path: Path) -> Iterator[str]:
     with os.scandir(path) as entries:
         for entry in entries:
-            if entry.name.lower().endswith((*_IMAGES, ".npy")) and entry.is_file():
+            if entry.name.lower().endswith((*SUFFIXES, ".npy")) and entry.is_file():
                 yield entry.name
 
 
@@ -134,10 +136,10 @@ def _as_input(path: Path, spec: InputSpec, array: np.ndarray, preprocess: Prepro
         raise _refused(path, f"holds {array.dtype} for input {spec.name}, which reads {spec.dtype}")
     x = torch.from_numpy(np.ascontiguousarray(array))
     if dtype.is_floating_point and x.dtype == torch.uint8:
-        x = x.float() / 255
-        if preprocess is not None:
-            x = Scale(preprocess.mean, preprocess.std).apply(x)
+        x = x.float() / 255 if preprocess is None else torch.from_numpy(preprocess.values(x.numpy()))
     x = x.to(dtype)
+    if wrong := outside(spec, x):
+        raise _refused(path, f"holds input {spec.name} with {wrong}")
     if dtype.is_floating_point and not bool(x.isfinite().all()):
         bad = int((~x.flatten(1).isfinite().all(1)).sum())
         raise _refused(path, f"holds NaN or infinity in {bad} of {len(x)} inputs")

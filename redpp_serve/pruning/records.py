@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from redpp_serve.graph.class_scores import class_outputs
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import Layer
 from redpp_serve.graph.weights import KernelSplit
@@ -17,7 +17,7 @@ from redpp_serve.pruning.accounting import count_dense, count_kernels, expected_
 from redpp_serve.pruning.density import Array, density
 from redpp_serve.pruning.fit import Reconstruction
 from redpp_serve.pruning.hashing import Codebook, Hashed
-from redpp_serve.pruning.judge import Head
+from redpp_serve.pruning.judge import Difference, Head
 
 _CURVE_POINTS, _MOST_MARKS = 200, 400  # of a density that is drawn
 _NEAR_ZERO = 0.01  # of the kernels' RMS norm
@@ -68,7 +68,7 @@ class HashRecord:
     def of(cls, hashed: Hashed) -> HashRecord:
         """Describe a hashed weight."""
         book, weight = hashed.codebook, hashed.weight
-        kernels = weight.flatten(2) if weight.dim() == 4 else weight[..., None]
+        kernels = weight.flatten(2) if weight.dim() > 2 else weight[..., None]
         norms = torch.linalg.vector_norm(kernels, dim=2, dtype=torch.float64)
         return cls(
             book.size,
@@ -159,7 +159,7 @@ class LayerRecord:
     @classmethod
     def of(cls, original: Graph, before: Layer, after: Layer, **found: Any) -> LayerRecord:
         """Describe a layer of the original graph; ``found`` holds the other fields."""
-        parameters = original.tensors[before.weight].numel() + (before.shape[0] if before.bias else 0)
+        parameters = original.tensors[before.weight].numel() + (before.outputs if before.bias else 0)
         op = before.node.op.split(".")[1]
         return cls(before.name, op, list(before.shape), list(after.shape), parameters, before.macs, **found)
 
@@ -167,7 +167,7 @@ class LayerRecord:
 def merge_record(before: Layer, after: Layer, narrowed: Reconstruction | None, reason: str) -> MergeRecord:
     """Describe a layer's output channels; ``reason`` says why they had to stay."""
     error = narrowed.error if narrowed and narrowed.kept < narrowed.channels else None
-    return MergeRecord(before.shape[0], after.shape[0], error, reason or ("" if narrowed else "not narrowed"))
+    return MergeRecord(before.outputs, after.outputs, error, reason or ("" if narrowed else "not narrowed"))
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class HashSummary:
             dense += count_dense(layer).multiplications
             got += count_kernels(layer, split).multiplications
             unique = expected_kernels(layer, torch.from_numpy(book.frequencies), torch.from_numpy(book.values))
-            expected += layer.positions * math.prod(layer.shape[2:]) * unique
+            expected += layer.positions * layer.taps * unique
         return cls(
             method,
             target,
@@ -280,6 +280,32 @@ class FamilyRecord:
 
 
 @dataclass(frozen=True)
+class OutputRecord:
+    """One output of the pruned network against the original's, on its worst family of inputs.
+
+    Attributes:
+        output: its name.
+        classes: whether it holds class scores.
+        error: relative, centred over the inputs; None where it is not of floating point.
+        agreement: share of inputs with the same top-1 class, where it holds class scores.
+    """
+
+    output: str
+    classes: bool
+    error: float | None = None
+    agreement: float | None = None
+
+    @classmethod
+    def of(cls, graph: Graph, difference: Difference) -> tuple[OutputRecord, ...]:
+        """Describe all outputs of a network that was compared."""
+        heads = {head.output: head for head in difference.heads}
+        return tuple(
+            cls(name, scores, heads[name].error, heads[name].worst_agreement) if name in heads else cls(name, scores)
+            for name, scores in class_outputs(graph).items()
+        )
+
+
+@dataclass(frozen=True)
 class Verification:
     """The numbers that a run is judged by.
 
@@ -287,10 +313,12 @@ class Verification:
         merge_exact: relative error of exact merging in float64; None where nothing was merged.
         split_exact: relative error of input-wise splitting in float64; None where nothing was split.
         narrow_exact: relative error of leaving out unread channels in float64; None where all channels must stay.
-        output_error: relative output error on the worst family of held-out inputs, of the worst output.
+        output_error: relative output error on the worst family of held-out inputs, of the worst output; None where no
+            inputs tell it, as the integers that the network reads are unknown.
         agreement: share of a family's inputs with the same top-1 class, the worst one, where there are classes.
         images: number of all these inputs.
         families: the error of each output on each family.
+        outputs: the error of each output on its worst family.
         known: whether the families agree on the error within a factor of two; else the error on real inputs is unknown.
         inputs: how they were made, in words.
     """
@@ -298,9 +326,10 @@ class Verification:
     merge_exact: float | None
     split_exact: float | None
     narrow_exact: float | None
-    output_error: float
+    output_error: float | None
     agreement: float | None
     images: int
     families: tuple[FamilyRecord, ...]
+    outputs: tuple[OutputRecord, ...]
     known: bool
     inputs: str

@@ -1,6 +1,7 @@
 """Draw inputs without data that are no pictures: sounds, rows of tables, and sequences of tokens.
 
-Each function takes a random generator and the length of one input and returns float32 (length,), sounds in about -1..1.
+Each function takes a random generator and the length of one input and returns float32 (length,), sounds in about -1..1;
+tokens and masks are int64.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redpp_serve.pruning.textures import Array, Random
+
+Integers = NDArray[np.int64]
 
 _RATE = 16000.0  # samples a second that are assumed; most networks on sound take 8,000 to 22,050
 
@@ -129,22 +132,48 @@ def clustered(rng: Random, table: Random, length: int) -> Array:
     return np.where(table.random(length) < 0.2, np.round(row), row).astype(np.float32)
 
 
-def uniform_tokens(rng: Random, length: int, most: int) -> NDArray[np.int64]:
-    """Return tokens (length,) in 0..most, all equally likely."""
-    return rng.integers(0, most + 1, length)
+def uniform_tokens(rng: Random, low: Integers, high: Integers) -> Integers:
+    """Return tokens of low..high, both (length,), all equally likely."""
+    return np.asarray(rng.integers(low, high, endpoint=True))
 
 
-def frequent_tokens(rng: Random, length: int, most: int) -> NDArray[np.int64]:
-    """Return tokens (length,) in 0..most whose frequencies fall with their rank, as words' do."""
-    weights = 1 / np.arange(1, most + 2)
-    return np.asarray(rng.choice(most + 1, length, p=weights / weights.sum()))
+def frequent_tokens(rng: Random, low: Integers, high: Integers) -> Integers:
+    """Return tokens of low..high, both (length,), whose frequencies fall with their rank, as words' do."""
+    count = (high - low + 1).astype(np.float64)
+    rank = np.floor((count + 1) ** rng.random(len(low))).astype(np.int64) - 1  # rank k: log((k + 2) / (k + 1))
+    return np.asarray(np.minimum(low + np.maximum(rank, 0), high))
 
 
-def repeated_tokens(rng: Random, length: int, most: int) -> NDArray[np.int64]:
-    """Return tokens (length,) in 0..most in runs and phrases that come back, with padding of zeros at the end."""
-    phrase = rng.integers(0, most + 1, max(1, int(rng.integers(1, 2 + length // 2))))
-    tokens = np.resize(phrase, length)
-    other = rng.random(length) < 0.2
-    tokens = np.where(other, rng.integers(0, most + 1, length), tokens)
-    tokens[int(length * rng.uniform(0.3, 1.0)) + 1 :] = 0
+def repeated_tokens(rng: Random, low: Integers, high: Integers) -> Integers:
+    """Return tokens of low..high, both (length,), in phrases that come back, with the lowest as padding at the end."""
+    length = len(low)
+    share = np.resize(rng.random(max(1, int(rng.integers(1, 2 + length // 2)))), length)
+    share = np.where(rng.random(length) < 0.2, rng.random(length), share)
+    tokens = np.minimum(low + np.floor(share * (high - low + 1.0)).astype(np.int64), high)
+    end = int(length * rng.uniform(0.3, 1.0)) + 1
+    tokens[end:] = low[end:]
     return tokens
+
+
+def padded_mask(rng: Random, length: int) -> Integers:
+    """Return a mask (length,) of ones, then zeros: more than half are ones, and at least one is a zero."""
+    return _ones_first(length, rng.uniform(0.5, 1.0))
+
+
+def short_mask(rng: Random, length: int) -> Integers:
+    """Return a mask (length,) of ones, then zeros: at most half are ones, and at least one."""
+    return _ones_first(length, rng.uniform(0.0, 0.5))
+
+
+def scattered_mask(rng: Random, length: int) -> Integers:
+    """Return a mask (length,) of ones and zeros in no order, at least one of each."""
+    mask = rng.integers(0, 2, length)
+    first, second = rng.permutation(length)[:2] if length > 1 else (0, 0)
+    mask[first] = 1
+    mask[second] = 0 if length > 1 else rng.integers(0, 2)
+    return mask
+
+
+def _ones_first(length: int, share: float) -> Integers:
+    ones = min(max(1, round(share * length)), max(1, length - 1))
+    return np.asarray(np.arange(length) < ones, dtype=np.int64)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from redpp_serve.channels.coupling import Coupling, matches
 from redpp_serve.channels.narrowing import Kept
-from redpp_serve.graph.graph import Graph
+from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import Layer, find_layers, mac_count
 from redpp_serve.graph.weights import KernelSplit
 from redpp_serve.options import Options
@@ -19,8 +19,9 @@ from redpp_serve.pruning.choose import WidthChoice
 from redpp_serve.pruning.effort import Effort, pace, spent
 from redpp_serve.pruning.fit import Reconstruction
 from redpp_serve.pruning.hashing import Hashed
-from redpp_serve.pruning.inputs import Sources, SynthesisBudget, synthesis_budget
+from redpp_serve.pruning.inputs import Sources, synthesis_budget
 from redpp_serve.pruning.judge import Reference
+from redpp_serve.pruning.matching import SynthesisBudget
 from redpp_serve.pruning.records import Share
 from redpp_serve.pruning.verification import VerifyData
 from redpp_serve.stages import Stages
@@ -112,7 +113,12 @@ class State:
         return "merge_exact" in self.checks
 
     def measured(self, job: Job, inputs: Inputs, stage: str, graph: Graph | None = None) -> State:
-        """Note what a stage has come to, for ``graph`` where a later stage has changed the network since."""
+        """Note what a stage has come to, for ``graph`` where a later stage has changed the network since.
+
+        Nothing is noted where the inputs tell no error.
+        """
+        if inputs.unread:
+            return self
         graph = graph or self.graph
         difference = inputs.reference.compare(graph)
         accuracy = job.data.accuracy(graph) if job.data else None
@@ -157,9 +163,11 @@ class Inputs:
         reference: the original network on inputs that nothing is fitted to, the judge of all stages.
         note: how they were made, in words.
         kind_known: whether they are of the kind that the network reads.
+        unread: inputs of which nobody knows what they hold; without them nothing is judged.
     """
 
     fit: tuple[Tensor, ...]
     reference: Reference
     note: str
     kind_known: bool = True
+    unread: tuple[InputSpec, ...] = ()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from redpp_serve.channels.coupling import Coupling, couple
 from redpp_serve.errors import GateFailed
-from redpp_serve.graph.graph import Graph
+from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import Layer, find_layers
+from redpp_serve.graph.ranges import unknown_integers
 from redpp_serve.graph.weights import split_weight
 from redpp_serve.options import NO_HASH, RED, Options
 from redpp_serve.pruning.checkpoint import frontier_of
@@ -19,10 +20,12 @@ from redpp_serve.pruning.choose import Narrower, choose, save_frontier
 from redpp_serve.pruning.distillation import Lesson, schedule
 from redpp_serve.pruning.distillation import distil as train
 from redpp_serve.pruning.effort import spent
+from redpp_serve.pruning.families import SIGNAL, kind_of
 from redpp_serve.pruning.final_codebooks import METHOD, hash_within
 from redpp_serve.pruning.hashing import Hashed, hash_weight, retuned
-from redpp_serve.pruning.inputs import Prepared, prepare, smooth_noise
+from redpp_serve.pruning.inputs import Prepared, prepare
 from redpp_serve.pruning.judge import Reference
+from redpp_serve.pruning.matching import smooth_noise
 from redpp_serve.pruning.merging import merge_exact
 from redpp_serve.pruning.repair import repair_batch_norm
 from redpp_serve.pruning.state import Channels, Inputs, Job, State
@@ -32,6 +35,15 @@ from redpp_serve.stages import Stage
 CODEBOOK_SHARE = 0.2  # of the error so far: what final codebooks may add, in squares, where no budget says
 CODEBOOK_BUDGET = 0.3  # of the error budget, in squares a tenth: what they may add where there is one
 LEAST_CODEBOOK_ERROR = 0.01
+_UNREAD = "the integers that {names} holds are unknown, so nothing lossy can be judged: give {flags}"
+_NO_SCALE = (
+    "the scale of the columns that {names} holds is unknown, so nothing lossy can be judged: give --inputs or "
+    "--moments, or --accept-unmeasured where each column has been brought to mean 0 and deviation 1"
+)
+_NO_AMPLITUDE = (
+    "nothing in the network tells how loud the signals in {names} are, so nothing lossy can be judged: give --inputs "
+    "or --moments, or --accept-unmeasured where their loudest samples are about 1"
+)
 _UNMEASURED = (
     "inputs of the network's kind can be neither made nor were given, so the error would be unknown: give --inputs or "
     "--moments, or --accept-unmeasured"
@@ -46,18 +58,35 @@ def hash_weights(job: Job) -> State:
     state = State(job.original)
     with job.stages.run("hash") as stage:
         layers = job.hashable(state.graph)
+        unread = () if job.options.accept_unmeasured else unknown_integers(job.original.inputs)
         if job.options.hash == NO_HASH:
             stage.skip("--hash none")
         elif job.options.method != RED:
             stage.skip("the fitted weights are hashed")
+        elif unread:
+            stage.skip(_why_unread(unread))
         elif not layers:
-            stage.skip("no convolution or Linear to hash" + (" that is not excluded" if job.options.exclude else ""))
+            stage.skip(
+                "no stored weight of a convolution, Linear, embedding or recurrent layer"
+                + (" that is not excluded" if find_layers(state.graph) else "")
+            )
         else:
             graph, hashed = _hash_layers(state.graph, layers, job.options, stage)
             stage.reason = f"{_sizes(hashed)} ({job.options.hash}, {job.options.hash_target})"
             how = job.options.hash, str(job.options.hash_target)
             state = replace(state, graph=graph, hashed=hashed, hash_how=how)
     return state
+
+
+def _why_unread(unread: Sequence[InputSpec]) -> str:
+    """Say of which inputs nobody knows what they hold, and how to tell it."""
+    integers = unknown_integers(unread)
+    if not integers:
+        signals = [spec for spec in unread if kind_of(spec) == SIGNAL]
+        why = _NO_AMPLITUDE if signals else _NO_SCALE
+        return why.format(names=", ".join(spec.name for spec in signals or unread))
+    flags = [f"--input {'x'.join(map(str, spec.shape))}:{spec.dtype}:LOW..HIGH" for spec in integers]
+    return _UNREAD.format(names=", ".join(spec.name for spec in integers), flags=" ".join(flags))
 
 
 def _hash_layers(graph: Graph, layers: list[Layer], options: Options, stage: Stage) -> tuple[Graph, dict[str, Hashed]]:
@@ -93,8 +122,13 @@ def merge_duplicates(job: Job, state: State) -> tuple[State, Channels]:
         if merged.removed:
             checks["merge_exact"] = error = exact_error(precise.graph, merged.graph, graph, options.seed)
             require_exact("exact merging", error)
-            stage.reason = f"{merged.removed} duplicate channels merged; differs by {error:.1e} in float64"
+            constant = f"{merged.constant} constant channels left out, " if merged.constant else ""
+            duplicates = f"{merged.removed - merged.constant} duplicate channels merged"
+            stage.reason = f"{constant}{duplicates}; differs by {error:.1e} in float64"
             types = {name: t.dtype for name, t in graph.tensors.items()}
+            users = merged.graph.users()
+            new = {name for name, t in merged.graph.tensors.items() if name not in types and t.is_floating_point()}
+            types |= {bias: types[users[bias][0].args[1].name] for bias in new}
             back = {name: t.to(types.get(name, t.dtype)) for name, t in merged.graph.tensors.items()}
             graph = replace(merged.graph, tensors=back, inputs=graph.inputs)
             state = replace(state, graph=graph, kept=coupling.kept(merged.kept))
@@ -116,7 +150,8 @@ def make_inputs(job: Job) -> Inputs:
     options = job.options
     with job.stages.run("inputs") as stage:
         if options.method == RED:
-            found = Prepared((), {"noise": smooth_noise(job.original.inputs, 16, options.seed)}, "smooth noise", True)
+            noise, unread = smooth_noise(job.original.inputs, 16, options.seed), unknown_integers(job.original.inputs)
+            found = Prepared((), {"noise": noise}, "smooth noise", not unread, unread)
             stage.reason = "16 inputs of smooth noise (nothing is fitted to them)"
         else:
             found = prepare(
@@ -128,11 +163,13 @@ def make_inputs(job: Job) -> Inputs:
                 checkpoint=job.checkpoint,
                 progress=stage.progress,
             )
+            if options.accept_unmeasured:
+                found = replace(found, unread=unknown_integers(found.unread))
             judging = sum(len(x[0]) for x in found.families.values())
             stage.reason = f"{len(found.fit[0])} to fit and {judging} held out, {found.note}"
         reference = Reference(job.original, found.families)
         reference.require_finite("synthetic inputs")
-    return Inputs(found.fit, reference, found.note, found.kind_known)
+    return Inputs(found.fit, reference, found.note, found.kind_known, found.unread)
 
 
 def make_judging_inputs(job: Job) -> Inputs:
@@ -144,11 +181,12 @@ def make_judging_inputs(job: Job) -> Inputs:
         sources = replace(job.sources, inputs=())
         found = prepare(job.original, sources, few, seed=job.options.seed, device=job.options.device)
         families = {"real": own, **found.families} if own else found.families
+        unread = unknown_integers(found.unread) if own or job.options.accept_unmeasured else found.unread
         note = f"judged by {', '.join(families)}"
         reference = Reference(job.original, families)
         stage.reason = f"{reference.images} inputs, {note}"
         reference.require_finite("synthetic inputs")
-    return Inputs(found.fit, reference, note, found.kind_known)
+    return Inputs(found.fit, reference, note, found.kind_known, unread)
 
 
 def measure_exact_stages(job: Job, inputs: Inputs, hashed: State, merged: State) -> State:
@@ -172,8 +210,9 @@ def narrow(job: Job, inputs: Inputs, channels: Channels, state: State) -> State:
             stage.skip("no open channel set")
             return state
         if not (inputs.kind_known or options.accept_unmeasured):
-            _require_no_target(options, _UNMEASURED)
-            stage.skip(_UNMEASURED)
+            why = _why_unread(inputs.unread) if inputs.unread else _UNMEASURED
+            _require_no_target(options, why)
+            stage.skip(why)
             return state
         fit = tuple(x.to(options.device) for x in inputs.fit)
         frozen, moments = job.frozen(state.graph), job.sources.moments
@@ -256,6 +295,9 @@ def hash_fitted(job: Job, inputs: Inputs, state: State) -> State:
         if options.method == RED or not layers:
             stage.skip("the weights are those of the first hashing")
             return state
+        if inputs.unread and not options.accept_unmeasured:
+            stage.skip(_why_unread(inputs.unread))
+            return state
         if options.hash_error is None and options.hash_values is None:
             budget = _codebook_budget(options, inputs.reference.error(before))
             found = hash_within(before, layers, inputs.reference.inputs, budget, stage.progress)
@@ -298,12 +340,12 @@ def split(job: Job, state: State) -> State:
     """Split each hashed weight into its unique kernels, exactly."""
     splits, worst = {}, 0.0
     with job.stages.run("split") as stage:
-        layers = [layer for layer in find_layers(state.graph) if layer.name in state.hashed]
+        layers = [x for x in find_layers(state.graph) if x.name in state.hashed and not x.is_embedding]
         if not layers:
             stage.skip("no hashed layer")
             return state
         for k, layer in enumerate(layers):
-            weight = state.graph.tensors[layer.weight]
+            weight = layer.by_output(state.graph.tensors[layer.weight])
             splits[layer.name] = split_weight(weight, layer.groups)
             worst = max(worst, split_error(layer, weight, splits[layer.name], job.options.seed))
             stage.progress(k + 1, len(layers))

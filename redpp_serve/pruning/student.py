@@ -13,6 +13,7 @@ from torch import Tensor
 
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, Ref
+from redpp_serve.graph.layers import CONVOLUTIONS, LINEAR, TRANSPOSED
 
 _DECAYS = 0.9, 0.99  # of Adam's first and second moments
 _MOMENTUM = 0.9
@@ -24,19 +25,7 @@ _WIDEST_MATRIX = 1024  # shorter side; the iteration costs its square
 # Positions of the arguments that are trained, by operator
 _TRAINED = {
     **dict.fromkeys(
-        (
-            "aten.conv1d.default",
-            "aten.conv2d.default",
-            "aten.conv3d.default",
-            "aten.conv2d.padding",
-            "aten.conv1d.padding",
-            "aten.conv_transpose1d.default",
-            "aten.conv_transpose2d.input",
-            "aten.convolution.default",
-            "aten.linear.default",
-            "aten.batch_norm.default",
-        ),
-        (1, 2),
+        (*CONVOLUTIONS, *TRANSPOSED, LINEAR, "aten.convolution.default", "aten.batch_norm.default"), (1, 2)
     ),
     **dict.fromkeys(("aten.layer_norm.default", "aten.group_norm.default"), (2, 3)),
     **dict.fromkeys(("aten.native_layer_norm.default", "aten.native_group_norm.default"), (1, 2)),

@@ -7,23 +7,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from redpp_serve.archives import ZIP_ERRORS, check_arrays
 from redpp_serve.errors import GateFailed, RedppError
-from redpp_serve.graph.executor import Program, value_shapes
+from redpp_serve.graph.class_scores import class_outputs, may_hold_classes
+from redpp_serve.graph.executor import Program, output_types
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.layers import Layer
+from redpp_serve.graph.ranges import outside
 from redpp_serve.graph.weights import KernelSplit
+from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.kernels import split_conv2d
 from redpp_serve.options import Options
-from redpp_serve.pruning.families import Scale
-from redpp_serve.pruning.inputs import smooth_noise
 from redpp_serve.pruning.judge import Difference, Reference, not_finite
+from redpp_serve.pruning.matching import smooth_noise
 
 NEXT_STEPS = (
     "keep more of the multiply-accumulates (see the frontier; --keep-point packages one of its points), give a few "
@@ -55,8 +57,8 @@ def layer_errors(reference: Reference, other: Graph, layers: Sequence[Layer]) ->
 def exact_error(before: Graph, after: Graph, graph: Graph, seed: int) -> float:
     """Return the relative difference of two float64 networks on two inputs of noise, as ``graph`` declares them."""
     probe = tuple(x.double() if x.is_floating_point() else x for x in smooth_noise(graph.inputs, 2, seed))
-    with _default_dtype(torch.float64):  # also for tensors that forward makes without naming a type
-        return relative_error(_casting_to_double(before), _casting_to_double(after), probe)
+    with default_dtype(torch.float64):  # also for tensors that forward makes without naming a type
+        return relative_error(casting_to_double(before), casting_to_double(after), probe)
 
 
 @torch.no_grad()
@@ -72,7 +74,8 @@ def relative_error(before: Graph, after: Graph, inputs: Sequence[Tensor]) -> flo
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make floats of this type wherever a call names none, as a division of integers does."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -81,7 +84,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _casting_to_double(graph: Graph) -> Graph:
+def casting_to_double(graph: Graph) -> Graph:
     """Return the same float64 network, also where it casts to a floating type of its own."""
 
     def wide(value: Any) -> Any:
@@ -96,20 +99,21 @@ def _casting_to_double(graph: Graph) -> Graph:
 
 @torch.no_grad()
 def split_error(layer: Layer, weight: Tensor, split: KernelSplit, seed: int) -> float:
-    """Return the relative error, in float64, of a split layer against the dense one on a random patch of inputs.
+    """Return the relative error, in float64, of a split layer against the dense one on one random patch.
 
-    The split must also give the weight back bit by bit; anything else is an error of 1.
+    The split must also give the weight (n_out, n_in / groups, *kernel) back bit by bit; anything else is an error of 1.
+    The taps of a kernel of any dimension lie in one column.
     """
     rebuilt = split.rebuild().view(weight.shape)
     if not torch.equal(rebuilt, weight):
         return 1.0
-    weight = weight.double() if weight.dim() == 4 else weight.double()[..., None, None]
-    n_in = weight.shape[1] * layer.groups
-    size = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], layer.dilation, strict=True)]
-    x = torch.randn(1, n_in, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
+    weight = weight.double().reshape(*weight.shape[:2], -1, 1)
+    n_in, taps = weight.shape[1] * layer.groups, weight.shape[2]
+    x = torch.randn(1, n_in, taps, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    geometry = ([1, 1], [0, 0], [1, 1], layer.groups)
     dense = F.conv2d(x, weight, None, *geometry)
-    got = split_conv2d(x, split.kernels.double(), split.channel, split.index, split.sign, None, *geometry)
+    kernels = split.kernels.double().reshape(-1, taps, 1)
+    got = split_conv2d(x, kernels, split.channel, split.index, split.sign, None, *geometry)
     return float((got - dense).norm() / dense.norm().clamp_min(1e-300))
 
 
@@ -141,10 +145,12 @@ class VerifyData:
     Attributes:
         inputs: tensors as the network takes them, (images, ...) for each of its inputs.
         labels: (images,) int64.
+        output: position of the network's output that holds the class scores.
     """
 
     inputs: tuple[Tensor, ...]
     labels: Tensor
+    output: int = 0
 
     @torch.no_grad()
     def accuracy(self, graph: Graph) -> float:
@@ -152,34 +158,29 @@ class VerifyData:
         program = Program(graph)
         right = 0
         for *chunk, labels in zip(*(torch.split(x, 32) for x in (*self.inputs, self.labels)), strict=True):
-            right += int((program(*chunk)[0].argmax(1) == labels).sum())
+            right += int((program(*chunk)[self.output].argmax(1) == labels).sum())
         return right / len(self.labels)
 
 
-def load_verify_data(path: Path, graph: Graph, normalise: tuple[Sequence[float], Sequence[float]] | None) -> VerifyData:
+def load_verify_data(path: Path, graph: Graph, preprocess: Preprocess | None) -> VerifyData:
     """Read ``inputs`` (batch first) and ``labels`` from an .npz file.
 
-    Inputs of type uint8 are image bytes: they are divided by 255 and normalised with the (mean, std) of the declared
-    pre-processing, as the server does. Other types are taken as they are.
+    Inputs of type uint8 are image bytes of the network's size: they are normalised as ``preprocess`` says and the
+    server does, and divided by 255 where nothing says. Other types are taken as they are.
 
     Raises:
         RedppError: the file is not readable, or does not fit the network.
     """
     expected = "an .npz file with arrays 'inputs' (batch first) and 'labels' (one integer for each)"
     try:
+        check_arrays(path, any_ratio=True)
         with np.load(path, allow_pickle=False) as file:
             inputs, labels = file["inputs"], file["labels"]
-    except (OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, BadZipFile) as error:
+    except (*ZIP_ERRORS, LookupError, TypeError, AttributeError) as error:
         raise RedppError(
             f"--verify-data {path} cannot be read: {error}", expected, "write it with numpy.savez"
         ) from error
-    out = value_shapes(graph).get(graph.outputs[0], ())
-    if len(out) != 2:
-        raise RedppError(
-            f"--verify-data with a network whose first output has shape (N, {', '.join(map(str, out[1:]))})",
-            "class scores of shape (N, classes)",
-            "leave out --verify-data and gate on --max-error",
-        )
+    output = _labelled_output(graph)
     spec = graph.inputs[0]
     shaped = inputs.ndim > 0 and inputs.shape[1:] == spec.shape and labels.shape == inputs.shape[:1] and len(labels) > 0
     if len(graph.inputs) != 1 or not shaped:
@@ -196,10 +197,35 @@ def load_verify_data(path: Path, graph: Graph, normalise: tuple[Sequence[float],
         )
     x = torch.from_numpy(np.ascontiguousarray(inputs))
     if x.dtype == torch.uint8 and getattr(torch, spec.dtype).is_floating_point:
-        x = x.float() / 255
-        if normalise is not None:
-            x = Scale(*map(tuple, normalise)).apply(x)
-    return VerifyData((x.to(getattr(torch, spec.dtype)),), torch.from_numpy(labels.astype(np.int64)))
+        x = x.float() / 255 if preprocess is None else torch.from_numpy(preprocess.values(x.numpy()))
+    x = x.to(getattr(torch, spec.dtype))
+    if wrong := outside(spec, x):
+        raise RedppError(f"--verify-data {path} holds inputs with {wrong}", "what the network can read", "correct it")
+    return VerifyData((x,), torch.from_numpy(labels.astype(np.int64)), output)
+
+
+def _labelled_output(graph: Graph) -> int:
+    """Return the position of the output that labels are compared with: class scores, or what alone may hold them.
+
+    Raises:
+        RedppError: no output may, or several and nobody says which.
+    """
+    told, wide = class_outputs(graph), may_hold_classes(graph)
+    found = [name for name in told if told[name]][:1] or [name for name in wide if wide[name]]
+    if len(found) == 1:
+        return graph.output_names.index(found[0])
+    if found:
+        raise RedppError(
+            f"--verify-data with a network whose outputs {', '.join(found)} may hold class scores",
+            "the output that the labels belong to",
+            f"add --classes {found[0]}, or another of them",
+        )
+    shapes = (f"{name} (N{''.join(f', {n}' for n in shape[1:])})" for name, (shape, _) in output_types(graph).items())
+    raise RedppError(
+        f"--verify-data with a network of outputs {', '.join(shapes)}",
+        "class scores of shape (N, classes)",
+        "leave out --verify-data and gate on --max-error",
+    )
 
 
 def check_gate(
@@ -228,7 +254,7 @@ def check_gate(
         raise GateFailed(
             "no output of the network is a classification, so there is no top-1 agreement",
             f"at least {options.min_agreement:g} (--min-agreement)",
-            "gate on --max-error instead",
+            "name the output that holds class scores with --classes, or gate on --max-error instead",
         )
     if difference.agreement is not None and difference.agreement < least:
         raise GateFailed(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from redpp_serve.channels.coupling import ChannelSet, Coupling, Part, Reader
-from redpp_serve.graph.layers import find_layers, mac_count
+from redpp_serve.graph.layers import find_layers, find_products, mac_count, value_and_tensor_shapes, weighted_axes
 from redpp_serve.pruning.fit import quick_fit
 from redpp_serve.pruning.judge import squared_error
 from redpp_serve.pruning.observation import Observed, Selection
@@ -68,20 +68,23 @@ class NarrowingPath:
 
 
 class ShapeModel:
-    """The shapes of all layers' weights as functions of the channel sets' widths.
+    """The shapes of all layers' weights as functions of the channel sets' widths; those of products too.
+
+    The shape of a product has the axes whose sizes it multiplies; its name is that of the call and a number. A layer
+    that mixes positions, and so costs less where channels leave, counts its cost as a product.
 
     Attributes:
-        full: shapes of the whole network's weights by layer name.
+        full: shapes of the whole network's weights and products by name.
         channels: number of channels of each open set.
-        touched: names of the layers that each open set shapes.
+        touched: names of the layers and products that each open set shapes.
     """
 
     def __init__(self, coupling: Coupling) -> None:
         layers = find_layers(coupling.graph)
-        self.full = {layer.name: layer.shape for layer in layers}
-        self._positions = {layer.name: layer.positions for layer in layers}
+        self.full: dict[str, tuple[int, ...]] = {layer.name: layer.shape for layer in layers}
         named = {layer.weight: layer.name for layer in layers}
         self.channels = {channel_set.name: channel_set.channels for channel_set in coupling.open}
+        self._positions = {layer.name: layer.positions for layer in layers}
         self._entries: dict[str, list[tuple[str, int, int]]] = {name: [] for name in self.full}
         self.touched: dict[str, set[str]] = {}
         for channel_set in coupling.open:
@@ -90,20 +93,44 @@ class ShapeModel:
                 if tensor in named:
                     self._entries[named[tensor]].append((channel_set.name, dim, entries))
             self.touched[channel_set.name] = {named[tensor] for tensor, _ in places if tensor in named}
+        sizes = value_and_tensor_shapes(coupling.graph)
+        for product in find_products(coupling.graph):
+            for k, term in enumerate(product.terms):
+                self._add(coupling, sizes, f"{product.node.name}#{k}", term)
+        for layer in layers:
+            for call in layer.calls if layer.macs and not layer.is_recurrent else ():
+                axes = weighted_axes(call.node, sizes)
+                if any(coupling.entries(value, axis) for value, axis in axes[: -len(layer.shape)]):
+                    self._positions[layer.name] -= call.positions
+                    self._add(coupling, sizes, f"{call.node.name}#", axes)
+
+    def _add(self, coupling: Coupling, sizes: Shapes, name: str, term: Sequence[tuple[str, int]]) -> None:
+        """Add what costs the product of the sizes of these axes."""
+        self.full[name] = tuple(sizes[value][axis] for value, axis in term)
+        self._positions[name], self._entries[name] = 1, []
+        for dim, (value, axis) in enumerate(term):
+            for channel_set, entries in coupling.entries(value, axis).items():
+                self._entries[name].append((channel_set, dim, entries))
+                self.touched[channel_set].add(name)
 
     def shape(self, layer: str, widths: Mapping[str, int]) -> tuple[int, ...]:
-        """Return one layer's shape; sets that ``widths`` does not name are whole."""
+        """Return the shape of one layer or product; sets that ``widths`` does not name are whole."""
         shape = list(self.full[layer])
         for name, dim, entries in self._entries[layer]:
             shape[dim] -= entries * (self.channels[name] - widths.get(name, self.channels[name]))
         return tuple(shape)
 
     def shapes(self, widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all layers by name."""
+        """Return the shapes of all layers and products by name."""
         return {layer: self.shape(layer, widths) for layer in self.full}
 
+    def touched_macs(self) -> int:
+        """Return the multiply-accumulates of the whole network's layers and products that some open set shapes."""
+        touched = set[str]().union(*self.touched.values())
+        return self.macs({name: shape for name, shape in self.full.items() if name in touched})
+
     def macs(self, shapes: Shapes) -> int:
-        """Return the multiply-accumulates of the layers named, for one input."""
+        """Return the multiply-accumulates of the layers and products named, for one input."""
         return sum(self._positions[name] * math.prod(shape) for name, shape in shapes.items())
 
 

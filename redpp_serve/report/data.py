@@ -282,6 +282,23 @@ class Family(Record):
 
 
 @dataclass(kw_only=True)
+class OutputError(Record):
+    """One output of the pruned network against the original's, on the worst family of held-out inputs.
+
+    Attributes:
+        output: its name.
+        classes: whether it holds class scores.
+        error: relative, centred over the inputs; None where it is not of floating point.
+        agreement: share of inputs with the same class, where it holds class scores.
+    """
+
+    output: str | None
+    classes: bool | None = None
+    error: float | None = None
+    agreement: float | None = None
+
+
+@dataclass(kw_only=True)
 class Verify(Record):
     """Relative errors of the exact stages and of the pruned network's outputs, on held-out inputs.
 
@@ -289,6 +306,7 @@ class Verify(Record):
         agreement: share of inputs with the same class.
         images: number of held-out inputs.
         families: the errors behind the worst one.
+        outputs: the error of each output, in order.
         known: whether the families agree on the error.
         inputs: how the inputs were made.
     """
@@ -300,6 +318,7 @@ class Verify(Record):
     agreement: float | None
     images: float | None
     families: list[Family] | None = None
+    outputs: list[OutputError] | None = None
     known: bool | None = None
     inputs: str | None = None
 
@@ -375,13 +394,15 @@ class Agreement(Record):
 
     Attributes:
         top1: share of inputs with the same class.
-        mean_relative_difference: mean over inputs of |original - pruned| / |original|.
+        mean_relative_difference: mean over inputs of |original - pruned| / |original|, of the worst output.
         inputs: number of inputs that both versions answered.
+        outputs: that mean for each output by its name, where there are several.
     """
 
     top1: float | None
     mean_relative_difference: float | None = None
     inputs: float | None = None
+    outputs: dict[str, float] | None = None
 
 
 @dataclass(kw_only=True)
@@ -394,6 +415,7 @@ class ChoiceRecord(Record):
         source: where the choice comes from, such as ``measured`` or ``rule``.
         times: seconds of each candidate.
         shape: of the layer's input.
+        sizes: of the network's inputs, by symbol, where they vary.
     """
 
     layer: str | None = None
@@ -403,6 +425,7 @@ class ChoiceRecord(Record):
     source: str | None = None
     times: dict[str, float | None]
     shape: str | None = None
+    sizes: dict[str, Any] | None = None
 
 
 @dataclass(kw_only=True)
@@ -412,6 +435,7 @@ class EngineRecord(Record):
     Attributes:
         source: where the choice comes from, such as ``measured`` or ``rule``.
         times: seconds of each engine and precision that was timed.
+        sizes: of the network's inputs, by symbol, where they vary.
     """
 
     batch: Any = None
@@ -419,6 +443,7 @@ class EngineRecord(Record):
     precision: str | None = None
     source: str | None = None
     times: dict[str, float | None]
+    sizes: dict[str, Any] | None = None
 
 
 @dataclass(kw_only=True)
@@ -457,6 +482,74 @@ class GainRecord(Record):
 
 
 @dataclass(kw_only=True)
+class SizeRecord(Record):
+    """The median latency of inputs near some sizes, in milliseconds, and its ratio, where sizes vary."""
+
+    sizes: str | None = None
+    pairs: int | None = None
+    original: float | None = None
+    pruned: float | None = None
+    ratio: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(kw_only=True)
+class FigureRecord(Record):
+    """A measured number, with its 95 % interval where it has one."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(kw_only=True)
+class CellRecord(Record):
+    """Both versions under one load.
+
+    Attributes:
+        concurrency: requests in flight.
+        rate: requests a second, where latency was also measured at a rate.
+        batch: inputs in one request.
+        inputs: number of inputs that both versions answered.
+        verdict: in words.
+        figures: by the names of `requirements.COMPARED`.
+    """
+
+    concurrency: float | None
+    rate: float | None = None
+    batch: float | None = None
+    inputs: float | None = None
+    verdict: str | None
+    figures: dict[str, FigureRecord]
+
+    def value(self, name: str) -> float | None:
+        """Return a figure's number; None where it is unknown."""
+        found = self.figures.get(name)
+        return found.value if found else None
+
+
+@dataclass(kw_only=True)
+class ComparisonRecord(Record):
+    """A comparison on a live server, or a sweep of several.
+
+    Attributes:
+        time: when it began, in UTC.
+        server: ``torchserve`` or ``triton``.
+        versions: the releases, by name.
+        settings: of server and load, by name.
+        cells: several in a sweep.
+    """
+
+    time: str | None
+    server: str | None
+    device: str | None
+    versions: dict[str, str | None]
+    settings: dict[str, Any]
+    cells: list[CellRecord]
+
+
+@dataclass(kw_only=True)
 class PlanRecord(Record):
     """The engines and kernels that one version runs with, and the seconds that choosing them took.
 
@@ -490,7 +583,9 @@ class Report(Record):
         precisions: by version and name, what each precision costs.
         speedup: ratios by quantity.
         gains: what engine, precision and pruning gain, each on its own.
-        verdict: the comparison's, in words.
+        by_sizes: latencies near the planned sizes, where sizes vary.
+        verdict: the newest comparison's that is no sweep, in words, as are speedup, agreement and the rest of it.
+        comparisons: the history, the newest first.
     """
 
     tool: Tool
@@ -515,7 +610,13 @@ class Report(Record):
     agreement: Agreement | None = None
     speedup: dict[str, Ratio | None] | None = None
     gains: list[GainRecord] | None = None
+    by_sizes: list[SizeRecord] | None = None
     verdict: str | None = None
+    comparisons: list[ComparisonRecord] | None = None
+
+    def compared_on(self, server: str) -> ComparisonRecord | None:
+        """Return the newest comparison on a server that holds anything; None without one."""
+        return next((each for each in self.comparisons or () if each.server == server and each.cells), None)
 
     @classmethod
     def from_json(cls, value: object) -> Report:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
-from redpp_serve.files import write_atomically
+from redpp_serve.files import read_bounded, write_atomically
 from redpp_serve.report.data import Report, plain
 from redpp_serve.report.page import render
 
@@ -21,7 +21,7 @@ def read_report(folder: Path) -> Report:
         RedppError: there is none, or it is damaged.
     """
     try:
-        found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        found = json.loads(read_bounded(folder / REPORT))
         if not isinstance(found, dict):
             raise ValueError(f"{REPORT} is no JSON object")
         return Report.from_json(found)

@@ -7,16 +7,9 @@ from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
+from redpp_serve.errors import printable
+
 DASH = "–"
-
-
-def printable(value: object) -> str:
-    """Make one safe line: collapse white space; replace control, direction and surrogate characters.
-
-    Layer and file names come from untrusted files; raw, they could move the cursor or break XML.
-    """
-    line = " ".join(str(value).split())
-    return line if line.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in line)
 
 
 def shorten(value: object, limit: int) -> str:

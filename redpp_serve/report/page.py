@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from redpp_serve.report import charts, formats, tables
+from redpp_serve.report import charts, formats, history, tables
 from redpp_serve.report.data import Layer, Report
 from redpp_serve.report.formats import DASH, count, error, exact, percent, shorten
 from redpp_serve.report.templates import ENVIRONMENT
@@ -55,6 +55,7 @@ def render(report: Report) -> str:
         places=_measured_where(report),
         tool=f"{report.tool.name or 'redpp-serve'} {report.tool.version or DASH}",
         tables=tables,
+        history=history,
         charts=charts,
     )
 
@@ -217,7 +218,9 @@ def _measured_where(report: Report) -> list[tuple[str, str]]:
         ("hashing errors, output error, agreement", f"{device}; {images} held-out inputs"),
     ]
     if any(figures.handler_ms or figures.latency_ms or figures.throughput_rps for figures in report.versions):
-        rows.append(("handler times, latency, throughput", f"{device}; through the model server"))
+        newest = next((each for each in report.comparisons or () if len(each.cells) == 1), None)
+        server = f"{newest.server}, {newest.time} UTC" if newest else "the model server"
+        rows.append(("handler times, latency, throughput", f"{device}; through {shorten(server, 60)}"))
     if report.frontier and report.frontier.latency_on:
         rows.append(("latencies of the frontier", f"{report.frontier.latency_on}; without server"))
     for trial in report.smoke or []:

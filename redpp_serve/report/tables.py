@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from redpp_serve.errors import printable
 from redpp_serve.report.data import (
     ChoiceRecord,
+    EngineRecord,
     Family,
     Figures,
     FrontierPoint,
@@ -16,6 +18,7 @@ from redpp_serve.report.data import (
     PlanRecord,
     Ratio,
     Report,
+    SizeRecord,
     Verify,
 )
 from redpp_serve.report.formats import (
@@ -25,7 +28,6 @@ from redpp_serve.report.formats import (
     milliseconds,
     number,
     percent,
-    printable,
     quotient,
     rate,
     seconds,
@@ -127,12 +129,18 @@ def verify_rows(report: Report) -> list[tuple[str, str]]:
     """Return (check, result) of the verification, and the agreement of the served answers where it was measured."""
     rows = [(label, show(report.verify) if report.verify else DASH) for label, show in _CHECKS]
     families = (report.verify and report.verify.families) or []
-    several = len({family.output for family in families}) > 1
-    for family in families:
-        what = f"on {family.family}" + (f", output {family.output}" if several else "")
-        rows.append((f"  {printable(what)}", error(family.error) + _same(family)))
+    heads = dict.fromkeys(family.output for family in families)
+    for head in heads:
+        mine = [family for family in families if family.output == head]
+        if len(heads) > 1:
+            worst = max((family.error for family in mine if family.error is not None), default=None)
+            rows.append((f"  output {printable(head or DASH)}", error(worst)))
+        indent = "  " * min(len(heads), 2)
+        rows += [(f"{indent}on {printable(x.family or DASH)}", error(x.error) + _same(x)) for x in mine]
     if report.verify and report.verify.known is False:
-        rows.append(("error on real inputs", "unknown: the families differ by more than a factor of two"))
+        why = "the families differ by more than a factor of two"
+        why = why if report.verify.output_error is not None else "nothing tells which integers the network reads"
+        rows.append(("error on real inputs", f"unknown: {why}"))
     if report.agreement and report.agreement.top1 is not None:
         rows.append(("same top-1 class, served answers", percent(report.agreement.top1)))
     return rows
@@ -261,7 +269,7 @@ def kernel_rows(plan: PlanRecord) -> list[KernelRow]:
     alike: dict[str, list[ChoiceRecord]] = {}
     for choice in plan.choices:
         if choice.times:
-            key = repr([choice.shape, choice.batch, choice.kernel, choice.source, sorted(choice.times.items())])
+            key = repr([choice.shape, _bucket(choice), choice.kernel, choice.source, sorted(choice.times.items())])
             alike.setdefault(key, []).append(choice)
     return [_kernel_row(choices[0], len(choices) - 1) for choices in alike.values()]
 
@@ -275,7 +283,7 @@ def _kernel_row(choice: ChoiceRecord, more: int) -> KernelRow:
     return KernelRow(
         shorten(choice.name or DASH, 48) + (f" and {more} alike" if more else ""),
         printable(choice.shape),
-        printable(choice.batch),
+        _bucket(choice),
         printable(choice.kernel),
         printable(choice.source),
         _time(choice.times.get("dense")),
@@ -286,8 +294,8 @@ def _kernel_row(choice: ChoiceRecord, more: int) -> KernelRow:
 
 def kernel_summary(plan: PlanRecord) -> list[str]:
     """Return what no row says: layers of each kernel, their times in all, what was not timed, how the plan was made."""
-    found = {batch: [c for c in plan.choices if c.batch == batch] for batch in plan.batches}
-    lines = [*engine_lines(plan), *(_batch_line(batch, choices) for batch, choices in found.items() if choices)]
+    found = {each: [c for c in plan.choices if _bucket(c) == each] for each in map(_bucket, plan.choices)}
+    lines = [*engine_lines(plan), *(_batch_line(each, found[each]) for each in sorted(found, key=_by_batch))]
     sources = Counter(choice.source for choice in plan.choices)
     lines += [
         f"{sources[source]} of {len(plan.choices)} choices {why}" for source, why in _WHY.items() if sources[source]
@@ -314,7 +322,7 @@ def engine_rows(plan: PlanRecord) -> list[EngineRow]:
         name = f"{choice.engine or DASH} {choice.precision or ''}".strip()
         timed = sorted((value, key) for key, value in choice.times.items() if value is not None)
         others = ", ".join(f"{printable(key)} {_time(value)}" for value, key in timed if key != name)
-        rows.append(EngineRow(printable(choice.batch), printable(name), _time(choice.times.get(name)), others or DASH))
+        rows.append(EngineRow(_bucket(choice), printable(name), _time(choice.times.get(name)), others or DASH))
     return rows
 
 
@@ -333,7 +341,15 @@ def gain_rows(report: Report) -> list[tuple[str, ...]]:
     ]
 
 
-def _interval(found: GainRecord | Ratio) -> str:
+def size_rows(report: Report) -> list[tuple[str, ...]]:
+    """Return sizes, pairs, both latencies and their ratio for each of the planned sizes."""
+    return [
+        (printable(s.sizes), count(s.pairs), milliseconds(s.original), milliseconds(s.pruned), _interval(s))
+        for s in report.by_sizes or ()
+    ]
+
+
+def _interval(found: GainRecord | SizeRecord | Ratio) -> str:
     known = found.low is not None and found.high is not None
     return (
         DASH if found.ratio is None else times(found.ratio) + (f" [{found.low:.2f}, {found.high:.2f}]" if known else "")
@@ -351,9 +367,19 @@ def precision_rows(report: Report) -> list[tuple[str, ...]]:
     return rows
 
 
-def _batch_line(batch: Any, choices: Sequence[ChoiceRecord]) -> str:
+def _bucket(choice: ChoiceRecord | EngineRecord) -> str:
+    """Return what a choice serves: a batch size, and sizes of the inputs where they vary."""
+    return " ".join(printable(each) for each in (choice.batch, *(f"{k}={n}" for k, n in (choice.sizes or {}).items())))
+
+
+def _by_batch(bucket: str) -> tuple[int, str]:
+    batch, *sizes = bucket.split(" ")
+    return int(batch) if batch.isdecimal() else 0, " ".join(sizes)
+
+
+def _batch_line(batch: str, choices: Sequence[ChoiceRecord]) -> str:
     counts = Counter(printable(choice.kernel) for choice in choices)
-    line = f"batch {printable(batch)}: " + ", ".join(f"{n} {kernel}" for kernel, n in sorted(counts.items()))
+    line = f"batch {batch}: " + ", ".join(f"{n} {kernel}" for kernel, n in sorted(counts.items()))
     pairs = [(c.times.get("dense"), c.times.get(c.kernel or "")) for c in choices]
     timed = [(dense, chosen) for dense, chosen in pairs if dense is not None and chosen is not None]
     if not timed:

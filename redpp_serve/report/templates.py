@@ -6,7 +6,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from redpp_serve.report.formats import printable, shorten
+from redpp_serve.errors import printable
+from redpp_serve.report.formats import shorten
 
 
 def _safe(value: Any) -> Any:

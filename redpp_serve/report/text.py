@@ -6,20 +6,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from redpp_serve.errors import printable
 from redpp_serve.report.data import Layer, PlanRecord, Report
-from redpp_serve.report.formats import (
-    DASH,
-    bare_milliseconds,
-    bits,
-    columns,
-    count,
-    error,
-    exact,
-    of,
-    printable,
-    shape,
-    shorten,
-)
+from redpp_serve.report.formats import DASH, bare_milliseconds, bits, columns, count, error, exact, of, shape, shorten
 from redpp_serve.report.tables import (
     EngineRow,
     KernelRow,

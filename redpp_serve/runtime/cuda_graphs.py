@@ -16,8 +16,13 @@ from torch import Tensor
 
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import InputSpec
+from redpp_serve.graph.ranges import blank
+from redpp_serve.graph.sizes import all_choices, resized
+from redpp_serve.runtime.buckets import Bucket, Sizes, nearest_sizes
 from redpp_serve.runtime.serving_graph import bucket_for, channels_last, chunks
 
+Shapes = tuple[tuple[int, ...], ...]  # of one of each input
+_MOST_SIZES = 8  # that are all recorded; each takes buffers for its largest batch
 WARM_UPS = 3  # runs before recording: libraries choose their algorithms and make their workspaces
 
 
@@ -87,6 +92,7 @@ class BucketRunner:
         pinned = device.type == "cuda"
         static = [_buffer(i, self.batches[-1], device) for i in inputs]
         self._staging = [torch.empty_like(buffer, device="cpu", pin_memory=pinned) for buffer in static]
+        self._padding = [blank(spec, 1, device) for spec in inputs]  # what the network can read
         self._recorded: dict[int, Recorded] = {}
         for batch in reversed(self.batches):  # the largest first: the pool then has room for all others
             views = tuple(buffer[:batch] for buffer in static)
@@ -106,10 +112,10 @@ class BucketRunner:
     def _chunk(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         rows = len(inputs[0])
         recorded = self._recorded[bucket_for(self.batches, rows)]
-        for x, staging, static in zip(inputs, self._staging, recorded.inputs, strict=True):
+        for x, staging, static, padding in zip(inputs, self._staging, recorded.inputs, self._padding, strict=True):
             staging[:rows].copy_(x)
             static[:rows].copy_(staging[:rows], non_blocking=True)
-            static[rows:].zero_()
+            static[rows:].copy_(padding)
         recorded.replay()
         for y, result in zip(recorded.outputs, self._results, strict=True):
             result[:rows].copy_(y[:rows], non_blocking=True)
@@ -118,6 +124,40 @@ class BucketRunner:
         return tuple(result[:rows].clone() for result in self._results)
 
 
+def record_sizes(
+    programs: Mapping[Bucket, Program],
+    inputs: Sequence[InputSpec],
+    sizes: Sequence[Sizes],
+    device: torch.device,
+    recorder: Recorder,
+) -> dict[Shapes, BucketRunner]:
+    """Record a network at its sizes: at all that it admits where they are few, else at those that are planned for.
+
+    Nothing is padded along a size that varies, since that may change other values: each size has graphs of its own.
+
+    Args:
+        programs: a program for each bucket, on ``device``; a size without any is not recorded.
+        inputs: the inputs of the programs.
+        sizes: the choices of sizes that are planned for.
+        device: where the programs run.
+        recorder: as for `BucketRunner`.
+
+    Returns:
+        What runs inputs, by their shapes without the batch.
+
+    Raises:
+        RuntimeError: as for `BucketRunner`.
+    """
+    found: dict[Shapes, BucketRunner] = {}
+    for each in all_choices(inputs, _MOST_SIZES) or list(map(dict, sizes)):
+        specs = tuple(resized(spec, each) for spec in inputs)
+        near = nearest_sizes(sizes, inputs, [spec.shape for spec in specs])
+        served = {bucket.batch: program for bucket, program in programs.items() if bucket.sizes == near}
+        if served:
+            found[tuple(spec.shape for spec in specs)] = BucketRunner(served, specs, device, recorder)
+    return found
+
+
 def _buffer(spec: InputSpec, batch: int, device: torch.device) -> Tensor:
-    """Make zeros for one input; images in channels-last layout."""
-    return channels_last(torch.zeros(batch, *spec.shape, dtype=getattr(torch, spec.dtype), device=device))
+    """Make a blank input; images in channels-last layout."""
+    return channels_last(blank(spec, batch, device))

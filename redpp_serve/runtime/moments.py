@@ -17,8 +17,8 @@ from torch import Tensor
 
 from redpp_serve.graph.artifact import calls_document
 from redpp_serve.graph.executor import Program
-from redpp_serve.graph.graph import Graph, Node, conv2d_geometry, once_per_graph
-from redpp_serve.graph.layers import CONV, layer_calls
+from redpp_serve.graph.graph import Graph, Node, once_per_graph
+from redpp_serve.graph.layers import CONV, LINEAR, channel_counts, is_convolution, weight_calls, window
 
 POSITIONS = 256  # of one input that are added up, evenly spread, each time others
 MOST_BYTES = 1 << 30  # of all sums of a network
@@ -143,10 +143,10 @@ class _Patches:
     """The patches of a convolution to add up, with the shape of `PatchMoments.gram`."""
 
     value: str
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     channels: int
     shape: tuple[int, ...]
 
@@ -171,14 +171,17 @@ class Layout:
         read: dict[str, _Value] = {}
         made: dict[str, _Value] = {}
         patches: dict[str, _Patches] = {}
-        for node in layer_calls(graph):
-            x, weight = node.args[0].name, graph.tensors[node.args[1].name]
-            axis = 1 if node.op == CONV else -1
-            groups = conv2d_geometry(node)[3] if node.op == CONV else 1
-            read.setdefault(x, _Value(axis, groups * weight.shape[1], True))
-            made[node.name] = _Value(axis, len(weight), False)
+        for name, node in ((name, node) for name, calls in weight_calls(graph).items() for node in calls):
+            if node.op != LINEAR and not is_convolution(node):
+                continue
+            x, weight = node.args[0].name, graph.tensors[name]
+            axis = -1 if node.op == LINEAR else 1
+            groups = window(node, tuple(weight.shape[2:])).groups if axis == 1 else 1
+            inputs, outputs = channel_counts(node, tuple(weight.shape), groups)
+            read.setdefault(x, _Value(axis, inputs, True))
+            made[node.name] = _Value(axis, outputs, False)
             if node.op == CONV and tuple(weight.shape[2:]) != (1, 1):
-                patches[node.name] = _patches(node, weight, groups)
+                patches[node.name] = _patches(node, weight)
         sizes = {("value", name): value.channels**2 for name, value in read.items()}
         sizes |= {("patch", name): math.prod(one.shape) for name, one in patches.items()}
         left, fits = most_bytes, set()
@@ -203,15 +206,16 @@ class Layout:
         return shapes
 
 
-def _patches(node: Node, weight: Tensor, groups: int) -> _Patches:
-    channels, (height, width) = groups * weight.shape[1], weight.shape[2:]
+def _patches(node: Node, weight: Tensor) -> _Patches:
+    height, width = weight.shape[2:]
+    found = window(node, (height, width))
+    channels = found.groups * weight.shape[1]
     taps = height * width
     if weight.shape[1] > 1 and channels * taps <= _MOST_PATCH:
         shape: tuple[int, ...] = (channels * taps, channels * taps)
     else:
         shape = (channels, taps, taps) if channels * taps**2 <= _MOST_TAPS else (taps, taps)
-    stride, padding, dilation, _ = conv2d_geometry(node)
-    return _Patches(node.args[0].name, (height, width), stride, padding, dilation, channels, shape)
+    return _Patches(node.args[0].name, (height, width), found.stride, found.padding, found.dilation, channels, shape)
 
 
 @dataclass

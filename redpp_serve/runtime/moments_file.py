@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from redpp_serve.errors import RedppError
-from redpp_serve.files import locked, write_atomically
+from redpp_serve.files import locked, open_regular, write_atomically
 from redpp_serve.graph.graph import Graph
 from redpp_serve.graph.tensor_file import TensorFile, safetensors_parts
 from redpp_serve.runtime.moments import Layout, Moments, Sums, fingerprint
@@ -133,7 +133,7 @@ def _write(path: Path, sums: Sums, graph: Graph, tensors: Iterator[Tensor]) -> N
 def _opened(path: Path, graph: Graph) -> Iterator[tuple[TensorFile, Sums]]:
     """Open a file and check all but its tensors' numbers; the sums that it yields lack the tensors."""
     try:
-        with path.open("rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open_regular(path) as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
             file, sums = _checked(path, data, graph)
             yield file, sums
     except FileNotFoundError as error:

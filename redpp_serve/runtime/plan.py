@@ -1,4 +1,4 @@
-"""Which engine runs the network and which kernel each layer at each batch size, on what evidence; the deciding rule."""
+"""Which engine runs the network and which kernel each layer in each bucket, on what evidence; the deciding rule."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from redpp_serve.engines import OWN
+from redpp_serve.runtime.buckets import Bucket, as_sizes
 
 DENSE = "dense"
 LEAST_GAIN = 0.03  # a kernel has to be this much faster than the dense one
@@ -44,6 +45,7 @@ class Choice:
             as a whole was not faster; ``budget``, not timed because the time ran out.
         times: median seconds of each kernel that was timed.
         shape: the shape of the layer's input, as in ``4x3x32x32``.
+        sizes: the sizes of the network's inputs, by symbol, where they vary.
     """
 
     layer: str
@@ -53,6 +55,12 @@ class Choice:
     source: str
     times: Mapping[str, float]
     shape: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def bucket(self) -> Bucket:
+        """The requests that it serves."""
+        return Bucket(self.batch, as_sizes(self.sizes))
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class EngineChoice:
         source: where the decision comes from: ``measured`` now, ``cached`` from earlier on this machine; ``rule``,
             there was nothing else; ``budget``, there was no time; ``failed``, the chosen engine did not start.
         times: median seconds of each engine and precision that was timed.
+        sizes: the sizes of the network's inputs, by symbol, where they vary.
     """
 
     batch: int
@@ -73,6 +82,12 @@ class EngineChoice:
     precision: str
     source: str
     times: Mapping[str, float]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def bucket(self) -> Bucket:
+        """The requests that it serves."""
+        return Bucket(self.batch, as_sizes(self.sizes))
 
 
 @dataclass(frozen=True)
@@ -83,9 +98,10 @@ class Plan:
         device: the device's product name.
         precision: the precision that the network runs in; several, joined by ``+``, where batch sizes differ.
         batches: the batch sizes, ascending.
-        choices: a choice for each layer and batch size that the own runtime serves, in order of execution.
+        choices: a choice for each layer, batch size and choice of sizes that the own runtime serves, in order of
+            execution.
         seconds: how long making the plan took.
-        engines: the engine for each batch size.
+        engines: the engine for each batch size and choice of sizes; that at which the network was pruned comes first.
         left_out: why engines, or engines in a precision, are not used.
         built: the seconds that building the network took, by engine and precision, import included; those that were
             neither tried nor used now are not among them.
@@ -101,7 +117,7 @@ class Plan:
     built: Mapping[str, float] = field(default_factory=dict)
 
     def kernel(self, layer: str, batch: int) -> str:
-        """Return the kernel of a layer at a batch size.
+        """Return the kernel of a layer at a batch size, at the first of the sizes where they vary.
 
         Raises:
             KeyError: the plan lacks the layer or the batch size.
@@ -112,9 +128,16 @@ class Plan:
         raise KeyError((layer, batch))
 
     def counts(self, batch: int) -> dict[str, int]:
-        """Count the layers that each kernel runs at a batch size, by name; an engine runs the network as one."""
-        whole = {choice.engine: 1 for choice in self.engines if choice.batch == batch and choice.engine != OWN}
-        return whole or dict(sorted(Counter(choice.kernel for choice in self.choices if choice.batch == batch).items()))
+        """Count the layers that each kernel runs at a batch size, by name; an engine runs the network as one.
+
+        Where sizes vary, the counts are those at which the network was pruned.
+        """
+        served = next((choice for choice in self.engines if choice.batch == batch), None)
+        if served and served.engine != OWN:
+            return {served.engine: 1}
+        sizes = served.sizes if served else {}
+        kernels = (choice.kernel for choice in self.choices if choice.batch == batch and choice.sizes == sizes)
+        return dict(sorted(Counter(kernels).items()))
 
     @property
     def engine(self) -> str:
@@ -124,13 +147,17 @@ class Plan:
     @property
     def digest(self) -> str:
         """Twelve hexadecimal digits that differ if the kernel of a layer does."""
-        chosen: list[Any] = [(c.layer, c.batch, c.kernel) for c in self.choices]
-        chosen += [(c.batch, c.engine, c.precision) for c in self.engines if c.engine != OWN]
+        chosen: list[Any] = [(c.layer, c.batch, c.kernel, *c.sizes.items()) for c in self.choices]
+        chosen += [(c.batch, c.engine, c.precision, *c.sizes.items()) for c in self.engines if c.engine != OWN]
         return hashlib.sha256(json.dumps([self.precision, chosen]).encode()).hexdigest()[:12]
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan, with its digest, as JSON takes it."""
-        return {**asdict(self), "digest": self.digest}
+        plain = asdict(self)
+        for choice in (*plain["choices"], *plain["engines"]):
+            if not choice["sizes"]:
+                del choice["sizes"]
+        return {**plain, "digest": self.digest}
 
     @staticmethod
     def from_json(document: Mapping[str, Any]) -> Plan:

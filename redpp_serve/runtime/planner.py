@@ -26,6 +26,7 @@ from torch import Tensor
 
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node
+from redpp_serve.runtime.buckets import Bucket
 from redpp_serve.runtime.candidates import Candidate
 from redpp_serve.runtime.device import device_name
 from redpp_serve.runtime.fused_layer import FusedLayer, fused_layers
@@ -39,6 +40,7 @@ from redpp_serve.runtime.timing import (
     Make,
     Timer,
     in_turns,
+    random_input,
     random_tensor,
     timer_for,
     timings,
@@ -121,6 +123,35 @@ def make_plan(
     return Plan(device_name(context.device), context.precision, tuple(batches), tuple(choices), taken)
 
 
+def plan_sizes(
+    context: PlanContext,
+    served: Sequence[Bucket],
+    end: float,
+    *,
+    cache: PlanCache | None = None,
+    everything: bool = False,
+) -> list[Choice]:
+    """Choose a kernel for each layer of a network in each bucket, at one choice of sizes after another.
+
+    Args:
+        context: the network.
+        served: the buckets.
+        end: the time of the performance counter at which timing should end.
+        cache: as for `make_plan`.
+        everything: as for `make_plan`.
+    """
+    found: list[Choice] = []
+    by_sizes = [
+        (sizes, [b.batch for b in served if b.sizes == sizes]) for sizes in dict.fromkeys(b.sizes for b in served)
+    ]
+    for done, (sizes, batches) in enumerate(by_sizes):
+        seconds = max(0.0, end - time.perf_counter()) / (len(by_sizes) - done)
+        at = context.at(dict(sizes))
+        plan = make_plan(at, batches, seconds=seconds, cache=cache, everything=everything)
+        found += [replace(choice, sizes=dict(sizes)) for choice in plan.choices]
+    return found
+
+
 def confirmed(
     context: PlanContext, choices: Sequence[Choice], cache: PlanCache, seconds: float, timer: Timer | None = None
 ) -> list[Choice]:
@@ -164,10 +195,7 @@ def _time_networks(
     if time.perf_counter() >= end:
         return {}
     generator = torch.Generator().manual_seed(0)
-    inputs = tuple(
-        random_tensor((batch, *i.shape), getattr(torch, i.dtype), context.device, generator)
-        for i in context.graph.inputs
-    )
+    inputs = tuple(random_input(spec, batch, context.device, generator) for spec in context.graph.inputs)
     try:
         start = time.perf_counter()
         runs = [timer.prepare(_network(context, batch, table), {}, inputs) for table in ({}, kernels)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +13,11 @@ from redpp_serve.errors import RedppError
 from redpp_serve.graph.executor import Program, value_shapes
 from redpp_serve.graph.graph import Graph, Node, Ref
 from redpp_serve.graph.passes import fold_batch_norm, fuse_epilogues, in_precision, precision_dtype
+from redpp_serve.graph.sizes import resized
 from redpp_serve.runtime.candidates import Candidate, candidates, signature, with_kernels
 from redpp_serve.runtime.fused_layer import fused_layers
+
+_Bucket = TypeVar("_Bucket")  # whatever tells the programs apart
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,14 @@ class PlanContext:
         graph = serving_graph(graph, device, precision)
         return cls(graph, device, precision, layer_inputs(graph, device, precision))
 
+    def at(self, sizes: Mapping[str, int]) -> PlanContext:
+        """Return the same network with inputs of other sizes, by symbol."""
+        inputs = tuple(resized(spec, sizes) for spec in self.graph.inputs)
+        if inputs == self.graph.inputs:
+            return self
+        graph = replace(self.graph, inputs=inputs)
+        return replace(self, graph=graph, inputs=layer_inputs(graph, self.device, self.precision))
+
     def x_shape(self, node: Node, batch: int) -> tuple[int, ...]:
         """Return the shape of a fused layer's input."""
         first, *rest = self.inputs[node.name]
@@ -58,6 +70,11 @@ class PlanContext:
         return signature(self.graph, node, self.x_shape(node, batch), precision_dtype(self.precision))
 
 
+_PAIRS = ("aten.view_as_complex.default",)  # it takes pairs that lie side by side alone
+# On the CPU torch's kernel for channels-last loses digits where means are large.
+_GROUP_NORMS = ("aten.group_norm.default", "aten.native_group_norm.default")
+
+
 def serving_graph(graph: Graph, device: torch.device, precision: str = "fp32") -> Graph:
     """Fold batch norms, fuse epilogues, cast to a precision and move to a device, with images channels-last.
 
@@ -65,15 +82,15 @@ def serving_graph(graph: Graph, device: torch.device, precision: str = "fp32") -
         RedppError: the graph cannot be cast to the precision.
     """
     graph = in_precision(fuse_epilogues(fold_batch_norm(graph)), precision)
-    graph = _with_plain_group_norms(graph) if device.type == "cpu" else graph
+    graph = _row_by_row(graph, _PAIRS if device.type != "cpu" else (*_PAIRS, *_GROUP_NORMS))
     return graph.with_tensors({name: channels_last(tensor.to(device)) for name, tensor in graph.tensors.items()})
 
 
-def _with_plain_group_norms(graph: Graph) -> Graph:
-    """Lay out what group norms read row by row: torch's kernel for channels-last loses digits where means are large."""
+def _row_by_row(graph: Graph, ops: Sequence[str]) -> Graph:
+    """Lay out what these operators read row by row."""
     nodes: list[Node] = []
     for node in graph.nodes:
-        if node.op in ("aten.group_norm.default", "aten.native_group_norm.default"):
+        if node.op in ops:
             plain = Node(f"{node.name}.plain", "aten.contiguous.default", node.args[:1])
             nodes += [plain, node.with_arguments({0: Ref(plain.name)})]
         else:
@@ -89,33 +106,32 @@ def layer_inputs(graph: Graph, device: torch.device, precision: str = "fp32") ->
     """
     try:
         shapes = {i.name: (1, *i.shape) for i in graph.inputs} | value_shapes(graph, str(device))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        if precision in ("fp32", "tf32"):
-            raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        whole = precision in ("fp32", "tf32")
         raise RedppError(
-            f"the network does not run in {precision} on {device}: {str(error).splitlines()[0][:200]}",
-            f"a network whose every operator takes {precision}",
-            "serve it with precision fp32 (or tf32 on a GPU)",
+            f"the network does not run in {precision} on {device}: {(str(error).splitlines() or ['?'])[0][:200]}",
+            "a network that redpp-serve packaged" if whole else f"a network whose every operator takes {precision}",
+            "package the model again" if whole else "serve it with precision fp32 (or tf32 on a GPU)",
         ) from error
     return {layer.node.name: shapes[layer.x.name] for layer in fused_layers(graph)}
 
 
 def planned_programs(
-    context: PlanContext, batches: Sequence[int], kernel: Callable[[str, int], str]
-) -> dict[int, Program]:
-    """Build a program for each batch size; equal ones are one program, and each form of a weight exists once.
+    context: PlanContext, buckets: Sequence[_Bucket], kernel: Callable[[str, _Bucket], str]
+) -> dict[_Bucket, Program]:
+    """Build a program for each bucket; equal ones are one program, and each form of a weight exists once.
 
     Args:
         context: the network.
-        batches: the batch sizes.
-        kernel: returns the kernel that runs a layer (by its node's name) at a batch size, as `Plan.kernel` does.
+        buckets: the buckets, such as batch sizes.
+        kernel: returns the kernel that runs a layer (by its node's name) in a bucket, as `Plan.kernel` does.
     """
     made: dict[tuple[str, str], Candidate] = {}
     forms: dict[str, Tensor] = {}
     programs: dict[tuple[str, ...], Program] = {}
     found = {}
-    for batch in batches:
-        chosen = {name: kernel(name, batch) for name in context.inputs}
+    for bucket in buckets:
+        chosen = {name: kernel(name, bucket) for name in context.inputs}
         for name, wanted in chosen.items():
             if (name, wanted) not in made:
                 options = context.candidates(context.graph.node(name), 1)
@@ -124,7 +140,7 @@ def planned_programs(
         if key not in programs:
             choice = {name: made[name, wanted] for name, wanted in chosen.items()}
             programs[key] = Program(with_kernels(context.graph, choice)).eval()
-        found[batch] = programs[key]
+        found[bucket] = programs[key]
     return found
 
 

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from redpp_serve.graph.graph import Graph
+from redpp_serve.graph.graph import Graph, InputSpec
+from redpp_serve.graph.ranges import random_integers
 from redpp_serve.runtime.plan import LEAST_GAIN, Timing, upper_bound
 from redpp_serve.runtime.serving_graph import channels_last
 
@@ -184,6 +185,14 @@ def random_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     """Draw normal random numbers, images channels-last; integers are zeros, which are valid indices everywhere."""
     drawn = torch.randn(*shape, generator=generator) if dtype.is_floating_point else torch.zeros(*shape)
     return channels_last(drawn.to(device, dtype))
+
+
+def random_input(spec: InputSpec, batch: int, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Draw inputs (batch, ...) of a network: `random_tensor`, or integers of their range."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if dtype.is_floating_point:
+        return random_tensor((batch, *spec.shape), dtype, device, generator)
+    return channels_last(random_integers(spec, batch, generator).to(device))
 
 
 def _decided(found: Sequence[Sequence[float]], wanted: float) -> bool:

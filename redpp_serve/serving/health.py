@@ -6,19 +6,26 @@ import http.client
 import json
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+from redpp_serve.archives import ZIP_ERRORS, check_arrays
 from redpp_serve.errors import RedppError
-from redpp_serve.loopback import NO_ANSWER, ask
-from redpp_serve.serving.running import Running, find
+from redpp_serve.files import read_bounded
+from redpp_serve.handlers.wire import VARIANT_HEADER
+from redpp_serve.loopback import ADDRESS, NO_ANSWER, ask
+from redpp_serve.requirements import Figure
+from redpp_serve.serving.running import Running, find_some
+from redpp_serve.variants import ORIGINAL, PRUNED
 
 if TYPE_CHECKING:
     import numpy as np
 
 TIMEOUT_S = 30.0
+_MOST_SAMPLE = 1 << 30  # bytes
 _BINARY = {"Content-Type": "application/octet-stream"}
 
 
@@ -61,6 +68,52 @@ class Health:
         """Render as one line."""
         return f"{self.variant:<9} {self.problem or f'ok, {1000 * self.seconds:.1f} ms'}"
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"ok": not self.problem, "ms": round(1000 * self.seconds, 3), "problem": self.problem or None}
+
+
+@dataclass(frozen=True)
+class ServerHealth:
+    """A server that runs for a folder, and the outcome of every probe.
+
+    Attributes:
+        folder: the packaged folder.
+        kind: ``torchserve`` or ``triton``.
+        pid: of the process that supervises it.
+        probes: of both versions and of the default.
+    """
+
+    folder: str
+    kind: str
+    pid: int
+    probes: tuple[Health, ...]
+
+    @property
+    def problem(self) -> str:
+        """What does not answer, in words; empty where all do."""
+        return "; ".join(f"{probe.variant} {probe.problem}" for probe in self.probes if probe.problem)
+
+    def to_text(self) -> str:
+        """Return a line for each probe."""
+        return "\n".join(probe.to_text() for probe in self.probes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        arms = {probe.variant: probe.to_json() for probe in self.probes}
+        return {
+            "folder": self.folder,
+            "server": self.kind,
+            "pid": self.pid,
+            "ok": not self.problem,
+            "arms": arms,
+            "problem": self.problem or None,
+        }
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the milliseconds that probes took which were answered, by the names of `requirements.HEALTH`."""
+        return {f"{x.variant}_ms": Figure(1000 * x.seconds) for x in self.probes if not x.problem}
+
 
 def probe(running: Running, variant: str = "default", timeout_s: float = TIMEOUT_S) -> Health:
     """Ask one version, or the default, to predict the package's sample. A server that is down is not an error here.
@@ -80,25 +133,59 @@ def probe(running: Running, variant: str = "default", timeout_s: float = TIMEOUT
     return Health(variant, time.monotonic() - begun, problem)
 
 
-def check(folder: Path, kind: str | None = None) -> list[Health]:
-    """Probe both versions and the default of the server that runs for a folder.
+def answering(running: Running, timeout_s: float = TIMEOUT_S) -> tuple[str, str]:
+    """Ask for a prediction without naming a version; return the one that answers, or else "" and the problem.
 
     Raises:
-        Unhealthy: none runs, or something does not answer.
+        RedppError: the package's sample is missing or damaged.
+    """
+    url = urlsplit(running.urls["default"])
+    connection = http.client.HTTPConnection(url.hostname or ADDRESS, url.port, timeout=timeout_s)
+    try:
+        request = sample_request(running)
+        connection.request("POST", url.path, request.body, {**running.headers["inference"], **request.headers})
+        response = connection.getresponse()
+        reply = response.read()
+        if response.status != 200:
+            return "", f"answers {response.status}: {reply.decode(errors='replace').strip()[:300]}"
+        if running.kind == "torchserve":
+            return response.getheader(VARIANT_HEADER, ""), ""
+        version = json.loads(reply)["model_version"]
+        return PRUNED.name if version == PRUNED.triton_version else ORIGINAL.name, ""  # or a stand-in for it
+    except NO_ANSWER as error:
+        return "", f"does not answer: {error or type(error).__name__}"
+    finally:
+        connection.close()
+
+
+def check(folder: Path, kind: str | None = None) -> list[ServerHealth]:
+    """Probe both versions and the default of every server that runs for a folder.
+
+    Raises:
+        Unhealthy: none runs.
     """
     try:
-        running = find(folder, kind)
+        found = find_some(folder, kind)
     except RedppError as error:
         raise Unhealthy(error.found, error.expected, error.do) from error
-    results = [probe(running, variant) for variant in running.urls]
-    problems = [f"{result.variant} {result.problem}" for result in results if result.problem]
-    if problems:
+    return [
+        ServerHealth(each.folder, each.kind, each.pid, tuple(probe(each, variant) for variant in each.urls))
+        for each in found
+    ]
+
+
+def require_healthy(servers: Sequence[ServerHealth]) -> None:
+    """Raise where a server does not answer.
+
+    Raises:
+        Unhealthy: names the versions.
+    """
+    if problems := [server.problem for server in servers if server.problem]:
         raise Unhealthy(
             "; ".join(problems),
             "a prediction from both versions",
             "see what redpp-serve serve printed; start it again where it has ended",
         )
-    return results
 
 
 def sample_request(running: Running) -> Request:
@@ -112,7 +199,10 @@ def sample_request(running: Running) -> Request:
     if path is None:
         raise _no_sample(f"{running.folder} holds no sample.npy or sample.npz")
     if running.kind == "torchserve":
-        return Request(path.read_bytes(), _BINARY, path)
+        try:
+            return Request(read_bounded(path, _MOST_SAMPLE), _BINARY, path)
+        except (OSError, ValueError) as error:
+            raise _no_sample(f"{path} cannot be read: {error}") from error
     status, reply = ask(f"{running.management_url}/v2/models/{running.name}")
     if status != 200:
         raise http.client.HTTPException(f"the model's metadata: {status} {reply.decode(errors='replace')[:300]}")
@@ -131,7 +221,7 @@ def triton_request(metadata: Mapping[str, Any], arrays: list[np.ndarray[Any, Any
 
     inputs = []
     for spec, array in zip(metadata["inputs"], arrays, strict=True):
-        shape = [1, *spec["shape"][1:]]
+        shape = [1, *(array.shape or spec["shape"][1:])]  # of a number Triton wants one dimension
         inputs.append(InferInput(spec["name"], shape, spec["datatype"]).set_data_from_numpy(array.reshape(shape)))
     outputs = [InferRequestedOutput(spec["name"], binary_data=False) for spec in metadata["outputs"]]
     body, header = InferenceServerClient.generate_request_body(inputs, outputs)
@@ -158,11 +248,12 @@ def _arrays(path: Path, names: list[str]) -> list[np.ndarray[Any, Any]]:
     import numpy as np  # noqa: PLC0415
 
     try:
+        check_arrays(path)
         if path.suffix == ".npy":
             return [np.load(path, allow_pickle=False)]
         with np.load(path, allow_pickle=False) as file:
             return [file[name] for name in names]
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (*ZIP_ERRORS, KeyError, TypeError, AttributeError) as error:
         raise _no_sample(f"{path} cannot be read: {error}") from error
 
 

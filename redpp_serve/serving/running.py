@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from redpp_serve.errors import RedppError
-from redpp_serve.files import state_folder, write_atomically
+from redpp_serve.files import read_bounded, write_atomically
 from redpp_serve.processes import started
+from redpp_serve.state_folders import state_folder
+
+ATTACHED = "attached"  # in the extra of a test that uses a server of `serve`: that one's process
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Running:
         headers: request headers with the tokens, for ``inference`` and ``management``.
         model_config: what Triton's model was loaded with; empty for TorchServe.
         extra: an experiment's gateway, state folder, split and metrics; empty for `serve`.
+        front_url: base of the Open Inference Protocol, and of ``/healthz`` without a token.
+        grpc: host and port of the server's own gRPC.
     """
 
     folder: str
@@ -48,6 +53,17 @@ class Running:
     headers: dict[str, dict[str, str]] = field(default_factory=lambda: {"inference": {}, "management": {}})
     model_config: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, str] = field(default_factory=dict)
+    front_url: str = ""
+    grpc: str = ""
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Running:
+        """Read what ``dataclasses.asdict`` returned, after JSON.
+
+        Raises:
+            TypeError, KeyError: it was written by another release.
+        """
+        return cls(**{**document, "versions": tuple(document["versions"])})
 
 
 @contextmanager
@@ -57,19 +73,35 @@ def register(running: Running) -> Iterator[None]:
     Raises:
         RedppError: the state folder is not this user's alone, or cannot be written to.
     """
-    path = state_folder() / f"{_key(Path(running.folder))}-{running.pid}.json"
+    _write(running)
+    try:
+        yield
+    finally:
+        _note_path(running).unlink(missing_ok=True)
+
+
+def write_note(running: Running) -> None:
+    """Write the note on a server, unless it is there.
+
+    Raises:
+        RedppError: the state folder is not this user's alone, or cannot be written to.
+    """
+    if not _note_path(running).exists():
+        _write(running)
+
+
+def _write(running: Running) -> None:
+    path = _note_path(running)
     try:
         write_atomically(path, json.dumps(asdict(running)), mode=0o600, durable=False)  # it holds tokens
     except OSError as error:
         raise RedppError(
-            f"{path} cannot be written: {error}",
-            "a folder for notes on running servers",
-            "point XDG_RUNTIME_DIR at one",
+            f"{path} cannot be written: {error}", "a folder for notes on running servers", "point XDG_STATE_HOME at one"
         ) from error
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+
+
+def _note_path(running: Running) -> Path:
+    return state_folder() / f"{_key(Path(running.folder))}-{running.pid}.json"
 
 
 def find(folder: Path, kind: str | None = None) -> Running:
@@ -82,13 +114,7 @@ def find(folder: Path, kind: str | None = None) -> Running:
     Raises:
         RedppError: none runs, or more than one does, or the state folder is not this user's alone.
     """
-    found = find_all(folder, kind)
-    if not found:
-        raise RedppError(
-            f"no {kind or 'server'} is running for {folder}",
-            "a server that this user has started for this folder",
-            f"start one with redpp-serve serve {shlex.quote(str(folder))}" + (f" --server {kind}" if kind else ""),
-        )
+    found = find_some(folder, kind)
     if len(found) > 1:
         which = ", ".join(f"{running.kind} of process {running.pid}" for running in found)
         raise RedppError(
@@ -97,6 +123,24 @@ def find(folder: Path, kind: str | None = None) -> Running:
             "stop the others, or choose by --server where they differ in kind",
         )
     return found[0]
+
+
+def find_some(folder: Path, kind: str | None = None) -> list[Running]:
+    """Return the servers that run for a packaged folder, at least one; not those that an A/B test speaks for.
+
+    Raises:
+        RedppError: none runs, or the state folder is not this user's alone.
+    """
+    found = find_all(folder, kind)
+    spoken_for = {running.extra.get(ATTACHED) for running in found}
+    found = [running for running in found if str(running.pid) not in spoken_for]
+    if not found:
+        raise RedppError(
+            f"no {kind or 'server'} is running for {folder}",
+            "a server that this user has started for this folder",
+            f"start one with redpp-serve serve {shlex.quote(str(folder))}" + (f" --server {kind}" if kind else ""),
+        )
+    return found
 
 
 def find_all(folder: Path, kind: str | None = None) -> list[Running]:
@@ -125,7 +169,6 @@ def _living(path: Path) -> Running | None:
 
 def _read(path: Path) -> Running | None:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        return Running(**{**document, "versions": tuple(document["versions"])})
-    except (OSError, ValueError, TypeError, KeyError):  # gone, or written by another release
+        return Running.from_json(json.loads(read_bounded(path)))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # gone, or written by another release
         return None

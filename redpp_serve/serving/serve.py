@@ -10,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
+from redpp_serve.logs import Logs, open_logs
 from redpp_serve.loopback import consecutive_ports
 from redpp_serve.options import ServerOptions
 from redpp_serve.report.folder import not_packaged, read_report
-from redpp_serve.serving.health import curl
+from redpp_serve.serving.health import answering, curl
 from redpp_serve.serving.observing import Observing
 from redpp_serve.serving.running import Running, find, find_all, register
 from redpp_serve.serving.server import LocalServer
@@ -24,6 +25,7 @@ from redpp_serve.signals import Stopped, stopped_by_signal
 from redpp_serve.variants import PRUNED
 
 KINDS = (TorchServe.kind, TritonServer.kind)
+_ASKED, _PATIENCE_S, _POLL_S = 5, 3.0, 0.05  # requests that see a move, and how long they may wait for it
 
 
 def model_name(folder: Path) -> str:
@@ -35,6 +37,19 @@ def model_name(folder: Path) -> str:
     name = read_report(folder).name
     if name is None:
         raise not_packaged(folder, "its report has no name")
+    return name
+
+
+def checked_name(folder: Path, options: ServerOptions) -> str:
+    """Return the name of a package whose code may be run, see `packaging.trust.check_package`.
+
+    Raises:
+        RedppError: not a packaged folder, a damaged one, or one with code of somebody else.
+    """
+    from redpp_serve.packaging.trust import check_package  # noqa: PLC0415  with torch, which other commands do without
+
+    name = model_name(folder)
+    check_package(folder, options.server, name=name, trust=options.trust_package)
     return name
 
 
@@ -66,6 +81,7 @@ def serve(
     options: ServerOptions = ServerOptions(),
     *,
     observe: Observing | None = None,
+    log_format: str = "text",
     note: Callable[[str], None] = print,
 ) -> None:
     """Serve both versions until Ctrl-C, SIGTERM or SIGHUP, then stop every process that was started.
@@ -74,12 +90,20 @@ def serve(
         folder: the packaged folder; only read.
         options: which server, and where it listens.
         observe: have the original add up moments, see `observing.observing`.
+        log_format: ``text`` or ``json``, see `logs.Logs`.
         note: takes the lines that say how to ask; progress and warnings go to standard error.
 
     Raises:
         RedppError: not a packaged folder, a server that does not come up, or one that ends by itself.
     """
-    server = open_server(folder, options, name=model_name(folder), note=_warn)
+    logs: Logs | None = None
+
+    def warn(line: str) -> None:
+        _warn(line)
+        if logs:
+            logs.say(line)
+
+    server = open_server(folder, options, name=checked_name(folder, options), note=warn)
     if observe:
         server.environment |= observe.environment()
     for other in find_all(folder, options.server):
@@ -90,6 +114,7 @@ def serve(
     with suppress(Stopped), stopped_by_signal() as ignore_signals:
         try:
             try:
+                server.logs = logs = open_logs(f"{server.name}-serve-{server.kind}", log_format)
                 server.start()
                 running = server.running()
                 with register(running):
@@ -97,19 +122,31 @@ def serve(
                         note(line)
                     while True:
                         server.check_alive()
+                        if not logs.look():
+                            warn(f"the log folder {logs.folder} was lost: the server's log goes on when it restarts")
                         time.sleep(1.0)
+            except RedppError as error:
+                if logs:
+                    logs.say(str(error))
+                raise
             finally:
                 ignore_signals()
         finally:  # also when a signal comes just before the line above
             server.stop()
+            if logs:
+                logs.say("stopped")
+                logs.close()
     _warn("stopped")
 
 
-def roll_out(folder: Path, variant: str, kind: str | None = None) -> Running:
+def roll_out(folder: Path, variant: str, kind: str | None = None) -> str:
     """Have the running server give requests without a version to ``original`` or ``pruned``.
 
+    Returns:
+        What was done, as requests have shown.
+
     Raises:
-        RedppError: none runs, it refuses, or an experiment divides its requests.
+        RedppError: none runs, it refuses, another version still answers, or an experiment divides its requests.
     """
     running = find(folder, kind)
     if "gateway" in running.extra:
@@ -120,7 +157,32 @@ def roll_out(folder: Path, variant: str, kind: str | None = None) -> Running:
             f"use redpp-serve ab {command} {folder}",
         )
     switch(running, variant)
-    return running
+    done = f"requests to {running.urls['default']} now go to {variant}"
+    problem = _see_moved(running, variant)
+    return f"{done}, which {problem}" if problem else done
+
+
+def _see_moved(running: Running, variant: str) -> str:
+    """Return once requests without a version are answered by ``variant``; or why that one does not answer.
+
+    Raises:
+        RedppError: another one answers.
+    """
+    deadline, moved = time.monotonic() + _PATIENCE_S, 0
+    while moved < _ASKED:
+        answered, problem = answering(running)
+        if problem:
+            return problem
+        moved = moved + 1 if answered == variant else 0
+        if not moved and time.monotonic() > deadline:
+            raise RedppError(
+                f"requests to {running.urls['default']} are still answered by {answered or 'a version without a name'}",
+                f"answers of {variant}",
+                "try again, or start the server again",
+            )
+        if not moved:
+            time.sleep(_POLL_S)
+    return ""
 
 
 def _how_to_ask(server: LocalServer, running: Running) -> list[str]:
@@ -131,6 +193,9 @@ def _how_to_ask(server: LocalServer, running: Running) -> list[str]:
         "token": next(iter(running.headers["inference"].values()), "").removeprefix("Bearer "),
         "try": curl(running, server.home or Path(), running.urls[PRUNED.name]),
         "promote": f"redpp-serve promote {folder}: default, now original, becomes pruned; rollback undoes it",
+        "v2": f"{running.front_url} speaks the Open Inference Protocol; /healthz is for load balancers",
+        "grpc": running.grpc,
+        "logs": str(server.logs.folder) if server.logs else "",
     }
     return [*(f"{key:<9} {value}" for key, value in lines.items() if value), "Ctrl-C stops the server."]
 

@@ -1,29 +1,32 @@
 """What local model servers have in common: a private folder, processes in sessions of their own, a log, and an end.
 
-Everything that a server writes (process id, sockets, unpacked archives, tokens, logs) goes to its private folder, so
-that several servers run side by side and nothing is left behind.
+Everything that a server writes (process id, sockets, unpacked archives, tokens) goes to its private folder, so that
+several servers run side by side and nothing is left behind. Its log does so too, unless it has a folder of `logs`.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from redpp_serve.errors import RedppError
-from redpp_serve.files import private_folder
 from redpp_serve.handlers.wire import OBSERVE_FILE_VARIABLE, OBSERVE_VARIABLE
-from redpp_serve.loopback import check_ports, free_ports
-from redpp_serve.processes import Guard, kill_session, start_session, started, tail
+from redpp_serve.logs import SERVER, Logs
+from redpp_serve.loopback import ADDRESS, check_ports, free_ports
+from redpp_serve.packaging.server_config import read_limits
+from redpp_serve.processes import Adopted, Guard, Leader, kill_session, start_session, started, tail
 from redpp_serve.serving.running import Running
+from redpp_serve.state_folders import Held, hold, private_folder, sweep
 from redpp_serve.variants import NAMES
 
 INSTALL = "pip install 'redpp-serve[serve]'"
@@ -31,6 +34,19 @@ GRACE_S = 15.0  # for the processes to end when they are asked to
 START_TIMEOUT_S = 300.0
 _POLL_S = 0.1
 RESTARTS, _WITHIN_S = 3, 60.0  # what dies more often than that in this time is not started again
+
+
+_PREFIX, _FRONT = "redpp-server-", "the front"
+
+
+class Keeper(Protocol):
+    """Is told what must not be forgotten of a server when its supervisor is killed, such as a `Guard`."""
+
+    def watch_session(self, leader: Leader) -> None:
+        """Remember the session of this leader."""
+
+    def watch_folder(self, folder: Path) -> None:
+        """Remember this folder."""
 
 
 class LocalServer(ABC):
@@ -51,12 +67,14 @@ class LocalServer(ABC):
         versions: the numbers of the original and of the pruned version in URLs.
         home: its private folder with log and tokens; None when not running.
         environment: variables for its processes, besides those of this one.
+        logs: where it logs; None for its private folder, whose log ends with it.
         restarts: when the last few parts that had died were started again, on the clock of ``time.monotonic``.
     """
 
     kind: ClassVar[str]
     title: ClassVar[str]  # what messages call it
     ports_type: ClassVar[Any]  # `Ports` or `TritonPorts`
+    keeps_waiting: ClassVar[bool] = False  # whether requests for a version without workers wait for one, see `dead`
 
     def __init__(
         self,
@@ -77,10 +95,12 @@ class LocalServer(ABC):
         self.ports: Any = ports or free_ports(self.ports_type)
         self.home: Path | None = None
         self.environment: dict[str, str] = {}
+        self.logs: Logs | None = None
         self._note = note
-        self._leaders: dict[str, subprocess.Popen[bytes]] = {}  # what each is -> the leader of its session
-        self._guard: Guard | None = None
-        self._own_guard = False
+        self._leaders: dict[str, Leader] = {}  # what each is -> the leader of its session
+        self._held: Held | None = None  # the private folder
+        self._guard: Keeper | None = None
+        self._own_guard: Guard | None = None
         self.restarts: deque[float] = deque(maxlen=RESTARTS)
 
     @property
@@ -109,6 +129,20 @@ class LocalServer(ABC):
     def model_config(self) -> dict[str, Any]:
         """What the server was told about the model, where `switching` has to repeat it."""
         return {}
+
+    @property
+    def front_url(self) -> str:
+        """Base of the Open Inference Protocol, and of ``/healthz`` without a token; see `front`."""
+        return f"http://{ADDRESS}:{self.ports.front}"
+
+    @property
+    @abstractmethod
+    def grpc_address(self) -> str:
+        """Host and port of the server's own gRPC."""
+
+    @abstractmethod
+    def _front_options(self) -> list[str]:
+        """Return what `front` has to know of this server."""
 
     @abstractmethod
     def _open(self) -> tuple[str, str]:
@@ -150,11 +184,12 @@ class LocalServer(ABC):
     def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
         self.stop()
 
-    def start(self, guard: Guard | None = None) -> None:
+    def start(self, keeper: Keeper | None = None) -> None:
         """Start, and return when every worker of both versions answers.
 
         Args:
-            guard: ends the server if this process is killed; by default the server has a guard of its own.
+            keeper: is told of what has to end with the server if this process is killed; by default a `Guard` that
+                ends it at once.
 
         Raises:
             RedppError: something is not installed, a port in use, or a server that does not come up (with its log).
@@ -162,14 +197,44 @@ class LocalServer(ABC):
         self._prepare()
         check_ports(self.ports)
         try:
-            self.home = private_folder("redpp-")
-            self._guard, self._own_guard = guard or Guard(), guard is None
-            self._guard.watch_folder(self.home)
+            sweep(_PREFIX)
+            self._held = private_folder(_PREFIX)
+            self.home = self._held.path
+            if keeper is None:
+                keeper = self._own_guard = Guard()
+            self._guard = keeper
+            keeper.watch_folder(self.home)
             self._launch(self.home)
+            self._start_front()
             self._wait()
         except BaseException:
             self.stop()
             raise
+
+    def handover(self) -> dict[str, Any]:
+        """Return what another process needs to `adopt` this running server: plain values, tokens among them."""
+        return {
+            "home": str(self.home),
+            "ports": asdict(self.ports),
+            "leaders": {what: [leader.pid, started(leader.pid)] for what, leader in self._leaders.items()},
+        }
+
+    def adopt(self, document: Mapping[str, Any], keeper: Keeper) -> bool:
+        """Go on with a server whose supervisor was killed, and return True; False, and nothing changed, if it ended.
+
+        Args:
+            document: what `handover` returned there.
+            keeper: as for `start`.
+        """
+        leaders = {what: Adopted(*given) for what, given in document["leaders"].items()}
+        lives = self.title in leaders and leaders[self.title].poll() is None
+        if not lives or not Path(document["home"]).is_dir():
+            return False
+        self._prepare()
+        self._held, self.ports = hold(Path(document["home"])), self.ports_type(**document["ports"])
+        self.home = self._held.path
+        self._leaders, self._guard = dict(leaders), keeper
+        return True
 
     def stop(self) -> None:
         """End every process, and remove the private folder. Do nothing when not running."""
@@ -178,21 +243,37 @@ class LocalServer(ABC):
         finally:
             for leader in self._leaders.values():
                 kill_session(leader)
-            if self.home:
-                shutil.rmtree(self.home, ignore_errors=True)
-            if self._guard and self._own_guard:
-                self._guard.dismiss()
-            self.home, self._leaders, self._guard = None, {}, None
+            if self._held:
+                shutil.rmtree(self._held.path, ignore_errors=True)
+                self._held.release()
+            if self._own_guard:
+                self._own_guard.dismiss()
+            self.home, self._held, self._leaders, self._guard, self._own_guard = None, None, {}, None, None
+
+    def dead(self, patience_s: float) -> set[str]:
+        """Return the versions that have no worker to answer now and would keep requests waiting for one.
+
+        Args:
+            patience_s: how long to wait, seconds, for a worker to die; when one does, return at once.
+        """
+        time.sleep(patience_s)
+        return set()
 
     def check_alive(self) -> None:
         """Raise a RedppError with the end of the log when a process has ended by itself."""
         if not self._leaders:
             raise self._failure(f"{self.title} has ended")
+        self._keep_front()
         self._check_leaders("has ended")
 
     def log_tail(self, lines: int = 30) -> str:
         """Return the last lines that the server and its workers wrote; empty when it does not run."""
-        return tail(self.home / "server.log", lines) if self.home else ""
+        return tail(self._log, lines) if self.home else ""
+
+    @property
+    def _log(self) -> Path:
+        assert self.home is not None
+        return self.logs.file(SERVER) if self.logs else self.home / SERVER
 
     def running(self, extra: dict[str, str] | None = None) -> Running:
         """Describe this server for `running.register`, as one that this process supervises."""
@@ -210,14 +291,39 @@ class LocalServer(ABC):
             headers={api: self.headers(api) for api in ("inference", "management")},
             model_config=self.model_config,
             extra=extra or {},
+            front_url=self.front_url,
+            grpc=self.grpc_address,
         )
+
+    def _start_front(self) -> None:
+        command = [sys.executable, "-m", "redpp_serve.serving.front", self.kind]
+        command += [
+            "--port",
+            str(self.ports.front),
+            "--name",
+            self.name,
+            "--most",
+            str(read_limits(self.folder).request),
+        ]
+        self._spawn(_FRONT, [*command, *self._front_options()], self._surroundings())
+
+    def _keep_front(self) -> None:
+        """Start the front again where it has ended: it keeps nothing, and its clients connect anew."""
+        front = self._leaders.get(_FRONT)
+        if front is not None and front.poll() is not None and self._may_restart(_FRONT):
+            self._start_front()
 
     def _spawn(self, what: str, command: Sequence[str], environment: dict[str, str]) -> None:
         """Start a session, so that Ctrl-C reaches this program alone and all descendants can be found again."""
-        assert self.home is not None and self._guard is not None
+        assert self.home is not None and self._held is not None and self._guard is not None
         try:
             self._leaders[what] = start_session(
-                command, self.home / "server.log", folder=self.home, environment=environment
+                command,
+                self._log,
+                folder=self.home,
+                environment=environment,
+                # the private folder is swept when the server has ended, and the logs may go
+                inherited=[self._held.handle, *([self.logs.handle] if self.logs else ())],
             )
         except OSError as error:
             raise RedppError(
@@ -259,7 +365,7 @@ class LocalServer(ABC):
         return RedppError(
             f"{found}. The end of its log:\n{self.log_tail()}\n",
             "a server with all workers ready",
-            "read the log above; it names the cause",
+            "read the log above; it names the cause" + (f"; all of it is in {self.logs.folder}" if self.logs else ""),
         )
 
 

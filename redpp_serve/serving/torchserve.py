@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import re
 import sys
-import zipfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
 from redpp_serve.loopback import ADDRESS, NO_ANSWER, Ports, ask
-from redpp_serve.packaging.server_config import LOG4J2, config_properties
+from redpp_serve.packaging.server_config import LOG4J2, config_properties, read_limits
 from redpp_serve.processes import command_line, session, terminate
 from redpp_serve.serving.server import GRACE_S, INSTALL, LocalServer, require_packages
+from redpp_serve.serving.torchserve_workers import Workers
 from redpp_serve.variants import VARIANTS
 
 _WORKER_DEATHS = 3  # while starting; TorchServe itself would try again for five minutes
 _ERROR = re.compile(r"MODEL_LOG - ((?:\w+\.)*\w*Error: .*)")
+_REFUSED = re.compile(r"Failed to load model: (.*)")
 _MAIN_CLASS = "org.pytorch.serve.ModelServer"
 _PACKAGES = {"ts": "torchserve", "yaml": "PyYAML", "psutil": "psutil", "prometheus_client": "prometheus-client"}
 _SERVER, _EXPORTER = "TorchServe", "the metrics exporter"
@@ -35,7 +34,7 @@ class TorchServe(LocalServer):
     kind = "torchserve"
     title = _SERVER
     ports_type = Ports
-    _start_exporter: Callable[[], None]  # again, once it runs
+    keeps_waiting = True
 
     @property
     def management_url(self) -> str:
@@ -63,9 +62,24 @@ class TorchServe(LocalServer):
         keys = json.loads((self.home / "key_file.json").read_text())
         return {"Authorization": f"Bearer {keys[api]['key']}"}
 
+    @property
+    def grpc_address(self) -> str:
+        """Host and port of TorchServe's gRPC for inference."""
+        return f"{ADDRESS}:{self.ports.grpc_inference}"
+
+    def _front_options(self) -> list[str]:
+        assert self.home is not None
+        names = {name: version for version in self.versions for name in (version, version.removesuffix(".0"))}
+        versions = [word for pair in names.items() for word in ("--version", "=".join(pair))]
+        keys = ["--keys", str(self.home / "key_file.json")] if self.auth else []
+        return ["--server", str(self.ports.inference), *versions, *keys]
+
     def _open(self) -> tuple[str, str]:
         self._archives = [variant.archive_in(self.folder) for variant in VARIANTS]
-        original, pruned = map(_version, self._archives)
+        from redpp_serve.packaging.mar import manifest  # noqa: PLC0415  with torch, which other commands do without
+
+        original, pruned = (manifest(archive)["model"]["modelVersion"] for archive in self._archives)
+        self._workers = Workers(self._listed, (original, pruned))
         return original, pruned
 
     def _prepare(self) -> None:
@@ -73,22 +87,15 @@ class TorchServe(LocalServer):
         self._java = java_home()
 
     def _launch(self, home: Path) -> None:
+        self._workers = Workers(self._listed, self.versions)
         for part in ("tmp", "logs", "metrics"):
             (home / part).mkdir()
         (home / "config.properties").write_text(
-            config_properties(self.ports, workers=self.workers, token_minutes=_YEAR_MIN)
+            config_properties(
+                self.ports, workers=self.workers, token_minutes=_YEAR_MIN, limits=read_limits(self.folder)
+            )
         )
         (home / "log4j2.xml").write_text(LOG4J2)
-        environment = {k: v for k, v in self._surroundings().items() if not k.startswith("TS_")}
-        environment |= {
-            "JAVA_HOME": str(self._java),
-            "TMPDIR": str(home / "tmp"),
-            "TEMP": str(home / "tmp"),
-            "LOG_LOCATION": str(home / "logs"),
-            "METRICS_LOCATION": str(home / "logs"),
-            "PROMETHEUS_MULTIPROC_DIR": str(home / "metrics"),
-        }
-        exporter = ["redpp_serve.handlers.exporter", f"--port={self.ports.exporter}", f"--dir={home / 'metrics'}"]
         server = [
             "ts.model_server",
             "--start",
@@ -100,10 +107,23 @@ class TorchServe(LocalServer):
             *([] if self.auth else ["--disable-token-auth"]),
             *("--models", *(f"{self.name}={archive.name}" for archive in self._archives)),  # the default first
         ]
-        python = [sys.executable, "-m"]
-        self._start_exporter = partial(self._spawn, _EXPORTER, [*python, *exporter], environment)
-        self._start_exporter()
-        self._spawn(_SERVER, [*python, *server], environment)
+        self._start_exporter(home)
+        self._spawn(_SERVER, [sys.executable, "-m", *server], self._environment(home))
+
+    def _start_exporter(self, home: Path) -> None:
+        exporter = ["redpp_serve.handlers.exporter", f"--port={self.ports.exporter}", f"--dir={home / 'metrics'}"]
+        self._spawn(_EXPORTER, [sys.executable, "-m", *exporter], self._environment(home))
+
+    def _environment(self, home: Path) -> dict[str, str]:
+        kept = {k: v for k, v in self._surroundings().items() if not k.startswith("TS_")}
+        return kept | {
+            "JAVA_HOME": str(self._java),
+            "TMPDIR": str(home / "tmp"),
+            "TEMP": str(home / "tmp"),
+            "LOG_LOCATION": str(home / "logs"),
+            "METRICS_LOCATION": str(home / "logs"),
+            "PROMETHEUS_MULTIPROC_DIR": str(home / "metrics"),
+        }
 
     def check_alive(self) -> None:
         """Raise a RedppError when TorchServe has ended, or the exporter ends again and again.
@@ -113,11 +133,14 @@ class TorchServe(LocalServer):
         """
         exporter = self._leaders.get(_EXPORTER)
         if exporter is not None and exporter.poll() is not None and self._may_restart(_EXPORTER):
-            self._start_exporter()
+            assert self.home is not None
+            self._start_exporter(self.home)
         super().check_alive()
 
     def _given_up(self) -> str:
         log = self.log_tail(10_000)
+        if found := _REFUSED.search(log):
+            return f"TorchServe cannot load an archive ({found[1][:200]})"
         if log.count("Backend worker process died") < _WORKER_DEATHS:
             return ""
         # The log's end may be the middle of the next worker's traceback.
@@ -126,14 +149,14 @@ class TorchServe(LocalServer):
         return "workers die while loading the model" + (f" ({ours[-1]})" if ours else "")
 
     def _ready(self) -> tuple[int, int]:
-        wanted = self.workers * len(VARIANTS)
-        try:
-            status, body = ask(f"{self.management_url}/models/{self.name}/all", self.headers("management"))
-            models = json.loads(body) if status == 200 else []
-        except (*NO_ANSWER, ValueError, KeyError):  # port or token file not there yet
-            return 0, wanted
-        states = [worker["status"] for m in models if m["modelVersion"] in self.versions for worker in m["workers"]]
-        return states.count("READY"), wanted
+        return sum(map(len, self._workers.ready().values())), self.workers * len(VARIANTS)
+
+    def dead(self, patience_s: float) -> set[str]:
+        """Return the versions all of whose workers have died and are not ready again, see `LocalServer`."""
+        return self._workers.dead(patience_s)
+
+    def _listed(self) -> tuple[int, bytes]:
+        return ask(f"{self.management_url}/models/{self.name}/all", self.headers("management"))
 
     def _answers(self) -> bool:
         try:
@@ -166,15 +189,3 @@ def java_home(given: Path | None = None) -> Path:
     if not (given / "bin" / "java").is_file():
         raise RedppError(f"no Java runtime in {given}", "a folder with bin/java, Java 17", INSTALL)
     return given
-
-
-def _version(archive: Path) -> str:
-    try:
-        with zipfile.ZipFile(archive) as file:
-            return str(json.loads(file.read("MAR-INF/MANIFEST.json"))["model"]["modelVersion"])
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
-        raise RedppError(
-            f"{archive} is not an archive that can be served ({error})",
-            f"a folder with {' and '.join(variant.archive for variant in VARIANTS)}",
-            "write one with 'redpp-serve package', and give that folder",
-        ) from error

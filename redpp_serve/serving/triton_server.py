@@ -8,13 +8,16 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from redpp_serve.errors import RedppError
+from redpp_serve.files import read_bounded
+from redpp_serve.handlers.tracing import TRACE_HEADERS
 from redpp_serve.loopback import ADDRESS, TritonPorts
-from redpp_serve.processes import command_line, free_shared_memory, kill_session, session, terminate
-from redpp_serve.serving.server import GRACE_S, LocalServer, require_packages
+from redpp_serve.processes import command_line, free_shared_memory, kill_session, session, shared_memory, terminate
+from redpp_serve.serving.server import GRACE_S, Keeper, LocalServer, require_packages
 from redpp_serve.serving.switching import (
     STAND_INS,
     TRITON_VERSIONS,
@@ -32,6 +35,7 @@ _MODELS, _BACKENDS, _SCRATCH = "models", "backends", "tmp"
 # gRPC looks for the restriction's key behind this prefix; with it in HTTP's key too, one header serves both.
 _KEY, _PREFIX = "redpp-token", "triton-grpc-protocol-"
 _GUARDED = "model-repository,shared-memory,trace,logging"
+FORWARDED = f"(?i)({'|'.join(TRACE_HEADERS)})"  # headers that Triton hands to the model as parameters
 
 
 class TritonServer(LocalServer):
@@ -70,6 +74,14 @@ class TritonServer(LocalServer):
         """Triton's own metrics with this project's among them."""
         return f"http://{ADDRESS}:{self.ports.metrics}/metrics"
 
+    @property
+    def grpc_address(self) -> str:
+        """Host and port of Triton's gRPC."""
+        return f"{ADDRESS}:{self.ports.grpc}"
+
+    def _front_options(self) -> list[str]:
+        return ["--server", str(self.ports.http)]
+
     def default_url(self) -> str:
         """Return where to POST inputs without naming a version."""
         return f"{self.management_url}/v2/models/{self.name}/infer"
@@ -98,8 +110,8 @@ class TritonServer(LocalServer):
 
         path = self._model / "config.pbtxt"
         try:
-            config = text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
-        except (OSError, ValueError, text_format.ParseError) as error:
+            config = text_format.Parse(read_bounded(path).decode(), model_config_pb2.ModelConfig())
+        except (OSError, ValueError, RecursionError, text_format.ParseError) as error:
             raise RedppError(
                 f"{path} cannot be read: {error}", "a model configuration of Triton", "package the model again"
             ) from error
@@ -117,6 +129,7 @@ class TritonServer(LocalServer):
         """
         if not self._leaders:
             raise self._failure(f"{self.title} has ended")
+        self._keep_front()
         ended = self._leaders[self.title].poll() is not None
         dead = set() if ended else self._dead()
         if not ended and not dead:
@@ -130,11 +143,22 @@ class TritonServer(LocalServer):
             if not self._ends_soon():  # the next look finds it ended; one that has just started may abort too
                 raise
 
+    def handover(self) -> dict[str, Any]:
+        """Return what another process needs to `adopt` this server; its tokens are on its command line alone."""
+        return {**super().handover(), "tokens": self._tokens}
+
+    def adopt(self, document: Mapping[str, Any], keeper: Keeper) -> bool:
+        """Go on with a server whose supervisor was killed, see `LocalServer`."""
+        if adopted := super().adopt(document, keeper):
+            self._tokens = dict(document["tokens"])
+        return adopted
+
     def stop(self) -> None:
         """End the server and its workers, remove the private folder and their shared memory."""
-        prefix = self._shared_memory()
+        home = self.home
         super().stop()
-        free_shared_memory(prefix)
+        if home:
+            free_shared_memory(home)
 
     def _prepare(self) -> None:
         require_packages(_PACKAGES.items())
@@ -158,7 +182,9 @@ class TritonServer(LocalServer):
             *(f"--{protocol}-port={getattr(self.ports, protocol)}" for protocol in ("http", "grpc", "metrics")),
             f"--exit-timeout-secs={_EXIT_S}",
             "--log-info=false",
-            f"--backend-config=python,shm-region-prefix-name={self._shared_memory()}",
+            "--log-format=ISO8601",
+            *(f"--{protocol}-header-forward-pattern={FORWARDED}" for protocol in ("http", "grpc")),
+            f"--backend-config=python,shm-region-prefix-name={shared_memory(home)}",
             *(f"--http-restricted-api={apis}:{_PREFIX}{_KEY}={self._tokens[token]}" for token, apis in restricted),
             *(f"--grpc-restricted-protocol={apis}:{_KEY}={self._tokens[token]}" for token, apis in restricted),
         ]
@@ -171,6 +197,7 @@ class TritonServer(LocalServer):
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")]),
             "LD_LIBRARY_PATH": os.pathsep.join(libraries),
             "TMPDIR": str(home / _SCRATCH),
+            "PYTHONPYCACHEPREFIX": str(home / _SCRATCH / "compiled"),  # not from the package, where anybody may put it
         }
         self._spawn(self.title, command, environment)
 
@@ -247,7 +274,7 @@ class TritonServer(LocalServer):
         """Start the server again in the place of one that has ended."""
         assert self.home is not None
         kill_session(self._leaders[self.title])
-        free_shared_memory(self._shared_memory())
+        free_shared_memory(self.home)
         for part in (_MODELS, _BACKENDS, _SCRATCH):
             shutil.rmtree(self.home / part)
         self._launch(self.home)
@@ -264,10 +291,6 @@ class TritonServer(LocalServer):
         """Ask the server to end, and wait; it ends its workers."""
         if server := self._leaders.get(self.title):
             terminate(session(server.pid), lambda process: process.pid == server.pid, GRACE_S)
-
-    def _shared_memory(self) -> str:
-        """Return what the names of this run's shared memory begin with; that of killed workers is left behind."""
-        return f"{self.home.name}-" if self.home else ""
 
 
 def _check_repository(model: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from redpp_serve.errors import RedppError
@@ -39,6 +40,7 @@ class Guardrail:
     limit: float
 
 
+@lru_cache(4096)  # counts of earlier splits no longer change, and are judged again every second
 def share_bounds(hits: int, trials: int, alpha: float) -> tuple[float, float]:
     """Bound a probability so that the bounds hold after every trial at once, with chance 1 - ``alpha``.
 

@@ -10,6 +10,7 @@ from redpp_serve.statistics.guardrails import Guardrail
 from redpp_serve.statistics.sequences import ConfidenceSequence
 
 KINDS = ("faster", "slower", "equivalent", "undecided")
+_SPEED = {"faster": "faster", "equivalent": "as fast"}
 ADVICE_KINDS = ("promote", "rollback", "wait")
 # While the interval is wider than this factor, its mean and noise are too rough for a forecast.
 _FORESEEN = 2.0
@@ -89,24 +90,34 @@ class Advice:
     Attributes:
         kind: one of `ADVICE_KINDS`.
         text: one sentence with a full stop that gives the reason.
+        reason: what it rests on, in few words that do not change from second to second.
     """
 
     kind: str
     text: str
+    reason: str
 
 
 def advice(verdict: Verdict, guardrails: Sequence[Guardrail] = ()) -> Advice:
     """Advise to roll back if a limit is broken or speed is lost, to promote if all is well, else to wait."""
-    broken = [rail.text for rail in guardrails if rail.ok is False]
+    broken = [rail for rail in guardrails if rail.ok is False]
     if broken:
-        return Advice("rollback", f"Roll back: {'; '.join(broken)}.")
+        return Advice("rollback", f"Roll back: {_texts(broken)}.", f"{_names(broken)} beyond the limit")
     if verdict.kind == "slower":
-        return Advice("rollback", f"Roll back: {verdict.text}.")
+        return Advice("rollback", f"Roll back: {verdict.text}.", "pruned is slower")
     if verdict.kind == "undecided":
-        return Advice("wait", f"Wait: {verdict.text}.")
-    unknown = [rail.text for rail in guardrails if rail.ok is None]
+        return Advice("wait", f"Wait: {verdict.text}.", "speed not decided yet")
+    unknown = [rail for rail in guardrails if rail.ok is None]
     if unknown:
-        return Advice("wait", f"Wait: {verdict.text}, but {'; '.join(unknown)}.")
+        return Advice("wait", f"Wait: {verdict.text}, but {_texts(unknown)}.", f"{_names(unknown)} not decided yet")
     limits = ", and every limit is kept" if guardrails else ""
     gain = "" if verdict.kind == "faster" else ": it costs no speed and wins none"
-    return Advice("promote", f"Promote: {verdict.text}{limits}{gain}.")
+    return Advice("promote", f"Promote: {verdict.text}{limits}{gain}.", f"pruned is {_SPEED[verdict.kind]}")
+
+
+def _texts(rails: Sequence[Guardrail]) -> str:
+    return "; ".join(rail.text for rail in rails)
+
+
+def _names(rails: Sequence[Guardrail]) -> str:
+    return " and ".join(dict.fromkeys(rail.name for rail in rails))

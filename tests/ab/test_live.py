@@ -7,21 +7,33 @@ import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import psutil
 import pytest
+from tritonclient.grpc import InferenceServerClient, InferInput
 
+from redpp_serve.ab.decisions import STAND_BACK, decisions
+from redpp_serve.ab.gateway import divide, switch
+from redpp_serve.ab.journal import read_journal
+from redpp_serve.ab.state import GATEWAY
 from redpp_serve.ab.status import Status
 from redpp_serve.cli import main
 from redpp_serve.graph.artifact import load
+from redpp_serve.loopback import ask
+from redpp_serve.processes import shared_memory
 from redpp_serve.runtime.moments_file import LEAST, load_moments
 from redpp_serve.serving.health import sample_request
 from redpp_serve.serving.running import Running, find
@@ -29,7 +41,7 @@ from tests.support.rollout import read
 from tests.support.tools import tool
 
 pytestmark = pytest.mark.server
-CLIENTS = 4
+CLIENTS, USERS = 4, 12
 
 
 class Client:
@@ -54,7 +66,7 @@ class Client:
         connection.request("POST", self.url.path, self.body if body is None else body, given)
         response = connection.getresponse()
         content, arm = response.read(), response.getheader("X-Redpp-Arm")
-        if response.status == 200:
+        if response.status == 200:  # also where the other arm has answered
             assert read(self.running.kind, response, content)[0] == arm, "the arm is another one than it says"
         return response.status, arm
 
@@ -120,6 +132,13 @@ def living(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
+def leader(folder: Path, part: str) -> int:
+    """The process that leads a part of the test, as the journal has it."""
+    journal = read_journal(folder)
+    assert journal is not None
+    return int(journal.parts[part][0])
+
+
 def start(folder: Path, *arguments: str) -> None:
     assert main(["ab", "start", str(folder), "--margin", "3", "--max-p99-ratio", "50", *arguments]) == 0
 
@@ -143,6 +162,26 @@ def switch_under_load(folder: Path, client: Client) -> Counter[Any]:
         switched.set()
         loaded.join()
     return client.seen
+
+
+def kill_workers_under_load(folder: Path, client: Client) -> None:
+    """Kill the pruned version's workers. TorchServe takes seconds to start new ones; requests for them wait."""
+    before = status(folder).arms["pruned"].failed_over
+    listed = f"{client.running.management_url}/models/{client.running.name}/all"
+    models = json.loads(ask(listed, client.running.headers["management"])[1])
+    workers = [int(worker["pid"]) for model in models if model["modelVersion"] == "2.0" for worker in model["workers"]]
+
+    def timed(number: int) -> tuple[int, float]:
+        if number == USERS:  # requests wait in the server's queue now
+            for pid in workers:
+                os.kill(pid, signal.SIGKILL)
+        begun = time.monotonic()
+        return client.one()[0], time.monotonic() - begun
+
+    with ThreadPoolExecutor(USERS) as users:
+        answers = list(users.map(timed, range(20 * USERS)))
+    assert {code for code, _ in answers} == {200} and max(seconds for _, seconds in answers) < 1
+    until(lambda: status(folder).arms["pruned"].failed_over > before)
 
 
 @pytest.fixture(scope="module")
@@ -209,12 +248,15 @@ def test_the_metrics_of_the_test_are_served(client: Client) -> None:
         for name in (
             "traffic_ratio",
             "requests_total",
+            "failed_over_total",
             "pairs_total",
             "agreement_ratio",
             "speedup_ratio",
             "verdict",
             "advice",
+            "advice_reason",
             "dropped_total",
+            "problems",
         )
     }
 
@@ -251,18 +293,29 @@ def test_a_second_ab_test_is_refused(folder: Path, client: Client, capsys: pytes
     assert "no A/B test runs" in capsys.readouterr().err
 
 
-def test_nginx_recorder_and_exporter_are_restarted(folder: Path, client: Client) -> None:
+def test_users_of_a_dead_arm_are_answered_by_the_other_within_a_second(folder: Path, client: Client) -> None:
+    switch(Path(client.running.extra["state"]) / GATEWAY, "original")
+    divide(Path(client.running.extra["state"]) / GATEWAY)
+    kill_workers_under_load(folder, client)
+    assert until(lambda: client.one(X_Redpp_Arm="pruned") == (200, "pruned"))
+    until(lambda: (200, "pruned") in {client.one() for _ in range(10)})
+    assert status(folder).arms["original"].failed_over == 0
+    switch(Path(client.running.extra["state"]) / GATEWAY, "original")
+
+
+def test_nginx_relays_recorder_and_exporter_are_restarted(folder: Path, client: Client) -> None:
     def named(word: str) -> set[int]:
         return {p.pid for p in family(client) if word in " ".join(words_of(p))}
 
-    before = named("nginx: master"), named("redpp_serve.ab.shadow"), named("handlers.exporter")
-    assert all(len(pids) == 1 for pids in before)
-    for pid in set().union(*before):
+    parts = ("/nginx.conf", "relay-original.conf", "relay-pruned.conf", "redpp_serve.ab.shadow", "handlers.exporter")
+    before = {part: named(part) for part in parts}
+    assert all(len(pids) == 1 for pids in before.values())
+    for pid in set().union(*before.values()):
         os.kill(pid, signal.SIGKILL)
     # the worker that the master has left is ended too: it holds the port
-    until(lambda: len(named("nginx: master") - before[0]) == 1 and len(named("redpp_serve.ab.shadow") - before[1]) == 1)
+    until(lambda: all(len(named(part) - before[part]) == 1 for part in parts[:-1]))
     until(lambda: client.one()[0] == 200)
-    until(lambda: len(named("handlers.exporter") - before[2]) == 1 and status(folder).problems == [])
+    until(lambda: len(named(parts[-1]) - before[parts[-1]]) == 1 and status(folder).problems == [])
 
 
 def test_a_dead_server_is_reported_and_users_get_json(folder: Path, client: Client) -> None:
@@ -277,11 +330,13 @@ def test_a_dead_server_is_reported_and_users_get_json(folder: Path, client: Clie
 def test_the_end_leaves_nothing_behind(
     folder: Path, client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    processes, state = family(client), Path(client.running.extra["state"])
+    processes, state, journal = family(client), Path(client.running.extra["state"]), read_journal(folder)
     assert len(processes) > 4 and state.is_dir()
     assert main(["ab", "stop", str(folder), "--keep", str(tmp_path / "kept")]) == 0
     assert not living(processes), "processes are left"
     assert not state.exists()
+    logs = {"access.log", "error.log", "recorder.log", "server.log", "supervisor.log"}
+    assert journal and logs <= set(os.listdir(journal.logs))
     assert {"pairs.jsonl", "windows.jsonl", "counts.json", "access.log", "spec.json"} <= set(
         os.listdir(tmp_path / "kept")
     )
@@ -291,24 +346,96 @@ def test_the_end_leaves_nothing_behind(
         assert f"no A/B test runs for {folder}" in capsys.readouterr().err
 
 
-def test_an_ab_test_on_triton_inference_server(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """At the end its supervisor is killed: nothing of it stays, and `ab stop` says so."""
-    start(folder, "--split", "80:20", "--server", "triton")
+def over_grpc(client: Client, arm: str) -> str:
+    """The version that answers through the gateway."""
+    x = np.zeros((1, 1, 12, 12), np.float32)
+    given = InferInput("x", x.shape, "FP32").set_data_from_numpy(x)
+    headers = {**client.running.headers["inference"], "x-redpp-arm": arm}
+    with InferenceServerClient(client.running.extra["gateway_grpc"]) as asking:
+        answer = asking.infer(client.running.name, [given], headers=headers, client_timeout=20)
+    assert answer.as_numpy("output_0").shape == (1, 5)
+    return str(answer.get_response().model_version)
+
+
+def test_an_ab_test_on_triton_inference_server(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its supervisor is killed twice: users are served on, the next one takes over, and `ab stop` ends all."""
+    options = ("--split", "80:20", "--server", "triton", "--sticky-header", "X-User-Id", "--log-format", "json")
+    start(folder, *options)
     client = Client(folder, "triton")
     processes = family(client)
+    state = Path(client.running.extra["state"])
+
+    def kill_supervisor() -> None:
+        supervisor = psutil.Process(find(folder, "triton").pid)
+        supervisor.kill()
+        until(lambda: not living([supervisor]))
+
     try:
         seen = switch_under_load(folder, client)
         assert set(seen) == {(200, "original"), (200, "pruned")} and sum(seen.values()) >= 1000
+        assert [over_grpc(client, arm) for arm in ("original", "pruned")] == ["1", "2"]
         assert client.one(body=b"no input")[0] == 400
         now = until(lambda: (s := status(folder)).arms["pruned"].handler_ms["p50"] and s)
         assert now.kind == "triton" and now.problems == [] and now.findings[0].source == "split"
+        until(lambda: status(folder).arms["original"].refused == 1)
+        total = sum(arm.requests for arm in status(folder).arms.values())
+        kill_supervisor()
+        client.seen.clear()
+        client.load(25)
+        assert client.seen == {(200, "original"): 100}, "users are served as they were"
+        assert "the supervisor was killed" in status(folder).problems[0] and status(folder).all_to == "original"
+        assert main(["ab", "promote", str(folder)]) == 0 and client.one() == (200, "pruned")
+        assert main(["ab", "start", str(folder), "--shadow"]) == 2
+        start(folder, *options)
+        assert client.one() == (200, "pruned")
+        until(lambda: sum(arm.requests for arm in status(folder).arms.values()) == total + 102)
+        assert status(folder).problems == []
+        assert len(living(processes)) > 4, "the server and nginx are the same"
+        nginx = leader(folder, "nginx")
+        os.kill(nginx, signal.SIGKILL)  # its worker holds both ports until the next one serves
+        until(lambda: leader(folder, "nginx") != nginx and status(folder).problems == [])
+        assert client.one() == (200, "pruned")
+        assert [over_grpc(client, arm) for arm in ("original", "pruned")] == ["1", "2"]
+        logs = (read_journal(folder) or pytest.fail("no journal")).logs
+        said, told = ((logs / f"supervisor.{ending}").read_text().splitlines() for ending in ("log", "jsonl"))
+        assert len(said) == len(told) > 2, "each line of both supervisors is there once"
     finally:
-        supervisor = psutil.Process(client.running.pid)
-        supervisor.kill()
-        until(lambda: not living([supervisor]))
+        kill_supervisor()
         capsys.readouterr()
-        assert main(["ab", "stop", str(folder)]) == 0
+        assert main(["ab", "stop", str(folder), "--keep", str(tmp_path / "kept")]) == 0
     assert "cleaned up after an A/B test" in capsys.readouterr().out
-    state = Path(client.running.extra["state"])
-    until(lambda: not living(processes))  # the guard ends last
-    assert not state.exists() and not list(Path("/dev/shm").glob(f"{state.name}*"))
+    assert {"windows.jsonl", "counts.json", "access.log", "spec.json"} <= set(os.listdir(tmp_path / "kept"))
+    until(lambda: not living(processes))
+    assert not state.exists() and not list(Path("/dev/shm").glob(f"{shared_memory(state)}*"))
+    with socket.create_server(("127.0.0.1", client.url.port or 0)):
+        pass
+
+
+def test_a_ramp_on_a_server_that_serve_runs_climbs_by_itself_until_a_person_moves_users(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The end of the test leaves the server to `serve`."""
+    own = shutil.copytree(folder, tmp_path / "small")
+    with subprocess.Popen(
+        [sys.executable, "-m", "redpp_serve.cli", "serve", str(own)], stdout=subprocess.PIPE
+    ) as serve:
+        try:
+            assert serve.stdout and any(line.startswith(b"Ctrl-C") for line in serve.stdout)
+            ramp = ("--attach", "--auto", "--ramp", "20,60,100", "--hold", "1", "--sticky-header", "X-User-Id")
+            start(own, *ramp)
+            client = Client(own, "torchserve")
+            until(lambda: client.load(100) or status(own).split.pruned == 60, 60)
+            assert main(["ab", "split", str(own), "30"]) == 0
+            until(lambda: client.load(100) or decisions(Path(client.running.extra["state"]))[-1].action == STAND_BACK)
+            kill_workers_under_load(own, client)
+            assert status(own).split.pruned == 30 and set(client.seen) == {(200, "original"), (200, "pruned")}
+            assert main(["ab", "stop", str(own), "--keep", str(tmp_path / "kept")]) == 0
+            text = (tmp_path / "kept" / "verdict.txt").read_text()
+            assert "at 20 % of users" in text and "somebody" in text.lower(), text
+            capsys.readouterr()
+            assert main(["health", str(own)]) == 0 and capsys.readouterr().out.count("ok") == 3
+        finally:
+            serve.send_signal(signal.SIGTERM)
+    assert serve.returncode == 0

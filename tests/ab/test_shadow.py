@@ -85,9 +85,8 @@ def test_a_version_that_is_a_fifth_slower_and_answers_differently(folder: Path) 
         connection = http.client.HTTPConnection("127.0.0.1", nginx.gateway.port)
         decision, k = decide(state), 0
         while decision.kind == "undecided" and k < 400:
-            status, headers, body = ask(
-                0, PUBLIC, headers={"X-User-Id": f"{k}", "X-Mine": "yes"}, connection=connection
-            )
+            sent = {"X-User-Id": f"{k}", "X-Mine": "yes", "traceparent": f"00-{'1' * 32}-{'2' * 16}-01"}
+            status, headers, body = ask(0, PUBLIC, headers=sent, connection=connection)
             assert (status, headers["x-redpp-arm"]) == (200, "original"), "a user got something else than the original"
             assert json.loads(body)["outputs"] == [outputs["1.0"]]
             k += 1
@@ -96,6 +95,7 @@ def test_a_version_that_is_a_fifth_slower_and_answers_differently(folder: Path) 
         counts = until(lambda: (c := read_json(state / RECORDER) or {}).get("pairs") == k and c)
         forwarded, seen = server.headers[-1], pairs(state)
     assert server.seen == {PATHS[0]: 2 * k, PATHS[1]: k} and counts == {"received": k, "dropped": 0, "pairs": k}
+    assert "traceparent" not in forwarded, "a replay is in the user's trace"
     assert forwarded["x-mine"] == "yes" and {pair["first"] for pair in seen} == {"original", "pruned"}
     assert sum(pair["quiet"] for pair in seen) > 0.8 * k, "nobody but the recorder asked"
     assert decision.kind == "slower" and decision.low < 10 / 12 * 1.05 and decision.high > 10 / 12 * 0.95, decision
@@ -247,6 +247,15 @@ def test_a_pair_among_other_users_requests_is_not_quiet() -> None:
     assert dense.difference == 0 and dense.status == [200, 200]
 
 
+def test_replies_that_neither_version_writes_as_numbers_are_no_errors() -> None:
+    named = {"outputs": [{"name": "a", "datatype": "BYTES", "shape": [1], "data": ["0.9:3"]}]}
+    with stub(lambda path, body, headers: (200, named)) as server:
+        replayer = Replayer([f"http://127.0.0.1:{server.port}{path}" for path in PATHS], Inbox())
+        pair = replayer.replay(Mirrored("id", {"content-type": "x/y"}, b"1"))
+        replayer.close()
+    assert (pair.status, pair.difference, pair.top1) == ([200, 200], None, None)
+
+
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
@@ -259,6 +268,8 @@ def test_a_pair_among_other_users_requests_is_not_quiet() -> None:
             + numpy.array([7], "<i8").tobytes(),
             [[[1, 2]], [7]],
         ),
+        (b'{"predictions":[[[1,2],[5]],[[3,4],[6]]]}', [[[1, 2], [3, 4]], [[5], [6]]]),
+        (b'{"predictions":[{"a":[1,2],"b":5},{"a":[3,4],"b":6}]}', [[[1, 2], [3, 4]], [5, 6]]),
     ],
 )
 def test_replies_of_both_servers_are_read(body: bytes, expected: list[Any]) -> None:
@@ -271,6 +282,8 @@ def test_replies_of_both_servers_are_read(body: bytes, expected: list[Any]) -> N
         b"",
         b"[1]",
         b'{"outputs":[]}',
+        b'{"predictions":[]}',
+        b'{"predictions":[[[1],[2]],[[1]]]}',
         b'{"outputs":[[NaN]]}',
         b'{"outputs":[["a"]]}',
         b'{"outputs":[[1],[[2],3]]}',

@@ -15,7 +15,7 @@ from benchmarks.baselines.clusters import cluster
 from benchmarks.baselines.coupled import CoupledNetwork
 from benchmarks.baselines.subject import Subject
 from benchmarks.baselines.widths import CostModel, cost_model, layer_macs, spreads, uniform_widths
-from redpp_serve.pruning.inputs import SynthesisBudget
+from redpp_serve.pruning.matching import SynthesisBudget
 
 torch.set_num_threads(1)  # networks this small wait for threads longer than they compute
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from redpp_serve.capture.export import check_agreement
+from redpp_serve.capture.export import capture, check_agreement
+from redpp_serve.capture.flat import FlatNetwork
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from tests.support.captures import Net, captured, quick, refused  # noqa: F401 - a fixture
@@ -28,16 +29,18 @@ IMPURE: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "control by data": (lambda net, x: x * 2 if x.sum() > 0 else x, "data-dependent"),
     "torch.cond": (lambda net, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)), "operator cond"),
     "fixed batch": (lambda net, x: x.view(2, 192), "batch"),
-    "fixed batch by assertion": (lambda net, x: x if x.shape[0] == 2 else 1 / 0, "at batch size 1 it fails"),
+    "fixed batch by assertion": (lambda net, x: x if x.shape[0] == 2 else 1 / 0, "for batches of 2 alone"),
+    "another result for many": (lambda net, x: x if x.shape[0] < 8 else 2 * x, "at batch size 9"),
     "mean over the batch": (lambda net, x: x - x.mean(0), "depends on the others in its batch"),
     "largest of the batch": (lambda net, x: x * x.amax(), "depends on the others in its batch"),
+    "divided by the largest of the batch": (lambda net, x: x / x.abs().amax(), "depends on the others in its batch"),
+    "rows left out by value": (lambda net, x: x[x.mean((1, 2, 3)) > -9], "shapes of its values cannot be told"),
     "a number read from data": (lambda net, x: x * x.max().item(), "operator aten.item.default"),
     "no batch in the output": (lambda net, x: x.mean(), "an output of shape ()"),
     "constant output": (lambda net, x: (x, torch.zeros(5)), "output of shape (5,)"),
-    "a number beside tensors": (lambda net, x: (x, 3), "an output is not a tensor"),
-    "None beside tensors": (lambda net, x: (x, None), "an output is not a tensor"),
-    "text": (lambda net, x: "text", "an output is not a tensor"),
-    "Fourier transform": (lambda net, x: torch.fft.fft(x).real, "operator aten.fft_fft.default"),
+    "a scalar by name": (lambda net, x: {"y": x, "loss": x.mean()}, "an output of shape () (loss)"),
+    "text": (lambda net, x: "text", "forward returns no tensor but output_0 (the text 'text')"),
+    "complex numbers": (lambda net, x: torch.fft.fft(x), "an output of complex numbers"),
     "rows shuffled": (lambda net, x: x.flip(0), "depends on the others in its batch"),
 }
 
@@ -54,6 +57,14 @@ def test_batch_norm_by_batch_statistics() -> None:
     refused(network, "depends on the others in its batch")
 
 
+def test_bytes_divided_by_the_largest_of_the_batch() -> None:
+    """Random bytes have the largest value 255 in every image; those of photographs differ."""
+    spec = InputSpec("x", (3, 8, 8), "uint8")
+    with pytest.raises(RedppError, match="depends on the others in its batch"):
+        capture(Net(lambda net, x: x.float() / x.amax()).eval(), [spec], [])
+    capture(Net(lambda net, x: x.float() / x.amax((1, 2, 3), keepdim=True)).eval(), [spec], [])
+
+
 def test_infinite_outputs_are_compared() -> None:
     captured(Net(lambda net, x: torch.where(x > 0, x, -torch.inf)).eval())
 
@@ -67,7 +78,7 @@ def disagrees(
     """Whether the graph of one call is told from the module."""
     graph = Graph(X, {}, (Node("y", op, (Ref("x"), *args)),), outputs)
     try:
-        check_agreement(graph, Net(lambda net, x: module(x)), X)
+        check_agreement(graph, FlatNetwork(Net(lambda net, x: module(x)), lambda tensors: (tensors, {}), X))
     except RedppError as error:
         assert "another result than the network" in str(error)
         return True

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from redpp_serve.capture.arch import build, load_into, preprocess_hints
+from redpp_serve.capture.arch import build
+from redpp_serve.capture.checkpoints import load_into
 from redpp_serve.capture.load import load_file
 from redpp_serve.errors import RedppError
 from tests.attacks.files import Net
@@ -80,7 +81,9 @@ def test_bad_arguments_files_and_forms(source: Path, tmp_path: Path) -> None:
     with pytest.raises(RedppError, match="wrong.py failed.*SyntaxError"):
         build(f"{tmp_path / 'wrong.py'}:f", {})
     for arch in ("resnet50", "keras:resnet50", "network.py", ""):
-        with pytest.raises(RedppError, match="of no known form. Expected: torchvision:NAME, timm:NAME or path"):
+        with pytest.raises(
+            RedppError, match="of no known form. Expected: torchvision:NAME, timm:NAME, transformers:CLASS or path"
+        ):
             build(arch, {})
 
 
@@ -88,7 +91,6 @@ def test_torchvision() -> None:
     torch.manual_seed(0)
     module = build("torchvision:squeezenet1_1", {"num_classes": 5})
     assert module.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
-    assert preprocess_hints(module) is None
     with pytest.raises(RedppError, match="no torchvision model is named 'resnte50'. Expected: one of .*resnet50"):
         build("torchvision:resnte50", {})
 
@@ -140,10 +142,6 @@ def test_timm() -> None:
     pytest.importorskip("timm")
     module = build("timm:resnet10t", {"num_classes": 3})
     assert module.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
-    hints = preprocess_hints(module)
-    assert hints is not None and hints["size"] == [3, 176, 176]
-    assert hints["mean"] == pytest.approx([0.485, 0.456, 0.406])
-    assert hints["std"] == pytest.approx([0.229, 0.224, 0.225])
     for name in ("resnte50", "hf-hub:timm/resnet50"):
         with pytest.raises(RedppError, match="no timm model is named .*resnet50"):
             build(f"timm:{name}", {})
@@ -193,3 +191,35 @@ def test_modules_that_insist_on_version_numbers(tmp_path: Path) -> None:
     loaded = load_file(tmp_path / "x.pt", trust=False).state_dict
     assert loaded is not None and load_into(module, loaded) == []
     assert load_into(module, dict(loaded)) == []  # as from safetensors, which keeps none
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [
+        ("cv2", "opencv-python-headless"),
+        ("skimage.io", "scikit-image"),
+        ("open_clip", "open-clip-torch"),
+        ("not_there_at_all", "not_there_at_all"),
+    ],
+)
+def test_imports_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, module.partition(".")[0], None)  # type: ignore[arg-type]
+    inside = f"def Net():\n    import {module}\n"
+    for source in (f"import {module}\ndef Net(): pass\n", inside):
+        (tmp_path / "net.py").write_text(source)
+        with pytest.raises(
+            RedppError, match=f"needs {module.partition('.')[0]}[.a-z]*, which is not installed.*pip install {package};"
+        ):
+            build(f"{tmp_path / 'net.py'}:Net", {})
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("library", ["torchvision.models", "timm"])
+def test_a_fresh_process_runs_a_file_that_imports_torchvision(tmp_path: Path, library: str) -> None:
+    (tmp_path / "inner.py").write_text(f"import {library}\nfrom torch import nn\nclass Net(nn.Linear): pass\n")
+    (tmp_path / "net.py").write_text("from inner import Net\n")
+    code = "import sys; from redpp_serve.capture.arch import build; print(build(sys.argv[1], {'in_features': 1, "
+    code += "'out_features': 1}))"
+    command = [sys.executable, "-c", code, f"{tmp_path / 'net.py'}:Net"]
+    done = subprocess.run(command, timeout=120, capture_output=True, text=True)
+    assert done.stdout.startswith("Net(in_features=1"), done.stderr

@@ -154,7 +154,39 @@ def test_wrong_inputs() -> None:
     refused(network, "rejects a batch of inputs of shape 1x8x8:float32", [InputSpec("x", (1, 8, 8))])
     refused(network, "rejects a batch of inputs of shape 3x9x9:float32", [InputSpec("x", (3, 9, 9))])
     refused(network, "3x8x8:int64", [InputSpec("x", (3, 8, 8), "int64")])
-    refused(network, "one --input for each argument", [*IMAGE, *IMAGE])
+    refused(network, "one --input for each argument", [*IMAGE, InputSpec("input_1", (3, 8, 8))])
+
+
+def counted(net: Any, x: Tensor) -> Tensor:
+    return x.reshape(len(x), 3, 64)
+
+
+def stacked(net: Any, x: Tensor) -> Tensor:
+    return torch.stack([row * 2 for row in x])
+
+
+@pytest.mark.parametrize(("body", "what"), [(counted, "len(x)"), (stacked, "a loop over x")])
+def test_a_batch_that_becomes_a_number_is_named(body: Any, what: str) -> None:
+    refused(Net(body).eval(), f"size of its batch for a number, as {what} (test_export.py:")
+    refused(Net(lambda net, x: x.reshape(int(x.shape[0]), 192)).eval(), "was captured for batches of 2 alone")
+
+
+def test_numbers_that_give_nan_are_refused() -> None:
+    for norm in (nn.utils.parametrizations.weight_norm, nn.utils.weight_norm):
+        conv = norm(nn.Conv2d(3, 4, 3))
+        direction = next(parameter for name, parameter in conv.named_parameters() if name.endswith(("original1", "_v")))
+        direction.data[2] = 0
+        refused(nn.Sequential(conv).eval(), "as NaN, for 0.")
+    network = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    network[1].running_var[3] = -0.25
+    refused(network, "1.running_var has variances down to -0.25")
+
+
+def test_a_forward_that_ends_the_program_is_refused() -> None:
+    def leaves(net: Any, x: Tensor) -> Tensor:
+        raise SystemExit(0)
+
+    refused(Net(leaves).eval(), "it ends the program, with SystemExit(0) (test_export.py:")
 
 
 def test_buffers_that_an_artifact_cannot_hold() -> None:
@@ -167,4 +199,4 @@ def test_a_library_call_that_fails_is_named() -> None:
     def broken(net: Any, x: Tensor) -> Tensor:
         raise LookupError("no such table\nsecond line")
 
-    refused(Net(broken).eval(), "no such table. Expected")
+    refused(Net(broken).eval(), "no such table (test_export.py:")

@@ -50,11 +50,16 @@ def test_state_dicts(tmp_path: Path, kind: FileKind, trust: bool) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_plain_storages_are_memory_mapped(tmp_path: Path) -> None:
-    path = _save(tmp_path / "x.pt", {"weight": torch.zeros(1000)})
-    loaded = load_file(path, trust=False)
-    assert str(path) in Path("/proc/self/maps").read_text()
-    assert loaded.state_dict
+def test_large_storages_are_memory_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"weight": torch.zeros(1000)}
+    safetensors.torch.save_file(state, tmp_path / "x.safetensors")
+    for path in (_save(tmp_path / "x.pt", state), tmp_path / "x.safetensors"):
+        for limit in (1 << 30, 100):
+            monkeypatch.setattr("redpp_serve.capture.load.MAPPED_BYTES", limit)
+            loaded = load_file(path, trust=False)
+            assert (str(path) in Path("/proc/self/maps").read_text()) == (limit == 100)
+            assert loaded.state_dict
+            del loaded
 
 
 def test_compressed_zip_is_not_memory_mapped(tmp_path: Path) -> None:
@@ -86,7 +91,7 @@ def test_file_saved_on_gpu_loads_on_cpu(tmp_path: Path, module: bool) -> None:
 def test_metadata_survives(tmp_path: Path) -> None:
     path = _save(tmp_path / "x.pt", nn.DataParallel(files.Net()).state_dict())
     state = load_file(path, trust=False).state_dict
-    assert state is not None and state._metadata["norm"] == {"version": 2}  # type: ignore[attr-defined]
+    assert state is not None and state._metadata["module.norm"] == {"version": 2}  # type: ignore[attr-defined]
 
 
 NET = {"conv.weight": torch.ones(1), "norm.bias": torch.zeros(2)}
@@ -103,11 +108,6 @@ CHECKPOINTS: dict[str, tuple[Any, dict[str, Tensor], str]] = {
     "scalar tensor beside": ({"state_dict": NET, "best": torch.tensor(0.9)}, NET, "not best"),
     "numbers beside": ({**NET, "epoch": 3}, NET, "left out entries that are not tensors: epoch"),
     "extra state": ({**NET, "norm._extra_state": 3}, NET, ""),
-    "data parallel": ({f"module.{k}": v for k, v in NET.items()}, NET, "stripped the prefix 'module.'"),
-    "compiled": ({f"_orig_mod.{k}": v for k, v in NET.items()}, NET, "stripped the prefix '_orig_mod.'"),
-    "both": ({f"_orig_mod.module.{k}": v for k, v in NET.items()}, NET, "stripped the prefix 'module.'"),
-    "compiled inside": ({"a._orig_mod.w": EMA["norm.bias"]}, {"a.w": EMA["norm.bias"]}, "inside names"),
-    "averaged": ({"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in NET.items()}}, NET, "n_averaged"),
     "one layer called module": ({"module.w": NET["norm.bias"], "w": NET["norm.bias"]},) * 2 + ("",),
     "ordered": (OrderedDict(NET), NET, ""),
 }
@@ -183,7 +183,7 @@ def test_attention_mask_may_be_infinite(tmp_path: Path) -> None:
 )
 @pytest.mark.filterwarnings("ignore")
 def test_tensors_that_are_not_dense(tmp_path: Path, make: Callable[[], Tensor]) -> None:
-    with pytest.raises(RedppError, match="sparse, quantized or missing tensors: odd"):
+    with pytest.raises(RedppError, match="(sparse|quantized|missing) tensors: odd"):
         load_file(_save(tmp_path / "x.pt", {"odd": make(), "w": torch.ones(1)}), trust=False)
 
 
@@ -214,7 +214,7 @@ def test_module_of_a_missing_class(tmp_path: Path) -> None:
     source = _save(tmp_path / "y.pt", files.Net(), pickle_protocol=2)
     path = tmp_path / "x.pt"
     gone = files.rewritten(source, path, lambda name, data: data.replace(b"tests.attacks.files", b"attacks.nowhe"))
-    with pytest.raises(RedppError, match="not importable here: ModuleNotFoundError.*PYTHONPATH"):
+    with pytest.raises(RedppError, match="needs attacks.*pip install attacks.*PYTHONPATH"):
         load_file(gone, trust=True)
 
 

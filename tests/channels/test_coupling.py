@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redpp_serve.channels.coupling import couple, matches, unmatched
+from redpp_serve.graph.graph import Ref
 from redpp_serve.pruning.merging import merge_exact
 from tests.support.networks import Builder, difference, few
 from tests.support.random_networks import BLOCKS, build, random_networks
@@ -180,3 +181,15 @@ def test_two_calls_of_one_weight_are_two_readers_of_the_same_columns():
     planted = coupling.with_tensors(with_copies(coupling, channel_set, {4: 2, 5: 2}).tensors)
     merged = merge_exact(planted, 1)
     assert merged.removed == 2 and gap(planted.graph, merged.graph) < 1e-12
+
+
+def test_an_empty_part_in_another_order_closes_its_channels():
+    """A shifted window of the input's own size leaves an empty part over."""
+    b = Builder(3, 4, 4)
+    empty = b.op("empty", "slice.Tensor", Ref(b.conv("x", "inner", 3, 4)), 2, 4, 8)
+    turned = b.op("turned", "index_select.default", Ref(empty), 1, b.tensor("order", torch.tensor([1, 0, 2, 3])))
+    coupling = couple(
+        b.graph(b.linear(b.mean(b.op("all", "cat.default", [Ref("inner"), Ref(turned)], 2)), "head", 4, 2))
+    )
+    inner, head = coupling.sets
+    assert "would not run" in inner.closed and head.closed

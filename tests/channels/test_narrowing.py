@@ -52,6 +52,7 @@ def test_pieces_keep_what_lies_in_them():
 def test_sizes_of_reshapes_follow():
     narrow = narrowed("attention_operator", q=[0, 2])
     assert narrow.node("q_split").args[1] == [-1, 5, 2, 4] and narrow.node("joined").args[1] == [-1, 5, 8]
+    assert narrowed("unflattened", first=[0, 2, 5]).node("wide").args[2] == [1, 3, 1]
     assert narrowed("squeeze_excite_of_linears", trunk=[3]).node("shaped").args[1] == [-1, 1, 1, 1]
 
 

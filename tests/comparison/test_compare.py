@@ -8,6 +8,8 @@ from redpp_serve.comparison import Comparison, Payload, compare_endpoints
 from redpp_serve.comparison.compare import Agreement, Arm
 from redpp_serve.errors import RedppError
 from redpp_serve.options import ComparisonOptions
+from redpp_serve.report.data import Report
+from redpp_serve.report.tables import size_rows
 from redpp_serve.statistics.intervals import Estimate
 from redpp_serve.statistics.verdicts import Verdict
 from tests.comparison.test_load import Server, Start, start  # noqa: F401  (start is a fixture)
@@ -40,6 +42,21 @@ def test_faster_and_almost_the_same(start: Start) -> None:  # noqa: F811
     assert result.original.errors == result.pruned.errors == 0
 
 
+def test_latency_is_told_near_each_of_several_sizes(start: Start) -> None:  # noqa: F811
+    payloads = [Payload(b"1", "text/plain", sizes="L=2"), *(Payload(b"2", "text/plain", sizes="L=64"),) * 2]
+    result = run(start(0.006), start(0.002), payloads=payloads)
+    found = {each.sizes: each for each in result.by_sizes}
+    assert found.keys() == {"L=2", "L=64"} and sum(each.pairs for each in found.values()) == result.pairs
+    assert found["L=64"].pairs >= found["L=2"].pairs > 1
+    for each in found.values():
+        assert each.original > each.pruned >= 2.0 and each.ratio.low <= each.ratio.value <= each.ratio.high
+    assert [e["sizes"] for e in result.to_json()["by_sizes"]] == [e.sizes for e in result.by_sizes]
+    lines = result.to_text().splitlines()
+    at = next(k for k, line in enumerate(lines) if line.startswith("latency p50"))
+    assert all(line.startswith("  near L=") for line in lines[at + 1 : at + 3])
+    assert len(size_rows(Report.from_json(result.to_json()))) == 2
+
+
 def test_json_holds_every_key(start: Start) -> None:  # noqa: F811
     data = run(start(0.004), start(0.004)).to_json()
     assert json.loads(json.dumps(data, allow_nan=False)) == data
@@ -47,6 +64,7 @@ def test_json_holds_every_key(start: Start) -> None:  # noqa: F811
     assert set(data) == expected | {
         "verdict_handler_kind",
         "pairs",
+        "batch",
         "concurrency",
         "seconds",
         "margin",

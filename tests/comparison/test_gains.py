@@ -33,5 +33,5 @@ def test_a_package_is_measured_at_one_input_and_at_its_largest_batch(packaged: P
     assert all(g.ratio.value > 0 for g in found)
     assert {g.before for g in found if g.step in ("engine", "all")} == {"eager PyTorch"}
     assert all(g.after.startswith("pruned, ") for g in found if g.step in ("pruning", "all"))
-    with pytest.raises(RedppError, match="no archive"):
+    with pytest.raises(RedppError, match="cannot be read"):
         measure_gains(packaged / "nowhere")

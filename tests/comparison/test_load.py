@@ -104,7 +104,7 @@ def test_reply_is_read(start: Start) -> None:
     connection = Connection(server.endpoint("a"))
     reply = Decoder(time.perf_counter()).reply("a", 3, connection.send(PAYLOADS[3]))
     connection.close()
-    assert reply.ok and reply.outputs is not None and reply.outputs.tolist() == [3.0, -3.0]
+    assert reply.ok and reply.outputs is not None and reply.outputs[0].tolist() == [3.0, -3.0]
     assert reply.handler_s == pytest.approx(0.004) and 0.004 <= reply.latency_s < 1
     assert server.headers == [("a", "text/plain")]
 

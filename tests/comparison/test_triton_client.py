@@ -47,8 +47,9 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
         time.sleep(self.delay_s.get(request.model_version, 0))
         reply = service_pb2.ModelInferResponse(model_name="m", model_version=request.model_version)
         reply.parameters[HANDLER_PARAMETER].string_param = write_seconds(self.delay_s.get(request.model_version, 0))
-        reply.outputs.add(name="output_0", datatype="FP32", shape=[1, 2])
-        reply.raw_output_contents.append(np.array([x.sum(), x.max()], np.float32).tobytes())
+        rows = x.reshape(tensor.shape[0], -1)
+        reply.outputs.add(name="output_0", datatype="FP32", shape=[len(rows), 2])
+        reply.raw_output_contents.append(np.stack([rows.sum(1), rows.max(1)], 1).astype(np.float32).tobytes())
         return reply
 
 
@@ -73,9 +74,22 @@ def test_an_input_is_sent_as_a_batch_of_one_and_its_reply_decoded(service: tuple
     wire = endpoint.connect()
     reply = Decoder(time.perf_counter()).reply("original", 0, wire.send(npy(1, 2, 3, 4)))
     wire.close()
-    assert reply.ok and reply.outputs is not None and reply.outputs.tolist() == [10, 4]
+    assert reply.ok and reply.outputs is not None and reply.outputs[0].tolist() == [10, 4]
     assert reply.handler_s == pytest.approx(0.006) and reply.latency_s >= 0.006
     assert served.seen == [("m", "1", (1, *INPUT.shape), "t")]
+
+
+def test_several_inputs_go_as_one_batch(service: tuple[Service, TritonEndpoint]) -> None:
+    served, endpoint = service
+    stream = io.BytesIO()
+    np.save(stream, np.arange(12, dtype=np.float32).reshape(3, *INPUT.shape))
+    wire = endpoint.connect()
+    reply = Decoder(0.0).reply("original", 0, wire.send(Payload(stream.getvalue(), BINARY, items=3)))
+    alone = Decoder(0.0).reply("original", 0, wire.send(Payload(stream.getvalue(), BINARY)))
+    wire.close()
+    assert reply.outputs is not None and reply.outputs[0].tolist() == [[6, 3], [22, 7], [38, 11]]
+    assert served.seen == [("m", "1", (3, *INPUT.shape), "t")]
+    assert (alone.status, alone.error) == (400, "found 3 items, expected 1")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +136,7 @@ def test_images_are_preprocessed_as_the_handler_does(service: tuple[Service, Tri
     wire = white.connect()
     reply = Decoder(0.0).reply("original", 0, wire.send(Payload((tmp_path / "white.png").read_bytes(), BINARY)))
     wire.close()
-    assert reply.outputs is not None and reply.outputs.tolist() == [8, 2]
+    assert reply.outputs is not None and reply.outputs[0].tolist() == [8, 2]
 
 
 def test_connections_have_sockets_of_their_own(service: tuple[Service, TritonEndpoint]) -> None:

@@ -27,7 +27,7 @@ HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title=
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the page reads of a packaged folder; nothing runs for it."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "run"))
     report = {
         "name": "small",
         "verdict": f"The pruned network is faster. {HOSTILE}",

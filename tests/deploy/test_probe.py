@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,15 +16,16 @@ from typing import Any, ClassVar
 import numpy
 import pytest
 
+from redpp_serve.handlers.wire import PROBE_ID
 from tests.support.manifests import DEPLOY
 from tests.support.served import SHAPE, npy
 
 X = numpy.random.default_rng(0).standard_normal(SHAPE, dtype=numpy.float32)
 
 
-def run_probe(**variables: object) -> subprocess.CompletedProcess[str]:
+def run_probe(*words: str, **variables: object) -> subprocess.CompletedProcess[str]:
     """The probe with these variables alone, in a Python that sees no packages."""
-    command = [sys.executable, "-I", "-S", DEPLOY / "docker/probe.py"]
+    command = [sys.executable, "-I", "-S", DEPLOY / "docker/probe.py", *words]
     environment = {"PATH": os.environ["PATH"], **{key: str(value) for key, value in variables.items()}}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
 
@@ -73,6 +75,7 @@ def _sent(body: bytes, length: str) -> dict[str, tuple[str, list[int], bytes]]:
     for spec in header["inputs"]:
         size = spec["parameters"]["binary_data_size"]
         found[spec["name"]], rest = (spec["datatype"], spec["shape"], rest[:size]), rest[size:]
+    assert header["id"] == PROBE_ID
     assert rest == b"" and header["parameters"] == {"binary_data_output": True}
     return found
 
@@ -122,6 +125,7 @@ def test_the_probe_sends_torchserve_the_sample_and_its_token(
         assert [(path, body) for path, _, body in handler.seen] == [
             (f"/predictions/tiny{path}", npy(X)) for path in paths
         ]
+        assert {headers["x-request-id"] for _, headers, _ in handler.seen} == {PROBE_ID}
         assert {headers.get("authorization") for _, headers, _ in handler.seen} == {token and f"Bearer {token}"}
 
 
@@ -184,3 +188,38 @@ def test_a_sample_that_is_no_plain_array_is_refused(fake: tuple[type[Server], st
         probed = run_probe(SERVER="triton", MODEL_NAME="tiny", MODELS=tmp_path, URL=url)
         assert probed.returncode == 1 and "the sample " in probed.stderr and "Traceback" not in probed.stderr
     assert handler.seen == []
+
+
+def test_whether_a_server_is_alive_is_no_question_of_load(fake: tuple[type[Server], str], tmp_path: Path) -> None:
+    handler, url = fake
+    handler.status, handler.delay_s = 503, 9.0
+    assert run_probe("alive", SERVER="torchserve", MODEL_NAME="tiny", MODELS=tmp_path, URL=url).returncode == 0
+    assert handler.seen == []
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound, not listening
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        probed = run_probe("alive", SERVER="torchserve", MODEL_NAME="tiny", MODELS=tmp_path, URL=url)
+    assert probed.returncode == 1 and "refused" in probed.stderr and "Traceback" not in probed.stderr
+
+
+@pytest.mark.parametrize("variant,dead", [("both", 4), ("pruned", 2)])
+def test_on_triton_every_process_of_the_model_has_to_be_there(
+    fake: tuple[type[Server], str], tmp_path: Path, variant: str, dead: int
+) -> None:
+    """A sleeping shell stands in for each, under the name of the back end's program."""
+    (tmp_path / "triton/tiny").mkdir(parents=True)
+    config = "model_warmup { count: 9 }\ninstance_group {\n  count: 2\n  kind: KIND_CPU\n}\n"
+    (tmp_path / "triton/tiny/config.pbtxt").write_text(config)
+    command = ["/backends/python/triton_python_backend_stub", "60"]
+    stubs = [subprocess.Popen(command, executable=shutil.which("sleep")) for _ in range(dead)]
+    variables = {"SERVER": "triton", "MODEL_NAME": "tiny", "MODELS": tmp_path, "URL": fake[1], "VARIANT": variant}
+    try:
+        assert run_probe("alive", **variables).returncode == 0
+        stubs[0].kill()
+        stubs[0].wait()
+        probed = run_probe("alive", **variables)
+        assert (probed.returncode, probed.stderr) == (1, f"{dead - 1} of {dead} processes of the model run\n")
+    finally:
+        for stub in stubs:
+            stub.kill()
+            stub.wait()

@@ -3,13 +3,14 @@
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
+from redpp_serve.ab.parts import choose_ports
 from redpp_serve.ab.spec import Spec, parse_split
-from redpp_serve.ab.supervisor import choose_ports
 from redpp_serve.handlers.metrics import FAMILIES
 from redpp_serve.loopback import Ports, TritonPorts, consecutive_ports
 from tests.support.tools import tool
@@ -68,7 +69,8 @@ FAULTS = [
     ("alerts.yml", ">= 20\n", ">= 0\n"),
     ("alerts.yml", "[5m]) > 0)", "[5m]) >= 0)"),
     ("alerts.yml", '{kind="rollback"}', '{kind="promote"}'),
-    ("alerts.yml", ' and max_over_time(up{job=~"redpp-.+"}[1d]) == 1', ""),
+    ("alerts.yml", "redpp_ab_problems > 0", "redpp_ab_problems >= 0"),
+    ("alerts.yml", ' and max_over_time(up{job=~"redpp-.+"}[1h]) == 1', ""),
 ]
 
 
@@ -107,6 +109,7 @@ def test_the_scraped_ports_are_those_of_the_commands_it_names() -> None:
         "torchserve": consecutive_ports(Ports, 8080).exporter,
         "triton": consecutive_ports(TritonPorts, 8000).metrics,
     }
+    torchserve = Spec(Path("dist"), None, "torchserve", parse_split("90:10"), None, shadow=False, port=8088)
     for kind, port in served.items():
         spec = Spec(Path("dist"), None, kind, parse_split("90:10"), None, shadow=False, port=8088)
         gateway, first = choose_ports(spec)
@@ -116,6 +119,9 @@ def test_the_scraped_ports_are_those_of_the_commands_it_names() -> None:
             behind = consecutive_ports(TritonPorts, first).metrics
         assert scraped[f"redpp-{kind}"] == [f"127.0.0.1:{port}", f"127.0.0.1:{behind}"]
         assert scraped["redpp-ab"] == [f"127.0.0.1:{gateway.metrics}"]
+        other = consecutive_ports(Ports, choose_ports(torchserve)[1] or 0)
+        taken = {*asdict(gateway).values(), *asdict(other).values()}
+        assert kind == "torchserve" or behind not in taken, "Triton's job would scrape what TorchServe has there"
 
 
 def test_rules_read_metrics_that_exist() -> None:

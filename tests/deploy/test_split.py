@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from redpp_serve.ab.gateway import Gateway, deployed_config, gateway_config, worker_account
+from redpp_serve.ab.gateway import Gateway, deployed_config, divide, gateway_config, set_split, worker_account
 from redpp_serve.ab.spec import parse_split
 from redpp_serve.loopback import GatewayPorts, free_ports
 from redpp_serve.packaging.server_config import MAX_REQUEST_BYTES
@@ -38,7 +38,7 @@ class Model(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         body = json.dumps({"path": self.path, "headers": {k.lower(): v for k, v in self.headers.items()}}).encode()
-        self.send_response(200)
+        self.send_response(503 if self.headers["X-Fails"] == self.path else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -54,7 +54,7 @@ def rendered(document: dict[str, Any], folder: Path, listen: int, model: int, se
     values |= {
         "REDPP_LISTEN": f"127.0.0.1:{listen}",
         "REDPP_UPSTREAM": f"127.0.0.1:{model}",
-        "REDPP_STATE": str(folder),
+        "REDPP_STATE": values["REDPP_STATE"].replace("/state", str(folder)),
         "REDPP_ACCESS_LOG": f"{folder}/access.log",
         "REDPP_RESOLVER": "127.0.0.1",
     }
@@ -114,6 +114,8 @@ def gateway(model: int) -> Iterator[tuple[int, Path]]:
     with open_folder() as folder:
         (folder / "default.conf").write_text(rendered(read_compose(), folder, port, model))
         (folder / "nginx.conf").write_text(main_config(folder, worker_account()))
+        (folder / "redpp").mkdir()
+        (folder / "redpp" / "split").touch()
         with running(folder / "nginx.conf", port):
             yield port, folder
 
@@ -175,6 +177,8 @@ def test_users_keep_their_arm_which_is_the_one_that_the_local_gateway_gives_them
             connections=256,
         )
         (folder / "tmp").mkdir()
+        divide(folder)
+        set_split(folder, experiment.split)
         (folder / "nginx.conf").write_text(gateway_config(experiment))
         with running(folder / "nginx.conf", local):
             assert arms(local, users[::3]) == {user: divided[user] for user in users[::3]}
@@ -236,18 +240,37 @@ def test_malformed_requests_are_refused_as_the_local_gateway_does(gateway: tuple
 
 
 @pytest.mark.server
-def test_a_file_promotes_and_rolls_back_without_a_reload(
+def test_files_divide_and_promote_without_a_reload_and_without_them_all_get_the_original(
     gateway: tuple[int, Path], connection: http.client.HTTPConnection
 ) -> None:
-    _, folder = gateway
-    try:
-        for file, arm in (("promoted", "pruned"), ("rolled_back", "original")):  # the roll-back wins over a promotion
-            (folder / file).touch()
-            assert {ask(connection, {"X-User-Id": str(user)})[1] for user in range(50)} == {arm}
-    finally:
-        for file in ("promoted", "rolled_back"):
-            (folder / file).unlink(missing_ok=True)
-    assert len({ask(connection, {"X-User-Id": str(user)})[1] for user in range(50)}) == 2
+    """Also where the volume is lost, and where it holds the files of a test with another salt."""
+    state = gateway[1] / "redpp"
+
+    def seen() -> set[str]:
+        return {ask(connection, {"X-User-Id": str(user)})[1] for user in range(50)}
+
+    assert seen() == {"original", "pruned"}
+    (state / "promoted").touch()
+    assert seen() == {"pruned"}
+    state.rename(other := state.with_name("of-another-test"))
+    assert seen() == {"original"}
+    other.rename(state)
+    (state / "split").unlink()
+    assert seen() == {"pruned"}
+    (state / "promoted").unlink()
+    assert seen() == {"original"}
+    (state / "split").touch()
+    assert seen() == {"original", "pruned"}
+
+
+@pytest.mark.server
+def test_an_arm_that_does_not_answer_leaves_its_users_to_the_other(
+    gateway: tuple[int, Path], connection: http.client.HTTPConnection
+) -> None:
+    for user in range(50):
+        status, arm, answer = ask(connection, {"X-User-Id": str(user), "X-Fails": "/predictions/tiny/2.0"})
+        assert (status, arm, answer["path"]) == (200, "original", "/predictions/tiny/1.0")
+    assert ask(connection, {"X-Redpp-Arm": "pruned", "X-Fails": "/predictions/tiny/2.0"})[:2] == (503, "pruned")
 
 
 @pytest.mark.server

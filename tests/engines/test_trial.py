@@ -5,13 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
+import psutil
 import pytest
 import torch
-from torch import Tensor
 
-from redpp_serve.engines.onnx_builder import to_onnx
-from redpp_serve.engines.trial import Attempt, try_engines
+from redpp_serve.engines import ON_CPU
+from redpp_serve.engines.onnx_builder import write_onnx
+from redpp_serve.engines.trial import Trial, TrialError
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 
@@ -29,17 +29,12 @@ def InferenceSession(*args, **kwargs):
 """
 
 
-def inputs(*batches: int) -> list[list[np.ndarray]]:
-    return [[torch.randn(n, 3, generator=torch.Generator().manual_seed(n)).numpy()] for n in batches]
+INPUTS = [torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).numpy()]
 
 
-def expected(arrays: list[list[np.ndarray]]) -> list[Tensor]:
-    return [Program(GRAPH)(torch.from_numpy(x))[0] for (x,) in arrays]
-
-
-@pytest.fixture
-def model() -> bytes:
-    return to_onnx(GRAPH).SerializeToString()
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_onnx(GRAPH, tmp_path_factory.mktemp("model"))
 
 
 def fake_onnxruntime(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,52 +42,63 @@ def fake_onnxruntime(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.syspath_prepend(folder)
 
 
-def test_outputs_of_each_engine_at_each_batch(model: bytes) -> None:
-    arrays = inputs(1, 4)
-    for outcome in try_engines([Attempt(name, "fp32", model) for name in ("openvino", "onnxruntime")], arrays, 1, 60):
-        assert not outcome.reason and outcome.seconds > 0
-        for (found,), wanted in zip(outcome.outputs, expected(arrays), strict=True):
+@pytest.mark.parametrize("engine", ON_CPU)
+def test_outputs_and_times_at_each_batch(engine: str, model: Path) -> None:
+    trial = Trial(engine, "fp32", model, INPUTS, 1, 60)
+    try:
+        assert trial.seconds > 0
+        for batch in (1, 4, 6):  # more than are stored: they begin anew
+            (found,) = trial.outputs(batch)
+            wanted = Program(GRAPH)(torch.from_numpy(INPUTS[0])[torch.arange(batch) % 4])[0]
             torch.testing.assert_close(torch.from_numpy(found), wanted)
+            assert 0 <= trial.time(batch) < 60
+    finally:
+        trial.close()
 
 
-def test_an_engine_that_refuses_says_why(model: bytes) -> None:
-    refused, taken = try_engines(
-        [Attempt("onnxruntime", "fp32", b"nonsense"), Attempt("openvino", "fp32", model)], inputs(2), 1, 60
-    )
-    assert refused.reason and not refused.outputs
-    assert taken.outputs and not taken.reason
+def test_an_engine_that_refuses_says_why(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"nonsense")
+    with pytest.raises(TrialError, match="InvalidProtobuf"):
+        Trial("onnxruntime", "fp32", tmp_path / "model.onnx", INPUTS, 1, 60)
 
 
-def test_a_crash_leaves_the_others(model: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_onnxruntime(tmp_path, "import os; os.abort()", monkeypatch)
-    attempts = [Attempt(name, "fp32", model) for name in ("openvino", "onnxruntime", "openvino")]
-    before, crashed, after = try_engines(attempts, inputs(2), 1, 60)
-    assert "ended with code -6" in crashed.reason
-    assert before.outputs and after.outputs and not before.reason and not after.reason
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("import os; os.abort()", "ended with code -6"),
+        ("import os; os._exit(3)", "ended with code 3"),
+        ("raise SystemExit(4)", "ended with code 4"),
+        ("import time; time.sleep(60)", "not ready after 1 s"),
+        ("print('noise'); raise ValueError('two  lines\\nof it')", "^ValueError: two lines of it$"),
+    ],
+)
+def test_a_crash_is_a_reason(
+    body: str, reason: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_onnxruntime(tmp_path, body, monkeypatch)
+    late = "sleep" in body
+    with pytest.raises(TrialError, match=reason):
+        Trial("onnxruntime", "fp32", model, INPUTS, 1, 1 if late else 60)
+    assert not psutil.Process().children()
 
 
-def test_a_late_one_ends_the_trial(model: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_onnxruntime(tmp_path, "import time; time.sleep(60)", monkeypatch)
-    attempts = [
-        Attempt("openvino", "fp32", model),
-        Attempt("onnxruntime", "fp32", model),
-        Attempt("openvino", "fp32", model),
-    ]
-    before, late, after = try_engines(attempts, inputs(2), 1, 6)
-    assert before.outputs
-    assert late.reason == "not ready after 6 s"
-    assert "want of time" in after.reason
+def test_a_crash_between_calls_is_told_at_the_next(model: Path) -> None:
+    trial = Trial("openvino", "fp32", model, INPUTS, 1, 60)
+    trial._process.kill()
+    for ask in (trial.outputs, trial.time):
+        with pytest.raises(TrialError, match="ended with code -9"):
+            ask(1)
+    trial.close()
 
 
-def test_openvino_leaves_the_signal_stack_as_it_was(model: bytes, tmp_path: Path) -> None:
+def test_openvino_leaves_the_signal_stack_as_it_was(model: Path) -> None:
     """Sessions that end in the order in which they began would else leave a stack that is gone."""
-    (tmp_path / "model.onnx").write_bytes(model)
     program = """
 import faulthandler, pathlib, signal, sys
 import numpy
 from redpp_serve.engines.sessions import OpenVinoSession
 faulthandler.enable()
-model = pathlib.Path(sys.argv[1]).read_bytes()
+model = pathlib.Path(sys.argv[1])
 sessions = [OpenVinoSession(model, "fp32", 1) for _ in range(4)]
 for session in sessions:
     session([numpy.zeros((2, 3), numpy.float32)])
@@ -103,9 +109,7 @@ signal.signal(signal.SIGUSR1, lambda *_: heard.append(True))
 signal.raise_signal(signal.SIGUSR1)
 sys.exit(0 if heard else 5)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "model.onnx")], capture_output=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program, str(model)], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()[-500:]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redpp_serve.capture.export import capture
@@ -19,7 +20,7 @@ from redpp_serve.exporting.formats import ALIKE, FORMATS, export, graph_for, wri
 from redpp_serve.exporting.python_source import python_source
 from redpp_serve.graph.artifact import LoadedArtifact
 from redpp_serve.graph.executor import Program
-from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
+from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref, Size
 from redpp_serve.graph.passes import in_precision
 from redpp_serve.graph.quantization import find_ranges
 from redpp_serve.packaging.mar import read_artifact
@@ -188,6 +189,49 @@ def test_engines_take_the_files(packaged: Path, tmp_path: Path, to: str) -> None
         inputs = some(graph.inputs, batch)
         with torch.no_grad():
             torch.testing.assert_close(run(inputs)[0], Program(graph)(*inputs)[0], rtol=1e-4, atol=1e-4)
+
+
+class Upsampled(nn.Module):
+    """A map of the input's own height and width, whatever they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(2, 4, 3, 2, 1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(F.interpolate(self.down(x).relu(), size=x.shape[2:], mode="bilinear"))
+
+
+ANY = InputSpec("x", (2, 8, 12), varying=((1, Size("H", 4, 32, 4)), (2, Size("W", 4, 32, 4))))
+
+
+@pytest.mark.parametrize("to", ALL)
+def test_sizes_that_vary(tmp_path: Path, to: str) -> None:
+    graph = graph_for(FORMATS[to], LoadedArtifact(capture(randomise(Upsampled()), [ANY], []), {}))
+    run = checked(to, graph, tmp_path / f"net{FORMATS[to].suffixes[0]}")
+    for batch, height, width in ((1, 4, 32), (3, 20, 16), (2, 32, 4)):
+        inputs = [torch.randn(batch, 2, height, width, generator=torch.Generator().manual_seed(height))]
+        with torch.no_grad():
+            (expected,) = Program(graph)(*inputs)
+        assert expected.shape == (batch, 3, height, width)
+        torch.testing.assert_close(run(inputs)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_that_is_wrong_at_another_size_is_not_written(tmp_path: Path) -> None:
+    """Integers are drawn at the other sizes, from the range that the network reads."""
+    words = InputSpec("ids", (6,), "int64", ranges=((3, 9),), varying=((0, Size("L", 2, 40)),))
+    graph = capture(nn.Sequential(nn.Embedding(10, 4)), [words], [])
+    right, seen = FORMATS["pt2"], []
+
+    def longest_is_wrong(path: Path) -> Any:
+        run = right.open(path)
+        return lambda inputs: seen.append(inputs[0]) or [y + (y.shape[1] == 40) for y in run(inputs)]
+
+    changed = replace(right, open=longest_is_wrong)
+    with pytest.raises(RedppError, match=r"computes something else .* at batch 1 L=40\. Expected"):
+        write_checked(changed, graph, [torch.full((2, 6), 5)], tmp_path / "net.pt2", title="a network")
+    assert [list(x.shape) for x in seen] == [[1, 6], [3, 6], [1, 2], [1, 40]]
+    assert (seen[-1].min(), seen[-1].max()) == (3, 9)
 
 
 @pytest.mark.parametrize("to", ALL[:2])

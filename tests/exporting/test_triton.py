@@ -15,10 +15,10 @@ from redpp_serve.errors import RedppError
 from redpp_serve.exporting.formats import FORMATS
 from redpp_serve.exporting.triton import BACK_ENDS, export_repository, native_config
 from redpp_serve.graph.executor import Program
-from redpp_serve.graph.graph import InputSpec
+from redpp_serve.graph.graph import InputSpec, Size
 from redpp_serve.options import Serving
 from redpp_serve.packaging.mar import read_artifact
-from redpp_serve.packaging.triton_repository import to_text
+from redpp_serve.packaging.triton_repository import ANY_SIZE, to_text
 
 IMAGE, SCALAR, ANSWER = InputSpec("x", (3, 8, 8)), InputSpec("age", (), "int64"), InputSpec("output_0", (5,))
 
@@ -57,6 +57,18 @@ def test_openvino_takes_each_request_alone_instead_of_padding_it() -> None:
     assert [list(entry.dims) for entry in (*config.input, *config.output)] == [[-1, 3, 8, 8], [-1, 5]]
     (warmup,) = config.model_warmup
     assert warmup.batch_size == 1 and list(warmup.inputs["x"].dims) == [1, 3, 8, 8]
+
+
+def test_sizes_that_vary_are_free_in_either_configuration() -> None:
+    image = InputSpec("x", (3, 8, 8), varying=((1, Size("H", 4, 16)), (2, Size("W", 4, 16))))
+    mask = InputSpec("mask", (ANY_SIZE, ANY_SIZE), "int64")
+    for to, batch in (("triton-onnxruntime", []), ("triton-openvino", [-1])):
+        config = parsed(to_text(native_config(BACK_ENDS[to], "tiny", (image,), (mask,), Serving(4, 3, 2))))
+        assert [list(entry.dims) for entry in (*config.input, *config.output)] == [
+            [*batch, 3, -1, -1],
+            [*batch, -1, -1],
+        ]
+        assert list(config.model_warmup[0].inputs["x"].dims) == ([1] if batch else []) + [3, 8, 8]
 
 
 @pytest.mark.parametrize("to", BACK_ENDS)

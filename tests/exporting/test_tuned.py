@@ -205,13 +205,15 @@ def test_the_command(packaged: Path, weights: Path, capsys: pytest.CaptureFixtur
     assert code == 3 and "--max-error" in text and not (tmp_path / "three").exists()
 
 
+@pytest.mark.parametrize("tried", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_a_package_may_be_replaced_by_its_tuned_self(
-    packaged: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packaged: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tried: bool
 ) -> None:
-    monkeypatch.setattr(module, "run_trials", TRIALS)
+    if tried:
+        monkeypatch.setattr(module, "run_trials", TRIALS)
     folder = shutil.copytree(packaged, tmp_path / "small")
     like = Packaged.read(folder)
     report = package_tuned(read_tuned(weights, like), like, folder)
-    assert report.smoke and len(report.smoke) == 4
+    assert len(report.smoke or []) == (4 if tried else 0)
     changed, before = (read_artifact(place / "pruned.mar").graph.tensors for place in (folder, packaged))
     assert changed.keys() == before.keys() and not torch.equal(changed["head.weight"], before["head.weight"])

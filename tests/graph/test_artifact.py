@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from redpp_serve.files import deterministic_zip, write_atomically
-from redpp_serve.graph.artifact import ENTRIES, build, load
+from redpp_serve.graph.artifact import ENTRIES, build, calls_document, load
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from tests.attacks.artifacts import entries, tiny
@@ -106,6 +106,13 @@ def test_what_has_no_form_in_the_file_is_not_written() -> None:
 def test_description_comes_back_with_the_stored_bytes() -> None:
     loaded = load(build(tiny(), {"name": "ä", "nested": {"k": [1, 2.5, None]}}).data)
     assert loaded.description == {"name": "ä", "nested": {"k": [1, 2.5, None]}, "bytes": 4 * 4 + 32 + 16 * 4}
+
+
+def test_ranges_of_integers_come_back_and_are_not_written_where_they_are_unknown() -> None:
+    specs = (InputSpec("x", (2,), "int64", ((0, 9), (-3, 4)), ((-(2**63), 2**63 - 1),)), InputSpec("y", (3,), "int32"))
+    graph = Graph(specs, {}, (), ("x",))
+    assert load(build(graph, {}).data).graph.inputs == specs
+    assert calls_document(graph)["inputs"][1] == {"name": "y", "shape": [3], "dtype": "int32"}
 
 
 def test_loading_from_a_path(tmp_path: Path) -> None:

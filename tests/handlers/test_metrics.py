@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -16,7 +17,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from redpp_serve.handlers import metrics
 from redpp_serve.handlers.exporter import Workers
 from redpp_serve.handlers.metrics import FAMILIES, SECONDS_BUCKETS, Metrics, ModelLabels
-from redpp_serve.handlers.prometheus import WRITE_EVERY_S, PrometheusBinding, open_metrics
+from redpp_serve.handlers.prometheus import WRITE_EVERY_S, Noted, PrometheusBinding, open_metrics
 
 WORKER = """
 import sys
@@ -237,6 +238,27 @@ def test_what_cannot_be_written_does_not_end_the_writing(caplog: pytest.LogCaptu
     while binding.registry.get_sample_value("redpp_requests_total", {"outcome": "ok"}) != 2:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_the_write_at_exit_waits_for_the_one_that_is_under_way() -> None:
+    """The thread that writes ends with the process: what it took and has not written yet would be lost."""
+    binding, begun, go_on, written = PrometheusBinding(), threading.Event(), threading.Event(), []
+
+    class Slow:
+        def inc(self, amount: float) -> None:
+            begun.set()
+            assert go_on.wait(10)
+            written.append(amount)
+
+    Noted(binding._noted, Slow()).inc(3)
+    assert begun.wait(10)
+    at_exit = threading.Thread(target=binding.write)
+    at_exit.start()
+    at_exit.join(0.1)
+    assert at_exit.is_alive()
+    go_on.set()
+    at_exit.join(10)
+    assert written == [3] and not at_exit.is_alive()
 
 
 def test_a_batch_costs_the_handler_a_few_microseconds() -> None:

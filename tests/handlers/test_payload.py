@@ -1,16 +1,20 @@
 """Bodies of requests: what is accepted becomes exactly the sent tensor, what is refused says why."""
 
+import base64
 import io
 import json
+import time
 import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from redpp_serve.graph.graph import InputSpec
-from redpp_serve.handlers.payload import BadRequest, parse
+from redpp_serve.capture.preprocessing import choose_preprocess
+from redpp_serve.graph.graph import InputSpec, Size
+from redpp_serve.handlers.payload import BadRequest, parse, parse_items
 from tests.support.served import PREPROCESS, SHAPE, npy, picture
 
 X = (InputSpec("x", SHAPE),)
@@ -22,6 +26,10 @@ def npz(compressed: bool = False, **arrays: np.ndarray) -> bytes:
     stream = io.BytesIO()
     (np.savez_compressed if compressed else np.savez)(stream, **arrays)
     return stream.getvalue()
+
+
+def encoded(data: bytes) -> dict[str, str]:
+    return {"b64": base64.b64encode(data).decode()}
 
 
 FORMS = [
@@ -54,7 +62,9 @@ def test_every_form_of_the_same_input_gives_the_same_tensor() -> None:
 def test_several_inputs() -> None:
     for body in (
         npz(a=np.ones(2), b=np.arange(3)),
+        npz(b=np.arange(3), a=np.ones(2)),
         {"inputs": {"a": [1, 1], "b": [0, 1, 2]}},
+        {"inputs": {"b": [0, 1, 2], "a": [1, 1]}},
         {"inputs": [[1, 1], [0, 1, 2]]},
         [[1, 1], [0, 1, 2]],
     ):
@@ -64,10 +74,22 @@ def test_several_inputs() -> None:
 
 
 def test_an_image_goes_through_the_declared_preprocessing() -> None:
-    for kind in ("PNG", "JPEG"):
+    for kind in ("PNG", "JPEG", "BMP", "GIF", "TIFF"):
         data = picture(kind=kind)
         (tensor,) = parse({"body": data}, X, PREPROCESS)
         assert torch.equal(tensor, PREPROCESS.image(data)), kind
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (8, 8, 3)])
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "int64", "float32", "float16"])
+def test_a_network_of_bytes_takes_images(shape: tuple[int, ...], dtype: str) -> None:
+    spec = InputSpec("x", shape, dtype)
+    preprocess, _ = choose_preprocess("bytes", None, (spec,))
+    assert preprocess is not None
+    (tensor,) = parse({"body": picture()}, (spec,), preprocess)
+    assert tensor.shape == shape and str(tensor.dtype) == f"torch.{dtype}"
+    pixels = np.asarray(Image.open(io.BytesIO(picture())))
+    assert (tensor.numpy() == (pixels if shape[2] == 3 else pixels.transpose(2, 0, 1))).all()
 
 
 I64 = np.iinfo("int64")
@@ -145,8 +167,8 @@ BAD_BODIES = {
     "pickle": ({"body": b"\x80\x04\x95\x05\x00\x00\x00"}, "no known kind"),
     "deep JSON": ({"body": b"[" * 200_000}, "no known kind"),
     "deep lists": ({"body": b"[" * 500 + b"]" * 500}, "500 dimensions"),
-    "wrong shape": ({"body": npy(VALUES[:2])}, r"\(2, 8, 8\), expected \(3, 8, 8\) or \(1, 3, 8, 8\)"),
-    "batch of two": ({"body": npy(np.stack([VALUES] * 2))}, r"\(2, 3, 8, 8\)"),
+    "wrong shape": ({"body": npy(VALUES[:2])}, r"\(2, 8, 8\), expected \(3, 8, 8\), or \(N, 3, 8, 8\)"),
+    "batch of two": ({"body": npy(np.stack([VALUES] * 2))}, "2 items, expected one"),
     "truncated": ({"body": GOOD[:-5]}, "763 bytes of data, expected 768"),
     "header only": ({"body": GOOD[:6]}, "unreadable header"),
     "trailing": ({"body": GOOD + b"x"}, "769 bytes"),
@@ -181,13 +203,26 @@ def test_bad_bodies_are_refused_with_what_was_found() -> None:
 
 
 def test_names_of_several_inputs_are_checked() -> None:
-    for body in (npz(a=np.ones(2)), npz(a=np.ones(2), c=np.ones(3)), {"inputs": {"a": [1, 1]}}):
+    short, other = npz(a=np.ones(2)), npz(a=np.ones(2), c=np.ones(3))
+    long = npz(a=np.ones(2), b=np.arange(3), c=np.ones(3))
+    for body in (short, other, long, {"inputs": {"a": [1, 1]}}, {"inputs": {"a": [1, 1], "b": [0, 1, 2], "c": [1]}}):
         with pytest.raises(BadRequest, match="expected a, b"):
             parse({"body": body}, TWO, None)
     with pytest.raises(BadRequest, match="expected 2 entries"):
         parse({"body": [[1, 1]]}, TWO, None)
-    with pytest.raises(BadRequest, match="expected .npz or JSON with a, b"):
+    with pytest.raises(BadRequest, match="expected .npz, JSON or a form with a, b"):
         parse({"body": npy(np.ones(2))}, TWO, None)
+
+
+def test_integers_that_the_network_cannot_read_are_refused() -> None:
+    ids = (InputSpec("ids", (3,), "int64", ((0, 9),), ((-10, 9),)),)
+    columns = (InputSpec("ids", (2, 2), "int32", limits=((0, 9), (0, 4))),)
+    assert parse({"body": {"inputs": [-10, 9, 0]}}, ids, None)[0].tolist() == [-10, 9, 0]
+    assert parse({"body": {"inputs": [[9, 4], [0, 0]]}}, columns, None)[0].tolist() == [[9, 4], [0, 0]]
+    with pytest.raises(BadRequest, match="input 'ids' with values from 0 to 10, expected -10 to 9"):
+        parse({"body": npy(np.array([0, 10, 3]))}, ids, None)
+    with pytest.raises(BadRequest, match=r"input 'ids' with value 5 at \[1, 1\], expected 0 to 4"):
+        parse({"body": {"inputs": [[9, 4], [0, 5]]}}, columns, None)
 
 
 def test_a_decompression_bomb_is_cut_off() -> None:
@@ -203,6 +238,17 @@ def test_a_decompression_bomb_is_cut_off() -> None:
     assert peak < 5_000_000
 
 
+def test_an_archive_of_many_entries_is_refused_before_its_table_is_read() -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for number in range(70_000):  # so many that the table's size stands in the record for large archives
+            archive.writestr(zipfile.ZipInfo(f"{number}"), b"")
+    start = time.monotonic()
+    with pytest.raises(BadRequest, match="list of entries has"):
+        parse({"body": stream.getvalue()}, X, None)
+    assert time.monotonic() - start < 0.2
+
+
 def test_damaged_archives_never_raise_anything_else() -> None:
     data = bytearray(npz(compressed=True, x=VALUES))
     random = np.random.default_rng(1)
@@ -215,3 +261,97 @@ def test_damaged_archives_never_raise_anything_else() -> None:
         except BadRequest:
             refused += 1
     assert refused > 200
+
+
+def test_inputs_of_several_sizes() -> None:
+    height, length = Size("H", 8, 24, 8), Size("L", 2, 5)
+    picture = (InputSpec("x", (2, 16), varying=((1, height),)),)
+    for columns in (8, 16, 24):
+        values = np.zeros((2, columns), np.float32)
+        for body in (npy(values), npy(values[None]), {"inputs": values.tolist()}):
+            assert parse({"body": body}, picture, None)[0].shape == (2, columns)
+    for shape in ((2, 9), (2, 32), (3, 8), (0, 2, 8), (2, 2, 9), (8,)):
+        with pytest.raises(BadRequest, match=r"expected 2xH, H of 8\.\.24/8"):
+            parse({"body": npy(np.zeros(shape, np.float32))}, picture, None)
+    long = (InputSpec("x", (4,), varying=((0, Size("L", 4, 40_000)),)),)
+    assert parse({"body": npz(compressed=True, x=np.zeros(40_000))}, long, None)[0].shape == (40_000,)
+    pair = tuple(InputSpec(name, (3,), "int64", varying=((0, length),)) for name in ("ids", "mask"))
+    assert [x.shape for x in parse({"body": {"inputs": {"ids": [1] * 4, "mask": [1] * 4}}}, pair, None)] == [(4,)] * 2
+    with pytest.raises(BadRequest, match="inputs with L of 4 and of 5 in one request, expected the same"):
+        parse({"body": {"inputs": {"ids": [1] * 4, "mask": [1] * 5}}}, pair, None)
+
+
+def test_an_image_becomes_the_nearest_size() -> None:
+    side = Size("S", 16, 64, 16)
+    wide = InputSpec("x", (3, 32, 32), varying=((1, Size("H", 16, 64, 16)), (2, Size("W", 16, 64, 8))))
+    square = InputSpec("x", (3, 32, 32), varying=((1, side), (2, side)))
+    image = io.BytesIO()
+    Image.fromarray(np.zeros((40, 90, 3), np.uint8)).save(image, "PNG")
+    for spec, shape in ((wide, (3, 48, 64)), (square, (3, 64, 64))):
+        preprocess, _ = choose_preprocess("crop", None, [spec])
+        (x,) = parse({"body": image.getvalue()}, (spec,), preprocess)
+        assert x.shape == shape
+
+
+def test_a_leading_dimension_counts_items() -> None:
+    several = np.stack([VALUES, -VALUES, 2 * VALUES])
+    for body in (npy(several), npz(x=several), several.tolist(), {"inputs": {"x": several.tolist()}}):
+        found = parse_items({"body": body}, X, None)
+        assert not found.one and not found.listed and torch.equal(found.tensors[0], torch.from_numpy(several))
+    pair = parse_items({"body": npz(a=np.ones((3, 2)), b=np.arange(9).reshape(3, 3))}, TWO, None)
+    assert [x.shape for x in pair.tensors] == [(3, 2), (3, 3)]
+    with pytest.raises(BadRequest, match="2 and 1 items, expected as many in each"):
+        parse_items({"body": npz(a=np.ones((2, 2)), b=np.arange(3))}, TWO, None)
+    with pytest.raises(BadRequest, match="3 items, expected one"):
+        parse({"body": npy(several)}, X, None)
+
+
+def test_instances_list_items_of_any_kind() -> None:
+    image = picture()
+    items = [VALUES.tolist(), {"x": VALUES.tolist()}, encoded(npy(VALUES)), encoded(image), {"x": encoded(image)}]
+    found = parse_items({"body": {"instances": items}}, X, PREPROCESS)
+    shown = PREPROCESS.image(image)
+    assert found.listed
+    assert torch.equal(found.tensors[0], torch.stack([torch.from_numpy(VALUES)] * 3 + [shown] * 2))
+    two = parse_items({"body": {"instances": [{"a": [1, 2], "b": encoded(npy(np.arange(3)))}] * 2}}, TWO, None)
+    assert [x.tolist() for x in two.tensors] == [[[1, 2]] * 2, [[0, 1, 2]] * 2]
+    for wrong in ([], "abc", [VALUES[:1].tolist()], [npy(VALUES).hex()], [np.stack([VALUES] * 2).tolist()]):
+        with pytest.raises(BadRequest, match="expected"):
+            parse_items({"body": {"instances": wrong}}, X, PREPROCESS)
+
+
+def test_files_in_base64() -> None:
+    for document in (encoded(npy(VALUES)), {"inputs": encoded(npy(VALUES))}, {"inputs": {"x": encoded(npy(VALUES))}}):
+        (tensor,) = parse({"body": json.dumps(document)}, X, None)
+        assert torch.equal(tensor, torch.from_numpy(VALUES))
+    for wrong in ("", "?", "é", "AAAA", 3, base64.b64encode(npy(VALUES)).decode()[:-2]):
+        with pytest.raises(BadRequest, match="expected"):
+            parse({"body": {"inputs": {"b64": wrong}}}, X, None)
+
+
+def test_a_form_with_one_file_for_each_input() -> None:
+    a, b = parse({"a": npy(np.ones(2)), "b": b"[0, 1, 2]"}, TWO, None)
+    assert a.tolist() == [1.0, 1.0] and b.tolist() == [0, 1, 2]
+    (tensor,) = parse({"picture": picture()}, X, PREPROCESS)
+    assert torch.equal(tensor, PREPROCESS.image(picture()))
+    named = (InputSpec("data", (2,)), InputSpec("body", (1,)))
+    assert [x.tolist() for x in parse({"body": b"[3]", "data": "[1, 2]"}, named, None)] == [[1, 2], [3]]
+    with pytest.raises(BadRequest, match="a form with a, c, expected a, b"):
+        parse({"a": b"[1, 2]", "c": b"[1]"}, TWO, None)
+
+
+def test_bytes_are_pixels_that_are_normalised_or_refused() -> None:
+    image = picture()
+    pixels = np.asarray(Image.open(io.BytesIO(image))).transpose(2, 0, 1)
+    wanted = PREPROCESS.image(image)
+    for body in (npy(pixels), npy(pixels.astype("int64")), npz(x=pixels), pixels.tolist(), encoded(npy(pixels))):
+        (tensor,) = parse({"body": body}, X, PREPROCESS)
+        assert torch.equal(tensor, wanted)
+    assert torch.equal(parse_items({"body": npy(pixels[None].repeat(2, 0))}, X, PREPROCESS).tensors[0][1], wanted)
+    with pytest.raises(BadRequest, match="declares no preprocessing"):
+        parse({"body": npy(pixels)}, X, None)
+    for beyond in (pixels.astype("int32") + 1000, pixels.astype("int32") - 300):
+        with pytest.raises(BadRequest, match="expected pixels of 0 to 255"):
+            parse({"body": npy(beyond)}, X, PREPROCESS)
+    kept, _ = choose_preprocess("bytes", None, X)
+    assert torch.equal(parse({"body": npy(pixels)}, X, kept)[0], torch.from_numpy(pixels.astype("float32")))

@@ -1,8 +1,10 @@
 """The handler with a stand-in for the server: one bad request costs nobody else anything."""
 
+import io
 import json
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +12,17 @@ import pytest
 import torch
 
 from redpp_serve.errors import RedppError
-from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
+from redpp_serve.graph.artifact import build
+from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref, Size
 from redpp_serve.handlers import torchserve
-from redpp_serve.handlers.metrics import Metrics, ModelLabels
+from redpp_serve.handlers.answers import NotFinite, check_finite
+from redpp_serve.handlers.metrics import Family, Metrics, ModelLabels
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.handlers.prometheus import PrometheusBinding
 from redpp_serve.handlers.torchserve import RedppHandler
-from redpp_serve.handlers.wire import HANDLER_HEADER, VARIANT_HEADER
+from redpp_serve.handlers.wire import HANDLER_HEADER, PROBE_ID, VARIANT_HEADER
 from redpp_serve.runtime.model import ServingModel
-from tests.support.served import PREPROCESS, SHAPE, Context, artifact, expected, network, npy, picture
+from tests.support.served import PREPROCESS, SHAPE, Context, artifact, built, expected, network, npy, picture
 
 RANDOM = np.random.default_rng(0)
 
@@ -105,6 +109,20 @@ def test_only_the_input_that_breaks_the_network_fails(tmp_path: Path) -> None:
     assert json.loads(bodies[0])["outputs"] == [lw[1].tolist()] and json.loads(bodies[2])["outputs"] == [lw[4].tolist()]
 
 
+def test_requests_of_equal_shapes_run_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = InputSpec("x", (4,), varying=((0, Size("L", 2, 6, 2)),))
+    graph = Graph((spec,), {}, (Node("y", "aten.relu.default", (Ref("x"),)),), ("y",))
+    served, context = handler(tmp_path, artifact(graph=graph, preprocess=None), batch_size=8)
+    shapes, call = [], ServingModel.__call__
+    monkeypatch.setattr(ServingModel, "__call__", lambda self, *x: shapes.append(tuple(x[0].shape)) or call(self, *x))
+    lengths = (4, 6, 3, 4, 2, 6, 4)
+    bodies = served.handle([{"body": [float(k)] * length} for k, length in enumerate(lengths)], context)
+    assert shapes == [(3, 4), (2, 6), (1, 2)]
+    assert context.statuses == {2: (400, "Found input 'x' of shape (3,), expected L, L of 2..6/2")}
+    for k, length in enumerate(lengths):
+        assert k == 2 or json.loads(bodies[k]) == {"outputs": [[float(k)] * length]}
+
+
 def test_an_output_that_json_cannot_hold_fails_alone(tmp_path: Path) -> None:
     graph = Graph((InputSpec("x", (2,)),), {}, (Node("y", "aten.log.default", (Ref("x"),)),), ("y",))
     served, context = handler(tmp_path, artifact(graph=graph, preprocess=None))
@@ -143,6 +161,50 @@ def test_the_time_until_a_worker_is_ready_is_a_metric(tmp_path: Path, monkeypatc
     start = time.perf_counter()
     served, _ = handler(tmp_path)
     assert len(told) == 1 and served.model.plan.seconds < told[0] < time.perf_counter() - start
+
+
+def test_outputs_whose_sum_alone_overflows_are_finite() -> None:
+    check_finite([torch.zeros(1), torch.full((2, 3), 3e38)])
+    with pytest.raises(NotFinite):
+        check_finite([torch.zeros(1), torch.tensor([[1.0, float("inf")]])])
+
+
+class Tallied:
+    """Instruments that keep what they are given, as the binding that opens them."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[str, ...], list[float]] = {}
+
+    def instrument(self, family: Family, labels: Mapping[str, str]) -> "Instrument":
+        extra = (labels[name] for name in family.labels)
+        return Instrument(self.values.setdefault((family.name, *extra), []))
+
+
+class Instrument:
+    def __init__(self, values: list[float]) -> None:
+        self.observe = self.set = values.append
+        self.inc = lambda amount=1: values.append(amount)
+
+
+def test_requests_are_counted_by_outcome_and_batches_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tallied = Tallied()
+    monkeypatch.setattr(torchserve, "open_metrics", lambda labels, device: Metrics(labels, tallied, device))
+    served, context = handler(tmp_path)
+    good = {"body": npy(values())}
+    served.handle([good, {"body": b"?"}, good, {}], context)
+    context.asked = {0: {"describe": "True"}}
+    assert json.loads(served.handle([{}], context)[0])["inputs"]  # asks for no prediction, and is not counted
+    context.asked = {0: {"X-Request-Id": PROBE_ID}}
+    assert json.loads(served.handle([good], context)[0])["outputs"]  # neither is what asks for the server's health
+    context.asked = {}
+    monkeypatch.setattr(ServingModel, "__call__", lambda *_: 1 / 0)
+    served.handle([good], context)
+    counted = {name[1]: sum(found) for name, found in tallied.values.items() if name[0] == "redpp_requests_total"}
+    assert counted == {"ok": 2, "bad_request": 2, "error": 1}
+    assert tallied.values["redpp_batch_size",] == [4, 1] and len(tallied.values["redpp_inference_seconds",]) == 2
+    for size, seconds in zip("41", tallied.values["redpp_handler_seconds",], strict=True):
+        assert tallied.values["redpp_batches_total", size] == [1]
+        assert tallied.values["redpp_batch_seconds_total", size] == [seconds]
 
 
 def test_the_precision_comes_from_the_configuration(tmp_path: Path) -> None:
@@ -192,3 +254,45 @@ def test_metrics_that_are_off_say_so_once(tmp_path: Path, caplog: pytest.LogCapt
     assert [r.message for r in caplog.records if "metrics are off" in r.message] == [
         "metrics are off: set PROMETHEUS_MULTIPROC_DIR to an empty directory to turn them on"
     ]
+
+
+def test_several_items_are_answered_in_their_order(tmp_path: Path) -> None:
+    served, context = handler(tmp_path)
+    several = np.stack([values() for _ in range(9)])
+    wanted = np.array([expected("1.0", torch.from_numpy(x)) for x in several])
+    items = [{"body": npy(several)}, {"body": json.dumps({"instances": several[:1].tolist()}).encode()}]
+    rows, listed = (json.loads(body) for body in served.handle(items, context))
+    assert np.array(rows["outputs"]) == pytest.approx(wanted[None], rel=1e-4, abs=1e-5)
+    assert np.array(listed["predictions"]) == pytest.approx(wanted[:1, None], rel=1e-4, abs=1e-5)
+
+
+def test_arrays_are_answered_as_files_where_asked(tmp_path: Path) -> None:
+    served, context = handler(tmp_path)
+    several = np.stack([values(), values()])
+    wanted = np.array([expected("1.0", torch.from_numpy(x)) for x in several])
+    asked = ("application/x-npy", "text/html, application/x-npz;q=0.9", "*/*", "Application/X-NPY")
+    context.asked = {index: {"Accept": kind} for index, kind in enumerate(asked)}
+    bodies = served.handle([{"body": npy(several)}] * 3 + [{"body": npy(several[0])}], context)
+    kinds = [context.headers[index]["content-type"] for index in range(4)]
+    assert kinds == ["application/x-npy", "application/x-npz", "application/json", "application/x-npy"]
+    assert np.load(io.BytesIO(bodies[0])) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert np.load(io.BytesIO(bodies[1]))["output_0"] == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert np.load(io.BytesIO(bodies[3])) == pytest.approx(wanted[0], rel=1e-4, abs=1e-5)
+
+
+def test_the_best_classes_are_named(tmp_path: Path) -> None:
+    labels = ["ant", "bee", "cat", "dog", "élan"]
+    description = {**built().description, "labels": labels}
+    served, context = handler(tmp_path, build(network(), description).data)
+    several = np.stack([values(), values()])
+    context.asked = {0: {"x-redpp-top-k": "3"}, 1: {"X-Redpp-Top-K": "99"}, 2: {"X-Redpp-Top-K": "0"}}
+    bodies = served.handle([{"body": npy(several)}, {"body": npy(several[1])}, {"body": npy(several)}], context)
+    rows, one, wrong = map(json.loads, bodies)
+    wanted = [np.array(expected("1.0", torch.from_numpy(x))) for x in several]
+    for found, y in zip([*rows["classes"], one["classes"]], [*wanted, wanted[1]], strict=True):
+        order = np.argsort(y)[::-1][: len(found)]
+        assert [c["index"] for c in found] == order.tolist()
+        assert [c["label"] for c in found] == [labels[k] for k in order]
+        assert [c["value"] for c in found] == pytest.approx(y[order], rel=1e-4, abs=1e-5)
+    assert [len(found) for found in rows["classes"]] == [3, 3] and len(one["classes"]) == 5
+    assert "how many classes" in wrong["error"]

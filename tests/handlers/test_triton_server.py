@@ -1,5 +1,6 @@
 """The model of Triton's back end with a stand-in for the server: one bad request costs nobody else anything."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from redpp_serve.errors import RedppError
-from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
+from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref, Size
 from redpp_serve.handlers.triton_metrics import TritonBinding, summed
 from redpp_serve.handlers.triton_server import RedppModel, non_finite_rows
+from redpp_serve.handlers.wire import PROBE_ID
 from redpp_serve.packaging.trials import triton_python_backend_utils as stand_in
 from redpp_serve.runtime.model import ServingModel
 from tests.support.served import INFO, SHAPE, artifact, expected, network, triton_arguments
@@ -95,6 +97,48 @@ def test_only_the_input_that_breaks_the_network_fails(tmp_path: Path) -> None:
     answers = ask(served, [[1]], [[99]], [[4], [0]])
     assert answers[1] == (stand_in.TritonError.INTERNAL, "The network failed on this input")
     assert torch.equal(answers[0], lw[[1]]) and torch.equal(answers[2], lw[[4, 0]])
+
+
+def test_an_integer_that_the_network_cannot_read_is_its_senders_fault(tmp_path: Path) -> None:
+    rows = (((1, 4),), ((1, 4), (0, 2)))
+    for limits, found in zip(
+        rows, ("values from 1 to 9, expected 1 to 4", "value 9 at [1], expected 0 to 2"), strict=True
+    ):
+        spec = InputSpec("x", (2,), "int64", limits=limits)
+        node = Node("y", "aten.embedding.default", (Ref("w"), Ref("x")))
+        served = model(tmp_path, graph(node, inputs=(spec,), w=torch.eye(5)))
+        answers = ask(served, [[1, 2]], [[1, 9]], [[4, 0 if len(limits) > 1 else 1]])
+        assert answers[1] == (stand_in.TritonError.INVALID_ARG, f"Found input 'x' with {found}")
+        assert torch.equal(answers[0], torch.eye(5)[[1, 2]][None]) and len(answers[2]) == 1
+
+
+def test_requests_of_equal_shapes_run_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, shapes, call = Size("L", 2, 6, 2), [], ServingModel.__call__
+    spec = InputSpec("x", (2, 4), varying=((1, size),))
+    served = model(tmp_path, graph(Node("y", "aten.relu.default", (Ref("x"),)), inputs=(spec,)))
+    monkeypatch.setattr(ServingModel, "__call__", lambda self, *x: shapes.append(tuple(x[0].shape)) or call(self, *x))
+    inputs = [torch.rand(rows, 2, length) for rows, length in ((1, 4), (2, 6), (1, 3), (3, 4), (1, 6))]
+    answers = ask(served, *inputs)
+    assert shapes == [(4, 2, 4), (3, 2, 6)]
+    assert answers[2][0] == stand_in.TritonError.INVALID_ARG and "of 2xL, L of 2..6/2" in answers[2][1]
+    assert all(torch.equal(answers[k], inputs[k]) for k in (0, 1, 3, 4))
+
+
+def test_a_request_that_fails_is_named_by_its_header_or_by_the_protocols_id(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = model(tmp_path, graph(Node("y", "aten.log.default", (Ref("x"),))))
+    zero, header = {"x": torch.zeros(1, 2)}, json.dumps({"X-Request-Id": "from-header", "priority": 1})
+    given = [
+        ("of-the-body", header, "request from-header:"),
+        ("of-the-body", "", "request of-the-body:"),
+        ("two words", json.dumps({"x-request-id": "\x1b[2J"}), "a request without an id:"),
+        ("of-the-body", "no json", "request of-the-body:"),
+        ("", "[]", "a request without an id:"),
+    ]
+    served.execute([stand_in.InferenceRequest(zero, name, headers) for name, headers, _ in given])
+    told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert told == [f"{begin} the network's output is not finite" for *_, begin in given]
 
 
 def test_an_output_that_is_not_finite_fails_alone(tmp_path: Path) -> None:
@@ -189,13 +233,15 @@ def test_the_metrics_count_clients_requests_and_no_warm_up(tmp_path: Path) -> No
         ask(served, values(), values())
     ask(served, values(), values(3), values() * float("nan"))
     ask(served, values())
+    (probed,) = served.execute([stand_in.InferenceRequest({"x": values()}, PROBE_ID)])
+    assert not probed.has_error()
     served.finalize()
     assert {o: sample("redpp_requests_total", outcome=o).value() for o in ("ok", "bad_request", "error")} == {
         "ok": 3,
         "bad_request": 1,
         "error": 0,
     }
-    assert sample("redpp_batch_size").observed == [3, 1] and len(sample("redpp_inference_seconds").observed) == 2
+    assert sample("redpp_batch_size").observed == [3, 1] and len(sample("redpp_inference_seconds").observed) == 3
     handler = sample("redpp_handler_seconds")
     assert len(handler.observed) == 2 and handler.buckets[0] == 0.00025
     for size, seconds in zip("31", handler.observed, strict=True):

@@ -28,9 +28,9 @@ def test_its_archives_and_its_model_repository_answer_as_they_did(former: tuple[
     request = (folder / "sample.npy").read_bytes()
     x, y = InputSpec("x", (1, 12, 12)), InputSpec("output_0", (5,))
     config = triton_config("small", [x], [y], Serving(precision="fp32"))  # which its code knows
-    archives = [try_archive(folder / f"{name}.mar", request, [np.array(y)]) for name, y in outputs.items()]
+    archives = [try_archive(folder / f"{name}.mar", request, {"output_0": np.array(y)}) for name, y in outputs.items()]
     models = [
-        try_model(folder / "triton" / "small" / version, to_json(config), request, [np.array(y)])
+        try_model(folder / "triton" / "small" / version, to_json(config), request, {"output_0": np.array(y)})
         for version, y in zip(("1", "2"), outputs.values(), strict=True)
     ]
     names = [trial["archive"] for trial in run_trials([*archives, *models])]
@@ -60,7 +60,7 @@ def test_plans_are_added_to_its_report(own: Path, capsys: pytest.CaptureFixture[
 def test_it_is_served_and_compared(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     with open_server(own, name="small") as server, register(server.running()):
         assert cli.main(["health", str(own)]) == 0
         answers = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]

@@ -68,6 +68,8 @@ class Context:
     def __init__(self, folder):
         self.model_name, self.model_yaml_config = "tiny", {"handler": {"threads": 1}}
         self.system_properties = {"model_dir": str(folder), "gpu_id": None, "batch_size": 2}
+    def get_all_request_header(self, idx): return {"Content-Type": "application/octet-stream"}
+    def get_request_id(self, idx): return None
     def set_response_status(self, code=200, phrase="", idx=0): assert (code, idx) == (400, 1)
     def set_response_header(self, idx, key, value): assert isinstance(value, str)
     def set_response_content_type(self, idx, value): assert value == "application/json"

@@ -26,8 +26,8 @@ from redpp_serve.options import Options, Serving
 from redpp_serve.packaging.package import doubts, package
 from redpp_serve.packaging.samples import as_array, request_body
 from redpp_serve.pruning import choose as lossy
-from redpp_serve.pruning import steps
-from redpp_serve.pruning.inputs import Matcher
+from redpp_serve.pruning import steps, tiles
+from redpp_serve.pruning.matching import Matcher
 from redpp_serve.report.data import Record, Verify
 from redpp_serve.stages import Stages
 from tests.support.small import SHAPE, arguments, captured, network, outputs, randomise, write_data, write_model
@@ -197,7 +197,7 @@ def test_equal_input_gives_equal_archives_in_every_process(model: Path, tmp_path
     code = (
         "import sys, redpp_serve.packaging.package as p, redpp_serve.pruning.pipeline as q, redpp_serve.cli as c\n"
         "from redpp_serve.pruning.effort import Effort\n"
-        "from redpp_serve.pruning.inputs import SynthesisBudget\n"  # fewer inputs and no trial runs: faster
+        "from redpp_serve.pruning.matching import SynthesisBudget\n"  # fewer inputs and no trial runs: faster
         "p.run_trials, inf = lambda *_: [], float('inf')\n"  # a busy machine must not cut the distillation short
         "q.STANDARD_EFFORT = Effort(SynthesisBudget(32, 16, 4), latency_seconds=0.01, distillation_patience=inf)\n"
         "sys.exit(c.main(sys.argv[1:]))"
@@ -232,7 +232,10 @@ def test_a_dry_run_writes_nothing_at_all(model: Path, tmp_path: Path) -> None:
     assert "smoke" not in found and found["pruned"]["bytes"] < found["original"]["bytes"]
 
 
-def test_the_step_of_widths_follows_the_engine_that_serves(model: Path, tmp_path: Path) -> None:
+def test_the_step_of_widths_follows_the_engine_that_serves(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "_FEWEST_STEPS", 0.1)  # as in a network of more channels
     options, serving = replace(FAST, round_to="auto"), Serving(engine="redpp")
     stages = Stages(quiet=True)
     report = package(
@@ -392,7 +395,7 @@ def test_excluded_layers_keep_their_weights(model: Path, tmp_path: Path, untried
 def test_nothing_to_prune_is_a_good_outcome_with_reasons(tmp_path: Path, untried: None) -> None:
     model = write_model(tmp_path / "in", randomise(Flat()))
     network = captured(model, "Flat", (InputSpec("x", (6,)),))
-    options = Options(time_budget=1, distil=0, exclude=("*",))
+    options = Options(time_budget=1, distil=0, exclude=("*",), accept_unmeasured=True)
     report = package(network, tmp_path / "flat", name="flat", options=options).to_json()
     assert {p.name for p in (tmp_path / "flat").iterdir()} == FILES
     assert report["original"]["parameters"] == report["pruned"]["parameters"] == 28
@@ -408,7 +411,7 @@ def test_nothing_to_prune_is_a_good_outcome_with_reasons(tmp_path: Path, untried
 def test_several_inputs_and_outputs(tmp_path: Path) -> None:
     two = randomise(Two())
     model = write_model(tmp_path / "in", two)
-    network = captured(model, "Two", (InputSpec("a", (1, 9, 9)), InputSpec("b", (4,))))
+    network = captured(model, "Two", (InputSpec("input_0", (1, 9, 9)), InputSpec("input_1", (4,))))
     package(network, tmp_path / "two", name="two", options=FAST)
     with np.load(tmp_path / "two" / "inputs.npz") as file:
         x = {name: torch.from_numpy(file[name]) for name in file.files}

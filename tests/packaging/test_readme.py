@@ -14,6 +14,7 @@ def test_names_shapes_and_preprocessing() -> None:
     text = readme("resnet-50.v2", (IMAGE,), Preprocess("RGB", 8, 9, (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)))
     assert text.startswith("# resnet-50.v2: original (1.0) and pruned (2.0)\n")
     assert "--models resnet-50.v2=original.mar resnet-50.v2=pruned.mar" in text
+    assert "/v2/models/resnet-50.v2/versions/2/infer" in text
     assert "/predictions/resnet-50.v2/2.0" in text and "`x` 3x8x9 float32" in text
     assert "converted to mode RGB, resized to 8x9" in text and "mean (0.5, 0.4, 0.3) and std (0.25, 0.2, 0.1)" in text
 

@@ -2,12 +2,24 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
+import numpy as np
+import pytest
 import yaml
 
+from redpp_serve.errors import RedppError
 from redpp_serve.loopback import Ports
 from redpp_serve.options import Serving
-from redpp_serve.packaging.server_config import LOG4J2, MAX_REQUEST_BYTES, config_properties, model_config
+from redpp_serve.packaging.server_config import (
+    LOG4J2,
+    MAX_REQUEST_BYTES,
+    Limits,
+    config_properties,
+    limits_for,
+    model_config,
+    read_limits,
+)
 
 
 def properties(text: str) -> dict[str, str]:
@@ -32,7 +44,24 @@ def test_ports_workers_and_metrics() -> None:
 
 
 def test_a_large_image_as_float32_fits_into_a_request() -> None:
-    assert 3 * 1024 * 1024 * 4 + 128 < MAX_REQUEST_BYTES == int(properties(config_properties())["max_request_size"])
+    found = properties(config_properties())
+    assert 3 * 1024 * 1024 * 4 + 128 < MAX_REQUEST_BYTES == int(found["max_request_size"])
+    assert int(found["max_response_size"]) == MAX_REQUEST_BYTES
+
+
+def test_limits_follow_the_sizes_and_come_back_from_a_package(tmp_path: Path) -> None:
+    assert read_limits(tmp_path) == limits_for(3 * 224 * 224, 1000) == Limits()
+    large = limits_for(3 * 1280 * 1280, 8 * 256 * 256)
+    rng = np.random.default_rng(0)
+    number = max(len(str(float(x))) for x in (-rng.random(100_000) * 1e-5).astype(np.float32))
+    assert large.request > 3 * 1280 * 1280 * (number + 1) and large.response == MAX_REQUEST_BYTES
+    assert limits_for(1, 8 * 1024 * 1024).response > 8 * 1024 * 1024 * (number + 1)
+    (tmp_path / "config.properties").write_text(config_properties(limits=large))
+    assert read_limits(tmp_path) == large
+    (tmp_path / "config.properties").write_text("max_request_size=9999999999\nmax_response_size=1\n")
+    assert read_limits(tmp_path) == Limits(2**31 - 1, MAX_REQUEST_BYTES)
+    with pytest.raises(RedppError, match="smaller sizes"):
+        limits_for(10**9, 1)
 
 
 def test_model_config_is_yaml_with_the_servers_keys() -> None:

@@ -32,8 +32,8 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / f"{variant}.mar" for variant in VARIANTS.values()]
 
 
-def right(version: str) -> list[np.ndarray]:
-    return [np.array(expected(version, torch.from_numpy(X)))]
+def right(version: str) -> dict[str, np.ndarray]:
+    return {"output_0": np.array(expected(version, torch.from_numpy(X)))}
 
 
 def with_handler(archive: Path, path: Path, code: str) -> Path:
@@ -63,21 +63,22 @@ def test_right_outputs_pass_in_every_precision_with_their_time(archives: list[Pa
     assert all(0 < float(str(r["milliseconds"])) < 60_000 for r in results)
     with pytest.raises(RedppError, match="original.mar.*other outputs than the network"):
         run_trials([replace(half[1], precision="fp32")])  # bf16 is not taken for single precision
+    run_trials([replace(half[1], precision="fp32", half="bf16")])  # weights of 16 bits round as that precision does
 
 
 def test_other_outputs_are_refused_by_name(archives: list[Path], tmp_path: Path) -> None:
-    good = answering(tmp_path, right("1.0")[0].tolist())
+    good = answering(tmp_path, right("1.0")["output_0"].tolist())
     run_trials([good])
-    wrong = replace(good, name="wrong.mar", outputs=[right("1.0")[0] * 1.01])
+    wrong = replace(good, name="wrong.mar", outputs={"output_0": right("1.0")["output_0"] * 1.01})
     with pytest.raises(RedppError, match="handler of wrong.mar failed.*other outputs than the network"):
         run_trials([good, wrong])
     assert no_child_left()
-    other = right("1.0")[0].copy()
+    other = right("1.0")["output_0"].copy()
     other.flat[0] += 0.2 * np.abs(other).max()
     for precision in ("fp16", "bf16"):
         with pytest.raises(RedppError, match="some.mar.*other outputs than the network.*try --precision fp32"):
             run_trials([answering(tmp_path, other.tolist(), precision=precision)])
-    for outputs in ([], [right("1.0")[0].tolist()] * 2, [right("1.0")[0].tolist()[:-1]]):
+    for outputs in ([], [right("1.0")["output_0"].tolist()] * 2, [right("1.0")["output_0"].tolist()[:-1]]):
         with pytest.raises(RedppError, match="some.mar"):
             run_trials([answering(tmp_path, *outputs)])
 

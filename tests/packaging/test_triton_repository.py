@@ -13,12 +13,13 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2
 
 from redpp_serve.errors import RedppError
-from redpp_serve.graph.graph import InputSpec
+from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref, Size
 from redpp_serve.options import Serving
 from redpp_serve.packaging.mar import serving_sources
 from redpp_serve.packaging.output_folder import write_files
 from redpp_serve.packaging.trials import run_trials, try_model
 from redpp_serve.packaging.triton_repository import (
+    ANY_SIZE,
     TYPES,
     build_repository,
     output_specs,
@@ -43,8 +44,8 @@ def repository() -> dict[str, bytes]:
     return build_repository("tiny", artifacts, CONFIG, [X])
 
 
-def right(version: str) -> list[np.ndarray]:
-    return [np.array(expected(version, torch.from_numpy(X)))]
+def right(version: str) -> dict[str, np.ndarray]:
+    return {"output_0": np.array(expected(version, torch.from_numpy(X)))}
 
 
 def test_the_configuration_as_triton_reads_it() -> None:
@@ -96,6 +97,14 @@ def test_several_inputs_and_outputs_of_other_types_and_without_dimensions() -> N
     }
     with pytest.raises(RedppError, match="'output_0' of dtype complex64"):
         triton_config("m", inputs, (InputSpec("output_0", (2,), "complex64"),), Serving(1, 0, 1))
+
+
+def test_sizes_that_vary_are_left_open() -> None:
+    side = Size("S", 8, 24, 8)
+    inputs = (InputSpec("x", (3, 16, 16), varying=((1, side), (2, side))),)
+    config = parsed(to_text(triton_config("m", inputs, (InputSpec("output_0", (4, -1, -1)),), Serving(4, 1, 1))))
+    assert list(config.input[0].dims) == [3, -1, -1] and list(config.output[0].dims) == [4, -1, -1]
+    assert list(config.model_warmup[0].inputs["x"].dims) == [3, 16, 16]
 
 
 def test_every_type_is_one_of_tritons() -> None:
@@ -170,11 +179,25 @@ assert len(loaded) > 8 and all(path.is_relative_to(folder) for path in loaded), 
     assert json.loads(result.stdout) == pytest.approx(expected("1.0", torch.from_numpy(X)), rel=1e-4, abs=1e-5)
 
 
+def with_outputs(width: int, name: str, *, inputs: tuple[InputSpec, ...] = (InputSpec("x", (6,)),)) -> Graph:
+    """A network that gives the first columns of its input, and the places of its largest numbers."""
+    first = Node("first", "aten.slice.Tensor", (Ref("x"), -1, 0, width))
+    places = Node("places", "aten.argmax.default", (Ref("x"), 1))
+    return Graph(inputs, {}, (first, places), ("first", "places"), output_names=(name, "labels"))
+
+
 def test_outputs_that_differ_between_the_variants_are_refused() -> None:
-    same = {
-        "original": [InputSpec("", (5,)), InputSpec("", (2,), "int64")],
-        "pruned": [InputSpec("", (5,)), InputSpec("", (2,), "int64")],
-    }
-    assert output_specs(same) == (InputSpec("output_0", (5,)), InputSpec("output_1", (2,), "int64"))
-    with pytest.raises(RedppError, match="outputs .* of the pruned network"):
-        output_specs({**same, "pruned": [InputSpec("", (4,)), InputSpec("", (2,), "int64")]})
+    same = {"original": with_outputs(5, "logits"), "pruned": with_outputs(5, "logits")}
+    assert output_specs(same) == (InputSpec("logits", (5,)), InputSpec("labels", (), "int64"))
+    for other in (with_outputs(4, "logits"), with_outputs(5, "scores")):
+        with pytest.raises(RedppError, match="outputs .* of the pruned network"):
+            output_specs({**same, "pruned": other})
+
+
+def test_outputs_whose_sizes_vary_with_the_inputs() -> None:
+    sizes = ((0, Size("H", 2, 9)), (1, Size("W", 8, 8)))
+    graph = with_outputs(5, "map", inputs=(InputSpec("x", (4, 8), varying=sizes),))
+    assert output_specs({"original": graph, "pruned": graph}) == (
+        InputSpec("map", (ANY_SIZE, 5)),
+        InputSpec("labels", (8,), "int64"),
+    )

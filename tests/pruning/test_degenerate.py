@@ -10,8 +10,8 @@ from redpp_serve.graph.executor import Program
 from redpp_serve.options import Options
 from redpp_serve.pruning.effort import Effort
 from redpp_serve.pruning.fit import Fitting, quick_fit, reconstruct
-from redpp_serve.pruning.inputs import SynthesisBudget, smooth_noise
 from redpp_serve.pruning.judge import Reference
+from redpp_serve.pruning.matching import SynthesisBudget, smooth_noise
 from redpp_serve.pruning.observation import observe, select
 from redpp_serve.pruning.pipeline import prune
 from redpp_serve.pruning.repair import repair_batch_norm

@@ -12,8 +12,8 @@ from redpp_serve.graph.layers import mac_count
 from redpp_serve.pruning import distillation as module
 from redpp_serve.pruning import student as training
 from redpp_serve.pruning.distillation import Lesson, OutputLoss, Schedule, distil, matched_values, mixed, schedule
-from redpp_serve.pruning.inputs import smooth_noise
 from redpp_serve.pruning.judge import Reference
+from redpp_serve.pruning.matching import smooth_noise
 from redpp_serve.pruning.student import Student, trained_tensors, update_macs
 from tests.support.judging import compare_outputs
 from tests.support.networks import KINDS, Builder, network

@@ -1,32 +1,33 @@
 """Structured inputs without data: the same for a seed, in range, of every kind and size, and unlike noise."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from redpp_serve.errors import RedppError
-from redpp_serve.graph.graph import InputSpec, Ref
+from redpp_serve.graph.graph import InputSpec
 from redpp_serve.pruning.families import (
     IMAGE,
+    MASK,
     SIGNAL,
     TABLE,
     TOKENS,
     UNKNOWN,
     Scale,
-    estimate_scale,
     families_of,
     kind_of,
     structured,
 )
-from tests.support.networks import Builder, calibrated, network
 
 PICTURE = InputSpec("x", (3, 64, 64))
 SOUND = InputSpec("x", (4000,))
 ROW = InputSpec("x", (12,))
-WORDS = InputSpec("x", (16,), "int64")
-CASES = [(spec, family) for spec in (PICTURE, SOUND, ROW, WORDS) for family in families_of(spec)]
+WORDS = InputSpec("x", (16,), "int64", ((0, 29),))
+CATEGORIES = InputSpec("x", (4, 3), "int32", ((0, 1), (5, 9), (0, 99)))
+PRESENT = InputSpec("x", (2, 90), "bool")
+BYTES = InputSpec("x", (24, 16, 3), "uint8", ((0, 255),))
+EVERY = (PICTURE, SOUND, ROW, WORDS, CATEGORIES, PRESENT, BYTES)
+CASES = [(spec, family) for spec in EVERY for family in families_of(spec)]
 
 
 @pytest.mark.parametrize(
@@ -41,10 +42,16 @@ CASES = [(spec, family) for spec in (PICTURE, SOUND, ROW, WORDS) for family in f
         ((1, 256), "float32", SIGNAL),
         ((255,), "float32", TABLE),
         ((1, 30), "float64", TABLE),
-        ((16,), "int64", TOKENS),
-        ((4, 9), "int32", TOKENS),
+        ((), "float32", TABLE),
+        ((), "bool", MASK),
+        ((), "int64", UNKNOWN),
+        ((16,), "int64", UNKNOWN),
+        ((4, 9), "int32", UNKNOWN),
         ((2, 16000), "float32", UNKNOWN),
-        ((16,), "bool", UNKNOWN),
+        ((16,), "bool", MASK),
+        ((32, 48, 3), "float32", IMAGE),
+        ((8, 8, 1), "float32", IMAGE),
+        ((8, 3, 8), "float32", UNKNOWN),
     ],
 )
 def test_the_kind_follows_from_shape_and_dtype(shape, dtype, kind):
@@ -52,6 +59,47 @@ def test_the_kind_follows_from_shape_and_dtype(shape, dtype, kind):
     assert kind_of(spec) == kind
     assert len(families_of(spec)) >= {IMAGE: 4, UNKNOWN: 0}.get(kind, 3)
     assert bool(families_of(spec)) == (kind != UNKNOWN)
+    assert all(structured(spec, 2, 0, family).shape == (2, *shape) for family in families_of(spec)[:3])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "ranges", "kind"),
+    [
+        ((16,), "int64", ((0, 999),), TOKENS),
+        ((4, 9), "int32", ((0, 1), (0, 4), (0, 2)), TOKENS),
+        ((16,), "int64", ((0, 1),), MASK),
+        ((3, 16, 16), "uint8", ((0, 255),), IMAGE),
+        ((16, 16, 4), "int64", ((0, 65535),), IMAGE),
+        ((1, 16, 16), "int64", ((0, 20),), TOKENS),
+        ((64,), "uint8", ((0, 255),), TOKENS),
+        ((64,), "uint8", (), UNKNOWN),
+    ],
+)
+def test_the_kind_of_integers_follows_from_their_range(shape, dtype, ranges, kind):
+    assert kind_of(InputSpec("x", shape, dtype, ranges)) == kind
+
+
+def test_tokens_and_masks_stay_in_their_ranges():
+    for spec, ranges in ((WORDS, [(0, 29)] * 3), (CATEGORIES, CATEGORIES.ranges), (PRESENT, [(0, 1)] * 3)):
+        for family in families_of(spec):
+            made = structured(spec, 201, 3, family).reshape(-1, 3) + 0
+            assert [(int(column.min()), int(column.max())) for column in made.T] == list(ranges), (spec, family)
+
+
+def test_masks_leave_something_and_hide_something():
+    for family in families_of(PRESENT):
+        mask = structured(PRESENT, 100, 0, family).float().mean(2)
+        assert mask.min() > 0 and mask.max() < 1
+    assert structured(PRESENT, 9, 0, "padded").float().diff(dim=2).max() == 0  # ones, then zeros
+
+
+def test_pictures_of_bytes_are_those_of_floats():
+    floats = structured(InputSpec("x", (3, 24, 16)), 4, 5, "leaves")
+    made = structured(BYTES, 4, 5, "leaves")
+    assert made.dtype is torch.uint8 and made.max() > 200
+    assert torch.equal(made, (255 * floats).round().to(torch.uint8).permute(0, 2, 3, 1))
+    last = structured(InputSpec("x", (24, 16, 3)), 4, 5, "leaves", Scale((0.5, 0.4, 0.3), (0.2, 0.1, 0.3)))
+    assert torch.equal(last, Scale((0.5, 0.4, 0.3), (0.2, 0.1, 0.3)).apply(floats).permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize(("spec", "family"), CASES)
@@ -122,47 +170,5 @@ def test_a_scale_maps_the_range_of_images():
     for c in range(3):
         assert torch.allclose(scaled[:, c], (x[:, c] - mean[c]) / std[c])
     assert torch.allclose(structured(PICTURE, 2, 1, "leaves", Scale((1.0,), (-1.0,))), 1 - x, atol=1e-6)
-
-
-def reads_images(channels):
-    """Return a small network with batch norm for images of 24x24, not trained yet."""
-    b = Builder(channels, 24, 24, seed=channels)
-    b.inputs = [InputSpec("x", (channels, 24, 24))]
-    x = b.relu(b.norm(b.conv("x", "stem", channels, 12), "stem_bn", 12))
-    return b.graph(b.linear(b.mean(b.relu(b.norm(b.conv(x, "next", 12, 12), "next_bn", 12))), "head", 12, 3))
-
-
-RANGES = [Scale((0.0,), (1.0,)), Scale((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), Scale((0.0,), (1 / 255,))]
-
-
-@pytest.mark.parametrize("scale", RANGES)
-def test_the_range_is_found_from_batch_norms_that_were_trained_in_it(scale):
-    graph = reads_images(3)
-    pictures = structured(graph.inputs[0], 16, 9, "scenes", scale)  # a family that the estimate does not use
-    assert estimate_scale(calibrated(graph, (pictures,))) == scale
-
-
-def test_the_range_of_a_standardised_grey_data_set_is_nearly_found():
-    graph, scale = reads_images(1), Scale((0.3,), (0.35,))
-    pictures = structured(graph.inputs[0], 16, 9, "scenes", scale)
-    found = estimate_scale(calibrated(graph, (pictures,)))
-    assert found.mean[0] == pytest.approx(0.3, abs=0.21) and found.std[0] == pytest.approx(0.35, abs=0.11)
-
-
-def test_the_range_is_that_of_raw_pictures_where_nothing_tells():
-    assert estimate_scale(network("mlp")) == Scale() == estimate_scale(network("chain"))  # no image, too small
-    graph = reads_images(1)
-    two = replace(graph, inputs=(*graph.inputs, InputSpec("y", (1, 24, 24))))
-    assert estimate_scale(two) == Scale()
-
-
-@pytest.mark.parametrize("scale", [Scale(), Scale((1.0,), (-1.0,)), Scale((0.1307,), (0.3081,))])
-def test_the_range_of_a_classifier_without_batch_norm_follows_from_its_scores(scale):
-    """Templates of marks tell marks from each other in their own range best, and surely, as trained networks do."""
-    spec = InputSpec("x", (1, 16, 16))
-    b = Builder(*spec.shape)
-    templates = structured(spec, 10, 3, "glyphs", scale).flatten(1)
-    weight = b.tensor("head.weight", 20 * templates)
-    bias = b.tensor("head.bias", -10 * templates.square().sum(dim=1))
-    graph = b.graph(b.op("head", "linear.default", Ref(b.flatten("x")), weight, bias))
-    assert estimate_scale(graph) == scale
+    sound = structured(SOUND, 2, 1, "speech")
+    assert torch.allclose(structured(SOUND, 2, 1, "speech", Scale((0.0,), (2**-15,))), 2**15 * sound)

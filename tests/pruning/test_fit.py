@@ -12,7 +12,7 @@ from redpp_serve.graph.graph import Ref
 from redpp_serve.graph.layers import find_layers
 from redpp_serve.pruning import fit as module
 from redpp_serve.pruning.fit import Epilogue, Fitting, epilogue, quick_fit, reconstruct, then
-from redpp_serve.pruning.inputs import smooth_noise
+from redpp_serve.pruning.matching import smooth_noise
 from redpp_serve.pruning.observation import images_for, observe, select
 from tests.support.judging import compare_outputs
 from tests.support.networks import Builder, inner_of, network, plant

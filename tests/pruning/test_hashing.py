@@ -10,11 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redpp_serve.options import HASHES, HashTarget
+from redpp_serve.pruning import hashing
 from redpp_serve.pruning.density import build_grid
 from redpp_serve.pruning.hashing import at_entropy, fit_codebook, hash_weight, quantise, retuned
 from tests.support.networks import few, many, seeds
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """No codebooks of the other methods, which take most of the time, but in the test that looks at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hashing, "HASHES", ())
+        yield
 
 
 def gaussian(n=60_000, seed=0, dtype=torch.float32):
@@ -59,9 +70,19 @@ def test_kmeans_is_not_worse_than_lloyds_algorithm_on_the_weights():
         mine = measured(w, hash_weight(w, "kmeans", HashTarget(values=values)).weight)
         centres = torch.quantile(w, torch.linspace(0, 1, 2 * values + 1, dtype=torch.float64)[1::2])
         for _ in range(200):
-            near = (w[:, None] - centres).abs().argmin(1)
-            centres = torch.stack([w[near == k].mean() if (near == k).any() else centres[k] for k in range(values)])
-        assert mine <= 1.03 * measured(w, centres[(w[:, None] - centres).abs().argmin(1)]), values
+            centres = means(w, nearest(w, centres))
+        assert mine <= 1.03 * measured(w, centres[nearest(w, centres)]), values
+
+
+def nearest(w, centres):
+    """The cell of each weight, (n,), for ascending centres."""
+    return torch.bucketize(w, (centres[1:] + centres[:-1]) / 2)
+
+
+def means(w, cell):
+    """The mean of each cell that holds a weight."""
+    count = torch.bincount(cell)
+    return (torch.bincount(cell, w) / count)[count > 0]
 
 
 @pytest.mark.parametrize("method", HASHES)
@@ -189,6 +210,19 @@ def test_weights_of_a_quantised_network_are_left_alone():
     assert len(hash_weight(w, "kde", HashTarget(values=8)).weight.unique()) <= 8
 
 
+def test_a_weight_whose_sample_has_fewer_values_than_it_is_hashed():
+    """Every second weight is looked at first, which has 8 of the 16 values."""
+    w = (torch.arange(20_000) % 2 * 8 + torch.arange(20_000) // 2 % 8) / 16
+    assert len(w[::2].unique()) == 8 and len(w.unique()) == 16
+    assert len(hash_weight(w, "kmeans", HashTarget(values=8)).weight.unique()) == 8
+
+
+def test_a_weight_that_is_left_alone_tells_how_often_it_has_each_value():
+    book = hash_weight(torch.tensor([0.5, -1.0, 0.5, 0.5]).repeat(500), "kde", HashTarget(error=0.1)).codebook
+    assert (book.method, book.values.tolist(), book.frequencies.tolist()) == ("unchanged", [-1.0, 0.5], [0.25, 0.75])
+    assert book.entropy == pytest.approx(0.811278, abs=1e-6)
+
+
 def test_a_codebook_of_256_values_counts_as_quantised_and_one_more_does_not():
     for values, left_alone in ((256, True), (257, False)):
         w = torch.arange(values).repeat(40) / 16 + 1
@@ -202,7 +236,8 @@ def test_a_target_out_of_reach_leaves_the_weight_alone(method):
     assert measured(w, hashed.weight) <= 1e-4 and hashed.codebook.error <= 1e-4
 
 
-def test_alternatives_have_at_most_the_entropy():
+def test_alternatives_have_at_most_the_entropy(monkeypatch):
+    monkeypatch.setattr(hashing, "HASHES", HASHES)
     hashed = hash_weight(gaussian(), "kde", HashTarget(error=0.05))
     assert set(hashed.alternatives) == set(HASHES) and hashed.alternatives["kde"] is hashed.codebook
     for book in hashed.alternatives.values():
@@ -302,7 +337,7 @@ def test_kmeans_is_good_where_weights_are_few_for_their_values_and_tails_are_lon
         place = ordered.sign() * ordered.abs() ** (0.5 if tails == "long" else 1) / 3**0.5
         cell = (torch.special.ndtr(place) * values).long()
         for _ in range(61):
-            centres = torch.stack([ordered[cell == k].mean() for k in cell.unique()])
-            cell = torch.bucketize(ordered, (centres[1:] + centres[:-1]) / 2)
+            centres = means(ordered, cell)
+            cell = nearest(ordered, centres)
         best = measured(ordered, centres[cell])
         assert fit_codebook(build_grid(ordered), "kmeans", HashTarget(values=values)).error <= 1.25 * best, (n, values)

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from redpp_serve.errors import GateFailed, RedppError
+from redpp_serve.graph.class_scores import class_outputs
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import InputSpec, Ref
 from redpp_serve.options import Options
-from redpp_serve.pruning.inputs import smooth_noise
-from redpp_serve.pruning.judge import Agreement, CentredError, Difference, Head, Reference, class_outputs, squared_error
+from redpp_serve.pruning.judge import Agreement, CentredError, Difference, Head, Reference, squared_error
+from redpp_serve.pruning.matching import smooth_noise
 from redpp_serve.pruning.verification import check_gate
 from redpp_serve.statistics.binomial import clopper_pearson
 from tests.support.networks import Builder, network
@@ -114,7 +115,7 @@ def test_every_output_and_every_family_has_its_error_and_the_worst_is_the_error(
     damaged = graph.with_tensors({"a": torch.tensor([1.0, 1.0, 1.5]), "b": torch.tensor([0.8, 0.8])})
     found = reference.compare(damaged)
     first, second = found.heads
-    assert (first.output, second.output) == ("first", "second") and found.images == 70 == reference.images
+    assert (first.output, second.output) == ("output_0", "output_1") and found.images == 70 == reference.images
     centred = some - some.mean(0)
     assert first.errors[A] == pytest.approx(0.5 * float(centred[:, 2].norm() / centred.norm()), rel=1e-5)
     assert first.errors[B] == pytest.approx(0.5, rel=1e-5) and second.errors[A] == pytest.approx(0.2, rel=1e-5)
@@ -194,14 +195,14 @@ CLASSES = [
     ("a class for each token", network("tokens"), [False]),
     ("a map of classes", network("bare"), [False]),
     ("classes and boxes", detector(), [True, False]),
-    ("two regressions", detector(classes=False), [False, False]),
+    ("classes and boxes, told by the names of their layers", detector(classes=False), [True, False]),
     ("two heads of logits, which may be anything", network("branches"), [False, False]),
 ]
 
 
 @pytest.mark.parametrize(("graph", "expected"), [case[1:] for case in CLASSES], ids=[case[0] for case in CLASSES])
 def test_what_is_a_classification(graph, expected):
-    assert class_outputs(graph) == dict(zip(graph.outputs, expected, strict=True))
+    assert class_outputs(graph) == dict(zip(graph.output_names, expected, strict=True))
     x = smooth_noise(graph.inputs, 6, 0)
     found = Reference(graph, x).compare(graph)
     assert [bool(head.agreement) for head in found.heads] == expected
@@ -241,4 +242,4 @@ def test_integers_are_no_outputs_to_compare():
     head = b.linear(b.op("sum", "mean.dim", Ref("rows"), [1]), "head", 6, 3)
     graph = b.graph(b.op("best", "argmax.default", Ref(head), 1), head)
     found = Reference(graph, smooth_noise(graph.inputs, 5, 0)).compare(scaled(graph, 1.5))
-    assert [h.output for h in found.heads] == ["head"] and found.error == pytest.approx(0.5, rel=1e-4)
+    assert [h.output for h in found.heads] == ["output_1"] and found.error == pytest.approx(0.5, rel=1e-4)

@@ -197,6 +197,13 @@ def test_channels_that_no_reader_uses_go_too():
     assert merge_one(graph)[1] == 5
 
 
+def test_a_channel_with_a_zero_among_its_columns_stays():
+    graph = network("branches", 6)
+    for name in ("left.weight", "right.weight", "aux.weight"):
+        graph.tensors[name][0, 1] = 0
+    assert merge_all(graph).graph is graph
+
+
 def test_a_copy_is_used_even_where_its_first_is_not():
     graph = plant(network("chain", 6), {4: 1})
     graph.tensors["second.weight"][:, 1] = 0

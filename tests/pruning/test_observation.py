@@ -13,7 +13,7 @@ from redpp_serve.channels.coupling import couple
 from redpp_serve.graph.executor import Program
 from redpp_serve.pruning import observation as module
 from redpp_serve.pruning import piecewise
-from redpp_serve.pruning.inputs import smooth_noise
+from redpp_serve.pruning.matching import smooth_noise
 from redpp_serve.pruning.observation import Selection, observe, samples, select, select_channels, spread
 from tests.support.networks import Builder, few, network, permuted, seeds
 

@@ -8,7 +8,7 @@ from redpp_serve.channels.coupling import couple
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Ref
 from redpp_serve.pruning import piecewise as module
-from redpp_serve.pruning.inputs import smooth_noise
+from redpp_serve.pruning.matching import smooth_noise
 from redpp_serve.pruning.piecewise import Piecewise, chunk_size
 from tests.support.networks import KINDS, Builder, network
 

@@ -22,7 +22,8 @@ from redpp_serve.graph.weights import split_weight
 from redpp_serve.options import Options
 from redpp_serve.pruning import choose, pipeline, steps
 from redpp_serve.pruning.effort import Effort
-from redpp_serve.pruning.inputs import Sources, SynthesisBudget
+from redpp_serve.pruning.inputs import Sources
+from redpp_serve.pruning.matching import SynthesisBudget
 from redpp_serve.pruning.merging import merge_exact
 from redpp_serve.pruning.verification import EXACT, VerifyData
 from redpp_serve.stages import Stages
@@ -437,12 +438,18 @@ def test_outputs_without_classes_have_no_agreement_and_no_accuracy(tmp_path):
         prune(graph, Options(method="red++", min_agreement=0.0))
 
 
+class Roots(nn.Module):
+    """Has no value anywhere."""
+
+    def forward(self, x):
+        return (-1 - x.abs()).sqrt()
+
+
 def test_a_network_that_gives_no_numbers_is_refused():
-    """A negative running variance passes the check of the weights."""
-    closed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
-    narrowable = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3)).eval()
+    """Roots of negative numbers pass the check of the weights."""
+    closed = nn.Sequential(nn.Conv2d(3, 4, 3), Roots()).eval()
+    narrowable = nn.Sequential(nn.Conv2d(3, 4, 3), Roots(), nn.Conv2d(4, 2, 3)).eval()
     for net in (closed, narrowable):
-        net[1].running_var.fill_(-1e-3)
         graph = capture(net, [InputSpec("x", (3, 7, 7))], [])
         for method in ("red++", "narrow"):
             with pytest.raises(RedppError, match="own output is NaN"):
@@ -471,15 +478,40 @@ def test_a_target_for_inputs_of_an_unknown_kind_is_refused(options, flag):
         prune(trained("bare"), fast(accept_unmeasured=False, **options))
 
 
-def test_token_inputs_are_of_no_known_kind():
+def of_tokens(ranges=()):
+    """Return a network that reads 7 tokens of a vocabulary of 40."""
     b = Builder(7)
-    b.inputs = [InputSpec("ids", (7,), "int64")]
-    b.op("embedded", "embedding.default", b.tensor("table", b.random(2, 5)), Ref("ids"))
+    b.inputs = [InputSpec("ids", (7,), "int64", ranges)]
+    b.op("embedded", "embedding.default", b.tensor("table", b.random(40, 5)), Ref("ids"))
     hidden = b.relu(b.linear("embedded", "inner", 5, 8))
-    graph = b.graph(b.linear(b.op("pooled", "mean.dim", Ref(hidden), [1]), "head", 8, 3))
-    stages = Stages(quiet=True)
-    result = prune(graph, fast(keep=0.5, accept_unmeasured=False), stages=stages)
-    assert statuses(stages)["reconstruct"] == "skipped" and widths_of(result.pruned) == widths_of(graph)
+    return b.graph(b.linear(b.op("pooled", "mean.dim", Ref(hidden), [1]), "head", 8, 3))
+
+
+@pytest.mark.parametrize("method", ["narrow", "red++"])
+def test_nothing_lossy_happens_to_a_reader_of_unknown_integers(method):
+    graph, stages = of_tokens(), Stages(quiet=True)
+    result = prune(graph, Options(method=method, time_budget=1, distil=0), stages=stages)
+    assert digest(result.pruned) == digest(graph)
+    assert {statuses(stages)[name] for name in ("hash", "reconstruct", "codebooks")} == {"skipped"}
+    assert "give --input 7:int64:LOW..HIGH" in stages.named("hash" if method == "red++" else "reconstruct").reason
+    found = result.verify
+    assert (found.output_error, found.agreement, found.known, found.families) == (None, None, False, ())
+    assert stages.named("verify").reason == "output error unknown" and not result.shares
+    with pytest.raises(GateFailed, match=r"cannot be reached: the integers that ids holds"):
+        prune(graph, fast(accept_unmeasured=False, target_macs=0.5))
+
+
+def test_a_reader_of_tokens_is_judged_on_its_whole_vocabulary():
+    result = prune(of_tokens(((0, 39),)), fast(keep=0.5, accept_unmeasured=False))
+    assert widths_of(result.pruned)["inner"] == 4
+    assert {record.family for record in result.verify.families} < {"uniform", "frequent", "repeated"}
+    assert result.samples[0].max() > 30 and result.verify.output_error > 0.01
+
+
+def test_real_inputs_tell_the_range_of_integers():
+    own = torch.randint(20, 40, (40, 7), generator=torch.Generator().manual_seed(0))
+    result = prune(of_tokens(), fast(keep=0.5, accept_unmeasured=False), sources=Sources(inputs=(own,)))
+    assert widths_of(result.pruned)["inner"] == 4 and result.inputs.fit[0].min() == 20
 
 
 def test_real_inputs_make_the_kind_known_and_judge():

@@ -5,7 +5,7 @@ import torch
 
 from redpp_serve.graph.executor import Program
 from redpp_serve.pruning import repair as module
-from redpp_serve.pruning.inputs import smooth_noise
+from redpp_serve.pruning.matching import smooth_noise
 from redpp_serve.pruning.repair import repair_batch_norm
 from tests.support.judging import compare_outputs
 from tests.support.networks import calibrated, network

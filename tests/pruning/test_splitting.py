@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from redpp_serve.graph import weights as splitting
 from redpp_serve.graph.graph import Node
-from redpp_serve.graph.layers import CONV, LINEAR, Layer
+from redpp_serve.graph.layers import CONV, LINEAR, Call, Layer, Window
 from redpp_serve.graph.weights import split_weight
 from redpp_serve.pruning import verification as verify
 from redpp_serve.pruning.accounting import Counts, count_dense, count_kernels, count_scalars, expected_kernels
@@ -22,9 +22,8 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 def layer_of(shape, groups=1, positions=7):
     op = CONV if len(shape) == 4 else LINEAR
-    return Layer(
-        "layer", Node("layer", op, ()), "layer.weight", None, tuple(shape), (1, 1), (0, 0), (1, 1), groups, positions
-    )
+    call = Call(Node("layer", op, ()), Window((1, 1), (0, 0), (1, 1), groups), positions)
+    return Layer("layer", (call,), "layer.weight", None, tuple(shape))
 
 
 @st.composite

@@ -44,14 +44,15 @@ def test_times_that_do_not_grow_say_nothing():
 def test_a_number_stays_and_needs_no_stage():
     stages = Stages(quiet=True)
     options = Options(round_to=24)
-    assert with_step(options, stages) is options and not stages.stages
+    assert with_step(options, stages, trained()) is options and not stages.stages
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_an_engine_is_measured_once(engine, monkeypatch, tmp_path):
     path = tmp_path / "plans.json"
     found = measured_step(CPU, Serving(engine=engine), PlanCache(path, shipped=None))
-    assert found.channels in tiles.STEPS and f"{engine} fp32" in found.reason
+    precision = "bf16" if "bf16" in ENGINES[engine].precisions() else "fp32"  # in which auto serves
+    assert found.channels in tiles.STEPS and f"{engine} {precision}" in found.reason
     monkeypatch.setattr(tiles, "_measure", lambda *given: pytest.fail("measured again"))
     assert measured_step(CPU, Serving(engine=engine), PlanCache(path, shipped=None)) == found
 
@@ -92,15 +93,37 @@ def test_what_goes_wrong_leaves_eight_with_a_reason(monkeypatch):
     assert found.channels == 8 and "no memory for the engine" in found.reason and torch.get_num_threads() == threads
 
 
-def test_a_run_uses_the_step_and_says_why(quick, monkeypatch):
-    times = {f"openvino fp32 {w}": Timing(s, 1.0) for w, s in padded(16).items()}
+def stepped(monkeypatch, graph, tile, **how):
+    """The run of a narrowing whose engine pads widths to a tile, and the reason of its step."""
+    times = {f"openvino fp32 {w}": Timing(s, 1.0) for w, s in padded(tile).items()}
     monkeypatch.setattr(tiles, "_measure", lambda *given: times)
     monkeypatch.setattr(tiles, "default_path", lambda: None)
     stages = Stages(quiet=True)
-    options = Options(round_to="auto", keep=0.4, distil=0.0, accept_unmeasured=True, max_error=10.0)
-    result = prune(trained("residual", 32), options, stages=stages)
-    assert "multiples of 16: openvino fp32 takes as long" in stages.named("step").reason
-    assert set(result.choice.narrowed.widths.values()) == {16}
+    options = Options(keep=0.4, distil=0.0, accept_unmeasured=True, max_error=10.0, **how)
+    return prune(graph, options, stages=stages), stages.named("step").reason
+
+
+def test_a_run_uses_the_step_and_says_why(quick, monkeypatch):
+    result, reason = stepped(monkeypatch, trained("mlp", 64), 16)
+    assert "multiples of 16: openvino fp32 takes as long" in reason
+    assert set(result.choice.narrowed.widths.values()) == {32}
+
+
+def test_half_of_the_layers_have_four_steps_to_choose_from(quick, monkeypatch):
+    result, reason = stepped(monkeypatch, trained("mlp", 64), 64)
+    assert "multiples of 16: openvino fp32 takes as long" in reason and "(64 channels)" in reason
+    assert set(result.choice.narrowed.widths.values()) == {32}
+
+
+def test_networks_of_few_channels_keep_eight_and_measure_nothing(quick, monkeypatch):
+    monkeypatch.setattr(tiles, "measured_step", lambda *given: pytest.fail("measured"))
+    result, reason = stepped(monkeypatch, trained("mlp", 32), 32)
+    assert "at most 32 channels" in reason and set(result.choice.narrowed.widths.values()) == {16}
+
+
+def test_duplicates_alone_go_in_steps_of_eight():
+    found = with_step(Options(method="red++"), Stages(quiet=True), trained("mlp", 64))
+    assert found.round_to == 8
 
 
 def test_other_words_are_refused():

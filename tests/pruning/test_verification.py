@@ -1,6 +1,7 @@
 """Each gate fails on its own number and passes otherwise; labelled data is read strictly."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from redpp_serve.capture.export import capture
 from redpp_serve.errors import GateFailed, RedppError
 from redpp_serve.graph.graph import InputSpec, Ref
 from redpp_serve.graph.layers import find_layers
+from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.options import Options
-from redpp_serve.pruning.inputs import smooth_noise
 from redpp_serve.pruning.judge import Agreement, Difference, Head, Reference
+from redpp_serve.pruning.matching import smooth_noise
 from redpp_serve.pruning.verification import check_gate, layer_errors, load_verify_data
 from tests.support.judging import compare_outputs
 from tests.support.networks import Builder, network, outputs
@@ -45,6 +47,7 @@ def test_the_relative_error_of_outputs_is_that_of_their_norms():
 def test_agreement_counts_equal_classes():
     b = Builder(4)
     graph = b.graph(b.op("y", "mul.Tensor", Ref("x"), b.tensor("s", torch.ones(4))))
+    graph = replace(graph, classes=frozenset({"output_0"}))
     other = graph.with_tensors({"s": torch.tensor([1.0, -1.0, 1.0, 1.0])})
     x = torch.eye(4)
     assert compare_outputs(graph, other, (x,)).agreement == 0.75
@@ -145,8 +148,9 @@ def outputs_for(graph, x):
 def test_image_bytes_are_normalised_as_the_server_does(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (4, *SHAPE), dtype=np.uint8)
     path = save(tmp_path, inputs=x, labels=np.zeros(4, int))
-    mean, std = [0.1, 0.2, 0.3], [0.5, 0.25, 0.125]
-    (got,) = load_verify_data(path, network("chain"), (mean, std)).inputs
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
+    preprocess = Preprocess("RGB", *SHAPE[1:], mean, std, fit="crop", resize=(99, 99))
+    (got,) = load_verify_data(path, network("chain"), preprocess).inputs
     expected = (x / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
@@ -159,10 +163,13 @@ def test_bytes_of_vectors_keep_their_shape(tmp_path):
     assert got.shape == (4, 5) and torch.allclose(got, torch.tensor(0.2))
 
 
+NINE = Preprocess("L", 5, 5, (9.0,), (9.0,))
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int32, np.bool_])
 def test_other_types_are_taken_as_they_are(tmp_path, dtype):
     x = np.ones((2, 5), dtype)
-    (got,) = load_verify_data(save(tmp_path, inputs=x, labels=np.zeros(2, int)), network("mlp"), ([9.0], [9.0])).inputs
+    (got,) = load_verify_data(save(tmp_path, inputs=x, labels=np.zeros(2, int)), network("mlp"), NINE).inputs
     assert got.dtype == torch.float32 and (got == 1).all()
 
 

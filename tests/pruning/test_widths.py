@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from redpp_serve.channels.coupling import couple
 from redpp_serve.graph.layers import find_layers, mac_count
 from redpp_serve.pruning.fit import quick_fit
-from redpp_serve.pruning.inputs import smooth_noise
+from redpp_serve.pruning.matching import smooth_noise
 from redpp_serve.pruning.observation import observe, select
 from redpp_serve.pruning.widths import (
     NarrowingPath,
@@ -26,7 +26,9 @@ from redpp_serve.pruning.widths import (
 )
 from tests.pruning.test_fit import network_of
 from tests.support.judging import compare_outputs
+from tests.support.layer_networks import EXAMPLES
 from tests.support.networks import KINDS, few, network, networks, seeds
+from tests.support.rule_networks import OPEN
 
 
 def falling(channels, scale=1.0):
@@ -50,6 +52,16 @@ def test_shapes_and_costs_are_those_of_the_narrowed_network(graph, seed):
     assert model.shapes(widths) == {layer.name: layer.shape for layer in find_layers(narrow)}
     assert model.macs(model.shapes(widths)) == mac_count(narrow)
     assert model.shapes({}) == model.full
+
+
+@pytest.mark.parametrize("name", [*OPEN, *EXAMPLES])
+def test_costs_of_every_kind_of_layer_and_product(name):
+    graph = OPEN[name][0]() if name in OPEN else EXAMPLES[name].graph()
+    coupling = couple(graph)
+    widths = {g.name: g.channels - g.channels // 3 for g in coupling.open}
+    narrow, model = coupling.narrow({name: torch.arange(width) for name, width in widths.items()}), ShapeModel(coupling)
+    assert model.macs(model.full) == mac_count(graph)
+    assert model.macs(model.shapes(widths)) == mac_count(narrow)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "gate", "concat", "stream"])

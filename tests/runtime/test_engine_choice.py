@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from redpp_serve.capture.export import capture
-from redpp_serve.engines import ENGINES, Engine, processor
+from redpp_serve.engines import ENGINES, ON_CPU, Engine, processor
 from redpp_serve.engines.sessions import import_openvino
-from redpp_serve.engines.trial import Outcome
+from redpp_serve.engines.trial import Arrays, Trial, TrialError
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import build
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.quantization import find_ranges
-from redpp_serve.runtime import engine_choice
-from redpp_serve.runtime.engine_choice import Candidate, EngineRun, Network
+from redpp_serve.runtime import engine_choice, engine_times
+from redpp_serve.runtime.engine_network import Candidate, EngineRun
+from redpp_serve.runtime.engine_times import Expected
 from redpp_serve.runtime.model import ServingModel
 from redpp_serve.runtime.plan import Plan
 from redpp_serve.runtime.plan_cache import PlanCache
@@ -50,27 +50,18 @@ def load(data: bytes, **options: Any) -> ServingModel:
 
 @pytest.fixture
 def paced(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Seconds that an engine's run takes at least, by candidate; the real outputs."""
+    """Seconds to add to what an engine's calls take, by candidate; the real outputs."""
     seconds: dict[str, float] = {}
-    real = Network.run
 
-    def run(self: Network, candidate: Candidate) -> Any:
-        made, clock = real(self, candidate), self.clock
-        wait = seconds.get(str(candidate), 0.0)
-        call: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] = made.__call__
+    class Slow(Trial):
+        def __init__(self, engine: str, precision: str, *rest: Any) -> None:
+            super().__init__(engine, precision, *rest)
+            self.wait = seconds.get(f"{engine} {precision}", 0.0)
 
-        class Slow:
-            close = made.close
+        def time(self, batch: int, *shapes: Any) -> float:
+            return super().time(batch, *shapes) + self.wait
 
-            def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-                end = clock() + wait
-                while clock() < end:
-                    pass
-                return call(inputs)
-
-        return Slow()
-
-    monkeypatch.setattr(Network, "run", run)
+    monkeypatch.setattr(engine_times, "Trial", Slow)
     return seconds
 
 
@@ -81,7 +72,7 @@ def test_bf16_alone_is_built_from_the_network_in_fp32(graph: Graph) -> None:
     torch.testing.assert_close(model(SAMPLES)[0], Program(graph)(SAMPLES)[0], rtol=0.2, atol=0.2)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ON_CPU)
 def test_a_named_engine_serves_what_the_network_computes(graph: Graph, engine: str) -> None:
     model = load(artifact(graph), engine=engine)
     assert model.plan.engine == engine and model.plan.precision == "fp32"
@@ -104,15 +95,16 @@ def test_the_fastest_serves_and_the_others_are_told(graph: Graph, paced: dict[st
 
 
 def test_one_that_computes_something_else_is_left_out(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = engine_choice.try_engines
+    class Wrong(Trial):
+        def __init__(self, engine: str, *rest: Any) -> None:
+            super().__init__(engine, *rest)
+            self.engine = engine
 
-    def wrong(*args: Any) -> list[Outcome]:
-        found = real(*args)
-        found[0].outputs = [[1.01 * y for y in outputs] for outputs in found[0].outputs]
-        found[1].outputs = [[y[:, :-1] for y in outputs] for outputs in found[1].outputs]
-        return found
+        def outputs(self, batch: int, *shapes: Any) -> Arrays:
+            found = super().outputs(batch, *shapes)
+            return [y[:, :-1] if self.engine == "onnxruntime" else 1.01 * y for y in found]
 
-    monkeypatch.setattr(engine_choice, "try_engines", wrong)
+    monkeypatch.setattr(engine_times, "Trial", Wrong)
     model = load(artifact(graph))
     assert model.plan.engine == "redpp"
     assert "differ by" in model.plan.left_out["openvino fp32"]
@@ -124,32 +116,56 @@ def test_times_are_kept_and_nothing_is_tried_again(
 ) -> None:
     data, path = artifact(graph), tmp_path / "plans.json"
     first = load(data, cache=PlanCache(path, shipped=None))
-    monkeypatch.setattr(engine_choice, "try_engines", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(engine_times, "Trial", lambda *_: pytest.fail("tried again"))
     again = load(data, cache=PlanCache(path, shipped=None))
     assert {c.source for c in again.plan.engines} == {"cached"}
     assert again.plan.engine == first.plan.engine and again.plan.digest == first.plan.digest
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.exhaustive)])
 def test_a_named_engine_is_not_tried_again_either(
     graph: Graph, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, path = artifact(graph), tmp_path / "plans.json"
     load(data, engine=engine, cache=PlanCache(path, shipped=None))
     with monkeypatch.context() as patch:
-        patch.setattr(engine_choice, "try_engines", lambda *_: pytest.fail("tried again"))
+        patch.setattr(engine_times, "Trial", lambda *_: pytest.fail("tried again"))
         again = load(data, engine=engine, cache=PlanCache(path, shipped=None)).plan
     assert again.engine == engine and {c.source for c in again.engines} == {"cached"}
     assert load(data, cache=PlanCache(path, shipped=None)).plan.engines[0].source == "measured", "no choice was kept"
 
 
+def test_a_kept_choice_is_held_against_all_stored_inputs(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[int] = []
+    real = Expected.wrong
+
+    def noted(self: Expected, candidate: Candidate, found: Any, *sizes: Any) -> str:
+        checked.append(sum(len(outputs[0]) for outputs in found))
+        return real(self, candidate, found, *sizes)
+
+    data, cache = artifact(graph, errors={"int8": 0.1}), PlanCache(tmp_path / "plans.json")
+    load(data, precision="int8", engine="openvino", batch=1, cache=cache)
+    monkeypatch.setattr(Expected, "wrong", noted)
+    plan = load(data, precision="int8", engine="openvino", batch=1, cache=cache).plan
+    assert checked == [len(SAMPLES)]
+    assert (plan.engine, plan.precision, plan.engines[0].source) == ("openvino", "int8", "cached")
+
+
+def test_the_error_of_one_input_is_relative_to_its_own_spread() -> None:
+    values = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
+    assert engine_times._error(values, values + 0.1) == pytest.approx(0.1, rel=0.1)
+    assert engine_times._error(values.expand(4, -1), values.expand(4, -1) + 0.1) > 10
+
+
 def test_a_named_engine_that_failed_is_tried_again_and_says_why(
     graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> list[Outcome]:
-        return [Outcome(reason="no memory left")]
+    def fail(*_: Any) -> None:
+        raise TrialError("no memory left")
 
-    monkeypatch.setattr(engine_choice, "try_engines", fail)
+    monkeypatch.setattr(engine_times, "Trial", fail)
     for _ in range(2):
         plan = load(artifact(graph), engine="openvino", cache=PlanCache(tmp_path / "plans.json", shipped=None)).plan
         assert (plan.engine, plan.left_out) == ("redpp", {"openvino fp32": "no memory left"})
@@ -165,6 +181,7 @@ def test_the_seconds_of_building_are_told(graph: Graph, tmp_path: Path) -> None:
     assert Plan.from_json(again.to_json()) == again
 
 
+@pytest.mark.exhaustive
 def test_a_second_version_in_a_worker_imports_nothing_again(
     graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,8 +209,9 @@ def test_an_engine_that_fails_at_last_leaves_the_own_runtime(graph: Graph, monke
         raise RuntimeError("no memory left")
 
     monkeypatch.setattr(EngineRun, "__init__", fail)
-    model = load(artifact(graph))
-    assert model.plan.engine == "redpp" and model.plan.left_out["openvino fp32"] == "no memory left"
+    model = load(artifact(graph), engine="openvino")
+    assert model.plan.engine == "redpp" and model.plan.left_out == {"openvino fp32": "no memory left"}
+    assert {c.source for c in model.plan.engines} == {"failed"}
     assert torch.isfinite(model(SAMPLES)[0]).all()
 
 
@@ -221,6 +239,7 @@ def test_an_operator_without_a_rule_is_named() -> None:
     assert model.plan.engine == "redpp" and "divisor" in model.plan.left_out["openvino fp32"]
 
 
+@pytest.mark.exhaustive
 def test_precisions_within_the_budget(graph: Graph, paced: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "flags", lambda: frozenset({"avx512_bf16", "avx512_vnni"}))
     data = artifact(graph, auto=["fp32", "int8"], errors={"int8": 0.4})
@@ -268,7 +287,7 @@ def test_threads_keep_to_affinity_and_quota(tmp_path: Path, monkeypatch: pytest.
     assert processor.usable_threads(1000) == affinity
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ON_CPU)
 def test_an_index_out_of_range_is_refused_by_whatever_serves(engine: str) -> None:
     class Words(nn.Module):
         def __init__(self) -> None:
@@ -303,6 +322,7 @@ def test_torch_compile_that_fails_leaves_the_own_runtime(graph: Graph, monkeypat
     assert model.plan.engine == "redpp" and model.plan.left_out["torch-compile fp32"] == "no compiler was found"
 
 
+@pytest.mark.exhaustive
 def test_a_kept_time_serves_no_other_weights_unchecked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Operators and shapes are the same, but one network loses its digits in the engine."""
 
@@ -320,8 +340,8 @@ def test_a_kept_time_serves_no_other_weights_unchecked(tmp_path: Path, monkeypat
     path = tmp_path / "plans.json"
     first = load(network_of(1.0), engine="openvino", cache=PlanCache(path, shipped=None))
     assert first.plan.engine == "openvino"
-    real = engine_choice.EngineRun.__call__
-    monkeypatch.setattr(engine_choice.EngineRun, "__call__", lambda self, x: tuple(y + 1 for y in real(self, x)))
+    real = EngineRun.__call__
+    monkeypatch.setattr(EngineRun, "__call__", lambda self, x: tuple(y + 1 for y in real(self, x)))
     other = load(network_of(2.0), engine="openvino", cache=PlanCache(path, shipped=None))
     assert other.plan.engine == "redpp" and "differ by" in other.plan.left_out["openvino fp32"]
 
@@ -337,7 +357,7 @@ def test_negative_and_large_integers_are_what_torch_makes_of_them() -> None:
     )
     assert "int64 in fewer bits" in model.plan.left_out["openvino"]
     table = nn.Embedding(7, 4).eval()
-    for engine in ENGINES:
+    for engine in ON_CPU:
         model = load(
             build(capture(table, [InputSpec("i", (3,), "int64")], []), {"info": {}}, (ids[:, [0, 1, 0]],)).data,
             engine=engine,
@@ -346,7 +366,51 @@ def test_negative_and_large_integers_are_what_torch_makes_of_them() -> None:
             model(torch.tensor([[0, -1, 3]]))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("section", ["x", [1], {"auto": "int8"}, {"auto": ["int8"], "ranges": {"x": [1]}, "errors": 3}])
 def test_a_section_that_somebody_edited(graph: Graph, section: Any) -> None:
     model = load(build(graph, {"info": {}, "precision": section}, (SAMPLES,)).data, precision="auto")
     assert model.plan.precision == "fp32" and torch.isfinite(model(SAMPLES)[0]).all()
+
+
+def test_one_that_dies_while_it_takes_turns_is_left_out(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The incumbent is slowed, so that the engines take turns with each other."""
+
+    class Dying(Trial):
+        def __init__(self, engine: str, *rest: Any) -> None:
+            super().__init__(engine, *rest)
+            self.engine, self.calls = engine, 0
+
+        def time(self, batch: int, *shapes: Any) -> float:
+            self.calls += 1
+            if self.engine == "onnxruntime" and self.calls > 6:
+                self._process.kill()
+            super().time(batch, *shapes)
+            return 1e-4
+
+    monkeypatch.setattr(engine_times, "Trial", Dying)
+    monkeypatch.setattr(engine_times, "timed", lambda *_: lambda: 1.0)
+    plan = load(artifact(graph)).plan
+    assert plan.engine == "openvino" and plan.left_out == {"onnxruntime fp32": "its process ended with code -9"}
+    assert all("onnxruntime fp32" not in c.times for c in plan.engines)
+
+
+def test_what_is_far_behind_is_read_once_and_its_process_ends(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds, read, alive = {"openvino": 1e-4, "onnxruntime": 2e-4}, list[tuple[str, int]](), list[int]()
+
+    class Known(Trial):
+        def __init__(self, engine: str, *rest: Any) -> None:
+            super().__init__(engine, *rest)
+            self.engine = engine
+
+        def time(self, batch: int, *shapes: Any) -> float:
+            read.append((self.engine, batch))
+            alive.append(len(psutil.Process().children()))
+            return seconds[self.engine]
+
+    monkeypatch.setattr(engine_times, "Trial", Known)
+    monkeypatch.setattr(engine_times, "timed", lambda *_: lambda: 1.0)
+    plan = load(artifact(graph)).plan
+    assert read == [("openvino", batch) for batch in (1, 1, 2, 2)] + [("onnxruntime", batch) for batch in (1, 2)]
+    assert plan.engines[0].times == {"redpp fp32": 1.0, "openvino fp32": 1e-4, "onnxruntime fp32": 2e-4}
+    assert max(alive) == 2

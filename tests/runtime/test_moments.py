@@ -83,7 +83,7 @@ def test_sums_equal_those_computed_directly_from_all_inputs_at_once() -> None:
     assert found.images == LEAST and found.skipped == 0
     names = [node.name for node in graph.nodes]
     values = dict(zip(names, Program(graph, names)(x), strict=True)) | {"x": x}
-    read = {layer.node.args[0].name: 1 if layer.is_conv else -1 for layer in find_layers(graph)}
+    read = {layer.node.args[0].name: layer.axis for layer in find_layers(graph)}
     assert set(read) == {"x", "r", "b", "g", "t", "m"} <= set(found.values)
     for name, axis in read.items():
         wanted, one = rows(values[name], axis), found.values[name]
@@ -93,7 +93,7 @@ def test_sums_equal_those_computed_directly_from_all_inputs_at_once() -> None:
         close(one.covariance(), wanted.T.cov(correction=0))
         close(one.variance(), wanted.var(0, correction=0))
     for layer in find_layers(graph):
-        wanted, one = rows(values[layer.node.name], 1 if layer.is_conv else -1), found.values[layer.node.name]
+        wanted, one = rows(values[layer.node.name], layer.axis), found.values[layer.node.name]
         assert one.count == len(wanted)
         close(one.squares, wanted.square().sum(0))
     for name in graph.outputs:
@@ -117,7 +117,9 @@ def test_patches_equal_what_the_convolutions_read(monkeypatch: pytest.MonkeyPatc
         if layer.node.name not in forms:
             continue
         (value,) = Program(graph, [layer.node.args[0].name])(x)
-        columns = unfold(value.double(), layer.shape[2:], layer.dilation, layer.padding, layer.stride)
+        columns = unfold(
+            value.double(), layer.shape[2:], layer.window.dilation, layer.window.padding, layer.window.stride
+        )
         patches = columns.transpose(1, 2).flatten(0, 1)
         one = found.patches[layer.node.name]
         channels, taps = one.total.shape

@@ -367,6 +367,10 @@ def test_a_confirmation_is_of_one_network() -> None:
     assert confirm(graph, choices_of(graph, "library"), 0.5, cache)[1] == 2
     assert confirm(other, choices_of(other, "library"), 0.5, cache)[1] == 2  # only a stride differs
     assert confirm(graph, choices_of(graph, "library"), 0.5, cache)[1] == 0
+    graph, cache = network(), PlanCache(None)
+    choices = choices_of(graph, "library")[:3]
+    assert confirm(graph, choices, 0.5, cache)[1] == 2
+    assert confirm(graph, [*choices[:1], *choices_of(graph, "dense")[1:3]], 0.5, cache)[1] == 2  # other kernels
 
 
 def test_the_network_is_timed_in_what_the_layers_left_of_the_budget() -> None:

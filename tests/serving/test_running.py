@@ -12,15 +12,15 @@ import psutil
 import pytest
 
 from redpp_serve.errors import RedppError
-from redpp_serve.files import state_folder
 from redpp_serve.processes import started
 from redpp_serve.serving.running import Running, find, find_all, register
+from redpp_serve.state_folders import state_folder
 
 
 @pytest.fixture(autouse=True)
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
-    return tmp_path / "run" / f"redpp-serve-{os.getuid()}"
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "run"))
+    return tmp_path / "run" / "redpp-serve"
 
 
 def note(folder: Path, pid: int | None = None, kind: str = "triton") -> Running:
@@ -56,7 +56,8 @@ def test_what_is_registered_is_found_by_any_way_to_its_folder(tmp_path: Path, mo
 def test_notes_are_this_users_alone(tmp_path: Path, state: Path) -> None:
     with register(note(tmp_path)):
         (file,) = state.iterdir()
-        assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(state.stat().st_mode) == 0o700
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert not stat.S_IMODE(state.stat().st_mode) & 0o066, "root lets nginx pass through"
     assert list(state.iterdir()) == []
 
 
@@ -119,7 +120,7 @@ def test_damaged_notes_are_ignored(tmp_path: Path, state: Path, content: str) ->
 
 def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path, state: Path) -> None:
     state_folder().chmod(0o777)
-    with pytest.raises(RedppError, match="not a folder of this user alone.*XDG_RUNTIME_DIR"):
+    with pytest.raises(RedppError, match="not a folder of this user alone.*XDG_STATE_HOME"):
         find(tmp_path)
 
 

@@ -19,14 +19,14 @@ import pytest
 import torch
 
 import redpp_serve.serving.serve as module
-from redpp_serve.comparison.folder import folder_payloads
+from redpp_serve.comparison.payloads import folder_payloads
 from redpp_serve.errors import RedppError
-from redpp_serve.files import state_folder
 from redpp_serve.loopback import Ports
 from redpp_serve.options import ServerOptions
 from redpp_serve.serving.running import find
 from redpp_serve.serving.serve import model_name, serve
 from redpp_serve.serving.server import LocalServer
+from redpp_serve.state_folders import state_folder
 from tests.support.small import SHAPE, outputs
 
 STOP_S = 30  # a few seconds on an idle machine
@@ -40,6 +40,8 @@ class Standin(LocalServer):
     title = "TorchServe"
     metrics_url = "http://127.0.0.1:9400/metrics"
     management_url = "http://127.0.0.1:8081"
+    front_url = "http://127.0.0.1:8085"
+    grpc_address = "127.0.0.1:7070"
     log: ClassVar[list[str]] = []
     act: ClassVar[dict[str, Callable[[], None]]] = {}
 
@@ -66,6 +68,9 @@ class Standin(LocalServer):
         self._reach("stop")
         self.log.append("stopped")
 
+    def _front_options(self) -> list[str]:
+        return []
+
     def url(self, version: str) -> str:
         return f"{self.default_url()}/{version}"
 
@@ -91,11 +96,17 @@ class Standin(LocalServer):
 @pytest.fixture
 def standin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Standin]]:
     monkeypatch.setattr(module, "open_server", Standin)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     Standin.log, Standin.act = [], {}
     yield Standin
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def log_folder() -> Path:
+    """The only run's."""
+    (folder,) = (state_folder() / "logs").iterdir()
+    return folder
 
 
 def send(number: int) -> Callable[[], None]:
@@ -115,7 +126,9 @@ def test_urls_and_token_are_printed(packaged: Path, standin: type[Standin]) -> N
     ]
     assert "curl -H 'Authorization: Bearer secret-of-inference' " in lines[5]
     assert f"--data-binary @{packaged / 'sample.npy'} http" in lines[5]
-    assert lines[6].startswith(f"promote   redpp-serve promote {packaged}: ") and lines[7:] == [READY]
+    assert lines[6].startswith(f"promote   redpp-serve promote {packaged}: ")
+    assert lines[7].startswith("v2        http://127.0.0.1:8085 ") and lines[8] == "grpc      127.0.0.1:7070"
+    assert lines[9] == f"logs      {log_folder()}" and lines[10:] == [READY]
 
 
 def test_other_commands_find_it_while_it_runs(packaged: Path, standin: type[Standin]) -> None:
@@ -129,7 +142,7 @@ def test_other_commands_find_it_while_it_runs(packaged: Path, standin: type[Stan
     serve(packaged, note=lambda line: None)
     assert (found[0].kind, found[0].pid, found[0].name) == ("torchserve", os.getpid(), "small")
     assert found[0].headers["management"] == {"Authorization": "Bearer secret-of-management"}
-    assert not any(state_folder().iterdir())
+    assert [path.name for path in state_folder().iterdir()] == ["logs"]
     with pytest.raises(RedppError, match="no server is running for .*redpp-serve serve"):
         find(packaged)
 
@@ -138,7 +151,7 @@ def test_without_auth_no_token_is_mentioned(packaged: Path, standin: type[Standi
     lines: list[str] = []
     standin.act["alive"] = send(signal.SIGINT)
     serve(packaged, ServerOptions(demo_auth_off=True), note=lines.append)
-    assert not any("oken" in line or "Bearer" in line for line in lines) and len(lines) == 7
+    assert not any("oken" in line or "Bearer" in line for line in lines[:-2]) and len(lines) == 10
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -203,11 +216,11 @@ def test_live_servers_print_urls_answer_and_end_by_either_signal(
     payload, state = folder_payloads(packaged)[0], tmp_path_factory.mktemp("state")
     x = torch.from_numpy(np.load(packaged / "inputs.npz")["x"][0])
     before = {p.name for p in packaged.iterdir()}
-    flags: dict[int, list[str]] = {signal.SIGINT: [], signal.SIGTERM: ["--demo-auth-off"]}
+    flags: dict[int, list[str]] = {signal.SIGINT: [], signal.SIGTERM: ["--demo-auth-off", "--log-format", "json"]}
     environment = {
         **os.environ,
         "TMPDIR": str(tmp_path),
-        "XDG_RUNTIME_DIR": str(state),
+        "XDG_STATE_HOME": str(state),
     }  # where its private folders must not be left behind
     servers = {}
     try:
@@ -241,10 +254,14 @@ def test_live_servers_print_urls_answer_and_end_by_either_signal(
             assert not psutil.wait_procs(processes, timeout=2)[1]
             errors = (tmp_path / f"{number}.err").read_text()
             assert "2 of 2 workers ready" in errors and errors.endswith("stopped\n") and "Traceback" not in errors
+            said, written = (Path(printed["logs"]) / name for name in ("supervisor.log", "server.log"))
+            assert "2 of 2 workers ready" in said.read_text() and said.read_text().endswith("Z stopped\n")
+            assert written.stat().st_size > 0
+            assert written.with_suffix(".jsonl").exists() == ("--log-format" in flags[number])
     finally:
         for server in servers.values():
             server.terminate()
             server.wait(STOP_S)
     assert {p.name for p in packaged.iterdir()} == before
     assert all(path.suffix == ".err" for path in tmp_path.iterdir())
-    assert [path for path in state.rglob("*") if path.is_file()] == []
+    assert all(path.parent.parent.name == "logs" for path in state.rglob("*") if path.is_file())

@@ -17,7 +17,7 @@ from redpp_serve.serving.triton_server import TritonServer
 
 
 def test_a_folder_without_the_servers_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RedppError, match="original.mar is not an archive.*original.mar and pruned.mar"):
+    with pytest.raises(RedppError, match="original.mar cannot be read.*redpp-serve package"):
         TorchServe(tmp_path, name="small")
     with pytest.raises(RedppError, match="no config.pbtxt and no 1/model.py and no 2/model.py.*redpp-serve package"):
         TritonServer(tmp_path, name="small")
@@ -46,8 +46,8 @@ def test_a_port_is_the_first_of_consecutive_ones(packaged: Path) -> None:
     torchserve, triton = (
         open_server(packaged, ServerOptions(kind, port=20100), name="small") for kind in ("torchserve", "triton")
     )
-    assert torchserve.ports == Ports(20100, 20101, 20102, 20103, 20104, 20105)
-    assert triton.ports == TritonPorts(20100, 20101, 20102)
+    assert torchserve.ports == Ports(20100, 20101, 20102, 20103, 20104, 20105, 20106)
+    assert triton.ports == TritonPorts(20100, 20101, 20102, 20103)
 
 
 def test_what_is_missing_is_named_with_the_command_that_installs_it(
@@ -65,19 +65,18 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it(
 
 
 def test_a_program_that_this_machine_cannot_run_is_named_and_leaves_nothing(
-    packaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packaged: Path, tmp_path: Path, state_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "bin" / "tritonserver"
-    for folder in (program.parent, tmp_path / "backends" / "python", tmp_path / "scratch"):
+    for folder in (program.parent, tmp_path / "backends" / "python"):
         folder.mkdir(parents=True)
     program.write_text("no program")
     program.chmod(0o700)
     monkeypatch.setenv(VARIABLE, str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     server = TritonServer(packaged, name="small")
     with pytest.raises(RedppError, match="tritonserver cannot be started: .*Exec format"):
         server.start()
-    assert server.home is None and list((tmp_path / "scratch").iterdir()) == []
+    assert server.home is None and not list(state_home.rglob("redpp-server-*"))
 
 
 def test_importing_the_servers_loads_no_server() -> None:

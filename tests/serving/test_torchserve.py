@@ -15,12 +15,17 @@ import psutil
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.http import InferenceServerClient, InferInput
 
 from redpp_serve.errors import RedppError
+from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.handlers.prometheus import WRITE_EVERY_S
 from redpp_serve.loopback import Ports, free_ports
+from redpp_serve.options import Serving
+from redpp_serve.packaging.mar import build_mar
+from redpp_serve.packaging.server_config import config_properties, limits_for, model_config
 from redpp_serve.serving.torchserve import TorchServe
-from tests.support.served import INFO, PREPROCESS, SHAPE, VARIANTS, expected, npy, picture, write_archives
+from tests.support.served import INFO, PREPROCESS, SHAPE, VARIANTS, built, expected, npy, picture, write_archives
 
 pytestmark = pytest.mark.server
 
@@ -207,9 +212,51 @@ def test_workers_that_die_end_the_start_with_their_log(folder: Path, tmp_path: P
     assert set(mine()) <= before
 
 
+def test_an_archive_that_java_cannot_unpack_ends_the_start(folder: Path, tmp_path: Path) -> None:
+    """One bit of the network is flipped; TorchServe itself would wait for five minutes."""
+    for path in folder.iterdir():
+        data = bytearray(path.read_bytes())
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo("model.redpp")
+        data[info.header_offset + 30 + len(info.filename) + info.file_size // 2] ^= 1
+        (tmp_path / path.name).write_bytes(data)
+    before, start = set(mine()), time.monotonic()
+    with pytest.raises(RedppError, match="TorchServe cannot load an archive"):
+        TorchServe(tmp_path, name="tiny").start()
+    assert set(mine()) <= before and time.monotonic() - start < 100
+
+
 def test_a_port_in_use_is_found_beforehand(folder: Path) -> None:
     ports, before = free_ports(Ports), set(mine())
     refusal = pytest.raises(RedppError, match=f"port {ports.metrics} for metrics")
     with socket.create_server(("127.0.0.1", ports.metrics)), refusal:
         TorchServe(folder, name="tiny", ports=ports).start()
     assert set(mine()) <= before
+
+
+def test_the_largest_request_and_answer_pass_the_servers_limits(tmp_path: Path) -> None:
+    """An input of 3x1280x1280 as .npy and as JSON, and an answer of 8x256x256 as JSON, through server and front."""
+    shape, generator = (3, 1280, 1280), torch.Generator().manual_seed(0)
+    w = torch.randn(8, 3, 5, 5, generator=generator)
+    graph = Graph(
+        (InputSpec("x", shape),),
+        {"w": w},
+        (Node("y", "aten.conv2d.default", (Ref("x"), Ref("w"), None, [5, 5])),),
+        ("y",),
+    )
+    for version, variant in VARIANTS.items():
+        data = build_mar(built(version, graph, None), name="large", model_config=model_config(Serving(1, 0, 1)))
+        (tmp_path / f"{variant}.mar").write_bytes(data)
+    limits = limits_for(3 * 1280 * 1280, 8 * 256 * 256)
+    (tmp_path / "config.properties").write_text(config_properties(limits=limits))
+    x = torch.randn(shape, generator=generator)
+    wanted = torch.nn.functional.conv2d(x[None], w, stride=5).numpy()
+    with TorchServe(tmp_path, name="large") as server:
+        for body, kind in ((npy(x.numpy()), BINARY), (json.dumps(x.tolist()).encode(), "application/json")):
+            status, _, document = post(server, "1.0", body, kind)
+            assert status == 200, document
+            assert np.array(document["outputs"][0]) == pytest.approx(wanted[0], rel=1e-3, abs=1e-3)
+        with InferenceServerClient(server.front_url.removeprefix("http://")) as client:
+            given = InferInput("x", (1, *shape), "FP32").set_data_from_numpy(x[None].numpy())
+            found = client.infer("large", [given], headers=server.headers()).as_numpy("output_0")
+        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-3)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -176,7 +176,7 @@ def test_oversize_and_damaged_bodies_are_refused_and_harm_nobody(server: TritonS
 def test_nothing_listens_beyond_loopback(server: TritonServer) -> None:
     listening = [c.laddr for p in mine() for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
     found = {(address.ip.removeprefix("::ffff:"), address.port) for address in listening}
-    assert found == {("127.0.0.1", port) for port in (server.ports.http, server.ports.grpc, server.ports.metrics)}
+    assert found == {("127.0.0.1", port) for port in astuple(server.ports)}
 
 
 def test_no_request_fails_while_versions_are_switched(server: TritonServer) -> None:
@@ -285,7 +285,7 @@ def test_sigterm_ends_serve_and_leaves_nothing(
 ) -> None:
     """With what else the command line offers for a running server."""
     state, before = tmp_path_factory.mktemp("state"), tree(packaged)
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "XDG_RUNTIME_DIR": str(state)}
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "XDG_STATE_HOME": str(state)}
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -306,9 +306,18 @@ def test_sigterm_ends_serve_and_leaves_nothing(
                 break
             key, _, value = line.strip().partition(" ")
             printed[key] = value.strip()
-        assert set(printed) == {"original", "pruned", "default", "metrics", "token", "try", "promote"}, (
-            process.stderr.read()
-        )
+        assert set(printed) == {
+            "original",
+            "pruned",
+            "default",
+            "metrics",
+            "token",
+            "try",
+            "promote",
+            "v2",
+            "grpc",
+            "logs",
+        }
         started = psutil.Process(process.pid).children(recursive=True)
         assert len(started) >= 4  # the server, both versions and the stand-in
         asked = subprocess.run(["bash", "-c", printed["try"]], capture_output=True, timeout=60)
@@ -326,7 +335,8 @@ def test_sigterm_ends_serve_and_leaves_nothing(
         process.wait(STOP_S)
     assert not psutil.wait_procs(started, timeout=2)[1]
     assert list(tmp_path.iterdir()) == [] and tree(packaged) == before
-    assert [path for path in state.rglob("*") if path.is_file()] == []
+    left = {path.name for path in state.rglob("*") if path.is_file()}
+    assert left == {"server.log", "supervisor.log"}, "something but logs is left"
     gone = run("health")
     assert gone.returncode == 1 and "no server is running" in gone.stderr
 
@@ -342,7 +352,7 @@ def test_a_model_that_does_not_load_ends_the_start_with_its_log(packaged: Path, 
 
 def test_a_port_in_use_is_found_beforehand(packaged: Path) -> None:
     ports, before = free_ports(TritonPorts), set(mine())
-    refusal = pytest.raises(RedppError, match=f"port {ports.grpc} for grpc: .*in use.*three different")
+    refusal = pytest.raises(RedppError, match=f"port {ports.grpc} for grpc: .*in use.*four different")
     with socket.create_server(("127.0.0.1", ports.grpc)), refusal:
         TritonServer(packaged, name="small", ports=ports).start()
     assert set(mine()) <= before

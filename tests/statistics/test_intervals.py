@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from redpp_serve.handlers.metrics import SECONDS_BUCKETS
 from redpp_serve.statistics.intervals import (
@@ -79,6 +80,27 @@ def test_mean_of_few_values_covers() -> None:
     rng = np.random.default_rng(6)
     intervals = [mean_interval(rng.standard_normal(6), rng) for _ in range(400)]
     assert 0.91 <= np.mean([x.low <= 0 <= x.high for x in intervals]) <= 0.99
+
+
+@pytest.mark.parametrize("count", [5, 8])
+def test_the_interval_of_a_mean_is_as_wide_as_students(count: int) -> None:
+    """For normal values it is, but for the bootstrap's own distribution, which has no tails for few values."""
+    rng = np.random.default_rng(7)
+    shares = []
+    for _ in range(200):
+        values = rng.standard_normal(count)
+        found = mean_interval(values, rng)
+        student = stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / math.sqrt(count)
+        shares.append((found.high - found.low) / 2 / student)
+    assert 0.95 <= np.mean(shares) <= 1.01
+
+
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("block", [None, 1, 7])
+def test_the_first_and_the_last_value_are_resampled(place: int, block: int | None) -> None:
+    values = np.zeros(30)
+    values[place] = 1.0
+    assert percentile_interval(values, 1.0, np.random.default_rng(8), block=block).high == 1.0
 
 
 def test_unequal_pairs_and_no_values_are_refused() -> None:

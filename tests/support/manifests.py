@@ -34,7 +34,8 @@ def of_kind(documents: list[Document], *kinds: str) -> list[Document]:
 
 def problems(documents: list[Document]) -> list[str]:
     """Every rule that the manifests break, as sentences; empty when all is well."""
-    checks = (_schemas, _selectors, _services, _routes, _autoscalers, _monitors, _policies, _pods, _inference_services)
+    checks = (_schemas, _names, _selectors, _services, _routes, _autoscalers, _monitors, _policies, _pods)
+    checks += (_inference_services, _rights)
     return [problem for check in checks for problem in check(documents)]
 
 
@@ -76,6 +77,11 @@ def _templates(documents: list[Document]) -> dict[str, Document]:
     return {d["metadata"]["name"]: d["spec"]["template"] for d in of_kind(documents, "Deployment")}
 
 
+def _servers(documents: list[Document]) -> dict[str, Document]:
+    """Those of the model's two versions."""
+    return {name: t for name, t in _templates(documents).items() if "variant" in t["metadata"]["labels"]}
+
+
 def _selected(documents: list[Document], selector: dict[str, str]) -> list[str]:
     templates = _templates(documents).items()
     return [name for name, template in templates if _matches(selector, template["metadata"]["labels"])]
@@ -85,6 +91,35 @@ def _ports(template: Document) -> dict[str, int]:
     return {p["name"]: p["containerPort"] for c in template["spec"]["containers"] for p in c.get("ports", [])}
 
 
+def _names(documents: list[Document]) -> Iterator[str]:
+    """Several models share a namespace: what belongs to one has its name, and selects its pods alone."""
+    model = _model(documents)
+    shared = {
+        ("PrometheusRule", "redpp-serve"),
+        ("PersistentVolumeClaim", "redpp-kernels"),
+        ("Namespace", "redpp-serve"),
+    }
+    shared |= {("PersistentVolumeClaim", "redpp-packages"), ("ConfigMap", "redpp-dashboards")}
+    for document in documents:
+        name = document["metadata"]["name"]
+        of_all = (document["kind"], name) in shared or re.fullmatch("redpp-(model|probe)-[a-z0-9]+", name)
+        if not of_all and document["kind"] != "Job" and not re.fullmatch(rf"{model}(-.*)?", name):
+            yield f"{_name(document)} has not the model's name {model}"
+    for name, template in _templates(documents).items():
+        if template["metadata"]["labels"].get("app.kubernetes.io/instance") != model:
+            yield f"the pods of {name} have not the model's name {model}"
+
+
+def _model(documents: list[Document]) -> str:
+    """The model's name."""
+    return _variable(documents, "MODEL_NAME")
+
+
+def _variable(documents: list[Document], key: str) -> str:
+    """A value of model/model.env; empty where there is none."""
+    return next((d["data"][key] for d in of_kind(documents, "ConfigMap") if key in d["data"]), "")
+
+
 def _selectors(documents: list[Document]) -> Iterator[str]:
     """Deployments, Services and disruption budgets mean one version's pods and no other's."""
     for document in of_kind(documents, "Deployment", "Service", "PodDisruptionBudget"):
@@ -92,12 +127,15 @@ def _selectors(documents: list[Document]) -> Iterator[str]:
         selected = _selected(documents, selector if document["kind"] == "Service" else selector.get("matchLabels", {}))
         if selected != [document["metadata"]["name"]]:
             yield f"{_name(document)} selects the pods of {selected}"
-    for name, template in _templates(documents).items():
-        labels = template["metadata"]["labels"]
-        if (name, labels.get("version")) not in {("model-original", "1.0"), ("model-pruned", "2.0")}:
+    for name, template in _servers(documents).items():
+        labels, variant = template["metadata"]["labels"], name.rpartition("-")[2]
+        if (variant, labels.get("version")) not in {("original", "1.0"), ("pruned", "2.0")}:
             yield f"Deployment {name} has version {labels.get('version')}"
-        if labels.get("variant") != name.removeprefix("model-"):
+        if labels.get("variant") != variant:
             yield f"Deployment {name} has variant {labels.get('variant')}"
+        for spread in template["spec"]["topologySpreadConstraints"]:
+            if _selected(documents, spread["labelSelector"]["matchLabels"]) != [name]:
+                yield f"Deployment {name} is spread by other pods"
 
 
 def _services(documents: list[Document]) -> Iterator[str]:
@@ -123,7 +161,7 @@ def _routes(documents: list[Document]) -> Iterator[str]:
                 yield f"{_name(route)} has weights that do not add up to 100"
             for header in (h for m in rule["matches"] for h in m.get("headers", [])):
                 asked.add(header["value"])
-                if [b["name"].split("-")[1] for b in backends] != [header["value"]]:
+                if [b["name"].removesuffix("-predictor").rpartition("-")[2] for b in backends] != [header["value"]]:
                     yield f"{_name(route)} sends {header['name']}: {header['value']} to {backends[0]['name']}"
         if asked != {"original", "pruned"}:
             yield f"{_name(route)} lets the header ask for {sorted(asked)}"
@@ -148,52 +186,95 @@ def _autoscalers(documents: list[Document]) -> Iterator[str]:
         target = scaler["spec"]["scaleTargetRef"]
         if target["kind"] != "Deployment" or target["name"] not in _templates(documents):
             yield f"{_name(scaler)} scales {target['kind']} {target['name']}, which does not exist"
+        for deployment in of_kind(documents, "Deployment"):
+            if deployment["metadata"]["name"] == target["name"] and "replicas" in deployment["spec"]:
+                yield f"{_name(deployment)} has replicas beside an autoscaler"
         for metric in scaler["spec"]["metrics"]:
             name = metric["pods"]["metric"]["name"]
             if name not in adapted_metrics():
                 yield f"{_name(scaler)} follows {name}, which nothing exports"
 
 
+def _meant(documents: list[Document], document: Document) -> list[str]:
+    """The Deployments that a monitor or a policy is for, by its name: the watcher's, or both versions'."""
+    watcher = document["metadata"]["name"].endswith("-watch")
+    return sorted(name for name in _templates(documents) if name.endswith("-watch") == watcher)
+
+
 def _monitors(documents: list[Document]) -> Iterator[str]:
     for monitor in of_kind(documents, "PodMonitor"):
         selected = _selected(documents, monitor["spec"]["selector"]["matchLabels"])
-        if sorted(selected) != sorted(_templates(documents)):
+        if sorted(selected) != _meant(documents, monitor):
             yield f"{_name(monitor)} selects the pods of {selected}"
         for name in selected:
             for endpoint in monitor["spec"]["podMetricsEndpoints"]:
                 if endpoint["port"] not in _ports(_templates(documents)[name]):
                     yield f"{_name(monitor)} scrapes the port {endpoint['port']}, which {name} does not have"
+    releases = {
+        d["metadata"].get("labels", {}).get("release") for d in of_kind(documents, "PodMonitor", "PrometheusRule")
+    }
+    if releases - {_variable(documents, "RELEASE")}:
+        yield f"monitors and rules have the labels release {releases}"
 
 
 def _policies(documents: list[Document]) -> Iterator[str]:
     for policy in of_kind(documents, "NetworkPolicy"):
         selected = _selected(documents, policy["spec"]["podSelector"]["matchLabels"])
-        if sorted(selected) != sorted(_templates(documents)):
+        if sorted(selected) != _meant(documents, policy):
             yield f"{_name(policy)} guards the pods of {selected}"
         ports = {p["port"] for rule in policy["spec"]["ingress"] for p in rule["ports"]}
         for name in selected:
             if not ports <= _ports(_templates(documents)[name]).keys():
                 yield f"{_name(policy)} opens {sorted(ports)}, which {name} does not have"
+    guarded = [
+        n
+        for p in of_kind(documents, "NetworkPolicy")
+        for n in _selected(documents, p["spec"]["podSelector"]["matchLabels"])
+    ]
+    yield from (f"no NetworkPolicy guards {name}" for name in _templates(documents) if name not in guarded)
+
+
+def _rights(documents: list[Document]) -> Iterator[str]:
+    """A role names the one object that it is for; a binding and a pod name accounts and roles that exist."""
+    routes = [d["metadata"]["name"] for d in of_kind(documents, "HTTPRoute")]
+    roles, accounts = ({d["metadata"]["name"] for d in of_kind(documents, kind)} for kind in ("Role", "ServiceAccount"))
+    for role in of_kind(documents, "Role"):
+        for rule in role["rules"]:
+            if rule.get("resourceNames") != routes or rule["resources"] != ["httproutes"]:
+                yield f"{_name(role)} is for {rule.get('resourceNames')}"
+    for binding in of_kind(documents, "RoleBinding"):
+        if binding["roleRef"]["name"] not in roles or {x["name"] for x in binding["subjects"]} - accounts:
+            yield f"{_name(binding)} binds what does not exist"
+    for name, template in _templates(documents).items():
+        account = template["spec"].get("serviceAccountName")
+        if account and account not in accounts:
+            yield f"{name} runs as {account}, which does not exist"
 
 
 def _pods(documents: list[Document]) -> Iterator[str]:
     specs = {name: template["spec"] for name, template in _templates(documents).items()}
     specs |= {r["metadata"]["name"]: r["spec"] for r in of_kind(documents, "ServingRuntime")}
-    for name, spec in specs.items():
+    jobs = {j["metadata"]["name"]: j["spec"]["template"]["spec"] for j in of_kind(documents, "Job")}
+    for name, spec in {**specs, **jobs}.items():
         volumes = {volume["name"]: volume for volume in spec.get("volumes", [])}
-        yield from (f"{name}: {problem}" for problem in _volumes(documents, volumes.values()))
-        for container in spec["containers"]:
+        yield from (f"{name}: {problem}" for problem in _volumes(documents, volumes.values(), writes=name in jobs))
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            lasting = name not in jobs and container in spec["containers"]
             yield from (f"{name}: {problem}" for problem in _container(documents, spec, container, volumes))
+            yield from (f"{name}: {problem}" for problem in _probes(documents, container, volumes) if lasting)
 
 
-def _volumes(documents: list[Document], volumes: Any) -> Iterator[str]:
-    claims = {d["metadata"]["name"] for d in of_kind(documents, "PersistentVolumeClaim")}
+def _volumes(documents: list[Document], volumes: Any, writes: bool) -> Iterator[str]:
+    """Claims and ConfigMaps exist; servers write to no claim but that of compiled kernels."""
+    claims = {d["metadata"]["name"] for d in of_kind(documents, "PersistentVolumeClaim")} | {"redpp-source"}
     maps = {d["metadata"]["name"] for d in of_kind(documents, "ConfigMap")}
     for volume in volumes:
         claim = volume.get("persistentVolumeClaim", {}).get("claimName")
         config = volume.get("configMap", {}).get("name")
         if claim and claim not in claims:
             yield f"no claim {claim}"
+        if claim and claim != "redpp-kernels" and not writes and not volume["persistentVolumeClaim"].get("readOnly"):
+            yield f"the claim {claim} can be written"
         if config and config not in maps:
             yield f"no ConfigMap {config}"
 
@@ -208,8 +289,21 @@ def _container(
         reference = variable.get("valueFrom", {}).get("configMapKeyRef")
         if reference and reference["key"] not in maps.get(reference["name"], {}):
             yield f"{variable['name']} comes from {reference['name']}/{reference['key']}, which does not exist"
-    if not re.fullmatch(r"[a-z0-9./-]+:[0-9][\w.-]*", container["image"]):
-        yield f"the image {container['image']} has no fixed version"
+    images = [container["image"], *(v["image"]["reference"] for v in volumes.values() if "image" in v)]
+    for image in images:
+        if not re.fullmatch(r"[a-z0-9./-]+:[0-9][\w.-]*", image):
+            yield f"the image {image} has no fixed version"
+    if not {"cpu", "memory"} <= container.get("resources", {}).get("limits", {}).keys():
+        yield "no limits for CPU and memory"
+    yield from _hardened(spec.get("securityContext", {}), container.get("securityContext", {}))
+
+
+def _probes(documents: list[Document], container: Document, volumes: dict[str, Document]) -> Iterator[str]:
+    """Each is there, runs what is mounted, and that for liveness asks for no prediction."""
+    maps = {d["metadata"]["name"]: d.get("data", {}) for d in of_kind(documents, "ConfigMap")}
+    mounts = {mount["mountPath"]: volumes.get(mount["name"]) for mount in container.get("volumeMounts", [])}
+    if "exec" in container.get("livenessProbe", {}) and "alive" not in container["livenessProbe"]["exec"]["command"]:
+        yield "the livenessProbe asks for a prediction, which overload fails"
     for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
         program = container.get(kind, {}).get("exec", {}).get("command", [None, None])[1]
         mounted = mounts.get(str(Path(program).parent)) if program else None
@@ -222,9 +316,6 @@ def _container(
         for kind in ("startupProbe", "readinessProbe", "livenessProbe")
         if kind not in container and (server or kind != "startupProbe")
     )
-    if not {"cpu", "memory"} <= container.get("resources", {}).get("limits", {}).keys():
-        yield "no limits for CPU and memory"
-    yield from _hardened(spec.get("securityContext", {}), container.get("securityContext", {}))
 
 
 def _hardened(pod: Document, container: Document) -> Iterator[str]:
@@ -254,8 +345,8 @@ def _inference_services(documents: list[Document]) -> Iterator[str]:
             yield f"{_name(service)} has the format {model['modelFormat']}, which its runtime does not serve"
         if model["protocolVersion"] not in runtime["protocolVersions"]:
             yield f"{_name(service)} speaks {model['protocolVersion']}, which its runtime does not"
-        if model["storageUri"] not in claims:
+        if not model["storageUri"].startswith(tuple(f"{claim}/" for claim in claims)):
             yield f"{_name(service)} reads {model['storageUri']}, which does not exist"
         variants = {e["value"] for e in model["env"] if e["name"] == "VARIANT"}
-        if variants != {service["metadata"]["name"].removeprefix("model-")}:
+        if variants != {service["metadata"]["name"].rpartition("-")[2]}:
             yield f"{_name(service)} serves {sorted(variants)}"

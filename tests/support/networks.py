@@ -12,7 +12,7 @@ from torch import Tensor
 from redpp_serve.channels.coupling import ChannelSet, couple
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
-from redpp_serve.pruning.inputs import smooth_noise
+from redpp_serve.pruning.matching import smooth_noise
 
 torch.set_num_threads(1)  # networks this small wait for threads longer than they compute
 

@@ -52,9 +52,15 @@ def norm_and_activations(b):
 
 
 @opens(first=8)
+def three_that_meet(b):
+    x, y, z = (b.conv("x", name, 4, 8) for name in ("first", "second", "third"))
+    return head(b, b.op("sum", "addcmul.default", R(x), R(y), R(z)), 8)
+
+
+@opens(first=8)
 def unflattened(b):  # the channels themselves, then the positions in front of them
-    x = b.op("wide", "unflatten.int", R(b.relu(b.conv("x", "first", 4, 8))), 1, [8, 1])
-    x = b.op("flat", "flatten.using_ints", R(x), 2)
+    x = b.op("wide", "unflatten.int", R(b.relu(b.conv("x", "first", 4, 8))), 1, [1, 8, 1])
+    x = b.op("flat", "flatten.using_ints", R(b.op("whole", "squeeze.dim", R(x), 1)), 2)
     x = b.op("last", "transpose.int", R(x), 1, 2)
     x = b.op("rows", "unflatten.int", R(x), 1, [6, 6])
     return head(b, b.op("back", "permute.default", R(x), [0, 3, 1, 2]), 8)

@@ -102,6 +102,13 @@ class Context:
         self.model_yaml_config = {"handler": {"threads": 1}} if config is None else config
         self.statuses: dict[int, tuple[int, str]] = {}
         self.headers: dict[int, dict[str, str]] = {}
+        self.asked: dict[int, dict[str, str]] = {}
+
+    def get_all_request_header(self, idx: int) -> dict[str, str]:
+        return self.asked.get(idx, {})
+
+    def get_request_id(self, idx: int = 0) -> str | None:
+        return f"{idx:08x}-server"
 
     def set_response_status(self, code: int = 200, phrase: str = "", idx: int = 0) -> None:
         self.statuses[idx] = (code, phrase)

@@ -1,6 +1,8 @@
 """Programs of the system that some tests need; only continuous integration must have them."""
 
 import os
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,17 @@ def tool(name: str) -> Path:
         if os.environ.get(REQUIRED):
             pytest.fail(f"{error} ({REQUIRED} is set)")
         pytest.skip(str(error))
+
+
+def kubectl(least: tuple[int, int] = (0, 0)) -> Path:
+    """The path of kubectl, as for `tool`; one with a kustomize before ``least`` counts as missing."""
+    path = tool("kubectl")
+    told = subprocess.run([path, "version", "--client"], capture_output=True, text=True, timeout=60).stdout
+    found = re.search(r"Kustomize Version: v(\d+)\.(\d+)", told)
+    if not found or (int(found[1]), int(found[2])) < least:
+        text = f"{path} has {found[0] if found else 'no kustomize'}, expected at least {least[0]}.{least[1]}"
+        pytest.fail(text) if os.environ.get(REQUIRED) else pytest.skip(text)
+    return path
 
 
 def triton() -> TritonBinary:

@@ -159,7 +159,7 @@ def replies(endpoint: Endpoint, *payloads: bytes) -> list[Reply]:
 def check(got: list[Reply], timed: bool = True) -> None:
     for reply, x in zip(got, TENSORS, strict=True):
         assert reply.ok and reply.outputs is not None, reply.error
-        assert reply.outputs.tolist() == pytest.approx(expected("1.0", x), rel=1e-4, abs=1e-5)
+        assert reply.outputs[0].tolist() == pytest.approx(expected("1.0", x), rel=1e-4, abs=1e-5)
         if timed:
             assert reply.handler_s is not None and SLOW_S <= reply.handler_s < reply.latency_s
         else:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from redpp_serve.errors import RedppError
+from redpp_serve.state_folders import scratch_folder
 
 TIMEOUT_S = 300.0
 # Largest difference from the network's outputs in that precision, as a share of the largest: sums in another order.
@@ -40,26 +41,32 @@ class Trial:
         name: the word for it in messages and in the report.
         command: a program of this folder with its arguments; it prints one line of JSON.
         files: name -> content of what it finds in its working folder.
-        outputs: the network's outputs for the request, without batch dimension.
+        outputs: the network's outputs by name for the request, without batch dimension.
         precision: the precision that it computes in, which decides how close its outputs must be.
+        half: the 16-bit precision that its weights are stored in, which decides so too; empty where they are wider.
         modules: what to import before the program starts, once for all trials.
     """
 
     name: str
     command: tuple[str, ...]
     files: Mapping[str, bytes]
-    outputs: Sequence[Array]
+    outputs: Mapping[str, Array]
     precision: str
+    half: str = ""
     modules: tuple[str, ...] = ("torch",)
 
 
-def try_archive(archive: Path, request: bytes, outputs: Sequence[Array], precision: str = "fp32") -> Trial:
-    """Return the trial of a ``.mar`` as TorchServe would run it; ``request`` is a body."""
+def try_archive(
+    archive: Path, request: bytes, outputs: Mapping[str, Array], precision: str = "fp32", half: str = ""
+) -> Trial:
+    """Return the trial of a ``.mar`` as TorchServe would run it; ``request`` is a body, the rest as in `Trial`."""
     command = ("run_archive.py", str(archive.resolve()), precision)
-    return Trial(archive.name, command, {"request.bin": request}, outputs, precision)
+    return Trial(archive.name, command, {"request.bin": request}, outputs, precision, half)
 
 
-def try_model(version: Path, config: Mapping[str, Any], request: bytes, outputs: Sequence[Array]) -> Trial:
+def try_model(
+    version: Path, config: Mapping[str, Any], request: bytes, outputs: Mapping[str, Array], half: str = ""
+) -> Trial:
     """Return the trial of one version in a Triton repository, with a substitute for the Python back end.
 
     Args:
@@ -67,11 +74,12 @@ def try_model(version: Path, config: Mapping[str, Any], request: bytes, outputs:
         config: the configuration as Triton hands it to the model.
         request: .npy or .npz without batch dimension.
         outputs: see `Trial`.
+        half: see `Trial`.
     """
     files = {"request.bin": request, "config.json": json.dumps(config).encode()}
     precision = config["parameters"]["precision"]["string_value"]
     command = ("run_model.py", str(version.resolve()))
-    return Trial(f"triton version {version.name}", command, files, outputs, precision)
+    return Trial(f"triton version {version.name}", command, files, outputs, precision, half)
 
 
 def run_trials(trials: Sequence[Trial], timeout_s: float = TIMEOUT_S) -> list[dict[str, object]]:
@@ -87,8 +95,8 @@ def run_trials(trials: Sequence[Trial], timeout_s: float = TIMEOUT_S) -> list[di
     Raises:
         RedppError: a trial fails, or answers something else.
     """
-    with tempfile.TemporaryDirectory(prefix="redpp-smoke-") as scratch, ExitStack() as stack:
-        folders = [Path(scratch) / str(k) for k in range(len(trials))]
+    with scratch_folder(Path(tempfile.gettempdir()), "redpp-smoke-") as scratch, ExitStack() as stack:
+        folders = [scratch / str(k) for k in range(len(trials))]
         process = _start(trials, folders)
         stack.callback(_end, process)  # after a failure or Ctrl-C some still run
         with suppress(subprocess.TimeoutExpired):
@@ -133,9 +141,12 @@ def _milliseconds(trial: Trial, folder: Path) -> float:
     printed, errors = ((folder / name).read_text(encoding="utf-8", errors="replace") for name in ("printed", "errors"))
     try:
         answer = json.loads(printed.splitlines()[-1])
-        close = all(
-            _close(np.asarray(got, dtype=np.float64), np.asarray(wanted, dtype=np.float64), TOLERANCES[trial.precision])
-            for got, wanted in zip(answer["reply"]["outputs"], trial.outputs, strict=True)
+        found = answer["reply"]["outputs"]
+        named = found if isinstance(found, dict) else dict(zip(trial.outputs, found, strict=True))
+        tolerance = max(TOLERANCES[trial.precision], TOLERANCES.get(trial.half, 0.0))
+        close = named.keys() == trial.outputs.keys() and all(
+            _close(np.asarray(named[name], dtype=np.float64), np.asarray(wanted, dtype=np.float64), tolerance)
+            for name, wanted in trial.outputs.items()
         )
     except (IndexError, KeyError, ValueError, TypeError):
         raise _failure(trial, _tail(printed if "reply" in printed else errors or printed)) from None

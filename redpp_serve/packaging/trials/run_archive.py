@@ -29,6 +29,8 @@ def main(archive: str, precision: str) -> None:
         set_all_response_status=lambda *a, **k: None,
         set_response_content_type=lambda *a, **k: None,
         get_request_header=lambda *a, **k: None,
+        get_all_request_header=lambda *a, **k: {},
+        get_request_id=lambda *a, **k: None,
     )
     service = importlib.import_module("handler").Service()
     service.initialize(context)

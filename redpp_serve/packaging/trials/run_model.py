@@ -43,7 +43,7 @@ def main(version: str) -> None:
     if response.has_error():
         reply = {"error": response.error().message()}
     else:
-        reply = {"outputs": [tensor.held[0].tolist() for tensor in response.output_tensors()]}
+        reply = {"outputs": {tensor.name(): tensor.held[0].tolist() for tensor in response.output_tensors()}}
     print(json.dumps({"milliseconds": milliseconds, "reply": reply}))
 
 

@@ -45,13 +45,20 @@ class TritonError(Exception):
 
 
 class InferenceRequest:
-    """One client's inputs (rows, ...) by name."""
+    """One client's inputs (rows, ...) by name, with the protocol's id and what the server passes on of the headers."""
 
-    def __init__(self, inputs: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, inputs: Mapping[str, torch.Tensor], name: str = "", parameters: str = "") -> None:
         self._inputs = [Tensor(name, x) for name, x in inputs.items()]
+        self._name, self._parameters = name, parameters
 
     def inputs(self) -> list[Tensor]:
         return self._inputs
+
+    def request_id(self) -> str:
+        return self._name
+
+    def parameters(self) -> str:
+        return self._parameters
 
 
 class InferenceResponse:

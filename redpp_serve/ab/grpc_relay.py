@@ -1,0 +1,92 @@
+"""The way from the gateway to Triton's two versions over gRPC: a request names its version where no nginx can write.
+
+``python -m redpp_serve.ab.grpc_relay --server HOST:PORT --original SOCKET --pruned SOCKET --versions 1 2`` runs until
+SIGTERM. nginx chooses the arm, and passes the request to that arm's socket; here the version is added to the message.
+Protocol Buffers take the last value of a field, so that it goes behind the message as it came.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+_SERVICE, _METHOD = "inference.GRPCInferenceService", "ModelInfer"
+_VERSION_FIELD = b"\x12"  # number 2 of a ModelInferRequest, with its length before it
+_DROPPED = ("user-agent", "te", "content-type", "host")
+_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+_GRACE_S = 1.0  # for requests in flight
+
+
+def of_version(request: bytes, version: str) -> bytes:
+    """Return a serialized ModelInferRequest for a version, whichever it named."""
+    return request + _VERSION_FIELD + bytes([len(version)]) + version.encode()
+
+
+def arm(channel: Any, version: str) -> Any:
+    """Return what answers questions for predictions as one version of the model does, by a channel to the server."""
+    infer = channel.unary_unary(f"/{_SERVICE}/{_METHOD}")
+
+    async def answer(request: bytes, context: Any) -> bytes:
+        sent = [(key, value) for key, value in context.invocation_metadata() or () if key not in _DROPPED]
+        try:
+            reply: bytes = await infer(of_version(request, version), metadata=sent, timeout=context.time_remaining())
+        except grpc.aio.AioRpcError as error:
+            await context.abort(error.code(), error.details() or "")
+            raise
+        return reply
+
+    return grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: grpc.unary_unary_rpc_method_handler(answer)})
+
+
+async def run(server: str, arms: Sequence[tuple[Path, str]], stop: Callable[[], Awaitable[Any]]) -> None:
+    """Serve each arm, a socket and a version, until ``stop`` returns."""
+    async with grpc.aio.insecure_channel(server, options=_OPTIONS) as channel:
+        relays = []
+        for path, version in arms:
+            path.unlink(missing_ok=True)
+            relays.append(grpc.aio.server(options=_OPTIONS))
+            relays[-1].add_generic_rpc_handlers((arm(channel, version),))
+            relays[-1].add_insecure_port(f"unix:{path}")
+            await relays[-1].start()
+            path.chmod(0o666)  # nginx's worker may be another user; the folder is closed to others
+        await stop()
+        await asyncio.gather(*(relay.stop(_GRACE_S) for relay in relays))
+
+
+def command(server: str, original: Path, pruned: Path, versions: Sequence[str]) -> list[str]:
+    """Return the command that runs it, see the module."""
+    words = ["--server", server, "--original", str(original), "--pruned", str(pruned), "--versions", *versions]
+    return [sys.executable, "-m", "redpp_serve.ab.grpc_relay", *words]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run until SIGTERM or SIGINT; return the exit code."""
+    parser = argparse.ArgumentParser(prog="redpp_serve.ab.grpc_relay", description="The versions over gRPC.")
+    parser.add_argument("--server", required=True, help="host and port of Triton's gRPC")
+    parser.add_argument("--original", type=Path, required=True, help="socket to open for the original version")
+    parser.add_argument("--pruned", type=Path, required=True, help="socket to open for the pruned version")
+    parser.add_argument("--versions", nargs=2, required=True, help="their numbers")
+    options = parser.parse_args(arguments)
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        arms = list(zip((options.original, options.pruned), options.versions, strict=True))
+        await run(options.server, arms, stop.wait)
+
+    with suppress(asyncio.CancelledError):
+        asyncio.run(serve())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

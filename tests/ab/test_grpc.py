@@ -1,0 +1,161 @@
+"""gRPC through the gateway: Triton's client, nginx, the relay that names the version, and a stand-in for Triton."""
+
+import json
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.grpc import InferenceServerClient, InferInput, service_pb2
+from tritonclient.utils import InferenceServerException
+
+from redpp_serve.ab.counts import Traffic
+from redpp_serve.ab.gateway import ListeningProcess, NginxProcess, grpc_socket, mark_dead, switch
+from redpp_serve.ab.grpc_relay import command, of_version
+from redpp_serve.ab.state import Lines
+from redpp_serve.loopback import GatewayPorts, free_ports
+from redpp_serve.variants import NAMES
+from tests.ab.test_gateway import folder, gateway, upstream  # noqa: F401 (fixtures)
+from tests.support.stubs import StubServer
+
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+X = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+def test_the_version_behind_a_message_is_the_one_that_counts() -> None:
+    for given in ("", "7", "1"):
+        request = service_pb2.ModelInferRequest(
+            model_name="m", model_version=given, id="a", raw_input_contents=[b"x" * 300]
+        )
+        read = service_pb2.ModelInferRequest.FromString(of_version(request.SerializeToString(), "2"))
+        request.model_version = "2"
+        assert read == request
+
+
+@dataclass
+class Triton(grpc.GenericRpcHandler):
+    """Answers with the version that it is asked for, or refuses."""
+
+    refuses: grpc.StatusCode | None = None
+    metadata: list[dict[str, str]] = field(default_factory=list)
+
+    def service(self, details: Any) -> Any:
+        if details.method == "/inference.GRPCInferenceService/ServerLive":
+            return grpc.unary_unary_rpc_method_handler(
+                lambda *_: service_pb2.ServerLiveResponse(live=True).SerializeToString()
+            )
+        return grpc.unary_unary_rpc_method_handler(self._infer) if details.method == INFER else None
+
+    def _infer(self, data: bytes, context: Any) -> bytes:
+        request = service_pb2.ModelInferRequest.FromString(data)
+        self.metadata.append(dict(context.invocation_metadata()))
+        if self.refuses:
+            context.abort(self.refuses, "as told")
+        reply = service_pb2.ModelInferResponse(model_name=request.model_name, model_version=request.model_version)
+        reply.raw_output_contents.append(request.raw_input_contents[0])
+        reply.outputs.add(name="y", datatype="FP32", shape=request.inputs[0].shape)
+        return reply.SerializeToString()
+
+
+@pytest.fixture
+def triton() -> Iterator[tuple[Triton, int]]:
+    made, server = Triton(), grpc.server(ThreadPoolExecutor(4))
+    server.add_generic_rpc_handlers((made,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield made, port
+    server.stop(0)
+
+
+@pytest.fixture
+def live(folder: Path, upstream: StubServer, triton: tuple[Triton, int]) -> Iterator[NginxProcess]:  # noqa: F811
+    """nginx and the relay."""
+    address, port = f"127.0.0.1:{triton[1]}", free_ports(GatewayPorts).gateway
+    nginx = NginxProcess(replace(gateway(folder, upstream.port), grpc=(port, address)))
+    nginx.make_folder()
+    original, pruned = (grpc_socket(folder, arm) for arm in NAMES)
+    relay = ListeningProcess("relay", command(address, original, pruned, ("1", "2")), pruned, folder / "grpc.log")
+    try:
+        relay.start()
+        nginx.start()
+        yield nginx
+    finally:
+        nginx.stop()
+        relay.stop()
+
+
+def ask(nginx: NginxProcess, **metadata: str) -> str:
+    """The version that answers."""
+    assert nginx.gateway.grpc
+    given = InferInput("x", X.shape, "FP32").set_data_from_numpy(X)
+    with InferenceServerClient(f"127.0.0.1:{nginx.gateway.grpc[0]}") as client:
+        headers = {key.replace("_", "-"): value for key, value in metadata.items()}
+        answer = client.infer("m", [given], model_version="9", headers=headers, client_timeout=20)
+    assert (answer.as_numpy("y") == X).all()
+    return str(answer.get_response().model_version)
+
+
+@pytest.mark.server
+def test_users_of_grpc_are_divided_as_those_of_http_and_keep_their_arm(
+    live: NginxProcess,
+    triton: tuple[Triton, int],
+    upstream: StubServer,  # noqa: F811
+) -> None:
+    from tests.ab.test_gateway import PUBLIC, arm
+    from tests.support.stubs import ask as ask_http
+
+    users = [f"user-{k}" for k in range(60)]
+    versions = [ask(live, x_user_id=user) for user in users]
+    arms = [arm(ask_http(live.gateway.port, PUBLIC, headers={"X-User-Id": user})) for user in users]
+    assert [NAMES[int(version) - 1] for version in versions] == arms
+    assert abs(arms.count("pruned") / 60 - 0.2) < 4 * math.sqrt(0.16 / 60)
+    for number, wanted in enumerate(NAMES, 1):
+        assert ask(live, x_user_id="user-1", x_redpp_arm=wanted, traceparent=TRACE, token="t") == str(number)
+    seen = triton[0].metadata[-1]
+    assert (seen["traceparent"], seen["token"]) == (TRACE, "t") and len(seen["x-request-id"]) == 32
+    assert "x-redpp-arm" not in seen
+    for move, version in (("pruned", "2"), ("original", "1")):
+        switch(live.gateway.folder, move)
+        assert {ask(live, x_user_id=user) for user in users[:8]} == {version}
+
+
+@pytest.mark.server
+def test_errors_of_grpc_are_counted_by_arm(live: NginxProcess, triton: tuple[Triton, int]) -> None:
+    assert ask(live, x_user_id="a")
+    for code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL):
+        triton[0].refuses = code
+        with pytest.raises(InferenceServerException, match="as told"):
+            ask(live, x_user_id="a")
+    triton[0].refuses = None
+    assert live.gateway.grpc
+    with InferenceServerClient(f"127.0.0.1:{live.gateway.grpc[0]}") as client:
+        assert client.is_server_live()
+        with pytest.raises(InferenceServerException, match="expected ModelInfer"):
+            client.get_model_repository_index()
+    with pytest.raises(InferenceServerException, match="names no arm"):
+        ask(live, x_redpp_arm="candidate")
+    live.stop()
+    lines = [json.loads(line) for line in live.access_log.read_text().splitlines()]
+    assert [line["status"] for line in lines[:3]] == [200, 400, 500]
+    traffic = Traffic()
+    traffic.take(Lines(live.access_log).new())
+    assert traffic.requests.total() == 3 and traffic.errors.total() == traffic.refused.total() == 1
+
+
+@pytest.mark.server
+def test_a_dead_arm_leaves_its_users_to_the_other_and_a_dead_server_is_told(
+    live: NginxProcess, triton: tuple[Triton, int]
+) -> None:
+    mark_dead(live.gateway.folder, {"original"})
+    assert {ask(live, x_user_id=f"user-{k}") for k in range(8)} == {"2"}
+    mark_dead(live.gateway.folder, ())
+    grpc_socket(live.gateway.folder, "original").unlink()
+    with pytest.raises(InferenceServerException, match="does not answer"):
+        ask(live, x_redpp_arm="original")
+    assert ask(live, x_redpp_arm="pruned") == "2"
