@@ -61,6 +61,7 @@ class CellOptions:
         compiled: whether ``torch.compile`` takes part.
         arms: names of the arms to time; none for all.
         clock: what times are of, one of `engine_worker.CLOCKS`.
+        starts: how often the processes of the arms are started anew, with a share of the time each.
     """
 
     kind: str
@@ -74,6 +75,7 @@ class CellOptions:
     compiled: bool = False
     arms: tuple[str, ...] = ()
     clock: str = "wall"
+    starts: int = 1
 
     def setting(self, batch: int = 1, cache: PlanCache | None = None) -> Setting:
         """Return how an arm runs."""

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,19 +87,30 @@ def measure(options: CellOptions) -> dict[str, Any]:
 
 
 def times(network: Network, kept: Kept, options: CellOptions) -> dict[str, Any]:
-    """Time the arms at each batch size, in turns; an arm whose outputs are wrong is named and gets no time."""
+    """Time the arms at each batch size, in turns; an arm whose outputs are wrong is named and gets no time.
+
+    The processes of all arms are started `CellOptions.starts` times: where a process gets its memory alone makes up to
+    20 % of its times.
+    """
     x = network.inputs(max(CHECKED, *options.batches))
     expected = reference(network, x)
     recorded = {name: record["error"] for name, record in kept.facts["precisions"].items()}
     names = options.arms or tuple(name for name in ARMS if name != COMPILED or options.compiled)
-    with tempfile.TemporaryDirectory() as folder, Arms(options) as arms:
+    parts: list[list[Timed]] = []
+    left_out, plans = dict[str, str](), dict[str, Any]()
+    with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder) / "original.npz", x, expected)
-        for name in names:
-            arms.start(name, data)
-        limits = {name: limit_of(recorded, ARMS[name].precision) for name in arms.runs}
-        rows = [row_of(arms.runs, batch, limits, options.seconds) for batch in options.batches]
-        plans = {name: run.plan for name, run in arms.runs.items() if run.plan}
-    return {"rows": rows, "left_out": arms.left_out, "plans": plans, "clock": options.clock}
+        for start in range(options.starts):
+            with Arms(options) as arms:
+                for name in names:
+                    arms.start(name, data)
+                limits = {name: limit_of(recorded, ARMS[name].precision) for name in arms.runs}
+                seconds, rng = options.seconds / options.starts, np.random.default_rng(start)
+                parts.append([timed(arms.runs, batch, limits, seconds, rng) for batch in options.batches])
+                plans |= {name: run.plan for name, run in arms.runs.items() if run.plan and name not in plans}
+                left_out |= arms.left_out
+    rows = [row_of(same) for same in zip(*parts, strict=True)]
+    return {"rows": rows, "left_out": left_out, "plans": plans, "clock": options.clock, "starts": options.starts}
 
 
 class Arms:
@@ -164,7 +176,26 @@ def limit_of(recorded: Mapping[str, float], precision: str) -> float:
     return max(LOWER[0], LOWER[1] * max(errors, default=0.0))
 
 
-def row_of(runs: Mapping[str, Run], batch: int, limits: Mapping[str, float], seconds: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Timed:
+    """What the processes of one start gave at a batch size.
+
+    Attributes:
+        batch: its size.
+        errors: of each arm that answered, relative to the spread of the outputs.
+        reasons: why arms are not timed.
+        seconds: of each arm that is right, (rounds,).
+    """
+
+    batch: int
+    errors: dict[str, float]
+    reasons: dict[str, str]
+    seconds: dict[str, np.ndarray[Any, Any]]
+
+
+def timed(
+    runs: Mapping[str, Run], batch: int, limits: Mapping[str, float], seconds: float, rng: np.random.Generator
+) -> Timed:
     """Check the arms at a batch size, then time those that are right."""
     errors, reasons, right = dict[str, float](), dict[str, str](), dict[str, Callable[[], float]]()
     for name, run in runs.items():
@@ -178,9 +209,22 @@ def row_of(runs: Mapping[str, Run], batch: int, limits: Mapping[str, float], sec
             right[name] = partial(run.time, batch)
         else:
             reasons[name] = f"wrong by {error:.2g} of the spread, more than {limits[name]:.2g}"
-    found = in_turns(right, seconds, np.random.default_rng(0))
-    row: dict[str, Any] = {"batch": batch, "rounds": len(next(iter(found.values()), ())), "errors": errors}
-    return row | {"ms": _percentiles(found), "ratios": _ratios(found), "not timed": reasons}
+    return Timed(batch, errors, reasons, in_turns(right, seconds, rng))
+
+
+def row_of(parts: Sequence[Timed]) -> dict[str, Any]:
+    """Return the cells of a batch size; only arms that were right at every start have times."""
+    names = [name for name in parts[0].seconds if all(name in part.seconds for part in parts)]
+    found = {name: np.concatenate([part.seconds[name] for part in parts]) for name in names}
+    errors: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    for part in parts:
+        errors |= {name: max(error, errors.get(name, error)) for name, error in part.errors.items()}
+        reasons |= part.reasons
+    row: dict[str, Any] = {"batch": parts[0].batch, "rounds": len(next(iter(found.values()), ())), "errors": errors}
+    medians = {name: [round(1e3 * float(np.median(part.seconds[name])), 4) for part in parts] for name in names}
+    row |= {"ms": _percentiles(found), "ms of each start": medians} if len(parts) > 1 else {"ms": _percentiles(found)}
+    return row | {"ratios": _ratios(found), "not timed": reasons}
 
 
 def in_turns(
@@ -418,10 +462,11 @@ def pruned(network: Network, kept: Kept, options: CellOptions) -> dict[str, Any]
             for name in names:
                 arms.start(which + name, data[which])
         limits = {n: EXACT if ARMS[n.removeprefix(PRUNED)].precision == "fp32" else 1.0 for n in arms.runs}
-        rows = [row_of(arms.runs, batch, limits, options.seconds) for batch in options.batches]
+        rng = np.random.default_rng(0)
+        parts = [timed(arms.runs, batch, limits, options.seconds, rng) for batch in options.batches]
     return {
         "share": mac_count(graph) / mac_count(original),
-        "rows": rows,
+        "rows": [row_of([part]) for part in parts],
         "left_out": arms.left_out,
         "clock": options.clock,
     }

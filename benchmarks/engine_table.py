@@ -28,7 +28,8 @@ def markdown(data: Mapping[str, Any]) -> str:
         "By hand: the stock module called eagerly, ONNX Runtime on what `torch.onnx.export` writes, OpenVINO on what "
         "`convert_model` makes of the exported program, with their defaults but for threads (and no pinned threads). "
         "Ours: an artifact in `ServingModel`, with the engine that it chooses, or the one named. Each arm of a row "
-        "has a process of its own; they take turns, and only those whose outputs agree with float64. Times are "
+        "has a process of its own; they take turns, and only those whose outputs agree with float64. All "
+        "processes are started `starts` times (JSON file), as memory may lie better in one than in another. Times are "
         "medians in milliseconds of a batch with the 20th and 80th percentiles, of readings that are means of the "
         "calls that fit into 20 ms; ratios say how many times as fast, with 95 % intervals.",
         f"Measured on {machine['device']} ({machine['processor']}); {versions}. Dates, the machine's load before each "

@@ -48,6 +48,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--threads", type=int, default=1, help="of every arm (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing all arms at one batch size")
+    parser.add_argument("--starts", type=int, default=1, help="how often the processes of all arms are started anew")
     parser.add_argument("--plan-seconds", type=float, default=PLAN_SECONDS, help="that ours may spend on its choices")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu where others use the machine")
     parser.add_argument("--compile", action="store_true", help="time torch.compile too, which takes minutes a network")
@@ -118,6 +119,7 @@ def _cell(options: argparse.Namespace, kind: str, network: str, arm: str) -> Cel
         options.compile,
         tuple(options.arms),
         options.clock,
+        options.starts,
     )
 
 

@@ -24,7 +24,7 @@ from benchmarks.engine_arms import (
     check_here,
     ours,
 )
-from benchmarks.engine_cell import measure, reference, row_of
+from benchmarks.engine_cell import Timed, measure, reference, row_of, timed
 from benchmarks.engine_networks import Network, keep, settle, structured_inputs
 from benchmarks.engine_table import goals, losing, markdown
 from benchmarks.engine_worker import CONTROL, ArmRun, RemoteRun
@@ -141,14 +141,26 @@ class Stub:
 
 def test_an_arm_that_is_wrong_or_fails_is_named_and_not_timed() -> None:
     runs = {STOCK: Stub(3.0), "openvino": Stub(1.0, 0.01), "onnxruntime": Stub(1.0, None), OURS: Stub(2.0)}
-    row = row_of(runs, 2, dict.fromkeys(runs, engine_cell.EXACT), 0.0)
+    row = row_of([timed(runs, 2, dict.fromkeys(runs, engine_cell.EXACT), 0.0, np.random.default_rng(0))])
     assert row["ms"] == {STOCK: [6000.0] * 3, OURS: [4000.0] * 3}
     assert "wrong by" in row["not timed"]["openvino"] and "no such kernel" in row["not timed"]["onnxruntime"]
     assert row["ratios"][f"{OURS} over best by hand"] == [STOCK, 1.5, 1.5, 1.5]
 
 
 def test_an_arm_that_gives_nan_is_not_timed() -> None:
-    assert row_of({OURS: Stub(1.0, float("nan"))}, 1, {OURS: 1.0}, 0.0)["ms"] == {}
+    part = timed({OURS: Stub(1.0, float("nan"))}, 1, {OURS: 1.0}, 0.0, np.random.default_rng(0))
+    assert row_of([part])["ms"] == {}
+
+
+def test_a_row_has_the_rounds_of_every_start_and_no_arm_that_was_wrong_once() -> None:
+    first = Timed(2, {STOCK: 0.0, OURS: 0.1}, {}, {STOCK: np.array([2.0, 2.0]), OURS: np.array([1.0, 1.0])})
+    second = Timed(2, {STOCK: 0.0, OURS: 0.3}, {}, {STOCK: np.array([2.0]), OURS: np.array([4.0])})
+    row = row_of([first, second])
+    assert row["rounds"] == 3 and row["errors"][OURS] == 0.3
+    assert row["ms of each start"] == {STOCK: [2000.0, 2000.0], OURS: [1000.0, 4000.0]}
+    assert row["ratios"][f"{OURS} over stock"][1:] == [2.0, 0.5, 2.0]
+    row = row_of([first, Timed(2, {OURS: 0.9}, {OURS: "wrong"}, {STOCK: np.array([2.0])})])
+    assert set(row["ms"]) == {STOCK} and row["not timed"] == {OURS: "wrong"}
 
 
 def test_a_network_whose_outputs_hardly_vary_is_refused() -> None:
