@@ -171,6 +171,11 @@ def test_a_test_that_attaches_to_a_server_starts_nothing_that_needs_trust(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    nginx = tmp_path / "bin/nginx"  # is looked for, and never started
+    nginx.parent.mkdir()
+    nginx.write_text("#!/bin/false\n")
+    nginx.chmod(0o755)
+    monkeypatch.setenv("PATH", str(nginx.parent), prepend=os.pathsep)
     changed(folder / "pruned.mar", ARCHIVES["another handler"][0])
     assert cli.main(["ab", "start", str(folder), "--split", "50:50"]) == 2
     assert "has another handler.py" in capsys.readouterr().err

@@ -135,6 +135,7 @@ def test_a_named_engine_is_not_tried_again_either(
     assert load(data, cache=PlanCache(path, shipped=None)).plan.engines[0].source == "measured", "no choice was kept"
 
 
+@pytest.mark.skipif(not processor.int8_pays(), reason="the processor has no instructions for bytes")
 def test_a_kept_choice_is_held_against_all_stored_inputs(
     graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,8 +73,9 @@ def rows(value: Tensor, axis: int) -> Tensor:
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
+    """Hold sums against each other; what float32 rounds in the largest is all that small ones may be off."""
     assert found.shape == wanted.shape and found.dtype == torch.float64
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4 + 1e-6 * float(wanted.abs().max()))
 
 
 def test_sums_equal_those_computed_directly_from_all_inputs_at_once() -> None:

@@ -119,7 +119,13 @@ def servers(packaged: Path, collector: Collector) -> Iterator[dict[str, LocalSer
 
 
 @pytest.fixture(scope="module")
-def targets(servers: dict[str, LocalServer]) -> Iterator[dict[str, Target]]:
+def nginx() -> Path:
+    """The gateway's program; looked for before any server is started."""
+    return tool("nginx")
+
+
+@pytest.fixture(scope="module")
+def targets(nginx: Path, servers: dict[str, LocalServer]) -> Iterator[dict[str, Target]]:
     """Both servers with the original, and a gateway in front of TorchServe."""
     torchserve, triton = servers.values()
     with ExitStack() as stack:
@@ -310,7 +316,6 @@ def test_the_table_has_the_rows_that_are_tried() -> None:
 
 
 @pytest.mark.server
-@pytest.mark.skipif(tool("nginx") is None, reason="nginx is not installed")
 @pytest.mark.parametrize("column", COLUMNS)
 def test_every_cell(targets: dict[str, Target], packaged: Path, column: str) -> None:
     scaled = (PIXELS.astype(np.float32) / 255 - SHIFT) / 0.25
@@ -354,7 +359,6 @@ def until(look: Callable[[], Any], seconds: float = 20.0) -> Any:
 
 
 @pytest.mark.server
-@pytest.mark.skipif(tool("nginx") is None, reason="nginx is not installed")
 @pytest.mark.parametrize("column", COLUMNS)
 def test_a_request_that_fails_is_named_in_the_servers_log(
     targets: dict[str, Target], servers: dict[str, LocalServer], column: str
@@ -375,7 +379,6 @@ def test_a_request_that_fails_is_named_in_the_servers_log(
 
 
 @pytest.mark.server
-@pytest.mark.skipif(tool("nginx") is None, reason="nginx is not installed")
 @pytest.mark.parametrize("column", COLUMNS)
 def test_spans_of_the_handler_are_in_the_users_trace(
     targets: dict[str, Target], collector: Collector, column: str
