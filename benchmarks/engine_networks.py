@@ -120,11 +120,13 @@ def _arch(name: str) -> Callable[[], nn.Module]:
     return _seeded(lambda: build(name, {}))
 
 
-def _seeded(make: Callable[[], nn.Module], shape: tuple[int, ...] = _PICTURE) -> Callable[[], nn.Module]:
+def _seeded(
+    make: Callable[[], nn.Module], shape: tuple[int, ...] = _PICTURE, scale: Scale = _IMAGENET
+) -> Callable[[], nn.Module]:
     def seeded() -> nn.Module:
         torch.manual_seed(0)
         module = make()
-        settle(module, structured_inputs(InputSpec("x", shape), _SEEN, _IMAGENET, 5))
+        settle(module, structured_inputs(InputSpec("x", shape), _SEEN, scale, 5))
         return module
 
     return seeded
@@ -171,7 +173,7 @@ NETWORKS = {
             lambda: catalog.load("digits_resnet20").eval(),
             Scale((catalog.DIGITS.mean,), (catalog.DIGITS.std,)),
         ),
-        Network("audio", (1, 16000), _seeded(AudioNetwork, (1, 16000)), Scale()),
+        Network("audio", (1, 16000), _seeded(AudioNetwork, (1, 16000), Scale()), Scale()),
         Network("thin", _PICTURE, _seeded(Thin), _IMAGENET),
     )
 }

@@ -25,7 +25,7 @@ from benchmarks.engine_arms import (
     ours,
 )
 from benchmarks.engine_cell import Timed, measure, reference, row_of, timed
-from benchmarks.engine_networks import Network, keep, settle, structured_inputs
+from benchmarks.engine_networks import NETWORKS, Network, keep, settle, structured_inputs
 from benchmarks.engine_table import goals, losing, markdown
 from benchmarks.engine_worker import CONTROL, ArmRun, RemoteRun
 from redpp_serve.engines import processor
@@ -64,6 +64,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def options(scratch: Path, kind: str = "times", arm: str = "all", **more: Any) -> CellOptions:
     given = {"batches": (1, 2), "seconds": 0.05, "plan_seconds": 2.0, "arms": TIMED} | more
     return CellOptions(kind, "tiny", arm, 1, str(scratch), **given)
+
+
+@pytest.mark.parametrize("name", ["audio", "thin"])
+def test_small_networks_are_built_and_answer(name: str) -> None:
+    tested = NETWORKS[name]
+    with torch.inference_mode():
+        assert tested.build()(tested.inputs(2)).shape[0] == 2
 
 
 def test_what_is_kept_is_made_once(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
