@@ -100,7 +100,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, kind: str) -> None:
     for check in (open_zip, check_arrays, read_bounded):
         with pytest.raises((OSError, RedppError)):
             check(path)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 20
 
 
 def test_bounded_reads(tmp_path: Path) -> None:

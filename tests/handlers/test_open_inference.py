@@ -18,15 +18,6 @@ X = np.random.default_rng(0).standard_normal((3, *SHAPE), dtype=np.float32)
 LENGTH = "Inference-Header-Content-Length"
 
 
-@pytest.fixture(autouse=True)
-def _restore(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    monkeypatch.setenv("TS_DECODE_INPUT_REQUEST", "")
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 class Served:
     """A handler that is asked as TorchServe asks it."""
 

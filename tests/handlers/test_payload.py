@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import time
 import tracemalloc
 import zipfile
 
@@ -238,15 +237,14 @@ def test_a_decompression_bomb_is_cut_off() -> None:
     assert peak < 5_000_000
 
 
-def test_an_archive_of_many_entries_is_refused_before_its_table_is_read() -> None:
+def test_an_archive_of_many_entries_is_refused_before_its_table_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for number in range(70_000):  # so many that the table's size stands in the record for large archives
             archive.writestr(zipfile.ZipInfo(f"{number}"), b"")
-    start = time.monotonic()
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *_: pytest.fail("the table was read"))
     with pytest.raises(BadRequest, match="list of entries has"):
         parse({"body": stream.getvalue()}, X, None)
-    assert time.monotonic() - start < 0.2
 
 
 def test_damaged_archives_never_raise_anything_else() -> None:

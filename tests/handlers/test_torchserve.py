@@ -27,15 +27,6 @@ from tests.support.served import PREPROCESS, SHAPE, Context, artifact, built, ex
 RANDOM = np.random.default_rng(0)
 
 
-@pytest.fixture(autouse=True)
-def _restore(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    monkeypatch.setenv("TS_DECODE_INPUT_REQUEST", "")
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def handler(folder: Path, data: bytes | None = None, **context: object) -> tuple[RedppHandler, Context]:
     (folder / "model.redpp").write_bytes(artifact() if data is None else data)
     made, given = RedppHandler(), Context(folder, **context)
@@ -218,17 +209,18 @@ def test_the_time_for_plans_comes_from_the_environment(tmp_path: Path, monkeypat
     monkeypatch.setenv("REDPP_PLAN_CACHE", str(tmp_path / "plans.json"))
     for text, timed in (("0", False), ("5", True)):
         monkeypatch.setenv("REDPP_PLAN_SECONDS", text)
-        served, _ = handler(tmp_path)
-        plan = served.model.plan
+        served, context = handler(tmp_path)
+        plan, x = served.model.plan, values()
         assert any(choice.times for choice in (*plan.choices, *plan.engines)) == timed
+        (output,) = json.loads(served.handle([{"body": npy(x)}], context)[0])["outputs"]
+        assert output == pytest.approx(expected("1.0", torch.from_numpy(x)), rel=1e-4, abs=1e-5)
     for text in ("soon", "-1", "inf", "nan"):
         monkeypatch.setenv("REDPP_PLAN_SECONDS", text)
         with pytest.raises(RedppError, match=f"REDPP_PLAN_SECONDS is '{text}'"):
             handler(tmp_path)
 
 
-def test_threads_come_from_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REDPP_PLAN_SECONDS", "0")
+def test_threads_come_from_the_configuration(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     handler(tmp_path, config={"handler": {"threads": 2}})
     assert torch.get_num_threads() == 2

@@ -25,7 +25,7 @@ VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 
 @pytest.fixture(autouse=True)
 def _nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*VARIABLES, "OTEL_SDK_DISABLED", "PROMETHEUS_MULTIPROC_DIR"):
+    for name in (*VARIABLES, "OTEL_SDK_DISABLED"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,9 @@ ORIGINAL = {"model": "tiny", "version": "1.0", "variant": "original"}
 
 
 @pytest.fixture(autouse=True)
-def _backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
     monkeypatch.setattr(stand_in.MetricFamily, "samples", {})
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def model(folder: Path, data: bytes | None = None, **config: Any) -> RedppModel:
