@@ -29,6 +29,7 @@ from redpp_serve.runtime.plan import Plan
 from redpp_serve.runtime.plan_cache import PlanCache
 from redpp_serve.runtime.serving_graph import serving_graph
 from tests.support.small import SHAPE, network
+from tests.support.trials import TrialHere
 
 CPU = torch.device("cpu")
 SAMPLES = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(3))
@@ -48,12 +49,18 @@ def load(data: bytes, **options: Any) -> ServingModel:
     return ServingModel(data, **{"batch": 2, "plan_seconds": 20.0, "cache": None} | options)
 
 
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials run in this process where a test is not about their processes."""
+    monkeypatch.setattr(engine_times, "Trial", TrialHere)
+
+
 @pytest.fixture
 def paced(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Seconds to add to what an engine's calls take, by candidate; the real outputs."""
     seconds: dict[str, float] = {}
 
-    class Slow(Trial):
+    class Slow(TrialHere):
         def __init__(self, engine: str, precision: str, *rest: Any) -> None:
             super().__init__(engine, precision, *rest)
             self.wait = seconds.get(f"{engine} {precision}", 0.0)
@@ -95,7 +102,7 @@ def test_the_fastest_serves_and_the_others_are_told(graph: Graph, paced: dict[st
 
 
 def test_one_that_computes_something_else_is_left_out(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong(Trial):
+    class Wrong(TrialHere):
         def __init__(self, engine: str, *rest: Any) -> None:
             super().__init__(engine, *rest)
             self.engine = engine
@@ -187,6 +194,7 @@ def test_a_second_version_in_a_worker_imports_nothing_again(
     graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With times kept, loading starts no process, and an engine that one version has imported serves the other too."""
+    monkeypatch.setattr(engine_times, "Trial", Trial)
     path = tmp_path / "plans.json"
     narrower = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(600, 5)).eval()
     versions = [artifact(graph), artifact(capture(narrower, [InputSpec("x", SHAPE)], []), ranges={})]
@@ -267,7 +275,8 @@ def test_names_that_are_none() -> None:
         ServingModel(b"", precision="int4")
 
 
-def test_no_process_is_started_by_the_import_and_none_is_left(graph: Graph) -> None:
+def test_no_process_is_started_by_the_import_and_none_is_left(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_times, "Trial", Trial)
     before = (Path.home() / "intel").exists()  # OpenVINO's telemetry writes there, of whoever imports it unguarded
     import_openvino()
     load(artifact(graph))

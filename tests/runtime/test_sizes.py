@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from redpp_serve.capture.export import capture
 from redpp_serve.engines import ON_CPU
-from redpp_serve.engines.trial import Arrays, Trial, _tiled
+from redpp_serve.engines.trial import Arrays, _tiled
 from redpp_serve.graph.artifact import LoadedArtifact, build
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Size
@@ -23,10 +23,17 @@ from redpp_serve.runtime.model import ServingModel
 from redpp_serve.runtime.plan import Plan
 from redpp_serve.runtime.plan_cache import PlanCache
 from tests.support.recording import StandIn
+from tests.support.trials import TrialHere
 
 CPU = torch.device("cpu")
 SPEC = InputSpec("x", (3, 16, 16), varying=((1, Size("H", 8, 32, 4)), (2, Size("W", 8, 32, 4))))
 SMALL, DECLARED, LARGE = ((("H", n), ("W", n)) for n in (8, 16, 32))
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials need no process of their own in these tests."""
+    monkeypatch.setattr(engine_times, "Trial", TrialHere)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +95,7 @@ def test_every_size_is_answered_as_the_network_does(graph: Graph, engine: str) -
 
 
 def test_an_engine_that_is_wrong_at_one_size_is_left_out(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong(Trial):
+    class Wrong(TrialHere):
         def outputs(self, batch: int, *shapes: Any) -> Arrays:
             return [1.1 * y if y.shape[-1] > 24 else y for y in super().outputs(batch, *shapes)]
 
