@@ -320,6 +320,12 @@ def _probe(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=30)
 
 
+def _post(url: str, body: bytes, headers: dict[str, str]) -> None:
+    """Ask as a user does."""
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=30) as answer:
+        assert answer.status == 200
+
+
 def _clients(url: str, body: Path, header: str) -> subprocess.Popen[str]:
     """Clients with kept connections, 40 requests a second."""
     command = [sys.executable, DOCKER / "clients.py", url, body, "--header", header]
@@ -397,19 +403,23 @@ def test_torchserve_as_the_image_starts_it(tmp_path: Path) -> None:
                 f"http://127.0.0.1:{ports.exporter}/metrics",
                 r'redpp_requests_total{(.*outcome="ok".*)} (.*)',
             )
-            while (answers := re.findall(served, _get(exported)))[0][1] == "0.0":  # workers write ten times a second
-                assert time.monotonic() < deadline
+            assert re.findall(served, _get(exported))[0][1] == "0.0", "a probe counts as no request"
+            keys = (key_file := tmp_path / "tmp/redpp/key_file.json").read_text()
+            token = f"Bearer {json.loads(keys)['inference']['key']}"
+            url = f"http://127.0.0.1:{ports.inference}/predictions/tiny"
+            binary = {"Authorization": token, "Content-Type": "application/octet-stream"}
+            _post(url, (models / "sample.npy").read_bytes(), binary)
+            deadline = time.monotonic() + 60
+            while (answers := re.findall(served, _get(exported)))[0][1] != "1.0":  # workers write ten times a second
+                assert time.monotonic() < deadline, answers
                 time.sleep(0.1)
             assert len(answers) == 1 and 'variant="pruned",version="2.0"' in answers[0][0]
             with pytest.raises(urllib.error.HTTPError):  # tokens are on
                 _get(f"http://127.0.0.1:{ports.inference}/ping")
-            key_file = tmp_path / "tmp/redpp/key_file.json"
-            keys = key_file.read_text()
             key_file.write_text(keys.replace(json.loads(keys)["inference"]["key"], "x" * 8))
             assert _probe(variables).returncode == 1
             family = [child.pid for child in psutil.Process(server.pid).children(recursive=True)]
-            token = f"Authorization: Bearer {json.loads(keys)['inference']['key']}"
-            clients = _clients(f"http://127.0.0.1:{ports.inference}/predictions/tiny", models / "sample.npy", token)
+            clients = _clients(url, models / "sample.npy", f"Authorization: {token}")
             time.sleep(1.5)
             server.send_signal(signal.SIGTERM)
             assert server.wait(timeout=30) == 0
@@ -464,11 +474,13 @@ def test_triton_as_the_image_starts_it(packaged: Path, tmp_path: Path) -> None:
                 (tmp_path / "log").read_text(),
             )
             time.sleep(0.3)
+        counted = r'redpp_handler_seconds_count{.*variant="pruned".*} (\d+)'
+        found = re.findall(counted, _get(f"http://127.0.0.1:{ports.metrics}/metrics"))
+        assert set(found) <= {"0"}, "a probe counts as no request"
+        url = f"http://127.0.0.1:{ports.http}/v2/models/small"
+        _post(f"{url}/versions/2/infer", *_module("probe").binary_request(url, packaged / "sample.npy", 10.0))
         metrics = _get(f"http://127.0.0.1:{ports.metrics}/metrics")
-        assert (
-            re.search(r'redpp_handler_seconds_count{.*variant="pruned".*} [1-9]', metrics)
-            and 'variant="original"' not in metrics
-        )
+        assert re.findall(counted, metrics) == ["1"] and 'variant="original"' not in metrics
         for path in (
             "repository/index",
             "repository/models/small/load",
