@@ -249,7 +249,8 @@ def results(ratio: float) -> dict[str, Any]:
     times = {"kind": "times", "network": "lite0", "arm": "all", "threads": 1, "status": "measured"}
     times |= {"rows": [row], "left_out": {"openvino bf16": "no instructions"}, "plans": {}, "clock": "cpu"}
     failed = {"kind": "ready", "network": "lite0", "arm": OURS, "threads": 1, "status": "failed", "reason": "killed"}
-    return {"environment": engines.environment(), "networks": {"lite0": {"weights_mib": 1.0}}, "cells": [times, failed]}
+    environment = engines.environment() | {"processor": "x86_64 avx2 avx512f"}
+    return {"environment": environment, "networks": {"lite0": {"weights_mib": 1.0}}, "cells": [times, failed]}
 
 
 @pytest.mark.parametrize(
@@ -258,6 +259,8 @@ def results(ratio: float) -> dict[str, Any]:
 def test_losing_cells_and_goals_are_printed(ratio: float, verdicts: list[str]) -> None:
     data = results(ratio)
     assert [line.split(":")[0] for line in goals(data)] == verdicts
+    data["environment"]["processor"] = "x86_64 avx2"  # where nothing is wanted of lower precisions
+    assert [line.split(":")[0] for line in goals(data)] == verdicts[:1]
     lines = "\n".join(losing(data))
     assert "killed" in lines and "is not timed: wrong" in lines and "no instructions" in lines
     assert ("against openvino" in lines) == (ratio < 0.99)
