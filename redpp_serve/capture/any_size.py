@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from redpp_serve.capture.flat import FlatNetwork
 from redpp_serve.capture.inputs import sample
-from redpp_serve.capture.refusals import not_capturable, own_line, reason
+from redpp_serve.capture.refusals import called_here, defined_at, not_capturable, reason
 from redpp_serve.capture.torchscript import script_of_one_size
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import InputSpec, Size
@@ -80,16 +79,46 @@ def require_any_size(flat: FlatNetwork) -> None:
             hook.remove()
 
 
-def batch_as_number(flat: FlatNetwork) -> RedppError:
-    """Make the refusal of a network that was captured for one batch size; it names the line that fixes the size."""
+def batch_as_number(flat: FlatNetwork, export: Callable[[FlatNetwork, tuple[Tensor, ...]], Any]) -> RedppError:
+    """Make the refusal of a network that was captured for one batch size; it names the line that fixes the size.
+
+    Args:
+        flat: the network.
+        export: exports it for any batch size, which fails.
+    """
     with _Lengths() as lengths, torch.no_grad(), contextlib.suppress(Exception):
         flat(*sample(flat.inputs, _ODD, torch.Generator().manual_seed(0)))
-    where = f", as {lengths.found[0]} does," if lengths.found else ""
+    if lengths.found:
+        where = f", as {lengths.found[0]} does,"
+    else:
+        where = _fixed_at(lambda: export(flat, sample(flat.inputs, 2, torch.Generator().manual_seed(0))))
     return not_capturable(
-        f"forward takes the size of its batch for a number{where} and so was captured for batches of 2 alone",
+        f"forward takes the size of its batch for a number{where or defined_at('', flat.network)} and so was captured "
+        "for batches of 2 alone",
         "a forward that leaves the batch open",
         "write x.shape[0], without int(), for len(x), and one call on the whole batch for a loop over it",
     )
+
+
+def _fixed_at(export: Callable[[], Any]) -> str:
+    """Say on which line torch.export learned that a size can be one number only, see `refusals.place`."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415 - takes a second to import
+
+    found: list[str] = []
+    own = ShapeEnv._set_replacement
+
+    def noting(env: ShapeEnv, symbol: Any, target: Any, *rest: Any) -> None:
+        if target.is_number and (where := called_here()):
+            found.append(where)
+        own(env, symbol, target, *rest)
+
+    ShapeEnv._set_replacement = noting  # type: ignore[method-assign]
+    try:
+        with torch.no_grad(), contextlib.suppress(Exception):
+            export()
+    finally:
+        ShapeEnv._set_replacement = own  # type: ignore[method-assign]
+    return next(iter(found), "")
 
 
 class _Lengths(TorchFunctionMode):
@@ -103,13 +132,8 @@ class _Lengths(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call a function."""
-        if (
-            func in _ASKED
-            and len(args[0].shape)
-            and args[0].shape[0] == _ODD
-            and (line := own_line(traceback.extract_stack()))
-        ):
-            self.found.append(f"{_ASKED[func]}{line}")
+        if func in _ASKED and len(args[0].shape) and args[0].shape[0] == _ODD and (where := called_here()):
+            self.found.append(f"{_ASKED[func]}{where}")
         return func(*args, **(kwargs or {}))
 
 

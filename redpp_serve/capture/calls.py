@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from redpp_serve.capture.aliasing import is_in_place
 from redpp_serve.capture.one_form import FIRST_RESULT, FORMS, Call, one_form
-from redpp_serve.capture.refusals import not_capturable, place
+from redpp_serve.capture.refusals import not_capturable, place, shape_by_value, without_place
 from redpp_serve.graph.graph import Node, Ref
 from redpp_serve.graph.operators import ALLOWED
 from redpp_serve.graph.tensor_file import DTYPES
@@ -53,6 +54,8 @@ _RENAMED = {
     "aten.swapaxes.default": "aten.transpose.int",
 }
 _PLACEMENT = ("device", "pin_memory", "layout")  # the server decides
+_SERVERS = (torch.device, torch.layout)
+_CONSTANTS = (fx.Node, type(None), bool, int, float, str, torch.dtype, torch.memory_format, *_SERVERS)
 
 
 def nodes_of(
@@ -88,6 +91,8 @@ def nodes_of(
             elif isinstance(value, (bool, int, float)):  # what a trace keeps as a tensor and reads as a number
                 _put_in(fx_node, value)
             continue
+        if constants.has_shape_by_value(fx_node):
+            raise shape_by_value(str(fx_node.target), place(fx_node))
         made = _nodes(fx_node, names)
         if isinstance(made, Ref):
             names[fx_node.name] = made.name
@@ -138,6 +143,15 @@ class _Constants:
         if stored and not _is_storable(node.meta.get("val")):
             self._inner.add(node)
         return stored
+
+    def has_shape_by_value(self, node: fx.Node) -> bool:
+        """Return whether the shape of a call's result depends on values that the inputs have, as that of x[mask]."""
+        if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+            return False
+        if _op_name(node.target) != "aten.index.Tensor":
+            return node not in self._nodes
+        masks = [i for i in node.args[1] if isinstance(i, fx.Node) and i.meta["val"].dtype in (torch.bool, torch.uint8)]  # type: ignore[union-attr]
+        return not self._nodes.issuperset(masks)
 
     def comes_from(self, node: fx.Node) -> set[str]:
         """Return the names of the stored tensors that a constant node depends on."""
@@ -196,15 +210,13 @@ def _nodes(fx_node: fx.Node, names: dict[str, str]) -> tuple[Node, ...] | Ref:
     """Convert one call to a node, and at most one more before it; return the value itself where it changes nothing."""
     made = _converted(fx_node, names)
     if not isinstance(made, Ref) and any(node.op not in ALLOWED for node in made):
-        raise not_capturable(
-            f"operator {fx_node.target}{place(fx_node)} has no place in an artifact",
-            "operators of the allow-list (graph/operators.py), which compute the same for the same inputs",
-        )
+        raise without_place(str(fx_node.target), place(fx_node))
     return made
 
 
 def _converted(fx_node: fx.Node, names: dict[str, str]) -> tuple[Node, ...] | Ref:
     op = _op_name(fx_node.target)
+    _check_constants(fx_node)
     if op == "aten.squeeze.default":
         _check_squeeze(fx_node)
     if op in FORMS:
@@ -217,6 +229,17 @@ def _converted(fx_node: fx.Node, names: dict[str, str]) -> tuple[Node, ...] | Re
     dropped = _PLACEMENT if op != "aten.zeros.default" else (*_PLACEMENT, "memory_format")
     kwargs = {k: _constant(v, names) for k, v in fx_node.kwargs.items() if k not in dropped}
     return (Node(fx_node.name, op, args, kwargs),)
+
+
+def _check_constants(node: fx.Node) -> None:
+    """Refuse complex numbers and other arguments that a graph cannot write down."""
+    odd = [type(value).__name__ for value in tree_leaves((node.args, node.kwargs)) if not isinstance(value, _CONSTANTS)]
+    if odd:
+        raise not_capturable(
+            f"operator {node.target}{place(node)} takes a constant of type {odd[0]}",
+            "real numbers, texts, dtypes",
+            "write torch.complex(real, imaginary) for x + 1j * y",
+        )
 
 
 def _check_squeeze(node: fx.Node) -> None:
@@ -263,8 +286,4 @@ def _constant(value: Any, names: dict[str, str]) -> Any:
         return Ref(names[value.name])
     if isinstance(value, (list, tuple)):
         return [_constant(v, names) for v in value]
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.memory_format)):
-        return value
-    if isinstance(value, (torch.device, torch.layout)):
-        return None  # the server decides
-    raise not_capturable(f"an operator takes a constant of type {type(value).__name__}", "numbers, texts, dtypes")
+    return None if isinstance(value, _SERVERS) else value

@@ -1,70 +1,73 @@
-"""Follow the entries of a graph's integer inputs, and note what the calls that read them tell of their values.
+"""Entries of a graph's integer inputs: where they lie in a value, and what has been read of their values.
 
-Entries are followed through calls that move them, such as slices and concatenations, or add a constant to them. Each
-call that reads them tells something: an embedding which rows there are, a comparison with zero that they may be a mask.
-Entries are followed one by one, so that the columns of a table each get their own range.
+Entries are noted one by one, so that the columns of a table each get their own range.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from redpp_serve.graph.executor import makes_tensor, value_shapes, value_sizes
-from redpp_serve.graph.graph import Graph, Node, Ref, map_refs
-from redpp_serve.graph.operators import resolve
-
-_BEFORE_THE_VALUE = {"aten.constant_pad_nd.default": 2, "aten.pad.default": 3}  # arguments before that of the border
-_PENALTY = 1e3  # masks are multiplied by at least so much
 _INT64 = torch.iinfo(torch.int64)
-_MOST_CONSTANT = 1 << 22  # numbers of a constant that is worth computing
 
-_MOVES = """
-reshape.default flatten.using_ints unflatten.int squeeze.default squeeze.dim squeeze.dims unsqueeze.default
-transpose.int swapaxes.default permute.default t.default movedim.int movedim.intlist mT.default select.int slice.Tensor
-narrow.default unbind.int split.Tensor split.sizes split_with_sizes.default chunk.default expand.default repeat.default
-tile.default repeat_interleave.self_int cat.default concat.default stack.default contiguous.default clone.default
-flip.default roll.default index_select.default index.Tensor gather.default unfold.default constant_pad_nd.default
-pad.default expand_as.default reshape_as.default
-"""  # they move entries of their first argument, or of the list that it is, and change none
-_CASTS = "to.dtype to.dtype_layout to.device to.other _to_copy.default type_as.default"
-_SHAPE_ALONE = """
-sym_size.int zeros_like.default ones_like.default full_like.default new_zeros.default new_ones.default new_full.default
-"""
-_SUMS = "add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Scalar mul.Tensor mul.Scalar"
-_CONFINING = "clamp.default clamp_min.default clamp_max.default remainder.Scalar abs.default"
-_CHOICES = "where.self where.ScalarSelf where.ScalarOther masked_fill.Scalar masked_fill.Tensor"
-_COMPARISONS = "eq.Scalar ne.Scalar gt.Scalar lt.Scalar ge.Scalar le.Scalar"
-_TENSOR_COMPARISONS = "eq.Tensor ne.Tensor gt.Tensor lt.Tensor ge.Tensor le.Tensor"
-_LOGIC = "logical_not.default logical_and.default logical_or.default bitwise_not.default"
-_GATES = "mul.Tensor sum.default sum.dim_IntList mean.default mean.dim any.default any.dim"
-_KINDS: dict[str, str] = {
-    f"aten.{name}": kind
-    for kind, names in (
-        ("gate", _GATES),
-        ("logic", _LOGIC),
-        ("comparison", _COMPARISONS),
-        ("tensor comparison", _TENSOR_COMPARISONS),
-        ("choice", _CHOICES),
-        ("confining", _CONFINING),
-        ("sum", _SUMS),
-        ("shape alone", _SHAPE_ALONE),
-        ("cast", _CASTS),
-        ("move", _MOVES),
-    )
-    for name in names.split()
-}
+
+@dataclass(frozen=True)
+class Entries:
+    """A value whose elements are ``scale * entry + shift`` of entries of integer inputs.
+
+    Attributes:
+        place: the number of the entry, over all inputs from 1 on; 0 for a constant.
+        scale: of each element.
+        shift: of each element; for a constant its value.
+        whole: whether the type is an integer one.
+        any_read: whether other integers are read as well, as behind a clamp.
+    """
+
+    place: Tensor
+    scale: Tensor
+    shift: Tensor
+    whole: bool = True
+    any_read: bool = False
+
+    @classmethod
+    def of_input(cls, first: int, shape: tuple[int, ...]) -> Entries:
+        """Return the entries of an input of this shape, numbered from ``first`` on."""
+        place = torch.arange(first, first + math.prod(shape)).reshape(1, *shape)
+        return cls(place, torch.ones_like(place), torch.zeros_like(place))
+
+    @classmethod
+    def of_constant(cls, constant: Tensor) -> Entries:
+        """Return a constant, which has no entries, only shifts."""
+        zeros = torch.zeros(constant.shape, dtype=torch.int64)
+        return cls(zeros, zeros, constant.long(), not constant.is_floating_point())
+
+    def moved(self, change: Callable[[Tensor], Tensor]) -> Entries:
+        """Return the same entries, rearranged as ``change`` rearranges a tensor."""
+        return replace(self, place=change(self.place), scale=change(self.scale), shift=change(self.shift))
+
+    def calculated(self, op: str, constant: int | Tensor, from_constant: bool) -> Entries:
+        """Return the entries behind a sum, a difference (also ``from_constant``) or a product with a constant."""
+        value = constant.long() if isinstance(constant, Tensor) else torch.tensor(constant)
+        if op == "mul":
+            scale, shift = self.scale * value, self.shift * value
+        elif op == "add":
+            scale, shift = self.scale, self.shift + value
+        elif from_constant:
+            scale, shift = -self.scale, value - self.shift
+        else:
+            scale, shift = self.scale, self.shift - value
+        shape = torch.broadcast_shapes(self.place.shape, value.shape)
+        return replace(self, place=self.place.expand(shape), scale=scale.expand(shape), shift=shift.expand(shape))
 
 
 @dataclass
 class Reading:
-    """What the calls of a graph tell of each entry of an input, in row-major order.
+    """What the calls of a graph tell of each entry of its inputs.
 
     Attributes:
         low, high: the integers that it holds, as far as a call says.
@@ -82,287 +85,41 @@ class Reading:
     mask: Tensor
     number: Tensor
 
-
-@dataclass(frozen=True)
-class _Entries:
-    """A value whose elements are ``scale * entry + shift`` of entries of integer inputs.
-
-    Attributes:
-        place: the number of the entry, over all inputs from 1 on; 0 for a constant.
-        scale: of each element.
-        shift: of each element; for a constant its value.
-        whole: whether the type is an integer one.
-        any_read: whether other integers are read as well, as behind a clamp.
-    """
-
-    place: Tensor
-    scale: Tensor
-    shift: Tensor
-    whole: bool = True
-    any_read: bool = False
-
-    def moved(self, change: Callable[[Tensor], Tensor]) -> _Entries:
-        return replace(self, place=change(self.place), scale=change(self.scale), shift=change(self.shift))
-
-
-def read_entries(graph: Graph) -> dict[str, Reading]:
-    """Return what a graph tells of each of its integer inputs, by name."""
-    return _Reader(graph).read()
-
-
-class _Reader:
-    """Follows the entries of a graph's integer inputs."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph, self.shapes, self.sizes = graph, dict(value_shapes(graph)), value_sizes(graph)
-        self.shapes |= {name: tuple(tensor.shape) for name, tensor in graph.tensors.items()}
-        self.shapes |= {spec.name: (1, *spec.shape) for spec in graph.inputs}
-        self.constants: dict[str, Any] = {**graph.tensors, **self.sizes}
-        self.values: dict[str, _Entries | list[_Entries]] = {}
-        self.starts: dict[str, int] = {}
-        total = 1
-        for spec in graph.inputs:
-            if spec.holds_integers:
-                self.starts[spec.name] = total
-                count = math.prod(spec.shape)
-                place = torch.arange(total, total + count).reshape(1, *spec.shape)
-                self.values[spec.name] = _Entries(place, torch.ones_like(place), torch.zeros_like(place))
-                total += count
+    @classmethod
+    def of_nothing(cls, total: int) -> Reading:
+        """Return what is known of entries before any call was read."""
         low, high = torch.full((total,), _INT64.min), torch.full((total,), _INT64.max)
         none = torch.zeros(total, dtype=torch.bool)
-        self.found = Reading(low, high, low.clone(), high.clone(), none, none.clone(), none.clone())
+        return cls(low, high, low.clone(), high.clone(), none, none.clone(), none.clone())
 
-    def read(self) -> dict[str, Reading]:
-        """Return what is known of each integer input."""
-        for node in self.graph.nodes:
-            if any(name in self.values for name in node.refs()):
-                self._call(node)
-            elif all(name in self.constants for name in node.refs()):
-                self._compute(node)
-        counts = {spec.name: math.prod(spec.shape) for spec in self.graph.inputs}
-        return {
-            name: Reading(**{key: part[at : at + counts[name]] for key, part in vars(self.found).items()})
-            for name, at in self.starts.items()
-        }
+    def part(self, start: int, count: int) -> Reading:
+        """Return what is known of the entries of one input, in row-major order."""
+        return Reading(**{key: value[start : start + count] for key, value in vars(self).items()})
 
-    def _compute(self, node: Node) -> None:
-        """Compute a value that does not depend on the inputs, for one input."""
-        if node.name not in self.sizes and math.prod(self.shapes.get(node.name, (_MOST_CONSTANT,))) < _MOST_CONSTANT:
-            self.constants[node.name] = self._run(node, self.constants.__getitem__)
+    def note(self, entries: Entries, use: str) -> None:
+        """Note that entries are used as a ``mask`` or a ``number``, or in a way that tells neither."""
+        places = entries.place.flatten()
+        self.used[places] = True
+        if use:
+            getattr(self, use)[places] = True
 
-    def _run(self, node: Node, value_of: Callable[[str], Any]) -> Any:
-        function = resolve(node.op)
-        kwargs = {key: map_refs(value, value_of) for key, value in node.kwargs.items()}
-        if makes_tensor(function):
-            kwargs["device"] = "cpu"
-        return function(*map_refs(node.args, value_of), **kwargs)
+    def limit(self, entries: Entries, low: int | None, high: int | None, lowest: int | None = None) -> None:
+        """Note that elements lie between two numbers, the lowest of which the network can read may be another one."""
+        self._narrow(entries, low, high, (self.low, self.high))
+        if lowest is not None and not entries.any_read:
+            self._narrow(entries, lowest, high, (self.lowest, self.highest))
+        self.used[entries.place.flatten()] = True
 
-    def _call(self, node: Node) -> None:
-        kind = _KINDS.get(node.op, "py" if node.op.startswith("py.") else "")
-        refs = {name for name in node.refs() if name in self.values}
-        first = {ref.name for ref in _flat(node.args[:1]) if isinstance(ref, Ref)}
-        known = all(name in self.values or name in self.constants for name in node.refs())
-        if node.op == "py.getitem":
-            self._take(node)
-        elif kind == "shape alone" and known and node.name not in self.sizes:
-            self.constants[node.name] = self._run(node, self._place_or_constant)
-        elif kind == "move" and refs <= first and self._rest_is_constant(node, first):
-            self._move(node)
-        elif kind == "cast" and refs == first:
-            self._cast(node)
-        elif kind == "sum":
-            self._calculate(node, refs, known)
-        elif kind == "confining":
-            self._confine(node)
-        elif kind == "choice":
-            self._choose(node)
-        elif kind not in ("py", "shape alone"):
-            self._tell(node, kind, refs)
-
-    def _place_or_constant(self, name: str) -> Any:
-        return self._entries(name).place if name in self.values else self.constants[name]
-
-    def _rest_is_constant(self, node: Node, first: set[str]) -> bool:
-        """Return whether all arguments behind the first are known, and those in it are entries or constants."""
-        rest = {ref.name for ref in _flat((*node.args[1:], *node.kwargs.values())) if isinstance(ref, Ref)}
-        if node.op in ("aten.expand_as.default", "aten.reshape_as.default"):
-            return True
-        return rest <= self.constants.keys() and all(
-            name in self.constants or isinstance(self.values.get(name), _Entries) for name in first
-        )
-
-    def _entries(self, name: str) -> _Entries:
-        """Return a value as entries; a constant has none, only shifts."""
-        found = self.values.get(name)
-        if isinstance(found, _Entries):
-            return found
-        constant = self.constants[name]
-        whole = not constant.is_floating_point()
-        zeros = torch.zeros(constant.shape, dtype=torch.int64)
-        return _Entries(zeros, zeros, constant.long(), whole)
-
-    def _move(self, node: Node) -> None:
-        if node.op in ("aten.expand_as.default", "aten.reshape_as.default"):
-            shape = self.shapes[node.name]
-            change = (lambda x: x.expand(shape)) if "expand" in node.op else (lambda x: x.reshape(shape))
-            self.values[node.name] = self._entries(node.args[0].name).moved(change)
-            return
-        node = replace(node, args=node.args[: _BEFORE_THE_VALUE.get(node.op, len(node.args))])
-        parts = {ref.name: self._entries(ref.name) for ref in _flat(node.args[:1]) if isinstance(ref, Ref)}
-        place, scale, shift = (self._moved(node, parts, key) for key in ("place", "scale", "shift"))
-        whole, any_read = all(p.whole for p in parts.values()), any(p.any_read for p in parts.values())
-        if isinstance(place, Tensor):
-            self.values[node.name] = _Entries(place, scale, shift, whole, any_read)
-        else:
-            every = zip(place, scale, shift, strict=True)
-            self.values[node.name] = [_Entries(*part, whole=whole, any_read=any_read) for part in every]
-
-    def _moved(self, node: Node, parts: Mapping[str, _Entries], key: str) -> Any:
-        return self._run(node, lambda name: getattr(parts[name], key) if name in parts else self.constants[name])
-
-    def _take(self, node: Node) -> None:
-        found, at = self.values.get(node.args[0].name), node.args[1]
-        if isinstance(found, list) and isinstance(at, int):
-            self.values[node.name] = found[at]
-
-    def _cast(self, node: Node) -> None:
-        entries = self._entries(node.args[0].name)
-        wanted = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, (torch.dtype, Ref))]
-        dtype = wanted[0] if wanted else None
-        if isinstance(dtype, Ref):
-            dtype = None if dtype.name in self.values else torch.float32
-        if dtype is torch.bool:
-            self._note(entries, "mask")
-        else:
-            whole = entries.whole if dtype is None else not dtype.is_floating_point
-            self.values[node.name] = replace(entries, whole=whole)
-
-    def _calculate(self, node: Node, refs: set[str], known: bool) -> None:
-        """Follow entries through a sum or product with a constant; note what they are used for elsewhere."""
-        op, (one, other) = node.op.split(".")[1], node.args[:2]
-        swapped = isinstance(one, Ref) and one.name in self.constants
-        constant: Any = one if swapped else other
-        constant = self.constants.get(constant.name) if isinstance(constant, Ref) else constant
-        from_constant = op == "rsub" or (op == "sub" and swapped)
-        steady = isinstance(constant, int) or (isinstance(constant, Tensor) and not constant.is_floating_point())
-        followed = known and steady and len(refs) == 1 and len(node.args) == 2 and not node.kwargs
-        for name in refs:
-            entries = self._entries(name)
-            if (from_constant and _all(constant, lambda x: x == 1)) or (
-                op == "mul" and _all(constant, lambda x: abs(x) >= _PENALTY)
-            ):
-                self._note(entries, "mask")
-            elif followed and entries.whole:
-                self.values[node.name] = _shifted(entries, op, constant, from_constant)
-            else:
-                self._note(entries, "" if op == "mul" and not known else "number")
-
-    def _confine(self, node: Node) -> None:
-        op = node.op.removeprefix("aten.")
-        entries = self._entries(node.args[0].name)
-        low, high = None, None
-        if op == "remainder.Scalar":
-            low, high = 0, node.args[1] - 1
-        elif op.startswith("clamp"):
-            at = {"clamp.default": (1, 2), "clamp_min.default": (1, 9), "clamp_max.default": (9, 1)}[op]
-            low, high = (node.argument(k) for k in at)
-            low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
-        if not entries.whole or not all(bound is None or isinstance(bound, int) for bound in (low, high)):
-            self._note(entries, "number")
-            return
-        soft = replace(entries, any_read=True)
-        self._limit(soft, low, high)
-        self.values[node.name] = soft
-
-    def _choose(self, node: Node) -> None:
-        """Follow the entries that a mask lets through beside a constant; a mask that is made of them is one."""
-        at = 0 if node.op.startswith("aten.masked_fill") else 1
-        condition = node.args[1 - at]
-        if isinstance(condition, Ref) and condition.name in self.values:
-            self._note(self._entries(condition.name), "mask")
-        places = (0,) if at == 0 else (1, 2)
-        chosen = [a.name for k in places if isinstance(a := node.argument(k), Ref) and a.name in self.values]
-        shape = self.shapes.get(node.name)
-        if len(chosen) == 1 and shape is not None:
-            entries = self._entries(chosen[0]).moved(lambda x: x.expand(shape))
-            self.values[node.name] = replace(entries, any_read=True)
-        else:
-            for name in chosen:
-                self._note(self._entries(name), "number")
-
-    def _tell(self, node: Node, kind: str, refs: set[str]) -> None:
-        """Note what a call that reads entries says of them."""
-        reads = self._rows(node)
-        for name in refs:
-            value = self.values[name]
-            for entries in value if isinstance(value, list) else [value]:
-                if name in reads:
-                    self._read_rows(entries, *reads[name])
-                elif kind == "comparison":
-                    self._note(entries, "mask" if node.args[1] in (0, 1) else "number")
-                elif kind == "tensor comparison":
-                    self._compare(node, entries)
-                elif kind == "logic":
-                    self._note(entries, "mask")
-                else:
-                    self._note(entries, "" if kind == "gate" else "number")
-
-    def _rows(self, node: Node) -> dict[str, tuple[int, int, int]]:
-        """Return for each argument that a call takes as indices the first and last, and the lowest it can read."""
-        op, args = node.op.removeprefix("aten."), node.args
-        if op in ("embedding.default", "embedding_bag.default", "embedding_bag.padding_idx"):
-            rows = self.shapes[args[0].name][0]
-            return {args[1].name: (0, rows - 1, 0)}
-        if op == "one_hot.default" and len(args) > 1 and args[1] > 0:
-            return {args[0].name: (0, args[1] - 1, 0)}
-        if op in ("index_select.default", "gather.default", "scatter.src", "scatter.value", "scatter_add.default"):
-            shape, index = self.shapes.get(args[0].name), args[2]
-            return {} if shape is None or not isinstance(index, Ref) else {index.name: (0, shape[args[1]] - 1, 0)}
-        if op == "take.default":
-            count = math.prod(self.shapes[args[0].name])
-            return {args[1].name: (0, count - 1, -count)}
-        if op == "index.Tensor":
-            shape = self.shapes.get(args[0].name, ())
-            pairs = zip(args[1], shape, strict=False)
-            return {ref.name: (0, size - 1, -size) for ref, size in pairs if isinstance(ref, Ref)}
-        return {}
-
-    def _read_rows(self, entries: _Entries, low: int, high: int, lowest: int) -> None:
+    def read_rows(self, entries: Entries, low: int, high: int, lowest: int) -> None:
         """Note that elements are rows of a table; several tables in one begin at the shifts of their entries."""
-        self._limit(entries, low, high, lowest)
+        self.limit(entries, low, high, lowest)
         starts = entries.shift[(entries.place > 0) & (entries.scale == 1)].unique().tolist()
         for start, after in itertools.pairwise([*starts, high + 1]):
             if start >= 0:
                 mine = (entries.shift == start) & (entries.scale == 1)
-                self._limit(replace(entries, scale=entries.scale * mine, any_read=True), start, after - 1)
+                self.limit(replace(entries, scale=entries.scale * mine, any_read=True), start, after - 1)
 
-    def _compare(self, node: Node, entries: _Entries) -> None:
-        """Take what is compared with 0, 1, ... n - 1 for a length, or for a class where equality is asked."""
-        other = [ref.name for ref in node.args[:2] if isinstance(ref, Ref) and ref.name in self.constants]
-        positions = self.constants[other[0]] if other else None
-        if isinstance(positions, Tensor) and positions.numel() > 1 and not positions.is_floating_point():
-            longest = int(positions.max()) + 1
-            if positions.numel() == longest and int(positions.min()) == 0:
-                equal = node.op in ("aten.eq.Tensor", "aten.ne.Tensor")
-                self._limit(replace(entries, any_read=True), *((0, longest - 1) if equal else (1, longest)))
-                return
-        self._note(entries, "number")
-
-    def _note(self, entries: _Entries, use: str) -> None:
-        """Note that entries are used as a ``mask`` or a ``number``, or in a way that tells neither."""
-        places = entries.place.flatten()
-        self.found.used[places] = True
-        if use:
-            getattr(self.found, use)[places] = True
-
-    def _limit(self, entries: _Entries, low: int | None, high: int | None, lowest: int | None = None) -> None:
-        """Note that elements lie between two numbers, the lowest of which the network can read may be another one."""
-        self._narrow(entries, low, high, (self.found.low, self.found.high))
-        if lowest is not None and not entries.any_read:
-            self._narrow(entries, lowest, high, (self.found.lowest, self.found.highest))
-        self.found.used[entries.place.flatten()] = True
-
-    def _narrow(self, entries: _Entries, bottom: int | None, top: int | None, ends: tuple[Tensor, Tensor]) -> None:
+    def _narrow(self, entries: Entries, bottom: int | None, top: int | None, ends: tuple[Tensor, Tensor]) -> None:
         """Lower and raise the ends of entries so far that no element lies below the bottom or above the top."""
         place, scale, shift = (part.flatten() for part in (entries.place, entries.scale, entries.shift))
         read = (place > 0) & (scale != 0)
@@ -372,32 +129,3 @@ class _Reader:
                 least, most = -((shift - bound) // scale), (bound - shift) // scale
                 ends[0].scatter_reduce_(0, place[rising], least[rising], "amax")
                 ends[1].scatter_reduce_(0, place[~rising], most[~rising], "amin")
-
-
-def _shifted(entries: _Entries, op: str, constant: int | Tensor, from_constant: bool) -> _Entries:
-    """Return entries behind a sum, difference or product with a constant."""
-    value = constant.long() if isinstance(constant, Tensor) else torch.tensor(constant)
-    if op == "mul":
-        scale, shift = entries.scale * value, entries.shift * value
-    elif op == "add":
-        scale, shift = entries.scale, entries.shift + value
-    elif from_constant:
-        scale, shift = -entries.scale, value - entries.shift
-    else:
-        scale, shift = entries.scale, entries.shift - value
-    shape = torch.broadcast_shapes(entries.place.shape, value.shape)
-    return replace(entries, place=entries.place.expand(shape), scale=scale.expand(shape), shift=shift.expand(shape))
-
-
-def _all(constant: Any, holds: Callable[[Any], Any]) -> bool:
-    """Return whether a number, or each of a tensor of numbers, is of a kind; what is no number is of none."""
-    if isinstance(constant, Tensor):
-        return constant.numel() > 0 and bool(holds(constant.double()).all())
-    return isinstance(constant, (int, float)) and bool(holds(constant))
-
-
-def _flat(values: Any) -> list[Any]:
-    """Return all items of nested lists."""
-    if isinstance(values, (list, tuple)):
-        return [item for value in values for item in _flat(value)]
-    return [values]

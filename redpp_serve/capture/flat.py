@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch.utils._pytree import tree_unflatten
 from redpp_serve.capture.arguments import Call, calls, signature_of
 from redpp_serve.capture.inputs import are_numbered, sample
 from redpp_serve.capture.outputs import left_out, names_in, tensors_in
-from redpp_serve.capture.refusals import not_capturable, reason
+from redpp_serve.capture.refusals import defined_at, not_capturable, reason
+from redpp_serve.capture.sniff import shorten
+from redpp_serve.capture.trail import copies, trail
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import InputSpec
 
@@ -45,10 +48,21 @@ class FlatNetwork(nn.Module):
         super().__init__()
         self.training = False  # as the network; a frozen one has no mode to be set
         self.network, self.arguments, self.inputs = network, arguments, tuple(inputs)
+        self._mode: AbstractContextManager[Any] = nullcontext()
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Call the network and flatten what it returns; what is no tensor is left out."""
-        return tuple(tensors_in(self.returned(inputs)))
+        with self._mode:
+            return tuple(tensors_in(self.returned(inputs)))
+
+    @contextmanager
+    def under(self, mode: AbstractContextManager[Any]) -> Iterator[None]:
+        """Enter a mode within each call, so that it is asked before those that torch enters around the calls."""
+        self._mode = mode
+        try:
+            yield
+        finally:
+            self._mode = nullcontext()
 
     def returned(self, inputs: Sequence[Tensor]) -> Any:
         """Call the network and return what it returns; a forward that ends the program fails as others do."""
@@ -130,12 +144,21 @@ def describe_outputs(flat: FlatNetwork, inputs: Sequence[InputSpec], messages: l
     Raises:
         RedppError: it returns no tensor.
     """
+    example = sample(inputs, 2, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        returned = flat.returned(sample(inputs, 2, torch.Generator().manual_seed(0)))
-    beside = ", ".join(left_out(returned))
+        returned = flat.returned(copies(example))
+    beside = shorten(left_out(returned))
     names = names_in(returned, [spec.name for spec in inputs])
     if not names:
-        raise not_capturable(f"forward returns no tensor but {beside or 'nothing'}", "tensors of shape (N, ...)")
+        passed = trail(flat.network, lambda: flat.returned(example))
+        (where, *_) = [each.where() for each in passed if each.given and not each.made] or [
+            defined_at("", flat.network)
+        ]
+        raise not_capturable(
+            f"forward returns no tensor but {beside or 'nothing'}{where}",
+            "tensors of shape (N, ...)",
+            "return the tensor itself, before .tolist(), .item() or str(), and make the rest in the client",
+        )
     if beside:
         messages.append(f"left out of the outputs, since they are no tensors: {beside}")
     return names

@@ -1,7 +1,7 @@
 """What a forward returns as a flat list of tensors, each under a name that clients can use.
 
 Keys of a dict, fields of a named tuple, of a dataclass or of a model's output class, and positions, joined by dots:
-``logits``, ``aux.0``. What is no tensor is left out.
+``logits``, ``aux.0``. An array of NumPy is the tensor of its numbers. What else is no tensor is left out.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,8 @@ def are_close(mine: Tensor, theirs: Tensor, relative: float) -> bool:
 
 def tensors_in(returned: Any) -> list[Tensor]:
     """Return the tensors that a forward returns, in order."""
-    return [leaf for _, leaf in _leaves(returned, ()) if isinstance(leaf, Tensor)]
+    leaves = (leaf for _, leaf in _leaves(returned, ()) if _is_tensor(leaf))
+    return [leaf if isinstance(leaf, Tensor) else torch.from_numpy(leaf) for leaf in leaves]
 
 
 def names_in(returned: Any, taken: Collection[str] = ()) -> tuple[str, ...]:
@@ -39,15 +41,19 @@ def names_in(returned: Any, taken: Collection[str] = ()) -> tuple[str, ...]:
     """
     names: list[str] = []
     for path, leaf in _leaves(returned, ()):
-        if isinstance(leaf, Tensor):
+        if _is_tensor(leaf):
             names.append(_unique(_name(path), {*names, *taken}))
     return tuple(names)
 
 
 def left_out(returned: Any) -> list[str]:
     """Return a phrase for each thing that a forward returns beside tensors, such as ``aux (None)``."""
-    found = [(path, leaf) for path, leaf in _leaves(returned, ()) if not isinstance(leaf, Tensor)]
+    found = [(path, leaf) for path, leaf in _leaves(returned, ()) if not _is_tensor(leaf)]
     return [f"{_name(path)} ({_words(leaf)})" for path, leaf in found]
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc")
 
 
 def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:

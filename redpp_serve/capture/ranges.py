@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from redpp_serve.capture.entries import Reading, read_entries
+from redpp_serve.capture.entries import Reading
+from redpp_serve.capture.following import read_entries
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import Graph, InputSpec, Ranges
 from redpp_serve.graph.ranges import in_words

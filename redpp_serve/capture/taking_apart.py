@@ -21,7 +21,7 @@ from torch.export.graph_signature import TensorArgument
 
 from redpp_serve.capture.aliasing import writes_to_views
 from redpp_serve.capture.calls import constant_nodes, has_place, is_random
-from redpp_serve.capture.refusals import not_capturable, place
+from redpp_serve.capture.refusals import first_words, not_capturable, place, random_result
 from redpp_serve.capture.written_out import definitions
 
 _GRAD_BLOCK, _AUTOCAST_BLOCK = "wrap_with_set_grad_enabled", "wrap_with_autocast"
@@ -33,18 +33,25 @@ def taken_apart(exported: ExportedProgram) -> ExportedProgram:
     """Return the program without blocks, without writes into views, and with simple operators for unlisted ones.
 
     Raises:
-        RedppError: an operator draws random numbers, or a block computes in another precision.
+        RedppError: an operator draws random numbers, a block computes in another precision, or torch fails to follow
+            functions of torch.func or writes into views.
     """
     _inline_blocks(exported.graph_module)
     exported = _with_named_outputs(exported)
     for node in exported.graph.nodes:
         if is_random(node):
+            raise random_result(str(node.target), place(node))
+    mapped = [node for node in exported.graph.nodes if _maps(node)]
+    if writes_to_views(exported) or mapped:
+        try:
+            exported = _decomposed(exported, {})  # makes it functional and batched; no operator is in the table
+        except Exception as error:
+            what = f"a function of torch.func{place(mapped[0])}" if mapped else "writes into views"
             raise not_capturable(
-                f"operator {node.target}{place(node)} draws random numbers, so that its result is random",
-                "a forward that gives the same result for the same input",
-            )
-    if writes_to_views(exported) or any(_maps(node) for node in exported.graph.nodes):
-        exported = _decomposed(exported, {})  # makes it functional and batched; no operator is in the table
+                f"torch cannot replace {what} by plain calls: {first_words(error)}",
+                "a forward without derivatives, and without writes into memory that is read by another name",
+                "write the derivative out or compute it outside of the network; write into a clone()",
+            ) from error
     for _ in range(_ROUNDS):
         constant = constant_nodes(exported)
         targets = {n.target for n in exported.graph.nodes if n not in constant and not has_place(n)}

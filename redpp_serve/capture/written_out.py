@@ -6,14 +6,17 @@ torch, but one that fixes the size of the batch. An index by a mask that is stor
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._functorch.predispatch import _remove_batch_dim
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
 from redpp_serve.capture.sequences import stand_ins
@@ -22,6 +25,7 @@ from redpp_serve.graph.graph import Graph, Node, Ref
 _SUM, _MEAN, _MAX = range(3)  # torch's numbers of what a bag does
 _BAGS = (torch.ops.aten._embedding_bag.default, torch.ops.aten._embedding_bag_forward_only.default)
 _ROWS = "aten.arange"
+_LISTED = 16  # numbers in a list at most
 
 
 def definitions(nodes: Sequence[fx.Node]) -> dict[Any, Callable[..., Any]]:
@@ -160,6 +164,12 @@ def combinations(x: Tensor, r: int = 2, with_replacement: bool = False) -> Tenso
     return x[places.reshape(-1, r)]
 
 
+def mapped(x: Tensor, level: int, size: int, dim: int) -> Tensor:
+    """Leave ``torch.vmap`` with the rows in front, and move them to the dimension that ``out_dims`` names."""
+    rows: Tensor = _remove_batch_dim(x, level, size, 0)
+    return rows.movedim(0, dim) if dim else rows
+
+
 _FUNCTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((torch.kron, Tensor.kron), kron),
     **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), take_along_dim),
@@ -167,8 +177,37 @@ _FUNCTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((torch.corrcoef, Tensor.corrcoef), corrcoef),
     torch.combinations: combinations,
     Tensor.data.__get__: Tensor.detach,  # type: ignore[attr-defined]
+    Tensor.numpy: lambda x, force=False: x.detach(),  # as an output, where it is the tensor of its numbers
+    _remove_batch_dim: mapped,
     **stand_ins(),
 }
+
+
+@contextlib.contextmanager
+def as_in_export() -> Iterator[None]:
+    """Switch off what torch.export cannot follow and no result needs, and what it would follow for hours.
+
+    The former are the checks of ``torch.distributions``, which ask for values; the latter are long lists of numbers.
+
+    Raises:
+        RuntimeError: within it, where forward makes a list of more than a few of a tensor's numbers.
+    """
+    from torch._subclasses import FakeTensor  # noqa: PLC0415 - takes a second to import
+
+    own, checks = Tensor.tolist, Distribution._validate_args
+
+    def tolist(x: Tensor) -> Any:
+        if isinstance(x, FakeTensor) and (not isinstance(x.numel(), int) or x.numel() > _LISTED):
+            raise RuntimeError("x.tolist()")
+        return own(x)
+
+    Distribution.set_default_validate_args(False)
+    Tensor.tolist = tolist  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Tensor.tolist = own  # type: ignore[method-assign]
+        Distribution.set_default_validate_args(checks)
 
 
 class WrittenOut(TorchFunctionMode):

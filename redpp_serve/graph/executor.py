@@ -98,6 +98,10 @@ class Program(nn.Module):
         self._step_by_step(inputs, note)
         return types
 
+    def tell(self, note: Callable[[str, Any], None], *inputs: Tensor) -> None:
+        """Run the graph; hand the result of every call to ``note``, with the name of its node."""
+        self._step_by_step(inputs, note)
+
     def seconds(self, *inputs: Tensor) -> dict[str, float]:
         """Run the graph; return the seconds of every call, by the name of its node."""
         seconds: dict[str, float] = {}

@@ -7,6 +7,7 @@ seed is the same whatever the count.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,6 +114,14 @@ def families_of(spec: InputSpec) -> tuple[str, ...]:
     if kind == IMAGE and shows_marks(channels_first(spec.shape)):
         return ("glyphs", *(name for name in _FAMILIES[kind] if name != "glyphs"))
     return _FAMILIES[kind]
+
+
+def drawn_numbers(spec: InputSpec) -> int:
+    """Return how many numbers are drawn for one input; small pictures are drawn larger."""
+    if kind_of(spec) != IMAGE:
+        return math.prod(spec.shape)
+    channels, *sides = channels_first(spec.shape)
+    return channels * math.prod(max(side, _SMALLEST_CANVAS) for side in sides)
 
 
 def structured(spec: InputSpec, count: int, seed: int, family: str | None = None, scale: Scale | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import mac_count
 from redpp_serve.graph.ranges import unknown_integers
-from redpp_serve.pruning.families import IMAGE, TABLE, UNKNOWN, Scale, families_of, kind_of, structured
+from redpp_serve.pruning.families import IMAGE, TABLE, UNKNOWN, Scale, drawn_numbers, families_of, kind_of, structured
 from redpp_serve.pruning.matching import Matcher, SynthesisBudget, has_floats, synthesize
 from redpp_serve.pruning.read_by_norms import as_read_by_norms, known_statistics, trained_norms
 from redpp_serve.pruning.scales import Scales, read_scales
@@ -33,22 +33,46 @@ _LEAST_FAMILIES = 2  # unfitted ones that judge alone
 _NEAR = 4.0  # times as far as the nearest family: farther ones tell nothing of the network
 _CONTRAST = 0.7
 _RANKED, _RANKED_NUMBERS = 32, 10**7  # inputs of each family to rank it by; fewer where all would have more numbers
+_LEAST_DRAWN = 8  # of each family, however little time there is
+_SECONDS_PER_DRAWN_NUMBER = 8e-7
 
 
-def synthesis_budget(graph: Graph, seconds: float = math.inf, pace: float = 0.0) -> SynthesisBudget:
+def synthesis_budget(
+    graph: Graph, seconds: float = math.inf, pace: float = 0.0, drawing: float = math.inf
+) -> SynthesisBudget:
     """Return the budget of a network.
 
     Args:
         graph: the network.
         seconds: for matching inputs to batch norms.
         pace: seconds of the network for one input, see `effort.pace`.
+        drawing: seconds for drawing inputs; a few are drawn however little that is.
     """
     macs = mac_count(graph)
     images, judged = (next(n for most, n in table if macs <= most) for table in (_FITTED, _JUDGED))
     batch = 32 if macs < 1e9 else 8
+    ranked = _ranked_of_each(graph)
+    full = SynthesisBudget(images, batch, _MOST_STEPS, judged, ranked=ranked)
+    share = drawing / max(drawing_seconds(graph, full), 1e-9)
+    if share < 1:
+        images = max(batch, int(share * images) // batch * batch)
+        judged, ranked = (max(_LEAST_DRAWN, int(share * n)) for n in (judged, ranked))
     affordable = seconds / max(_FORWARD_AND_BACKWARD * _MATCHED_STEPS * pace, 1e-9)
     matched = int(min(images, affordable) // batch * batch) if trained_norms(graph)[0] and has_floats(graph) else 0
-    return SynthesisBudget(images, batch, _MOST_STEPS, judged, matched)
+    return SynthesisBudget(images, batch, _MOST_STEPS, judged, matched, ranked)
+
+
+def drawing_seconds(graph: Graph, budget: SynthesisBudget) -> float:
+    """Predict the seconds of `effort.spent` that drawing the structured inputs of a budget takes."""
+    each = sum(drawn_numbers(spec) for spec in graph.inputs)
+    ranked = budget.ranked * len(families_of(_leading(graph)))
+    return (budget.images + _JUDGING_FAMILIES * budget.judged + ranked) * each * _SECONDS_PER_DRAWN_NUMBER
+
+
+def _ranked_of_each(graph: Graph) -> int:
+    """Return how many inputs of each family may rank it."""
+    numbers = max(1, len(families_of(_leading(graph)))) * sum(math.prod(spec.shape) for spec in graph.inputs)
+    return max(_LEAST_DRAWN, min(_RANKED, _RANKED_NUMBERS // max(1, numbers)))
 
 
 @dataclass(frozen=True)
@@ -112,7 +136,7 @@ def prepare(
     unread = unknown_integers(graph.inputs) + (() if told else (*_rows_without_scale(graph), *untold))
     known = all(kind_of(spec) != UNKNOWN for spec in graph.inputs)
     if known:
-        names = _ranked(graph, scales, seed)
+        names = _ranked(graph, scales, seed, budget.ranked)
         fitted = names[: min(_FITTED_FAMILIES, max(1, len(names) // 2))]
         each = -(-budget.images // len(fitted))
         parts = [_structured(graph, name, each, seed, scales) for name in fitted]
@@ -180,7 +204,7 @@ def _structured(graph: Graph, family: str, count: int, seed: int, scales: Scales
     return as_read_by_norms(graph, tuple(made))
 
 
-def _ranked(graph: Graph, scales: Scales, seed: int) -> list[str]:
+def _ranked(graph: Graph, scales: Scales, seed: int, most: int = _RANKED) -> list[str]:
     """Return the families of the leading input that a network takes for its own kind, the nearest first.
 
     Near are those whose batch-norm statistics are the stored ones. Without batch norm they are the ones of which a
@@ -193,8 +217,7 @@ def _ranked(graph: Graph, scales: Scales, seed: int) -> list[str]:
         return names
     matcher = Matcher(graph, norms, "cpu", use_classes=False)
     program = Program(graph, [classes or graph.outputs[0]])
-    numbers = len(names) * sum(math.prod(spec.shape) for spec in graph.inputs)
-    count = max(8, min(_RANKED, _RANKED_NUMBERS // numbers))
+    count = min(most, _ranked_of_each(graph))
     found = {}
     with torch.no_grad():
         for name in names:

@@ -38,6 +38,7 @@ class SynthesisBudget:
         steps: optimisation steps of each batch.
         judged: number of inputs of each family that no fit sees.
         matched: how many of the structured inputs are optimised towards the batch norms.
+        ranked: how many of each family tell, at most, how near it is to the network.
     """
 
     images: int
@@ -45,6 +46,7 @@ class SynthesisBudget:
     steps: int
     judged: int = 16
     matched: int = 0
+    ranked: int = 32
 
 
 @dataclass(frozen=True)

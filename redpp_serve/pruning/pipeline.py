@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from redpp_serve.options import RED, Options
 from redpp_serve.pruning.accounting import Counting, count_network
 from redpp_serve.pruning.choose import WidthChoice, frontier_record, frontier_text
 from redpp_serve.pruning.effort import Effort
-from redpp_serve.pruning.inputs import Sources
+from redpp_serve.pruning.inputs import Sources, drawing_seconds
 from redpp_serve.pruning.judge import Difference
 from redpp_serve.pruning.records import (
     FamilyRecord,
@@ -51,7 +50,7 @@ from redpp_serve.stages import Stages
 
 STANDARD_EFFORT = Effort()
 # For the prediction of a run's time.
-_SECONDS_PER_DRAWN_NUMBER, _SEARCHED, _RUNS_OF_A_FIT, _DISTIL_SHARE = 8e-7, 4, 4, 0.3
+_SEARCHED, _RUNS_OF_A_FIT, _DISTIL_SHARE = 4, 4, 0.3
 _TRAIN_ON = "train the network further, or leave out the limit: a fine-tuned network may rightly differ"
 _SAMPLES = 16  # held-out inputs that trial runs and examples use
 
@@ -198,8 +197,7 @@ def expected_seconds(job: Job, sets: int) -> float:
     """
     options, budget = job.options, job.synthesis_budget()
     judged = 3 * budget.judged
-    numbers = sum(math.prod(spec.shape) for spec in job.original.inputs)
-    drawn = (budget.images + judged) * numbers * _SECONDS_PER_DRAWN_NUMBER
+    drawn = drawing_seconds(job.original, budget)
     networks = 1 if options.error_budget is None else _SEARCHED
     build = _RUNS_OF_A_FIT * (budget.images + 64) + 3 * judged
     runs = 24 * budget.matched + 2 * budget.images + 40 * sets + networks * build + 12 * judged

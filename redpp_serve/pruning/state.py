@@ -26,7 +26,8 @@ from redpp_serve.pruning.records import Share
 from redpp_serve.pruning.verification import VerifyData
 from redpp_serve.stages import Stages
 
-_MATCHING_SHARE = 0.04  # of the time budget: raw structured inputs are near already where matching is dear
+# Of the time budget: raw structured inputs are near already where matching is dear.
+_MATCHING_SHARE, _DRAWING_SHARE = 0.04, 0.3
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ class Job:
 
     def synthesis_budget(self) -> SynthesisBudget:
         """Return how many inputs to make."""
-        seconds = _MATCHING_SHARE * self.options.time_budget
-        return self.effort.synthesis or synthesis_budget(self.original, seconds, self.pace)
+        seconds = self.options.time_budget
+        matching, drawing = _MATCHING_SHARE * seconds, _DRAWING_SHARE * seconds
+        return self.effort.synthesis or synthesis_budget(self.original, matching, self.pace, drawing)
 
     def hashable(self, graph: Graph) -> list[Layer]:
         """Return the layers of a graph that the user has not excluded."""

@@ -133,7 +133,9 @@ def test_refusals_name_operator_module_and_line() -> None:
     refused(nn.Sequential(Base(lambda net, x: x + x.nonzero()[:1, :1])).eval(), "in module 0 (test_blocks.py:")
     refused(nn.Sequential(Base(lambda net, x: x + torch.rand(8))).eval(), "in module 0 (test_blocks.py:")
     refused(Base(lambda net, x: x + torch.randn_like(x)).eval(), "draws random numbers")
-    refused(Base(lambda net, x: torch.vmap(torch.relu, out_dims=1)(x)).eval(), "torch.vmap with out_dims=0")
+    refused(
+        Base(lambda net, x: torch.vmap(torch.relu, out_dims=1)(x)).eval(), "shape (3, 2, 8, 8) (output_0) in module"
+    )
     refused(Base(lambda net, x: net.h(net.f(x).mean((2, 3), True).squeeze())).eval(), "drops the batch dimension")
 
 

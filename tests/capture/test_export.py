@@ -167,7 +167,7 @@ def stacked(net: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("body", "what"), [(counted, "len(x)"), (stacked, "a loop over x")])
 def test_a_batch_that_becomes_a_number_is_named(body: Any, what: str) -> None:
-    refused(Net(body).eval(), f"size of its batch for a number, as {what} (test_export.py:")
+    refused(Net(body).eval(), f"size of its batch for a number, as {what} in module Net (test_export.py:")
     refused(Net(lambda net, x: x.reshape(int(x.shape[0]), 192)).eval(), "was captured for batches of 2 alone")
 
 
@@ -186,7 +186,7 @@ def test_a_forward_that_ends_the_program_is_refused() -> None:
     def leaves(net: Any, x: Tensor) -> Tensor:
         raise SystemExit(0)
 
-    refused(Net(leaves).eval(), "it ends the program, with SystemExit(0) (test_export.py:")
+    refused(Net(leaves).eval(), "it ends the program, with SystemExit(0) in module Net (test_export.py:")
 
 
 def test_buffers_that_an_artifact_cannot_hold() -> None:
@@ -199,4 +199,4 @@ def test_a_library_call_that_fails_is_named() -> None:
     def broken(net: Any, x: Tensor) -> Tensor:
         raise LookupError("no such table\nsecond line")
 
-    refused(Net(broken).eval(), "no such table (test_export.py:")
+    refused(Net(broken).eval(), "no such table in module Net (test_export.py:")

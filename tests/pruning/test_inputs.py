@@ -14,7 +14,7 @@ from redpp_serve.graph.graph import InputSpec, Ref
 from redpp_serve.pruning import inputs as synthetic
 from redpp_serve.pruning import matching, scales
 from redpp_serve.pruning.families import Scale, families_of, structured
-from redpp_serve.pruning.inputs import Sources, prepare, synthesis_budget
+from redpp_serve.pruning.inputs import Sources, drawing_seconds, prepare, synthesis_budget
 from redpp_serve.pruning.matching import Matcher, SynthesisBudget, smooth_noise, synthesize
 from redpp_serve.pruning.read_by_norms import trained_norms
 from redpp_serve.pruning.scales import estimate_scale
@@ -248,6 +248,20 @@ def test_as_many_inputs_are_matched_as_the_time_allows(seconds, exponent, kind):
         assert how.matched == 0  # there is nothing to match
     else:
         assert cost <= seconds * (1 + 1e-9) and (how.matched == 512 or cost + 3 * 8 * pace * 32 > seconds)
+
+
+@given(st.floats(0.01, 30))
+@few
+def test_as_many_inputs_are_drawn_as_the_time_allows(seconds):
+    graph = picture_network()
+    full, how = synthesis_budget(graph), synthesis_budget(graph, drawing=seconds)
+    assert (full.images, full.judged) == (512, 48)
+    if seconds >= drawing_seconds(graph, full):
+        assert how == full
+    else:
+        least = how.images == how.batch or 8 in (how.judged, how.ranked)
+        assert least or 0.8 * seconds < drawing_seconds(graph, how) <= seconds
+        assert how.images % how.batch == 0 and min(how.judged, how.ranked) >= 8
 
 
 def test_larger_networks_get_fewer_inputs_to_judge_by(monkeypatch):

@@ -1,16 +1,12 @@
 """A real server answers requests of many sizes at once, each as its network does, and refuses sizes nobody declared."""
 
-import http.client
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import urlsplit
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from redpp_serve import loopback
 from redpp_serve.capture import Captured
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph
@@ -18,13 +14,12 @@ from redpp_serve.graph.sizes import drawn, resized
 from redpp_serve.options import Options, ServerOptions, Serving
 from redpp_serve.packaging.mar import read_artifact
 from redpp_serve.packaging.package import package
-from redpp_serve.packaging.samples import as_array, read_samples, request_body, sized
-from redpp_serve.serving.health import Request, triton_request
+from redpp_serve.packaging.samples import as_array, read_samples, sized
 from redpp_serve.serving.serve import open_server
 from redpp_serve.serving.server import LocalServer
 from redpp_serve.variants import NAMES, ORIGINAL
 from tests.capture.test_any_size import Segments, Sound, Text, captured
-from tests.support.rollout import read
+from tests.support.rollout import predict, read
 
 pytestmark = pytest.mark.server
 
@@ -52,24 +47,6 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield running
 
 
-def ask(server: LocalServer, version: str, inputs: tuple[Tensor, ...]) -> tuple[http.client.HTTPResponse, bytes]:
-    """Send one request without a batch."""
-    arrays, running = list(map(as_array, inputs)), server.running()
-    if server.kind == "triton":
-        metadata = json.loads(loopback.ask(f"{running.management_url}/v2/models/{running.name}")[1])
-        request = triton_request(metadata, arrays)
-    else:
-        names = [spec.name for spec in read_artifact(server.folder / "original.mar").graph.inputs]
-        request = Request(request_body(dict(zip(names, arrays, strict=True))), {})
-    url = urlsplit(server.url(version))
-    connection = http.client.HTTPConnection("127.0.0.1", url.port, timeout=60)
-    connection.request("POST", url.path, request.body, {**server.headers(), **request.headers})
-    response = connection.getresponse()
-    content = response.read()
-    connection.close()
-    return response, content
-
-
 def chosen(server: LocalServer, graph: Graph, count: int) -> list[tuple[Tensor, ...]]:
     """Inputs without a batch, of many sizes."""
     samples, generator = read_samples(server.folder, graph.inputs), torch.Generator().manual_seed(0)
@@ -84,7 +61,11 @@ def test_requests_of_many_sizes_at_once(server: LocalServer) -> None:
         graph = read_artifact(server.folder / f"{variant}.mar").graph
         requests = chosen(server, graph, REQUESTS)
         with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda inputs, version=version: ask(server, version, inputs), requests))
+            answers = list(
+                pool.map(
+                    lambda inputs, version=version: predict(server, version, list(map(as_array, inputs))), requests
+                )
+            )
         for inputs, (response, body) in zip(requests, answers, strict=True):
             found, values = read(server.kind, response, body)
             with torch.no_grad():
@@ -99,5 +80,5 @@ def test_sizes_that_were_not_declared_are_refused(server: LocalServer) -> None:
     graph = read_artifact(server.folder / "original.mar").graph
     beyond = {symbol: 3 * size.high for spec in graph.inputs for _, size in spec.varying for symbol in (size.symbol,)}
     inputs = tuple(torch.ones(resized(spec, beyond).shape, dtype=getattr(torch, spec.dtype)) for spec in graph.inputs)
-    response, body = ask(server, server.versions[0], inputs)
+    response, body = predict(server, server.versions[0], list(map(as_array, inputs)))
     assert response.status == 400, body

@@ -5,7 +5,9 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -13,7 +15,9 @@ import pytest
 import torch
 
 from redpp_serve.loopback import ask
-from redpp_serve.serving.health import sample_request
+from redpp_serve.packaging.mar import read_artifact
+from redpp_serve.packaging.samples import request_body
+from redpp_serve.serving.health import Request, sample_request, triton_request
 from redpp_serve.serving.running import Running
 from redpp_serve.serving.server import LocalServer
 from redpp_serve.serving.switching import STAND_INS, loaded_triton_versions, switch
@@ -86,6 +90,24 @@ def expected_outputs(folder: Path) -> dict[str, list[float]]:
     """Each variant's outputs for the package's sample."""
     x = torch.from_numpy(np.load(folder / "sample.npy"))
     return {variant: outputs(folder / f"{variant}.mar", x)[0] for variant in ("original", "pruned")}
+
+
+def predict(server: LocalServer, version: str, arrays: Sequence[Any]) -> tuple[http.client.HTTPResponse, bytes]:
+    """Send one request of arrays without a batch to a version."""
+    running = server.running()
+    if server.kind == "triton":
+        metadata = json.loads(ask(f"{running.management_url}/v2/models/{running.name}")[1])
+        request = triton_request(metadata, arrays)
+    else:
+        names = [spec.name for spec in read_artifact(server.folder / "original.mar").graph.inputs]
+        request = Request(request_body(dict(zip(names, arrays, strict=True))), {})
+    url = urlsplit(server.url(version))
+    connection = http.client.HTTPConnection("127.0.0.1", url.port, timeout=60)
+    connection.request("POST", url.path, request.body, {**server.headers(), **request.headers})
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    return response, content
 
 
 def read(kind: str, response: http.client.HTTPResponse, body: bytes) -> tuple[str, list[float]]:
