@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -156,7 +156,7 @@ class _Search:
         return trail(self.network.network, lambda: self.network(*copies(inputs)))
 
 
-def _has_rows(value: Any, count: int) -> bool:
+def _has_rows(value: Any, count: int) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
 
 

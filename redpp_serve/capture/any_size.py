@@ -107,12 +107,12 @@ def _fixed_at(export: Callable[[], Any]) -> str:
     found: list[str] = []
     own = ShapeEnv._set_replacement
 
-    def noting(env: ShapeEnv, symbol: Any, target: Any, *rest: Any) -> None:
+    def noting(env: ShapeEnv, symbol: Any, target: Any, why: str) -> None:
         if target.is_number and (where := called_here()):
             found.append(where)
-        own(env, symbol, target, *rest)
+        own(env, symbol, target, why)
 
-    ShapeEnv._set_replacement = noting  # type: ignore[method-assign]
+    ShapeEnv._set_replacement = noting  # type: ignore[method-assign, assignment]
     try:
         with torch.no_grad(), contextlib.suppress(Exception):
             export()

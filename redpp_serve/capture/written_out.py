@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.predispatch import _remove_batch_dim
+from torch._functorch.predispatch import _add_batch_dim, _remove_batch_dim
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
@@ -164,9 +164,14 @@ def combinations(x: Tensor, r: int = 2, with_replacement: bool = False) -> Tenso
     return x[places.reshape(-1, r)]
 
 
-def mapped(x: Tensor, level: int, size: int, dim: int) -> Tensor:
+def with_rows_first(x: Tensor, dim: int, level: int) -> Tensor:
+    """Enter ``torch.vmap`` with the dimension that ``in_dims`` names in front; torch loses track of it elsewhere."""
+    return _add_batch_dim(x.movedim(dim, 0) if dim else x, 0, level)
+
+
+def with_rows_back(x: Tensor, level: int, size: int, dim: int) -> Tensor:
     """Leave ``torch.vmap`` with the rows in front, and move them to the dimension that ``out_dims`` names."""
-    rows: Tensor = _remove_batch_dim(x, level, size, 0)
+    rows = _remove_batch_dim(x, level, size, 0)
     return rows.movedim(0, dim) if dim else rows
 
 
@@ -178,7 +183,8 @@ _FUNCTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     torch.combinations: combinations,
     Tensor.data.__get__: Tensor.detach,  # type: ignore[attr-defined]
     Tensor.numpy: lambda x, force=False: x.detach(),  # as an output, where it is the tensor of its numbers
-    _remove_batch_dim: mapped,
+    _add_batch_dim: with_rows_first,
+    _remove_batch_dim: with_rows_back,
     **stand_ins(),
 }
 
@@ -202,7 +208,7 @@ def as_in_export() -> Iterator[None]:
         return own(x)
 
     Distribution.set_default_validate_args(False)
-    Tensor.tolist = tolist  # type: ignore[method-assign]
+    Tensor.tolist = tolist  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

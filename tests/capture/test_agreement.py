@@ -37,7 +37,7 @@ IMPURE: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "divided by the largest of the batch": (lambda net, x: x / x.abs().amax(), "depends on the others in its batch"),
     "rows left out by value": (
         lambda net, x: x[x.mean((1, 2, 3)) > -9],
-        "aten.index.Tensor in module Net (test_agreement.py:",
+        "aten.index.Tensor in module Net (captures.py:",
     ),
     "a number read from data": (lambda net, x: x * x.max().item(), "operator aten.item.default"),
     "no batch in the output": (lambda net, x: x.mean(), "an output of shape ()"),

@@ -111,10 +111,12 @@ def predict(server: LocalServer, version: str, arrays: Sequence[Any]) -> tuple[h
 
 
 def read(kind: str, response: http.client.HTTPResponse, body: bytes) -> tuple[str, list[float]]:
-    """Which variant answered, and its outputs."""
+    """Which variant answered, and its first output."""
     assert response.status == 200, (response.status, body)
     document = json.loads(body)
     if kind == "torchserve":
-        return str(response.headers["X-Redpp-Variant"]), document["outputs"][0]
+        outputs = document["outputs"]  # by name where the network names them
+        first = next(iter(outputs.values())) if isinstance(outputs, dict) else outputs[0]
+        return str(response.headers["X-Redpp-Variant"]), first
     variants = {"1": "original", "2": "pruned", "3": "original", "4": "original"}
     return variants[document["model_version"]], document["outputs"][0]["data"]
