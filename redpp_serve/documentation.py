@@ -43,7 +43,7 @@ def _figures(figures: Mapping[str, str]) -> list[str]:
         original = f"original_{name}"
         if original in figures:
             rows.append(f"| `{name}`, `{original}` | {meaning.replace('the pruned', 'the pruned or the original')} |")
-        elif name.removeprefix("original_") not in figures:
+        elif not (name.startswith("original_") and name.removeprefix("original_") in figures):
             rows.append(f"| `{name}` | {meaning} |")
     return rows
 

@@ -22,6 +22,7 @@ from redpp_serve import __version__
 from redpp_serve.cli import COMMANDS, main
 from redpp_serve.documentation import PATH, documentation
 from redpp_serve.loopback import Ports, free_ports
+from redpp_serve.requirements import COMPARED, HEALTH
 from tests.attacks.files import Net
 from tests.support.small import ARCH, INPUT, arguments, network, write_data, write_model
 
@@ -116,6 +117,12 @@ print(sorted({'torch', 'tritonclient'} & set(sys.modules)))
     for words in commands:
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
         assert done.stdout.splitlines()[-1] == "[]", (words, done.stdout[-300:], done.stderr[-300:])
+
+
+@pytest.mark.parametrize("figures", [COMPARED, HEALTH])
+def test_every_figure_that_can_be_required_is_documented(figures: dict[str, str]) -> None:
+    cells = [line.split(" | ")[0] for line in documentation().splitlines() if line.startswith("| `")]
+    assert set(figures) <= {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
 
 
 def test_the_documentation_of_options_is_what_the_records_say() -> None:
