@@ -21,6 +21,12 @@ AB_FAMILIES = {
     family.name: family
     for family in (
         Family("gauge", "redpp_ab_traffic_ratio", "Share of users that the version is to receive.", ("arm",)),
+        Family(
+            "gauge",
+            "redpp_ab_settled",
+            "1 for the version that all users were given: by promote, rollback or a split of 0 or 100.",
+            ("arm",),
+        ),
         Family("counter", "redpp_ab_requests_total", "Users' requests by version.", ("arm",)),
         Family(
             "counter",
@@ -113,6 +119,7 @@ def _samples(status: Status) -> dict[str, Samples]:
             (arm,): float(arm == status.all_to) if status.all_to else status.arms[arm].configured
             for arm in NAMES
         },
+        "redpp_ab_settled": _one_of(NAMES, _settled(status)),
         "redpp_ab_requests_total": {(arm,): status.arms[arm].requests for arm in NAMES},
         "redpp_ab_failed_over_total": {(arm,): status.arms[arm].failed_over for arm in NAMES},
         "redpp_ab_pairs_total": {(): shadow.pairs if shadow else 0},
@@ -126,7 +133,13 @@ def _samples(status: Status) -> dict[str, Samples]:
     }
 
 
-def _one_of(kinds: Iterable[str], chosen: str) -> Samples:
+def _settled(status: Status) -> str | None:
+    """Return the arm that all users were given; None while they are divided, or the pruned version is shadowed."""
+    everything = [arm for arm in NAMES if status.arms[arm].configured == 1 and not status.spec.shadow]
+    return status.all_to or next(iter(everything), None)
+
+
+def _one_of(kinds: Iterable[str], chosen: str | None) -> Samples:
     return {(kind,): float(kind == chosen) for kind in kinds}
 
 

@@ -166,7 +166,7 @@ class Watch:
             rails = [*status.guardrails, rail]
             status = replace(status, guardrails=rails, advice=evidence.advice(status.findings, rails))
         elif not problems:
-            problems += [_SILENT.format(arm) for arm in sorted(counts.silent)]
+            problems += [_SILENT.format(arm) for arm in sorted(counts.silent) if users.all_to in (None, arm)]
         return replace(status, seconds=now - running.test.started, problems=list(problems))
 
     def _act(self, running: _Running, status: Status, found: Found, now: float) -> Status:

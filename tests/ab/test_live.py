@@ -247,6 +247,7 @@ def test_the_metrics_of_the_test_are_served(client: Client) -> None:
         f"redpp_ab_{name}"
         for name in (
             "traffic_ratio",
+            "settled",
             "requests_total",
             "failed_over_total",
             "pairs_total",

@@ -364,9 +364,29 @@ def test_the_metrics(experiment: Experiment) -> None:
             for bound in ("low", "mean", "high")
         )
         assert 1 < low < mean < high and low < 1.25 < high
+    assert 'redpp_ab_settled{arm="original",model="m"} 0.0' in generate_latest(own).decode()
     switch(experiment.state / GATEWAY, "original")
     latest[0] = experiment.status()
-    assert 'redpp_ab_traffic_ratio{arm="original",model="m"} 1.0' in generate_latest(own).decode()
+    for name in ("traffic_ratio", "settled"):
+        assert f'redpp_ab_{name}{{arm="original",model="m"}} 1.0' in generate_latest(own).decode()
+
+
+@pytest.mark.parametrize(
+    "split,shadow,settled",
+    [
+        ("100:0", False, {"original": 1, "pruned": 0}),
+        ("0:100", False, {"original": 0, "pruned": 1}),
+        ("100:0", True, {"original": 0, "pruned": 0}),
+        ("99:1", False, {"original": 0, "pruned": 0}),
+    ],
+)
+def test_a_split_that_leaves_nobody_to_one_version_settles_a_test(
+    tmp_path: Path, split: str, shadow: bool, settled: dict[str, int]
+) -> None:
+    made = Experiment(tmp_path, split=split, shadow=shadow).status()
+    lines = generate_latest(registry(lambda: made)).decode().splitlines()
+    for arm, value in settled.items():
+        assert f'redpp_ab_settled{{arm="{arm}",model="m"}} {value}.0' in lines
 
 
 def test_a_finding_that_says_slower_goes_before_all_others(experiment: Experiment) -> None:

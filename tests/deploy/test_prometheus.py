@@ -69,6 +69,9 @@ FAULTS = [
     ("alerts.yml", ">= 20\n", ">= 0\n"),
     ("alerts.yml", "[5m]) > 0)", "[5m]) >= 0)"),
     ("alerts.yml", '{kind="rollback"}', '{kind="promote"}'),
+    ("alerts.yml", ' unless on (instance, model) redpp_ab_settled{arm="original"} == 1', ""),
+    ("alerts.yml", 'settled{arm="original"}', 'settled{arm="pruned"}'),
+    ("alerts.yml", 'settled{arm="original"} == 1', 'settled{arm="original"}'),
     ("alerts.yml", "redpp_ab_problems > 0", "redpp_ab_problems >= 0"),
     ("alerts.yml", ' and max_over_time(up{job=~"redpp-.+"}[1h]) == 1', ""),
 ]
