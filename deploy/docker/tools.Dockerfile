@@ -1,5 +1,5 @@
 # The command line in a container, for `package` in a cluster and for `ab watch`. Build in the project's root:
-#   docker build -f deploy/docker/tools.Dockerfile -t redpp-serve/tools:0.1.0 .
+#   docker build -f deploy/docker/tools.Dockerfile -t redpp-serve/tools:0.2.0 .
 ARG BASE=python:3.11.15-slim-bookworm
 FROM ${BASE}
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

@@ -22,6 +22,7 @@ import psutil
 import pytest
 from packaging.specifiers import SpecifierSet
 
+import redpp_serve
 from redpp_serve.loopback import Ports, TritonPorts, free_ports
 from redpp_serve.packaging.server_config import LOG4J2, config_properties
 from redpp_serve.serving.triton_binary import find_triton, link_backend
@@ -173,7 +174,7 @@ def test_digests_are_renewed_and_kept_where_no_registry_answers(
         assert renew.renew_digests(files) == []
         after = [path.read_text() for path in files]
         assert [text.count(f"@sha256:{digit * 64}\n") for text in after] == [1, 3] or after[1].count("@sha256:") >= 3
-        assert "redpp-serve/torchserve:0.1.0\n" in after[1] and dockerfile_problems(after[0]) == []
+        assert f"redpp-serve/torchserve:{redpp_serve.__version__}\n" in after[1] and dockerfile_problems(after[0]) == []
 
 
 def test_requirements_stay_where_no_index_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +185,18 @@ def test_requirements_stay_where_no_index_answers(tmp_path: Path, monkeypatch: p
     problems = renew.compile_requirements(folder)
     assert len(problems) == 12 and problems[0] == "torchserve.txt stays as it is: cause: name not known"
     assert {path.name: path.read_text() for path in folder.iterdir()} == before
+
+
+def test_this_projects_images_are_tagged_with_its_version() -> None:
+    tags = {
+        path.relative_to(DEPLOY): re.findall(
+            r"redpp-serve/(?:tools|torchserve|triton)(?::|, newTag: *)([^\s},]+)", text
+        )
+        for path in DEPLOY.rglob("*")
+        if path.suffix in (".yaml", ".yml", ".md", ".sh", ".Dockerfile") and (text := path.read_text())
+    }
+    assert {tag for found in tags.values() for tag in found} == {redpp_serve.__version__}, tags
+    assert sum(map(len, tags.values())) >= 9
 
 
 def test_the_list_of_what_an_image_holds_is_a_cyclonedx_document() -> None:
