@@ -114,6 +114,11 @@ class PackageOptions:
         metavar="FOLDER",
         takes=Path,
     )
+    once: bool = option(
+        False,
+        "where the folder holds the package of the same network, options and releases already, say so and do nothing; "
+        "replace no other one",
+    )
     dry_run: bool = option(False, "do everything but write")
 
 

@@ -99,12 +99,14 @@ def package(options: argparse.Namespace) -> None:
         preprocess=preprocess,
         labels=labels,
         stages=stages,
+        once=options.once,
         dry_run=options.dry_run,
     )
     print(package_summary(report))
     for message in report.messages[len(captured.messages) :]:
         _note(f"note: {message}")
-    print(_written(out, options.dry_run))
+    left = stages.named("package").status == "skipped"
+    print(f"\n{out} holds this package already: nothing was done" if left else _written(out, options.dry_run))
 
 
 def _package_tuned(options: argparse.Namespace) -> None:
@@ -118,7 +120,7 @@ def _package_tuned(options: argparse.Namespace) -> None:
     idle = [flags[name] for name in given(Options, options) if name not in USED]
     idle += [
         f"--{name}"
-        for name in ("target", "input", "range", "classes", "moments", "preprocess", "labels")
+        for name in ("target", "input", "range", "classes", "moments", "preprocess", "labels", "once")
         if getattr(options, name)
     ]
     if idle:

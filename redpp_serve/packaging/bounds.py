@@ -1,4 +1,4 @@
-"""How much memory and time a graph of somebody else would take: found on meta tensors, before it runs for real.
+"""How much memory and time a graph of somebody else would take, found on meta tensors before it runs for real.
 
 Operators of the allow-list make tensors of any size from a few numbers, and a chain of small ones doubles a size at
 each step. `check_runs` follows the graph without computing it and refuses what is beyond any network of this machine.
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from redpp_serve.errors import RedppError, printable
-from redpp_serve.graph.executor import Program, makes_tensor
+from redpp_serve.graph.executor import Program, makes_tensor, output_types
 from redpp_serve.graph.graph import Graph, Node, map_refs
 from redpp_serve.graph.operators import resolve
 from redpp_serve.graph.ranges import blank
 from redpp_serve.graph.recurrent import SEQUENCES
 from redpp_serve.graph.sizes import largest
+from redpp_serve.packaging.server_config import Limits, limits_for
 
 MEMORY_VARIABLE = "REDPP_MEMORY_GB"
 MOST_MACS = 4e12  # for one input; the largest networks for images take 3e12
@@ -46,7 +47,7 @@ def check_runs(graph: Graph, batch: int = 1) -> None:
     Raises:
         RedppError: says at which node, and what it would take.
     """
-    graph = replace(graph, inputs=tuple(replace(spec, shape=largest(spec), varying=()) for spec in graph.inputs))
+    graph = _at_largest(graph)
     _Run(graph, 1).check()
     if batch > 1:
         _Run(graph, batch, math.inf).check()
@@ -68,6 +69,25 @@ def check_answers(graph: Graph, batch: int = 1) -> None:
         raise
     except Exception as error:  # an operator's own, which have no common class
         raise _fails("the network", error) from error
+
+
+def body_limits(graph: Graph, batch: int) -> Limits:
+    """Return limits of a server in which the largest request and its answer fit, see `limits_for`.
+
+    Args:
+        graph: the network, which runs once on zeros.
+        batch: items that the server takes together.
+
+    Raises:
+        RedppError: TorchServe could not serve one item.
+    """
+    graph = _at_largest(graph)
+    outputs = [(shape[1:], str(dtype).removeprefix("torch.")) for shape, dtype in output_types(graph, "cpu").values()]
+    return limits_for([(spec.shape, spec.dtype) for spec in graph.inputs], outputs, batch)
+
+
+def _at_largest(graph: Graph) -> Graph:
+    return replace(graph, inputs=tuple(replace(spec, shape=largest(spec), varying=()) for spec in graph.inputs))
 
 
 def most_bytes() -> float:

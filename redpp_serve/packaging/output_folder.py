@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
+from redpp_serve import __version__
+from redpp_serve.capture import Captured
 from redpp_serve.errors import RedppError
 from redpp_serve.packaging.samples import INPUTS
-from redpp_serve.pruning.checkpoint import frontier_of
+from redpp_serve.pruning.checkpoint import fingerprint, frontier_of
+from redpp_serve.pruning.inputs import Sources
 from redpp_serve.report.folder import PAGE, REPORT, read_report
 from redpp_serve.state_folders import left_scratch, scratch_folder
 from redpp_serve.variants import VARIANTS
@@ -30,6 +36,7 @@ _OURS = {
     "key_file.json",  # TorchServe writes this and the logs where it is started
     "logs",
 }
+_ORIGIN = "made_from"  # in a report's source, see `with_origin`
 
 
 def checkpoint_of(out: Path) -> Path:
@@ -67,6 +74,43 @@ def check_out(out: Path) -> None:
             "a new or empty folder, or an earlier package",
             "choose another folder with --out, or move away what is there",
         )
+
+
+def with_origin(captured: Captured, sources: Sources, files: Iterable[Path | None], *rest: object) -> Captured:
+    """Add to the source of a captured network a digest of all that decides its package, see `already_made`.
+
+    Args:
+        captured: the network.
+        sources: real inputs, and widths of an earlier run.
+        files: those whose bytes count: verification data, moments.
+        rest: options, and how the network is called and served, whose ``repr`` says what they are.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    graph = captured.graph
+    named = (sorted(graph.buffers or ()), graph.output_names, sorted(graph.classes or ()), graph.classes is None)
+    bytes_of = [path and hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    releases = (__version__, metadata.version("torch"))
+    key = fingerprint([graph], sources.inputs, named, sources.widths, bytes_of, releases, rest)
+    return replace(captured, source={**captured.source, _ORIGIN: key})
+
+
+def already_made(out: Path, captured: Captured) -> bool:
+    """Return True if a folder holds the package of a network `with_origin`, and False if there is nothing.
+
+    Raises:
+        RedppError: it holds another package.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        return False
+    if read_report(out).source.get(_ORIGIN) != captured.source[_ORIGIN]:
+        raise RedppError(
+            f"{out} holds the package of another network, other options or another release",
+            "with --once, a new folder or what this very command has written",
+            "choose a new folder with --out, or leave --once out to replace what is there",
+        )
+    return True
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,24 +22,26 @@ from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec
 from redpp_serve.graph.layers import mac_count, parameter_count
 from redpp_serve.graph.passes import half_of, in_precision
-from redpp_serve.graph.sizes import largest
 from redpp_serve.handlers.payload import read_image
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.machine import describe_machine
 from redpp_serve.options import Options, Serving
+from redpp_serve.packaging.bounds import body_limits
 from redpp_serve.packaging.mar import CONFIG, build_mar, check_name
 from redpp_serve.packaging.output_folder import (
     all_or_nothing,
+    already_made,
     check_out,
     checkpoint_of,
     frontier_files,
     replaced,
+    with_origin,
     write_files,
 )
 from redpp_serve.packaging.readme import readme
 from redpp_serve.packaging.samples import INPUTS, as_array, example_image, request_body, sample_name
 from redpp_serve.packaging.server_config import CONFIG as CONFIG_PROPERTIES
-from redpp_serve.packaging.server_config import LOG4J2, Limits, config_properties, limits_for, model_config
+from redpp_serve.packaging.server_config import LOG4J2, config_properties, model_config
 from redpp_serve.packaging.trials import Trial, run_trials, try_archive, try_model
 from redpp_serve.packaging.triton_repository import build_repository, output_specs, to_json, triton_config
 from redpp_serve.pruning.accounting import totals
@@ -54,7 +55,7 @@ from redpp_serve.pruning.records import Verification
 from redpp_serve.pruning.tiles import with_step
 from redpp_serve.pruning.verification import load_verify_data
 from redpp_serve.report.data import PrecisionError, Report, Verify
-from redpp_serve.report.folder import write_report
+from redpp_serve.report.folder import read_report, write_report
 from redpp_serve.runtime.moments_file import load_moments
 from redpp_serve.runtime.serving_graph import layer_inputs, serving_graph
 from redpp_serve.stages import Stages
@@ -103,6 +104,7 @@ def package(  # noqa: PLR0913 - the options of the command, given by keyword
     inputs: Path | None = None,
     moments: Path | None = None,
     stages: Stages | None = None,
+    once: bool = False,
     dry_run: bool = False,
 ) -> Report:
     """Prune a captured network and write a folder that two versions are served from.
@@ -120,14 +122,15 @@ def package(  # noqa: PLR0913 - the options of the command, given by keyword
         verify_data: labelled inputs to measure accuracy with, an .npz file.
         inputs: unlabelled inputs to fit to and judge by, see `load_inputs`; nothing of them is in the package.
         moments: second moments that a serving original has added up, see `load_moments`.
-        stages: collects (and prints) the steps.
+        stages: collects (and prints) the steps; where nothing is done, ``package`` alone, as skipped.
+        once: do nothing where the folder holds the package of all of these already, and replace no other one.
         dry_run: do everything but the trial runs, and write nothing.
 
     Returns:
         The report.
 
     Raises:
-        RedppError: a name or folder that cannot be used, or no space.
+        RedppError: a name or folder that cannot be used, or no space; or with ``once`` a folder with another package.
         GateFailed: a verification number missed its limit; nothing is written.
     """
     out = Path(os.path.abspath(out))  # '.' has no name of its own
@@ -144,6 +147,11 @@ def package(  # noqa: PLR0913 - the options of the command, given by keyword
         load_moments(moments, captured.graph) if moments else None,
         known_widths(frontier_files(out), captured.graph, options.keep_point) if options.keep_point else None,
     )
+    captured = with_origin(captured, sources, (verify_data, moments), model, options)
+    if once and already_made(out, captured):
+        with stages.run("package") as stage:
+            stage.skip(f"{out} holds the package of this network, with these options, already")
+        return read_report(out)
     with all_or_nothing(out, checkpoint):
         options = with_step(options, stages, captured.graph, serving)
         pruned = prune(captured.graph, options, stages=stages, data=data, checkpoint=checkpoint, sources=sources)
@@ -326,7 +334,7 @@ def _files(
     first = [as_array(x[0]) for x in samples]
     artifacts = {version.variant.name: version.artifact.data for version in versions}
     texts = {
-        CONFIG_PROPERTIES: config_properties(limits=_limits(model, versions[0].graph, samples)),
+        CONFIG_PROPERTIES: config_properties(limits=body_limits(versions[0].graph, model.serving.batch_size)),
         "log4j2.xml": LOG4J2,
         CONFIG: model_config(model.serving),
         "README.md": readme(model.name, model.inputs, model.preprocess, versions[0].graph.output_names),
@@ -374,14 +382,6 @@ def _trials(
 def _smallest(model: Model) -> list[tuple[torch.Tensor, ...]]:
     """Return one random input of the smallest sizes, (1, ...) for each of the network's; nothing where none varies."""
     return [sample(specs, 1, torch.Generator().manual_seed(0)) for specs in other_sizes(model.inputs)[:1]]
-
-
-def _limits(model: Model, graph: Graph, samples: Sequence[torch.Tensor]) -> Limits:
-    """Return limits in which the largest input and its answer fit; outputs are taken to grow with the inputs."""
-    given = sum(x[0].numel() for x in samples)
-    most = sum(math.prod(largest(spec)) for spec in model.inputs)
-    outputs = sum(y.numel() for y in _outputs(graph, samples).values())
-    return limits_for(most, outputs * max(1, -(-most // max(1, given))))
 
 
 def _numbers(graph: Graph, samples: Sequence[torch.Tensor]) -> dict[str, np.ndarray[Any, Any]]:

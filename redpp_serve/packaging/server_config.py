@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from redpp_serve.errors import RedppError
 from redpp_serve.loopback import Ports
@@ -14,8 +19,11 @@ from redpp_serve.packaging.templates import render
 CONFIG = "config.properties"
 MAX_REQUEST_BYTES = 16 << 20  # an input of 3 x 1024 x 1024 float32 fits
 _MOST_BYTES = 2**31 - 1  # of TorchServe's requests and replies
-_NUMBER_BYTES = 25  # of a number in JSON, such as -1.2345678901234567e-05 and a comma
+_REST = 65536  # of a body, beside its numbers: names, shapes, an id
 _HEAP_MB = 512
+_LONGEST = {"bool": False, "uint8": 255, **{f"int{bits}": -(1 << bits - 1) for bits in (8, 16, 32, 64)}}
+_ITEM_BYTES = {"bool": 1, "bfloat16": 4}  # in an array, where the type's name does not tell; NumPy has no bfloat16
+Tensors: TypeAlias = "Iterable[tuple[tuple[int, ...], str]]"  # shape without the batch, and the name of the type
 
 
 @dataclass(frozen=True)
@@ -31,24 +39,46 @@ class Limits:
         return _HEAP_MB + 4 * (self.request + self.response - 2 * MAX_REQUEST_BYTES >> 20)
 
 
-def limits_for(inputs: int, outputs: int) -> Limits:
-    """Return limits in which one input and its answer fit as JSON, and 16 MB in any case.
+def limits_for(inputs: Tensors, outputs: Tensors, batch: int = 1) -> Limits:
+    """Return limits in which fit one item as JSON, a batch of them as arrays, and 16 MB in any case.
 
     Args:
-        inputs: numbers in all inputs of one item, at their largest sizes.
-        outputs: numbers in all its outputs.
+        inputs: those of one item, at their largest sizes.
+        outputs: the answer to it.
+        batch: items that the server takes together.
 
     Raises:
-        RedppError: TorchServe could not serve them.
+        RedppError: TorchServe could not serve one item.
     """
-    request, response = (max(MAX_REQUEST_BYTES, _NUMBER_BYTES * count + 65536) for count in (inputs, outputs))
-    if max(request, response) > _MOST_BYTES:
+    return Limits(_limit("inputs", inputs, batch), _limit("outputs", outputs, batch))
+
+
+def _limit(what: str, tensors: Tensors, batch: int) -> int:
+    tensors = list(tensors)
+    text = _REST + sum(most_json_bytes(shape, dtype) for shape, dtype in tensors)
+    if text > _MOST_BYTES:
         raise RedppError(
-            f"inputs of {inputs} numbers and outputs of {outputs}",
-            f"as many as fit into {_MOST_BYTES} bytes of JSON, which is TorchServe's limit",
+            f"{what} of {sum(math.prod(shape) for shape, _ in tensors)} numbers take {text} bytes of JSON",
+            f"at most {_MOST_BYTES} bytes, which is TorchServe's limit",
             "give smaller sizes in --input, or let the network shrink its outputs",
         )
-    return Limits(request, response)
+    arrays = _REST + batch * sum(math.prod(shape) * _item_bytes(dtype) for shape, dtype in tensors)
+    return max(MAX_REQUEST_BYTES, text, min(arrays, _MOST_BYTES))
+
+
+def most_json_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Return the most bytes that a tensor has as nested lists in JSON, with Python's own separators.
+
+    Clients may write more digits than a type of floating point has, so any such number counts as the longest double.
+    """
+    size = len(json.dumps(_LONGEST.get(dtype, -sys.float_info.min)))
+    for length in reversed(shape):
+        size = length * (size + len(", ")) - len(", ") + len("[]")
+    return size
+
+
+def _item_bytes(dtype: str) -> int:
+    return _ITEM_BYTES.get(dtype) or int(dtype.lstrip("abcdefghijklmnopqrstuvwxyz")) // 8
 
 
 def read_limits(folder: Path) -> Limits:

@@ -165,7 +165,8 @@ def distil(
     training = _Training(lesson, schedule, reference, seed, before)
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         end = training.run(Checkpoint(checkpoint, training.key()), deadline, progress)
-    note = _ENDS[end].format(done=training.step, total=schedule.steps)
+    resumed = f"the first {training.resumed} by a run that was interrupted" if training.resumed else ""
+    note = "; ".join(filter(None, [resumed, _ENDS[end].format(done=training.step, total=schedule.steps)]))
     if training.improved:
         error = (before, training.error)
         return Distilled(training.student.graph(training.best), training.step, error, note, end != "late")
@@ -187,6 +188,7 @@ class _Training:
         self._rate = schedule.rate * (min(max(before, _LEAST_DAMAGE), 1.0) if math.isfinite(before) else 1.0)
         self._start = before if math.isfinite(before) else math.inf
         self.step, self.error, self.best = 0, self._start, self.student.copy()
+        self.resumed = 0  # steps of an interrupted run
 
     @property
     def improved(self) -> bool:
@@ -246,6 +248,7 @@ class _Training:
             tensors, values = found
             self.student.load(tensors)
             self.step, self.error = values["step"], values["error"]
+            self.resumed = self.step
             self.best = [tensors[f"best{k}"].to(tensor.device) for k, tensor in enumerate(self.best)]
 
 

@@ -2,9 +2,13 @@
 
 import copy
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ import yaml
 
 from redpp_serve.cli import parser
 from tests.support.manifests import DEPLOY, Document, adapted_metrics, build, of_kind, problems
+from tests.support.small import ARCH, INPUT, write_model
 from tests.support.tools import kubectl, tool
 
 OVERLAYS = sorted(p.name for p in (DEPLOY / "kubernetes/overlays").iterdir())
@@ -131,6 +136,56 @@ def test_the_watcher_is_started_as_its_command_takes_it(built: dict[str, list[Do
     parsed = parser().parse_args(words)
     assert parsed.command == "ab watch" and parsed.route == "redpp-serve/model" and parsed.auto
     assert parsed.match == 'namespace="redpp-serve"' and parsed.port == container["ports"][0]["containerPort"]
+
+
+def job_words(**values: str) -> list[str]:
+    """The words that the Job's container gives to redpp-serve."""
+    job = yaml.safe_load((DEPLOY / "kubernetes/components/claim/job.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert "command" not in container, "the image's own command is redpp-serve"
+    return [re.sub(r"\$\((\w+)\)", lambda match: values[match[1]], word) for word in container["args"]]
+
+
+def test_the_job_packages_as_its_command_takes_it() -> None:
+    parsed = parser().parse_args(job_words(VERSION="1.0.0", MODEL_NAME="model"))
+    assert (parsed.command, parsed.name, parsed.once) == ("package", "model", True)
+    assert parsed.out == Path("/packages/1.0.0") and parsed.file.parent == Path("/source")
+
+
+@pytest.mark.exhaustive
+def test_a_killed_job_goes_on_and_a_finished_one_is_done(tmp_path: Path) -> None:
+    """The Job's own words, with the small network for the example's, and folders for its volumes."""
+    words = job_words(VERSION="1.0.0", MODEL_NAME="small")
+    at = [
+        words.index(word) for word in ("/source/model.safetensors", "--arch=torchvision:resnet50", "--input=3x224x224")
+    ]
+    for index, word in zip(at, (str(write_model(tmp_path)), f"--arch={ARCH}:Small", f"--input={INPUT}"), strict=True):
+        words[index] = word
+    words = [word.replace("/packages/", f"{tmp_path}/packages/") for word in words]
+    limits = ["--keep=0.5", "--round-to=4", "--max-error=2", "--time-budget=8", "--distil=2"]
+    command = [sys.executable, "-m", "redpp_serve.cli", *words, *limits]
+    kept = tmp_path / "packages" / ".1.0.0.inputs.safetensors.distil"
+
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not kept.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was killed before its end"
+    assert kept.exists() and not (tmp_path / "packages" / "1.0.0").exists()
+
+    def again(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], capture_output=True, text=True, timeout=240)
+
+    second = again()
+    assert second.returncode == 0, second.stderr
+    assert re.search(r"^distil .* (\d+) steps.*; the first \1 by a run that was interrupted", second.stderr, re.M)
+    assert not kept.exists() and (tmp_path / "packages" / "1.0.0" / "report.json").exists()
+    third = again()
+    assert third.returncode == 0 and third.stdout.endswith("holds this package already: nothing was done\n")
+    assert not re.search("^(inputs|distil|verify) ", third.stderr, re.M)
+    other = again("--seed=1")
+    assert other.returncode == 2 and "holds the package of another network" in other.stderr
 
 
 def test_the_compiled_kernels_of_a_gpu_outlive_its_pods(built: dict[str, list[Document]]) -> None:

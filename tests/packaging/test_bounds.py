@@ -12,7 +12,8 @@ from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import load
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref, Size
-from redpp_serve.packaging.bounds import MEMORY_VARIABLE, check_answers, check_runs
+from redpp_serve.packaging.bounds import MEMORY_VARIABLE, body_limits, check_answers, check_runs
+from redpp_serve.packaging.server_config import limits_for
 from tests.attacks.artifacts import forged
 from tests.attacks.graphs import BOMBS, BROKEN, UNSEEN, bomb
 from tests.support.rule_networks import OPEN
@@ -97,3 +98,13 @@ def test_what_needs_values_runs_for_real_where_it_is_small() -> None:
     graph = Graph((InputSpec("x", (64,)),), {"mask": mask}, nodes, ("z",))
     assert Program(graph)(torch.ones(3, 64))[0].shape == (3, 32)
     check_runs(graph, 3)
+
+
+def test_limits_of_bodies_are_those_of_the_largest_input_and_its_answer() -> None:
+    """An image of any size up to 1280, and a map of eight channels at a fifth of it."""
+    varying = ((1, Size("H", 32, 1280)), (2, Size("W", 32, 1280)))
+    node = Node("y", "aten.conv2d.default", (Ref("x"), Ref("w"), None, [5, 5]))
+    graph = Graph((InputSpec("x", (3, 64, 64), varying=varying),), {"w": torch.zeros(8, 3, 5, 5)}, (node,), ("y",))
+    image, answer = ((3, 1280, 1280), "float32"), ((8, 256, 256), "float32")
+    assert body_limits(graph, 1) == limits_for([image], [answer])
+    assert body_limits(graph, 8) == limits_for([image], [answer], 8) != body_limits(graph, 1)

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -130,6 +131,43 @@ def check_report(report: dict[str, Any], accuracy: bool) -> None:
     assert all(set(p) == point for p in report["frontier"]["points"])
     assert {"device", "threads", "versions"} == set(report["environment"])
     assert {"redpp-serve", "python", "torch", "numpy"} == set(report["environment"]["versions"])
+
+
+@pytest.mark.usefixtures("untried")
+def test_once_makes_a_package_once_and_replaces_no_other(model: Path, tmp_path: Path) -> None:
+    out, made = tmp_path / "small", captured(model)
+    data = write_data(tmp_path / "data.npz")
+
+    def run(given: Captured = made, options: Options = EXACT, **changes: Any) -> list[str]:
+        stages = Stages(quiet=True)
+        report = package(given, out, **{"name": "small", "once": True, **changes}, options=options, stages=stages)
+        assert report.name == "small" and report.source["sha256"] == made.source["sha256"]
+        return [f"{stage.name} {stage.status}" for stage in stages.stages]
+
+    assert "verify done" in run()
+    before, inode = everything(out), out.stat().st_ino
+    assert run() == ["package skipped"] and (everything(out), out.stat().st_ino) == (before, inode)
+    biased = made.graph.with_tensors({"head.bias": made.graph.tensors["head.bias"] + 1})
+    others: list[dict[str, Any]] = [
+        {"given": replace(made, graph=biased)},
+        {"given": replace(made, graph=replace(made.graph, classes=frozenset()))},
+        {"options": replace(EXACT, seed=1)},
+        {"serving": Serving(4, 7, 2)},
+        {"labels": ("a", "b", "c", "d", "e")},
+        {"name": "other"},
+        {"verify_data": data},
+    ]
+    for other in others:
+        with pytest.raises(RedppError, match="small holds the package of another network.*new folder with --out"):
+            run(**other)
+    assert everything(out) == before
+    assert "verify done" in run(once=False, verify_data=data) and run(verify_data=data) == ["package skipped"]
+    write_data(data, images=39)
+    with pytest.raises(RedppError, match="another network"):
+        run(verify_data=data)
+    shutil.rmtree(out)
+    out.mkdir()
+    assert "verify done" in run(), "an empty folder is as good as none"
 
 
 def test_a_whole_package_with_every_file_and_key(model: Path, tmp_path: Path) -> None:

@@ -1,14 +1,20 @@
 """TorchServe's configuration files. That the server takes them is shown by test_serving_torchserve.py."""
 
+import json
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from redpp_serve.errors import RedppError
+from redpp_serve.graph.graph import InputSpec
+from redpp_serve.handlers import open_inference
+from redpp_serve.handlers.answers import NPZ, Served, plain_answer
 from redpp_serve.loopback import Ports
 from redpp_serve.options import Serving
 from redpp_serve.packaging.server_config import (
@@ -18,6 +24,7 @@ from redpp_serve.packaging.server_config import (
     config_properties,
     limits_for,
     model_config,
+    most_json_bytes,
     read_limits,
 )
 
@@ -49,19 +56,69 @@ def test_a_large_image_as_float32_fits_into_a_request() -> None:
     assert int(found["max_response_size"]) == MAX_REQUEST_BYTES
 
 
+MAP, IMAGE = (8, 256, 256), (3, 1280, 1280)
+
+
 def test_limits_follow_the_sizes_and_come_back_from_a_package(tmp_path: Path) -> None:
-    assert read_limits(tmp_path) == limits_for(3 * 224 * 224, 1000) == Limits()
-    large = limits_for(3 * 1280 * 1280, 8 * 256 * 256)
-    rng = np.random.default_rng(0)
-    number = max(len(str(float(x))) for x in (-rng.random(100_000) * 1e-5).astype(np.float32))
-    assert large.request > 3 * 1280 * 1280 * (number + 1) and large.response == MAX_REQUEST_BYTES
-    assert limits_for(1, 8 * 1024 * 1024).response > 8 * 1024 * 1024 * (number + 1)
+    small = limits_for([((3, 224, 224), "float32")], [((1000,), "float32")], 4)
+    assert read_limits(tmp_path) == small == Limits()
+    large = limits_for([(IMAGE, "float32")], [(MAP, "float32")])
+    assert large.request > 24 * math.prod(IMAGE) and large.response == MAX_REQUEST_BYTES
     (tmp_path / "config.properties").write_text(config_properties(limits=large))
     assert read_limits(tmp_path) == large
     (tmp_path / "config.properties").write_text("max_request_size=9999999999\nmax_response_size=1\n")
     assert read_limits(tmp_path) == Limits(2**31 - 1, MAX_REQUEST_BYTES)
-    with pytest.raises(RedppError, match="smaller sizes"):
-        limits_for(10**9, 1)
+    for inputs, outputs in ((10**9, 1), (1, 10**9)):
+        with pytest.raises(RedppError, match=r"puts of 1000000000 numbers take 260\d+ bytes of JSON.*smaller sizes"):
+            limits_for([((inputs,), "float32")], [((outputs,), "float32")])
+
+
+def test_a_batch_as_arrays_counts_up_to_the_servers_own_limit() -> None:
+    images, maps = 4 * math.prod(IMAGE), 4 * math.prod(MAP)
+    eight = limits_for([(IMAGE, "float32")], [(MAP, "float32")], 8)
+    assert 8 * images < eight.request < 8 * images + 100_000 and eight.response == 8 * maps + 65536
+    assert limits_for([(IMAGE, "bfloat16")], [], 8) == limits_for([(IMAGE, "float32")], [], 8)
+    assert limits_for([(IMAGE, "uint8")], [], 32).request == 32 * images // 4 + 65536
+    assert limits_for([(IMAGE, "float32")], [], 1000).request == 2**31 - 1, "what one item does not need is no refusal"
+
+
+WORST = {
+    "float32": -np.finfo(np.float32).smallest_normal,
+    "float64": -np.finfo(np.float64).smallest_normal,
+    "int64": np.iinfo(np.int64).min,
+    "uint8": 255,
+    "bool": False,
+}
+
+
+@pytest.mark.parametrize(
+    "shape,dtype",
+    [
+        (MAP, "float32"),
+        ((8, 16, 16), "bool"),
+        ((70_000, 1), "float32"),  # brackets around every number
+        ((3, 1, 1, 2), "int64"),
+        ((5,), "float64"),
+        ((), "uint8"),
+        pytest.param(IMAGE, "float32", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_the_longest_bodies_that_are_written_fit_and_hardly_more(shape: tuple[int, ...], dtype: str) -> None:
+    """As Python's clients write a request, and as handlers write an answer, in each form of JSON and as an array."""
+    array = np.full(shape, WORST[dtype], dtype)
+    spec, y = InputSpec("x", shape, dtype), torch.from_numpy(array)[None]
+    flat = {"name": "x", "shape": [1, *shape], "datatype": "FP32", "data": array.flatten().tolist()}
+    requests = [json.dumps(body).encode() for body in ({"instances": [array.tolist()]}, {"inputs": [flat]})]
+    served = Served("m", "1.0", (spec,), ("output_0",))
+    answers = [plain_answer({}, served, one=True), plain_answer({}, served, one=False, listed=True)]
+    answers += [plain_answer({"accept": NPZ}, served, one=False), open_inference._answer({}, served)]
+    replies = [answer((y,)).body for answer in answers]
+    most = most_json_bytes(shape, dtype)
+    limits = limits_for([(shape, dtype)], [(shape, dtype)])
+    assert max(map(len, requests)) <= most + 65536 <= limits.request
+    assert max(map(len, replies)) <= most + 65536 <= limits.response
+    digits = 1 if dtype == "float32" else 0  # a client that writes doubles has one more
+    assert most - len(json.dumps(array.tolist())) == digits * array.size
 
 
 def test_model_config_is_yaml_with_the_servers_keys() -> None:

@@ -125,6 +125,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
             resumed = run(narrow, graph, kept, **how, progress=lambda n, _, steps=steps: steps.append(n))
             assert steps == list(range(at, STEPS + 1)) if at > 1 else steps[0] == 1
             assert same(plain.graph, resumed.graph) and plain.error == resumed.error
+            told = f"the first {at - 1} by a run that was interrupted" if at > 1 else ""
+            assert (plain.note, resumed.note) == ("", told)
         again = run(narrow, graph, kept, **how, progress=interrupting(0))
         assert same(plain.graph, again.graph) and again.steps == STEPS
 

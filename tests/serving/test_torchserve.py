@@ -247,7 +247,7 @@ def test_the_largest_request_and_answer_pass_the_servers_limits(tmp_path: Path) 
     for version, variant in VARIANTS.items():
         data = build_mar(built(version, graph, None), name="large", model_config=model_config(Serving(1, 0, 1)))
         (tmp_path / f"{variant}.mar").write_bytes(data)
-    limits = limits_for(3 * 1280 * 1280, 8 * 256 * 256)
+    limits = limits_for([(shape, "float32")], [((8, 256, 256), "float32")])
     (tmp_path / "config.properties").write_text(config_properties(limits=limits))
     x = torch.randn(shape, generator=generator)
     wanted = torch.nn.functional.conv2d(x[None], w, stride=5).numpy()
