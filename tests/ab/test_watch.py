@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,6 +30,7 @@ from redpp_serve.loopback import Ports, ask, free_ports
 from redpp_serve.metrics_reader import Unreadable
 from redpp_serve.options import Limits
 from redpp_serve.variants import NAMES
+from tests.support.composed import SET, read_compose
 from tests.support.scraped import ApiServer, Pod, Scraped, running
 from tests.support.tools import tool
 
@@ -362,9 +363,24 @@ def test_a_pruned_version_without_any_metrics_is_rolled_back(tmp_path: Path, api
     assert api.weights == (80, 20)
     seen.windows(1)
     assert api.weights == (100, 0) and seen.watch.latest.advice.reason == "metrics beyond the limit"
+    assert seen.exported('redpp_ab_settled{arm="original"') == 1
     seen.windows(1)
-    assert seen.watch.latest.problems == ["metrics: pruned has had none for a while, though the other version has"]
+    assert seen.watch.latest.problems == [], "it may well be scaled down to nothing now"
     assert seen.watch.latest.advice.reason != "metrics beyond the limit", "nobody is left to move"
+
+
+def test_an_original_that_is_scaled_down_after_a_promotion_is_no_problem(tmp_path: Path, api: ApiServer) -> None:
+    api.change(80, 20)
+    seen = Watching(tmp_path, Deployment(), Route("a/model"))
+    seen.windows(2)
+    api.change(0, 100)
+    seen.windows(2)
+    seen.made.pods[0] = Pod("pruned", "4.4.4.4:8002")
+    seen.windows(10)
+    assert api.weights == (0, 100) and seen.watch.latest.problems == []
+    api.change(80, 20)
+    seen.windows(1)
+    assert seen.watch.latest.problems == ["metrics: original has had none for a while, though the other version has"]
 
 
 def test_an_original_without_any_metrics_is_a_problem(tmp_path: Path, api: ApiServer) -> None:
@@ -518,6 +534,49 @@ def real_prometheus(folder: Path, targets: list[str]) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=15)
+
+
+@pytest.mark.server
+def test_the_watcher_of_compose_on_a_real_prometheus(tmp_path: Path) -> None:
+    """Its own words, but for the places that they name."""
+    words, port = read_compose()["services"]["watch"]["command"], free_ports(Ports).metrics
+    state, package = tmp_path / "state", tmp_path / "package"
+    state.mkdir()
+    package.mkdir()
+    (package / "report.json").write_text(json.dumps({"name": "m", "verify": {"agreement": 1.0, "output_error": 0.05}}))
+    (state / "split").touch()
+    pages = [Page(Pod("original", "", 1)), Page(Pod("pruned", "", 2))]
+    with ExitStack() as stack:
+        for page in pages:
+            page.pod.serve(40)
+            stack.enter_context(running(page))
+        url = stack.enter_context(real_prometheus(tmp_path, [f"127.0.0.1:{page.server_address[1]}" for page in pages]))
+        places = {
+            "--prometheus=http://prometheus:9090": f"--prometheus={url}",
+            f"--model={SET['MODEL_NAME']}": "--model=m",
+            "--package=/package": f"--package={package}",
+            "--split-folder=/state/redpp": f"--split-folder={state}",
+            "--address=0.0.0.0": "--address=127.0.0.1",
+            "--port=9400": f"--port={port}",
+        }
+        assert set(places) < set(words)
+        command = [sys.executable, "-m", "redpp_serve.cli", *(places.get(word, word) for word in words)]
+
+        with (tmp_path / "said").open("wb") as said:
+            watcher = subprocess.Popen(command, stdout=said, stderr=said)
+        stack.callback(watcher.kill)
+        deadline, text = time.monotonic() + 60, ""
+        while 'redpp_ab_traffic_ratio{arm="pruned",model="m"} 0.1' not in text:
+            assert time.monotonic() < deadline, (tmp_path / "said").read_text()
+            time.sleep(0.1)
+            with suppress(OSError):
+                text = ask(f"http://127.0.0.1:{port}/metrics")[1].decode()
+        watcher.terminate()
+        assert watcher.wait(timeout=10) == 128 + 15
+    assert [(row["action"], row["users"]) for row in json.loads((state / JOURNAL).read_text())["decisions"]] == [
+        ("start", "90:10")
+    ]
+    assert "PROBLEM" not in (tmp_path / "said").read_text()
 
 
 @pytest.mark.server

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from redpp_serve.ab.spec import parse_split
+from redpp_serve.cli import parser
 from tests.support.composed import SET, read_compose
 from tests.support.manifests import DEPLOY
 from tests.support.tools import tool
@@ -17,6 +19,7 @@ from tests.support.tools import tool
 SERVICES = {
     "torchserve": {"torchserve", "torchserve-exporter", "torchserve-gateway", "prometheus", "grafana"},
     "triton": {"triton", "triton-gateway", "prometheus", "grafana"},
+    "watch": {"watch"},
 }
 
 
@@ -77,7 +80,8 @@ def test_the_file_is_valid_and_breaks_no_rule(document: dict[str, Any]) -> None:
         assert {n for n, s in document["services"].items() if profile in s["profiles"]} == services
         done = compose(profile)
         assert done.returncode == 0, done.stderr
-        assert "chosen by the test" in done.stdout  # the check saw the whole file
+        seen = "chosen by the test" if "grafana" in services else "--split-folder=/state/redpp"
+        assert seen in done.stdout  # the check saw the whole file
 
 
 @pytest.mark.parametrize(
@@ -137,6 +141,18 @@ def test_the_nginx_image_has_the_published_fixes(document: dict[str, Any]) -> No
     for server in ("torchserve", "triton"):
         version = re.search(r":(\d+)\.(\d+)\.(\d+)-", document["services"][f"{server}-gateway"]["image"])
         assert tuple(map(int, version.groups())) >= (1, 30, 7)
+
+
+def test_the_watcher_is_started_as_its_command_takes_it_on_the_split_of_the_gateway(document: dict[str, Any]) -> None:
+    watch, gateway = (document["services"][name] for name in ("watch", "triton-gateway"))
+    parsed = parser().parse_args(watch["command"])
+    assert (parsed.command, parsed.auto, parsed.model) == ("ab watch", True, SET["MODEL_NAME"])
+    assert str(parsed.split_folder) == gateway["environment"]["REDPP_STATE"] and "gateway:/state" in watch["volumes"]
+    assert f"{parse_split(parsed.split).pruned}% pruned;" in gateway["environment"]["REDPP_SPLIT"]
+    config = yaml.safe_load((DEPLOY / "docker/prometheus.yml").read_text())
+    scraped = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
+    assert scraped["redpp-ab"] == [f"watch:{parsed.port}"] and "ports" not in watch
+    assert set(watch["networks"]) <= set(document["services"]["prometheus"]["networks"])
 
 
 def test_prometheus_scrapes_services_that_exist(document: dict[str, Any], tmp_path: Path) -> None:
