@@ -13,15 +13,16 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from redpp_serve.handlers.metrics import ModelLabels
 
 log = logging.getLogger(__name__)
+Made = TypeVar("Made")
 
 ID_HEADER, PARENT_HEADER, STATE_HEADER = "x-request-id", "traceparent", "tracestate"
 TRACE_HEADERS = (ID_HEADER, PARENT_HEADER, STATE_HEADER)
@@ -173,18 +174,66 @@ class Spans:
                 log.exception("spans could not be made")
 
 
+class DoorSpans:
+    """Makes a span of each request that passes through a server in front of the handlers, whose spans are inside.
+
+    Args:
+        provider: OpenTelemetry's tracer provider.
+    """
+
+    def __init__(self, provider: Any) -> None:
+        self._provider, self._tracer = provider, provider.get_tracer("redpp_serve")
+
+    def begin(self, name: str, headers: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
+        """Begin a span; return it, and the trace headers with which the request goes on.
+
+        Args:
+            name: of the span.
+            headers: the request's id and trace headers, which are what they should be.
+        """
+        from opentelemetry.trace import SpanKind, set_span_in_context  # noqa: PLC0415
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
+
+        propagator, onward = TraceContextTextMapPropagator(), dict[str, str]()
+        about = {"redpp.request_id": headers[ID_HEADER]}
+        span = self._tracer.start_span(name, propagator.extract(headers), SpanKind.SERVER, attributes=about)
+        propagator.inject(onward, set_span_in_context(span))
+        return span, onward
+
+    def end(self, span: Any, status: int) -> None:
+        """End a span with the status of the reply."""
+        from opentelemetry.trace import Status, StatusCode  # noqa: PLC0415
+
+        span.set_attribute("http.response.status_code", status)
+        if status >= 500:
+            span.set_status(Status(StatusCode.ERROR))
+        span.end()
+
+    def close(self) -> None:
+        """Send all spans that are left."""
+        self._provider.shutdown()
+
+
 def open_spans(labels: ModelLabels) -> Spans | None:
+    """Return what makes a handler's spans, see `opened`."""
+    return opened(lambda provider: Spans(labels, provider))
+
+
+def opened(make: Callable[[Any], Made]) -> Made | None:
     """Return what makes spans, or None where nobody asks for them, or (after a line in the log) it cannot.
 
     The standard variables decide: an endpoint of OTLP, or ``OTEL_TRACES_EXPORTER=otlp``, turns them on, unless
     ``OTEL_TRACES_EXPORTER=none`` or ``OTEL_SDK_DISABLED=true``. Sampler, batches, headers and resource have theirs.
+
+    Args:
+        make: makes it of OpenTelemetry's tracer provider.
     """
     exporter = os.environ.get("OTEL_TRACES_EXPORTER", "")
     asked = exporter == "otlp" or (not exporter and any(map(os.environ.get, _ENDPOINTS)))
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or not asked:
         return None
     try:
-        return Spans(labels, _provider())
+        return make(_provider())
     except ImportError as error:
         log.warning("traces are off: %s; install redpp-serve[otel] where the server runs", error)
     except Exception as error:  # such as a wrong sampler; serving goes on

@@ -25,6 +25,8 @@ from redpp_serve.handlers.tracing import (
     PARENT_HEADER,
     STATE_HEADER,
     TRACE_HEADERS,
+    DoorSpans,
+    opened,
     request_id,
     trace_parent,
     trace_state,
@@ -332,10 +334,12 @@ class Front:
     Attributes:
         rules: what is done with a request.
         most: bytes that a body may have.
+        spans: makes a span of each POST; None where nobody asks for them.
     """
 
     rules: Triton | TorchServe
     most: int
+    spans: DoorSpans | None = None
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection until its client closes it."""
@@ -357,15 +361,27 @@ class Front:
         if request is None:
             return False
         request = request.traced()
-        try:
-            answer = reply(405, {"error": f"expected {', '.join(_METHODS)}"})
-            if request.words[0] in _METHODS:
-                answer = await self.rules.answer(request)
-        except _NO_REPLY:
-            answer = reply(502, {"error": "the model server does not answer"})
+        answer = await self._answer(request)
         writer.write(answer.with_id(request.get(ID_HEADER)).encoded())
         await writer.drain()
         return not request.closes
+
+    async def _answer(self, request: Message) -> Message:
+        if self.spans and request.words[0] == "POST":
+            span, onward = self.spans.begin("front", dict(request.headers))
+            kept = tuple((key, value) for key, value in request.headers if key not in onward)
+            answer = await self._asked(replace(request, headers=(*kept, *onward.items())))
+            self.spans.end(span, int(answer.words[1]))
+            return answer
+        return await self._asked(request)
+
+    async def _asked(self, request: Message) -> Message:
+        if request.words[0] not in _METHODS:
+            return reply(405, {"error": f"expected {', '.join(_METHODS)}"})
+        try:
+            return await self.rules.answer(request)
+        except _NO_REPLY:
+            return reply(502, {"error": "the model server does not answer"})
 
     async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Message | None:
         """Read a request. Clients of large bodies may wait for a word before they send them."""
@@ -407,9 +423,12 @@ async def _main(options: argparse.Namespace) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    server = await asyncio.start_server(Front(rules, options.most).serve, ADDRESS, options.port, limit=_HEAD_BYTES)
+    front = Front(rules, options.most, opened(DoorSpans))
+    server = await asyncio.start_server(front.serve, ADDRESS, options.port, limit=_HEAD_BYTES)
     await stop.wait()
     server.close()
+    if front.spans:
+        front.spans.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

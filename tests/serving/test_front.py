@@ -6,7 +6,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from tritonclient.http import InferenceServerClient
 
+from redpp_serve.handlers.tracing import DoorSpans
 from redpp_serve.serving.front import Front, TorchServe, Triton, Upstream
 
 VERSIONS = {"1": "1.0", "1.0": "1.0", "2": "2.0", "2.0": "2.0"}
@@ -54,13 +55,13 @@ class Server(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def running(rules: Any) -> Iterator[int]:
+def running(rules: Any, spans: DoorSpans | None = None) -> Iterator[int]:
     """The port of a front in a thread of its own."""
     loop, ports = asyncio.new_event_loop(), []
     ready = threading.Event()
 
     async def serve() -> None:
-        server = await asyncio.start_server(Front(rules, MOST).serve, "127.0.0.1", 0, limit=65536)
+        server = await asyncio.start_server(Front(rules, MOST, spans).serve, "127.0.0.1", 0, limit=65536)
         ports.append(server.sockets[0].getsockname()[1])
         ready.set()
 
@@ -256,3 +257,47 @@ def test_broken_requests_are_refused_in_words(front: int, status: bytes, request
 def test_a_client_that_sends_too_much_reads_why(front: int) -> None:
     status, document = ask(front, "POST", "/v2/models/tiny/infer", bytes(24 * MOST))
     assert status == 413 and f"at most {MOST}" in document["error"]
+
+
+def in_memory() -> tuple[DoorSpans, Callable[[], tuple[Any, ...]]]:
+    """Spans that stay in memory, and what returns them."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    provider, exporter = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    return DoorSpans(provider), exporter.get_finished_spans
+
+
+def test_a_span_of_the_front_lies_between_its_sender_and_the_handler(server: int) -> None:
+    """The server's span would be inside it; looks at health make none, and a trace that is not sampled none either."""
+    trace, sender = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    spans, finished = in_memory()
+    path = "/v2/models/tiny/infer"
+    with running(TorchServe(Upstream(server), "tiny", VERSIONS), spans) as port:
+        given = {"traceparent": f"00-{trace}-{sender}-01", "tracestate": "a=1", "X-Request-Id": "theirs"}
+        headers = dict(ask(port, "POST", path, b"1", **given)[1]["headers"])
+        assert ask(port, "GET", "/healthz")[0] == ask(port, "GET", "/v2/models/tiny")[0] == 200
+        fresh = dict(ask(port, "POST", path, b"1")[1]["headers"])
+        unsampled = dict(ask(port, "POST", path, b"1", traceparent=f"00-{trace}-{sender}-00")[1]["headers"])
+    first, second = finished()
+    assert (first.name, first.kind.name, first.parent.span_id) == ("front", "SERVER", int(sender, 16))
+    assert headers["traceparent"] == f"00-{trace}-{first.context.span_id:016x}-01" and headers["tracestate"] == "a=1"
+    assert dict(first.attributes) == {"redpp.request_id": "theirs", "http.response.status_code": 200}
+    assert second.parent is None
+    assert (
+        fresh["traceparent"]
+        == f"00-{second.context.trace_id:032x}-{second.context.span_id:016x}-{second.context.trace_flags:02x}"
+    )
+    assert unsampled["traceparent"].startswith(f"00-{trace}-") and unsampled["traceparent"].endswith("-00")
+
+
+def test_a_server_that_does_not_answer_is_an_error_of_the_fronts_span(server: int) -> None:
+    spans, finished = in_memory()
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = closed.getsockname()[1]
+    with running(Triton(Upstream(nobody), "tiny"), spans) as port:
+        assert ask(port, "POST", "/v2/models/tiny/infer", b"1")[0] == 502
+    (span,) = finished()
+    assert not span.status.is_ok and span.attributes["http.response.status_code"] == 502
