@@ -29,7 +29,7 @@ from redpp_serve.ab import gateway as gateways
 from redpp_serve.ab.gateway import Gateway, NginxProcess, divide, gateway_config, worker_account
 from redpp_serve.ab.spec import parse_split
 from redpp_serve.comparison.client import Payload
-from redpp_serve.comparison.folder import folder_payloads
+from redpp_serve.comparison.payloads import folder_payloads
 from redpp_serve.handlers.metrics import ModelLabels
 from redpp_serve.handlers.tracing import Spans, phase
 from redpp_serve.loopback import GatewayPorts, free_ports
