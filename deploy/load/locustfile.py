@@ -19,7 +19,17 @@ from urllib.parse import urlsplit
 
 from locust import FastHttpUser, constant, events, task
 
-from redpp_serve.comparison.distributed import Header, Notebook, Sent, digest_of, file_of, order_of, turn_at
+from redpp_serve.comparison.distributed import (
+    LONGEST_BLOCK_S,
+    SHORTEST_BLOCK_S,
+    Header,
+    Notebook,
+    Sent,
+    digest_of,
+    file_of,
+    order_of,
+    turn_at,
+)
 from redpp_serve.comparison.payloads import Payload, declared_preprocess, payloads_of
 from redpp_serve.errors import RedppError
 from redpp_serve.handlers.payload import parse
@@ -51,8 +61,9 @@ def settle(options):
     """
     if options.package is None:
         raise RedppError("no --package", "a packaged folder", "give --package FOLDER")
-    if not options.block > 0:
-        raise RedppError(f"--block {options.block:g}", "seconds above 0", "write for example --block 1")
+    if not SHORTEST_BLOCK_S <= options.block <= LONGEST_BLOCK_S:
+        expected = f"{SHORTEST_BLOCK_S:g} to {LONGEST_BLOCK_S:g} seconds"
+        raise RedppError(f"--block {options.block:g}", expected, "write for example --block 1")
     if options.gateway is None and not all(getattr(options, name) for name in NAMES):
         running = find(Path(options.package))
         for name in NAMES:

@@ -37,7 +37,7 @@ from redpp_serve.comparison.load import (
 from redpp_serve.comparison.outputs import heads_of
 from redpp_serve.comparison.payloads import payloads_of
 from redpp_serve.errors import RedppError
-from redpp_serve.options import ComparisonOptions
+from redpp_serve.options import SERVERS, ComparisonOptions
 from redpp_serve.planning import served_as
 from redpp_serve.report.folder import read_report
 from redpp_serve.requirements import require_measured
@@ -51,6 +51,8 @@ NOT_MEASURED = (
 )
 GUARD = 0.1  # share of a block, at each of its ends, in which no request begins
 SUFFIX = ".jsonl"
+SHORTEST_BLOCK_S, LONGEST_BLOCK_S = 0.01, 86_400.0
+_LATEST = 1e11  # seconds since 1970
 
 
 class Turn(NamedTuple):
@@ -203,9 +205,10 @@ def read_recorded(places: Iterable[Path], payloads: Sequence[Payload]) -> Record
     """
     files = [path for place in places for path in (sorted(place.glob(f"*{SUFFIX}")) if place.is_dir() else [place])]
     found: Recorded | None = None
+    requests = digest_of(payloads)
     for path in files:
-        header, sent = _read(path)
-        if header.requests != digest_of(payloads):
+        header, lines = _split(path)
+        if header.requests != requests:
             raise RedppError(
                 f"{path} was recorded with other inputs",
                 "the inputs of this package, or of --inputs",
@@ -218,7 +221,7 @@ def read_recorded(places: Iterable[Path], payloads: Sequence[Payload]) -> Record
                 "leave out those of others",
             )
         found = found or Recorded(header)
-        _add(found, path, sent, len(payloads))
+        _add(found, path, _read(path, lines, header.block_s), len(payloads))
     if found is None:
         raise RedppError(
             f"no file ending in {SUFFIX} in {', '.join(map(str, places))}",
@@ -234,34 +237,69 @@ def read_recorded(places: Iterable[Path], payloads: Sequence[Payload]) -> Record
     return found
 
 
-def _read(path: Path) -> tuple[Header, list[Sent]]:
-    sent: list[Sent] = []
-    place = 1
+_DAMAGES = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+
+def _split(path: Path) -> tuple[Header, list[str]]:
+    """Return a file's header and its other lines."""
     try:
         with path.open(encoding="utf-8") as file:
-            first = json.loads(next(file, ""))
-            if first.get("format") != FORMAT:
-                raise ValueError(f"format {first.get('format')!r}, expected {FORMAT}")
-            header = Header(**{**first, "urls": tuple(first["urls"])})
-            for place, line in enumerate(file, 2):  # noqa: B007  of the line that is damaged
-                if line.endswith("\n"):  # else its worker was killed in the middle of it
-                    sent.append(_checked(Sent(**json.loads(line))))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise RedppError(
-            f"{path}, line {place}: {' '.join(str(error).split())[:200]}",
-            "a file that a worker of deploy/load/locustfile.py has recorded",
-            "give such files, or leave this one out",
-        ) from error
-    return header, sent
+            return _header(json.loads(next(file, ""))), list(file)
+    except _DAMAGES as error:
+        raise _damaged(path, 1, error) from error
 
 
-def _checked(one: Sent) -> Sent:
+def _read(path: Path, lines: Sequence[str], block_s: float) -> list[Sent]:
+    sent: list[Sent] = []
+    for place, line in enumerate(lines, 2):
+        if line.endswith("\n"):  # else its worker was killed in the middle of it
+            try:
+                sent.append(_checked(Sent(**json.loads(line)), block_s))
+            except _DAMAGES as error:
+                raise _damaged(path, place, error) from error
+    return sent
+
+
+def _damaged(path: Path, place: int, error: Exception) -> RedppError:
+    return RedppError(
+        f"{path}, line {place}: {' '.join(str(error).split())[:200]}",
+        "a file that a worker of deploy/load/locustfile.py has recorded",
+        "give such files, or leave this one out",
+    )
+
+
+def _header(first: dict[str, Any]) -> Header:
+    if first.get("format") != FORMAT:
+        raise ValueError(f"format {first.get('format')!r}, expected {FORMAT}")
+    header = Header(**{**first, "urls": tuple(first["urls"])})
+    if not _is_number(header.block_s) or not SHORTEST_BLOCK_S <= header.block_s <= LONGEST_BLOCK_S:
+        raise ValueError(f"blocks of {header.block_s!r} s, expected {SHORTEST_BLOCK_S} to {LONGEST_BLOCK_S}")
+    if len(header.urls) != len(NAMES) or not all(isinstance(x, str) for x in (*header.urls, header.requests)):
+        raise ValueError("a header without the two URLs")
+    if header.server not in SERVERS:
+        raise ValueError(f"server {header.server!r}, expected one of {', '.join(SERVERS)}")
+    return header
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def _checked(one: Sent, block_s: float) -> Sent:
     numbers = (one.block, one.arm, one.turn, one.payload, one.status)
     times = (one.start, one.seconds, one.handler if one.handler is not None else 0.0)
-    if not all(type(x) is int and x >= 0 for x in numbers) or one.arm > 1 or not isinstance(one.user, str):
+    if not all(type(x) is int and x >= 0 for x in numbers) or one.arm > 1:
         raise ValueError("numbers that no request has")
-    if not all(isinstance(x, (int, float)) and 0 <= x < 1e12 for x in times):
+    if not isinstance(one.user, str) or not isinstance(one.error, str):
+        raise ValueError("a user or an error that is no text")
+    if not all(_is_number(x) and 0 <= x < _LATEST for x in times):
         raise ValueError("times that no request has")
+    if one.block > _LATEST / block_s or not 0 <= one.start - one.block * block_s <= block_s:
+        raise ValueError("a request that did not begin in its block")
+    if one.arm != THERE_AND_BACK[one.block % 4]:
+        raise ValueError("a request to the version that was not asked in its block")
+    if one.body is not None:
+        base64.b64decode(one.body, validate=True)
     return one
 
 
@@ -269,19 +307,24 @@ def _add(found: Recorded, path: Path, sent: Sequence[Sent], count: int) -> None:
     bodies: dict[tuple[int, int], bytes] = {}
     decoder = Decoder(0.0)
     for one in sent:
-        key = one.arm, one.payload
+        key, asked = (one.arm, one.payload), (one.arm, one.block, one.user, one.turn)
         if one.payload >= count or (one.body is None and key not in bodies):
             raise RedppError(
                 f"{path} holds a reply to input {one.payload + 1} without its body or of {count} inputs",
                 "a whole file of one worker",
                 "record again",
             )
+        if asked in found.replies:
+            raise RedppError(
+                f"{path} holds request {one.turn + 1} of user {one.user!r} in block {one.block}, which was read before",
+                "each worker's file once",
+                "leave out copies of files",
+            )
         if one.body is not None:
             bodies[key] = base64.b64decode(one.body)
         exchange = Exchange(one.start, one.seconds, one.handler, one.status, bodies[key], one.error)
         found.sent.setdefault((one.arm, one.block), []).append(one)
-        reply = decoder.reply(NAMES[one.arm], one.payload, exchange)
-        found.replies[one.arm, one.block, one.user, one.turn] = reply
+        found.replies[asked] = decoder.reply(NAMES[one.arm], one.payload, exchange)
 
 
 def paired(found: Recorded) -> list[list[tuple[Reply, Reply]]]:

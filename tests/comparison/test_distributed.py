@@ -148,7 +148,7 @@ def test_the_last_line_of_a_killed_worker_is_left_out(records: Path, payloads: l
 
 
 def sent(**changed: Any) -> str:
-    return json.dumps({**asdict(Sent(FIRST, 0, "ann", 0, 0, 1.0, 1.0, None, 200)), **changed}) + "\n"
+    return json.dumps({**asdict(Sent(FIRST, 0, "ann", 0, 0, FIRST * BLOCK_S, 1.0, None, 200)), **changed}) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,17 @@ def sent(**changed: Any) -> str:
         (sent(arm=2), "numbers that no request has"),
         (sent(block=-1), "numbers that no request has"),
         (sent(turn=True), "numbers that no request has"),
-        (sent(user=7), "numbers that no request has"),
+        (sent(user=7), "a user or an error that is no text"),
+        (sent(error=[1]), "a user or an error that is no text"),
+        (sent(handler=True), "times that no request has"),
+        (sent(start=9e11), "times that no request has"),
+        (sent(start=FIRST * BLOCK_S - 1), "did not begin in its block"),
+        (sent(block=10**30), "did not begin in its block"),
+        (sent(arm=1), "the version that was not asked in its block"),
+        (sent(body="abc"), "line \\d+: "),
+        (sent(body="!!!!"), "line \\d+: "),
+        (sent(body="é"), "line \\d+: "),
+        (sent(body=5), "line \\d+: "),
         (sent(seconds=float("nan")), "times that no request has"),
         (sent(start="x"), "times that no request has"),
         (sent(more=1), "unexpected keyword"),
@@ -171,6 +181,38 @@ def test_a_damaged_file_is_named_with_its_line(records: Path, payloads: list[Pay
     with pytest.raises(RedppError, match=message) as refusal:
         read_recorded([records], payloads)
     assert "one.jsonl" in refusal.value.found
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("block_s", 0, "blocks of 0 s"),
+        ("block_s", "1", "blocks of '1' s"),
+        ("block_s", True, "blocks of True s"),
+        ("block_s", float("nan"), "blocks of nan s"),
+        ("block_s", 1e300, "blocks of 1e\\+300 s"),
+        ("urls", ["a", "b", "c"], "without the two URLs"),
+        ("urls", [1, 2], "without the two URLs"),
+        ("urls", "a", "without the two URLs"),
+        ("server", ["x"], "server \\['x'\\]"),
+        ("requests", 1, "without the two URLs"),
+    ],
+)
+def test_a_damaged_header_is_refused(
+    records: Path, payloads: list[Payload], key: str, value: Any, message: str
+) -> None:
+    first, *rest = (records / "one.jsonl").read_text().splitlines(keepends=True)
+    (records / "one.jsonl").write_text("".join([json.dumps({**json.loads(first), key: value}) + "\n", *rest]))
+    with pytest.raises(RedppError, match=f"line 1: .*{message}"):
+        read_recorded([records], payloads)
+
+
+def test_nothing_is_counted_twice(records: Path, payloads: list[Payload]) -> None:
+    (records / "copy.jsonl").write_bytes((records / "one.jsonl").read_bytes())
+    with pytest.raises(RedppError, match="which was read before"):
+        read_recorded([records], payloads)
+    with pytest.raises(RedppError, match="which was read before"):
+        read_recorded([records / "one.jsonl", records / "one.jsonl"], payloads)
 
 
 def test_files_that_do_not_belong_together_are_refused(
