@@ -23,7 +23,7 @@ ALIASES = {
 _LARGEST = 1 << 62  # of a range, whose width must be an int64 too
 _SINGLE = "scalar"
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
-MAX_ELEMENTS = 1 << 30  # per request: 4 GiB of float32
+MAX_ELEMENTS = 1 << 27  # per request: 512 MiB of float32, of which capture holds several
 
 
 def parse_input(text: str, index: int, sizes: Mapping[str, Size] | None = None) -> InputSpec:
