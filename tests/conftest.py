@@ -1,6 +1,7 @@
 """Options of the test run, and what several test modules share."""
 
 import gc
+import logging
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from filelock import FileLock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side: more threads would only wait for each other
+logging.getLogger("torch.__trace").disabled = True  # pytest listens to it, and torch.export writes its whole trace down
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -69,7 +71,16 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def trials_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are tried in this process: for tests that are not about the processes of trials."""
+    from redpp_serve.runtime import engine_times
+    from tests.support.trials import TrialHere
+
+    monkeypatch.setattr(engine_times, "Trial", TrialHere)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, trials_here: None) -> None:
     """Short pruning runs: few inputs, few networks around the chosen one, latencies measured in an instant."""
     from redpp_serve.pruning import inputs, pipeline, scales
     from redpp_serve.pruning.effort import Effort

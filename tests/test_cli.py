@@ -106,17 +106,19 @@ def test_commands_that_need_no_network_start_without_torch(tmp_path: Path) -> No
     on_folders = ("ab status", "ab rollback", "ab stop", "health", "rollback")
     commands = [["--version"], ["--help"], ["package", "--help"], *([*words.split(), folder] for words in on_folders)]
     code = """
-import sys
+import json, sys
 from redpp_serve.cli import main
-try:
-    main(sys.argv[1:])
-except SystemExit:
-    pass
-print(sorted({'torch', 'tritonclient'} & set(sys.modules)))
+for words in json.loads(sys.argv[1]):
+    try:
+        main(words)
+    except SystemExit:
+        pass
+    assert not {'torch', 'tritonclient'} & set(sys.modules), words
 """
-    for words in commands:
-        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
-        assert done.stdout.splitlines()[-1] == "[]", (words, done.stdout[-300:], done.stderr[-300:])
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr[-600:]
 
 
 @pytest.mark.parametrize("figures", [COMPARED, HEALTH])
@@ -503,5 +505,5 @@ def test_sigterm_while_a_server_starts_leaves_no_process(packaged: Path, tmp_pat
     begun = time.monotonic()
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (143, "") and "Traceback" not in err
-    assert started and not psutil.wait_procs(started, timeout=2)[1] and time.monotonic() - begun < 40
+    assert started and not psutil.wait_procs(started, timeout=10)[1] and time.monotonic() - begun < 40
     assert files(tmp_path) == set()

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 
@@ -220,6 +219,8 @@ def _samples(item: Any) -> tuple[list[Any], list[Any]]:
 
 
 def test_the_schema_takes_what_the_reader_takes(file: Callable[[str], Path]) -> None:
+    import jsonschema  # takes a second
+
     validator = jsonschema.Draft7Validator(schema(SECTIONS))
     validator.check_schema(schema(SECTIONS))
     checked = 0

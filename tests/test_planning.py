@@ -19,6 +19,8 @@ from redpp_serve.runtime.plan import Plan
 from redpp_serve.runtime.plan_cache import VARIABLE
 from redpp_serve.variants import NAMES
 
+pytestmark = pytest.mark.usefixtures("trials_here")
+
 AT_ONCE = PlanOptions("cpu", time_budget=0)
 
 

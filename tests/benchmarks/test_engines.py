@@ -57,7 +57,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny(monkeypatch: pytest.MonkeyPatch, trials_here: None) -> None:
     monkeypatch.setitem(engine_networks.NETWORKS, "tiny", TINY)
 
 

@@ -26,6 +26,8 @@ from redpp_serve.options import Axis, ComparisonOptions, ServerOptions
 from redpp_serve.serving.running import package_key
 from tests.support.small import SHAPE, outputs
 
+pytestmark = pytest.mark.usefixtures("trials_here")
+
 BINARY = "application/octet-stream"
 
 

@@ -31,6 +31,7 @@ def test_each_step_is_the_ratio_of_the_arms_around_it(monkeypatch: pytest.Monkey
     assert all(g.ratio.low < g.ratio.value < g.ratio.high for g in found.values())
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_a_package_is_measured_at_one_input_and_at_its_largest_batch(packaged: Path) -> None:
     found = measure_gains(packaged, 0.2)
     assert [(g.batch, g.step) for g in found] == [

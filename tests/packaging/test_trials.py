@@ -138,7 +138,7 @@ def test_a_process_that_a_handler_leaves_behind_is_ended(archives: list[Path], t
     )
     with pytest.raises(RedppError, match="leaving.mar failed"):
         run_trials([try_archive(with_handler(archives[0], tmp_path / "leaving.mar", code), npy(X), right("1.0"))])
-    _, alive = psutil.wait_procs([p for p in psutil.process_iter() if p.pid == int(note.read_text())], timeout=5)
+    _, alive = psutil.wait_procs([p for p in psutil.process_iter() if p.pid == int(note.read_text())], timeout=10)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
 

@@ -31,6 +31,8 @@ from redpp_serve.runtime.serving_graph import serving_graph
 from tests.support.small import SHAPE, network
 from tests.support.trials import TrialHere
 
+pytestmark = pytest.mark.usefixtures("trials_here")  # where a test is not about their processes
+
 CPU = torch.device("cpu")
 SAMPLES = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(3))
 
@@ -47,12 +49,6 @@ def artifact(graph: Graph, **precision: Any) -> bytes:
 
 def load(data: bytes, **options: Any) -> ServingModel:
     return ServingModel(data, **{"batch": 2, "plan_seconds": 20.0, "cache": None} | options)
-
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials run in this process where a test is not about their processes."""
-    monkeypatch.setattr(engine_times, "Trial", TrialHere)
 
 
 @pytest.fixture

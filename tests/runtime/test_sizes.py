@@ -25,15 +25,11 @@ from redpp_serve.runtime.plan_cache import PlanCache
 from tests.support.recording import StandIn
 from tests.support.trials import TrialHere
 
+pytestmark = pytest.mark.usefixtures("trials_here")
+
 CPU = torch.device("cpu")
 SPEC = InputSpec("x", (3, 16, 16), varying=((1, Size("H", 8, 32, 4)), (2, Size("W", 8, 32, 4))))
 SMALL, DECLARED, LARGE = ((("H", n), ("W", n)) for n in (8, 16, 32))
-
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials need no process of their own in these tests."""
-    monkeypatch.setattr(engine_times, "Trial", TrialHere)
 
 
 @pytest.fixture(scope="module")

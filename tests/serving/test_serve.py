@@ -251,7 +251,7 @@ def test_live_servers_print_urls_answer_and_end_by_either_signal(
             assert len(processes) >= 5  # launcher, Java, two workers, exporter
             server.send_signal(number)
             assert server.wait(STOP_S) == 0
-            assert not psutil.wait_procs(processes, timeout=2)[1]
+            assert not psutil.wait_procs(processes, timeout=10)[1]
             errors = (tmp_path / f"{number}.err").read_text()
             assert "2 of 2 workers ready" in errors and errors.endswith("stopped\n") and "Traceback" not in errors
             said, written = (Path(printed["logs"]) / name for name in ("supervisor.log", "server.log"))

@@ -96,7 +96,7 @@ def server(folder: Path) -> Iterator[TorchServe]:
         yield running
         processes = mine()
         assert sum("model_service_worker" in " ".join(p.cmdline()) for p in processes) == 4
-    assert not psutil.wait_procs(processes, timeout=1)[1]
+    assert not psutil.wait_procs(processes, timeout=10)[1]
     assert set(folder.iterdir()) == before
 
 

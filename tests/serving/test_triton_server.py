@@ -80,7 +80,7 @@ def server(packaged: Path) -> Iterator[TritonServer]:
         yield running
         processes = set(mine()) - others
         assert len(processes) >= 4  # server, both versions and the stand-in
-    assert not psutil.wait_procs(processes, timeout=1)[1]
+    assert not psutil.wait_procs(processes, timeout=10)[1]
     assert not home.exists() and not list(Path("/dev/shm").glob(f"{memory}*"))
     assert tree(packaged) == before  # no compiled code either
 
@@ -333,7 +333,7 @@ def test_sigterm_ends_serve_and_leaves_nothing(
     finally:
         process.terminate()
         process.wait(STOP_S)
-    assert not psutil.wait_procs(started, timeout=2)[1]
+    assert not psutil.wait_procs(started, timeout=10)[1]
     assert list(tmp_path.iterdir()) == [] and tree(packaged) == before
     left = {path.name for path in state.rglob("*") if path.is_file()}
     assert left == {"server.log", "supervisor.log"}, "something but logs is left"

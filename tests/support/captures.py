@@ -1,6 +1,5 @@
 """What the tests of capture share: networks from one function, and a capture that is checked on the way."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -71,9 +70,8 @@ def refused(module: Any, says: str, inputs: Sequence[InputSpec] = IMAGE) -> None
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread, as the networks are small; and no listener, for which torch.export writes down its whole trace."""
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+def quick() -> Iterator[None]:
+    """One thread, as the networks are small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

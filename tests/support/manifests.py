@@ -8,8 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-import kubernetes_validate
 import yaml
 
 from redpp_serve.handlers.metrics import FAMILIES
@@ -52,6 +50,9 @@ def _schemas(documents: list[Document]) -> Iterator[str]:
 
 @cache
 def _schema_problem(text: str) -> str | None:
+    import jsonschema  # a second for the grammar of addresses, which workers of other tests are spared
+    import kubernetes_validate
+
     document = json.loads(text)
     own = SCHEMAS.get(document["kind"].lower())
     pods = [document] if own is None else []

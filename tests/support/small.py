@@ -2,6 +2,7 @@
 
 import zipfile
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy
@@ -85,6 +86,11 @@ def write_data(path: Path, module: nn.Module | None = None, images: int = 40) ->
 def outputs(archive: Path, *inputs: Tensor) -> list[list[float]]:
     """What the network in an archive gives for one input, without server and handler."""
     with zipfile.ZipFile(archive) as file:
-        program = Program(load(file.read("model.redpp")).graph)
+        program = _program(file.read("model.redpp"))
     with torch.no_grad():
         return [y[0].tolist() for y in program(*(x[None] for x in inputs))]
+
+
+@lru_cache(8)
+def _program(artifact: bytes) -> Program:
+    return Program(load(artifact).graph)
