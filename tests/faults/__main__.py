@@ -21,11 +21,18 @@ from contextlib import closing, contextmanager
 from importlib.util import cache_from_source
 from pathlib import Path
 
+from tests.faults.forked import SKIPPED
 from tests.faults.table import ROOT, Fault, faults, rooms
 
 RESULTS = Path(__file__).with_name("results.json")
 LATE_S = 300.0  # tests that take longer hang
-OUTCOMES = {0: "survived", 1: "caught", 2: "caught"}  # by pytest's exit code; 2: the fault stops its collection
+# By pytest's exit code, or `SKIPPED`; 2: the fault stops its collection.
+OUTCOMES = {0: "survived", 1: "caught", 2: "caught", SKIPPED: "skipped"}
+_UNJUDGED = {
+    "caught": "not judged: its tests fail without it",
+    "late": "not judged: its tests hang without it",
+    "skipped": "not judged: its tests are skipped here",
+}
 _ARGUMENTS = ("-n", "0", "-x", "-q", "-p", "no:cacheprovider", "-m", "not (browser or exhaustive or gpu)")
 _LEFT_OUT = (".git", ".venv", "__pycache__", "results", ".*_cache", "*.egg-info", "build", "dist")
 _LINKS = {"handlers": "handlers", "kernels": "kernels", "reference": "benchmarks/reference"}
@@ -40,13 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not chosen:
         sys.stderr.write("No fault is left of those asked for; the tables are tests/faults/*.toml.\n")
         return 2
-    found, sound = {}, dict[tuple[str, ...], bool]()
+    found, without = {}, dict[tuple[str, ...], str]()
     with copied() as root, closing(Runner(root)) as runner:
         for fault in chosen:
-            if fault.tests not in sound:
-                sound[fault.tests] = runner.outcome(fault.tests) == "survived"
+            if fault.tests not in without:
+                without[fault.tests] = runner.outcome(fault.tests)
             start = time.monotonic()
-            outcome = runner.planted(fault) if sound[fault.tests] else "not judged: its tests fail without it"
+            outcome = _UNJUDGED.get(without[fault.tests]) or runner.planted(fault)
             seconds = round(time.monotonic() - start, 1)
             found[fault.name] = {"outcome": outcome, "seconds": seconds, "commit": arguments.commit}
             sys.stdout.write(f"{fault.room:12} {fault.name:34} {outcome:9} {seconds:6.1f} s  {fault.what}\n")
@@ -120,7 +127,10 @@ class Runner:
             _write(path, before)
 
     def outcome(self, tests: Sequence[str]) -> str:
-        """Run tests until one fails: ``caught`` where one does, ``survived`` where none does, ``late`` where they hang.
+        """Run tests until one fails, and return how they ended.
+
+        It is ``caught`` where one fails, ``survived`` where none does, ``skipped`` where none was run, and ``late``
+        where they hang.
 
         Raises:
             RuntimeError: pytest found no test to run.

@@ -1,6 +1,7 @@
 """Run pytest for each line of standard input, a list of its arguments, in a fork of this process; print its exit code.
 
-This process has imported what takes long to import, but nothing of the project, and runs in the folder of the copy.
+Where every test was skipped the code is `SKIPPED`: pytest's own is that of success, or that of no test at all. This
+process has imported what takes long to import, but nothing of the project, and runs in the folder of the copy.
 """
 
 import json
@@ -8,7 +9,12 @@ import os
 import sys
 from contextlib import suppress
 from importlib import import_module
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    import pytest
+
+NONE, SKIPPED = 5, 6  # pytest's own for no test, and the next free one
 _SLOW = ("pytest", "hypothesis", "numpy", "scipy.stats", "PIL.Image", "onnx", "prometheus_client", "torch.export")
 
 
@@ -26,6 +32,19 @@ def main() -> None:
         sys.stdout.flush()
 
 
+class _Counts:
+    """Counts the tests that pass, and those and the files that are skipped; pytest calls its methods."""
+
+    passed = skipped = 0
+
+    def pytest_runtest_logreport(self, report: "pytest.TestReport") -> None:
+        self.passed += report.when == "call" and report.passed
+        self.skipped += report.skipped
+
+    def pytest_collectreport(self, report: "pytest.CollectReport") -> None:
+        self.skipped += report.skipped
+
+
 def _run(arguments: list[str]) -> None:
     """Run pytest, and end the process."""
     import pytest
@@ -33,9 +52,11 @@ def _run(arguments: list[str]) -> None:
     with open(os.devnull, "r+b") as nothing:
         for stream in (0, 1):
             os.dup2(nothing.fileno(), stream)
-    code = 3  # pytest's own of an internal error
+    code, counts = 3, _Counts()  # pytest's own of an internal error
     try:
-        code = int(pytest.main(arguments))
+        code = int(pytest.main(arguments, [counts]))
+        if code in (0, NONE) and counts.skipped and not counts.passed:
+            code = SKIPPED
     finally:
         os._exit(code)
 

@@ -2,11 +2,13 @@
 
 import json
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.faults import __main__ as faults_command
 from tests.faults.__main__ import _LINKS, RESULTS, Runner
 from tests.faults.table import ROOT, Fault, faults, rooms
 from tests.test_project import SUBPACKAGES
@@ -62,6 +64,45 @@ def test_the_runner_tells_what_is_noticed(small_copy: Path) -> None:
         assert runner.planted(fault("def double", "def triple")) == "caught"  # its import fails
         assert runner.planted(fault("x / 2", "x / 3")) == "survived"
     assert "2 * x" in (small_copy / "product.py").read_text()
+
+
+SKIPS = """import pytest
+
+
+@pytest.mark.skip
+def test_double():
+    assert double(3) == 6
+
+
+def test_half():
+    pytest.importorskip("no_such_module")
+"""
+
+
+def test_tests_that_are_skipped_notice_nothing(small_copy: Path) -> None:
+    (small_copy / "test_skips.py").write_text(SKIPS)
+    (small_copy / "test_absent.py").write_text("import pytest\n\npytest.importorskip('no_such_module')\n")
+    with closing(Runner(small_copy, slow=False)) as runner:
+        assert runner.outcome(["test_skips.py"]) == "skipped"
+        assert runner.outcome(["test_absent.py"]) == "skipped"
+        assert runner.outcome(["test_skips.py", "test_product.py"]) == "survived"
+
+
+def test_a_fault_whose_tests_are_skipped_is_not_judged(
+    small_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (small_copy / "test_skips.py").write_text(SKIPS)
+    rows = [
+        Fault("room", name, "what", "product.py", "2 * x", "3 * x", (tests,))
+        for name, tests in (("noticed", "test_product.py"), ("skipped", "test_skips.py"))
+    ]
+    monkeypatch.setattr(faults_command, "faults", lambda room=None: rows)
+    monkeypatch.setattr(faults_command, "copied", lambda: nullcontext(small_copy))
+    monkeypatch.setattr(faults_command, "Runner", partial(Runner, slow=False))
+    assert faults_command.main([]) == 1
+    noticed, skipped, total = capsys.readouterr().out.splitlines()
+    assert " caught " in noticed and "not judged: its tests are skipped here" in skipped
+    assert total == "1 of 2 faults caught"
 
 
 def test_a_fault_whose_text_is_gone_is_refused(small_copy: Path) -> None:
