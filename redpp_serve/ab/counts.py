@@ -188,8 +188,8 @@ class Traffic:
             shorter than the gateway's see nothing else.
         by_header: those whose sender asked for the version, and which no split has chosen.
         failed_over: those that the other version answered, since this one was dead or failed.
-        judged: those that say something of the version: not those that chose it, those without a valid token, nor those
-            of a user whom it has failed just before, see `Retries`.
+        judged: those that say something of the version: not those that chose it, those without a valid token, those
+            that the other version failed as well, nor those of a user whom it has failed just before, see `Retries`.
         faults: those of ``judged`` that the version failed: errors, failed over, or abandoned by a user who had waited
             longer than an answer takes.
         strata: split -> the part of ``judged`` and ``faults`` that was divided by it.
@@ -226,7 +226,8 @@ class Traffic:
             self.by_header[arm] += by_header
             self.failed_over[arm] += over
             fault = status >= 500 or over or (left and (waited_ms or 0) >= self.patience_ms)
-            if not by_header and line["admitted"] and not self._retries.repeats(line, fault):
+            both = status >= 500 and line["answered_by"] != arm  # a request that no version answers tells none apart
+            if not by_header and line["admitted"] and not both and not self._retries.repeats(line, fault):
                 self.judged[arm] += 1
                 self.faults[arm] += fault
                 if line["chosen_by"] == "split" and (split := splits.get(line.get("step", ""))):

@@ -200,6 +200,8 @@ GOOD = [line(arm, seconds=0.010) for arm in NAMES for _ in range(30)]
         ([line("pruned", 504, seconds=120.0)], 1, 1),
         ([{**line("pruned", seconds=None), "answered_by": "original"}] * 2, 2, 2),  # its user was served, not by it
         ([{**line("pruned", 400, seconds=None), "answered_by": "original"}], 1, 1),
+        ([{**line("pruned", 500), "answered_by": "original"}] * 9, 0, 0),  # neither version can answer it
+        ([{**line("pruned", 502, None), "answered_by": "original"}] * 9, 0, 0),  # the server is gone
     ],
 )
 def test_only_those_whom_an_arm_failed_speak_against_it(lines: list[dict[str, Any]], extra: int, faults: int) -> None:
@@ -294,6 +296,8 @@ def test_what_a_user_sends_soon_after_a_failure_says_nothing() -> None:
     lines += [sent("pruned", 10, "1", 500), sent("pruned", 19, "1"), sent("pruned", 20, "1")]
     assert judged(*lines) == ([1, 4], [1, 3])
     assert judged(*[sent("pruned", 0, "", 500)] * 3) == ([0, 3], [0, 3]), "requests without a user"
+    both = [{**sent("pruned", at, "1", 500), "answered_by": "original"} for at in (0, 1)]
+    assert judged(*both, sent("pruned", 2, "1")) == ([0, 1], [0, 0]), "the version has not failed this user"
 
 
 @pytest.mark.parametrize("seed", range(5))
