@@ -27,18 +27,20 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.serving_faults import fault_targets, faults_part
+from benchmarks.serving_faults import STRETCH_S, fault_targets, faults_part
 from benchmarks.serving_load import UNVERSIONED, Cases, Run, Sent, run_load
 from benchmarks.serving_overhead import overhead
 from redpp_serve.capture import capture_file
+from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import InputSpec
 from redpp_serve.handlers.preprocess import Preprocess
 from redpp_serve.loopback import ask
 from redpp_serve.machine import describe_machine
-from redpp_serve.options import Options, ServerOptions
+from redpp_serve.options import Options, ServerOptions, Serving
 from redpp_serve.packaging.package import package
 from redpp_serve.reference import ARCH, CHECKPOINT
 from redpp_serve.reference.digits import MEAN, STD
+from redpp_serve.report.folder import read_report
 from redpp_serve.serving.serve import KINDS, model_name, open_server
 from redpp_serve.serving.server import LocalServer
 from redpp_serve.serving.switching import switch
@@ -251,9 +253,25 @@ def _digits(folder: Path) -> Path:
         folder / "digits",
         name="digits",
         options=Options(target_macs=0.5, distil=0, time_budget=60),
+        serving=Serving(precision="fp32"),  # answers are held against the network's outputs
         preprocess=Preprocess("L", 32, 32, (MEAN,), (STD,)),
     )
     return folder / "digits"
+
+
+def require_fp32(folder: Path) -> None:
+    """End where answers cannot be held against the network's outputs.
+
+    Raises:
+        RedppError: a version may be served in a lower precision.
+    """
+    found = read_report(folder).options.get("precision")
+    if found != "fp32":
+        raise RedppError(
+            f"{folder} is served in the precision {found}",
+            "fp32, so that each answer can be held against the network's outputs",
+            "package it with --precision fp32",
+        )
 
 
 def main() -> None:
@@ -266,10 +284,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2000, help="of the overhead")
     parser.add_argument("--faults", action="store_true", help="harm a live A/B test instead")
     parser.add_argument("--servers", nargs="+", choices=KINDS, default=KINDS, help="for --faults")
+    parser.add_argument("--stretch", type=float, default=STRETCH_S, help="seconds of load after each fault")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or _digits(Path(scratch))
+        require_fp32(folder)
         if options.faults:
             return _harm(folder, options)
         cases = Cases(folder)
@@ -294,9 +314,17 @@ def main() -> None:
 
 
 def _harm(folder: Path, options: argparse.Namespace) -> None:
-    measured = {kind: faults_part(folder, kind, options.clients, _note) for kind in options.servers}
-    command = f"python -m benchmarks.serving --faults --clients {options.clients} --servers {' '.join(options.servers)}"
-    results = {"command": command, "environment": describe_machine(), "model": model_name(folder), **measured}
+    others = round(os.getloadavg()[0], 2)
+    measured = {
+        kind: faults_part(folder, kind, options.clients, stretch_s=options.stretch, note=_note)
+        for kind in options.servers
+    }
+    command = (
+        f"python -m benchmarks.serving --faults --clients {options.clients} --stretch {options.stretch:g} "
+        f"--servers {' '.join(options.servers)}"
+    )
+    environment = {**describe_machine(), "load_average_before": others}
+    results = {"command": command, "environment": environment, "model": model_name(folder), **measured}
     results["targets"] = fault_targets(measured)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,7 +1,8 @@
 """A live A/B test under load while parts of it are killed or taken away: ``python -m benchmarks.serving --faults``.
 
-Users ask the gateway, one request in ten is bad, and every good answer is held against the outputs of the arm that the
-gateway names. Each fault has its own stretch of the load; a request belongs to the stretch in which it began.
+Users ask the gateway, one request in ten is bad, and every good answer is held against the outputs of the arm that
+the gateway names. Each fault has its own stretch of the load; a request belongs to the fault that met it in flight, or
+else to its stretch.
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ from redpp_serve.variants import NAMES
 
 DISK_BYTES, USER_HEADER, BAD_SHARE = 256 << 20, "X-User-Id", 0.1
 STRETCH_S, RECOVERY_S, TIMEOUT_S = 8.0, 60.0, 60.0
-_NPY = {"Content-Type": "application/octet-stream"}
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,15 @@ class Users:
         self._url = urlsplit(running.extra["gateway"])
         inputs = [parse({"body": payload.body}, cases.inputs, None) for payload in cases.good]
         if running.kind == "torchserve":
-            self._good = [Request(payload.body, _NPY) for payload in cases.good]
+            self._good, self._bad = (
+                [Request(payload.body, {"Content-Type": payload.content_type}) for payload in payloads]
+                for payloads in (cases.good, cases.bad)
+            )
         else:
             _, reply = ask(f"{running.management_url}/v2/models/{running.name}")
             metadata = json.loads(reply)
             self._good = [triton_request(metadata, [x.numpy() for x in tensors]) for tensors in inputs]
+            self._bad = [triton_request(metadata, [array]) for array in cases.bad_arrays]
         self.asked: list[Asked] = []
         self._ended, self._lock = threading.Event(), threading.Lock()
 
@@ -107,7 +111,7 @@ class Users:
         mine = []
         while not self._ended.is_set():
             good, index = chance.random() >= BAD_SHARE, chance.randrange(len(self._good))
-            request = self._good[index] if good else Request(b"garbage", _NPY)
+            request = self._good[index] if good else chance.choice(self._bad)
             user = {USER_HEADER: f"{seed}-{chance.random()}"}
             headers = {**self._running.headers["inference"], **request.headers, **user}
             if connection.sock and select.select([connection.sock], [], [], 0)[0]:
@@ -215,8 +219,18 @@ def faults(folder: Path, disk: Path, mounted: bool, command: Sequence[str]) -> d
     }
 
 
-def faults_part(folder: Path, kind: str, clients: int, note: Callable[[str], None]) -> dict[str, Any]:
-    """Start an A/B test, put it under load, do it every harm in turn, and stop it."""
+def faults_part(
+    folder: Path, kind: str, clients: int, *, stretch_s: float, note: Callable[[str], None]
+) -> dict[str, Any]:
+    """Start an A/B test, put it under load, do it every harm in turn, and stop it.
+
+    Args:
+        folder: the packaged folder, both of whose versions are served in fp32.
+        kind: the server.
+        clients: how many ask at a time.
+        stretch_s: seconds of load after each harm, at least.
+        note: takes the name of each harm.
+    """
     program = [sys.executable, "-m", "redpp_serve.cli", "ab"]
     command = [*program, "start", str(folder), "--server", kind, "--split", "50:50", "--sticky-header", USER_HEADER]
     with ExitStack() as stack:
@@ -240,7 +254,7 @@ def faults_part(folder: Path, kind: str, clients: int, note: Callable[[str], Non
                     at = time.perf_counter()
                     act()
                     done[name] = (at - began, time.perf_counter() - began)
-                    time.sleep(STRETCH_S)
+                    time.sleep(stretch_s)
                     while not all(workers(journal, arm) for arm in NAMES) and time.perf_counter() - at < RECOVERY_S:
                         time.sleep(0.5)
         finally:
@@ -252,12 +266,12 @@ def faults_part(folder: Path, kind: str, clients: int, note: Callable[[str], Non
 
 
 def stretches(asked: Sequence[Asked], done: dict[str, tuple[float, float]]) -> dict[str, Any]:
-    """Return for each fault what became of the requests that began with or after it, and of those it met in flight."""
+    """Return for each fault what became of the requests between it and the next, and of those it met in flight."""
     ends = [*(at for at, _ in list(done.values())[1:]), float("inf")]
     found = {}
     for (name, (at, acted)), end in zip(done.items(), ends, strict=True):
         met = [x for x in asked if x.start_s < at < x.end_s]
-        began = [x for x in asked if at <= x.start_s < end]
+        began = [x for x in asked if at <= x.start_s < end and x.end_s <= end]
         found[name] = {
             "requests": len(began),
             "good": sum(x.good for x in began),
@@ -268,7 +282,7 @@ def stretches(asked: Sequence[Asked], done: dict[str, tuple[float, float]]) -> d
             "lost_with": dict(Counter(str(x.status) for x in (*began, *met) if x.lost)),
             "longest_wait_s": round(max((x.end_s - x.start_s for x in (*began, *met)), default=0.0), 2),
             "arms_before": sorted({x.arm for x in asked if x.good and x.end_s < at and x.arm}),
-            "arms_after": sorted({x.arm for x in began if x.good and x.start_s > acted + 1.0}),
+            "arms_after": sorted({x.arm for x in began if x.good and x.arm and x.start_s > acted + 1.0}),
         }
     return found
 
