@@ -6,7 +6,7 @@ import inspect
 import keyword
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +51,7 @@ class OnnxNetwork(nn.Module):
         self._labels = _labels(file.nodes)
         self._stored: dict[str, str] = {}  # name of a constant -> of its tensor in this module
         self._reshapes: dict[int, tuple[list[int], int]] = {}  # shape for the fixed batch, and where the batch is in it
+        self._names = _Names()
         self._device = "cpu"
         self.messages: list[str] = []
 
@@ -127,14 +128,14 @@ class OnnxNetwork(nn.Module):
                 holder.add_module(part, nn.Module().eval())
             taken.append(part)
             holder = holder.get_submodule(part)
-        while hasattr(holder, leaf):
-            leaf += "_"
+        whole = self._names.free(".".join((*taken, leaf)), lambda name: hasattr(holder, name.rpartition(".")[2]))
+        leaf = whole.rpartition(".")[2]
         tensor = torch.from_numpy(np.array(array))
         if trained and array.dtype.kind == "f":
             holder.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
         else:
             holder.register_buffer(leaf, tensor)
-        return ".".join((*taken, leaf))
+        return whole
 
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Compute the outputs, by the file's names, for inputs (N, ...)."""
@@ -254,14 +255,28 @@ def _labels(nodes: Iterable[OnnxNode]) -> dict[str, str]:
 
 def _identifiers(names: Iterable[str]) -> tuple[str, ...]:
     """Return names that Python takes as arguments, each once."""
-    found: list[str] = []
+    taken: dict[str, None] = {}
+    made = _Names()
     for name in names:
         word = re.sub(r"\W", "_", name, flags=re.ASCII)[:60] or "input"
         word = f"input_{word}" if not word.isidentifier() or keyword.iskeyword(word) or word == "self" else word
-        while word in found:
-            word += "_"
-        found.append(word)
-    return tuple(found)
+        taken[made.free(word, taken.__contains__)] = None
+    return tuple(taken)
+
+
+class _Names:
+    """Makes names that are free: ``name``, or ``name_``, ``name_2``, ``name_3``; many equal ones take linear time."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    def free(self, name: str, taken: Callable[[str], bool]) -> str:
+        """Return the first name that is not taken."""
+        count = self._counts.get(name, 0)
+        while taken(found := f"{name}{'_' if count else ''}{count if count > 1 else ''}"):
+            count += 1
+        self._counts[name] = count
+        return found
 
 
 def _fixed_batch(path: Path, inputs: Sequence[OnnxInput]) -> int | None:

@@ -19,9 +19,15 @@ MAX_BYTES = 64 << 20  # of a pickle without its tensors; that of a network of te
 MAX_OPERATIONS = 3_000_000
 _MAX_PARTS = 10**7  # objects inside one object, each counted as often as it is reached
 _MAX_DEPTH = 300
+_MAX_CHOSEN = 10_000  # keys whose hash the file can choose: as many with the same one take three seconds
+_HASH_MODULUS = (1 << 61) - 1  # whole numbers below it are their own hash; the hashes of texts nobody can foresee
 MODULE_STATE = {"_parameters", "_modules"}  # keys of every nn.Module's __dict__
 _COMPUTED = "(computed)"
 _HARMLESS_CODECS = ("latin1", "latin-1", "utf-8", "utf8", "ascii")
+# Where the keys are among what an operation takes, and what makes keys of all members of its argument.
+_KEYS = {"SETITEM": slice(1, None, 2), "SETITEMS": slice(1, None, 2), "DICT": slice(0, None, 2)}
+_KEYS |= {"ADDITEMS": slice(1, None), "FROZENSET": slice(None)}
+_HASHING = ("builtins.set", "collections.Counter", "collections.OrderedDict")
 
 Operation = tuple[pickletools.OpcodeInfo, object, "int | None"]
 
@@ -94,13 +100,18 @@ def scan_operations(found: Iterable[Operation]) -> PickleScan:
 
 
 class _Item:
-    """What is known of an object on the stack: its size, and its value if that is a name, text, number or tuple."""
+    """What is known of an object on the stack: its size, and its value if that is a name, text, number or tuple.
 
-    __slots__ = ("depth", "name", "parts", "size", "value")
+    Of a list also its first member is known, and how many members would be keys whose hash the file can choose, alone
+    or as the first of a pair.
+    """
+
+    __slots__ = ("chosen", "depth", "first", "name", "parts", "size", "value")
 
     def __init__(self, parts: tuple[_Item, ...] = (), *, value: object = None, name: str | None = None) -> None:
         self.parts, self.value, self.name = parts, value, name
-        self.size, self.depth = 1, 1
+        self.size, self.depth, self.chosen = 1, 1, 0
+        self.first: _Item | None = None
         self.add(parts)
 
     def add(self, parts: Iterable[_Item]) -> None:
@@ -112,6 +123,20 @@ class _Item:
             how = f"{_MAX_DEPTH} levels" if self.depth > _MAX_DEPTH else f"{_MAX_PARTS} parts"
             raise _hostile(f"a pickle whose objects have more than {how}")
 
+    def take(self, members: list[_Item]) -> None:
+        """Take in members of a list."""
+        self.first = self.first or next(iter(members), None)
+        self.chosen += sum(_has_chosen_hash(member.first or member) for member in members)
+
+
+def _has_chosen_hash(key: _Item) -> bool:
+    """Return whether a file can choose the hash of a key, so that a dict compares it with all others of the same."""
+    if key.parts:
+        return not all(isinstance(part.value, (str, bytes)) and part.value for part in key.parts)
+    if isinstance(key.value, int):
+        return abs(key.value) >= _HASH_MODULUS
+    return not isinstance(key.value, (str, bytes))
+
 
 class _Machine:
     """The stack and memo of an unpickler."""
@@ -121,6 +146,7 @@ class _Machine:
         self.state: set[str] = set()
         self.stack: list[_Item | None] = []  # None is a mark
         self.memo: dict[object, _Item] = {}
+        self.chosen = 0  # keys whose hash the file can choose
 
     def step(self, operation: pickletools.OpcodeInfo, argument: object) -> None:
         """Follow one operation.
@@ -158,9 +184,15 @@ class _Machine:
             taken = [self._pop() for _ in before][::-1]
         if not operation.stack_after:
             return
+        if name in _KEYS:
+            self._count(sum(map(_has_chosen_hash, taken[_KEYS[name]])))
         if name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"):
             taken[0].add(taken[1:])
             self.stack.append(taken[0])
+            if name.startswith("APPEND"):
+                taken[0].take(taken[1:])
+            elif name.startswith("SETITEM") and taken[0].first:  # a list, whose members it replaces
+                self._count(sum(map(_has_chosen_hash, taken[2::2])))
         elif name in ("GLOBAL", "INST"):
             self._name(str(argument).replace(" ", ".", 1), taken)
         elif name == "STACK_GLOBAL":
@@ -170,17 +202,28 @@ class _Machine:
         else:
             if name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ") and taken:
                 self._called(taken[0], taken[1:])
-            text = argument if isinstance(argument, (str, int)) and not taken else None
+            text = argument if isinstance(argument, (str, bytes, int)) and not taken else None
             self.state |= {text} & MODULE_STATE if isinstance(text, str) else set()
             self.stack.append(_Item(tuple(taken), value=text))
+            if name == "LIST":
+                self._top().take(taken)
 
     def _name(self, name: str, taken: list[_Item]) -> None:
         self.found[name] = None
         self.stack.append(_Item(tuple(taken), name=name.replace("__builtin__.", "builtins.", 1)))
 
+    def _count(self, keys: int) -> None:
+        """Count keys whose hash the file can choose: so many of one hash take quadratic time."""
+        self.chosen += keys
+        if self.chosen > _MAX_CHOSEN:
+            raise _hostile(f"a pickle with more than {_MAX_CHOSEN} keys that are neither texts nor small numbers")
+
     def _called(self, function: _Item, taken: list[_Item]) -> None:
         """Note calls that allocate as much as the file likes, or run as long."""
         name, arguments = function.name or _COMPUTED, taken[0].parts if taken else ()
+        if name in _HASHING:
+            members = [part.first or part for argument in arguments for part in argument.parts]
+            self._count(sum(argument.chosen for argument in arguments) + sum(map(_has_chosen_hash, members)))
         if name == "builtins.bytearray":
             harmless = not any(isinstance(item.value, int) for item in arguments)
         elif name == "_codecs.encode":

@@ -11,6 +11,7 @@ import io
 import pickletools
 from collections.abc import Iterable
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
@@ -126,6 +127,13 @@ def scan(path: Path) -> PickleScan:
         RedppError: see `open_zip` and `pickles.scan_operations`.
         ValueError: the bytes are not a whole pickle.
     """
+    found = path.stat()
+    return _scan(path, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _scan(path: Path, *_: int) -> PickleScan:
+    """Scan a file once, as long as nobody writes to it: a large pickle takes seconds."""
     if is_zip(path):
         with open_zip(path) as archive:
             entries = [info for info in archive.infolist() if _inner(info.filename) == "data.pkl"]

@@ -1,7 +1,8 @@
 """More than 500 hostile files and packages, each made from a description or by a seeded change of a sound one.
 
-A case is a name, what is asked about it, and a maker that writes it. A file is asked about with ``inspect`` and
-``package``, a package with ``plan`` and with ``compare`` for both servers, up to where a server would start.
+A case is a name, what is asked about it, and a maker that writes it. `run` has the commands: a file is asked about with
+``inspect`` and ``package``, a package with ``plan`` and with ``compare`` for both servers, up to where a server would
+start, and a document beside a network by the option that reads it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from redpp_serve.graph.operators import ALLOWED
 from tests.attacks import files
 from tests.attacks.artifacts import entries, forged
 from tests.attacks.bombs import HOSTILE, ODD
+from tests.attacks.documents import ARCHIVES, CONFIGS, INDICES, LABELS, OPTIONS, write_beside
 from tests.attacks.graphs import BOMBS, BROKEN, UNSEEN, bomb
+from tests.attacks.onnx_models import MODELS, Build, write
+from tests.attacks.pickles import HARMLESS, LONG, PICKLES
 
 KINDS = ("state_dict", "old state_dict", "safetensors", "TorchScript", "exported", "ONNX", "index")
 PARTS = ("original.mar", "pruned.mar", "report.json", "inputs.npz")
@@ -39,7 +43,7 @@ class Case:
 
     Attributes:
         name: says what it is.
-        asks: ``file`` or ``package``.
+        asks: ``file``, ``network`` (a file that needs no architecture), ``package``, ``options`` or ``labels``.
         make: writes it below a folder, and returns its path.
     """
 
@@ -56,7 +60,8 @@ def cases(sound: Path, seed: int, changes: int = 24) -> list[Case]:
         seed: of the random changes.
         changes: random changes of each kind of file and each part of a package.
     """
-    named = [*_described(), *_other_kinds(sound), *_large_parts(sound), *_graphs(sound)]
+    described = [*_described(), *_documents(sound)]
+    named = [*described, *_other_kinds(sound), *_large_parts(sound), *_graphs(sound)]
     return [*named, *_changed_files(sound, seed, changes), *_changed_parts(sound, seed, changes)]
 
 
@@ -86,7 +91,8 @@ def write_sound(folder: Path, package: Path, *, slow: bool = True) -> None:
 
 
 def _described() -> Iterator[Case]:
-    for name, make in {**HOSTILE, **ODD}.items():
+    pickles = {f"pickle: {name}": make for name, make in {**PICKLES, **LONG, **HARMLESS}.items()}
+    for name, make in {**HOSTILE, **ODD, **pickles}.items():
         yield Case(name, "file", lambda folder, make=make: _written(folder / "model.pt", make))  # type: ignore[misc]
     for legacy in (False, True):
         yield Case(
@@ -98,6 +104,31 @@ def _described() -> Iterator[Case]:
     yield Case("exported with code", "file", lambda f: files.poisoned_export(f / "x", marker()))
     for name, parts in files.SAFETENSORS.items():
         yield Case(f"safetensors: {name}", "file", lambda f, p=parts: files.safetensors(f / "x", *p))  # type: ignore[misc]
+
+
+def _documents(sound: Path) -> Iterator[Case]:
+    for title, asks, name, texts in (
+        ("options", "options", "redpp.yaml", OPTIONS),
+        ("labels", "labels", "labels.txt", LABELS),
+        ("configuration", "file", "config.json", CONFIGS),
+    ):
+        for what, text in texts.items():
+
+            def make(folder: Path, name: str = name, text: str = text) -> Path:
+                write_beside(folder / "beside" / name, text, sound / "state_dict")
+                return folder / "beside" / ("model.pt" if name == "config.json" else name)
+
+            yield Case(f"{title}: {what}", asks, make)
+    for title, name, makers in (("index", "model.index.json", INDICES), ("archive", "model.pt", ARCHIVES)):
+        for what, put in makers.items():
+            yield Case(f"{title}: {what}", "file", lambda f, name=name, put=put: _written(f / name, put))  # type: ignore[misc]
+    for what, build in MODELS.items():
+
+        def write_model(folder: Path, build: Build = build) -> Path:
+            write(folder / "model.onnx", build)
+            return folder / "model.onnx"
+
+        yield Case(f"ONNX: {what}", "network", write_model)
 
 
 def marker() -> Path:

@@ -36,16 +36,23 @@ _ARCH = ["--arch", f"{files.__file__}:Net", "--input", "1x12x12"]
 _QUICK = ["--dry-run", "--method", "red++", "--time-budget", "1", "--distil", "0", "--accept-unmeasured"]
 
 
+_ASKED: dict[str, dict[str, list[str]]] = {
+    "file": {"inspect": ["inspect", "{}"], "package": ["package", "{}", *_ARCH, *_QUICK]},
+    "network": {"inspect": ["inspect", "{}"], "package": ["package", "{}", *_QUICK]},
+    "options": {"config": ["config", "{}"], "package": ["package", "{beside}", *_ARCH[:2], "--config", "{}", *_QUICK]},
+    "labels": {"package": ["package", "{beside}", "--labels", "{}", *_ARCH, *_QUICK]},
+    "package": {
+        "plan": ["plan", "{}", "--time-budget", "0"],
+        "compare": ["compare", "{}"],
+        "compare with triton": ["compare", "{}", "--server", "triton"],
+    },
+}
+
+
 def commands(case: Case, path: Path) -> dict[str, list[str]]:
     """Return what is asked about a case, by name."""
-    place = str(path)
-    if case.asks == "file":
-        return {"inspect": ["inspect", place], "package": ["package", place, *_ARCH, *_QUICK]}
-    return {
-        "plan": ["plan", place, "--time-budget", "0"],
-        "compare": ["compare", place],
-        "compare with triton": ["compare", place, "--server", "triton"],
-    }
+    named = {"{}": str(path), "{beside}": str(path.parent / "model.pt")}
+    return {what: [named.get(word, word) for word in words] for what, words in _ASKED[case.asks].items()}
 
 
 def _would_start(*_: Any, **__: Any) -> NoReturn:

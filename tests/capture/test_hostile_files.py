@@ -5,14 +5,18 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 
 from redpp_serve.capture.load import load_file
+from redpp_serve.capture.pickles import Operation, PickleScan, scan_operations
 from redpp_serve.cli import main
 from redpp_serve.errors import RedppError
-from tests.attacks.bombs import HOSTILE, ODD, in_zip, many_entries, many_names
+from tests.attacks.bombs import HOSTILE, ODD, in_zip, many_entries, many_names, saved
+from tests.attacks.pickles import HARMLESS, PICKLES, colliding, numbers
 
 SECONDS, GROWTH = 5.0, 1 << 20  # of wall clock; KiB of resident memory
 
@@ -24,6 +28,18 @@ def test_hostile_files_are_refused(tmp_path: Path, name: str, trust: bool) -> No
         pytest.skip("code of the file's choice, which trust allows")
     path = tmp_path / "model.pt"
     HOSTILE[name](path)
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(RedppError):
+        load_file(path, trust=trust)
+    assert time.monotonic() - start < SECONDS
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GROWTH
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("name", PICKLES)
+def test_pickles_that_claim_or_collide_are_refused(tmp_path: Path, name: str, trust: bool) -> None:
+    path = tmp_path / "model.pt"
+    PICKLES[name](path)
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(RedppError):
         load_file(path, trust=trust)
@@ -48,10 +64,10 @@ def test_commands_end_with_one_paragraph(tmp_path: Path, name: str, capsys: pyte
     assert "Traceback" not in text + refused and not out.exists()
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", {**ODD, **HARMLESS})
 def test_odd_files_load(tmp_path: Path, name: str) -> None:
     path = tmp_path / "model.pt"
-    ODD[name](path)
+    {**ODD, **HARMLESS}[name](path)
     assert load_file(path, trust=False).state_dict
 
 
@@ -74,6 +90,34 @@ def test_operations_of_a_pickle_are_counted(tmp_path: Path, monkeypatch: pytest.
     in_zip(b"\x80\x02" + b"N0" * 1000 + b"N.")(tmp_path / "x.pt")
     with pytest.raises(RedppError, match="more than 1000 operations"):
         load_file(tmp_path / "x.pt", trust=False)
+
+
+def test_keys_of_a_pickle_whose_hash_the_file_can_choose_are_counted(tmp_path: Path) -> None:
+    """Texts and small numbers are not, so an optimizer's state and a vocabulary of pairs load."""
+    body = b"\x80\x02}X\x01\x00\x00\x00w" + colliding(10_001, numbers) + b"s."
+    in_zip(body)(tmp_path / "x.pt")
+    with pytest.raises(RedppError, match="more than 10000 keys that are neither texts nor small numbers"):
+        load_file(tmp_path / "x.pt", trust=False)
+    many = range(20_000)
+    beside = {"state": dict.fromkeys(many, 0), "pairs": {("a", f"{k}"): k for k in many}}
+    saved({"state_dict": {"w": torch.ones(2)}, **beside})(tmp_path / "y.pt")
+    assert load_file(tmp_path / "y.pt", trust=False).state_dict
+
+
+def test_a_pickle_is_followed_once_until_its_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    followed = 0
+
+    def counted(found: Iterable[Operation]) -> PickleScan:
+        nonlocal followed
+        followed += 1
+        return scan_operations(found)
+
+    monkeypatch.setattr("redpp_serve.capture.sniff.scan_operations", counted)
+    for times, width in enumerate((2, 30), 1):
+        saved({"w": torch.ones(width)})(tmp_path / "x.pt")
+        for _ in range(2):
+            assert load_file(tmp_path / "x.pt", trust=False).state_dict
+        assert followed == times
 
 
 @pytest.mark.parametrize("path", ["a\x00b", "x" * 300, "\x1b]0;x\x07", "a\nb"])
