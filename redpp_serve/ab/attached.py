@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from redpp_serve.processes import started
 from redpp_serve.serving.running import ATTACHED, Running, find_all
 from redpp_serve.serving.server import Keeper
 from redpp_serve.serving.torchserve import TorchServe
-from redpp_serve.serving.torchserve_workers import Workers
+from redpp_serve.serving.workers import Workers, torchserve_workers
 from redpp_serve.variants import NAMES
 
 
@@ -33,7 +34,7 @@ class AttachedServer:
         self.name, self.folder, self.versions = note.name, Path(note.folder), note.versions
         self.metrics_url, self.environment = note.metrics_urls[0], dict[str, str]()
         self.keeps_waiting = note.kind == TorchServe.kind
-        self._workers = Workers(self._listed, self.versions)
+        self._workers = Workers(partial(torchserve_workers, self._listed, self.versions))
 
     @property
     def front_url(self) -> str:

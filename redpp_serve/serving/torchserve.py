@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
@@ -12,7 +13,7 @@ from redpp_serve.loopback import ADDRESS, NO_ANSWER, Ports, ask
 from redpp_serve.packaging.server_config import LOG4J2, config_properties, read_limits
 from redpp_serve.processes import command_line, session, terminate
 from redpp_serve.serving.server import GRACE_S, INSTALL, LocalServer, require_packages
-from redpp_serve.serving.torchserve_workers import Workers
+from redpp_serve.serving.workers import Workers, torchserve_workers
 from redpp_serve.variants import VARIANTS
 
 _WORKER_DEATHS = 3  # while starting; TorchServe itself would try again for five minutes
@@ -79,7 +80,7 @@ class TorchServe(LocalServer):
         from redpp_serve.packaging.mar import manifest  # noqa: PLC0415  with torch, which other commands do without
 
         original, pruned = (manifest(archive)["model"]["modelVersion"] for archive in self._archives)
-        self._workers = Workers(self._listed, (original, pruned))
+        self._workers = Workers(partial(torchserve_workers, self._listed, (original, pruned)))
         return original, pruned
 
     def _prepare(self) -> None:
@@ -87,7 +88,7 @@ class TorchServe(LocalServer):
         self._java = java_home()
 
     def _launch(self, home: Path) -> None:
-        self._workers = Workers(self._listed, self.versions)
+        self._workers = Workers(partial(torchserve_workers, self._listed, self.versions))
         for part in ("tmp", "logs", "metrics"):
             (home / part).mkdir()
         (home / "config.properties").write_text(

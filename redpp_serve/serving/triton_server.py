@@ -7,7 +7,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from redpp_serve.serving.switching import (
     triton_versions,
 )
 from redpp_serve.serving.triton_binary import TritonBinary, find_triton, link_backend
+from redpp_serve.serving.workers import Pids, Workers
 from redpp_serve.variants import ORIGINAL
 
 _EXIT_S = 5  # the server's own limit for requests in flight when it is told to end
@@ -61,6 +61,7 @@ class TritonServer(LocalServer):
         self._binary: TritonBinary | None = None
         self._config: dict[str, Any] = {}
         self._wanted = set(triton_versions(ORIGINAL.name))
+        self._workers = Workers(self._ready_workers)
         original, pruned = TRITON_VERSIONS
         return original, pruned
 
@@ -160,6 +161,10 @@ class TritonServer(LocalServer):
         if home:
             free_shared_memory(home)
 
+    def dead(self, patience_s: float) -> set[str]:
+        """Return the versions all of whose workers have died and are not loaded again, see `LocalServer`."""
+        return self._workers.dead(patience_s)
+
     def _prepare(self) -> None:
         require_packages(_PACKAGES.items())
         self._binary = find_triton(self._note)
@@ -242,19 +247,25 @@ class TritonServer(LocalServer):
         before = self._loaded()
         if before:  # other processes promote and roll back
             self._wanted = before | set(TRITON_VERSIONS)
-        living = self._workers()
-        lacking = {version for version in before if living[version] < self.workers}
+        living = self._processes()
+        lacking = {version for version in before if len(living[version]) < self.workers}
         return lacking & self._loaded() if lacking else set()
 
-    def _workers(self) -> Counter[str]:
-        """Count each version's living processes: each has the path of its model.py on its command line."""
+    def _ready_workers(self) -> Pids:
+        """Return the processes of both versions that Triton calls ready; nothing while it does not answer."""
+        loaded, living = self._loaded(), self._processes()
+        return {number: living[number] if number in loaded else [] for number in TRITON_VERSIONS} if loaded else {}
+
+    def _processes(self) -> Pids:
+        """Return each version's living processes: each has the path of its model.py on its command line."""
         assert self.home is not None
-        paths = {
-            str(self.home / _MODELS / self.name / number / "model.py"): number
-            for number in (*TRITON_VERSIONS, *STAND_INS)
-        }
-        lines = map(command_line, session(self._leaders[self.title].pid))
-        return Counter(next(paths[word] for word in line if word in paths) for line in lines if paths.keys() & line)
+        folder = self.home / _MODELS / self.name
+        paths = {str(folder / number / "model.py"): number for number in (*TRITON_VERSIONS, *STAND_INS)}
+        found: Pids = {number: [] for number in paths.values()}
+        for process in session(self._leaders[self.title].pid):
+            for word in paths.keys() & command_line(process):
+                found[paths[word]].append(process.pid)
+        return found
 
     def _revive(self, dead: set[str]) -> None:
         """Load dead versions anew: without them, then with them. A stand-in is followed by the other number."""

@@ -212,7 +212,9 @@ def test_a_dead_worker_is_noticed_and_replaced(server: TritonServer, victim: str
     """Triton calls itself ready all the while."""
     running = server.running()
     version = {"original": "1", "pruned": "2"}.get(victim) or next(v for v in ("3", "4") if pids(server, v))
+    assert server.dead(0) == set()
     pid = kill_worker(server, version)
+    assert server.dead(0) == ({version} if victim != "default" else set())
     health = probe(running, victim)
     assert "answers 500" in health.problem and health.variant == victim
     others = {"original", "pruned", "default"} - {victim}
@@ -224,7 +226,7 @@ def test_a_dead_worker_is_noticed_and_replaced(server: TritonServer, victim: str
     server.restarts.clear()  # those of the tests before are no crash loop
     server.check_alive()
     assert probe(running, victim).problem == "" and default_variant(server.running()) == "original"
-    assert pid not in pids(server, version)
+    assert pid not in pids(server, version) and server.dead(0) == set()
 
 
 def test_workers_that_die_again_and_again_end_it(server: TritonServer) -> None:

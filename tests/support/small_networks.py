@@ -18,6 +18,19 @@ class Small(nn.Module):
         return self.head(self.body(self.stem(x)).mean((2, 3)))
 
 
+class Wide(nn.Module):
+    """Three layers, most of whose time goes into the one between the hidden units."""
+
+    def __init__(self, width: int = 2048, classes: int = 5) -> None:
+        super().__init__()
+        self.first = nn.Linear(144, width)
+        self.second = nn.Linear(width, width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x.flatten(1)).relu()).relu())
+
+
 class Two(nn.Module):
     """An image and a vector; two outputs."""
 

@@ -1,13 +1,14 @@
-"""The versions of a TorchServe that have no worker left, by what it tells and by the processes themselves."""
+"""The versions of a server that have no worker left, by what it tells and by the processes themselves."""
 
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
-from redpp_serve.serving.torchserve_workers import Workers
+from redpp_serve.serving.workers import Workers, torchserve_workers
 
 
 class Server:
@@ -24,6 +25,9 @@ class Server:
             raise ConnectionRefusedError
         workers = {v: [{"pid": pid, "status": status} for pid, status in rows] for v, rows in self.told.items()}
         return 200, json.dumps([{"modelVersion": v, "workers": rows} for v, rows in workers.items()]).encode()
+
+    def workers(self, *versions: str) -> Workers:
+        return Workers(partial(torchserve_workers, self.listed, versions))
 
     def begin(self) -> int:
         self.processes.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
@@ -47,7 +51,7 @@ def server() -> Iterator[Server]:
 def test_a_version_is_dead_from_its_last_workers_end_until_a_new_one_is_ready(server: Server) -> None:
     one, two = server.begin(), server.begin()
     server.told = {"1.0": [(one, "READY")], "2.0": [(two, "READY")], "3.0": []}
-    workers = Workers(server.listed, ("1.0", "2.0"))
+    workers = server.workers("1.0", "2.0")
     assert workers.ready() == {"1.0": [one], "2.0": [two]}
     assert workers.dead(0) == set()
     asked = server.asked
@@ -66,7 +70,7 @@ def test_a_version_is_dead_from_its_last_workers_end_until_a_new_one_is_ready(se
 def test_a_version_lives_while_a_worker_that_came_later_does(server: Server) -> None:
     first, second, other = server.begin(), server.begin(), server.begin()
     server.told = {"1.0": [(first, "READY"), (second, "READY")], "2.0": [(other, "READY")]}
-    workers = Workers(server.listed, ("1.0", "2.0"))
+    workers = server.workers("1.0", "2.0")
     assert workers.dead(0) == set()
     server.kill(first)
     later = server.begin()
@@ -80,6 +84,6 @@ def test_a_version_lives_while_a_worker_that_came_later_does(server: Server) -> 
 
 def test_a_server_without_an_answer_has_no_workers_and_no_dead_ones(server: Server) -> None:
     server.told = None
-    workers = Workers(server.listed, ("1.0",))
+    workers = server.workers("1.0")
     assert workers.ready() == {} and workers.dead(0) == set()
-    assert Workers(lambda: (403, b"{}"), ("1.0",)).ready() == {}
+    assert torchserve_workers(lambda: (403, b"{}"), ("1.0",)) == {}

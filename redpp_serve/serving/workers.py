@@ -1,4 +1,4 @@
-"""The workers of a TorchServe, and the versions that have none left."""
+"""The workers of a server, and the versions that have none left."""
 
 from __future__ import annotations
 
@@ -8,33 +8,41 @@ from collections.abc import Callable, Mapping, Sequence
 from redpp_serve.loopback import NO_ANSWER
 from redpp_serve.processes import started, wait_for_an_end
 
+Pids = dict[str, list[int]]
+"""A version's number -> the process ids of its workers."""
 
-class Workers:
-    """The workers of each version, by what TorchServe tells of them and by their processes.
+
+def torchserve_workers(listed: Callable[[], tuple[int, bytes]], versions: Sequence[str]) -> Pids:
+    """Return the ready workers of some versions on TorchServe; nothing while it does not answer.
 
     Args:
         listed: asks TorchServe for all versions of the model; returns the status and the JSON.
         versions: the versions to look at.
     """
+    try:
+        status, body = listed()
+        models = [m for m in (json.loads(body) if status == 200 else []) if m["modelVersion"] in versions]
+        return {m["modelVersion"]: [int(w["pid"]) for w in m["workers"] if w["status"] == "READY"] for m in models}
+    except (*NO_ANSWER, ValueError, KeyError, TypeError):  # port or token file not there yet
+        return {}
 
-    def __init__(self, listed: Callable[[], tuple[int, bytes]], versions: Sequence[str]) -> None:
-        self._listed, self._versions = listed, versions
-        self._pids: dict[str, list[int]] = {}  # version -> its workers, where all were ready at the last look
+
+class Workers:
+    """The workers of each version, by what the server tells of them and by their processes.
+
+    Args:
+        ready: asks the server for each version's ready workers; it returns nothing while the server does not answer.
+    """
+
+    def __init__(self, ready: Callable[[], Pids]) -> None:
+        self.ready = ready
+        self._pids: Pids = {}  # where all were ready at the last look
         self._dead: set[str] = set()
-
-    def ready(self) -> dict[str, list[int]]:
-        """Return the process ids of each version's ready workers; nothing while TorchServe does not answer."""
-        try:
-            status, body = self._listed()
-            models = [m for m in (json.loads(body) if status == 200 else []) if m["modelVersion"] in self._versions]
-            return {m["modelVersion"]: [int(w["pid"]) for w in m["workers"] if w["status"] == "READY"] for m in models}
-        except (*NO_ANSWER, ValueError, KeyError, TypeError):  # port or token file not there yet
-            return {}
 
     def dead(self, patience_s: float) -> set[str]:
         """Return the versions all of whose workers have died and are not ready again.
 
-        TorchServe keeps the requests of such a version waiting until it has started a new worker, which takes seconds.
+        A server keeps the requests of such a version waiting until it has started a new worker, which takes seconds.
         While the workers' processes live, or when the last of a version has just died, it is not asked.
 
         Args:
@@ -52,6 +60,6 @@ class Workers:
         return self._dead
 
 
-def _living(workers: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+def _living(workers: Mapping[str, Sequence[int]]) -> Pids:
     """Return those of each version's workers that run."""
     return {version: [pid for pid in pids if started(pid) is not None] for version, pids in workers.items()}
