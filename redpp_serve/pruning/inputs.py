@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -132,14 +132,15 @@ def prepare(
     """
     graph = replace(graph, inputs=_seen(graph.inputs, sources.inputs))
     told = bool(sources.inputs) or sources.moments is not None
-    scales, untold = read_scales(graph, sources.scale, sources.inputs, seed)
-    unread = unknown_integers(graph.inputs) + (() if told else (*_rows_without_scale(graph), *untold))
+    ranges = read_scales(graph, sources.scale, sources.inputs, seed)
+    scales, every = ranges.scales, (ranges.scales, *ranges.others)
+    unread = unknown_integers(graph.inputs) + (() if told else (*_rows_without_scale(graph), *ranges.untold))
     known = all(kind_of(spec) != UNKNOWN for spec in graph.inputs)
     if known:
         names = _ranked(graph, scales, seed, budget.ranked)
         fitted = names[: min(_FITTED_FAMILIES, max(1, len(names) // 2))]
-        each = -(-budget.images // len(fitted))
-        parts = [_structured(graph, name, each, seed, scales) for name in fitted]
+        each = -(-budget.images // (len(fitted) * len(every)))
+        parts = [_structured(graph, name, each, seed, one) for one in every for name in fitted]
         fit = tuple(torch.stack(xs, 1).flatten(0, 1)[: budget.images] for xs in zip(*parts, strict=True))
         note = f"structured inputs ({', '.join(fitted)})"
         if budget.matched:
@@ -149,13 +150,15 @@ def prepare(
             first, last = made.losses
             note += f", {len(made.inputs[0])} of them matched to batch norms, mismatch {first:.2g} -> {last:.2g}"
         others = names[len(fitted) :][:_JUDGING_FAMILIES]
-        judged = {name: _structured(graph, name, budget.judged, seed + 1, scales) for name in others}
-        if len(others) < _LEAST_FAMILIES:
-            again = _structured(graph, names[0], budget.judged, seed + 1, scales)
-            judged[f"other {names[0]}"] = again
-            if any(kind_of(spec) == IMAGE or not spec.holds_integers for spec in graph.inputs):
-                judged[f"faded {names[0]}"] = _faded(graph.inputs, again)
+        judged: dict[str, tuple[Tensor, ...]] = {}
+        for k, one in enumerate(every):
+            judged |= _judging(graph, names, others, (budget.judged, seed + 1), one, " as bytes" if k else "")
         note += f"; judged by {', '.join(judged)}"
+        note += (
+            "; nothing tells whether pictures are 0..1 or 0..255: --preprocess or --inputs does"
+            if ranges.others
+            else ""
+        )
     else:
         whole = -(-budget.judged // budget.batch) * budget.batch  # inputs are made in batches
         made = synthesize(
@@ -173,6 +176,28 @@ def prepare(
         note = f"{real - held} real inputs and {note}; {held} real ones judge"
     tied = known or bool(real) or sources.moments is not None or bool(trained_norms(graph)[0])
     return Prepared(fit, judged, note, tied and not unread, unread)
+
+
+def _judging(
+    graph: Graph, names: Sequence[str], others: Sequence[str], draw: tuple[int, int], scales: Scales, label: str
+) -> dict[str, tuple[Tensor, ...]]:
+    """Make the families that judge, and more of the nearest one where they are few.
+
+    Args:
+        graph: the network.
+        names: of all families, the nearest first.
+        others: those of them that nothing is fitted to.
+        draw: how many inputs of each, and the seed.
+        scales: the ranges to make them in.
+        label: what their names end with.
+    """
+    made = {name + label: _structured(graph, name, *draw, scales) for name in others}
+    if len(others) < _LEAST_FAMILIES:
+        again = _structured(graph, names[0], *draw, scales)
+        made[f"other {names[0]}{label}"] = again
+        if any(kind_of(spec) == IMAGE or not spec.holds_integers for spec in graph.inputs):
+            made[f"faded {names[0]}{label}"] = _faded(graph.inputs, again)
+    return made
 
 
 def _rows_without_scale(graph: Graph) -> tuple[InputSpec, ...]:

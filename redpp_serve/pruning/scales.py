@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from redpp_serve.pruning.families import (
     structured,
 )
 from redpp_serve.pruning.matching import smooth_noise
+from redpp_serve.pruning.picture_ranges import AS_UNIT, possible_ranges, proportional
 from redpp_serve.pruning.read_by_constants import Affine, read_by_constants
 from redpp_serve.pruning.read_by_norms import trained_norms
 
@@ -41,27 +43,46 @@ _AMPLITUDES = (1.0, 2.0**7, 2.0**15, 2.0**23, 2.0**31)
 _LOUDNESS = (1.0, *(4.0**k for k in range(-3, 17) if k))  # to be compared with batch norms
 _SIGNALS_TO_MATCH, _UNLIKE = 4, 2.0  # signals of a family; a mismatch that tells nothing
 _NOISE_DOUBT = 3.0  # how much better another amplitude than 1 must be for noise of an unknown kind
-_ALIKE = 1e-4  # how far outputs may be from proportional where no amplitude matters
 _PEAK, _MOST = 0.999, 1 << 24  # quantile of real inputs; numbers that torch takes one of
 
 
-def read_scales(
-    graph: Graph, declared: Scale | None = None, real: Sequence[Tensor] = (), seed: int = 0
-) -> tuple[Scales, tuple[InputSpec, ...]]:
-    """Return the range of each input, and the signals whose amplitude nothing tells.
+@dataclass(frozen=True)
+class Found:
+    """What is known of the ranges of a network's inputs of floats.
 
-    Images have the declared range or that of `estimate_scale`. Signals are -1..1 in one network and whole numbers of 16
-    bits in the next: constants before the first layer tell, then batch norms, else real inputs do. Where outputs follow
-    the amplitude, or do not depend on it, any will do.
+    Attributes:
+        scales: the range of each, the likeliest one where there are several.
+        others: the same, with other ranges of images that are possible too.
+        untold: signals whose amplitude nothing tells.
+    """
+
+    scales: Scales
+    others: tuple[Scales, ...] = ()
+    untold: tuple[InputSpec, ...] = ()
+
+
+def read_scales(graph: Graph, declared: Scale | None = None, real: Sequence[Tensor] = (), seed: int = 0) -> Found:
+    """Find the range of each input, and the signals whose amplitude nothing tells.
+
+    Images have the declared range or that of `estimate_scale`, and where that has nothing to go by, those of
+    `possible_ranges`. Signals are -1..1 in one network and whole numbers of 16 bits in the next: constants before the
+    first layer tell, then batch norms, else real inputs do. Where outputs follow the amplitude, or do not depend on it,
+    any will do.
     """
     found: dict[str, Scale] = {}
+    others: dict[str, Scale] = {}
     untold = []
     constants = read_by_constants(graph)
     for k, spec in enumerate(graph.inputs):
         kind = kind_of(spec)
         if not getattr(torch, spec.dtype).is_floating_point or kind not in (IMAGE, SIGNAL, UNKNOWN):
             continue
-        if kind == IMAGE:
+        if kind == IMAGE and declared is None and not _has_range(graph, spec):
+            first, *more = possible_ranges(graph, spec, seed, real[k] if real else None)
+            found[spec.name] = estimate_scale(graph, seed, spec) if first == AS_UNIT else first
+            if more:
+                others[spec.name] = more[0]
+        elif kind == IMAGE:
             found[spec.name] = declared or estimate_scale(graph, seed, spec)
         elif spec.name in constants:
             found[spec.name] = _by_amplitude(constants[spec.name])
@@ -71,7 +92,14 @@ def read_scales(
             found[spec.name] = _amplitude(loudness)
         elif kind == SIGNAL and not _any_amplitude(graph, spec, seed):
             untold.append(spec)
-    return found, tuple(untold)
+    return Found(found, ({**found, **others},) if others else (), tuple(untold))
+
+
+def _has_range(graph: Graph, spec: InputSpec) -> bool:
+    """Return whether batch norms of a single input, or constants, tell the range of images."""
+    return spec.name in read_by_constants(graph) or (
+        len(graph.inputs) == 1 and any(map(is_inference_norm, graph.nodes))
+    )
 
 
 def _amplitude(loudest: float) -> Scale:
@@ -120,14 +148,7 @@ def _any_amplitude(graph: Graph, spec: InputSpec, seed: int) -> bool:
     program, others = Program(graph), {each.name: blank(each, _SIGNALS_TO_MATCH) for each in graph.inputs}
     signals = structured(spec, _SIGNALS_TO_MATCH, seed)
     runs = [program(*{**others, spec.name: signals * loudest}.values()) for loudest in _AMPLITUDES[:3]]
-    for first, *louder in zip(*runs, strict=True):
-        if not first.is_floating_point():
-            return False
-        for y in louder:
-            a, b = first.double().flatten(), y.double().flatten()
-            if not float(a @ b) >= (1 - _ALIKE) * float(a.norm() * b.norm()):
-                return False
-    return True
+    return proportional(runs)
 
 
 # Usual ranges of images as (mean, std) on the scale 0 to 1: 0..1, -1..1, ImageNet's, MNIST's, 0..255, bytes without

@@ -13,7 +13,7 @@ from redpp_serve.pruning.families import Scale, structured
 from redpp_serve.pruning.inputs import Sources, prepare
 from redpp_serve.pruning.matching import SynthesisBudget
 from redpp_serve.pruning.read_by_constants import read_by_constants
-from redpp_serve.pruning.scales import estimate_scale, read_scales
+from redpp_serve.pruning.scales import Found, estimate_scale, read_scales
 from tests.support.networks import Builder, calibrated, network
 
 
@@ -123,16 +123,15 @@ def test_constants_tell_the_range_of_images_without_batch_norm(
 def test_images_beside_other_inputs_have_a_range_of_their_own() -> None:
     graph = reads(lambda x: x / 255, 3, 12, 12)
     two = replace(graph, inputs=(InputSpec("y", (4,)), *graph.inputs))
-    known, untold = read_scales(two)
-    assert known == {"x": BYTES} and untold == ()
-    assert read_scales(two, declared=SIGNED)[0] == {"x": SIGNED}
+    assert read_scales(two) == Found({"x": BYTES})
+    assert read_scales(two, declared=SIGNED) == Found({"x": SIGNED})
 
 
 def amplitude(graph: Graph, **given: object) -> float | None:
     """Return what the loudest sample of a signal is taken to be, None where nothing tells."""
-    known, untold = read_scales(graph, **given)
-    assert (not known) == (untold == graph.inputs)
-    return 1 / known["x"].std[0] if known else None
+    found = read_scales(graph, **given)
+    assert (not found.scales) == (found.untold == graph.inputs)
+    return 1 / found.scales["x"].std[0] if found.scales else None
 
 
 @pytest.mark.parametrize(
@@ -152,8 +151,7 @@ def test_constants_tell_the_amplitude_of_signals(before: Callable[[Tensor], Tens
 
 
 def test_a_signal_without_a_sign_has_its_centre_away_from_0() -> None:
-    known, _ = read_scales(reads(lambda x: (x - 128) / 128, 400))
-    ends = known["x"].apply(torch.tensor([[-1.0, 1.0]]))
+    ends = read_scales(reads(lambda x: (x - 128) / 128, 400)).scales["x"].apply(torch.tensor([[-1.0, 1.0]]))
     assert ends.tolist() == [[0, 256]]
 
 
@@ -180,7 +178,7 @@ def test_real_signals_tell_their_amplitude() -> None:
     ids=["no bias", "normalised"],
 )
 def test_where_outputs_follow_the_amplitude_any_will_do(graph: Graph) -> None:
-    assert read_scales(graph) == ({}, ())
+    assert read_scales(graph) == Found({})
 
 
 def test_a_network_on_signals_of_unknown_amplitude_has_nothing_to_judge_by() -> None:
@@ -194,12 +192,12 @@ def test_noise_of_an_unknown_kind_has_the_amplitude_that_norms_constants_or_real
     b = Builder(5, 6)
     hidden = b.norm("x", "first", 5)
     graph = calibrated(b.graph(b.op("out", "relu.default", Ref(hidden))), (500 * torch.randn(64, 5, 6),))
-    assert 1 / read_scales(graph)[0]["x"].std[0] == pytest.approx(500, rel=1)
+    assert 1 / read_scales(graph).scales["x"].std[0] == pytest.approx(500, rel=1)
     plain = reads(lambda x: x, 2, 7, 7)
     real = 3 + 40 * torch.randn(20, 2, 7, 7, generator=torch.Generator().manual_seed(0))
-    scale = read_scales(plain, real=(real,))[0]["x"]
+    scale = read_scales(plain, real=(real,)).scales["x"]
     assert (1 / scale.std[0], -scale.mean[0] / scale.std[0]) == (pytest.approx(40, 0.1), pytest.approx(3, 1))
-    assert 1 / read_scales(reads(lambda x: x / 32768, 2, 7, 7))[0]["x"].std[0] == 32768
+    assert 1 / read_scales(reads(lambda x: x / 32768, 2, 7, 7)).scales["x"].std[0] == 32768
 
 
 def test_constants_give_the_columns_of_a_table_mean_and_deviation() -> None:
