@@ -1,32 +1,40 @@
 """Turn the bytes of an image file into the tensor that a network was trained on, as the artifact declares it.
 
 The geometry is that of torchvision's ``ImageClassification`` and of timm's ``transforms_imagenet_eval`` on Pillow
-images: resize, then cut out or pad the centre. Which pixels come out is tested against both.
+images: resize, then cut out or pad the centre; or that of Hugging Face's processors of detectors, of Segment Anything
+and of Swin2SR. Which pixels come out is tested against all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from redpp_serve.errors import RedppError
-from redpp_serve.handlers.image_files import MAX_PIXELS, check_pixels, decode
+from redpp_serve.handlers.image_files import MAX_PIXELS, ImageRefused, check_pixels, decode
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MODES = {"L": 1, "RGB": 3, "BGR": 3}  # channels
-FITS = ("squash", "crop", "pad")
+FITS = ("squash", "crop", "pad", "edges", "longest", "mirror")
+TO_CORNER = FITS[3:]  # what puts an image into the upper left corner, and fills the rest
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 LAYOUTS = ("CHW", "HWC", "HW")
 BYTES = 1 / 255  # the standard deviation that, with a mean of 0, leaves bytes as they are
+
+
+class Sized(Protocol):
+    """Shapes of a network that takes several sizes."""
+
+    def __call__(self, shape: tuple[int, ...], *, up: bool = False) -> tuple[int, ...]:
+        """Return the shape that is nearest to one, or with ``up`` the smallest that holds it."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +51,15 @@ class Preprocess:
         std: the standard deviation of each channel, on the same scale. A mean of 0 and a deviation of 1/255 leave
             bytes as they are.
         fit: how an image gets the size ``resize``: ``squash`` both sides, ``crop`` (keep the proportions and cover it)
-            or ``pad`` (keep them and stay within it).
+            or ``pad`` (keep them and stay within it). Three keep them and put the image into the upper left corner:
+            ``edges`` makes its shorter side the first number of ``resize``, or its longer one the second if that is
+            less; ``longest`` makes its longer side the second; ``mirror`` takes it as it is, and fills up with its
+            mirror image.
         resize: (height, width) before the centre of the network's size is cut out; None: the network's size.
+        multiple: what sides are rounded down to a multiple of with ``edges``, and filled up to the next one of, never
+            by nothing, with ``mirror``.
         interpolation: Pillow's filter, which averages over all source pixels where it shrinks.
-        fill: the colour of what ``pad`` adds, L or red, green, blue, 0 to 255.
+        fill: the colour of what ``pad``, ``edges`` and ``longest`` add, L or red, green, blue, 0 to 255.
         background: the colour beneath transparent pixels; None drops the alpha channel.
         upright: whether the EXIF orientation is applied.
         layout: the order of the network's dimensions.
@@ -66,6 +79,7 @@ class Preprocess:
     upright: bool = False
     layout: str = "CHW"
     down: bool = False
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         if wrong := self._wrong():
@@ -85,6 +99,8 @@ class Preprocess:
         sides = (self.height, self.width, tall, wide)
         if min(sides) <= 0 or max(self.height * self.width, tall * wide) > MAX_PIXELS:
             return f"a size of {self.height} x {self.width}, resized to {tall} x {wide}", "positive, moderate sizes"
+        if not 1 <= self.multiple <= min(self.height, self.width):
+            return f"multiples of {self.multiple}", "at least 1, and at most the sides of the input"
         if self.layout == "HW" and channels != 1:
             return f"mode {self.mode} for an input of two dimensions", "mode L"
         if not len(self.mean) == len(self.std) == channels:
@@ -140,32 +156,46 @@ class Preprocess:
             "squash": f"resized to {tall}x{wide}",
             "crop": f"resized to cover {tall}x{wide}",
             "pad": f"resized to fit into {tall}x{wide}",
+            "edges": f"resized to a shorter side of {tall}, or a longer one of {wide} if that is less",
+            "longest": f"resized to a longer side of {wide}",
+            "mirror": f"kept at their size, which is filled up to multiples of {self.multiple} with their mirror image",
         }[self.fit]
-        cut = "" if self.fit == "squash" and self.target == (self.height, self.width) else f", centre {size}"
+        if self.fit == "mirror":
+            cut = ""
+        elif self.fit in TO_CORNER:
+            cut = f", in the upper left of {size}"
+        else:
+            cut = "" if self.fit == "squash" and self.target == (self.height, self.width) else f", centre {size}"
         numbers = [", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std)]
         scaled = (
             "bytes as they are" if self.keeps_bytes else f"normalised with mean ({numbers[0]}) and std ({numbers[1]})"
         )
+        filtered = "" if self.fit == "mirror" else f" ({self.interpolation})"
         turned = ", turned upright as EXIF says" if self.upright else ""
-        return f"converted to mode {self.mode}{turned}, {how} ({self.interpolation}){cut}, {scaled}"
+        return f"converted to mode {self.mode}{turned}, {how}{filtered}{cut}, {scaled}"
 
-    def image(self, data: bytes, sized: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None) -> Tensor:
+    def image(self, data: bytes, sized: Sized | None = None) -> Tensor:
         """Return the image as a tensor of `shape`: uint8 where the network reads bytes, else float32.
 
         Args:
             data: the bytes of the file.
-            sized: returns the shape that an image of some shape is given, for a network that takes several sizes. The
-                proportions stay as they are where the shape allows it, and nothing else is cut off.
+            sized: returns the shape that an image of some shape is given, for a network that takes several sizes; with
+                ``up`` one that holds it, if there is one. The proportions stay as they are where the shape allows it,
+                and nothing else is cut off.
 
         Raises:
-            ImageRefused: see `image_files.decode`; or it would be resized to more than `MAX_PIXELS` pixels.
+            ImageRefused: see `image_files.decode`; or it would be resized to more than `MAX_PIXELS` pixels, or put into
+                the corner of an input that does not hold it.
         """
         image = decode(data, grey=self.mode == "L", upright=self.upright, background=self.background)
-        if sized is not None:
-            sizes = {"C": MODES[self.mode], "H": image.height, "W": image.width}
-            shape = dict(zip(self.layout, sized(tuple(sizes[letter] for letter in self.layout)), strict=True))
-            return replace(self, height=shape["H"], width=shape["W"], resize=None)._tensor(image)
-        return self._tensor(image)
+        if sized is None:
+            return self._tensor(image)
+        corner = self.fit in TO_CORNER
+        width, height = self._filled(*self._resized(*image.size)) if corner else image.size
+        sizes = {"C": MODES[self.mode], "H": height, "W": width}
+        found = sized(tuple(sizes[letter] for letter in self.layout), up=corner)
+        shape = dict(zip(self.layout, found, strict=True))
+        return replace(self, height=shape["H"], width=shape["W"], resize=self.resize if corner else None)._tensor(image)
 
     def _tensor(self, image: Image.Image) -> Tensor:
         pixels = np.array(self._fitted(image)).reshape(self.height, self.width, -1)
@@ -199,15 +229,19 @@ class Preprocess:
         return np.ascontiguousarray(pixels[:, :, ::-1] if self.mode == "BGR" else pixels)
 
     def _fitted(self, image: Image.Image) -> Image.Image:
-        """Resize, then cut out the centre or pad around it: the pixels of torchvision's ``center_crop``."""
+        """Resize, then cut out the centre or pad around it, as torchvision's ``center_crop`` does, or fill up."""
         from PIL import Image  # noqa: PLC0415
 
         size = self._resized(*image.size)
         check_pixels(*size, f"an image of {image.width} x {image.height} pixels, resized to one")
         if size != image.size:
             image = image.resize(size, Image.Resampling[self.interpolation.upper()])
+        if self.fit in TO_CORNER:
+            self._check_held(*self._filled(*image.size))
         if image.size == (self.width, self.height):
             return image
+        if self.fit == "mirror":
+            return _mirrored(image, self.width, self.height)
         fill = self.fill * len(image.getbands()) if len(self.fill) == 1 else self.fill
         canvas = Image.new(image.mode, (self.width, self.height), fill)
         canvas.paste(image, (self._offset(image.width, self.width), self._offset(image.height, self.height)))
@@ -215,6 +249,8 @@ class Preprocess:
 
     def _offset(self, size: int, wanted: int) -> int:
         """Return where the first pixel of an image lies in the part that is wanted."""
+        if self.fit in TO_CORNER:
+            return 0
         if self.down and self.fit == "crop":
             return -((size - wanted) // 2)
         return (wanted - size) // 2 if size <= wanted else -round((size - wanted) / 2)
@@ -224,6 +260,13 @@ class Preprocess:
         tall, wide = self.target
         if self.fit == "squash":
             return wide, tall
+        if self.fit == "mirror":
+            return width, height
+        if self.fit == "longest":
+            scale = wide / max(width, height)
+            return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
+        if self.fit == "edges":
+            return _between(width, height, self.target, self.multiple)
         if self.fit == "crop" and tall == wide:  # torchvision's rule, which rounds down
             short = min(width, height)
             return int(tall * width / short), int(tall * height / short)
@@ -232,6 +275,51 @@ class Preprocess:
             return (wide, max(1, height * wide // width)) if fits else (max(1, width * tall // height), tall)
         ratio = (min if self.fit == "crop" else max)(height / tall, width / wide)  # timm's rule, which rounds
         return max(1, round(width / ratio)), max(1, round(height / ratio))
+
+    def _filled(self, width: int, height: int) -> tuple[int, int]:
+        """Return (width, height) of a resized image once it is filled up to the next multiple, for ``mirror`` alone."""
+        if self.fit != "mirror":
+            return width, height
+        return (width // self.multiple + 1) * self.multiple, (height // self.multiple + 1) * self.multiple
+
+    def _check_held(self, width: int, height: int) -> None:
+        """Refuse an image whose pixels would not be those of the processor.
+
+        Raises:
+            ImageRefused: larger than the input, or with ``mirror`` of another size.
+        """
+        mine, sizes = f"{self.width} x {self.height}", f"{width} x {height}"
+        if self.fit == "mirror":
+            if sizes != mine:
+                raise ImageRefused(f"an image that is {sizes} pixels once it is filled up, expected {mine}")
+        elif width > self.width or height > self.height:
+            raise ImageRefused(f"an image that is {sizes} pixels once it is resized, expected at most {mine}")
+
+
+def _between(width: int, height: int, edges: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Return (width, height) of an image by the rule of DETR's processors, with its roundings."""
+    shortest, longest = edges
+    short, long = min(width, height), max(width, height)
+    side: float = shortest
+    if long / short * shortest > longest:
+        side = longest * short / long
+        shortest = round(side)
+    if short == shortest:
+        found = width, height
+    elif width < height:
+        found = shortest, int(side * height / width)
+    else:
+        found = int(side * width / height), shortest
+    return max(multiple, found[0] // multiple * multiple), max(multiple, found[1] // multiple * multiple)
+
+
+def _mirrored(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Return a larger image that goes on with its mirror image to the right and below."""
+    from PIL import Image  # noqa: PLC0415
+
+    pixels = np.asarray(image)
+    added = [(0, height - image.height), (0, width - image.width), (0, 0)][: pixels.ndim]
+    return Image.fromarray(np.pad(pixels, added, mode="symmetric"))
 
 
 @lru_cache(maxsize=8)
@@ -254,7 +342,7 @@ def _flag(value: Any) -> bool:
 
 _READERS: dict[str, Any] = {
     **dict.fromkeys(("mode", "fit", "interpolation", "layout"), str),
-    **dict.fromkeys(("height", "width"), int),
+    **dict.fromkeys(("height", "width", "multiple"), int),
     **dict.fromkeys(("mean", "std"), _tuple_of(float)),
     **dict.fromkeys(("resize", "fill", "background"), _tuple_of(int)),
     "upright": _flag,

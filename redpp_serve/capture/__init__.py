@@ -10,7 +10,7 @@ from typing import Any
 from redpp_serve.capture.arch import build
 from redpp_serve.capture.checkpoints import load_into
 from redpp_serve.capture.export import capture
-from redpp_serve.capture.hugging_face import suggested_arch
+from redpp_serve.capture.hugging_face import is_part, parts_in_words, suggested_arch
 from redpp_serve.capture.load import load_file
 from redpp_serve.capture.onnx_network import OnnxNetwork
 from redpp_serve.capture.onnx_reader import settle_inputs
@@ -80,7 +80,7 @@ def capture_file(  # noqa: PLR0913 - the options of the command, given by keywor
                 else "add --arch torchvision:NAME, --arch timm:NAME or --arch path/to/file.py:factory",
             )
         network = build(arch, dict(arch_args or {}), folder)
-        messages += load_into(network, loaded.state_dict)
+        messages += load_into(network, loaded.state_dict, part=_in_transformers(arch) and is_part(network, folder))
         network.eval()  # weights have no mode to be told about
     elif arch is not None:
         messages.append(f"--arch {arch} is not needed: the file brings its own ({loaded.kind.value})")
@@ -94,7 +94,12 @@ def capture_file(  # noqa: PLR0913 - the options of the command, given by keywor
             "the shape of one input without its batch dimension",
             "add --input 3x224x224 (repeat it for a network with several inputs)",
         )
-    graph = capture(network, inputs, messages, input_args)
+    try:
+        graph = capture(network, inputs, messages, input_args)
+    except RedppError as error:
+        if not _in_transformers(arch) or not (parts := parts_in_words(type(network).__name__)):
+            raise
+        raise RedppError(error.found, error.expected, f"{error.do}; or take one part of it: {parts}") from error
     if classes:
         graph = replace(graph, classes=check_classes(graph, classes))
     elif not any(class_outputs(graph).values()) and (
@@ -108,3 +113,7 @@ def capture_file(  # noqa: PLR0913 - the options of the command, given by keywor
     if input_args:
         source["input_args"] = dict(input_args)
     return Captured(graph, source, messages, preprocess_hints(network, arch, path, messages))
+
+
+def _in_transformers(arch: str | None) -> bool:
+    return (arch or "").startswith("transformers:")

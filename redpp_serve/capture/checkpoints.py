@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,12 +23,23 @@ GIVE_ARCH = "give the --arch and --arch-args (num_classes, ...) that the weights
 
 
 def load_into(
-    module: nn.Module, state_dict: Mapping[str, Tensor], whose: str = "the architecture", do: str = GIVE_ARCH
+    module: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    whose: str = "the architecture",
+    do: str = GIVE_ARCH,
+    part: bool = False,
 ) -> list[str]:
     """Copy ``state_dict`` into ``module``: but for what wrappers add to names, every name and shape must match.
 
     Buffers that the module computes itself, and counters that evaluation does not read, may be missing or left over.
     Entries of losses, metrics and averages are left out. Masks and norms of ``torch.nn.utils`` are applied.
+
+    Args:
+        module: gets the tensors.
+        state_dict: the tensors by name.
+        whose: the module, in messages.
+        do: what to do where they do not fit.
+        part: whether the module is one of several networks in the file; entries of the others are left out.
 
     Returns:
         Messages for the user: prefixes, what was left out or applied, changes of precision.
@@ -37,6 +49,8 @@ def load_into(
             weights of another kind, such as quantized ones.
     """
     fit = fit_names(module, state_dict)
+    if part:
+        fit = _without_others(fit, module)
     tensors, messages = dict(fit.named), list(fit.messages)
     messages += _apply_parts(module, tensors)
     own = module.state_dict()
@@ -57,6 +71,17 @@ def load_into(
         refuse_foreign([*unexpected, *fit.outside])
         raise _misfit(fit, {"missing": missing, "unexpected": unexpected, "of another shape": shapes}, whose, do)
     return messages + _conversions(own, tensors)
+
+
+def _without_others(fit: NameFit, module: nn.Module) -> NameFit:
+    """Leave out the entries that a module does not have, once all that it needs is there."""
+    own = module.state_dict()
+    named = {name: value for name, value in fit.named.items() if name in own}
+    others = [*fit.outside, *(name for name in fit.named if name not in own)]
+    if not others or any(name not in named and not is_computed(name) for name in own):
+        return fit
+    line = f"left out {len(others)} entries of other networks in the file: {shorten(others)}"
+    return replace(fit, named=named, outside=[], messages=[*fit.messages, line])
 
 
 def _misfit(fit: NameFit, problems: Mapping[str, list[str]], whose: str, do: str) -> RedppError:

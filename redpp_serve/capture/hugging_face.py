@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,29 @@ def transformers_factory(transformers: Any, name: str, folder: Path) -> Callable
         config = transformers.AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, **changes
         )
+        if own := getattr(made, "config_class", None):
+            key = getattr(own, "base_config_key", "")
+            config = getattr(config, key) if key and not isinstance(config, own) and hasattr(config, key) else config
         with _bounded(sum(path.stat().st_size for path in folder.iterdir() if path.is_file())):
             return made.from_config(config) if hasattr(made, "from_config") else made(config)  # type: ignore[no-any-return]
 
     return build
+
+
+def is_part(network: nn.Module, folder: Path) -> bool:
+    """Return whether a network of transformers is one of several in the files there, as one of CLIP's encoders is."""
+    own, whole = getattr(getattr(network, "config", None), "model_type", ""), read_config(folder).get("model_type")
+    return bool(own and whole) and own != whole
+
+
+def parts_in_words(name: str) -> str | None:
+    """Name the classes that hold one encoder each of a network of two, such as CLIPModel; None where there are none."""
+    transformers, stem = sys.modules["transformers"], name.removesuffix("Model")
+    found = []
+    for part in ("Vision", "Text"):
+        classes = [f"{stem}{part}Model{ending}" for ending in ("WithProjection", "")]
+        found += [each for each in classes if stem != name and isinstance(getattr(transformers, each, None), type)][:1]
+    return " or ".join(f"--arch transformers:{each}" for each in found) or None
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:

@@ -27,14 +27,11 @@ _FITS = {"center": "crop", "squash": "squash", "border": "pad"}  # timm's crop_m
 _RESAMPLES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
 # Processors that take a single number in "size" for the shorter side; the others take it for both sides.
 _SHORTER_SIDE = ("clip", "chineseclip", "convnext", "bit", "levit", "poolformer", "mobilenet", "mobilevit", "videomae")
-_NOT_APPLIED = (
-    "do_align_long_axis",
-    "do_color_quantize",
-    "do_crop_margin",
-    "do_split_image",
-    "pad_size",
-    "size_divisor",
-)
+_NOT_APPLIED = ("do_align_long_axis", "do_color_quantize", "do_crop_margin", "do_split_image")
+# Processors that put an image into the upper left corner of what its batch, or the file, makes the size: by the
+# beginning of their names, the multiple that sides are rounded down to.
+_EDGES = {"detr": 1, "conditionaldetr": 1, "deformabledetr": 1, "groundingdino": 1, "yolos": 16}
+_DETR_EDGES = ("shortest_edge", "longest_edge")
 # Processors that resize in ways of their own, which their files do not tell.
 _OWN_WAYS = ("aria", "deepseek", "janus", "minicpm", "owlv2", "zoedepth")
 
@@ -129,7 +126,9 @@ def _torchvision(name: str) -> Declared | None:
 def _processor(document: Mapping[str, Any]) -> Declared:
     """Return what an image processor declares; of its steps those are left out that are switched off."""
     kind = str(document.get("image_processor_type") or document.get("feature_extractor_type") or "").lower()
-    if asked := [key for key in _NOT_APPLIED if document.get(key)]:
+    mirrors, to_corner = kind.startswith("swin2sr"), kind.startswith((*_EDGES, "samimage"))
+    others = (*_NOT_APPLIED, *(() if to_corner or mirrors else ("pad_size",)), *(() if mirrors else ("size_divisor",)))
+    if asked := [key for key in others if document.get(key)]:
         raise _unsupported(asked[0])
     if kind.startswith(_OWN_WAYS):
         raise _unsupported(f"what {printable(document.get('image_processor_type') or kind)[:40]} does")
@@ -139,20 +138,54 @@ def _processor(document: Mapping[str, Any]) -> Declared:
     deviations = _floats(document["image_std"] if normalised else 1.0)
     if document.get("include_top"):  # EfficientNet's divides by them once more
         deviations = [v * w for v, w in zip(deviations, _floats(document["image_std"]), strict=False)]
-    found = {
+    found: Declared = {
         "mean": [(v + offset) / (255 * factor) for v in _floats(document["image_mean"] if normalised else 0.0)],
         "std": [v / (255 * factor) for v in deviations],
         "interpolation": _RESAMPLES[int(document.get("resample", 2))],
-        **_geometry(document, kind),
+        **(_mirror(document) if mirrors else _geometry(document, kind)),
         "down": True,
     }
+    if to_corner:  # with zeros behind the normalisation
+        found["fill"] = [min(255, max(0, round(255 * v))) for v in found["mean"]]
     return {**found, "mode": "BGR"} if document.get("do_flip_channel_order") else found
+
+
+def _mirror(document: Mapping[str, Any]) -> Declared:
+    """Return what Swin2SR's processor does to sizes (transformers/models/swin2sr/image_processing_swin2sr.py)."""
+    if not document.get("do_pad", True):
+        raise _unsupported("pictures of any size as they are")
+    return {"fit": "mirror", "multiple": int(document.get("size_divisor") or document.get("pad_size") or 8)}
+
+
+def _edges(size: Any, document: Mapping[str, Any], kind: str) -> Declared | None:
+    """Return the geometry of a processor that keeps proportions and fills up at the right and below; None for others.
+
+    Sources: transformers/models/detr, yolos and sam, image_processing_*.py.
+    """
+    if kind.startswith("samimage"):
+        if not isinstance(size, Mapping) or size.keys() != {"longest_edge"}:
+            return None
+        edge = int(size["longest_edge"])
+        return {"fit": "longest", "resize": edge, "size": _sides(document.get("pad_size") or edge)}
+    multiple = next((n for name, n in _EDGES.items() if kind.startswith(name)), None)
+    if multiple is None:
+        return None
+    if not isinstance(size, Mapping):  # files of older releases
+        size = {"shortest_edge": size or 800, "longest_edge": document.get("max_size") or 1333}
+    if size.keys() != set(_DETR_EDGES):
+        return None
+    edges = [int(size[key]) for key in _DETR_EDGES]
+    longest = edges[1] // multiple * multiple
+    declared = _sides(document["pad_size"]) if document.get("pad_size") else [longest, longest]
+    return {"fit": "edges", "resize": edges, "multiple": multiple, "size": declared}
 
 
 def _geometry(document: Mapping[str, Any], kind: str) -> Declared:
     size, crop = document.get("size"), document.get("crop_size") if document.get("do_center_crop") else None
     if not document.get("do_resize", True):
         raise _unsupported("do_resize false")
+    if (found := _edges(size, document, kind)) is not None:
+        return found
     if not isinstance(size, Mapping):
         side = int(size) if size is not None else 224
         size = {"shortest_edge": side} if kind.startswith(_SHORTER_SIDE) else {"height": side, "width": side}
@@ -189,6 +222,7 @@ def _sides(size: Any) -> list[int]:
 def _unsupported(what: str) -> RedppError:
     return RedppError(
         f"{PROCESSOR} asks for {what}",
-        "a resize to a shorter side or to height and width, and a crop of the centre",
+        "a resize to a shorter side or to height and width and a crop of the centre, or what the processors of DETR, "
+        "YOLOS, Segment Anything and Swin2SR do",
         "describe the pictures with --preprocess JSON, or send arrays",
     )

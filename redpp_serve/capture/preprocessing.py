@@ -13,18 +13,19 @@ import torch
 from redpp_serve.capture.preprocess_hints import Declared, read_file
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.graph import InputSpec
-from redpp_serve.handlers.preprocess import BYTES, FITS, INTERPOLATIONS, MODES, Preprocess
+from redpp_serve.graph.sizes import largest
+from redpp_serve.handlers.preprocess import BYTES, INTERPOLATIONS, MODES, TO_CORNER, Preprocess
 
 KEYS = (
     *("mode", "mean", "std", "bytes", "fit", "crop_pct", "resize", "interpolation"),
-    *("fill", "background", "upright", "height", "width"),
+    *("fill", "background", "upright", "height", "width", "multiple"),
 )
-_GEOMETRY, _VALUES = ("fit", "crop_pct", "resize", "size", "fill", "down"), ("mean", "std", "bytes")
+_GEOMETRY, _VALUES = ("fit", "crop_pct", "resize", "size", "fill", "down", "multiple"), ("mean", "std", "bytes")
 _WORDS: dict[str, Declared] = {
     "imagenet": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "fit": "crop", "crop_pct": 0.875},
     "bytes": {"bytes": True},
     "bgr": {"mode": "BGR"},
-    **{fit: {"fit": fit} if fit == "crop" else {"fit": fit, "crop_pct": 1.0} for fit in FITS},
+    **{"crop": {"fit": "crop"}, **{fit: {"fit": fit, "crop_pct": 1.0} for fit in ("squash", "pad")}},
     **{name: {"interpolation": name} for name in INTERPOLATIONS},
 }
 _NONE = "none"
@@ -76,7 +77,10 @@ def choose_preprocess(
     (spec,) = inputs
     if spec.dtype == "uint8":
         hints = {**{key: value for key, value in (hints or {}).items() if key not in _VALUES}, "bytes": True}
-    if hints is None or min(_sides(spec)) < min(hints.get("size", (0,))) / 2:
+    if hints is not None and (unheld := _unheld(hints, spec)):
+        return None, [f"images are refused: the processor's {unheld[0]}; {unheld[1]}"]
+    small = hints is not None and min(_sides(spec)) < min(hints.get("size", (0,))) / 2
+    if hints is None or (small and hints.get("fit") not in TO_CORNER):
         return None, []  # a network for small pictures of its own, such as CIFAR's
     try:
         found = _complete({"fit": "crop", **hints}, spec)
@@ -99,6 +103,8 @@ def _complete(declared: Declared, spec: InputSpec) -> Preprocess:
             "one image input: 1 or 3 channels before or after height and width",
             "leave out --preprocess",
         )
+    if unheld := _unheld(declared, spec):
+        raise RedppError(f"--preprocess for {unheld[0]}", "an input that holds them", unheld[1])
     height, width = _sides(spec)
     channels = 1 if layout == "HW" else spec.shape[layout.index("C")]
     try:
@@ -117,6 +123,7 @@ def _complete(declared: Declared, spec: InputSpec) -> Preprocess:
             "upright": declared.get("upright", True),
             "layout": layout,
             "down": declared.get("down", False),
+            "multiple": declared.get("multiple", 1),
         }
     except (TypeError, ValueError, ArithmeticError) as error:
         raise RedppError(
@@ -125,6 +132,23 @@ def _complete(declared: Declared, spec: InputSpec) -> Preprocess:
             "correct it",
         ) from error
     return Preprocess.from_json(document)
+
+
+def _unheld(declared: Declared, spec: InputSpec) -> tuple[str, str] | None:
+    """Say which pictures an input does not hold that are put into its corner, and what to do; None where it does."""
+    fit, multiple = declared.get("fit"), int(declared.get("multiple", 1))
+    shape, at = largest(spec), _layout(spec).index("H")
+    if fit == "mirror" and any(shape[axis] % multiple for axis in (at, at + 1)):
+        what = f"pictures that are filled up to multiples of {multiple}, and an input of {'x'.join(map(str, shape))}"
+        return what, f"package it for sides that are multiples of {multiple}"
+    if fit not in ("edges", "longest") or declared.get("resize") is None:
+        return None
+    longest = _each(declared["resize"], 2)[1] // multiple * multiple
+    if min(shape[at : at + 2]) >= longest:
+        return None
+    wanted = [longest if axis in (at, at + 1) else size for axis, size in enumerate(shape)]
+    what = f"pictures of up to {longest} pixels on each side, and an input of {'x'.join(map(str, shape))}"
+    return what, f"package it with --input {'x'.join(map(str, wanted))}, or for sizes that vary up to that"
 
 
 def _values(declared: Declared, spec: InputSpec) -> tuple[Any, Any]:
@@ -150,8 +174,12 @@ def _values(declared: Declared, spec: InputSpec) -> tuple[Any, Any]:
 
 def _resize(declared: Declared, height: int, width: int) -> list[int] | None:
     """Return (height, width) to resize to: as declared for this size, or in the same proportion to it."""
+    if declared["fit"] == "mirror":
+        return None
     if declared.get("resize") is not None:
         tall, wide = _each(declared["resize"], 2)
+        if declared["fit"] in TO_CORNER:
+            return [tall, wide]
         own_height, own_width = declared.get("size", (height, width))
         if (own_height, own_width) == (height, width):
             return [tall, wide]

@@ -193,12 +193,14 @@ def _from_arrays(path: Path, preprocess: Preprocess | None) -> list[Payload]:
 def _image_body(name: str, array: np.ndarray, preprocess: Preprocess) -> bytes:
     """Return bytes (uint8), in the network's order of dimensions and channels, as an image; other arrays as numbers.
 
-    Bytes of the network's own size are already cut out: they travel as numbers where the server would resize them.
+    Bytes of the network's own size are already cut out: they travel as numbers where the server would resize or
+    fill them up.
     """
     pixels = preprocess.as_picture(array)
     if pixels is None:
         return request_body({name: array})
-    if array.shape == preprocess.shape and preprocess.target != pixels.shape[:2]:
+    changed = preprocess.fit == "mirror" or preprocess.target != pixels.shape[:2]
+    if array.shape == preprocess.shape and changed:
         return request_body({name: preprocess.values(array)})
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")

@@ -97,13 +97,17 @@ def largest(spec: InputSpec) -> tuple[int, ...]:
     return resized(spec, {size.symbol: size.high for _, size in spec.varying}).shape
 
 
-def nearest(spec: InputSpec, shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape of the input's that is nearest to a shape; axes that share a symbol get the same size."""
+def nearest(spec: InputSpec, shape: Sequence[int], *, up: bool = False) -> tuple[int, ...]:
+    """Return the shape of the input's that is nearest to a shape; axes that share a symbol get the same size.
+
+    With ``up`` it is the smallest one that holds the shape, or the largest where none does.
+    """
     found = list(spec.shape)
     for axis, size in spec.varying:
         axes = [other for other, same in spec.varying if same.symbol == size.symbol]
-        wanted = sum(shape[other] for other in axes) / len(axes)
-        steps = round((min(max(wanted, size.low), size.high) - size.low) / size.step)
+        wanted = max(shape[other] for other in axes) if up else sum(shape[other] for other in axes) / len(axes)
+        rounded = math.ceil if up else round
+        steps = rounded((min(max(wanted, size.low), size.high) - size.low) / size.step)
         found[axis] = size.low + size.step * min(steps, (size.high - size.low) // size.step)
     return tuple(found)
 

@@ -37,8 +37,14 @@ def request_body(inputs: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
 
 
 def example_image(preprocess: Preprocess) -> bytes:
-    """Return a PNG of smooth colours, half as wide again as the network's input, so that its proportions matter."""
-    height, width = preprocess.height, preprocess.width * 3 // 2 + 1
+    """Return a PNG of smooth colours, half as wide again as the network's input, so that its proportions matter.
+
+    Where an image is only filled up, it is one that comes to the network's size so.
+    """
+    if preprocess.fit == "mirror":
+        height, width = preprocess.height - 1, preprocess.width - 1
+    else:
+        height, width = preprocess.height, preprocess.width * 3 // 2 + 1
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     waves = [128 + 127 * np.sin(9 * x + shift) * np.cos(7 * y - shift) for shift in (0, 1, 2)]
     stream = io.BytesIO()

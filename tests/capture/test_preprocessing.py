@@ -11,7 +11,7 @@ from redpp_serve.capture.arch import build, import_library
 from redpp_serve.capture.preprocess_hints import preprocess_hints, read_file
 from redpp_serve.capture.preprocessing import choose_preprocess, read_declared
 from redpp_serve.errors import RedppError
-from redpp_serve.graph.graph import InputSpec
+from redpp_serve.graph.graph import InputSpec, Size
 from redpp_serve.handlers.preprocess import BYTES, Preprocess
 
 IMAGE, GREY, FLOATS = InputSpec("x", (3, 64, 64)), InputSpec("x", (1, 32, 32)), (0.485, 0.456, 0.406)
@@ -255,6 +255,25 @@ PROCESSORS: dict[str, tuple[dict[str, Any], tuple[int, int], tuple[str, tuple[in
         (80, 60),
         ("pad", (80, 60), "bilinear"),
     ),
+    "detr, old": (
+        {"feature_extractor_type": "DetrFeatureExtractor", "size": 80, "max_size": 133, "format": "coco_detection"},
+        (133, 133),
+        ("edges", (80, 133), "bilinear"),
+    ),
+    "yolos": (
+        {"image_processor_type": "YolosImageProcessor", "size": {"shortest_edge": 64, "longest_edge": 100}},
+        (96, 128),
+        ("edges", (64, 100), "bilinear"),
+    ),
+    "segment anything": (
+        {
+            "image_processor_type": "SamImageProcessor",
+            "size": {"longest_edge": 64},
+            "pad_size": {"height": 64, "width": 64},
+        },
+        (64, 64),
+        ("longest", (64, 64), "bilinear"),
+    ),
     "no crop": ({"size": {"shortest_edge": 64}}, (64, 64), ("crop", (64, 64), "bilinear")),
     "other input": ({"size": {"height": 64, "width": 64}}, (128, 96), ("squash", (128, 96), "bilinear")),
 }
@@ -290,6 +309,33 @@ def test_values_of_a_processor(document: dict[str, Any], zero: float, full: floa
     assert p.keeps_bytes == (full == 255.0) and (not p.keeps_bytes or set(p.std) == {BYTES})
 
 
+def test_swin2sr_fills_up_with_the_mirror_image(tmp_path: Path) -> None:
+    document = {"image_processor_type": "Swin2SRImageProcessor", "do_rescale": True, "rescale_factor": 1 / 255}
+    for sizes in ({"do_pad": True, "pad_size": 8}, {"size_divisor": 8}, {}):
+        (tmp_path / "p.json").write_text(json.dumps({**document, **sizes}))
+        p = chosen(None, hints=read_file(tmp_path / "p.json"))
+        assert (p.fit, p.multiple, p.mean, p.std) == ("mirror", 8, (0.0,) * 3, (1.0,) * 3)
+    with pytest.raises(RedppError, match="filled up to multiples of 8.*3x60x64.*package it for sides"):
+        chosen(str(tmp_path / "p.json"), InputSpec("x", (3, 60, 64)))
+
+
+def test_a_picture_put_into_a_corner_needs_an_input_that_holds_it(tmp_path: Path) -> None:
+    size = {"shortest_edge": 800, "longest_edge": 1333}
+    for kind, longest in (("DetrImageProcessor", 1333), ("YolosImageProcessor", 1328)):
+        (tmp_path / "p.json").write_text(json.dumps({"image_processor_type": kind, "size": size, **NORM}))
+        hints = read_file(tmp_path / "p.json")
+        for shape in ((3, 64, 64), (3, longest, longest - 1)):
+            found, lines = choose_preprocess(None, hints, (InputSpec("x", shape),))
+            assert found is None and f"--input 3x{longest}x{longest}" in lines[0] and "refused" in lines[0]
+            with pytest.raises(RedppError, match=f"pictures of up to {longest} pixels.*--input 3x{longest}x{longest}"):
+                chosen(str(tmp_path / "p.json"), InputSpec("x", shape))
+        several = InputSpec("x", (3, 640, 640), varying=((1, Size("H", 320, 1344, 16)), (2, Size("W", 320, 1344, 16))))
+        p = chosen(None, several, hints)
+        assert (geometry(p), p.fill) == (("edges", (800, 1333), "bilinear"), (128, 102, 76))
+        assert p.multiple == (16 if longest == 1328 else 1)
+        assert "a shorter side of 800, or a longer one of 1333 if that is less (bilinear), in the upper" in p.in_words()
+
+
 def test_a_processor_that_flips_channels(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(json.dumps({"size": 64, "do_flip_channel_order": True}))
     assert chosen(str(tmp_path / "p.json")).mode == "BGR"
@@ -307,6 +353,12 @@ def test_a_processor_that_flips_channels(tmp_path: Path) -> None:
         ({"size": 64, "do_resize": False}, "do_resize false"),
         ({"size": 64, "do_color_quantize": True}, "do_color_quantize"),
         ({"do_rescale": True, "do_pad": True, "size_divisor": 8}, "size_divisor"),
+        ({"image_processor_type": "MaskFormerImageProcessor", "size": 64, "size_divisor": 32}, "size_divisor"),
+        ({"image_processor_type": "TvpImageProcessor", "size": {"longest_edge": 64}, "pad_size": 64}, "pad_size"),
+        ({"image_processor_type": "TvpImageProcessor", "size": {"longest_edge": 64}}, "size with longest_edge"),
+        ({"image_processor_type": "SamImageProcessor", "size": {"height": 9, "longest_edge": 64}}, "size with height"),
+        ({"image_processor_type": "DetrImageProcessor", "size": {"max_height": 9, "max_width": 9}}, "size with max_"),
+        ({"image_processor_type": "Swin2SRImageProcessor", "do_pad": False}, "pictures of any size as they are"),
         ({"size": 64, "image_processor_type": "Owlv2ImageProcessor"}, "what Owlv2ImageProcessor does"),
         ({"size": 64, "resample": 9}, "make no sense"),
         ({"size": "large"}, "make no sense"),

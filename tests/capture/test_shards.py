@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from redpp_serve.capture import capture_file
 from redpp_serve.capture.arch import build
+from redpp_serve.capture.checkpoints import load_into
 from redpp_serve.capture.load import load_file
 from redpp_serve.capture.sniff import FileKind
 from redpp_serve.errors import RedppError
+from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import InputSpec
 from redpp_serve.inspection import describe_file
 
@@ -242,3 +244,70 @@ def test_a_folder_of_transformers(tmp_path: Path) -> None:
     for name in ("AutoModelForImageClassification", "ResNetForImageClassification"):
         got = capture_file(tmp_path, [InputSpec("pixel_values", (3, 32, 32))], arch=f"transformers:{name}")
         assert got.graph.outputs
+
+
+CLIP = {
+    "model_type": "clip",
+    "architectures": ["CLIPModel"],
+    "projection_dim": 12,
+    "vision_config": {
+        **{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"image_size": 32, "patch_size": 16, "projection_dim": 12},
+    },
+    "text_config": {
+        **{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"vocab_size": 50, "max_position_embeddings": 7, "projection_dim": 12, "eos_token_id": 49},
+    },
+}
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> nn.Module:
+    """A network of two encoders, saved with its configuration."""
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps(CLIP))
+    (tmp_path / "pad.txt").write_bytes(bytes(100_000))
+    torch.manual_seed(0)
+    whole = build("transformers:CLIPModel", {}, tmp_path).eval()
+    save_file({name: value.contiguous() for name, value in whole.state_dict().items()}, tmp_path / "model.safetensors")
+    return whole
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("part", ["Vision", "Text"])
+def test_an_encoder_of_clip_is_taken_from_the_file_of_both(tmp_path: Path, clip: nn.Module, part: str) -> None:
+    ids, pixels = torch.randint(0, 49, (2, 7)), torch.randn(2, 3, 32, 32)
+    ids[:, -1] = 49
+    spec, x = {
+        "Vision": (InputSpec("pixel_values", (3, 32, 32)), pixels),
+        "Text": (InputSpec("input_ids", (7,), "int64"), ids),
+    }[part]
+    with torch.no_grad():
+        both = clip(input_ids=ids, pixel_values=pixels)
+    for ending in ("WithProjection", ""):
+        got = capture_file(tmp_path, [spec], arch=f"transformers:CLIP{part}Model{ending}")
+        assert any("entries of other networks in the file" in line for line in got.messages)
+        outputs = dict(zip(got.graph.output_names, Program(got.graph)(x), strict=True))
+        if ending:
+            found = outputs[f"{'image' if part == 'Vision' else 'text'}_embeds"]
+            wanted = both["image_embeds" if part == "Vision" else "text_embeds"]
+            torch.testing.assert_close(found / found.norm(dim=-1, keepdim=True), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.exhaustive
+def test_clip_as_a_whole_is_refused_with_its_parts_by_name(tmp_path: Path, clip: nn.Module) -> None:
+    inputs = [InputSpec("input_ids", (7,), "int64"), InputSpec("pixel_values", (3, 32, 32))]
+    with pytest.raises(RedppError, match="CLIPVisionModelWithProjection or --arch transformers:CLIPTextModelWith"):
+        capture_file(tmp_path, inputs, arch="transformers:CLIPModel")
+
+
+def test_a_part_needs_all_of_its_own_entries() -> None:
+    module, others = nn.Linear(3, 2), {"other.weight": torch.ones(4)}
+    both = {**{f"mine.{name}": value for name, value in nn.Linear(3, 2).state_dict().items()}, **others}
+    assert load_into(module, both, part=True)[-1].startswith("left out 1 entries of other networks")
+    assert torch.equal(module.weight, both["mine.weight"])
+    with pytest.raises(RedppError, match="holds 1 more: other.weight"):
+        load_into(nn.Linear(3, 2), both)
+    del both["mine.bias"]
+    with pytest.raises(RedppError, match="2 missing: weight, bias; 2 unexpected: mine.weight, other.weight"):
+        load_into(nn.Linear(3, 2), both, part=True)

@@ -69,6 +69,15 @@ def test_bytes_of_images_keep_their_channels(tmp_path: Path, size: tuple[int, in
             assert image is not None and (np.asarray(Image.open(io.BytesIO(body))) == image).all()
 
 
+def test_bytes_travel_as_numbers_where_the_server_would_fill_images_up(tmp_path: Path) -> None:
+    mirror = Preprocess("RGB", 4, 6, (0.5,) * 3, (0.5,) * 3, "mirror", multiple=2)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 6), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", inputs=pixels)
+    body = read_payloads(tmp_path / "data.npz", mirror)[1].body
+    (got,) = parse({"body": body}, (InputSpec("x", (3, 4, 6)),), mirror)
+    assert (got.numpy() == mirror.values(pixels[1])).all()
+
+
 def test_bytes_for_a_network_without_images_travel_as_numbers(tmp_path: Path) -> None:
     pixels = np.zeros((2, 3, 4, 6), np.uint8)
     np.savez(tmp_path / "data.npz", inputs=pixels)

@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from redpp_serve.capture.arch import import_library
 from redpp_serve.capture.preprocess_hints import read_file, timm_hints
 from redpp_serve.capture.preprocessing import choose_preprocess
 from redpp_serve.errors import RedppError
-from redpp_serve.graph.graph import InputSpec
+from redpp_serve.graph.graph import InputSpec, Size
+from redpp_serve.graph.sizes import nearest
 from redpp_serve.handlers.image_files import ImageRefused
 from redpp_serve.handlers.preprocess import BYTES, Preprocess
+from redpp_serve.packaging.samples import example_image
 from tests.support.served import PREPROCESS, picture
 
 
@@ -101,6 +104,8 @@ def test_an_impossible_description_is_refused() -> None:
         {"background": [255]},
         {"layout": "WHC"},
         {"layout": "HW"},
+        {"multiple": 0},
+        {"multiple": 9},
     ):
         with pytest.raises(RedppError, match="preprocessing"):
             Preprocess.from_json({**PREPROCESS.to_json(), **change})
@@ -210,6 +215,75 @@ def test_the_pixels_are_those_of_hugging_face(name: str, tmp_path: Path) -> None
         image = photograph(*size)
         expected = torch.from_numpy(np.asarray(theirs(image, return_tensors="np")["pixel_values"]))[0].float()
         assert levels(mine.image(encoded(image)) * min(mine.std), expected * min(mine.std)) < 0.01, size
+
+
+TO_CORNER = {
+    "detr.DetrImageProcessor": ({"size": {"shortest_edge": 40, "longest_edge": 66}}, (66, 66)),
+    "conditional_detr.ConditionalDetrImageProcessor": ({"size": {"shortest_edge": 40, "longest_edge": 66}}, (70, 66)),
+    "deformable_detr.DeformableDetrImageProcessor": ({"size": {"shortest_edge": 64, "longest_edge": 64}}, (64, 64)),
+    "grounding_dino.GroundingDinoImageProcessor": ({"size": {"shortest_edge": 40, "longest_edge": 66}}, (66, 80)),
+    "yolos.YolosImageProcessor": ({"size": {"shortest_edge": 40, "longest_edge": 70}}, (64, 80)),
+    "sam.SamImageProcessor": ({"size": {"longest_edge": 50}, "pad_size": {"height": 50, "width": 50}}, (50, 50)),
+}
+
+
+@pytest.mark.parametrize("backend", ["Pil", ""])
+@pytest.mark.parametrize("name", TO_CORNER)
+def test_the_pixels_are_those_of_processors_that_fill_up_at_the_right_and_below(
+    name: str, backend: str, tmp_path: Path
+) -> None:
+    """Both of the library's backends; the colour of the mean, in whole levels, is their zeros behind normalisation."""
+    pytest.importorskip("transformers")
+    import_library("torchvision")
+    (module, kind), (settings, (height, width)) = name.split("."), TO_CORNER[name]
+    suffix = "pil_" if backend else ""
+    found = importlib.import_module(f"transformers.models.{module}.image_processing_{suffix}{module}")
+    theirs = getattr(found, kind + backend)(**{**settings, "pad_size": {"height": height, "width": width}})
+    document = {"image_processor_type": kind, **json.loads(theirs.to_json_string())}
+    (tmp_path / "p.json").write_text(json.dumps(document))
+    mine, _ = choose_preprocess(None, read_file(tmp_path / "p.json"), [InputSpec("x", (3, height, width))])
+    assert mine is not None
+    for size in ((64, 48), (47, 81), (40, 40), (41, 40), (29, 43), (300, 40), (641, 479), (200, 333)):
+        if module == "yolos" and size == (300, 40):  # 66 x 8 pixels, of which the library leaves none
+            continue
+        image = photograph(*size)
+        expected = torch.as_tensor(np.asarray(theirs(image, return_tensors="pt")["pixel_values"]))[0].float()
+        deviation = torch.tensor(mine.std).view(3, 1, 1)
+        assert levels(mine.image(encoded(image)) * deviation, expected * deviation) <= 1.01, size
+
+
+@pytest.mark.parametrize("backend", ["Pil", ""])
+def test_the_pixels_are_those_of_swin2sr(backend: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    import_library("torchvision")
+    module = f"transformers.models.swin2sr.image_processing_{'pil_' if backend else ''}swin2sr"
+    theirs = getattr(importlib.import_module(module), f"Swin2SRImageProcessor{backend}")()
+    document = {"image_processor_type": "Swin2SRImageProcessor", **json.loads(theirs.to_json_string())}
+    (tmp_path / "p.json").write_text(json.dumps(document))
+    spec = InputSpec("x", (3, 40, 48), varying=((1, Size("H", 8, 80, 8)), (2, Size("W", 8, 80, 8))))
+    mine, _ = choose_preprocess(None, read_file(tmp_path / "p.json"), [spec])
+    assert mine is not None
+    for size in ((47, 33), (40, 32), (16, 25), (41, 39), (8, 8), (7, 79)):
+        expected = torch.as_tensor(np.asarray(theirs(photograph(*size), return_tensors="pt")["pixel_values"]))[0]
+        got = mine.image(encoded(photograph(*size)), partial(nearest, spec))
+        assert levels(got, expected.float()) < 0.01, size
+    with pytest.raises(ImageRefused, match="96 x 96 pixels once it is filled up, expected 80 x 80"):
+        mine.image(encoded(photograph(88, 90)), partial(nearest, spec))
+    for image in (encoded(photograph(47, 33)), example_image(mine)):
+        assert mine.image(image).shape == (3, 40, 48)
+    with pytest.raises(ImageRefused, match="56 x 48 pixels once it is filled up, expected 48 x 40"):
+        mine.image(encoded(photograph(48, 40)))
+
+
+def test_a_detector_of_several_sizes_gets_the_smallest_that_holds_the_picture() -> None:
+    spec = InputSpec("x", (3, 32, 64), varying=((1, Size("H", 16, 64, 16)), (2, Size("W", 16, 64, 16))))
+    mine = plain(fit="edges", resize=(30, 60), height=32, width=64, fill=(9,))
+    got = mine.image(encoded(Image.new("RGB", (90, 60), (200, 100, 50))), partial(nearest, spec)) * 255
+    assert got.shape == (3, 32, 48)  # 45 x 30 pixels
+    assert torch.allclose(got[:, :30, :45], torch.tensor([200.0, 100, 50]).view(3, 1, 1).expand(3, 30, 45), atol=1e-3)
+    assert torch.allclose(got[:, 30:], torch.tensor(9.0), atol=1e-3) and float(got[0, 0, 45]) == pytest.approx(9)
+    with pytest.raises(ImageRefused, match="75 x 30 pixels once it is resized, expected at most 64 x 32"):
+        plain(fit="edges", resize=(30, 80), height=32, width=64).image(encoded(Image.new("RGB", (100, 40))))
 
 
 def test_halves_of_a_pixel_are_rounded_down_where_that_is_declared() -> None:
