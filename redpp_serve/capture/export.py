@@ -38,6 +38,8 @@ from redpp_serve.graph.passes import fold_constants
 from redpp_serve.graph.sizes import in_words, is_varying
 from redpp_serve.graph.tensor_file import DTYPES
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # what training changes in batch norms
+
 
 def capture(
     source: nn.Module | ExportedProgram,
@@ -137,8 +139,9 @@ def to_graph(
     signature = exported.graph_signature
     for result, name in {**signature.buffers_to_mutate, **getattr(signature, "parameters_to_mutate", {})}.items():
         (made,) = (node for node in exported.graph.nodes if node.name == result)
+        as_norms = ", as batch norm does in train mode" if name.endswith(_STATISTICS) else ""
         raise not_capturable(
-            f"its forward changes {name.removeprefix(PREFIX if inner else '')}{place(made)}",
+            f"its forward changes {name.removeprefix(PREFIX if inner else '')}{place(made)}{as_norms}",
             "a network in eval mode, a forward that keeps no state",
             "compute a new value instead of writing into a buffer or parameter, and hand a state in and out of forward",
         )
