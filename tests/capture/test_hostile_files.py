@@ -18,7 +18,7 @@ from redpp_serve.errors import RedppError
 from tests.attacks.bombs import HOSTILE, ODD, in_zip, many_entries, many_names, saved
 from tests.attacks.pickles import HARMLESS, PICKLES, colliding, numbers
 
-SECONDS, GROWTH = 5.0, 1 << 20  # of wall clock; KiB of resident memory
+SECONDS, GROWTH = 5.0, 1 << 20  # of the processor; KiB of resident memory
 
 
 @pytest.mark.parametrize("trust", [False, True])
@@ -28,10 +28,10 @@ def test_hostile_files_are_refused(tmp_path: Path, name: str, trust: bool) -> No
         pytest.skip("code of the file's choice, which trust allows")
     path = tmp_path / "model.pt"
     HOSTILE[name](path)
-    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(RedppError):
         load_file(path, trust=trust)
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GROWTH
 
 
@@ -40,10 +40,10 @@ def test_hostile_files_are_refused(tmp_path: Path, name: str, trust: bool) -> No
 def test_pickles_that_claim_or_collide_are_refused(tmp_path: Path, name: str, trust: bool) -> None:
     path = tmp_path / "model.pt"
     PICKLES[name](path)
-    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(RedppError):
         load_file(path, trust=trust)
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GROWTH
 
 
@@ -128,10 +128,14 @@ def test_names_of_files(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(character.isprintable() or character == "\n" for character in shown)
 
 
+def _a_minute() -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", HOSTILE)
 def test_limits_of_the_whole_process(tmp_path: Path, name: str) -> None:
-    """Each command in a process of its own ends within a minute and 6 GB."""
+    """Each command in a process of its own ends within a minute of the processor's time and 6 GB."""
     path = tmp_path / "model.pt"
     HOSTILE[name](path)
     code = (
@@ -139,6 +143,6 @@ def test_limits_of_the_whole_process(tmp_path: Path, name: str) -> None:
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
     )
     command = [sys.executable, "-c", code, "package", str(path), "--arch", "torchvision:resnet18", "--input", "3x8x8"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, preexec_fn=_a_minute)
     assert done.returncode == 2 and "Traceback" not in done.stderr, json.dumps(done.stderr)
     assert int(done.stdout.splitlines()[-1]) < 6 << 20
