@@ -550,6 +550,18 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: write(p, [node("BatchNormalization", "x,s,s,s,s", training_mode=1)], {"s": weights(4)}, opset=15),
         "statistics of the batch",
     ),
+    "too long": (
+        lambda p: write(
+            p, [node("Relu", f"v{k}" if k else "x", f"v{k + 1}") for k in range(10_000)] + [node("Abs", "v10000")]
+        ),
+        "10001 calls that are not constant, more than 10000",
+    ),
+    "too wide": (
+        lambda p: write(
+            p, [node("Sum", ",".join(map("x{}".format, range(257))))], {}, {f"x{k}": ["N", 1] for k in range(257)}
+        ),
+        "257 inputs, more than 256",
+    ),
     "mixed items": (
         lambda p: write(p, [node("ReduceMean", axes=[0])], opset=13),
         "depends on the others|outputs of shape",
