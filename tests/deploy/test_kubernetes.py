@@ -162,7 +162,13 @@ def test_a_killed_job_goes_on_and_a_finished_one_is_done(tmp_path: Path) -> None
     for index, word in zip(at, (str(write_model(tmp_path)), f"--arch={ARCH}:Small", f"--input={INPUT}"), strict=True):
         words[index] = word
     words = [word.replace("/packages/", f"{tmp_path}/packages/") for word in words]
-    limits = ["--keep=0.5", "--round-to=4", "--max-error=2", "--time-budget=8", "--distil=2"]
+    limits = [
+        "--keep=0.5",
+        "--round-to=4",
+        "--max-error=2",
+        "--time-budget=60",
+        "--distil=2",
+    ]  # a budget that binds decides by time
     command = [sys.executable, "-m", "redpp_serve.cli", *words, *limits]
     kept = tmp_path / "packages" / ".1.0.0.inputs.safetensors.distil"
 
