@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,9 +95,7 @@ def describe_file(path: Path) -> Inspection:
     arch = suggested_arch(path.parent) if kind in _WEIGHTS else None
     flags = f"--arch {arch or 'torchvision:NAME'} " if kind in _WEIGHTS else "--trust-file " if kind.runs_code else ""
     what = "the network that these weights belong to and its" if kind in _WEIGHTS else "its"
-    step = (
-        f"next: redpp-serve inspect {path} {flags}--input 3x224x224\n      (with {what} input shape) to see its layers"
-    )
+    step = f"next: redpp-serve inspect {shlex.quote(printable(path))} {flags}--input 3x224x224\n      (with {what} input shape) to see its layers"
     return Inspection(facts, [], [], step)
 
 

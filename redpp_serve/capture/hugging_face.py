@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -55,12 +56,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def suggested_arch(folder: Path) -> str | None:
-    """Return the ``--arch`` that the configuration beside weights names, if it names one."""
+    """Return the ``--arch`` that the configuration beside weights names, if it names one; safe to paste in a shell."""
     config = read_config(folder)
     classes, timm = config.get("architectures"), config.get("architecture")
-    if isinstance(classes, list) and classes and isinstance(classes[0], str):
+    if isinstance(classes, list) and classes and _is_name(classes[0]):
         return f"transformers:{classes[0]}"
-    return f"timm:{timm}" if isinstance(timm, str) else None
+    return f"timm:{timm}" if _is_name(timm) else None
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w.-]+", value, re.ASCII) is not None
 
 
 def transformers_factory(transformers: Any, name: str, folder: Path) -> Callable[..., nn.Module]:

@@ -53,6 +53,8 @@ def _from_json(words: str, text: str) -> list[str]:
         if set(document) != {str(k) for k in range(len(document))}:
             raise _wrong(f"{text!r} with other keys than 0 to {len(document) - 1}")
         document = [document[str(k)] for k in range(len(document))]
+    if not isinstance(document, list):
+        raise _wrong(f"{text!r} whose names are no list")
     # torchvision's and Keras's files give a WordNet identifier first: ["n01440764", "tench"].
     names = [one[-1] if isinstance(one, list) and one else one for one in document]
     if not all(isinstance(name, str) for name in names):

@@ -73,10 +73,10 @@ def nested(depth: int) -> Any:
     """Return a model of branches within branches."""
     from onnx import helper
 
-    graph = helper.make_graph([call("Relu", ["x"])], "g", [], [])
+    graph = leaf = helper.make_graph([call("Relu", ["x"])], "g", [], [])
     for _ in range(depth):
-        graph = helper.make_graph([call("If", ["x"], then_branch=graph, else_branch=graph)], "g", [], [])
-    return model([call("If", ["x"], then_branch=graph, else_branch=graph)])
+        graph = helper.make_graph([call("If", ["x"], then_branch=graph, else_branch=leaf)], "g", [], [])
+    return model([call("If", ["x"], then_branch=graph, else_branch=leaf)])
 
 
 def _many_inputs() -> Any:

@@ -41,6 +41,8 @@ def test_files_of_every_form(tmp_path: Path, text: str) -> None:
         b"a\x1b[31m\n",
         b"[[]]",
         b"{}",
+        b'{"id2label": 7}',
+        b'{"id2label": "tench"}',
     ],
 )
 def test_other_files_are_refused_in_words(tmp_path: Path, data: bytes) -> None:

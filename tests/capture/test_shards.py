@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from redpp_serve.capture import capture_file
 from redpp_serve.capture.arch import build
 from redpp_serve.capture.checkpoints import load_into
+from redpp_serve.capture.hugging_face import suggested_arch
 from redpp_serve.capture.load import load_file
 from redpp_serve.capture.sniff import FileKind
 from redpp_serve.errors import RedppError
@@ -311,3 +312,19 @@ def test_a_part_needs_all_of_its_own_entries() -> None:
     del both["mine.bias"]
     with pytest.raises(RedppError, match="2 missing: weight, bias; 2 unexpected: mine.weight, other.weight"):
         load_into(nn.Linear(3, 2), both, part=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "arch"),
+    [
+        ({"architectures": ["BertModel"]}, "transformers:BertModel"),
+        ({"architecture": "resnet18.a1_in1k"}, "timm:resnet18.a1_in1k"),
+        ({"architecture": "\x1b]0;owned\x07"}, None),
+        ({"architecture": "x; rm -rf ~"}, None),
+        ({"architectures": ["$(id)"]}, None),
+        ({"architectures": [7], "architecture": 7}, None),
+    ],
+)
+def test_only_plain_names_are_suggested(tmp_path: Path, config: dict[str, Any], arch: str | None) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert suggested_arch(tmp_path) == arch
