@@ -95,7 +95,10 @@ def describe_file(path: Path) -> Inspection:
     arch = suggested_arch(path.parent) if kind in _WEIGHTS else None
     flags = f"--arch {arch or 'torchvision:NAME'} " if kind in _WEIGHTS else "--trust-file " if kind.runs_code else ""
     what = "the network that these weights belong to and its" if kind in _WEIGHTS else "its"
-    step = f"next: redpp-serve inspect {shlex.quote(printable(path))} {flags}--input 3x224x224\n      (with {what} input shape) to see its layers"
+    shown = shlex.quote(printable(path))
+    step = (
+        f"next: redpp-serve inspect {shown} {flags}--input 3x224x224\n      (with {what} input shape) to see its layers"
+    )
     return Inspection(facts, [], [], step)
 
 

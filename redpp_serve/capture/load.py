@@ -74,6 +74,8 @@ def _load_shards(path: Path, key: str | None) -> Loaded:
     digest, files = hashlib.sha256(path.read_bytes()), read_index(path)
     check_memory(path, sum(file.stat().st_size for file in files))
     for file, names in files.items():
+        if sniff(file) is FileKind.INDEX:
+            raise RedppError(f"{path} names {file.name}, an index too", "files of weights", "fetch the folder again")
         part = _load_whole(file, False, None)
         held = part.state_dict or {}
         if missing := [name for name in names if name not in held]:

@@ -103,6 +103,13 @@ def test_bad_indices(tmp_path: Path, name: str) -> None:
         load_file(write(tmp_path, change=change), trust=False)
 
 
+def test_an_index_of_indices(tmp_path: Path) -> None:
+    index = write(tmp_path, change=lambda index: index["weight_map"].update({"c": "again.index.json"}))
+    (tmp_path / "again.index.json").write_bytes(index.read_bytes())
+    with pytest.raises(RedppError, match="again.index.json, an index too"):
+        load_file(index, trust=False)
+
+
 def test_a_bad_index_of_text(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors.index.json"
     for text in ('{"weight_map": ', '{"weight_map": ' + "[" * 100_000, '{"weight_map": {}'):
