@@ -130,7 +130,7 @@ def test_fitted_readers_make_up_for_channels_that_follow_from_others(name: str) 
 
 def run(graph: Graph, **how: object) -> Pruned:
     limits = {} if "max_error" in how or "method" in how else {"max_error": 10.0}
-    options = Options(distil=0.0, time_budget=5.0, round_to=1, accept_unmeasured=True, **limits, **how)
+    options = Options(distil=0.0, time_budget=60.0, round_to=1, accept_unmeasured=True, **limits, **how)
     return prune(graph, options, effort=EFFORT)
 
 
