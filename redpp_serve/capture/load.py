@@ -65,7 +65,8 @@ def load_file(path: Path, *, trust: bool, key: str | None = None) -> Loaded:
     """
     path = weights_in(path)
     refuse_single_shard(path)
-    return _load_shards(path, key) if sniff(path) is FileKind.INDEX else _load_whole(path, trust, key)
+    kind = sniff(path)
+    return _load_shards(path, key) if kind is FileKind.INDEX else _load_whole(path, kind, trust, key)
 
 
 def _load_shards(path: Path, key: str | None) -> Loaded:
@@ -74,9 +75,10 @@ def _load_shards(path: Path, key: str | None) -> Loaded:
     digest, files = hashlib.sha256(path.read_bytes()), read_index(path)
     check_memory(path, sum(file.stat().st_size for file in files))
     for file, names in files.items():
-        if sniff(file) is FileKind.INDEX:
+        kind = sniff(file)
+        if kind is FileKind.INDEX:
             raise RedppError(f"{path} names {file.name}, an index too", "files of weights", "fetch the folder again")
-        part = _load_whole(file, False, None)
+        part = _load_whole(file, kind, False, None)
         held = part.state_dict or {}
         if missing := [name for name in names if name not in held]:
             found = f"{file} lacks tensors that {path} says it holds: {shorten(missing)}"
@@ -88,8 +90,7 @@ def _load_shards(path: Path, key: str | None) -> Loaded:
     return Loaded(FileKind.INDEX, digest.hexdigest(), state_dict=state, messages=messages)
 
 
-def _load_whole(path: Path, trust: bool, key: str | None) -> Loaded:
-    kind = sniff(path)
+def _load_whole(path: Path, kind: FileKind, trust: bool, key: str | None) -> Loaded:
     if not kind.loadable:
         raise refusal(path, kind)
     if kind.runs_code and not trust:

@@ -21,6 +21,14 @@ from tests.attacks.pickles import HARMLESS, PICKLES, colliding, numbers
 SECONDS, GROWTH = 5.0, 1 << 20  # of the processor; KiB of resident memory
 
 
+def assert_refused_soon(path: Path, trust: bool) -> None:
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(RedppError):
+        load_file(path, trust=trust)
+    assert time.process_time() - start < SECONDS
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GROWTH
+
+
 @pytest.mark.parametrize("trust", [False, True])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_refused(tmp_path: Path, name: str, trust: bool) -> None:
@@ -28,11 +36,7 @@ def test_hostile_files_are_refused(tmp_path: Path, name: str, trust: bool) -> No
         pytest.skip("code of the file's choice, which trust allows")
     path = tmp_path / "model.pt"
     HOSTILE[name](path)
-    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(RedppError):
-        load_file(path, trust=trust)
-    assert time.process_time() - start < SECONDS
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GROWTH
+    assert_refused_soon(path, trust)
 
 
 @pytest.mark.parametrize("trust", [False, True])
@@ -40,11 +44,7 @@ def test_hostile_files_are_refused(tmp_path: Path, name: str, trust: bool) -> No
 def test_pickles_that_claim_or_collide_are_refused(tmp_path: Path, name: str, trust: bool) -> None:
     path = tmp_path / "model.pt"
     PICKLES[name](path)
-    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(RedppError):
-        load_file(path, trust=trust)
-    assert time.process_time() - start < SECONDS
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GROWTH
+    assert_refused_soon(path, trust)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
