@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -300,7 +300,8 @@ def _built(kept: Kept, engine: str, precision: str, threads: int) -> tuple[Call,
     stored = load(kept.artifact)
     seconds["read"], start = clock() - start, clock()
     cpu = torch.device("cpu")
-    network = ServedNetwork(stored, serving_graph(stored.graph, cpu), (precision,), cpu)
+    stored = replace(stored, graph=serving_graph(stored.graph, cpu))
+    network = ServedNetwork(stored, stored.graph, (precision,), cpu)
     seconds["fold"], start = clock() - start, clock()
     model = network.model(Candidate(engine, precision))
     seconds["write"], start = clock() - start, clock()

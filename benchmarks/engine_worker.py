@@ -39,6 +39,7 @@ from benchmarks.real_scores import centred_error
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import LoadedArtifact, build, load
 from redpp_serve.packaging.mar import read_artifact
+from redpp_serve.runtime.memory import with_huge_pages
 
 PRUNED = "pruned, "  # before the name of an arm: that arm of the file of a pruned network
 CONTROL = "control"  # the arm that counts in Python
@@ -140,7 +141,9 @@ class RemoteRun:
     def __init__(self, name: str, options: CellOptions, data: Path | None) -> None:
         command = [sys.executable, "-m", "benchmarks.engine_worker", name, options.write(), str(data or "")]
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        arm = ARMS.get(name.removeprefix(PRUNED))
+        environment = with_huge_pages(os.environ) if arm and arm.engine else None  # as `serve` and the images do
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         try:
             self.plan: dict[str, Any] = self._answer()
         except BaseException:

@@ -30,7 +30,7 @@ RUN python3 /opt/redpp/sbom.py redpp-serve/torchserve > /opt/redpp/sbom.cdx.json
 # DRAIN_S: seconds from the signal to stop until the server ends, see front.sh.
 ENV SERVER=torchserve MODELS=/models VARIANT=both DRAIN_S=5 \
     PROMETHEUS_MULTIPROC_DIR=/metrics TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
-    REDPP_PLAN_CACHE=/cache/plans.json \
+    REDPP_PLAN_CACHE=/cache/plans.json GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
     TMPDIR=/tmp TEMP=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 1000:1000
 WORKDIR /tmp

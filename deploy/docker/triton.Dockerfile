@@ -25,7 +25,7 @@ RUN python3 /opt/redpp/sbom.py redpp-serve/triton > /opt/redpp/sbom.cdx.json
 # /cache keeps compiled kernels and measured plans across restarts. DRAIN_S: see front.sh.
 ENV SERVER=triton MODELS=/models VARIANT=both DRAIN_S=5 \
     TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
-    REDPP_PLAN_CACHE=/cache/plans.json \
+    REDPP_PLAN_CACHE=/cache/plans.json GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
     TMPDIR=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 1000:1000
 WORKDIR /tmp

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from redpp_serve.engines.onnx_sizes import SizeExpressions, size_samples
 from redpp_serve.errors import RedppError
@@ -164,7 +165,7 @@ class Writer:
             value = tensor.detach().cpu()
             value = (value.permute(*permute) if permute else value).contiguous()
             if value.is_floating_point() and value.numel() > 1:
-                value = torch.where(value.abs() < _SMALLEST, torch.zeros_like(value), value)
+                value = hardshrink(value, _SMALLEST)
             self._initializers.append(self._initializer(value, made))
             self._stored[key] = made
         return self._stored[key]

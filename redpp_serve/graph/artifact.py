@@ -13,11 +13,13 @@ import hashlib
 import io
 import json
 import math
+import os
+import struct
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ from redpp_serve.graph.weights import decode, encode
 FORMAT = 1
 ENTRIES = ("manifest.json", "graph.json", "weights.safetensors")
 SAMPLES = "samples.safetensors"  # an entry that may be missing
+_LOCAL_HEADER = struct.Struct("<26sHH")  # of a zip entry; the last two are the bytes of its name and of its extra field
 _MOST_DOCUMENT = 32 << 20  # bytes; that of a network of ten thousand operations has 3 MB
 _INT64 = torch.iinfo(torch.int64)
 _MEMORY_FORMATS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
@@ -134,25 +137,31 @@ def load(source: Path | bytes) -> LoadedArtifact:
             release of torch lacks.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as archive:
-            infos = archive.infolist()
-            names = sorted(i.filename for i in infos)
-            if names not in (sorted(ENTRIES), sorted((*ENTRIES, SAMPLES))):
-                raise ValueError(f"entries {[i.filename for i in infos][:6]}")
-            if any(i.file_size > _MOST_DOCUMENT for i in infos if i.filename.endswith(".json")):
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file,
+            zipfile.ZipFile(file) as archive,
+        ):
+            infos = {i.filename: i for i in archive.infolist()}
+            if sorted(i.filename for i in archive.infolist()) not in (sorted(ENTRIES), sorted((*ENTRIES, SAMPLES))):
+                raise ValueError(f"entries {archive.namelist()[:6]}")
+            if any(i.file_size > _MOST_DOCUMENT for name, i in infos.items() if name.endswith(".json")):
                 raise ValueError(f"a manifest or graph of more than {_MOST_DOCUMENT >> 20} MiB")
-            if any(i.compress_type != zipfile.ZIP_STORED for i in infos):
+            if any(i.compress_type != zipfile.ZIP_STORED for i in infos.values()):
                 raise ValueError("compressed entries")
-            manifest_bytes, *contents = (archive.read(name) for name in (*ENTRIES, SAMPLES) if name in names)
-        manifest = json.loads(manifest_bytes)
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
-        for name, content in zip((*ENTRIES[1:], SAMPLES), contents, strict=False):
-            if manifest["sha256"][name] != _digest(content):
+            manifest, document = (archive.read(name) for name in ENTRIES[:2])
+            digests = {ENTRIES[1]: _digest(document)}
+            tensors = {}
+            for name in (ENTRIES[2], SAMPLES):
+                if name in infos:
+                    tensors[name], digests[name] = read_safetensors(*_stored(file, infos[name]))
+        found = json.loads(manifest)
+        if found["format"] != FORMAT:
+            raise ValueError(f"format {found['format']}, this version reads {FORMAT}")
+        for name, digest in digests.items():
+            if found["sha256"][name] != digest:
                 raise ValueError(f"{name} does not match its SHA-256")
-        graph_bytes, weights, *samples = contents
-        graph = _parse(json.loads(graph_bytes), read_safetensors(weights))
-        return LoadedArtifact(graph, {**manifest["description"]}, _samples(graph, samples))
+        graph = _parse(json.loads(document), tensors[ENTRIES[2]])
+        return LoadedArtifact(graph, {**found["description"]}, _samples(graph, tensors.get(SAMPLES)))
     except RedppError:
         raise
     except Exception as error:  # damaged or hostile bytes: the parsers' exceptions have no common class
@@ -164,11 +173,23 @@ def load(source: Path | bytes) -> LoadedArtifact:
         ) from error
 
 
-def _samples(graph: Graph, contents: Sequence[bytes]) -> tuple[Tensor, ...]:
+def _stored(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[BinaryIO, int]:
+    """Go to where the content of an entry that is not compressed begins; return the file and the content's bytes."""
+    if file.seek(0, os.SEEK_END) < info.header_offset + info.file_size:
+        raise ValueError(f"an entry {info.filename} that ends past the end of the file")
+    file.seek(info.header_offset)
+    header = file.read(_LOCAL_HEADER.size)
+    names = _LOCAL_HEADER.unpack(header)[1:]
+    if not header.startswith(b"PK\3\4"):
+        raise ValueError(f"no entry {info.filename} where its index says")
+    file.seek(sum(names), os.SEEK_CUR)
+    return file, info.file_size
+
+
+def _samples(graph: Graph, stored: dict[str, Tensor] | None) -> tuple[Tensor, ...]:
     """Return the stored inputs, as the network declares them and as many of each."""
-    if not contents:
+    if stored is None:
         return ()
-    stored = read_safetensors(contents[0])
     found = tuple(stored[spec.name] for spec in graph.inputs)
     shapes = [(x.shape[1:], x.dtype) for x in found]
     if (

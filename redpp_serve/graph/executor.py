@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from redpp_serve.graph.graph import Graph, map_refs, once_per_graph
-from redpp_serve.graph.operators import resolve
+from redpp_serve.graph.operators import FUSED_CONV2D, FUSED_LINEAR, resolve
 from redpp_serve.graph.ranges import blank
 
 TensorType = tuple[tuple[int, ...], torch.dtype]
@@ -86,7 +87,11 @@ class Program(nn.Module):
         return tuple(values[index] for index in self._returns)
 
     def types(self, *inputs: Tensor) -> dict[str, TensorType | int]:
-        """Run the graph; return shape and dtype of every tensor that a call makes, and every size, by name."""
+        """Return shape and dtype of every tensor that a call makes, and every size, by name.
+
+        The graph runs, but for its convolutions and Linears in float32, which give zeros of the right shape; they too
+        where something refuses the zeros, such as an inverse.
+        """
         types: dict[str, TensorType | int] = {}
 
         def note(name: str, value: Any) -> None:
@@ -95,7 +100,11 @@ class Program(nn.Module):
             elif isinstance(value, (int, torch.SymInt)):  # the latter in `symbolic`
                 types[name] = cast(int, value)
 
-        self._step_by_step(inputs, note)
+        try:
+            self._step_by_step(inputs, note, _in_shape)
+        except RuntimeError:
+            types.clear()
+            self._step_by_step(inputs, note)
         return types
 
     def tell(self, note: Callable[[str, Any], None], *inputs: Tensor) -> None:
@@ -118,14 +127,21 @@ class Program(nn.Module):
         return seconds
 
     def _step_by_step(
-        self, inputs: Sequence[Tensor], note: Callable[[str, Any], None] | None = None
+        self,
+        inputs: Sequence[Tensor],
+        note: Callable[[str, Any], None] | None = None,
+        call: Callable[..., Any] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Do what `forward` does, in Python that torch.compile can trace; hand each result to ``note`` by its name."""
+        """Do what `forward` does, in Python that torch.compile can trace; hand each result to ``note`` by its name.
+
+        ``call`` takes an operator and its arguments, and calls it.
+        """
         values = self._values()
         values[: len(inputs)] = inputs
         values[self._device] = inputs[0].device
         for fn, args, kwargs, out, dead in self._steps:
-            values[out] = fn(*[_fill(a, values) for a in args], **{k: _fill(v, values) for k, v in kwargs.items()})
+            run = fn if call is None else partial(call, fn)
+            values[out] = run(*[_fill(a, values) for a in args], **{k: _fill(v, values) for k, v in kwargs.items()})
             if note is not None:
                 note(self._names[out], values[out])
             for index in dead:
@@ -198,6 +214,35 @@ def _values(graph: Graph, device: str, batch: int) -> dict[str, TensorType | int
                 raise
     found: dict[str, TensorType | int] = _values(graph, "cpu", batch)
     return found
+
+
+_CONVOLUTIONS = {resolve(f"aten.conv{d}d.default"): resolve(f"aten.conv{d}d.default") for d in (1, 2, 3)}
+_CONVOLUTIONS[resolve(FUSED_CONV2D)] = resolve("aten.conv2d.default")
+_FUSED = frozenset(map(resolve, (FUSED_CONV2D, FUSED_LINEAR)))
+_LINEARS = frozenset(map(resolve, (FUSED_LINEAR, "aten.linear.default")))
+
+
+def _in_shape(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call an operator; a convolution or Linear in float32 gives zeros of its output's shape instead.
+
+    Of a convolution one channel is computed, so that torch itself says what strides, padding and dilation make of the
+    positions. Whatever torch might refuse is left to torch.
+    """
+    if kwargs or not (fn in _CONVOLUTIONS or fn in _LINEARS):
+        return fn(*args, **kwargs)
+    x, weight, bias, *window = (args[0], *args[2:-1]) if fn in _FUSED else (*args, None)[: max(3, len(args))]
+    given = [t for t in (x, weight, bias) if t is not None]
+    known = all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and not t.is_meta for t in given)
+    if not known or not x.numel() or not weight.numel() or (bias is not None and bias.shape != weight.shape[:1]):
+        return fn(*args)
+    if fn in _LINEARS:
+        fits = weight.dim() == 2 and x.shape[-1:] == weight.shape[1:]
+        return x.new_zeros(*x.shape[:-1], len(weight)) if fits else fn(*args)
+    *window, groups = window if len(window) == 4 else (*window, 1)
+    if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] * groups or len(weight) % groups:
+        return fn(*args)
+    one = _CONVOLUTIONS[fn](x[:1, :1], weight[:1, :1], None, *window)
+    return x.new_zeros(len(x), len(weight), *one.shape[2:])
 
 
 class _Slot(int):

@@ -87,12 +87,12 @@ def fold_batch_norm(graph: Graph) -> Graph:
         bias = source.argument(2)
         if bias is not None:
             shift = shift + tensors[bias.name].double() * scale
-        folded = _scaled(weight, scale, source)
+        folded = _scaled(weight, scale, source).to(weight.dtype)
         stem = source.args[1].name.removesuffix(".weight")
         if f"{stem}.folded.weight" in tensors:  # two layers share a weight, and each has a norm of its own
             stem = f"{stem}.{source.name}"
         names = f"{stem}.folded.weight", f"{stem}.folded.bias"
-        tensors.update(zip(names, (folded.to(weight.dtype), shift.to(weight.dtype)), strict=True))
+        tensors.update(zip(names, (folded, shift.to(weight.dtype)), strict=True))
         args = (source.args[0], Ref(names[0]), Ref(names[1]), *source.args[3:])
         changed[norm.name] = Node(norm.name, source.op, args, source.kwargs)
         dropped.add(source.name)
@@ -103,7 +103,7 @@ def fold_batch_norm(graph: Graph) -> Graph:
 def _scaled(weight: Tensor, scale: Tensor, call: Node) -> Tensor:
     """Scale a layer's weight, in float64, by a factor (n_out,) for each output channel."""
     if call.op not in TRANSPOSED:
-        return weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+        return weight * scale.view(-1, *[1] * (weight.dim() - 1))
     groups = call.argument(6) or 1
     by_group = weight.double().view(groups, -1, *weight.shape[1:])
     return (by_group * scale.view(groups, 1, -1, *[1] * (weight.dim() - 2))).view(weight.shape)

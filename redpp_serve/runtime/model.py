@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ class ServingModel:
             set_switches("tf32" if "tf32" in own else "fp32")
         kept = PlanCache(default_path()) if isinstance(cache, str) else cache
         contexts = {name: PlanContext.prepare(artifact.graph, self.device, name) for name in own}
+        artifact = replace(artifact, graph=self._engine_graph(artifact, contexts, engine))  # frees the stored weights
         chosen = self._choose_engine(artifact, served, contexts, engine, plan_seconds, kept)
         self._engines = {c.bucket: chosen.runs[f"{c.engine} {c.precision}"] for c in chosen.choices if c.engine != OWN}
         kernels: list[Choice] = []
@@ -143,7 +145,7 @@ class ServingModel:
         seconds: float,
         cache: PlanCache | None,
     ) -> Chosen:
-        network = Network(artifact, self._engine_graph(artifact, contexts, engine), served, self.device, self.sizes)
+        network = Network(artifact, artifact.graph, served, self.device, self.sizes)
         dense = {name: own_run(dense_program(context), self.device) for name, context in contexts.items()}
         return choose_engine(network, dense, self.batches, engine=engine, seconds=seconds, cache=cache)
 

@@ -25,6 +25,7 @@ from redpp_serve.logs import SERVER, Logs
 from redpp_serve.loopback import ADDRESS, check_ports, free_ports
 from redpp_serve.packaging.server_config import read_limits
 from redpp_serve.processes import Adopted, Guard, Leader, kill_session, start_session, started, tail
+from redpp_serve.runtime.memory import with_huge_pages
 from redpp_serve.serving.running import Running
 from redpp_serve.state_folders import Held, hold, private_folder, sweep
 from redpp_serve.variants import NAMES
@@ -167,7 +168,7 @@ class LocalServer(ABC):
     def _surroundings(self) -> dict[str, str]:
         """Return the environment of its processes. Only who starts a server can have it observe requests."""
         own = {key: value for key, value in os.environ.items() if key not in (OBSERVE_VARIABLE, OBSERVE_FILE_VARIABLE)}
-        return own | self.environment
+        return with_huge_pages(own | self.environment)
 
     def _answers(self) -> bool:
         """Return True once all that is not a worker responds too."""

@@ -163,3 +163,63 @@ def test_a_program_that_moved_uses_its_new_tensors() -> None:
     (after,) = program.double()(x.double())
     assert after.dtype == torch.float64
     torch.testing.assert_close(after.float(), before)
+
+
+def ran(graph: Graph, *inputs: Tensor) -> dict[str, Any]:
+    """Return shape and dtype of each value of a real run."""
+    found: dict[str, Any] = {}
+    Program(graph).tell(lambda name, value: found.update({name: (tuple(value.shape), value.dtype)}), *inputs)
+    return found
+
+
+LAYERS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], tuple[Any, ...]]] = {
+    # operator, shape of x, shape of the weight, what follows the bias
+    "conv1d": ("aten.conv1d.default", (2, 4, 17), (6, 4, 3), ([2], [1], [2])),
+    "conv2d": ("aten.conv2d.default", (2, 4, 9, 8), (6, 2, 3, 2), ([2, 1], [1, 0], [1, 2], 2)),
+    "conv3d": ("aten.conv3d.default", (2, 4, 5, 6, 7), (6, 4, 1, 2, 3), ()),
+    "depthwise": ("aten.conv2d.default", (3, 4, 9, 8), (8, 1, 3, 3), ([1, 1], [1, 1], [1, 1], 4)),
+    "one image": ("aten.conv2d.default", (4, 9, 8), (6, 4, 3, 3), ()),
+    "one number for both": ("aten.conv2d.default", (2, 4, 9, 8), (6, 4, 3, 3), ([2], [1])),
+    "fused conv": ("fused.conv2d", (2, 4, 9, 8), (6, 2, 3, 3), ((2, 2), (1, 1), (1, 1), 2, "relu")),
+    "linear": ("aten.linear.default", (2, 5, 4), (6, 4), ()),
+    "linear of a vector": ("aten.linear.default", (4,), (6, 4), ()),
+    "fused linear": ("fused.linear", (2, 4), (6, 4), ("gelu",)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("case", LAYERS)
+def test_types_are_those_of_a_run(case: str, with_bias: bool, dtype: torch.dtype) -> None:
+    op, shape, weight, rest = LAYERS[case]
+    tensors = {"w": torch.randn(weight, dtype=dtype), "b": torch.randn(weight[0], dtype=dtype)}
+    args = [Ref("x"), Ref("w"), Ref("b") if with_bias else None, *rest]
+    if op.startswith("fused."):
+        args.insert(1, None)
+    nodes = (Node("y", op, tuple(args)), Node("z", "aten.relu.default", (Ref("y"),)))
+    graph = Graph((InputSpec("x", shape[1:], str(dtype).removeprefix("torch.")),), tensors, nodes, ("z",))
+    x = torch.randn(shape, dtype=dtype)
+    assert Program(graph).types(x) == ran(graph, x)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "rest"),
+    [((6, 3, 3, 3), 6, ()), ((6, 4, 3, 3), 5, ()), ((5, 2, 3, 3), 5, ([1], [0], [1], 2)), ((6, 4, 30, 3), 6, ())],
+    ids=["channels", "bias", "groups", "kernel"],
+)
+def test_types_refuse_what_a_run_refuses(weight: tuple[int, ...], bias: int, rest: tuple[Any, ...]) -> None:
+    tensors = {"w": torch.randn(weight), "b": torch.randn(bias)}
+    node = Node("y", "aten.conv2d.default", (Ref("x"), Ref("w"), Ref("b"), *rest))
+    with pytest.raises(RuntimeError):
+        Program(Graph((InputSpec("x", (4, 9, 8)),), tensors, (node,), ("y",))).types(torch.zeros(2, 4, 9, 8))
+
+
+def test_types_are_found_where_zeros_are_refused() -> None:
+    tensors = {"w": torch.zeros(9, 4), "b": torch.eye(3).flatten()}
+    nodes = (
+        Node("flat", "aten.linear.default", (Ref("x"), Ref("w"), Ref("b"))),
+        Node("square", "aten.reshape.default", (Ref("flat"), [-1, 3, 3])),
+        Node("y", "aten.linalg_inv.default", (Ref("square"),)),
+    )
+    found = Program(Graph(X, tensors, nodes, ("y",))).types(torch.zeros(2, 4))
+    assert found["y"] == ((2, 3, 3), torch.float32)

@@ -1,11 +1,14 @@
 """A worker keeps the blocks of its values between requests, as far as its C library can, and never fails for it."""
 
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from packaging.version import parse as version
 
 from redpp_serve.runtime import memory
 
@@ -24,6 +27,8 @@ print(faults(), end=" ")
 free_memory()
 print(faults())
 """
+_SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+THP = _SWITCH.read_text() if _SWITCH.exists() else ""
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 
 
@@ -47,3 +52,41 @@ def test_another_c_library_is_left_alone(found: tuple[str, str], monkeypatch: py
 def test_a_library_that_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_glibc", lambda: SimpleNamespace(mallopt=lambda *_: 0))
     assert memory.keep_blocks() is False
+
+
+_HUGE = """
+import ctypes
+from pathlib import Path
+from redpp_serve.runtime.memory import keep_blocks
+keep_blocks()
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+ctypes.memset(library.malloc(ctypes.c_size_t(64 << 20)), 1, 64 << 20)
+found = [line.split() for line in Path("/proc/self/smaps").read_text().splitlines() if line.startswith("AnonHugePages")]
+print(sum(int(words[1]) for words in found) >> 10)
+"""
+
+
+@glibc
+@pytest.mark.skipif(version(platform.libc_ver()[1] or "0") < version("2.35"), reason="a glibc of before")
+@pytest.mark.skipif("[madvise]" not in THP, reason="a kernel that gives huge pages to all or none")
+def test_values_lie_in_huge_pages_where_they_are_asked_for() -> None:
+    found = {}
+    for name, environment in (("plain", dict(os.environ)), ("huge", memory.with_huge_pages(os.environ))):
+        done = subprocess.run(
+            [sys.executable, "-c", _HUGE], capture_output=True, text=True, check=True, env=environment
+        )
+        found[name] = int(done.stdout)
+    assert found["plain"] < 16 < 32 < found["huge"], f"MiB of 64: {found}"
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, "glibc.malloc.hugetlb=1"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.check=1"}, "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_what_users_say_of_huge_pages_stays(given: dict[str, str], wanted: str) -> None:
+    assert memory.with_huge_pages({"A": "b", **given}) == {"A": "b", "GLIBC_TUNABLES": wanted}
