@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from redpp_serve.ab.decisions import PROMOTE, RAMP, ROLLBACK, START, Decision, d
 from redpp_serve.cli import main
 from redpp_serve.files import deterministic_zip
 from redpp_serve.graph.artifact import build, load
+from redpp_serve.graph.executor import Program
 from redpp_serve.options import Options, Serving
+from redpp_serve.packaging.mar import read_artifact
 from redpp_serve.packaging.package import package
 from tests.ab.test_live import Client, status, until
 from tests.support.small import captured, randomise, write_model
@@ -76,12 +79,16 @@ def with_pruned(folder: Path, out: Path, change: Callable[[Tensor], Tensor]) -> 
     return out
 
 
-def started(folder: Path, *arguments: str) -> tuple[Client, Path]:
-    """Start a test that acts by itself; return its users, and its state folder."""
+@contextmanager
+def started(folder: Path, *arguments: str) -> Iterator[tuple[Client, Path]]:
+    """Start a test that acts by itself, and end it at last; yield its users, and its state folder."""
     words = ("--auto", "--sticky-header", "X-User-Id", "--max-p99-ratio", "50", *arguments)
     assert main(["ab", "start", str(folder), *words]) == 0
-    client = Client(folder, "torchserve")
-    return client, Path(client.running.extra["state"])
+    try:
+        client = Client(folder, "torchserve")
+        yield client, Path(client.running.extra["state"])
+    finally:
+        main(["ab", "stop", str(folder)])  # a second one changes nothing
 
 
 def decided(client: Client, state: Path, action: str) -> list[Decision]:
@@ -107,8 +114,8 @@ def ended(folder: Path, kept: Path) -> tuple[str, dict[str, Any]]:
 def test_what_is_equal_and_faster_climbs_to_all_users_and_is_promoted(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with served(folder, monkeypatch):
-        client, state = started(folder, "--attach", "--ramp", "20,60,100", "--hold", "1")
+    test = started(folder, "--attach", "--ramp", "20,60,100", "--hold", "1")
+    with served(folder, monkeypatch), test as (client, state):
         made = decided(client, state, PROMOTE)
         assert [(d.action, d.users) for d in made] == [(START, "80:20"), (RAMP, "40:60"), (PROMOTE, "pruned")]
         assert status(folder).all_to == "pruned"
@@ -120,10 +127,26 @@ def test_what_is_equal_and_faster_climbs_to_all_users_and_is_promoted(
         assert main(["health", str(folder)]) == 0, "the server is left to serve"
 
 
+def test_wrong_answers_of_replays_are_rolled_back(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version that answers another class than the original is rolled back before it gets a single user."""
+    original = read_artifact(folder / "original.mar").graph
+    x = torch.from_numpy(np.load(folder / "sample.npy")).view(-1, *original.inputs[0].shape)
+    its_class = Program(original)(x)[0][0].argmax()
+    wrong = with_pruned(folder, tmp_path / "wrong", lambda bias: bias - 1e4 * (torch.arange(5) == its_class))
+    with served(wrong, monkeypatch), started(wrong, "--attach", "--shadow") as (client, state):
+        made = decided(client, state, ROLLBACK)
+        assert [d.action for d in made] == [START, ROLLBACK] and "agree" in made[-1].text
+        assert {client.one() for _ in range(30)} == {(200, "original")}
+        text, _ = ended(wrong, tmp_path / "kept")
+        assert text.startswith("Rolled back by the verdict")
+
+
 def test_what_fails_its_users_is_rolled_back(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = with_pruned(folder, tmp_path / "broken", lambda bias: torch.full_like(bias, torch.inf))
-    with served(broken, monkeypatch):
-        client, state = started(broken, "--attach", "--ramp", "20,60,100", "--hold", "1")
+    test = started(broken, "--attach", "--ramp", "20,60,100", "--hold", "1")
+    with served(broken, monkeypatch), test as (client, state):
         assert client.one(X_Redpp_Arm="pruned")[0] == 500
         made = decided(client, state, ROLLBACK)
         assert [d.action for d in made] == [START, ROLLBACK] and made[-1].users == "original"
