@@ -2,7 +2,8 @@
 
 ``python -m redpp_serve.ab.grpc_relay --server HOST:PORT --original SOCKET --pruned SOCKET --versions 1 2`` runs until
 SIGTERM. nginx chooses the arm, and passes the request to that arm's socket; here the version is added to the message.
-Protocol Buffers take the last value of a field, so that it goes behind the message as it came.
+Protocol Buffers take the last value of a field, so that it goes behind the message as it came. A request that its arm
+fails is asked of the other one, where the gateway allows it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import grpc
 
 _SERVICE, _METHOD = "inference.GRPCInferenceService", "ModelInfer"
 _VERSION_FIELD = b"\x12"  # number 2 of a ModelInferRequest, with its length before it
-_DROPPED = ("user-agent", "te", "content-type", "host")
+MAY_CHANGE, CHANGED = "x-redpp-may-change", "x-redpp-changed"  # metadata from the gateway and back to it, of value 1
+_DROPPED = ("user-agent", "te", "content-type", "host", MAY_CHANGE)
+_FAILED = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE})
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 _GRACE_S = 1.0  # for requests in flight
 
@@ -30,30 +33,46 @@ def of_version(request: bytes, version: str) -> bytes:
     return request + _VERSION_FIELD + bytes([len(version)]) + version.encode()
 
 
-def arm(channel: Any, version: str) -> Any:
-    """Return what answers questions for predictions as one version of the model does, by a channel to the server."""
+def arm(channel: Any, version: str, other: str) -> Any:
+    """Return what answers questions for predictions as one version of the model does, by a channel to the server.
+
+    Args:
+        channel: to the server.
+        version: the version.
+        other: the one that is asked after it has failed.
+    """
     infer = channel.unary_unary(f"/{_SERVICE}/{_METHOD}")
 
+    async def ask(request: bytes, number: str, metadata: Sequence[tuple[str, Any]], context: Any) -> bytes:
+        sent = [(key, value) for key, value in metadata if key not in _DROPPED]
+        reply: bytes = await infer(of_version(request, number), metadata=sent, timeout=context.time_remaining())
+        return reply
+
     async def answer(request: bytes, context: Any) -> bytes:
-        sent = [(key, value) for key, value in context.invocation_metadata() or () if key not in _DROPPED]
+        metadata = context.invocation_metadata() or ()
         try:
-            reply: bytes = await infer(of_version(request, version), metadata=sent, timeout=context.time_remaining())
+            try:
+                return await ask(request, version, metadata, context)
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in _FAILED or (MAY_CHANGE, "1") not in metadata:
+                    raise
+            await context.send_initial_metadata(((CHANGED, "1"),))
+            return await ask(request, other, metadata, context)
         except grpc.aio.AioRpcError as error:
             await context.abort(error.code(), error.details() or "")
             raise
-        return reply
 
     return grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: grpc.unary_unary_rpc_method_handler(answer)})
 
 
 async def run(server: str, arms: Sequence[tuple[Path, str]], stop: Callable[[], Awaitable[Any]]) -> None:
-    """Serve each arm, a socket and a version, until ``stop`` returns."""
+    """Serve both arms, each a socket and a version, until ``stop`` returns."""
     async with grpc.aio.insecure_channel(server, options=_OPTIONS) as channel:
         relays = []
-        for path, version in arms:
+        for (path, version), (_, other) in zip(arms, reversed(arms), strict=True):
             path.unlink(missing_ok=True)
             relays.append(grpc.aio.server(options=_OPTIONS))
-            relays[-1].add_generic_rpc_handlers((arm(channel, version),))
+            relays[-1].add_generic_rpc_handlers((arm(channel, version, other),))
             relays[-1].add_insecure_port(f"unix:{path}")
             await relays[-1].start()
             path.chmod(0o666)  # nginx's worker may be another user; the folder is closed to others

@@ -43,6 +43,7 @@ class Triton(grpc.GenericRpcHandler):
     """Answers with the version that it is asked for, or refuses."""
 
     refuses: grpc.StatusCode | None = None
+    only: str = ""  # the version that it refuses, where it is not all
     metadata: list[dict[str, str]] = field(default_factory=list)
 
     def service(self, details: Any) -> Any:
@@ -55,7 +56,7 @@ class Triton(grpc.GenericRpcHandler):
     def _infer(self, data: bytes, context: Any) -> bytes:
         request = service_pb2.ModelInferRequest.FromString(data)
         self.metadata.append(dict(context.invocation_metadata()))
-        if self.refuses:
+        if self.refuses and request.model_version.startswith(self.only):
             context.abort(self.refuses, "as told")
         reply = service_pb2.ModelInferResponse(model_name=request.model_name, model_version=request.model_version)
         reply.raw_output_contents.append(request.raw_input_contents[0])
@@ -146,6 +147,41 @@ def test_errors_of_grpc_are_counted_by_arm(live: NginxProcess, triton: tuple[Tri
     traffic = Traffic()
     traffic.take(Lines(live.access_log).new())
     assert traffic.requests.total() == 3 and traffic.errors.total() == traffic.refused.total() == 1
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN])
+def test_an_arm_that_fails_leaves_its_users_to_the_other(
+    live: NginxProcess, triton: tuple[Triton, int], code: grpc.StatusCode
+) -> None:
+    switch(live.gateway.folder, "pruned")
+    triton[0].refuses, triton[0].only = code, "2"
+    assert ask(live, x_user_id="a", token="t") == "1"
+    assert triton[0].metadata[-1]["token"] == "t" and not [k for k in triton[0].metadata[-1] if "change" in k]
+    with pytest.raises(InferenceServerException, match="as told"):
+        ask(live, x_redpp_arm="pruned")  # who asks for an arm gets its answer
+    with pytest.raises(InferenceServerException, match="as told"):
+        ask(live, x_redpp_arm="pruned", x_redpp_may_change="1")
+    triton[0].only = ""
+    with pytest.raises(InferenceServerException, match="as told"):
+        ask(live, x_user_id="a")  # both fail
+    triton[0].refuses = grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(InferenceServerException, match="as told"):
+        ask(live, x_user_id="a")  # the request is at fault
+    live.stop()
+    lines = [json.loads(line) for line in live.access_log.read_text().splitlines()]
+    seen = [(line["arm"], line["answered_by"], line["status"]) for line in lines]
+    status = 503 if code == grpc.StatusCode.UNAVAILABLE else 500
+    assert seen == [
+        ("pruned", "original", 200),
+        ("pruned", "pruned", status),
+        ("pruned", "pruned", status),
+        ("pruned", "original", status),
+        ("pruned", "pruned", 400),
+    ]
+    traffic = Traffic()
+    traffic.take(Lines(live.access_log).new())
+    assert traffic.failed_over == {"pruned": 1}, "the one that was answered"
 
 
 @pytest.mark.server
