@@ -262,7 +262,7 @@ def describe_precisions(network: Network, graph: Graph) -> tuple[dict[str, Any],
     """Return an artifact's description as packaging writes it, and what each precision costs."""
     budget = SynthesisBudget(_FITTED, _CHUNK, 0, _JUDGED)
     inputs = prepare(graph, Sources(scale=network.scale), budget)
-    found = measure_precisions(graph, inputs.fit, inputs.families)
+    found = measure_precisions(graph, inputs.fit, inputs.families, PRECISION_ERROR)
     description = {"name": network.name, "variant": "original", "info": {}}
     judged = {name: vars(record) for name, record in found.records.items()}
     return description | {"precision": found.description(PRECISION_ERROR)}, judged

@@ -12,7 +12,8 @@ import torch
 
 from redpp_serve.engines.onnx_writer import WEIGHTS, UntranslatableError, Writer
 from redpp_serve.engines.sessions import import_openvino
-from redpp_serve.graph.graph import Graph, Ref
+from redpp_serve.graph.graph import Graph, Node, Ref
+from redpp_serve.graph.operators import INT8_VALUES
 
 if TYPE_CHECKING:
     import onnx
@@ -342,7 +343,37 @@ def _masked_fill(w: Writer, x: Ref, mask: Ref, value: Any) -> str:
 @_rule("fused.conv2d")
 def _fused_conv2d(w: Writer, x: Ref, other: Ref | None, weight: Ref, bias: Ref | None, *rest: Any) -> str:
     *geometry, activation = rest
-    return _epilogue(w, _convolve(w, w.tensor(x), weight, bias, *geometry), other, activation)
+    source, more = _before_padding(w, x)
+    return _epilogue(w, _convolve(w, source, weight, bias, *geometry, more), other, activation)
+
+
+def _before_padding(w: Writer, x: Ref) -> tuple[str, list[int]]:
+    """Return what a convolution reads without the zeros that a node of its own puts around it, and their numbers.
+
+    They are those in front for each axis behind the channels, then those at the end; none where no such node is. In
+    eight bits zero is one of the levels, so that rounding leaves the zeros as they are.
+    """
+    made = w.maker(x)
+    rounded = made if made and made.op == INT8_VALUES else None
+    padding = w.maker(rounded.args[0]) if rounded else made
+    sizes = _zeros_around(padding, w.rank(x) - 2) if padding else None
+    if padding is None or sizes is None:
+        return w.tensor(x), [0] * 2 * (w.rank(x) - 2)
+    source = padding.args[0]
+    return _int8_values(w, source, *rounded.args[1:]) if rounded else w.tensor(source), sizes
+
+
+def _zeros_around(node: Node, axes: int) -> list[int] | None:
+    """Return how many zeros a node puts in front of each of the last axes, and behind; None where it does not."""
+    if node.op not in ("aten.pad.default", "aten.constant_pad_nd.default") or node.kwargs:
+        return None
+    sizes, *rest = node.args[1:]
+    mode = "constant" if node.op.startswith("aten.constant") or not rest else rest.pop(0)
+    known = all(isinstance(size, int) and size >= 0 for size in sizes)
+    if mode != "constant" or any(rest) or not known or len(sizes) > 2 * axes:
+        return None
+    pairs = [*zip(sizes[::2], sizes[1::2], strict=True), *[(0, 0)] * axes][:axes]
+    return [pair[end] for end in (0, 1) for pair in reversed(pairs)]
 
 
 @_rule("fused.linear")
@@ -380,7 +411,15 @@ def _convolution(w: Writer, x: Ref, weight: Ref, bias: Ref | None, *rest: Any) -
 
 
 def _convolve(  # noqa: PLR0913 - the arguments of a convolution
-    w: Writer, x: str, weight: Ref, bias: Ref | None, stride: Any, padding: Any, dilation: Any, groups: int
+    w: Writer,
+    x: str,
+    weight: Ref,
+    bias: Ref | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    more: Sequence[int] = (),
 ) -> str:
     kernel = w.static(weight, *range(2, w.rank(weight)))
     rank = len(kernel)
@@ -390,6 +429,7 @@ def _convolve(  # noqa: PLR0913 - the arguments of a convolution
         pads = [t // 2 for t in total] + [t - t // 2 for t in total]
     else:
         pads = _each(padding, rank) * 2
+    pads = [a + b for a, b in zip(pads, more, strict=True)] if more else pads
     inputs = [x, w.weight(weight), *([] if bias is None else [w.tensor(bias)])]
     return w.emit("Conv", *inputs, kernel_shape=kernel, strides=steps, dilations=spaces, pads=pads, group=groups)
 

@@ -59,6 +59,7 @@ class Writer:
 
         self.graph, self.signed, self._onnx, self._weights = graph, signed, onnx, weights
         self.node = Node("", "", ())
+        self._makers = {node.name: node for node in graph.nodes}
         runs = [(graph, 1), (graph, 2), *((other, 1) for other in size_samples(graph))]
         self._types = [_types(each, batch) for each, batch in runs]
         self._sizes = [value_sizes(each, "cpu", batch) for each, batch in runs]
@@ -117,6 +118,10 @@ class Writer:
             return value
         return self.constant(torch.tensor(value, dtype=like))
 
+    def maker(self, value: Ref) -> Node | None:
+        """Return the node of the graph that makes a value; None for an input or a stored tensor."""
+        return self._makers.get(value.name)
+
     def is_tensor(self, value: Ref) -> bool:
         """Tell whether a reference is a tensor, and not a size."""
         return value.name not in self._sizes[0]
@@ -127,7 +132,7 @@ class Writer:
 
     def weight(self, value: Ref, transposed: bool = False) -> str:
         """Return the ONNX name of a layer's weight; transposed, that of (n_in, n_out). Eight bits stay eight bits."""
-        made = self.graph.node(value.name) if value.name not in self.graph.tensors else None
+        made = self.maker(value)
         permute = (1, 0) if transposed else None
         if made is None or made.op != INT8_WEIGHT:
             known = self.known(value)

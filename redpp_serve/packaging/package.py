@@ -182,7 +182,7 @@ def write_package(
         dry_run: do everything but the trial runs, and write nothing.
     """
     with stages.run("precision") as stage:
-        precisions = _precisions(pruned)
+        precisions = _precisions(pruned, model.serving.precision_error)
         stage.reason = "; ".join(f"{name}: {_in_words(found)}" for name, found in precisions.items())
     with stages.run("package") as stage:
         versions = [
@@ -262,14 +262,14 @@ def _check_labels(labels: Sequence[str], graph: Graph) -> None:
         )
 
 
-def _precisions(pruned: Pruned) -> dict[str, Precisions]:
+def _precisions(pruned: Pruned, limit: float) -> dict[str, Precisions]:
     if pruned.inputs.unread:
         return {variant.name: Precisions() for variant in (ORIGINAL, PRUNED)}
     fit, families = pruned.inputs.fit, dict(pruned.inputs.reference.families)
     if not fit and len(families) > 1:  # nothing was fitted: one family gives the ranges, the others judge
         fit = families.pop(next(iter(families)))
     return {
-        variant.name: measure_precisions(graph, fit, families)
+        variant.name: measure_precisions(graph, fit, families, limit)
         for variant, graph in ((ORIGINAL, pruned.original), (PRUNED, pruned.pruned))
     }
 

@@ -159,6 +159,41 @@ def test_eight_bits_are_what_the_pass_says() -> None:
         assert (found - expected).norm() / wide.norm() < 0.5 * error, name
 
 
+def _padded(*sizes: int, mode: str = "constant", value: float = 0.0) -> Callable[..., Any]:
+    return lambda m, x: F.conv2d(F.pad(F.relu(x), sizes, mode, value), m.weight, None, 2, (1, 0)).relu()
+
+
+PADDED = {  # what is padded, and whether the convolution takes it
+    "alike": (_padded(1, 1, 1, 1), True),
+    "at the end": (_padded(0, 1, 0, 2), True),
+    "one axis": (_padded(3, 1), True),
+    "cut": (_padded(-1, 1, 0, 0), False),
+    "ones": (_padded(1, 1, 1, 1, value=1.0), False),
+    "reflected": (_padded(1, 1, 1, 1, mode="reflect"), False),
+    "channels too": (lambda m, x: F.conv2d(F.pad(x[:, :2], (1, 1, 0, 1, 1, 1)), m.weight).relu(), False),
+}
+
+
+@pytest.mark.parametrize("case", PADDED)
+def test_zeros_around_a_convolution_are_its_own(case: str) -> None:
+    function, taken = PADDED[case]
+    graph = serving_graph(graph_of(function), CPU)
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    kinds = {"fp32": graph, **({"int8": in_int8(graph, find_ranges(graph, (x,)))} if processor.int8_pays() else {})}
+    for precision, each in kinds.items():
+        model = to_onnx(each)
+        feeding = [next(n for n in model.graph.node if n.op_type == "Conv").input[0]]
+        for node in reversed(model.graph.node):  # what the convolution is made from
+            if set(node.output) & set(feeding):
+                feeding += node.input
+        assert ("Pad" not in {n.op_type for n in model.graph.node if set(n.output) & set(feeding)}) == taken
+        (expected,) = Program(each)(x)
+        for name, session in SESSIONS.items():
+            found = torch.from_numpy(session(model.SerializeToString(), precision, 1)([x.numpy()])[0])
+            limit = 1e-5 if precision == "fp32" else 0.02
+            assert (found - expected).norm() <= limit * expected.norm(), (name, precision)
+
+
 def test_what_no_rule_covers_is_named() -> None:
     graph = Graph((InputSpec("x", (3,)),), {}, (Node("y", "aten.acosh.default", (Ref("x"),)),), ("y",))
     with pytest.raises((UntranslatableError, KeyError), match="acosh"):
