@@ -19,7 +19,15 @@ from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 from redpp_serve.runtime import engine_choice
 from redpp_serve.runtime.buckets import Bucket
 from redpp_serve.runtime.engine_choice import Chosen, _candidates, _known, _odd, _pick, _ready
-from redpp_serve.runtime.engine_network import AUTO, Candidate, ranges, recorded_error, served_precisions, stored_inputs
+from redpp_serve.runtime.engine_network import (
+    AUTO,
+    Candidate,
+    Clock,
+    ranges,
+    recorded_error,
+    served_precisions,
+    stored_inputs,
+)
 from redpp_serve.runtime.engine_times import Expected, _Race
 from redpp_serve.runtime.plan import EngineChoice, Timing
 from redpp_serve.runtime.plan_cache import PlanCache
@@ -206,8 +214,9 @@ class Closing:
         self.closed += 1
 
 
-def race(seconds: float = 10.0) -> _Race:
-    return _Race(SimpleNamespace(), (Bucket(1), Bucket(8)), time.monotonic() + seconds, OWN, False)  # type: ignore[arg-type]
+def race(seconds: float = 10.0, clock: Clock = time.process_time) -> _Race:
+    network: Any = SimpleNamespace(clock=clock)
+    return _Race(network, (Bucket(1), Bucket(8)), time.monotonic() + seconds, OWN, False)
 
 
 def test_those_that_are_near_at_one_bucket_stay_and_what_is_left_out_ends() -> None:
@@ -253,3 +262,11 @@ def test_nothing_is_tried_when_the_time_is_up() -> None:
     late = race(-0.1)
     late.enter(Candidate.parse(A), None, 1.0)  # type: ignore[arg-type]
     assert late.measured.left_out == {A: "not tried for want of time"}
+
+
+@pytest.mark.parametrize(("clock", "wanted"), [(time.process_time, A), (time.perf_counter, OWN)])
+def test_single_readings_of_processor_time_are_trusted_more(clock: Clock, wanted: str) -> None:
+    found = race(clock=clock)
+    found._quick[Bucket(1)] = {OWN: 1.0, A: 0.9}
+    (choice,) = _pick({Bucket(1): found._finished(Bucket(1), 0.0)}, (Bucket(1),), OWN, "measured", AUTO)
+    assert str(Candidate(choice.engine, choice.precision)) == wanted
