@@ -43,6 +43,7 @@ from redpp_serve.variants import NAMES
 
 DISK_BYTES, USER_HEADER, BAD_SHARE = 256 << 20, "X-User-Id", 0.1
 STRETCH_S, RECOVERY_S, TIMEOUT_S = 8.0, 60.0, 60.0
+_SHORT_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -266,12 +267,16 @@ def faults_part(
 
 
 def stretches(asked: Sequence[Asked], done: dict[str, tuple[float, float]]) -> dict[str, Any]:
-    """Return for each fault what became of the requests between it and the next, and of those it met in flight."""
+    """Return for each fault what became of the requests between it and the next, and of those it met in flight.
+
+    A fault strikes some time between its beginning and its end: what was under way in a short one may have met it.
+    """
     ends = [*(at for at, _ in list(done.values())[1:]), float("inf")]
     found = {}
     for (name, (at, acted)), end in zip(done.items(), ends, strict=True):
-        met = [x for x in asked if x.start_s < at < x.end_s]
-        began = [x for x in asked if at <= x.start_s < end and x.end_s <= end]
+        struck = acted if acted - at < _SHORT_S else at
+        met = [x for x in asked if x.start_s < struck and x.end_s > at]
+        began = [x for x in asked if struck <= x.start_s < end and x.end_s <= end]
         found[name] = {
             "requests": len(began),
             "good": sum(x.good for x in began),
