@@ -58,14 +58,26 @@ def load_triton_versions(running: Running, versions: Iterable[str]) -> None:
     """Have Triton load these versions and no other.
 
     The rest of the configuration is what the model was loaded with: only then do versions that stay keep their
-    processes.
+    processes. Triton is told over gRPC: over HTTP it would answer nothing else, until the version is loaded, on the
+    users' connections that share a thread with this one.
 
     Raises:
         RedppError: it refuses or does not answer.
     """
-    config = {**running.model_config, "version_policy": {"specific": {"versions": sorted(versions)}}}
-    document = {"parameters": {"config": json.dumps(config)}}
-    _manage(running, "POST", f"/v2/repository/models/{running.name}/load", document)
+    from tritonclient.grpc import InferenceServerClient  # noqa: PLC0415 - optional
+    from tritonclient.utils import InferenceServerException  # noqa: PLC0415
+
+    config = json.dumps({**running.model_config, "version_policy": {"specific": {"versions": sorted(versions)}}})
+    if not running.grpc:  # a server that a release of before has started
+        document = {"parameters": {"config": config}}
+        _manage(running, "POST", f"/v2/repository/models/{running.name}/load", document)
+        return
+    try:
+        with InferenceServerClient(running.grpc) as client:
+            headers = running.headers["management"]
+            client.load_model(running.name, headers=headers, config=config, client_timeout=_TIMEOUT_S)
+    except InferenceServerException as error:
+        raise _failure(running, f"does not load {running.name}: {error}") from error
 
 
 def _manage(running: Running, method: str, path: str, document: Any = None, timeout_s: float = _TIMEOUT_S) -> Any:
@@ -79,7 +91,11 @@ def _manage(running: Running, method: str, path: str, document: Any = None, time
         problem = f"answers {status}: {reply.decode(errors='replace')[:300]}"
     except (*NO_ANSWER, ValueError) as error:
         problem = f"does not answer: {error}"
-    raise RedppError(
+    raise _failure(running, problem)
+
+
+def _failure(running: Running, problem: str) -> RedppError:
+    return RedppError(
         f"the server for {running.folder} {problem}",
         "a reply of its management API",
         "see what redpp-serve serve printed; start it again if it has ended",

@@ -2,9 +2,13 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
+import grpc
 import pytest
+from tritonclient.grpc import service_pb2
 
 from redpp_serve.errors import RedppError
 from redpp_serve.serving.running import Running
@@ -77,6 +81,49 @@ def test_tritons_default_is_the_highest_version_that_is_loaded(api: tuple[Api, S
         assert default_variant(told) == variant, index
         assert {"1", "2"} <= loaded_triton_versions(told)
         assert answers.asked[-1] == ("/v2/repository/index", {})
+
+
+class Repository(grpc.GenericRpcHandler):
+    """Triton's gRPC: loads, or refuses."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str, str]] = []
+        self.refuses = False
+
+    def service(self, details: Any) -> Any:
+        if details.method != "/inference.GRPCInferenceService/RepositoryModelLoad":
+            return None
+        return grpc.unary_unary_rpc_method_handler(self._load)
+
+    def _load(self, data: bytes, context: Any) -> bytes:
+        request = service_pb2.RepositoryModelLoadRequest.FromString(data)
+        token = dict(context.invocation_metadata())["token"]
+        self.asked.append((request.model_name, token, request.parameters["config"].string_param))
+        if self.refuses:
+            context.abort(grpc.StatusCode.INTERNAL, "no room")
+        return b""
+
+
+def test_triton_is_told_to_load_over_grpc_so_that_no_user_of_http_waits(api: tuple[Api, StubServer]) -> None:
+    answers, server = api
+    repository, loader = Repository(), grpc.server(ThreadPoolExecutor(2))
+    loader.add_generic_rpc_handlers((repository,))
+    port = loader.add_insecure_port("127.0.0.1:0")
+    loader.start()
+    try:
+        told = replace(running(server, "triton"), grpc=f"127.0.0.1:{port}")
+        switch(told, "pruned")
+        ((name, token, config),) = repository.asked
+        policy = {"specific": {"versions": ["1", "2"]}}
+        assert (name, token, json.loads(config)) == ("a", "m", {**CONFIG, "version_policy": policy})
+        assert not answers.asked
+        repository.refuses = True
+        with pytest.raises(RedppError, match="the server for /dist/a does not load a: .*no room"):
+            switch(told, "original")
+    finally:
+        loader.stop(0)
+    with pytest.raises(RedppError, match="the server for /dist/a does not load a"):
+        switch(told, "pruned")
 
 
 def test_a_refusal_and_silence_are_errors_that_name_the_folder(api: tuple[Api, StubServer]) -> None:
