@@ -348,19 +348,18 @@ def _fused_conv2d(w: Writer, x: Ref, other: Ref | None, weight: Ref, bias: Ref |
 
 
 def _before_padding(w: Writer, x: Ref) -> tuple[str, list[int]]:
-    """Return what a convolution reads without the zeros that a node of its own puts around it, and their numbers.
+    """Return what a convolution in eight bits reads without the zeros that a node puts around it, and their numbers.
 
-    They are those in front for each axis behind the channels, then those at the end; none where no such node is. In
-    eight bits zero is one of the levels, so that rounding leaves the zeros as they are.
+    They are those in front for each axis behind the channels, then those at the end; none where no such node is. Zero
+    is one of the levels, so that rounding leaves the zeros as they are. In floats they stay a node: OpenVINO takes them
+    into the convolution by itself, and ONNX Runtime is slower with them (EfficientNet-Lite0: 1.7 times).
     """
-    made = w.maker(x)
-    rounded = made if made and made.op == INT8_VALUES else None
-    padding = w.maker(rounded.args[0]) if rounded else made
-    sizes = _zeros_around(padding, w.rank(x) - 2) if padding else None
-    if padding is None or sizes is None:
-        return w.tensor(x), [0] * 2 * (w.rank(x) - 2)
-    source = padding.args[0]
-    return _int8_values(w, source, *rounded.args[1:]) if rounded else w.tensor(source), sizes
+    rounded, axes = w.maker(x), w.rank(x) - 2
+    padding = w.maker(rounded.args[0]) if rounded and rounded.op == INT8_VALUES else None
+    sizes = _zeros_around(padding, axes) if padding else None
+    if rounded is None or padding is None or sizes is None:
+        return w.tensor(x), [0] * 2 * axes
+    return _int8_values(w, padding.args[0], *rounded.args[1:]), sizes
 
 
 def _zeros_around(node: Node, axes: int) -> list[int] | None:

@@ -175,7 +175,7 @@ PADDED = {  # what is padded, and whether the convolution takes it
 
 
 @pytest.mark.parametrize("case", PADDED)
-def test_zeros_around_a_convolution_are_its_own(case: str) -> None:
+def test_zeros_around_a_convolution_in_eight_bits_are_its_own(case: str) -> None:
     function, taken = PADDED[case]
     graph = serving_graph(graph_of(function), CPU)
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -186,7 +186,9 @@ def test_zeros_around_a_convolution_are_its_own(case: str) -> None:
         for node in reversed(model.graph.node):  # what the convolution is made from
             if set(node.output) & set(feeding):
                 feeding += node.input
-        assert ("Pad" not in {n.op_type for n in model.graph.node if set(n.output) & set(feeding)}) == taken
+        assert ("Pad" not in {n.op_type for n in model.graph.node if set(n.output) & set(feeding)}) == (
+            taken and precision == "int8"
+        )
         (expected,) = Program(each)(x)
         for name, session in SESSIONS.items():
             found = torch.from_numpy(session(model.SerializeToString(), precision, 1)([x.numpy()])[0])
