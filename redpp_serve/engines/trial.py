@@ -62,7 +62,7 @@ class Trial:
         np.savez(Path(self._folder.name) / _INPUTS, *inputs)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         what = [self._folder.name, engine, precision, str(threads), str(device), str(model)]
-        command = [_python(), "-m", "redpp_serve.engines.trial", *what]
+        command = [_python(), "-B", "-m", "redpp_serve.engines.trial", *what]  # no files in a model repository
         pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
         self._process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=quiet)
         try:

@@ -32,7 +32,8 @@ from redpp_serve.runtime.timing import FEWEST_ROUNDS, in_turns, rounds, timed, t
 _NEAR = 1.15  # times as slow as the fastest: candidates beyond do not take turns with it
 _CLEAR = 1.5  # times as slow as the fastest: one reading is enough, and larger batches are not read
 _WORK_SECONDS = 5e-3  # of a call: where the fastest takes less, larger batches are read, since calls cost something too
-_UNSURE, _UNSURE_OF_PROCESSOR = 1.15, 1.05  # a ratio of single readings may be so much too small; of processor times
+# A ratio of single readings may be so much too small; one of processor times that costs no precision is decided sooner.
+_UNSURE, _LITTLE_UNSURE = 1.15, 1.05
 _TURNS, _MOST_TURNS = 3, 15  # rounds between candidates that are all surely faster than the incumbent
 _TURNS_WORTH = 0.5  # seconds that more than the fewest of them may take in a bucket
 _LONG_SECONDS = 0.1  # of a call, which then says enough alone
@@ -309,9 +310,9 @@ class _Race:
         if not quick:  # all that ran at this bucket failed later
             quick[first] = self._calls[first](bucket)
         incumbent, best = quick.get(first, math.inf), min(quick.values())
-        unsure = _UNSURE_OF_PROCESSOR if self._network.clock is time.process_time else _UNSURE
-        far = unsure / _CLEAR  # of an incumbent that was not read here: it was so much behind at a smaller batch
-        found = {n: Timing(s, unsure * s / incumbent if math.isfinite(incumbent) else far) for n, s in quick.items()}
+        far = _UNSURE / _CLEAR  # of an incumbent that was not read here: it was so much behind at a smaller batch
+        known = math.isfinite(incumbent)
+        found = {n: Timing(s, self._unsure(n) * s / incumbent if known else far) for n, s in quick.items()}
         names = [name for name, once in quick.items() if name != first and once <= _NEAR * best]
         clear = incumbent > _CLEAR * best
         names = names if clear else [first, *names]
@@ -325,6 +326,10 @@ class _Race:
         columns = zip(*itertools.islice(rounds(calls), turns), strict=True)
         medians = {name: statistics.median(column) for name, column in zip(names, columns, strict=True)}
         return found | {name: Timing(median, found[name].high) for name, median in medians.items()}
+
+    def _unsure(self, name: str) -> float:
+        same = Candidate.parse(name).precision == Candidate.parse(self._first).precision
+        return _LITTLE_UNSURE if same and self._network.clock is time.process_time else _UNSURE
 
 
 class _Failed(Exception):

@@ -264,9 +264,14 @@ def test_nothing_is_tried_when_the_time_is_up() -> None:
     assert late.measured.left_out == {A: "not tried for want of time"}
 
 
-@pytest.mark.parametrize(("clock", "wanted"), [(time.process_time, A), (time.perf_counter, OWN)])
-def test_single_readings_of_processor_time_are_trusted_more(clock: Clock, wanted: str) -> None:
+@pytest.mark.parametrize(
+    ("clock", "other", "wanted"),
+    [(time.process_time, A, A), (time.perf_counter, A, OWN), (time.process_time, "openvino bf16", OWN)],
+)
+def test_single_readings_of_processor_time_decide_where_no_precision_is_lost(
+    clock: Clock, other: str, wanted: str
+) -> None:
     found = race(clock=clock)
-    found._quick[Bucket(1)] = {OWN: 1.0, A: 0.9}
+    found._quick[Bucket(1)] = {OWN: 1.0, other: 0.9}
     (choice,) = _pick({Bucket(1): found._finished(Bucket(1), 0.0)}, (Bucket(1),), OWN, "measured", AUTO)
     assert str(Candidate(choice.engine, choice.precision)) == wanted

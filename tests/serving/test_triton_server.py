@@ -23,7 +23,7 @@ import pytest
 from redpp_serve.errors import RedppError
 from redpp_serve.loopback import TritonPorts, free_ports
 from redpp_serve.options import ServerOptions
-from redpp_serve.processes import session
+from redpp_serve.processes import session, started
 from redpp_serve.serving.health import probe, sample_request
 from redpp_serve.serving.serve import open_server
 from redpp_serve.serving.server import RESTARTS
@@ -201,9 +201,9 @@ def kill_worker(server: TritonServer, version: str) -> int:
     (pid,) = pids(server, version)
     psutil.Process(pid).kill()
     until = time.monotonic() + 10
-    while pids(server, version) and time.monotonic() < until:
+    while (pids(server, version) or started(pid) is not None) and time.monotonic() < until:
         time.sleep(0.02)
-    assert pids(server, version) == []
+    assert pids(server, version) == [] and started(pid) is None
     return pid
 
 
