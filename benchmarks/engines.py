@@ -83,7 +83,8 @@ def environment() -> dict[str, Any]:
             found["versions"][package] = version(package)
         except PackageNotFoundError:
             found["versions"][package] = "missing"
-    return found | {"processor": processor.describe(), "flags": sorted(processor.flags())}
+    memory = "freed blocks are kept, and huge pages asked for, as `serve` and the images do"
+    return found | {"processor": processor.describe(), "flags": sorted(processor.flags()), "memory": memory}
 
 
 def cells(options: argparse.Namespace) -> Iterator[CellOptions]:
