@@ -342,9 +342,10 @@ def _masked_fill(w: Writer, x: Ref, mask: Ref, value: Any) -> str:
 
 @_rule("fused.conv2d")
 def _fused_conv2d(w: Writer, x: Ref, other: Ref | None, weight: Ref, bias: Ref | None, *rest: Any) -> str:
-    *geometry, activation = rest
-    source, more = _before_padding(w, x)
-    return _epilogue(w, _convolve(w, source, weight, bias, *geometry, more), other, activation)
+    stride, padding, dilation, groups, activation = rest
+    source, zeros = _before_padding(w, x)
+    y = _convolve(w, source, weight, bias, stride, padding, dilation, groups, zeros)
+    return _epilogue(w, y, other, activation)
 
 
 def _before_padding(w: Writer, x: Ref) -> tuple[str, list[int]]:
