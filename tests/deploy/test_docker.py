@@ -493,8 +493,11 @@ def test_triton_as_the_image_starts_it(packaged: Path, tmp_path: Path) -> None:
         assert set(found) <= {"0"}, "a probe counts as no request"
         url = f"http://127.0.0.1:{ports.http}/v2/models/small"
         _post(f"{url}/versions/2/infer", *_module("probe").binary_request(url, packaged / "sample.npy", 10.0))
-        metrics = _get(f"http://127.0.0.1:{ports.metrics}/metrics")
-        assert re.findall(counted, metrics) == ["1"] and 'variant="original"' not in metrics
+        deadline = time.monotonic() + 10  # a request is counted once its answer is on the way
+        while re.findall(counted, metrics := _get(f"http://127.0.0.1:{ports.metrics}/metrics")) != ["1"]:
+            assert time.monotonic() < deadline, metrics
+            time.sleep(0.05)
+        assert 'variant="original"' not in metrics
         for path in (
             "repository/index",
             "repository/models/small/load",
