@@ -13,8 +13,8 @@ The third version alternates between two numbers: one that has died is replaced 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from redpp_serve.errors import RedppError
 from redpp_serve.loopback import NO_ANSWER, ask
@@ -23,6 +23,7 @@ from redpp_serve.variants import NAMES, ORIGINAL, VARIANTS
 
 TRITON_VERSIONS = tuple(variant.triton_version for variant in VARIANTS)
 STAND_INS = ("3", "4")  # numbers for the original above both
+_Reply = TypeVar("_Reply")
 _TIMEOUT_S = 120.0  # a rollback on Triton loads a version
 
 
@@ -50,34 +51,52 @@ def loaded_triton_versions(running: Running, timeout_s: float = _TIMEOUT_S) -> s
     Raises:
         RedppError: it does not answer.
     """
-    index = _manage(running, "POST", "/v2/repository/index", {}, timeout_s)
-    return {entry["version"] for entry in index if entry["name"] == running.name and entry.get("state") == "READY"}
+    if not running.grpc:  # a server that a release of before has started
+        index = _manage(running, "POST", "/v2/repository/index", {}, timeout_s)
+        return {entry["version"] for entry in index if entry["name"] == running.name and entry.get("state") == "READY"}
+
+    def ask_index(client: Any) -> Any:
+        return client.get_model_repository_index(headers=running.headers["management"], client_timeout=timeout_s)
+
+    found = _over_grpc(running, ask_index, "does not answer")
+    return {entry.version for entry in found.models if entry.name == running.name and entry.state == "READY"}
 
 
 def load_triton_versions(running: Running, versions: Iterable[str]) -> None:
     """Have Triton load these versions and no other.
 
     The rest of the configuration is what the model was loaded with: only then do versions that stay keep their
-    processes. Triton is told over gRPC: over HTTP it would answer nothing else, until the version is loaded, on the
-    users' connections that share a thread with this one.
+    processes.
 
     Raises:
         RedppError: it refuses or does not answer.
     """
-    from tritonclient.grpc import InferenceServerClient  # noqa: PLC0415 - optional
-    from tritonclient.utils import InferenceServerException  # noqa: PLC0415
-
     config = json.dumps({**running.model_config, "version_policy": {"specific": {"versions": sorted(versions)}}})
-    if not running.grpc:  # a server that a release of before has started
+    if not running.grpc:
         document = {"parameters": {"config": config}}
         _manage(running, "POST", f"/v2/repository/models/{running.name}/load", document)
         return
+
+    def load(client: Any) -> None:
+        headers = running.headers["management"]
+        client.load_model(running.name, headers=headers, config=config, client_timeout=_TIMEOUT_S)
+
+    _over_grpc(running, load, f"does not load {running.name}")
+
+
+def _over_grpc(running: Running, request: Callable[[Any], _Reply], problem: str) -> _Reply:
+    """Ask Triton over gRPC: over HTTP a question that waits for a version to load holds users' connections up.
+
+    Those are the connections that share a thread with it.
+    """
+    from tritonclient.grpc import InferenceServerClient  # noqa: PLC0415 - optional
+    from tritonclient.utils import InferenceServerException  # noqa: PLC0415
+
     try:
         with InferenceServerClient(running.grpc) as client:
-            headers = running.headers["management"]
-            client.load_model(running.name, headers=headers, config=config, client_timeout=_TIMEOUT_S)
+            return request(client)
     except InferenceServerException as error:
-        raise _failure(running, f"does not load {running.name}: {error}") from error
+        raise _failure(running, f"{problem}: {error}") from error
 
 
 def _manage(running: Running, method: str, path: str, document: Any = None, timeout_s: float = _TIMEOUT_S) -> Any:
