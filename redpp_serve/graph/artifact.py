@@ -142,7 +142,7 @@ def load(source: Path | bytes) -> LoadedArtifact:
             zipfile.ZipFile(file) as archive,
         ):
             infos = {i.filename: i for i in archive.infolist()}
-            if sorted(i.filename for i in archive.infolist()) not in (sorted(ENTRIES), sorted((*ENTRIES, SAMPLES))):
+            if sorted(archive.namelist()) not in (sorted(ENTRIES), sorted((*ENTRIES, SAMPLES))):
                 raise ValueError(f"entries {archive.namelist()[:6]}")
             if any(i.file_size > _MOST_DOCUMENT for name, i in infos.items() if name.endswith(".json")):
                 raise ValueError(f"a manifest or graph of more than {_MOST_DOCUMENT >> 20} MiB")
