@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks.handler import Arm
 from redpp_serve.ab import gateway as gateways
 from redpp_serve.ab.gateway import Gateway, NginxProcess, divide, gateway_config, worker_account
+from redpp_serve.ab.relay import Relay
 from redpp_serve.ab.spec import parse_split
 from redpp_serve.comparison.client import Payload
 from redpp_serve.comparison.payloads import folder_payloads
@@ -37,6 +38,7 @@ from redpp_serve.machine import describe_machine
 from redpp_serve.serving.front import Message
 from redpp_serve.state_folders import private_folder
 from redpp_serve.statistics.intervals import percentile_interval
+from redpp_serve.variants import NAMES
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 HEADERS = {"X-Request-Id": "b" * 32, "traceparent": f"00-{TRACE}-00f067aa0ba902b7-01", "tracestate": "a=1"}
@@ -195,6 +197,10 @@ def gateway_row(rounds: int, rng: np.random.Generator) -> dict[str, Any]:
             nginx.start()
             gateways.gateway_config = whole
             stack.callback(nginx.stop)
+            for arm in NAMES:
+                relay = Relay(made, arm)
+                relay.start()
+                stack.callback(relay.stop)
             connection = http.client.HTTPConnection("127.0.0.1", made.port)
 
             def call(connection: http.client.HTTPConnection = connection) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -469,9 +470,12 @@ def test_output_survives_a_terminal_without_unicode(model: Path) -> None:
 
 @pytest.mark.server
 def test_compare_live_prints_json_alone(packaged: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "redpp_serve.cli", "compare", str(packaged)]
+    folder = shutil.copytree(packaged, tmp_path / "dist/small")  # what was found is written into it
+    command = [sys.executable, "-m", "redpp_serve.cli", "compare", str(folder)]
     command += ["--duration", "4", "--concurrency", "2", "--sweep", "batch=1,3", "--json"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    environment = {**os.environ, "TMPDIR": str(scratch)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     sweep = json.loads(result.stdout)
@@ -491,7 +495,7 @@ def test_compare_live_prints_json_alone(packaged: Path, tmp_path: Path) -> None:
         assert ratio["low"] <= ratio["ratio"] <= ratio["high"]
     assert 0 <= document["agreement"]["top1"] <= 1 and document["verdict"] and document["pairs"] > 10
     assert "2 of 2 workers ready" in result.stderr and "Traceback" not in result.stderr
-    assert files(tmp_path) == set()
+    assert files(scratch) == set()
 
 
 @pytest.mark.server

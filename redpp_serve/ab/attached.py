@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
-import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from redpp_serve.ab.spec import Spec
 from redpp_serve.errors import RedppError
@@ -18,8 +18,12 @@ from redpp_serve.processes import started
 from redpp_serve.serving.running import ATTACHED, Running, find_all
 from redpp_serve.serving.server import Keeper
 from redpp_serve.serving.torchserve import TorchServe
-from redpp_serve.serving.workers import Workers, torchserve_workers
+from redpp_serve.serving.triton_server import TritonServer
+from redpp_serve.serving.workers import Workers, ready_triton_workers, torchserve_workers
 from redpp_serve.variants import NAMES
+
+if TYPE_CHECKING:
+    from psutil import Process
 
 
 class AttachedServer:
@@ -33,8 +37,9 @@ class AttachedServer:
         self._note = note
         self.name, self.folder, self.versions = note.name, Path(note.folder), note.versions
         self.metrics_url, self.environment = note.metrics_urls[0], dict[str, str]()
-        self.keeps_waiting = note.kind == TorchServe.kind
-        self._workers = Workers(partial(torchserve_workers, self._listed, self.versions))
+        listed = partial(torchserve_workers, self._listed, self.versions)
+        ready = {TorchServe.kind: listed, TritonServer.kind: partial(ready_triton_workers, note, self._processes)}
+        self._workers = Workers(ready[note.kind])
 
     @property
     def front_url(self) -> str:
@@ -88,10 +93,14 @@ class AttachedServer:
 
     def dead(self, patience_s: float) -> set[str]:
         """Return the versions that have no worker to answer now, as `LocalServer.dead` does."""
-        if self.keeps_waiting:
-            return self._workers.dead(patience_s)
-        time.sleep(patience_s)
-        return set()
+        return self._workers.dead(patience_s)
+
+    def _processes(self) -> list[Process]:
+        import psutil  # noqa: PLC0415
+
+        with suppress(psutil.Error):  # it has ended meanwhile
+            return psutil.Process(self._note.pid).children(recursive=True)
+        return []
 
     def _listed(self) -> tuple[int, bytes]:
         return ask(f"{self._note.management_url}/models/{self.name}/all", self.headers("management"))

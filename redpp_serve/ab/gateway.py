@@ -74,7 +74,6 @@ class Gateway:
         account: user and group of nginx's worker where root starts it; None elsewhere.
         connections: connections that the worker may hold; a request in flight takes two, with shadow mode three.
         shares: shares of the pruned version, in per cent, that it may be given later, besides `spec.STEPS`.
-        relayed: whether users' requests pass through a `relay.Relay` for each arm.
         front: port of the server's `front`, which answers for health and metadata; None where there is none.
         name: the model's name in the paths of the Open Inference Protocol.
         most_bytes: bytes that a request's body may have.
@@ -96,7 +95,6 @@ class Gateway:
     account: tuple[str, str] | None = None
     connections: int = 1024
     shares: tuple[Decimal, ...] = ()
-    relayed: bool = False
     front: int | None = None
     name: str = ""
     most_bytes: int = MAX_REQUEST_BYTES
@@ -126,7 +124,7 @@ def gateway_config(gateway: Gateway) -> str:
         paths=gateway.paths,
         upstream=f"{ADDRESS}:{gateway.server}",
         recorder=gateway.recorder and f"{ADDRESS}:{gateway.recorder}",
-        relays={arm: relay_socket(gateway.folder, arm) for arm in NAMES} if gateway.relayed else {},
+        relays={arm: relay_socket(gateway.folder, arm) for arm in NAMES},
         listen=f"{ADDRESS}:{gateway.port}",
         public=gateway.public,
         front=gateway.front and f"{ADDRESS}:{gateway.front}",

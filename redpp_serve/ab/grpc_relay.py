@@ -1,9 +1,9 @@
 """The way from the gateway to Triton's two versions over gRPC: a request names its version where no nginx can write.
 
-``python -m redpp_serve.ab.grpc_relay --server HOST:PORT --original SOCKET --pruned SOCKET --versions 1 2`` runs until
-SIGTERM. nginx chooses the arm, and passes the request to that arm's socket; here the version is added to the message.
-Protocol Buffers take the last value of a field, so that it goes behind the message as it came. A request that its arm
-fails is asked of the other one, where the gateway allows it.
+``python -m redpp_serve.ab.grpc_relay --help`` lists what it has to know; it runs until SIGTERM. nginx chooses the arm,
+and passes the request to that arm's socket; here the version is added to the message. Protocol Buffers take the last
+value of a field, so that it goes behind the message as it came. A request that its arm fails, or keeps waiting since it
+has died, is asked of the other one, where the gateway allows it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
+
+from redpp_serve.variants import NAMES
 
 _SERVICE, _METHOD = "inference.GRPCInferenceService", "ModelInfer"
 _VERSION_FIELD = b"\x12"  # number 2 of a ModelInferRequest, with its length before it
@@ -26,6 +29,7 @@ _DROPPED = ("user-agent", "te", "content-type", "host", MAY_CHANGE)
 _FAILED = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE})
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 _GRACE_S = 1.0  # for requests in flight
+_LOOK_S = 0.1  # between two looks for a dead arm
 
 
 def of_version(request: bytes, version: str) -> bytes:
@@ -33,13 +37,14 @@ def of_version(request: bytes, version: str) -> bytes:
     return request + _VERSION_FIELD + bytes([len(version)]) + version.encode()
 
 
-def arm(channel: Any, version: str, other: str) -> Any:
+def arm(channel: Any, version: str, other: str, dead: Callable[[], bool]) -> Any:
     """Return what answers questions for predictions as one version of the model does, by a channel to the server.
 
     Args:
         channel: to the server.
         version: the version.
         other: the one that is asked after it has failed.
+        dead: tells whether it has no worker left, and the other one has.
     """
     infer = channel.unary_unary(f"/{_SERVICE}/{_METHOD}")
 
@@ -51,11 +56,19 @@ def arm(channel: Any, version: str, other: str) -> Any:
     async def answer(request: bytes, context: Any) -> bytes:
         metadata = context.invocation_metadata() or ()
         try:
-            try:
+            if (MAY_CHANGE, "1") not in metadata:
                 return await ask(request, version, metadata, context)
+            asked = asyncio.ensure_future(ask(request, version, metadata, context))
+            try:
+                while not (await asyncio.wait({asked}, timeout=_LOOK_S))[0] and not dead():
+                    pass
+                if asked.done():
+                    return asked.result()
             except grpc.aio.AioRpcError as error:
-                if error.code() not in _FAILED or (MAY_CHANGE, "1") not in metadata:
+                if error.code() not in _FAILED:
                     raise
+            finally:
+                asked.cancel()
             await context.send_initial_metadata(((CHANGED, "1"),))
             return await ask(request, other, metadata, context)
         except grpc.aio.AioRpcError as error:
@@ -65,14 +78,14 @@ def arm(channel: Any, version: str, other: str) -> Any:
     return grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: grpc.unary_unary_rpc_method_handler(answer)})
 
 
-async def run(server: str, arms: Sequence[tuple[Path, str]], stop: Callable[[], Awaitable[Any]]) -> None:
-    """Serve both arms, each a socket and a version, until ``stop`` returns."""
+async def run(server: str, arms: Sequence[tuple[Path, str, Path]], stop: Callable[[], Awaitable[Any]]) -> None:
+    """Serve both arms, each a socket, a version and the file that is there while it is dead, until ``stop`` returns."""
     async with grpc.aio.insecure_channel(server, options=_OPTIONS) as channel:
         relays = []
-        for (path, version), (_, other) in zip(arms, reversed(arms), strict=True):
+        for (path, version, file), (_, other, others) in zip(arms, reversed(arms), strict=True):
             path.unlink(missing_ok=True)
             relays.append(grpc.aio.server(options=_OPTIONS))
-            relays[-1].add_generic_rpc_handlers((arm(channel, version, other),))
+            relays[-1].add_generic_rpc_handlers((arm(channel, version, other, partial(_is_dead, file, others)),))
             relays[-1].add_insecure_port(f"unix:{path}")
             await relays[-1].start()
             path.chmod(0o666)  # nginx's worker may be another user; the folder is closed to others
@@ -80,9 +93,14 @@ async def run(server: str, arms: Sequence[tuple[Path, str]], stop: Callable[[], 
         await asyncio.gather(*(relay.stop(_GRACE_S) for relay in relays))
 
 
-def command(server: str, original: Path, pruned: Path, versions: Sequence[str]) -> list[str]:
+def _is_dead(arm: Path, other: Path) -> bool:
+    return arm.exists() and not other.exists()
+
+
+def command(server: str, original: Path, pruned: Path, versions: Sequence[str], dead: Path) -> list[str]:
     """Return the command that runs it, see the module."""
     words = ["--server", server, "--original", str(original), "--pruned", str(pruned), "--versions", *versions]
+    words += ["--dead", str(dead)]
     return [sys.executable, "-m", "redpp_serve.ab.grpc_relay", *words]
 
 
@@ -93,13 +111,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--original", type=Path, required=True, help="socket to open for the original version")
     parser.add_argument("--pruned", type=Path, required=True, help="socket to open for the pruned version")
     parser.add_argument("--versions", nargs=2, required=True, help="their numbers")
+    parser.add_argument("--dead", type=Path, required=True, help="folder with a file for each arm that is dead")
     options = parser.parse_args(arguments)
 
     async def serve() -> None:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        arms = list(zip((options.original, options.pruned), options.versions, strict=True))
+        dead = (options.dead / name for name in NAMES)
+        arms = list(zip((options.original, options.pruned), options.versions, dead, strict=True))
         await run(options.server, arms, stop.wait)
 
     with suppress(asyncio.CancelledError):

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from redpp_serve.ab import grpc_relay, shadow
 from redpp_serve.ab.attached import AttachedServer, find_served
 from redpp_serve.ab.gateway import (
+    DEAD,
     Gateway,
     ListeningProcess,
     NginxProcess,
@@ -47,7 +48,7 @@ class Parts:
         server: the model server.
         nginx: the gateway.
         recorder: takes the mirrored requests; None without shadow mode.
-        relays: arm -> what can take back its requests; none where the server keeps no request of a dead arm waiting.
+        relays: arm -> what can take back its requests.
         grpc: names the version of requests over gRPC; None where they are not split.
         lost: whether the test went on and its folder was not there.
     """
@@ -111,7 +112,7 @@ def start_parts(
     nginx.make_folder()
     if journal.running is None:  # the test begins; one that goes on leaves users where they are
         divide(nginx.gateway.folder)
-    relays = _relays(nginx.gateway, journal, logs) if nginx.gateway.relayed else {}
+    relays = {arm: Relay(nginx.gateway, arm, journal.watch_session, [logs.handle]) for arm in NAMES}
     for arm, relay in relays.items():
         stack.callback(relay.stop)
         if not (taken_over and relay.adopt(left.get("relays", {}).get(arm)) and relay.reachable()):
@@ -190,16 +191,12 @@ def failing_over(parts: Parts) -> Iterator[None]:
             mark_dead(folder, ())
 
 
-def _relays(gateway: Gateway, journal: Journal, logs: Logs) -> dict[str, Relay]:
-    return {arm: Relay(gateway, arm, journal.watch_session, [logs.handle]) for arm in NAMES}
-
-
 def _grpc_relay(
     gateway: Gateway, server: LocalServer | AttachedServer, journal: Journal, logs: Logs
 ) -> ListeningProcess:
     original, pruned = (grpc_socket(gateway.folder, arm) for arm in NAMES)
-    command, log = grpc_relay.command(server.grpc_address, original, pruned, server.versions), logs.file(GRPC_LOG)
-    title, folder = "the relay for gRPC", gateway.folder
+    title, folder, log = "the relay for gRPC", gateway.folder, logs.file(GRPC_LOG)
+    command = grpc_relay.command(server.grpc_address, original, pruned, server.versions, folder / DEAD)
     return ListeningProcess(title, command, pruned, log, journal.watch_session, folder=folder, inherited=[logs.handle])
 
 
@@ -230,7 +227,6 @@ def _gateway(journal: Journal, ports: GatewayPorts, server: LocalServer | Attach
         account=worker_account(),
         connections=connection_limit(),
         shares=spec.ramp,
-        relayed=server.keeps_waiting,
         front=urlsplit(server.front_url).port,
         name=server.name,
         most_bytes=read_limits(server.folder).request,

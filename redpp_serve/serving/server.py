@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Protocol
 from redpp_serve.errors import RedppError
 from redpp_serve.handlers.wire import OBSERVE_FILE_VARIABLE, OBSERVE_VARIABLE
 from redpp_serve.logs import SERVER, Logs
-from redpp_serve.loopback import ADDRESS, check_ports, free_ports
+from redpp_serve.loopback import ADDRESS, NO_ANSWER, ask, check_ports, free_ports
 from redpp_serve.packaging.server_config import read_limits
 from redpp_serve.processes import Adopted, Guard, Leader, kill_session, start_session, started, tail
 from redpp_serve.runtime.memory import with_huge_pages
@@ -75,7 +75,6 @@ class LocalServer(ABC):
     kind: ClassVar[str]
     title: ClassVar[str]  # what messages call it
     ports_type: ClassVar[Any]  # `Ports` or `TritonPorts`
-    keeps_waiting: ClassVar[bool] = False  # whether requests for a version without workers wait for one, see `dead`
 
     def __init__(
         self,
@@ -172,7 +171,15 @@ class LocalServer(ABC):
 
     def _answers(self) -> bool:
         """Return True once all that is not a worker responds too."""
-        return True
+        return self._gives(self.metrics_url)
+
+    @staticmethod
+    def _gives(url: str) -> bool:
+        """Return whether somebody answers there that all is well."""
+        try:
+            return ask(url)[0] == 200
+        except NO_ANSWER:
+            return False
 
     def _given_up(self) -> str:
         """Return why waiting on is useless; empty while it is not."""
@@ -251,14 +258,13 @@ class LocalServer(ABC):
                 self._own_guard.dismiss()
             self.home, self._held, self._leaders, self._guard, self._own_guard = None, None, {}, None, None
 
+    @abstractmethod
     def dead(self, patience_s: float) -> set[str]:
-        """Return the versions that have no worker to answer now and would keep requests waiting for one.
+        """Return the versions all of whose workers have died and are not ready again.
 
         Args:
             patience_s: how long to wait, seconds, for a worker to die; when one does, return at once.
         """
-        time.sleep(patience_s)
-        return set()
 
     def check_alive(self) -> None:
         """Raise a RedppError with the end of the log when a process has ended by itself."""

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from redpp_serve.errors import RedppError
-from redpp_serve.loopback import ADDRESS, NO_ANSWER, Ports, ask
+from redpp_serve.loopback import ADDRESS, Ports, ask
 from redpp_serve.packaging.server_config import LOG4J2, config_properties, read_limits
 from redpp_serve.processes import command_line, session, terminate
 from redpp_serve.serving.server import GRACE_S, INSTALL, LocalServer, require_packages
@@ -35,7 +35,6 @@ class TorchServe(LocalServer):
     kind = "torchserve"
     title = _SERVER
     ports_type = Ports
-    keeps_waiting = True
 
     @property
     def management_url(self) -> str:
@@ -158,12 +157,6 @@ class TorchServe(LocalServer):
 
     def _listed(self) -> tuple[int, bytes]:
         return ask(f"{self.management_url}/models/{self.name}/all", self.headers("management"))
-
-    def _answers(self) -> bool:
-        try:
-            return ask(self.metrics_url)[0] == 200
-        except NO_ANSWER:
-            return False
 
     def _terminate(self) -> None:
         """Ask exporter and Java to end, and wait. Java ends its workers, and the launcher ends after it."""

@@ -9,13 +9,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from redpp_serve.errors import RedppError
 from redpp_serve.files import read_bounded
 from redpp_serve.handlers.tracing import TRACE_HEADERS
 from redpp_serve.loopback import ADDRESS, TritonPorts
-from redpp_serve.processes import command_line, free_shared_memory, kill_session, session, shared_memory, terminate
+from redpp_serve.processes import free_shared_memory, kill_session, session, shared_memory, terminate
 from redpp_serve.serving.server import GRACE_S, Keeper, LocalServer, require_packages
 from redpp_serve.serving.switching import (
     STAND_INS,
@@ -25,11 +25,13 @@ from redpp_serve.serving.switching import (
     triton_versions,
 )
 from redpp_serve.serving.triton_binary import TritonBinary, find_triton, link_backend
-from redpp_serve.serving.workers import Pids, Workers
+from redpp_serve.serving.workers import LOOK_S, Workers, ready_triton_workers, triton_workers
 from redpp_serve.variants import ORIGINAL
 
+if TYPE_CHECKING:
+    from psutil import Process
+
 _EXIT_S = 5  # the server's own limit for requests in flight when it is told to end
-_LOOK_S = 5.0
 _PACKAGES = {"tritonclient": "tritonclient", "google.protobuf": "protobuf", "psutil": "psutil"}
 _MODELS, _BACKENDS, _SCRATCH = "models", "backends", "tmp"
 # gRPC looks for the restriction's key behind this prefix; with it in HTTP's key too, one header serves both.
@@ -61,7 +63,7 @@ class TritonServer(LocalServer):
         self._binary: TritonBinary | None = None
         self._config: dict[str, Any] = {}
         self._wanted = set(triton_versions(ORIGINAL.name))
-        self._workers = Workers(self._ready_workers)
+        self._workers = Workers(lambda: ready_triton_workers(self.running(), self._session))
         original, pruned = TRITON_VERSIONS
         return original, pruned
 
@@ -233,12 +235,14 @@ class TritonServer(LocalServer):
         return self.workers * len(loaded), self.workers * len(TRITON_VERSIONS)
 
     def _answers(self) -> bool:
-        return self._wanted <= self._loaded()
+        """Triton opens gRPC first, HTTP after it, and metrics last."""
+        ready = f"{self.management_url}/v2/health/ready"
+        return self._wanted <= self._loaded() and self._gives(ready) and super()._answers()
 
     def _loaded(self) -> set[str]:
         """Return the versions that Triton calls ready; none while it does not answer."""
         try:
-            return loaded_triton_versions(self.running(), _LOOK_S)
+            return loaded_triton_versions(self.running(), LOOK_S)
         except RedppError:
             return set()
 
@@ -247,25 +251,12 @@ class TritonServer(LocalServer):
         before = self._loaded()
         if before:  # other processes promote and roll back
             self._wanted = before | set(TRITON_VERSIONS)
-        living = self._processes()
+        living = triton_workers(self._session(), self.name, (*TRITON_VERSIONS, *STAND_INS))
         lacking = {version for version in before if len(living[version]) < self.workers}
         return lacking & self._loaded() if lacking else set()
 
-    def _ready_workers(self) -> Pids:
-        """Return the processes of both versions that Triton calls ready; nothing while it does not answer."""
-        loaded, living = self._loaded(), self._processes()
-        return {number: living[number] if number in loaded else [] for number in TRITON_VERSIONS} if loaded else {}
-
-    def _processes(self) -> Pids:
-        """Return each version's living processes: each has the path of its model.py on its command line."""
-        assert self.home is not None
-        folder = self.home / _MODELS / self.name
-        paths = {str(folder / number / "model.py"): number for number in (*TRITON_VERSIONS, *STAND_INS)}
-        found: Pids = {number: [] for number in paths.values()}
-        for process in session(self._leaders[self.title].pid):
-            for word in paths.keys() & command_line(process):
-                found[paths[word]].append(process.pid)
-        return found
+    def _session(self) -> list[Process]:
+        return session(self._leaders[self.title].pid)
 
     def _revive(self, dead: set[str]) -> None:
         """Load dead versions anew: without them, then with them. A stand-in is followed by the other number."""

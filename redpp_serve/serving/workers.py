@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from redpp_serve.errors import RedppError
 from redpp_serve.loopback import NO_ANSWER
-from redpp_serve.processes import started, wait_for_an_end
+from redpp_serve.processes import command_line, started, wait_for_an_end
+from redpp_serve.serving.running import Running
+from redpp_serve.serving.switching import loaded_triton_versions
 
+if TYPE_CHECKING:
+    from psutil import Process
+
+LOOK_S = 5.0  # for Triton to say what it has loaded
 Pids = dict[str, list[int]]
 """A version's number -> the process ids of its workers."""
 
@@ -27,6 +35,39 @@ def torchserve_workers(listed: Callable[[], tuple[int, bytes]], versions: Sequen
         return {}
 
 
+def triton_workers(processes: Iterable[Process], name: str, versions: Iterable[str]) -> Pids:
+    """Return the workers of some versions on Triton: each has the path of its version's model.py on its command line.
+
+    Args:
+        processes: Triton's, and maybe others.
+        name: the model's name.
+        versions: the versions to look for.
+    """
+    ends = {f"/{name}/{version}/model.py": version for version in versions}
+    found: Pids = {version: [] for version in ends.values()}
+    for process in processes:
+        for word in command_line(process):
+            for end, version in ends.items():
+                if word.endswith(end):
+                    found[version].append(process.pid)
+    return found
+
+
+def ready_triton_workers(running: Running, processes: Callable[[], Iterable[Process]]) -> Pids:
+    """Return the workers of both versions where Triton calls them ready; nothing while it does not answer.
+
+    Args:
+        running: describes it.
+        processes: lists its processes, and maybe others.
+    """
+    try:
+        loaded = loaded_triton_versions(running, LOOK_S)
+    except RedppError:
+        return {}
+    living = triton_workers(processes(), running.name, running.versions)
+    return {version: pids if version in loaded else [] for version, pids in living.items()} if loaded else {}
+
+
 class Workers:
     """The workers of each version, by what the server tells of them and by their processes.
 
@@ -42,8 +83,9 @@ class Workers:
     def dead(self, patience_s: float) -> set[str]:
         """Return the versions all of whose workers have died and are not ready again.
 
-        A server keeps the requests of such a version waiting until it has started a new worker, which takes seconds.
-        While the workers' processes live, or when the last of a version has just died, it is not asked.
+        A server keeps the requests of such a version waiting: TorchServe until it has started a new worker, which takes
+        seconds, and Triton a second for each batch that it tries. While the workers' processes live, or when the last
+        of a version has just died, it is not asked.
 
         Args:
             patience_s: how long to wait, seconds, for a worker to die; when one does, return at once.

@@ -1,6 +1,8 @@
 """A test that uses the server which `serve` runs."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from redpp_serve.ab.spec import Spec, parse_split
 from redpp_serve.errors import RedppError
 from redpp_serve.processes import Guard, started
 from redpp_serve.serving.running import Running, find, register
+from tests.support.stubs import stub
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +66,39 @@ def test_a_server_that_has_ended_is_told(spec: Spec, tmp_path: Path) -> None:
     for act in (server.check_alive, server.start):
         with pytest.raises(RedppError, match="has ended"):
             act()
+
+
+def test_a_version_of_triton_is_dead_from_its_workers_end_until_a_new_one_is_ready(spec: Spec, tmp_path: Path) -> None:
+    index = [{"name": "m", "version": number, "state": "READY"} for number in "123"]
+
+    def begin(number: str) -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-c", "input()", f"{tmp_path}/models/m/{number}/model.py"]
+        return subprocess.Popen(words, stdin=subprocess.PIPE)
+
+    def end(process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        process.communicate()
+
+    with stub(lambda *_: (200, index)) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        told = replace(note(tmp_path, os.getpid(), "triton"), versions=("1", "2"), management_url=url)
+        stubs = {number: begin(number) for number in "123"}
+        try:
+            with register(told):
+                attached = find_served(replace(spec, kind="triton"))
+            assert attached.dead(0) == set()
+            end(stubs["3"])
+            assert attached.dead(0) == set(), "a stand-in is no arm"
+            end(stubs["2"])
+            assert attached.dead(60) == {"2"}
+            stubs["2"] = begin("2")
+            index[1]["state"] = "LOADING"
+            assert attached.dead(0) == {"2"}
+            index[1]["state"] = "READY"
+            assert attached.dead(0) == set()
+            index.clear()
+            end(stubs["1"])
+            assert attached.dead(60) == {"1"}, "nobody knows better"
+        finally:
+            for process in stubs.values():
+                end(process)

@@ -212,7 +212,8 @@ def test_the_switches_are_the_files_that_nginx_looks_for(tmp_path: Path) -> None
     text = gateway_config(gateway(tmp_path, 4711, recorder=4712))
     rules = [line.split("{")[0].strip() for line in text.splitlines() if "(-f " in line]
     steps = (f"parts/step{label}" for label in range(STEP_LABELS))
-    names = ("parts/$split_part", *steps, "split", "promoted", "dead/pruned", "dead/original", "shadow_off")
+    dead = ("dead/pruned", "dead/original", "dead/$answered_by", "dead/$other_arm")
+    names = ("parts/$split_part", *steps, "split", "promoted", *dead, "shadow_off")
     assert rules == [f'if (-f "{tmp_path}/{name}")' for name in names]
     assert switched(tmp_path) == "original"
     divide(tmp_path)

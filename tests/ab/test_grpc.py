@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -15,7 +17,7 @@ from tritonclient.grpc import InferenceServerClient, InferInput, service_pb2
 from tritonclient.utils import InferenceServerException
 
 from redpp_serve.ab.counts import Traffic
-from redpp_serve.ab.gateway import ListeningProcess, NginxProcess, grpc_socket, mark_dead, switch
+from redpp_serve.ab.gateway import DEAD, ListeningProcess, NginxProcess, grpc_socket, mark_dead, switch
 from redpp_serve.ab.grpc_relay import command, of_version
 from redpp_serve.ab.state import Lines
 from redpp_serve.loopback import GatewayPorts, free_ports
@@ -43,7 +45,8 @@ class Triton(grpc.GenericRpcHandler):
     """Answers with the version that it is asked for, or refuses."""
 
     refuses: grpc.StatusCode | None = None
-    only: str = ""  # the version that it refuses, where it is not all
+    only: str = ""  # the version that it refuses or holds, where it is not all
+    held: threading.Event | None = None  # what it waits for
     metadata: list[dict[str, str]] = field(default_factory=list)
 
     def service(self, details: Any) -> Any:
@@ -56,6 +59,8 @@ class Triton(grpc.GenericRpcHandler):
     def _infer(self, data: bytes, context: Any) -> bytes:
         request = service_pb2.ModelInferRequest.FromString(data)
         self.metadata.append(dict(context.invocation_metadata()))
+        if self.held and request.model_version == self.only:
+            self.held.wait(20)
         if self.refuses and request.model_version.startswith(self.only):
             context.abort(self.refuses, "as told")
         reply = service_pb2.ModelInferResponse(model_name=request.model_name, model_version=request.model_version)
@@ -81,7 +86,9 @@ def live(folder: Path, upstream: StubServer, triton: tuple[Triton, int]) -> Iter
     nginx = NginxProcess(replace(gateway(folder, upstream.port), grpc=(port, address)))
     nginx.make_folder()
     original, pruned = (grpc_socket(folder, arm) for arm in NAMES)
-    relay = ListeningProcess("relay", command(address, original, pruned, ("1", "2")), pruned, folder / "grpc.log")
+    relay = ListeningProcess(
+        "relay", command(address, original, pruned, ("1", "2"), folder / DEAD), pruned, folder / "grpc.log"
+    )
     try:
         relay.start()
         nginx.start()
@@ -195,3 +202,27 @@ def test_a_dead_arm_leaves_its_users_to_the_other_and_a_dead_server_is_told(
     with pytest.raises(InferenceServerException, match="does not answer"):
         ask(live, x_redpp_arm="original")
     assert ask(live, x_redpp_arm="pruned") == "2"
+
+
+@pytest.mark.server
+def test_requests_that_wait_for_a_dead_arm_are_answered_by_the_other_at_once(
+    live: NginxProcess, triton: tuple[Triton, int]
+) -> None:
+    switch(live.gateway.folder, "pruned")
+    triton[0].only, triton[0].held = "2", threading.Event()
+    with ThreadPoolExecutor(2) as users:
+        waiting, chosen = users.submit(ask, live), users.submit(ask, live, x_redpp_arm="pruned")
+        time.sleep(0.5)
+        assert not waiting.done(), "a slow arm is no dead one"
+        mark_dead(live.gateway.folder, NAMES)
+        time.sleep(0.5)
+        assert not waiting.done(), "nobody else could answer"
+        mark_dead(live.gateway.folder, ["pruned"])
+        assert waiting.result(1) == "1"
+        assert not chosen.done(), "who asks for an arm waits for it"
+        triton[0].held.set()
+        assert chosen.result(5) == "2"
+    live.stop()
+    traffic = Traffic()
+    traffic.take(Lines(live.access_log).new())
+    assert traffic.failed_over == {"pruned": 1}

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,7 @@ class Way:
         for event in self.held.values():
             event.set()
         upstream.answer = self._answer
-        self.nginx = NginxProcess(replace(gateway(folder, upstream.port, "50:50"), relayed=True))
+        self.nginx = NginxProcess(gateway(folder, upstream.port, "50:50"))
         self.nginx.make_folder()
         self.relays = {name: Relay(self.nginx.gateway, name) for name in NAMES}
         for process in (*self.relays.values(), self.nginx):

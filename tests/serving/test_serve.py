@@ -71,6 +71,9 @@ class Standin(LocalServer):
     def _front_options(self) -> list[str]:
         return []
 
+    def dead(self, patience_s: float) -> set[str]:
+        raise AssertionError
+
     def url(self, version: str) -> str:
         return f"{self.default_url()}/{version}"
 

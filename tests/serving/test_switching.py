@@ -84,16 +84,26 @@ def test_tritons_default_is_the_highest_version_that_is_loaded(api: tuple[Api, S
 
 
 class Repository(grpc.GenericRpcHandler):
-    """Triton's gRPC: loads, or refuses."""
+    """Triton's gRPC: loads and lists, or refuses."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str, str]] = []
+        self.index: list[tuple[str, str, str]] = []  # name, version and state
         self.refuses = False
 
     def service(self, details: Any) -> Any:
-        if details.method != "/inference.GRPCInferenceService/RepositoryModelLoad":
-            return None
-        return grpc.unary_unary_rpc_method_handler(self._load)
+        methods = {"RepositoryModelLoad": self._load, "RepositoryIndex": self._list}
+        found = methods.get(details.method.removeprefix("/inference.GRPCInferenceService/"))
+        return found and grpc.unary_unary_rpc_method_handler(found)
+
+    def _list(self, data: bytes, context: Any) -> bytes:
+        assert dict(context.invocation_metadata())["token"] == "m"
+        if self.refuses:
+            context.abort(grpc.StatusCode.INTERNAL, "no list")
+        reply = service_pb2.RepositoryIndexResponse()
+        for name, version, state in self.index:
+            reply.models.add(name=name, version=version, state=state)
+        return reply.SerializeToString()
 
     def _load(self, data: bytes, context: Any) -> bytes:
         request = service_pb2.RepositoryModelLoadRequest.FromString(data)
@@ -104,7 +114,7 @@ class Repository(grpc.GenericRpcHandler):
         return b""
 
 
-def test_triton_is_told_to_load_over_grpc_so_that_no_user_of_http_waits(api: tuple[Api, StubServer]) -> None:
+def test_triton_is_told_to_load_and_asked_over_grpc_so_that_no_user_of_http_waits(api: tuple[Api, StubServer]) -> None:
     answers, server = api
     repository, loader = Repository(), grpc.server(ThreadPoolExecutor(2))
     loader.add_generic_rpc_handlers((repository,))
@@ -117,13 +127,19 @@ def test_triton_is_told_to_load_over_grpc_so_that_no_user_of_http_waits(api: tup
         policy = {"specific": {"versions": ["1", "2"]}}
         assert (name, token, json.loads(config)) == ("a", "m", {**CONFIG, "version_policy": policy})
         assert not answers.asked
+        repository.index = [("a", "1", "READY"), ("a", "2", "READY"), ("a", "3", "LOADING"), ("b", "4", "READY")]
+        assert loaded_triton_versions(told) == {"1", "2"}
         repository.refuses = True
+        with pytest.raises(RedppError, match="the server for /dist/a does not answer: .*no list"):
+            loaded_triton_versions(told)
         with pytest.raises(RedppError, match="the server for /dist/a does not load a: .*no room"):
             switch(told, "original")
     finally:
         loader.stop(0)
     with pytest.raises(RedppError, match="the server for /dist/a does not load a"):
         switch(told, "pruned")
+    with pytest.raises(RedppError, match="the server for /dist/a does not answer"):
+        loaded_triton_versions(told, 1.0)
 
 
 def test_a_refusal_and_silence_are_errors_that_name_the_folder(api: tuple[Api, StubServer]) -> None:

@@ -256,6 +256,15 @@ def test_a_server_that_has_died_comes_back_as_it_was(server: TritonServer) -> No
     server.restarts.clear()
 
 
+def test_it_is_ready_once_all_its_ports_answer(server: TritonServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC comes first, so that what it says of the versions is not enough."""
+    assert server._answers()
+    for closed in ("http", "metrics"):
+        with monkeypatch.context() as patched:
+            patched.setattr(server, "ports", replace(server.ports, **{closed: free_ports(TritonPorts).http}))
+            assert not server._answers()
+
+
 def test_a_server_that_aborts_while_it_is_started_again_gets_another_try(
     server: TritonServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
