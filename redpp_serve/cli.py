@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -512,6 +513,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     """Say what is wrong in one line instead of below twenty lines of usage."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is unknown here, where the options that may have been meant are known."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            words = (word.partition("=")[0] for word in unknown if word.startswith("--"))
+            meant = [near for word in words for near in get_close_matches(word, self._option_string_actions, 1, 0.75)]
+            hint = f" (did you mean {' and '.join(meant)}?)" if meant else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return options, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}. What to do: see '{self.prog} --help'.\n")

@@ -414,7 +414,8 @@ def test_words_about_the_network(run: Run, model: Path, tmp_path: Path, kind: st
         (["--device", "tpu"], "--device tpu"),
         (["--verify-data", "absent.npz"], "--verify-data absent.npz cannot be read"),
         (["--out", "taken"], "taken .*not written by this tool.*--out"),
-        (["--colour"], "unrecognized arguments: --colour"),
+        (["--colour"], r"unrecognized arguments: --colour\. What"),
+        (["--max-eror", "0.1"], r"unrecognized arguments: --max-eror 0.1 \(did you mean --max-error\?\)"),
     ],
 )
 def test_other_words(run: Run, model: Path, tmp_path: Path, words: list[str], found: str) -> None:
@@ -422,7 +423,7 @@ def test_other_words(run: Run, model: Path, tmp_path: Path, words: list[str], fo
     before = files(tmp_path)
     code, out, err = run("package", *arguments(model), *words)
     assert (code, out) == (2, "")
-    one_paragraph("package" if words != ["--colour"] else "", err.replace("redpp-serve:", "redpp-serve :"), found)
+    one_paragraph("package", err, found)
     assert files(tmp_path) == before
 
 

@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,17 +24,54 @@ from redpp_serve.variants import NAMES
 
 _SERVICE, _METHOD = "inference.GRPCInferenceService", "ModelInfer"
 _VERSION_FIELD = b"\x12"  # number 2 of a ModelInferRequest, with its length before it
-MAY_CHANGE, CHANGED = "x-redpp-may-change", "x-redpp-changed"  # metadata from the gateway and back to it, of value 1
+# Metadata of value 1: from the gateway, and back to it where an arm was asked at all, and where the other one was.
+MAY_CHANGE, ASKED, CHANGED = "x-redpp-may-change", "x-redpp-asked", "x-redpp-changed"
 _DROPPED = ("user-agent", "te", "content-type", "host", MAY_CHANGE)
 _FAILED = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE})
-_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+_RECEIVES, _SENDS = "grpc.max_receive_message_length", ("grpc.max_send_message_length", -1)
+_MOST_FIELDS = 10_000  # of a request; a network has fewer inputs and parameters
 _GRACE_S = 1.0  # for requests in flight
 _LOOK_S = 0.1  # between two looks for a dead arm
 
 
 def of_version(request: bytes, version: str) -> bytes:
-    """Return a serialized ModelInferRequest for a version, whichever it named."""
+    """Return a serialized ModelInferRequest for a version, whichever it named.
+
+    Raises:
+        ValueError: it is empty, or its last field does not end with it and would swallow the version.
+    """
+    _check_fields(request)
     return request + _VERSION_FIELD + bytes([len(version)]) + version.encode()
+
+
+def _check_fields(message: bytes) -> None:
+    """Raise a ValueError where a message's fields do not end with it, or are more than any request has."""
+    place = count = 0
+    while place < len(message):
+        count += 1
+        key, place = _varint(message, place)
+        kind = key & 7
+        if kind not in (0, 1, 2, 5) or count > _MOST_FIELDS:
+            raise ValueError
+        if kind == 0:
+            _, place = _varint(message, place)
+        elif kind == 2:
+            length, place = _varint(message, place)
+            place += length
+        else:
+            place += 8 if kind == 1 else 4
+    if place != len(message) or not message:
+        raise ValueError
+
+
+def _varint(message: bytes, place: int) -> tuple[int, int]:
+    """Return the number that begins at a place, and the place behind it."""
+    number = 0
+    for k, byte in enumerate(message[place : place + 10]):
+        number |= (byte & 0x7F) << (7 * k)
+        if byte < 0x80:
+            return number, place + k + 1
+    raise ValueError
 
 
 def arm(channel: Any, version: str, other: str, dead: Callable[[], bool]) -> Any:
@@ -53,9 +90,11 @@ def arm(channel: Any, version: str, other: str, dead: Callable[[], bool]) -> Any
         reply: bytes = await infer(of_version(request, number), metadata=sent, timeout=context.time_remaining())
         return reply
 
-    async def answer(request: bytes, context: Any) -> bytes:
+    async def answer(requests: AsyncIterator[bytes], context: Any) -> bytes:
         metadata = context.invocation_metadata() or ()
+        told = [(ASKED, "1")]
         try:
+            request = await anext(requests, b"")
             if (MAY_CHANGE, "1") not in metadata:
                 return await ask(request, version, metadata, context)
             asked = asyncio.ensure_future(ask(request, version, metadata, context))
@@ -69,22 +108,39 @@ def arm(channel: Any, version: str, other: str, dead: Callable[[], bool]) -> Any
                     raise
             finally:
                 asked.cancel()
-            await context.send_initial_metadata(((CHANGED, "1"),))
-            return await ask(request, other, metadata, context)
+            told.append((CHANGED, "1"))
+            reply = await ask(request, other, metadata, context)
+            await context.send_initial_metadata(told)
+            return reply
         except grpc.aio.AioRpcError as error:
+            await context.send_initial_metadata(told)
             await context.abort(error.code(), error.details() or "")
             raise
+        except ValueError:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no ModelInferRequest")
+            raise
 
-    return grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: grpc.unary_unary_rpc_method_handler(answer)})
+    # As a stream: where one message is waited for and none comes, the library would never answer.
+    handler = grpc.stream_unary_rpc_method_handler(answer)
+    return grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler})
 
 
-async def run(server: str, arms: Sequence[tuple[Path, str, Path]], stop: Callable[[], Awaitable[Any]]) -> None:
-    """Serve both arms, each a socket, a version and the file that is there while it is dead, until ``stop`` returns."""
-    async with grpc.aio.insecure_channel(server, options=_OPTIONS) as channel:
+async def run(
+    server: str, arms: Sequence[tuple[Path, str, Path]], most_bytes: int, stop: Callable[[], Awaitable[Any]]
+) -> None:
+    """Serve both arms until ``stop`` returns.
+
+    Args:
+        server: host and port of the server's gRPC.
+        arms: for each a socket, a version and the file that is there while it is dead.
+        most_bytes: that a message may have, also one that was compressed.
+        stop: waits for the end.
+    """
+    async with grpc.aio.insecure_channel(server, options=[(_RECEIVES, -1), _SENDS]) as channel:
         relays = []
         for (path, version, file), (_, other, others) in zip(arms, reversed(arms), strict=True):
             path.unlink(missing_ok=True)
-            relays.append(grpc.aio.server(options=_OPTIONS))
+            relays.append(grpc.aio.server(options=[(_RECEIVES, most_bytes), _SENDS]))
             relays[-1].add_generic_rpc_handlers((arm(channel, version, other, partial(_is_dead, file, others)),))
             relays[-1].add_insecure_port(f"unix:{path}")
             await relays[-1].start()
@@ -97,10 +153,12 @@ def _is_dead(arm: Path, other: Path) -> bool:
     return arm.exists() and not other.exists()
 
 
-def command(server: str, original: Path, pruned: Path, versions: Sequence[str], dead: Path) -> list[str]:
+def command(
+    server: str, original: Path, pruned: Path, versions: Sequence[str], dead: Path, most_bytes: int
+) -> list[str]:
     """Return the command that runs it, see the module."""
     words = ["--server", server, "--original", str(original), "--pruned", str(pruned), "--versions", *versions]
-    words += ["--dead", str(dead)]
+    words += ["--dead", str(dead), "--most", str(most_bytes)]
     return [sys.executable, "-m", "redpp_serve.ab.grpc_relay", *words]
 
 
@@ -112,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pruned", type=Path, required=True, help="socket to open for the pruned version")
     parser.add_argument("--versions", nargs=2, required=True, help="their numbers")
     parser.add_argument("--dead", type=Path, required=True, help="folder with a file for each arm that is dead")
+    parser.add_argument("--most", type=int, required=True, help="bytes that a message may have")
     options = parser.parse_args(arguments)
 
     async def serve() -> None:
@@ -120,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         dead = (options.dead / name for name in NAMES)
         arms = list(zip((options.original, options.pruned), options.versions, dead, strict=True))
-        await run(options.server, arms, stop.wait)
+        await run(options.server, arms, options.most, stop.wait)
 
     with suppress(asyncio.CancelledError):
         asyncio.run(serve())

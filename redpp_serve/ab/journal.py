@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+import threading
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -57,12 +58,15 @@ class Journal:
     running: Running | None = None
     supervisor: list[float] = field(default_factory=list)
     _written: str = ""
+    # The server is mended in a thread of its own.
+    _lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
 
     def watch_session(self, leader: Leader) -> None:
         """Write down the session of this leader."""
-        self.sessions = [[pid, begun] for pid, begun in self.sessions if started(int(pid)) == begun]
-        self.sessions.append([leader.pid, started(leader.pid) or 0.0])
-        self.write()
+        with self._lock:
+            self.sessions = [[pid, begun] for pid, begun in self.sessions if started(int(pid)) == begun]
+            self.sessions.append([leader.pid, started(leader.pid) or 0.0])
+            self.write()
 
     def watch_folder(self, folder: Path) -> None:
         """Write down a private folder."""
@@ -71,6 +75,10 @@ class Journal:
 
     def write(self) -> None:
         """Write what has changed, or has been removed by somebody. A full disk leaves the last version there."""
+        with self._lock:
+            self._write()
+
+    def _write(self) -> None:
         document = {
             "test": self.test.to_json(),
             "state": str(self.state),

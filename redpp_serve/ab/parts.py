@@ -196,7 +196,9 @@ def _grpc_relay(
 ) -> ListeningProcess:
     original, pruned = (grpc_socket(gateway.folder, arm) for arm in NAMES)
     title, folder, log = "the relay for gRPC", gateway.folder, logs.file(GRPC_LOG)
-    command = grpc_relay.command(server.grpc_address, original, pruned, server.versions, folder / DEAD)
+    command = grpc_relay.command(
+        server.grpc_address, original, pruned, server.versions, folder / DEAD, gateway.most_bytes
+    )
     return ListeningProcess(title, command, pruned, log, journal.watch_session, folder=folder, inherited=[logs.handle])
 
 

@@ -179,6 +179,7 @@ class Status:
             yield "asked for by header", str(original.by_header), str(pruned.by_header)
         if original.failed_over or pruned.failed_over:
             yield "answered by the other", str(original.failed_over), str(pruned.failed_over)
+        yield "failed/judged", f"{original.faults}/{original.judged}", f"{pruned.faults}/{pruned.judged}"
         for place, form in (("gateway", ".0f"), ("handler", ".2f")):
             for key in _PERCENTILES:
                 values = [getattr(arm, f"{place}_ms")[key] for arm in (original, pruned)]

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -37,7 +38,7 @@ from redpp_serve.loopback import ADDRESS
 from redpp_serve.processes import Guard, started
 from redpp_serve.serving.running import Running, register, write_note
 from redpp_serve.serving.server import LocalServer
-from redpp_serve.signals import stopped_by_signal
+from redpp_serve.signals import Stopped, stopped_by_signal
 from redpp_serve.state_folders import hold
 from redpp_serve.variants import ORIGINAL
 
@@ -253,13 +254,29 @@ class Watch:
 
     def mend(self) -> list[str]:
         """Start again what has ended, as far as possible; return sentences about the rest."""
-        problems = []
         parts = self._parts
+        with ThreadPoolExecutor(1) as pool:  # a version takes seconds to load; users need the gateway meanwhile
+            looked = pool.submit(parts.server.check_alive)
+            try:
+                problems = self._mend_gateway()
+                while not wait({looked}, _POLL_S)[0]:
+                    problems = self._mend_gateway()
+            except Stopped:
+                if not wait({looked}, _POLL_S)[0]:
+                    parts.server.stop()
+                raise
         try:
-            parts.server.check_alive()
+            looked.result()
         except (RedppError, OSError) as error:
             found = error.found.strip() if isinstance(error, RedppError) else str(error)
-            problems.append(f"{found}\nEnd the A/B test with redpp-serve ab stop, and start it again.")
+            problems.insert(0, f"{found}\nEnd the A/B test with redpp-serve ab stop, and start it again.")
+        if (read_json(self._state / RECORDER) or {}).get("pairs", 0) >= shadow.MAX_PAIRS:
+            stop_mirroring(parts.nginx.gateway.folder)
+            problems.append(f"the recorder has its {shadow.MAX_PAIRS} pairs; start a new A/B test to record more")
+        return problems
+
+    def _mend_gateway(self) -> list[str]:
+        problems, parts = [], self._parts
         try:
             if not parts.nginx.alive():
                 parts.nginx.start()
@@ -273,9 +290,6 @@ class Watch:
             problems.append(error.found)
         except OSError as error:  # a full disk, or a folder that is gone
             problems.append(f"gateway or recorder cannot be started again: {error}")
-        if (read_json(self._state / RECORDER) or {}).get("pairs", 0) >= shadow.MAX_PAIRS:
-            stop_mirroring(parts.nginx.gateway.folder)
-            problems.append(f"the recorder has its {shadow.MAX_PAIRS} pairs; start a new A/B test to record more")
         return problems
 
     def _complain(self) -> None:

@@ -268,8 +268,6 @@ class LocalServer(ABC):
 
     def check_alive(self) -> None:
         """Raise a RedppError with the end of the log when a process has ended by itself."""
-        if not self._leaders:
-            raise self._failure(f"{self.title} has ended")
         self._keep_front()
         self._check_leaders("has ended")
 
@@ -355,6 +353,8 @@ class LocalServer(ABC):
             time.sleep(_POLL_S)
 
     def _check_leaders(self, has_ended: str) -> None:
+        if not self._leaders:
+            raise self._failure(f"{self.title} {has_ended}")
         for what, leader in self._leaders.items():
             if leader.poll() is not None:
                 raise self._failure(f"{what} {has_ended}")

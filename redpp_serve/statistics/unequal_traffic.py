@@ -104,7 +104,7 @@ class ArmSequence(ConfidenceSequence):
             return "no batch size was seen in both versions within one window"
         if super()._enough:
             return "no time was measured"
-        return f"at least {MINIMUM_BLOCKS} windows with traffic on both versions needed"
+        return f"{len(self._blocks)} of {MINIMUM_BLOCKS} windows with traffic on both versions"
 
     def _more(self, total: float) -> int:
         """Count windows like those so far."""

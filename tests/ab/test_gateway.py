@@ -141,6 +141,20 @@ def test_a_header_asks_for_an_arm_and_is_not_passed_on(live: NginxProcess, upstr
 
 
 @pytest.mark.server
+def test_compressed_bodies_are_refused(live: NginxProcess, upstream: StubServer) -> None:
+    """The servers unpack them without a bound."""
+    for packed in ("gzip", "deflate", "identity, gzip", "GZIP"):
+        status, _, body = ask(live.gateway.port, PUBLIC, headers={"Content-Encoding": packed})
+        assert status == 415 and "a compressed body" in json.loads(body)["error"]
+    assert not upstream.seen
+    assert arm(ask(live.gateway.port, PUBLIC, headers={"Content-Encoding": "identity"}))
+    live.stop()
+    traffic = Traffic()
+    traffic.take(Lines(live.access_log).new())
+    assert traffic.requests.total() == 1, "what was refused went to no arm"
+
+
+@pytest.mark.server
 def test_a_body_without_a_type_is_no_web_form(live: NginxProcess, upstream: StubServer) -> None:
     for given, sent in (({}, "application/octet-stream"), ({"Content-Type": "image/png"}, "image/png")):
         ask(live.gateway.port, PUBLIC, headers=given)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from tests.support.stubs import StubServer
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+MOST = 1 << 20
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
@@ -87,7 +89,7 @@ def live(folder: Path, upstream: StubServer, triton: tuple[Triton, int]) -> Iter
     nginx.make_folder()
     original, pruned = (grpc_socket(folder, arm) for arm in NAMES)
     relay = ListeningProcess(
-        "relay", command(address, original, pruned, ("1", "2"), folder / DEAD), pruned, folder / "grpc.log"
+        "relay", command(address, original, pruned, ("1", "2"), folder / DEAD, MOST), pruned, folder / "grpc.log"
     )
     try:
         relay.start()
@@ -226,3 +228,82 @@ def test_requests_that_wait_for_a_dead_arm_are_answered_by_the_other_at_once(
     traffic = Traffic()
     traffic.take(Lines(live.access_log).new())
     assert traffic.failed_over == {"pruned": 1}
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        service_pb2.ModelInferRequest(model_name="m", model_version="2").SerializeToString() + b"\x3a\x06abc",
+        b"",
+        b"\xff" * 3,
+        b"\x0b",  # a group begins
+        b"\x3a\x00" * 10_001,
+    ],
+)
+def test_what_would_swallow_the_version_is_no_request(request_: bytes) -> None:
+    with pytest.raises(ValueError):
+        of_version(request_, "1")
+
+
+def infer_raw(nginx: NginxProcess, message: bytes, **given: Any) -> grpc.StatusCode:
+    """The status of a message of bytes."""
+    assert nginx.gateway.grpc
+    with grpc.insecure_channel(f"127.0.0.1:{nginx.gateway.grpc[0]}") as channel:
+        try:
+            channel.unary_unary(INFER)(message, metadata=[("x-user-id", "a")], **{"timeout": 20, **given})
+        except grpc.RpcError as error:
+            return error.code()  # type: ignore[attr-defined,no-any-return]
+    return grpc.StatusCode.OK
+
+
+def send_frame(nginx: NginxProcess, body: bytes, encoding: str) -> None:
+    """Send a body as no library would frame it, over HTTP/2 by hand, and wait for an answer."""
+    assert nginx.gateway.grpc
+    port = nginx.gateway.grpc[0]
+    headers = {":method": "POST", ":scheme": "http", ":path": INFER, ":authority": "m", "te": "trailers",
+               "content-type": "application/grpc", "grpc-encoding": encoding, "x-user-id": "a"}  # fmt: skip
+    block = b"".join(
+        b"\0" + bytes([len(key)]) + key.encode() + bytes([len(value)]) + value.encode()
+        for key, value in headers.items()
+    )
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    with socket.create_connection(("127.0.0.1", port), 20) as connection:
+        frames = frame(4, 0, 0, b"") + frame(1, 4, 1, block) + frame(0, 1, 1, body)
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frames)
+        while head := connection.recv(9, socket.MSG_WAITALL):
+            connection.recv(int.from_bytes(head[:3], "big"), socket.MSG_WAITALL)
+            if (head[3] == 1 and head[4] & 1) or head[3] in (3, 7) or (head[3] == 0 and head[4] & 1):
+                return
+
+
+@pytest.mark.server
+def test_what_a_user_can_make_fail_says_nothing_of_an_arm(live: NginxProcess, triton: tuple[Triton, int]) -> None:
+    switch(live.gateway.folder, "pruned")
+    code = grpc.StatusCode
+    good = service_pb2.ModelInferRequest(model_name="m", raw_input_contents=[b"abcd"])
+    good.inputs.add(name="x", shape=[1])
+    plain = good.SerializeToString()
+    good.raw_input_contents[0] = bytes(64 * MOST)
+    bomb = good.SerializeToString()
+    assert infer_raw(live, plain) == code.OK
+    assert infer_raw(live, plain, compression=grpc.Compression.Gzip) == code.OK
+    assert infer_raw(live, bomb, compression=grpc.Compression.Gzip) == code.RESOURCE_EXHAUSTED
+    assert infer_raw(live, plain + bytes(live.gateway.most_bytes)) == code.RESOURCE_EXHAUSTED
+    assert infer_raw(live, plain[:-1]) == code.INVALID_ARGUMENT
+    triton[0].only, triton[0].held = "2", threading.Event()
+    assert infer_raw(live, plain, timeout=0.3) == code.DEADLINE_EXCEEDED
+    triton[0].held.set()
+    for body, encoding in ((b"\1\0\0\0\4abcd", "gzip"), (b"\1\0\0\0\4abcd", "identity"), (b"\0\0\0\0\4ab", "identity"),
+                           (b"\1\0\0\0\4abcd", "snappy"), (b"", "identity")):  # fmt: skip
+        send_frame(live, body, encoding)
+    assert len(triton[0].metadata) == 3, "an arm was asked for what is no request"
+    live.stop()
+    lines = [json.loads(line) for line in live.access_log.read_text().splitlines()]
+    assert [line["status"] for line in lines[:6]] == [200, 200, 413, 413, 400, 499]
+    assert len(lines) == 11 and all(400 <= line["status"] < 500 for line in lines[6:]), lines[6:]
+    traffic = Traffic()
+    traffic.take(Lines(live.access_log).new())
+    assert not traffic.faults.total() and not traffic.errors.total()

@@ -302,7 +302,7 @@ def test_the_text(experiment: Experiment) -> None:
     experiment.windows(200, 0.8)
     write_json(experiment.state / RECORDER, {"received": 400, "dropped": 100, "pairs": 300})
     text = experiment.status().to_text()
-    assert text.splitlines()[:10] == [
+    assert text.splitlines()[:11] == [
         "m on torchserve: 50 % of users to original, 50 % to pruned, by X-User-Id",
         "http://127.0.0.1:1/predictions/m, shadow mode, running for 90 s",
         "",
@@ -311,6 +311,7 @@ def test_the_text(experiment: Experiment) -> None:
         "share                50.0%   50.0%",
         "failed (5xx)             0       0",
         "refused (4xx)            0       0",
+        "failed/judged        0/500   0/500",
         "gateway p50 (ms)        10       9",
         "gateway p99 (ms)        10       9",
     ]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from redpp_serve.ab.status import read_status
 from redpp_serve.ab.supervisor import Parts, Watch, tell_others
 from redpp_serve.errors import RedppError
 from redpp_serve.logs import reopen_logs
+from redpp_serve.signals import Stopped
 from redpp_serve.statistics.verdicts import Advice
 
 URLS = {"gateway": "g", "metrics": "m"}
@@ -126,6 +128,25 @@ def test_processes_that_cannot_be_restarted_are_reported(tmp_path: Path) -> None
     assert first.startswith("TorchServe has ended") and "ab stop" in first
     assert "gateway or recorder" in second and "No space left" in second
     assert "No space left" in watched(tmp_path, full_disk).mend()[0]
+
+
+def test_the_gateway_is_mended_while_the_server_loads(tmp_path: Path) -> None:
+    started = threading.Event()
+    watch = watched(tmp_path, lambda: started.wait(30) and None, alive=started.is_set, start=started.set)
+    assert watch.mend() == [] and started.is_set()
+
+
+def test_a_signal_while_the_server_loads_ends_the_server(tmp_path: Path) -> None:
+    ended = threading.Event()
+
+    def stopped() -> bool:
+        raise Stopped
+
+    watch = watched(tmp_path, lambda: ended.wait(30) and None, alive=stopped)
+    watch._parts.server.stop = ended.set  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        watch.mend()
+    assert ended.is_set()
 
 
 def test_a_recorder_with_enough_pairs_gets_no_more_requests(tmp_path: Path) -> None:

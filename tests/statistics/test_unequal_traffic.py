@@ -111,7 +111,7 @@ def test_what_is_missing_is_named() -> None:
 
 def test_few_windows_are_no_interval() -> None:
     result = verdict_of([{1: (5, 0.1, 5, 0.2)}] * 19)
-    few = "95 and 95 batches in 19 windows, at least 20 windows with traffic on both versions needed"
+    few = "95 and 95 batches in 19 windows, 19 of 20 windows with traffic on both versions"
     assert result.text.endswith(few)
     for count, known in ((MINIMUM_BLOCKS - 1, False), (MINIMUM_BLOCKS, True)):
         sequence = ArmSequence(target=MINIMUM_BLOCKS)
