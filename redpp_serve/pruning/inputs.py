@@ -46,7 +46,8 @@ def synthesis_budget(
         graph: the network.
         seconds: for matching inputs to batch norms.
         pace: seconds of the network for one input, see `effort.pace`.
-        drawing: seconds for drawing inputs; a few are drawn however little that is.
+        drawing: seconds for drawing inputs, or for matching noise where they are of an unknown kind; a few are made
+            however little that is.
     """
     macs = mac_count(graph)
     images, judged = (next(n for most, n in table if macs <= most) for table in (_FITTED, _JUDGED))
@@ -57,9 +58,18 @@ def synthesis_budget(
     if share < 1:
         images = max(batch, int(share * images) // batch * batch)
         judged, ranked = (max(_LEAST_DRAWN, int(share * n)) for n in (judged, ranked))
+    if any(kind_of(spec) == UNKNOWN for spec in graph.inputs):
+        step = max(_FORWARD_AND_BACKWARD * _MOST_STEPS * pace, 1e-9)
+        left = drawing / step - _whole(judged, batch)
+        images = max(batch, int(min(images, left)) // batch * batch)
     affordable = seconds / max(_FORWARD_AND_BACKWARD * _MATCHED_STEPS * pace, 1e-9)
     matched = int(min(images, affordable) // batch * batch) if trained_norms(graph)[0] and has_floats(graph) else 0
     return SynthesisBudget(images, batch, _MOST_STEPS, judged, matched, ranked)
+
+
+def _whole(judged: int, batch: int) -> int:
+    """Return how many inputs are made where so many are judged: noise is matched in batches."""
+    return -(-judged // batch) * batch
 
 
 def drawing_seconds(graph: Graph, budget: SynthesisBudget) -> float:
@@ -160,11 +170,16 @@ def prepare(
             else ""
         )
     else:
-        whole = -(-budget.judged // budget.batch) * budget.batch  # inputs are made in batches
         made = synthesize(
             graph, budget, seed=seed, scales=scales, device=device, checkpoint=checkpoint, progress=progress
         )
-        second = synthesize(graph, replace(budget, images=whole), seed=seed + 1, scales=scales, device=device)
+        second = synthesize(
+            graph,
+            replace(budget, images=_whole(budget.judged, budget.batch)),
+            seed=seed + 1,
+            scales=scales,
+            device=device,
+        )
         fit, other = made.inputs, tuple(x[: budget.judged] for x in second.inputs)
         judged = {"another start": other, "scaled": _scaled(other, 0.7), "louder": _scaled(other, 1.3)}
         note = made.note or "inputs matched to batch-norm statistics, mismatch {:.3g} -> {:.3g}".format(*made.losses)

@@ -264,6 +264,19 @@ def test_as_many_inputs_are_drawn_as_the_time_allows(seconds):
         assert how.images % how.batch == 0 and min(how.judged, how.ranked) >= 8
 
 
+@given(st.floats(0.5, 1e4), st.integers(-14, 2))
+@few
+def test_as_much_noise_is_matched_as_the_time_allows(seconds, exponent):
+    """Of an input of an unknown kind: two rows of twelve by twelve."""
+    b, pace = Builder(2, 12, 12), 2.0**exponent
+    graph = b.graph(b.linear(b.mean(b.norm(b.conv("x", "stem", 2, 4), "bn", 4)), "head", 4, 3))
+    full, how = synthesis_budget(graph), synthesis_budget(graph, pace=pace, drawing=seconds)
+    assert full.images == 512 and how.images % 32 == 0
+    cost = 3 * 24 * pace * (how.images + 64)  # those that judge, too
+    assert how.images == 32 or cost <= seconds * (1 + 1e-9)
+    assert how.images == 512 or cost + 3 * 24 * pace * 32 > seconds
+
+
 def test_larger_networks_get_fewer_inputs_to_judge_by(monkeypatch):
     found = []
     for macs in (10**6, 5 * 10**8, 10**10):
