@@ -151,9 +151,11 @@ def test_errors_of_grpc_are_counted_by_arm(live: NginxProcess, triton: tuple[Tri
         pytest.raises(grpc.RpcError, match="a larger message"),
     ):
         channel.unary_unary(INFER.replace("ModelInfer", "ServerLive"))(bytes(5000))  # it may be packed
-    with InferenceServerClient(f"127.0.0.1:{live.gateway.grpc[0]}") as client:
-        with pytest.raises(InferenceServerException, match="expected ModelInfer"):
-            client.get_model_repository_index()
+    with (
+        InferenceServerClient(f"127.0.0.1:{live.gateway.grpc[0]}") as client,
+        pytest.raises(InferenceServerException, match="expected ModelInfer"),
+    ):
+        client.get_model_repository_index()
     with pytest.raises(InferenceServerException, match="names no arm"):
         ask(live, x_redpp_arm="candidate")
     live.stop()
