@@ -324,7 +324,12 @@ def _report(
         for variant, accuracy in zip(VARIANTS, pruned.accuracy, strict=True):
             report[variant.name]["accuracy"] = accuracy
         report["accuracy_of"] = "verification data"  # a comparison's, on what was sent, does not replace it
-    return Report.from_json(report)
+    found = Report.from_json(report)
+    costs = [(figures.macs, figures.multiplications) for figures in (found.original, found.pruned)]
+    if costs[0] == costs[1]:
+        what = "nothing was pruned: both versions compute the same; --target or --keep, without --method red++, narrow"
+        found.messages = [*found.messages, what]
+    return found
 
 
 def _files(

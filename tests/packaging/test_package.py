@@ -210,6 +210,7 @@ def test_exact_merging_removes_the_twins_and_keeps_the_function(packaged: Path) 
     assert (layers["body.0"]["merge"]["kept"], layers["stem.0"]["merge"]["kept"]) == (8, 8)
     assert report["verify"]["merge_exact"] < 1e-9 and report["verify"]["split_exact"] < 1e-9
     statuses = {stage["name"]: (stage["status"], stage["reason"]) for stage in report["stages"]}
+    assert not any("nothing was pruned" in message for message in report["messages"])
     assert statuses["reconstruct"] == ("skipped", "--method red++") and "8 duplicate channels" in statuses["merge"][1]
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
     original, pruned = (outputs(packaged / f"{v}.mar", x)[0] for v in ("original", "pruned"))
@@ -443,6 +444,7 @@ def test_nothing_to_prune_is_a_good_outcome_with_reasons(tmp_path: Path, untried
         statuses[name]["status"] == "skipped" and statuses[name]["reason"] for name in ("hash", "reconstruct", "split")
     )
     assert [layer["merge"]["reason"] for layer in report["layers"]] == ["is an output of the network"]
+    assert [m for m in report["messages"] if m.startswith("nothing was pruned")]
 
 
 @pytest.mark.exhaustive
