@@ -14,23 +14,30 @@ from pathlib import Path
 
 from redpp_serve.variants import ORIGINAL
 
-_WEIGHTS = "stock.pth"
 _HANDLER = """
 import io
-import os
+import sys
 
 import numpy as np
 import torch
-import torchvision
 from ts.torch_handler.base_handler import BaseHandler
+
+try:
+    import torchvision
+except RuntimeError:  # its compiled operators belong to a torch of another build; no classifier needs them
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision
 
 
 class Stock(BaseHandler):
     def initialize(self, context):
         torch.set_num_threads(1)
-        folder = context.system_properties["model_dir"]
         self.model = torchvision.models.get_model("{network}", weights=None).eval()
-        self.model.load_state_dict(torch.load(os.path.join(folder, "{weights}"), weights_only=True))
+        self.model.load_state_dict(torch.load({weights!r}, weights_only=True))
         self.initialized = True
 
     def handle(self, data, context):
@@ -38,7 +45,7 @@ class Stock(BaseHandler):
         inputs = [torch.from_numpy(x if x.ndim == 4 else x[None]) for x in arrays]
         with torch.inference_mode():
             outputs = self.model(torch.cat(inputs)).split([len(x) for x in inputs])
-        return [{{"outputs": [(y if x.ndim == 4 else y[0]).tolist()]}} for x, y in zip(arrays, outputs)]
+        return [{{"outputs": [(y if len(y) > 1 else y[0]).tolist()]}} for y in outputs]
 """
 
 
@@ -55,8 +62,7 @@ def main() -> None:
         for entry in old.infolist():
             if entry.filename != "handler.py":
                 new.writestr(entry, old.read(entry))
-        new.writestr("handler.py", _HANDLER.format(network=options.network, weights=_WEIGHTS))
-        new.write(options.checkpoint, _WEIGHTS)
+        new.writestr("handler.py", _HANDLER.format(network=options.network, weights=str(options.checkpoint.resolve())))
 
 
 if __name__ == "__main__":
