@@ -25,6 +25,7 @@ from redpp_serve.graph.quantization import in_int8, symmetric
 from redpp_serve.graph.ranges import blank
 from redpp_serve.graph.sizes import drawn, resized, tiled
 from redpp_serve.runtime.buckets import AS_DECLARED, Sizes, as_sizes
+from redpp_serve.runtime.memory import forget_mapped
 from redpp_serve.runtime.serving_graph import channels_last
 
 AUTO = "auto"
@@ -63,10 +64,15 @@ class EngineRun:
 
     def __init__(self, engine: Engine, precision: str, model: Path, threads: int, device: int = 0) -> None:
         self._session = engine.session(model, precision, threads, device)
+        self._mapped: Path | None = model.parent
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Map inputs (N, ...) in any layout to outputs (N, ...) that the caller owns."""
-        return tuple(torch.from_numpy(y) for y in self._session([x.detach().contiguous().numpy() for x in inputs]))
+        found = self._session([x.detach().contiguous().numpy() for x in inputs])
+        if self._mapped:  # the first call has laid the weights out anew: the file's are not read again
+            forget_mapped(self._mapped)
+            self._mapped = None
+        return tuple(torch.from_numpy(y) for y in found)
 
     def close(self) -> None:
         """Free the network."""

@@ -1,16 +1,22 @@
 """A worker keeps the blocks of its values between requests, as far as its C library can, and never fails for it."""
 
+import mmap
 import os
 import platform
+import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from packaging.version import parse as version
 
 from redpp_serve.runtime import memory
+from redpp_serve.runtime.engine_network import EngineRun
 
 FAULTS = """
 import resource, sys
@@ -37,6 +43,33 @@ def test_a_freed_block_is_there_for_the_next_value_and_can_be_given_back() -> No
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     before, kept, after, given_back = done.stdout.split()
     assert kept == "True" and int(after) < int(before) / 10 < int(given_back)
+
+
+def resident(path: Path) -> int:
+    """KiB of a file's mappings that are in this process's memory."""
+    mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    return sum(int(found[1]) for text in mappings if str(path) in text and (found := re.search(r"Rss: +(\d+)", text)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another system")
+def test_what_is_mapped_to_read_is_given_back_and_can_be_read_again(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "in2"  # whose name begins alike
+    content = os.urandom(1 << 20)
+    for folder in (inside, outside):
+        folder.mkdir()
+        (folder / "weights 1").write_bytes(content)
+    with ExitStack() as stack:
+        files = [stack.enter_context((folder / "weights 1").open("r+b")) for folder in (inside, outside)]
+        maps = [stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) for file in files]
+        own = stack.enter_context(mmap.mmap(files[0].fileno(), 0, access=mmap.ACCESS_COPY))
+        own[:4] = b"mine"
+        assert all(map_[:] == content for map_ in maps)
+        (inside / "weights 1").unlink()
+        before = resident(inside / "weights 1")
+        memory.forget_mapped(inside)
+        assert before >= 1024 and resident(inside / "weights 1") <= before - 1024
+        assert resident(outside / "weights 1") >= 1024 and own[:4] == b"mine"
+        assert maps[0][:] == content and own[4:] == content[4:]
 
 
 @pytest.mark.parametrize("found", [("", ""), ("musl", "1.2")])
@@ -90,3 +123,12 @@ def test_values_lie_in_huge_pages_where_they_are_asked_for() -> None:
 )
 def test_what_users_say_of_huge_pages_stays(given: dict[str, str], wanted: str) -> None:
     assert memory.with_huge_pages({"A": "b", **given}) == {"A": "b", "GLIBC_TUNABLES": wanted}
+
+
+def test_an_engines_file_is_given_back_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[Path] = []
+    monkeypatch.setattr("redpp_serve.runtime.engine_network.forget_mapped", given.append)
+    engine: Any = SimpleNamespace(session=lambda *_: lambda inputs: inputs)
+    run, x = EngineRun(engine, "fp32", tmp_path / "floats/model.onnx", 1), torch.ones(2, 3)
+    assert not given
+    assert all(torch.equal(run((x,))[0], x) for _ in range(2)) and given == [tmp_path / "floats"]
