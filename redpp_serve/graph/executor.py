@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from redpp_serve.graph.graph import Graph, map_refs, once_per_graph
-from redpp_serve.graph.operators import FUSED_CONV2D, FUSED_LINEAR, resolve
+from redpp_serve.graph.operators import FUSED_CONV2D, FUSED_LINEAR, INT8_VALUES, INT8_WEIGHT, LEVELS, resolve
 from redpp_serve.graph.ranges import blank
 
 TensorType = tuple[tuple[int, ...], torch.dtype]
@@ -220,14 +220,19 @@ _CONVOLUTIONS = {resolve(f"aten.conv{d}d.default"): resolve(f"aten.conv{d}d.defa
 _CONVOLUTIONS[resolve(FUSED_CONV2D)] = resolve("aten.conv2d.default")
 _FUSED = frozenset(map(resolve, (FUSED_CONV2D, FUSED_LINEAR)))
 _LINEARS = frozenset(map(resolve, (FUSED_LINEAR, "aten.linear.default")))
+_INT8_VALUES, _INT8_WEIGHT = resolve(INT8_VALUES), resolve(INT8_WEIGHT)
 
 
 def _in_shape(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call an operator; a convolution or Linear in float32 gives zeros of its output's shape instead.
+    """Call an operator; a convolution or Linear in float32, or what rounds to eight bits, gives zeros of its shape.
 
     Of a convolution one channel is computed, so that torch itself says what strides, padding and dilation make of the
     positions. Whatever torch might refuse is left to torch.
     """
+    if fn is _INT8_VALUES and type(args[0]) is Tensor and args[0].dtype == torch.float32 and 0 <= args[2] < LEVELS:
+        return args[0].new_zeros(()).expand(args[0].shape)
+    if fn is _INT8_WEIGHT and args[0].dtype == torch.int8 and args[1].shape == args[0].shape[:1]:
+        return args[1].new_zeros(()).expand(args[0].shape)
     if kwargs or not (fn in _CONVOLUTIONS or fn in _LINEARS):
         return fn(*args, **kwargs)
     x, weight, bias, *window = (args[0], *args[2:-1]) if fn in _FUSED else (*args, None)[: max(3, len(args))]

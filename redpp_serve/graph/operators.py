@@ -28,6 +28,7 @@ from redpp_serve.kernels.epilogue import ACTIVATIONS
 
 FUSED_CONV2D, FUSED_LINEAR = "fused.conv2d", "fused.linear"
 INT8_VALUES, INT8_WEIGHT = "int8.values", "int8.weight"
+LEVELS = 256  # of a value in eight bits
 
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
@@ -80,7 +81,7 @@ def _codebook_linear(x: Tensor, indices: Tensor, codebook: Tensor, bias: Tensor 
 
 def _int8_values(x: Tensor, scale: float, zero: int) -> Tensor:
     """Round x to 256 levels, ``scale`` apart, of which number ``zero`` stands for 0."""
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, LEVELS - 1)
 
 
 def _int8_weight(levels: Tensor, scale: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, Node, Ref
-from redpp_serve.graph.operators import FUSED_CONV2D, FUSED_LINEAR, INT8_VALUES, INT8_WEIGHT
+from redpp_serve.graph.operators import FUSED_CONV2D, FUSED_LINEAR, INT8_VALUES, INT8_WEIGHT, LEVELS
 
-LEVELS, WEIGHT_LIMIT = 256, 127
+WEIGHT_LIMIT = 127
 Ranges = Mapping[str, tuple[float, float]]  # by the name of a value
 
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
+from redpp_serve.graph.operators import INT8_VALUES, INT8_WEIGHT
 
 X = (InputSpec("x", (4,)),)
 
@@ -212,6 +213,24 @@ def test_types_refuse_what_a_run_refuses(weight: tuple[int, ...], bias: int, res
     node = Node("y", "aten.conv2d.default", (Ref("x"), Ref("w"), Ref("b"), *rest))
     with pytest.raises(RuntimeError):
         Program(Graph((InputSpec("x", (4, 9, 8)),), tensors, (node,), ("y",))).types(torch.zeros(2, 4, 9, 8))
+
+
+def test_types_of_eight_bits_are_those_of_a_run_and_refused_alike() -> None:
+    levels = torch.randint(-127, 128, (6, 4, 3, 3), dtype=torch.int8)
+    tensors = {"l": levels, "s": torch.rand(6), "few": torch.rand(5), "floats": torch.rand(6, 4, 3, 3)}
+
+    def graph(zero: int = 3, stored: str = "l", scale: str = "s") -> Graph:
+        values = Node("v", INT8_VALUES, (Ref("x"), 0.1, zero))
+        weight = Node("w", INT8_WEIGHT, (Ref(stored), Ref(scale)))
+        nodes = (values, weight, Node("y", "aten.conv2d.default", (Ref("v"), Ref("w"))))
+        return Graph((InputSpec("x", (4, 9, 8)),), tensors, nodes, ("y",))
+
+    x = torch.randn(2, 4, 9, 8)
+    for given in (graph(), graph(255), graph(stored="floats")):
+        assert Program(given).types(x) == ran(given, x)
+    for refused in (graph(256), graph(-1), graph(scale="few")):
+        with pytest.raises(RuntimeError):
+            Program(refused).types(x)
 
 
 def test_types_are_found_where_zeros_are_refused() -> None:
