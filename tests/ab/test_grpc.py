@@ -73,7 +73,8 @@ class Triton(grpc.GenericRpcHandler):
 
 @pytest.fixture
 def triton() -> Iterator[tuple[Triton, int]]:
-    made, server = Triton(), grpc.server(ThreadPoolExecutor(4))
+    made = Triton()
+    server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.max_receive_message_length", -1)])
     server.add_generic_rpc_handlers((made,))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
