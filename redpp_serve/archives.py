@@ -176,3 +176,13 @@ def _check_table(path: Path, expected: str) -> None:
                 raise RedppError(
                     f"{path} has a table of contents of {size} bytes", expected, "do not use this file; fetch it again"
                 )
+
+
+def varint(data: bytes, start: int) -> tuple[int, int] | None:
+    """Return a number as Protocol Buffers write it, and the place behind it; None where it has no end in ten bytes."""
+    number = 0
+    for k, byte in enumerate(data[start : start + 10]):
+        number |= (byte & 0x7F) << (7 * k)
+        if byte < 0x80:
+            return number, start + k + 1
+    return None

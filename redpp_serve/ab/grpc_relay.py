@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc
 
+from redpp_serve.archives import varint
 from redpp_serve.variants import NAMES
 
 _SERVICE, _METHOD = "inference.GRPCInferenceService", "ModelInfer"
@@ -49,14 +50,14 @@ def _check_fields(message: bytes) -> None:
     place = count = 0
     while place < len(message):
         count += 1
-        key, place = _varint(message, place)
+        key, place = _number(message, place)
         kind = key & 7
         if kind not in (0, 1, 2, 5) or count > _MOST_FIELDS:
             raise ValueError
         if kind == 0:
-            _, place = _varint(message, place)
+            _, place = _number(message, place)
         elif kind == 2:
-            length, place = _varint(message, place)
+            length, place = _number(message, place)
             place += length
         else:
             place += 8 if kind == 1 else 4
@@ -64,14 +65,11 @@ def _check_fields(message: bytes) -> None:
         raise ValueError
 
 
-def _varint(message: bytes, place: int) -> tuple[int, int]:
-    """Return the number that begins at a place, and the place behind it."""
-    number = 0
-    for k, byte in enumerate(message[place : place + 10]):
-        number |= (byte & 0x7F) << (7 * k)
-        if byte < 0x80:
-            return number, place + k + 1
-    raise ValueError
+def _number(message: bytes, place: int) -> tuple[int, int]:
+    found = varint(message, place)
+    if found is None:
+        raise ValueError
+    return found
 
 
 def arm(channel: Any, version: str, other: str, dead: Callable[[], bool]) -> Any:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from redpp_serve.archives import varint
+
 _HEAD, _FOOT = 4096, 8
 _MAX_NAMES = 10_000  # of a folder that are looked at
 _PORT = "load its weights into the PyTorch network they belong to, and save that network's state_dict"
@@ -142,17 +144,7 @@ def _without_magic(head: bytes, size: int) -> Foreign | None:
     if head[0] == 0x0A and re.search(rb"\x12.(Placeholder|Const|VarHandleOp|NoOp)", head, re.DOTALL):
         return Foreign("TensorFlow graph (.pb)", _PORT)
     if head[0] == 0x08 and 1 <= head[1] <= 20 and head[2] == 0x12:  # a version, then a message with a message inside
-        length, start = _varint(head, 3)
+        length, start = varint(head, 3) or (0, 13)
         if head[start : start + 1] == b"\x0a":
             return _SAVED_MODEL if head[1] == 1 and start + length == size else _COREML
     return None
-
-
-def _varint(data: bytes, start: int) -> tuple[int, int]:
-    """Return a number of protobuf's, and where the next byte stands."""
-    value = 0
-    for k, byte in enumerate(data[start : start + 10]):
-        value |= (byte & 127) << (7 * k)
-        if byte < 128:
-            return value, start + k + 1
-    return value, start + 10

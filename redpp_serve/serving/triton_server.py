@@ -17,15 +17,9 @@ from redpp_serve.handlers.tracing import TRACE_HEADERS
 from redpp_serve.loopback import ADDRESS, TritonPorts
 from redpp_serve.processes import free_shared_memory, kill_session, session, shared_memory, terminate
 from redpp_serve.serving.server import GRACE_S, Keeper, LocalServer, require_packages
-from redpp_serve.serving.switching import (
-    STAND_INS,
-    TRITON_VERSIONS,
-    load_triton_versions,
-    loaded_triton_versions,
-    triton_versions,
-)
+from redpp_serve.serving.switching import STAND_INS, TRITON_VERSIONS, load_triton_versions, triton_versions
 from redpp_serve.serving.triton_binary import TritonBinary, find_triton, link_backend
-from redpp_serve.serving.workers import LOOK_S, Workers, ready_triton_workers, triton_workers
+from redpp_serve.serving.workers import Workers, ready_triton_versions, ready_triton_workers, triton_workers
 from redpp_serve.variants import ORIGINAL
 
 if TYPE_CHECKING:
@@ -240,11 +234,7 @@ class TritonServer(LocalServer):
         return self._wanted <= self._loaded() and self._gives(ready) and super()._answers()
 
     def _loaded(self) -> set[str]:
-        """Return the versions that Triton calls ready; none while it does not answer."""
-        try:
-            return loaded_triton_versions(self.running(), LOOK_S)
-        except RedppError:
-            return set()
+        return ready_triton_versions(self.running())
 
     def _dead(self) -> set[str]:
         """Return versions that lack a worker though Triton calls them ready, before and after a look at its workers."""

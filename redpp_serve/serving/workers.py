@@ -15,7 +15,7 @@ from redpp_serve.serving.switching import loaded_triton_versions
 if TYPE_CHECKING:
     from psutil import Process
 
-LOOK_S = 5.0  # for Triton to say what it has loaded
+_LOOK_S = 5.0  # for Triton to say what it has loaded
 Pids = dict[str, list[int]]
 """A version's number -> the process ids of its workers."""
 
@@ -53,6 +53,14 @@ def triton_workers(processes: Iterable[Process], name: str, versions: Iterable[s
     return found
 
 
+def ready_triton_versions(running: Running) -> set[str]:
+    """Return the versions that Triton calls ready; none while it does not answer."""
+    try:
+        return loaded_triton_versions(running, _LOOK_S)
+    except RedppError:
+        return set()
+
+
 def ready_triton_workers(running: Running, processes: Callable[[], Iterable[Process]]) -> Pids:
     """Return the workers of both versions where Triton calls them ready; nothing while it does not answer.
 
@@ -60,12 +68,10 @@ def ready_triton_workers(running: Running, processes: Callable[[], Iterable[Proc
         running: describes it.
         processes: lists its processes, and maybe others.
     """
-    try:
-        loaded = loaded_triton_versions(running, LOOK_S)
-    except RedppError:
+    if not (loaded := ready_triton_versions(running)):
         return {}
     living = triton_workers(processes(), running.name, running.versions)
-    return {version: pids if version in loaded else [] for version, pids in living.items()} if loaded else {}
+    return {version: pids if version in loaded else [] for version, pids in living.items()}
 
 
 class Workers:
