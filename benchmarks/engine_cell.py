@@ -62,6 +62,7 @@ EXACT = 1e-3  # largest centred error of fp32: sums in another order
 LOWER = (0.05, 2.0)  # of other precisions: at least, and as a multiple of the error that was recorded
 FEWEST_ROUNDS = 7
 _LEAST_SPREAD = 1e-2  # of the outputs over the inputs, relative to the outputs
+_REST_S = 0.08  # between arms of several threads: ONNX Runtime's spin on for 60 ms, on the cores of the next arm
 _CALLS_OF_OVERHEAD = 300
 _WORKER_ROUNDS = 5
 Run = ArmRun | RemoteRun
@@ -106,7 +107,8 @@ def times(network: Network, kept: Kept, options: CellOptions) -> dict[str, Any]:
                     arms.start(name, data)
                 limits = {name: limit_of(recorded, ARMS[name].precision) for name in arms.runs}
                 seconds, rng = options.seconds / options.starts, np.random.default_rng(start)
-                parts.append([timed(arms.runs, batch, limits, seconds, rng) for batch in options.batches])
+                rest = _REST_S if options.threads > 1 else 0.0
+                parts.append([timed(arms.runs, batch, limits, seconds, rng, rest) for batch in options.batches])
                 plans |= {name: run.plan for name, run in arms.runs.items() if run.plan and name not in plans}
                 left_out |= arms.left_out
     rows = [row_of(same) for same in zip(*parts, strict=True)]
@@ -194,9 +196,14 @@ class Timed:
 
 
 def timed(
-    runs: Mapping[str, Run], batch: int, limits: Mapping[str, float], seconds: float, rng: np.random.Generator
+    runs: Mapping[str, Run],
+    batch: int,
+    limits: Mapping[str, float],
+    seconds: float,
+    rng: np.random.Generator,
+    rest: float = 0.0,
 ) -> Timed:
-    """Check the arms at a batch size, then time those that are right."""
+    """Check the arms at a batch size, then time those that are right, as `in_turns` does."""
     errors, reasons, right = dict[str, float](), dict[str, str](), dict[str, Callable[[], float]]()
     for name, run in runs.items():
         try:
@@ -209,7 +216,7 @@ def timed(
             right[name] = partial(run.time, batch)
         else:
             reasons[name] = f"wrong by {error:.2g} of the spread, more than {limits[name]:.2g}"
-    return Timed(batch, errors, reasons, in_turns(right, seconds, rng))
+    return Timed(batch, errors, reasons, in_turns(right, seconds, rng, rest))
 
 
 def row_of(parts: Sequence[Timed]) -> dict[str, Any]:
@@ -228,9 +235,12 @@ def row_of(parts: Sequence[Timed]) -> dict[str, Any]:
 
 
 def in_turns(
-    readings: Mapping[str, Callable[[], float]], seconds: float, rng: np.random.Generator
+    readings: Mapping[str, Callable[[], float]], seconds: float, rng: np.random.Generator, rest: float = 0.0
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the reading of each arm in each round, (rounds,): the mean of two, there and back in a random order."""
+    """Return the reading of each arm in each round, (rounds,): the mean of two, there and back in a random order.
+
+    Behind each reading is a rest of so many seconds.
+    """
     names, rounds = list(readings), []
     for reading in readings.values():
         reading()
@@ -239,6 +249,7 @@ def in_turns(
         order, spent = rng.permutation(len(names)), np.zeros(len(names))
         for index in (*order, *order[::-1]):
             spent[index] += readings[names[index]]() / 2
+            time.sleep(rest)
         rounds.append(spent)
     return dict(zip(names, np.array(rounds).T, strict=True)) if names else {}
 

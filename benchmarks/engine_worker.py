@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from benchmarks.engine_arms import (
 )
 from benchmarks.engine_networks import NETWORKS, keep
 from benchmarks.real_scores import centred_error
+from redpp_serve.engines.trial import seconds_of
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import LoadedArtifact, build, load
 from redpp_serve.packaging.mar import read_artifact
@@ -44,7 +46,7 @@ from redpp_serve.runtime.memory import with_huge_pages
 PRUNED = "pruned, "  # before the name of an arm: that arm of the file of a pruned network
 CONTROL = "control"  # the arm that counts in Python
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-_READING_S, _MOST_CALLS = 0.02, 50  # a reading is the mean of the calls that fit into this time
+_READING_S = 0.02  # a reading is the mean of the calls that fit into this time
 
 
 class ArmRun:
@@ -99,10 +101,7 @@ class ArmRun:
     @torch.inference_mode()
     def time(self, batch: int) -> float:
         """Return the seconds of a call: of several behind a first one, unless one takes long."""
-        first = self._inputs(batch)
-        once = self._seconds(first, 1)
-        calls = min(_MOST_CALLS, int(_READING_S / once))
-        return self._seconds(first, calls) if calls else once
+        return seconds_of(partial(self._call, self._x[:batch].contiguous()), self._clock, _READING_S)
 
     def begin(self, seconds: float) -> None:
         """Begin to call for some seconds."""
@@ -119,15 +118,6 @@ class ArmRun:
 
     def close(self) -> None:
         """End it."""
-
-    def _seconds(self, x: Tensor, calls: int) -> float:
-        start = self._clock()
-        for _ in range(calls):
-            self._call(x)
-        return (self._clock() - start) / calls
-
-    def _inputs(self, batch: int) -> Tensor:
-        return self._x[:batch].contiguous()
 
 
 class RemoteRun:

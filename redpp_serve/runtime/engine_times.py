@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from redpp_serve.engines import OWN
-from redpp_serve.engines.trial import Arrays, Trial, TrialError
+from redpp_serve.engines.trial import READING_S, Arrays, Trial, TrialError, seconds_of
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.sizes import choice_in_words
 from redpp_serve.runtime.buckets import AS_DECLARED, Bucket, Sizes
 from redpp_serve.runtime.engine_network import Candidate, Network, Run, own_run, recorded_error
 from redpp_serve.runtime.plan import Timing
-from redpp_serve.runtime.timing import FEWEST_ROUNDS, in_turns, rounds, timed, timings
+from redpp_serve.runtime.timing import FEWEST_ROUNDS, in_turns, rounds, timings
 
 _NEAR = 1.15  # times as slow as the fastest: candidates beyond do not take turns with it
 _CLEAR = 1.5  # times as slow as the fastest: one reading is enough, and larger batches are not read
@@ -36,7 +36,8 @@ _WORK_SECONDS = 5e-3  # of a call: where the fastest takes less, larger batches 
 _UNSURE, _LITTLE_UNSURE = 1.15, 1.05
 _TURNS, _MOST_TURNS = 3, 15  # rounds between candidates that are all surely faster than the incumbent
 _TURNS_WORTH = 0.5  # seconds that more than the fewest of them may take in a bucket
-_LONG_SECONDS = 0.1  # of a call, which then says enough alone
+_LONG_SECONDS = 0.1  # of a call by the processor's clock, which then says enough alone
+_REST_S = 0.01  # behind a call of torch's threads, which spin on for some 6 ms on the cores of the next candidate
 _READING = 0.7  # of a candidate's seconds, after which larger batches are no longer read
 _SHARE = 0.5  # of the seconds that are left: what a candidate may take that is not the last
 _TURNS_SECONDS = 60.0  # after which a network that takes turns hangs
@@ -184,9 +185,14 @@ class _Race:
     def enter_own(self, name: str, run: Run, share: float) -> None:
         """Read the own runtime in one of its precisions, for a share of the seconds that are left."""
         network, until = self._network, time.monotonic() + _READING * share * (self.end - time.monotonic())
-        call = self._calls[name] = lambda bucket: timed(
-            partial(run, network.inputs(bucket.batch, bucket.sizes)), network.clock
-        )()
+
+        def call(bucket: Bucket) -> float:
+            seconds = seconds_of(partial(run, network.inputs(bucket.batch, bucket.sizes)), network.clock)
+            if network.clock is not time.process_time:
+                time.sleep(_REST_S)
+            return seconds
+
+        self._calls[name] = call
         self._read(name, call, call, until)
 
     def enter(self, candidate: Candidate, expected: Expected, share: float) -> None:
@@ -280,7 +286,8 @@ class _Race:
             once = call(bucket)
             best = min(quick.values(), default=once)
             behind = once > _CLEAR * best
-            quick[name] = once if behind or once > _LONG_SECONDS else min(once, call(bucket))
+            enough = behind or (once > _LONG_SECONDS and self._network.clock is time.process_time)
+            quick[name] = once if enough else min(once, call(bucket))
             if behind and best > _WORK_SECONDS and not self._everywhere:
                 lost.add(bucket.sizes)
 
@@ -316,7 +323,7 @@ class _Race:
         names = [name for name, once in quick.items() if name != first and once <= _NEAR * best]
         clear = incumbent > _CLEAR * best
         names = names if clear else [first, *names]
-        spent = 2 * (_TURNS if clear else FEWEST_ROUNDS) * sum(quick[name] for name in names)
+        spent = 2 * (_TURNS if clear else FEWEST_ROUNDS) * sum(max(quick[name], READING_S) for name in names)
         if len(names) < 2 or spent > seconds:
             return found
         calls = [partial(self._calls[name], bucket) for name in names]

@@ -1,17 +1,21 @@
 """Engines are tried in a process of their own: failures, crashes and late ones are told, and the others go on."""
 
 import os
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
 from redpp_serve.engines import ON_CPU
 from redpp_serve.engines.onnx_builder import write_onnx
-from redpp_serve.engines.trial import Trial, TrialError
+from redpp_serve.engines.sessions import OnnxRuntimeSession
+from redpp_serve.engines.trial import Trial, TrialError, seconds_of
 from redpp_serve.graph.executor import Program
 from redpp_serve.graph.graph import Graph, InputSpec, Node, Ref
 
@@ -54,6 +58,39 @@ def test_outputs_and_times_at_each_batch(engine: str, model: Path) -> None:
             assert 0 <= trial.time(batch) < 60
     finally:
         trial.close()
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [([0.5], 0.5), ([0.004, 0.001, 0.003], 0.002), ([0.011, 9.0], 0.011)],
+    ids=["a long call counts alone", "a first short call does not count", "as soon as it fills the time"],
+)
+def test_a_reading_is_the_mean_of_short_calls_behind_a_first(calls: list[float], expected: float) -> None:
+    now, left = [0.0], iter(calls)
+
+    def call() -> None:
+        now[0] += next(left)
+
+    assert seconds_of(call, lambda: now[0], 0.01) == pytest.approx(expected)
+
+
+def test_threads_of_onnx_runtime_leave_the_cores_to_others_between_calls(tmp_path: Path) -> None:
+    wide = 512
+    graph = Graph(
+        (InputSpec("x", (wide,)),), {"w": torch.ones(wide, wide)},
+        (Node("y", "aten.linear.default", (Ref("x"), Ref("w"))),), ("y",),
+    )  # fmt: skip
+    session = OnnxRuntimeSession(write_onnx(graph, tmp_path), "fp32", 2)
+    try:
+        idle = []
+        for _ in range(10):
+            session([np.ones((wide, wide), np.float32)])
+            start = time.process_time()
+            time.sleep(0.05)
+            idle.append(time.process_time() - start)
+        assert statistics.median(idle) < 0.01
+    finally:
+        session.close()
 
 
 def test_an_engine_that_refuses_says_why(tmp_path: Path) -> None:

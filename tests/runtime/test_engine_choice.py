@@ -395,7 +395,7 @@ def test_one_that_dies_while_it_takes_turns_is_left_out(graph: Graph, monkeypatc
             return 1e-4
 
     monkeypatch.setattr(engine_times, "Trial", Dying)
-    monkeypatch.setattr(engine_times, "timed", lambda *_: lambda: 1.0)
+    monkeypatch.setattr(engine_times, "seconds_of", lambda *_: 1.0)
     plan = load(artifact(graph)).plan
     assert plan.engine == "openvino" and plan.left_out == {"onnxruntime fp32": "its process ended with code -9"}
     assert all("onnxruntime fp32" not in c.times for c in plan.engines)
@@ -415,7 +415,7 @@ def test_what_is_far_behind_is_read_once_and_its_process_ends(graph: Graph, monk
             return seconds[self.engine]
 
     monkeypatch.setattr(engine_times, "Trial", Known)
-    monkeypatch.setattr(engine_times, "timed", lambda *_: lambda: 1.0)
+    monkeypatch.setattr(engine_times, "seconds_of", lambda *_: 1.0)
     plan = load(artifact(graph)).plan
     assert read == [("openvino", batch) for batch in (1, 1, 2, 2)] + [("onnxruntime", batch) for batch in (1, 2)]
     assert plan.engines[0].times == {"redpp fp32": 1.0, "openvino fp32": 1e-4, "onnxruntime fp32": 2e-4}
