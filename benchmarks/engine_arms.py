@@ -160,14 +160,13 @@ def _served(engine: str, precision: str) -> Callable[[Network, Kept, Setting], C
     return build
 
 
-class Served(nn.Module):
-    """A served network as a module of one input and one output."""
+class Served:
+    """A served network as a call of one input and one output."""
 
     def __init__(self, model: ServingModel) -> None:
-        super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """Map inputs (N, ...) to outputs (N, classes)."""
         return self.model(x)[0]
 

@@ -107,11 +107,13 @@ class OpenVinoSession:
             raise RuntimeError(f"this processor runs {used} where {precision} was asked for")
         with _own_signal_stack():
             self._request: Any = self._compiled.create_infer_request()
+        self._tensor = openvino.Tensor
 
     def __call__(self, inputs: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """Map contiguous inputs (N, ...) to outputs that the caller owns."""
-        found = self._request.infer(list(inputs), share_inputs=True, share_outputs=False)
-        return [found[k] for k in range(len(found))]
+        owned = (x if x.flags.writeable else x.copy() for x in inputs)
+        tensors = {k: self._tensor(x, shared_memory=True) for k, x in enumerate(owned)}  # arrays take 50 us more
+        return list(self._request.infer(tensors, share_outputs=False).values())
 
     def node_seconds(self, inputs: Sequence[np.ndarray[Any, Any]], seconds: float) -> dict[str, float]:
         """Return the median seconds of each node that OpenVINO runs, by name; for a session that is ``profiled``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from redpp_serve.graph.graph import InputSpec
 from redpp_serve.graph.sizes import choice_in_words, closest, resized, sizes_in
@@ -13,8 +13,7 @@ Sizes = tuple[tuple[str, int], ...]  # by symbol; empty for the sizes that the i
 AS_DECLARED: Sizes = ()
 
 
-@dataclass(frozen=True)
-class Bucket:
+class Bucket(NamedTuple):
     """Requests that one choice serves.
 
     Attributes:
