@@ -101,9 +101,13 @@ def fold_batch_norm(graph: Graph) -> Graph:
 
 
 def _scaled(weight: Tensor, scale: Tensor, call: Node) -> Tensor:
-    """Scale a layer's weight, in float64, by a factor (n_out,) for each output channel."""
+    """Scale a layer's weight by a float64 factor (n_out,) for each output channel; one in float32 stays so.
+
+    Products in float64 would take longer than all else that a server does to the weights as it loads them.
+    """
     if call.op not in TRANSPOSED:
-        return weight * scale.view(-1, *[1] * (weight.dim() - 1))
+        factor = scale.to(weight.dtype) if weight.dtype == torch.float32 else scale
+        return weight * factor.view(-1, *[1] * (weight.dim() - 1))
     groups = call.argument(6) or 1
     by_group = weight.double().view(groups, -1, *weight.shape[1:])
     return (by_group * scale.view(groups, 1, -1, *[1] * (weight.dim() - 2))).view(weight.shape)

@@ -18,6 +18,8 @@ from redpp_serve.graph.graph import Graph, Node, Ref
 from redpp_serve.graph.operators import FUSED_CONV2D, FUSED_LINEAR, INT8_VALUES, INT8_WEIGHT, LEVELS
 
 WEIGHT_LIMIT = 127
+_NOISE, _OFF_GRID = 1e-5, 1e-2  # of float32: between equal values, of the largest; beside a level, in steps
+_MOST_PARTS = 8  # steps between the two nearest values in use
 Ranges = Mapping[str, tuple[float, float]]  # by the name of a value
 
 
@@ -70,13 +72,38 @@ def in_int8(graph: Graph, ranges: Ranges) -> Graph:
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round a weight (n_out, ...) to -127..127 times a scale for each output channel.
 
+    Where the values of a channel are such multiples already, as those of a uniform codebook are, they stay.
+
     Returns:
         The int8 weight and the float32 scales (n_out,).
     """
     flat = weight.flatten(1)
-    scale = (flat.abs().amax(1) / WEIGHT_LIMIT).clamp_min(torch.finfo(torch.float32).tiny)
+    most = flat.abs().amax(1).clamp_min(WEIGHT_LIMIT * torch.finfo(torch.float32).tiny)
+    scale = most / WEIGHT_LIMIT
+    if len(flat) and _farthest_level(flat[most.argmax()]):
+        levels = torch.tensor([_farthest_level(row) or WEIGHT_LIMIT for row in flat], dtype=flat.dtype)
+        scale = most / levels
     rounded = (flat / scale[:, None]).round().clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT)
     return rounded.to(torch.int8).view(weight.shape), scale
+
+
+def _farthest_level(row: Tensor) -> int:
+    """Return how many steps the largest of the values (n,) is, where all are a few steps of one size; else 0.
+
+    The step divides the least difference between two of them, as levels between may be in no use.
+    """
+    sizes = torch.unique(row.abs())
+    most = sizes[-1]
+    if len(sizes) > WEIGHT_LIMIT + 1 or not most > 0:
+        return 0
+    gaps = torch.diff(sizes, prepend=sizes.new_zeros(1))
+    least = gaps[gaps > _NOISE * most].min()
+    for parts in range(1, _MOST_PARTS + 1):
+        levels = round(float(parts * most / least))
+        steps = sizes * (levels / most)
+        if 0 < levels <= WEIGHT_LIMIT and float((steps - steps.round()).abs().max()) < _OFF_GRID:
+            return levels
+    return 0
 
 
 def scale_and_zero(low: float, high: float) -> tuple[float, int]:

@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -117,12 +118,13 @@ def read_safetensors(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], str]
     text = file.read(base - _LENGTH)
     digest = hashlib.sha256(length + text)
     tensors = {}
-    for name, entry in _described(text, base, size)[0].items():
-        own = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
-        if file.readinto(own.numpy().data) != len(own):  # type: ignore[attr-defined]
-            raise ValueError("a file that ends early")
-        digest.update(own.numpy().data)
-        tensors[name] = own.view(entry.dtype).view(entry.shape)
+    with ThreadPoolExecutor(1) as beside:  # a digest takes longer than reading what the system has kept
+        for name, entry in _described(text, base, size)[0].items():
+            own = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+            if file.readinto(own.numpy().data) != len(own):  # type: ignore[attr-defined]
+                raise ValueError("a file that ends early")
+            beside.submit(digest.update, own.numpy().data)
+            tensors[name] = own.view(entry.dtype).view(entry.shape)
     return tensors, digest.hexdigest()
 
 

@@ -3,6 +3,9 @@
 Method ``kde`` (RED++, arXiv 2110.01397) puts the borders of cells at the minima of the weights' kernel density and
 their values at its maxima; ``kmeans`` (Lloyd-Max) and ``uniform`` codebooks are there to compare with. The bandwidth,
 or the number of cells, is found by bisection to a target error or number of values. Borders lie on the density grid.
+
+A uniform codebook of at most 255 values has them within 127 steps of zero: kernels of eight bits compute with these and
+round nothing more (`graph.quantization`).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redpp_serve.graph.quantization import WEIGHT_LIMIT
 from redpp_serve.options import HASHES, HashTarget
 from redpp_serve.pruning.density import Array, Grid, Indices, build_grid, cell_costs, cells_of, density, entropy
 
@@ -112,6 +116,8 @@ def fit_codebook(grid: Grid, method: str, target: HashTarget) -> Codebook:
     values = target.values
     if method == "kmeans":
         return _lloyd_max(grid, values - bool(grid.zeros))  # zeros have a value of their own
+    if method == "uniform" and values <= 2 * WEIGHT_LIMIT + 1:
+        return family.finest_while(lambda book: book.size <= values and _farthest_level(book) <= WEIGHT_LIMIT)
     return family.finest_while(lambda book: book.size <= values)
 
 
@@ -171,6 +177,11 @@ def _uniform_family(grid: Grid) -> _Family:
         return _codebook("uniform", grid, borders, levels)
 
     return _Family(make, 24)
+
+
+def _farthest_level(book: Codebook) -> int:
+    """Return how many steps of a uniform codebook its farthest value in use lies from zero."""
+    return round(float(np.abs(book.values[book.frequencies > 0]).max() / np.diff(book.values).max()))
 
 
 def _kmeans_family(grid: Grid) -> _Family:
