@@ -83,8 +83,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     if len(flat) and _farthest_level(flat[most.argmax()]):
         levels = torch.tensor([_farthest_level(row) or WEIGHT_LIMIT for row in flat], dtype=flat.dtype)
         scale = most / levels
-    rounded = (flat / scale[:, None]).round().clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT)
-    return rounded.to(torch.int8).view(weight.shape), scale
+    return (flat / scale[:, None]).round_().to(torch.int8).view(weight.shape), scale
 
 
 def _farthest_level(row: Tensor) -> int:
