@@ -33,7 +33,8 @@ def markdown(data: Mapping[str, Any]) -> str:
         "has a process of its own; they take turns, and only those whose outputs agree with float64. All "
         "processes are started `starts` times (JSON file), as memory may lie better in one than in another. Times are "
         "medians in milliseconds of a batch with the 20th and 80th percentiles, of readings that are means of the "
-        "calls that fit into 20 ms; ratios say how many times as fast, with 95 % intervals."
+        "calls that fit into 20 ms; ratios say how many times as fast, with 95 % intervals. With several threads each "
+        "reading is followed by a rest, until ONNX Runtime's threads no longer spin on the cores of the next arm."
         + (f" Ours has the memory of a worker: {machine['memory']}." if "memory" in machine else ""),
         f"Measured on {machine['device']} ({machine['processor']}); {versions}. Dates, the machine's load before each "
         "cell, errors and what was left out stand in the JSON file.",
@@ -161,8 +162,8 @@ def _pruned(data: Mapping[str, Any]) -> str:
     for cell in _cells(data, "pruned"):
         for row in cell["rows"]:
             gains = [f"{t.partition(', ')[2]} {_ratio(row, t)}" for t in row["ratios"] if t.startswith("pruned")]
-            rows.append([*_place(cell, row), f"{cell['share']:.2f}", "<br>".join(gains)])
-    return _table(["network", "batch / threads", "MACs", "pruned against original, times as fast"], rows)
+            rows.append([*_place(cell, row), cell["arm"], f"{cell['share']:.2f}", "<br>".join(gains)])
+    return _table(["network", "batch / threads", "file", "MACs", "pruned against original, times as fast"], rows)
 
 
 _SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
