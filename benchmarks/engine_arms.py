@@ -13,15 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.engine_networks import Kept, Network
+from benchmarks.real_data import fitting_images
 from redpp_serve.engines import ENGINES, ON_CPU, OWN
+from redpp_serve.engines.onnx_builder import to_onnx
 from redpp_serve.engines.sessions import import_openvino
-from redpp_serve.runtime.engine_network import AUTO
+from redpp_serve.graph.artifact import load
+from redpp_serve.graph.quantization import find_ranges, in_int8
+from redpp_serve.runtime.engine_network import AUTO, ranges
 from redpp_serve.runtime.memory import keep_blocks
 from redpp_serve.runtime.model import ServingModel
 from redpp_serve.runtime.plan_cache import PlanCache
+from redpp_serve.runtime.serving_graph import serving_graph
 
 Call = Callable[[Tensor], Tensor]
 PLAN_SECONDS = 20.0  # as a worker has by default
+_PHOTOGRAPHS = 64  # as many as packaging makes synthetic inputs for ranges
 
 
 class UnavailableError(Exception):
@@ -142,15 +148,52 @@ def _openvino(hint: str) -> Callable[[Network, Kept, Setting], Call]:
     return build
 
 
+def _nncf(network: Network, kept: Kept, setting: Setting) -> Call:
+    """Let NNCF quantize what OpenVINO converted, with its defaults, after inputs that it is shown."""
+    openvino = import_openvino()
+    try:
+        import nncf
+    except ImportError as error:
+        raise UnavailableError(f"nncf is not installed: {error}") from error
+    shown = [x.numpy() for x in _shown(network).split(1)]
+    found = nncf.quantize(openvino.Core().read_model(kept.openvino), nncf.Dataset(shown), subset_size=len(shown))
+    compiled = _compiled_model(openvino.Core(), found, "f32", setting.threads)
+    return lambda x: torch.from_numpy(compiled([x.numpy()])[0])
+
+
+def _own_ranges(network: Network, kept: Kept, setting: Setting) -> Call:
+    """Find the ranges of this project's eight bits on photographs, not on synthetic inputs; the layers are the same."""
+    stored = load(kept.artifact)
+    served = serving_graph(stored.graph, torch.device("cpu"))
+    found = find_ranges(served, [_shown(network)])
+    chosen = {name: pair for name, pair in found.items() if name in ranges(stored.description)}
+    compiled = compile_openvino(to_onnx(in_int8(served, chosen)).SerializeToString(), "f32", setting.threads)
+    return lambda x: torch.from_numpy(compiled([x.numpy()])[0])
+
+
+def _shown(network: Network) -> Tensor:
+    """Return the photographs (n, ...) that ranges are found on; none of them is scored.
+
+    Raises:
+        UnavailableError: there are none for this network.
+    """
+    if network.name != "lite0":
+        raise UnavailableError("there are photographs for lite0 alone")
+    return fitting_images(network.name, _PHOTOGRAPHS)
+
+
 def compile_openvino(model: Path | bytes, hint: str, threads: int) -> Any:
     """Compile a model with OpenVINO's defaults but for threads, precision, and pinning.
 
     Pinned to the first core, it would meet whatever else runs there; the arms beside it would not.
     """
     core = import_openvino().Core()
+    return _compiled_model(core, core.read_model(model, *([] if isinstance(model, Path) else [b""])), hint, threads)
+
+
+def _compiled_model(core: Any, model: Any, hint: str, threads: int) -> Any:
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint, "ENABLE_CPU_PINNING": False}
-    read = core.read_model(model) if isinstance(model, Path) else core.read_model(model, b"")
-    return core.compile_model(read, "CPU", settings)
+    return core.compile_model(model, "CPU", settings)
 
 
 def _served(engine: str, precision: str) -> Callable[[Network, Kept, Setting], Call]:
@@ -199,6 +242,7 @@ def ours(engine: str, precision: str) -> str:
 
 FORCED = ((OWN, "fp32"), (OWN, "bf16"), *((name, p) for name in ON_CPU for p in ("fp32", "bf16", "int8")))
 FORCED = tuple(pair for pair in FORCED if pair not in (("onnxruntime", "bf16"), ("onnxruntime", "int8")))
+NNCF, ON_PHOTOGRAPHS = "openvino int8, NNCF on photographs", "openvino int8, our ranges on photographs"
 STOCK, COMPILED, OURS, OURS_AUTO = "stock", "torch.compile", ours(AUTO, "fp32"), ours(AUTO, AUTO)
 ARMS = {
     arm.name: arm
@@ -208,6 +252,8 @@ ARMS = {
         Arm("onnxruntime", "fp32", _onnxruntime),
         Arm("openvino", "fp32", _openvino("f32")),
         Arm("openvino bf16", "bf16", _openvino("bf16")),
+        Arm(NNCF, "int8", _nncf),
+        Arm(ON_PHOTOGRAPHS, "int8", _own_ranges),
         Arm(OURS, "fp32", _served(AUTO, "fp32"), AUTO),
         Arm(OURS_AUTO, AUTO, _served(AUTO, AUTO), AUTO),
         *(Arm(ours(engine, p), p, _served(engine, p), engine) for engine, p in FORCED),

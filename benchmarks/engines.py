@@ -23,7 +23,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_arms import ARMS, COMPILED, OURS, OURS_AUTO, PLAN_SECONDS, STOCK, CellOptions, ours
+from benchmarks.engine_arms import (
+    ARMS,
+    COMPILED,
+    NNCF,
+    ON_PHOTOGRAPHS,
+    OURS,
+    OURS_AUTO,
+    PLAN_SECONDS,
+    STOCK,
+    CellOptions,
+    ours,
+)
 from benchmarks.engine_cell import KINDS
 from benchmarks.engine_networks import NETWORKS, keep
 from benchmarks.engine_table import markdown
@@ -36,7 +47,7 @@ OUT = Path("benchmarks/results/engines.json")
 PRUNED = "pruned"
 _TIMED = tuple(name for name in NETWORKS if name != "thin")
 _READY = ("onnxruntime", "openvino", *(n for n, arm in ARMS.items() if arm.engine in ENGINES), OURS, OURS_AUTO)
-_SCORED = ("openvino", "openvino bf16", OURS, *(ours("openvino", p) for p in ("bf16", "int8")))
+_SCORED = ("openvino", "openvino bf16", NNCF, ON_PHOTOGRAPHS, OURS, *(ours("openvino", p) for p in ("bf16", "int8")))
 _PACKAGES = ("openvino", "onnxruntime", "onnx", "timm", "torchvision")
 _WORKER_SECONDS = 3.0
 

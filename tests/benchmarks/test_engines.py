@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import engine_cell, engine_networks, engines
+from benchmarks import engine_arms, engine_cell, engine_networks, engines
 from benchmarks.engine_arms import (
     ARMS,
     BY_HAND,
+    NNCF,
+    ON_PHOTOGRAPHS,
     OURS,
     OURS_AUTO,
     STOCK,
@@ -28,6 +30,7 @@ from benchmarks.engine_cell import Timed, measure, reference, row_of, timed
 from benchmarks.engine_networks import NETWORKS, Network, keep, settle, structured_inputs
 from benchmarks.engine_table import goals, losing, markdown
 from benchmarks.engine_worker import CONTROL, ArmRun, RemoteRun
+from benchmarks.real_scores import centred_error
 from redpp_serve.engines import processor
 from redpp_serve.errors import RedppError
 from redpp_serve.graph.artifact import load
@@ -81,6 +84,22 @@ def test_what_is_kept_is_made_once(scratch: Path, monkeypatch: pytest.MonkeyPatc
     assert keep(TINY, scratch).artifact.stat().st_mtime_ns == before
     monkeypatch.setattr(engine_networks, "RECIPE", "another")
     assert engine_networks.made_with() != kept.facts["made_with"]
+
+
+@pytest.mark.skipif(not processor.int8_pays(), reason="eight bits need instructions of their own")
+@pytest.mark.parametrize(("name", "most"), [(NNCF, 0.6), (ON_PHOTOGRAPHS, 0.3)])
+def test_eight_bits_of_inputs_that_are_shown(
+    name: str, most: float, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == NNCF and find_spec("nncf") is None:
+        pytest.skip("without nncf")
+    kept, setting = keep(TINY, scratch), options(scratch).setting()
+    with pytest.raises(UnavailableError, match="photographs for lite0 alone"):
+        ARMS[name].build(TINY, kept, setting)
+    monkeypatch.setattr(engine_arms, "_shown", lambda network: network.inputs(16))
+    x = TINY.inputs(32)
+    error = centred_error(ARMS[name].build(TINY, kept, setting)(x), reference(TINY, x))
+    assert 1e-3 < error < most  # rounded, and not otherwise wrong
 
 
 def test_a_run_measures_and_goes_on_where_it_stopped(
