@@ -340,14 +340,18 @@ class Front:
     rules: Triton | TorchServe
     most: int
     spans: DoorSpans | None = None
+    _serving: set[asyncio.Task[None] | None] = field(default_factory=set)  # the loop holds on to no task itself
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection until its client closes it."""
+        task = asyncio.current_task()
+        self._serving.add(task)
         try:
             with suppress(OSError, asyncio.IncompleteReadError, asyncio.TimeoutError):
                 while await self._next(reader, writer):
                     pass
         finally:
+            self._serving.discard(task)
             writer.close()
 
     async def _next(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
