@@ -48,7 +48,7 @@ PRUNED = "pruned"
 _TIMED = tuple(name for name in NETWORKS if name != "thin")
 _READY = ("onnxruntime", "openvino", *(n for n, arm in ARMS.items() if arm.engine in ENGINES), OURS, OURS_AUTO)
 _SCORED = ("openvino", "openvino bf16", NNCF, ON_PHOTOGRAPHS, OURS, *(ours("openvino", p) for p in ("bf16", "int8")))
-_PACKAGES = ("openvino", "onnxruntime", "onnx", "timm", "torchvision")
+_PACKAGES = ("openvino", "onnxruntime", "onnx", "nncf", "timm", "torchvision")
 _WORKER_SECONDS = 3.0
 
 
