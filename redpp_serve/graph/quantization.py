@@ -93,7 +93,7 @@ def _farthest_level(row: Tensor) -> int:
     """
     sizes = torch.unique(row.abs())
     most = sizes[-1]
-    if len(sizes) > WEIGHT_LIMIT + 1 or not most > 0:
+    if len(sizes) > WEIGHT_LIMIT + 1 or not 0 < most < torch.inf:
         return 0
     gaps = torch.diff(sizes, prepend=sizes.new_zeros(1))
     least = gaps[gaps > _NOISE * most].min()

@@ -49,6 +49,13 @@ def test_a_channel_off_the_grid_is_rounded_alone() -> None:
     assert torch.isfinite(scale).all() and (scale > 0).all()
 
 
+@pytest.mark.parametrize("odd", [float("inf"), float("nan")])
+def test_weights_that_are_no_numbers_end_nothing(odd: float) -> None:
+    """Such a network is refused elsewhere, by what it gives."""
+    levels, scale = quantize_weight(torch.tensor([[1.0, odd, 2.0], [3.0, 4.0, 5.0]]))
+    assert levels[1].tolist() == [76, 102, 127] and not torch.isfinite(scale[0])
+
+
 @pytest.mark.parametrize("values", [15, 255])
 def test_a_uniform_codebook_is_what_eight_bits_compute_with(values: int) -> None:
     """Also behind a batch norm, which gives each channel a step of its own."""
