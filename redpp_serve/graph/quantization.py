@@ -18,7 +18,7 @@ from redpp_serve.graph.graph import Graph, Node, Ref
 from redpp_serve.graph.operators import FUSED_CONV2D, FUSED_LINEAR, INT8_VALUES, INT8_WEIGHT, LEVELS
 
 WEIGHT_LIMIT = 127
-_NOISE, _OFF_GRID = 1e-5, 1e-2  # of float32: between equal values, of the largest; beside a level, in steps
+_NOISE, _OFF_GRID = 1e-5, 1e-3  # of float32: between equal values, of the largest; beside a level, in steps
 _MOST_PARTS = 8  # steps between the two nearest values in use
 Ranges = Mapping[str, tuple[float, float]]  # by the name of a value
 
@@ -81,7 +81,12 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     most = flat.abs().amax(1).clamp_min(WEIGHT_LIMIT * torch.finfo(torch.float32).tiny)
     scale = most / WEIGHT_LIMIT
     if len(flat) and _farthest_level(flat[most.argmax()]):
-        levels = torch.tensor([_farthest_level(row) or WEIGHT_LIMIT for row in flat], dtype=flat.dtype)
+        least = flat.abs().masked_fill(flat == 0, torch.inf).amin(1)  # of nearly all channels it is one step
+        levels = (most / least).round()
+        steps = flat * (levels / most)[:, None]
+        known = (levels > 0) & (levels <= WEIGHT_LIMIT) & ((steps - steps.round()).abs().amax(1) < _OFF_GRID)
+        for row in (~known).nonzero().flatten().tolist():
+            levels[row] = _farthest_level(flat[row]) or WEIGHT_LIMIT
         scale = most / levels
     return (flat / scale[:, None]).round_().to(torch.int8).view(weight.shape), scale
 
